@@ -1,0 +1,48 @@
+# make quickstart | test | test-all | lint | bench. Everything runs in a local virtual environment built from constraints.txt.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+export PATH := $(abspath $(BIN)):$(PATH)
+
+.PHONY: help install quickstart test test-all lint format bench clean
+
+help:
+	@echo "make quickstart   the whole road on this machine, from synthetic scenes to a report (about 12 minutes)"
+	@echo "make test         the test suite (CPU, no network)"
+	@echo "make test-all     the same with the longer checks"
+	@echo "make lint         style and types"
+	@echo "make bench        benchmarks against ceilings and baselines"
+
+install: $(INSTALLED)
+
+$(INSTALLED): setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "dpt needs Python 3.11 or newer; set PYTHON=python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]' 2> >(grep -v 'is neither a file nor a directory' >&2)
+	@touch $@
+
+quickstart: $(INSTALLED)
+	$(BIN)/python -m data_tools.quickstart
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-all: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(INSTALLED)
+	$(BIN)/python -m benchmarks
+
+clean:
+	rm -rf runs mlflow.db .pytest_cache .mypy_cache .ruff_cache

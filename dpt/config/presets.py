@@ -1,0 +1,55 @@
+"""Model sizes by name: plain data, so that a recipe can be checked without torch.
+
+Sizes: DiT (S, B, L, XL), paper Tables 1 and 2 (a1-a6), DiT-MoE (…E2A). FACTS: MoE presets trained from scratch use SwiGLU experts
+of width 4 d without biases and one shared expert of width 2 d.
+"""
+
+from typing import Any
+
+from dpt.errors import UserError
+
+_DENSE_WIDTHS: dict[str, tuple[int, int, int]] = {  # hidden_size, depth, num_heads
+    "a1": (256, 12, 16),
+    "a2": (512, 16, 16),
+    "a3": (768, 20, 16),
+    "a4": (1024, 24, 16),
+    "a5": (1536, 28, 16),
+    "a6": (1792, 32, 16),
+    "S": (384, 12, 6),
+    "B": (768, 12, 12),
+    "L": (1024, 24, 16),
+    "XL": (1152, 28, 16),
+    "G": (1792, 40, 28),
+}
+
+
+def _dense(name: str, patch_size: int) -> dict[str, Any]:
+    hidden_size, depth, num_heads = _DENSE_WIDTHS[name]
+    return {"hidden_size": hidden_size, "depth": depth, "num_heads": num_heads, "patch_size": patch_size}
+
+
+def _moe(name: str, num_experts: int) -> dict[str, Any]:
+    dense = _dense(name, 2)
+    return dense | {
+        "num_experts": num_experts,
+        "top_k": 2,
+        "expert_activation": "swiglu",
+        "shared_expert_width": 2 * dense["hidden_size"],
+        "normalize_top_k": False,
+    }
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    **{name: _dense(name, 2) for name in ("a1", "a2", "a3", "a4", "a5", "a6")},
+    **{f"{name}/{patch}": _dense(name, patch) for name in ("S", "B", "L", "XL") for patch in (2, 4, 8)},
+    **{f"{name}/2-8E2A": _moe(name, 8) for name in ("S", "B", "L", "XL")},
+    "S/2-16E2A": _moe("S", 16),
+    "G/2-16E2A": _moe("G", 16),
+}
+
+
+def preset_values(name: str) -> dict[str, Any]:
+    """The fields that preset `name` sets, as `ModelConfig` keywords; UserError if there is no such preset."""
+    if name not in PRESETS:
+        raise UserError(f'dpt.model.preset: there is no preset "{name}"; choose one of {", ".join(PRESETS)}.')
+    return {"preset": name, **PRESETS[name]}

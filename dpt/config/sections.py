@@ -1,0 +1,342 @@
+"""The sections of a recipe's "dpt" object: typed, frozen, each field with its meaning, unit and default.
+
+Validation of single fields is here (`__post_init__`); what concerns several sections is in `recipe.py`.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from dpt.errors import UserError
+
+Task = Literal["class", "depth", "flow", "amodal", "generalist"]
+
+
+def _check(ok: bool, sentence: str) -> None:
+    if not ok:
+        raise UserError(sentence)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The network's architecture. A preset fills the sizes; any field beside it overrides the preset's."""
+
+    preset: str = "S/2"
+    """Named size that fills the fields below it (`dpt presets` lists them)."""
+    input_size: int = 32
+    """Side of the latents the model is meant for, in latent pixels (image side / 8); other sizes work too."""
+    patch_size: int = 2
+    """Side of a token's patch, in latent pixels."""
+    in_channels: int = 4
+    """Channels of one latent image."""
+    num_conditions: int = 0
+    """Clean condition latents concatenated on channels before the noisy one (1: image; 2: image and prompt)."""
+    hidden_size: int = 384
+    """Width of the residual stream."""
+    depth: int = 12
+    """Number of transformer blocks."""
+    num_heads: int = 6
+    """Attention heads; divides hidden_size."""
+    mlp_ratio: float = 4.0
+    """Width of the MLP (and of a routed expert) over hidden_size."""
+    num_classes: int = 1000
+    """Labels, task labels included; the null label's id is num_classes."""
+    class_dropout_prob: float = 0.1
+    """Probability of replacing a label by the null label in training."""
+    learn_sigma: bool = True
+    """Predict the variance too (twice the output channels)."""
+    qk_norm: bool = False
+    """Normalise queries and keys per head (LayerNorm)."""
+    attention_backend: Literal["auto", "sdpa", "flash2", "flash3", "flash4"] = "auto"
+    """Attention kernel; a named one that is missing is an error."""
+    patch_embed_tasks: int = 0
+    """Input convolutions, one a task, chosen by the task label (PatchEmbedRouter); 0: one for all."""
+    clip_embedding_size: int = 0
+    """Width of the CLIP image embedding added to the conditioning vector; 0: none."""
+    num_experts: int = 0
+    """Routed experts in each block; 0: a dense MLP."""
+    top_k: int = 2
+    """Experts that each token is sent to."""
+    expert_activation: Literal["swiglu", "gelu"] = "swiglu"
+    """SwiGLU without biases (trained from scratch) or the dense GELU MLP with biases (upcycled)."""
+    shared_expert_width: int = 0
+    """Width of the SwiGLU expert that every token passes through; 0: none."""
+    normalize_top_k: bool = False
+    """Rescale each token's top-k router weights to sum to 1."""
+    capacity_factor: float = 0.0
+    """Most tokens an expert takes, as a multiple of the even share; further ones are dropped. 0: no limit."""
+    router_bias_balancing: bool = False
+    """Balance experts by a routing bias instead of (or beside) the balance loss."""
+
+    def __post_init__(self) -> None:
+        for name in ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads", "num_classes", "top_k"):
+            _check(getattr(self, name) >= 1, f"dpt.model.{name} is {getattr(self, name)}; it must be at least 1.")
+        _check(
+            self.hidden_size % self.num_heads == 0,
+            f"dpt.model.num_heads {self.num_heads} does not divide dpt.model.hidden_size {self.hidden_size}; choose a divisor.",
+        )
+        _check(
+            self.hidden_size % 4 == 0,
+            f"dpt.model.hidden_size {self.hidden_size} is no multiple of 4, which the 2-D sin-cos position table needs.",
+        )
+        _check(
+            self.input_size % self.patch_size == 0,
+            f"dpt.model.patch_size {self.patch_size} does not divide dpt.model.input_size {self.input_size}.",
+        )
+        _check(
+            self.num_experts == 0 or self.top_k <= self.num_experts,
+            f"dpt.model.top_k {self.top_k} is more than dpt.model.num_experts {self.num_experts}; lower top_k.",
+        )
+        _check(
+            0.0 <= self.class_dropout_prob < 1.0,
+            f"dpt.model.class_dropout_prob is {self.class_dropout_prob}; it is a probability in [0, 1).",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusionConfig:
+    """The forward process and the training objective."""
+
+    num_train_timesteps: int = 1000
+    """Steps of the forward process."""
+    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"
+    """Noise schedule (diffusers' names)."""
+    beta_start: float = 1e-4
+    """First beta of the linear schedules."""
+    beta_end: float = 2e-2
+    """Last beta of the linear schedules."""
+    prediction_type: Literal["epsilon", "sample", "v_prediction", "rectified_flow"] = "epsilon"
+    """What the network predicts: the noise, the clean latents, v, or the velocity of a straight path."""
+    vlb_weight: float = 1.0
+    """Weight of the variational bound on the learned variance; 0: the variance output is ignored."""
+    min_snr_gamma: float = 0.0
+    """Min-SNR loss weighting; 0: off."""
+    multires_noise_strength: float = 0.0
+    """Multi-resolution noise, strength of each coarser level (Marigold: 0.9); 0: white noise."""
+    multires_noise_annealed: bool = True
+    """Scale the multi-resolution strength by t / T."""
+
+    def __post_init__(self) -> None:
+        _check(
+            self.num_train_timesteps >= 2,
+            f"dpt.diffusion.num_train_timesteps is {self.num_train_timesteps}; it must be at least 2.",
+        )
+        _check(
+            0.0 < self.beta_start <= self.beta_end < 1.0,
+            f"dpt.diffusion.beta_start {self.beta_start} and beta_end {self.beta_end} must obey 0 < start <= end < 1.",
+        )
+        for name in ("vlb_weight", "min_snr_gamma", "multires_noise_strength"):
+            _check(getattr(self, name) >= 0, f"dpt.diffusion.{name} is {getattr(self, name)}; it cannot be negative.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which shards are read, and how."""
+
+    shards: list[str] = field(default_factory=list)
+    """Shard folders, brace patterns ("x/{000000..000127}.tar") or URLs; several sets are mixed."""
+    weights: list[float] = field(default_factory=list)
+    """Share of each set in a mixture; empty: by number of samples."""
+    vae: str = "embedded"
+    """VAE that made the latents: "embedded", a folder, or a hub name; checked against the manifest."""
+    posterior: Literal["sample", "mean"] = "sample"
+    """Take latents as samples of the VAE posterior (pre-training) or as its mean (perception)."""
+    horizontal_flip: bool = False
+    """Show mirrored samples half of the time; the shards must hold mirrored latents."""
+    num_workers: int = 0
+    """Reader processes per rank; 0: read in the training process."""
+    max_bad_samples: int = 0
+    """Unreadable samples that are skipped (and counted) before the run stops."""
+
+    def __post_init__(self) -> None:
+        _check(
+            not self.weights or len(self.weights) == len(self.shards),
+            f"dpt.data.weights has {len(self.weights)} entries for {len(self.shards)} sets in dpt.data.shards; give one a set.",
+        )
+        _check(all(w > 0 for w in self.weights), f"dpt.data.weights {self.weights}: every weight must be positive.")
+        for name in ("num_workers", "max_bad_samples"):
+            _check(getattr(self, name) >= 0, f"dpt.data.{name} is {getattr(self, name)}; it cannot be negative.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpcyclingConfig:
+    """How a dense network becomes a Mixture-of-Experts (launchers/upcycle.py)."""
+
+    num_experts: int = 8
+    """Copies of each MLP."""
+    top_k: int = 2
+    """Experts that each token is sent to."""
+    normalize_top_k: bool = True
+    """Rescale top-k weights to sum to 1: the upcycled network is then exactly the dense one at step 0."""
+    granularity: int = 1
+    """Finer experts that each copy is split into."""
+    noise_std: float = 0.0
+    """Noise added to the copies, in units of each weight's own standard deviation, to break their symmetry."""
+
+    def __post_init__(self) -> None:
+        _check(self.num_experts >= 1, f"dpt.upcycling.num_experts is {self.num_experts}; it must be at least 1.")
+        _check(
+            1 <= self.top_k <= self.num_experts,
+            f"dpt.upcycling.top_k is {self.top_k}; it must be between 1 and num_experts ({self.num_experts}).",
+        )
+        _check(self.granularity >= 1, f"dpt.upcycling.granularity is {self.granularity}; it must be at least 1.")
+        _check(self.noise_std >= 0, f"dpt.upcycling.noise_std is {self.noise_std}; it cannot be negative.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """Class samples drawn while pre-training."""
+
+    every: int = 0
+    """Draw a picture every this many steps; 0: only at the end."""
+    labels: list[int] = field(default_factory=list)
+    """Class ids drawn, one a picture; empty: the first eight."""
+    num_inference_steps: int = 50
+    """DDIM steps."""
+    guidance_scale: float = 4.0
+    """Classifier-free guidance; 1: none."""
+    guidance_channels: int = 0
+    """Latent channels that guidance acts on; 0: all (public DiT: 3 of 4)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """Length, learning rate, EMA, checkpoints and safety of a training run. Batch, precision, ZeRO, optimizer and clipping are DeepSpeed's own keys."""
+
+    output_dir: str = "runs/pretrain"
+    """Folder of checkpoints, exported weights and records."""
+    steps: int = 400_000
+    """Optimizer steps."""
+    seed: int = 0
+    """Seed of weights, data order and noise."""
+    weights: str = ""
+    """Weights to start from: an exported folder, a checkpoint, or public weights; empty: random."""
+    use_ema: bool = True
+    """Start from the EMA of those weights rather than the plain ones."""
+    ep_size: int = 1
+    """Ranks that share the experts of a layer; divides the ranks and the experts."""
+    lr_schedule: Literal["constant", "exponential", "cosine"] = "constant"
+    """Course of the learning rate from optimizer.params.lr to lr_final."""
+    lr_final: float = 0.0
+    """Learning rate at the last step (exponential, cosine)."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up."""
+    ema_decays: list[float] = field(default_factory=lambda: [0.9999])
+    """Decays of the averaged weights kept; the first is what is exported and sampled."""
+    ema_warmup: bool = False
+    """Start with short averages: decay min(d, (1 + step) / (10 + step))."""
+    balance_loss_weight: float = 0.01
+    """Weight of the experts' load-balancing loss, per layer."""
+    router_z_loss_weight: float = 0.0
+    """Weight of the router z-loss, per layer."""
+    activation_checkpointing: bool = False
+    """Recompute each block in the backward pass to save memory."""
+    compile: bool = False
+    """Compile the blocks with torch.compile."""
+    log_every: int = 10
+    """Steps between records."""
+    checkpoint_every: int = 10_000
+    """Steps between resume checkpoints; 0: only at the end."""
+    keep_last: int = 2
+    """Newest checkpoints kept."""
+    keep_every: int = 0
+    """Checkpoints at multiples of this step are kept for good; 0: none."""
+    resume: bool = True
+    """Continue from the newest complete checkpoint in output_dir."""
+    max_skipped_steps: int = 10
+    """Non-finite steps in a row before the run goes back to its last checkpoint."""
+    timeout_s: float = 1800.0
+    """Seconds without progress on a rank before all ranks stop."""
+
+    def __post_init__(self) -> None:
+        _check(self.steps >= 1, f"dpt.training.steps is {self.steps}; it must be at least 1.")
+        _check(self.ep_size >= 1, f"dpt.training.ep_size is {self.ep_size}; it must be at least 1.")
+        _check(len(self.ema_decays) >= 1, "dpt.training.ema_decays is empty; give at least one decay (0 turns averaging off).")
+        _check(
+            all(0.0 <= d < 1.0 for d in self.ema_decays),
+            f"dpt.training.ema_decays {self.ema_decays}: every decay must be in [0, 1).",
+        )
+        _check(
+            self.lr_schedule == "constant" or self.lr_final > 0,
+            f"dpt.training.lr_final is {self.lr_final}; the {self.lr_schedule} schedule needs a positive value.",
+        )
+        for name in ("warmup_steps", "balance_loss_weight", "router_z_loss_weight", "checkpoint_every", "keep_every"):
+            _check(getattr(self, name) >= 0, f"dpt.training.{name} is {getattr(self, name)}; it cannot be negative.")
+        for name in ("log_every", "keep_last", "max_skipped_steps", "timeout_s"):
+            _check(getattr(self, name) > 0, f"dpt.training.{name} is {getattr(self, name)}; it must be positive.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """What the evaluator predicts and scores. Lists are swept."""
+
+    weights: str = ""
+    """Exported weights (or a checkpoint) to evaluate."""
+    use_ema: bool = True
+    """Evaluate the averaged weights rather than the plain ones."""
+    data: list[str] = field(default_factory=list)
+    """Evaluation shard folders."""
+    protocol: str = ""
+    """Protocol that scores them; empty: the one of each shard folder's data set."""
+    steps: list[int] = field(default_factory=lambda: [50])
+    """Sampler steps."""
+    ensemble: list[int] = field(default_factory=lambda: [1])
+    """Ensemble sizes."""
+    aggregation: Literal["median", "mean", "compile"] = "compile"
+    """How members are merged: pixelwise, or after affine alignment (median compilation; depth only)."""
+    sampler: Literal["ddim", "ddpm", "dpmsolver++"] = "ddim"
+    """Sampler."""
+    eta: float = 0.0
+    """DDIM's stochasticity, 0 to 1."""
+    schedule: Literal["", "linear", "scaled_linear", "squaredcos_cap_v2"] = ""
+    """Noise schedule at test time; empty: the one of training."""
+    timestep_spacing: Literal["leading", "trailing", "linspace"] = "trailing"
+    """Which timesteps the steps fall on."""
+    step_power: float = 1.0
+    """Over 1: more steps at low noise; under 1: more at high noise."""
+    guidance_scale: float = 1.0
+    """Classifier-free guidance; 1: none."""
+    batch_size: int = 16
+    """Predictions (samples x members) computed at once on a rank."""
+    max_samples: int = 0
+    """Score only the first samples; 0: all."""
+    seed: int = 0
+    """Seed of the initial noise."""
+    pictures: int = 4
+    """Best, median, worst and random samples drawn, each this many; 0: none."""
+    predictions: str = ""
+    """Folder of another system's ready-made predictions to score instead."""
+    save_predictions: bool = False
+    """Keep every prediction as a file."""
+    output_dir: str = "runs/evaluate"
+    """Folder of results."""
+
+    def __post_init__(self) -> None:
+        _check(
+            all(1 <= s <= 1000 for s in self.steps) and len(self.steps) > 0,
+            f"dpt.evaluation.steps {self.steps}: each must be between 1 and 1000.",
+        )
+        _check(
+            all(1 <= n <= 50 for n in self.ensemble) and len(self.ensemble) > 0,
+            f"dpt.evaluation.ensemble {self.ensemble}: each must be between 1 and 50.",
+        )
+        _check(0.0 <= self.eta <= 1.0, f"dpt.evaluation.eta is {self.eta}; it must be in [0, 1].")
+        _check(self.step_power > 0, f"dpt.evaluation.step_power is {self.step_power}; it must be positive.")
+        _check(self.batch_size >= 1, f"dpt.evaluation.batch_size is {self.batch_size}; it must be at least 1.")
+        for name in ("max_samples", "pictures"):
+            _check(getattr(self, name) >= 0, f"dpt.evaluation.{name} is {getattr(self, name)}; it cannot be negative.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackingConfig:
+    """Where runs are recorded."""
+
+    enabled: bool = True
+    """Record the run in MLflow."""
+    uri: str = "sqlite:///mlflow.db"
+    """MLflow tracking store: an SQLite file or a server's address."""
+    experiment: str = "dpt"
+    """Experiment that the run belongs to."""
+    run_name: str = ""
+    """Name of the run; empty: stage, preset and task."""
+    tags: dict[str, str] = field(default_factory=dict)
+    """Further tags of the run."""
