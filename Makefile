@@ -24,7 +24,7 @@ $(INSTALLED): setup.py constraints.txt
 	@touch $@
 
 quickstart: $(INSTALLED)
-	$(BIN)/python -m data_tools.quickstart
+	$(BIN)/python launchers/quickstart.py
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -m "not slow and not gpu"

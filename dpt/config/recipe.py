@@ -1,14 +1,12 @@
-"""A recipe: one JSON file of DeepSpeed's own keys plus one object "dpt"; read, overridden by dotted names, validated."""
+"""A recipe: one JSON file of DeepSpeed's own keys plus one object "dpt"; read, overridden by dotted names, typed."""
 
 import dataclasses
 import difflib
 import json
-import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-from jsonargparse import ArgumentParser, set_parsing_settings
+from typing import Any, get_origin, get_type_hints
 
 from dpt.config.presets import preset_values
 from dpt.config.sections import (
@@ -23,6 +21,40 @@ from dpt.config.sections import (
     UpcyclingConfig,
 )
 from dpt.errors import UserError
+
+DEEPSPEED_KEYS = frozenset(
+    [
+        "activation_checkpointing",
+        "aio",
+        "bf16",
+        "checkpoint",
+        "comms_logger",
+        "communication_data_type",
+        "data_types",
+        "dataloader_drop_last",
+        "disable_allgather",
+        "dump_state",
+        "flops_profiler",
+        "fp16",
+        "gradient_accumulation_steps",
+        "gradient_clipping",
+        "gradient_predivide_factor",
+        "memory_breakdown",
+        "optimizer",
+        "prescale_gradients",
+        "scheduler",
+        "seq_parallel_communication_data_type",
+        "sparse_gradients",
+        "steps_per_print",
+        "torch_autocast",
+        "train_batch_size",
+        "train_micro_batch_size_per_gpu",
+        "wall_clock_breakdown",
+        "zero_allow_untested_optimizer",
+        "zero_force_ds_cpu_optimizer",
+        "zero_optimization",
+    ]
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,28 +87,26 @@ class Recipe:
         """The recipe as one JSON object, every field resolved."""
         return {**self.deepspeed, "dpt": dataclasses.asdict(self.dpt)}
 
+    @property
+    def zero_stage(self) -> int:
+        """DeepSpeed's ZeRO stage, 0 to 3."""
+        return int(self.deepspeed.get("zero_optimization", {}).get("stage", 0))
 
-class _Parser(ArgumentParser):
-    """An ArgumentParser whose errors are UserErrors."""
-
-    def error(self, message: str, ex: Exception | None = None) -> None:  # type: ignore[override]
-        raise UserError(message) from ex
-
-
-def build_parser(prog: str, description: str) -> ArgumentParser:
-    """The parser of the "dpt" object: fields as `--training.steps N`; its help lists each with default and meaning."""
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = _Parser(prog=prog, description=description, exit_on_error=True)
-    parser.add_class_arguments(DptConfig, None)
-    return parser
+    @property
+    def precision(self) -> str:
+        """The compute type: "bf16", "fp16" or "fp32"."""
+        for name in ("bf16", "fp16"):
+            if self.deepspeed.get(name, {}).get("enabled", False):
+                return name
+        return "fp32"
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
     """The JSON object in `path`; UserError if it is missing, broken, or no object."""
     try:
         text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{path}: the file cannot be read ({error.strerror}); check the path.") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: the file cannot be read ({error}); check the path.") from error
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
@@ -84,3 +114,124 @@ def read_json(path: str | Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{path}: a recipe is a JSON object, not a {type(value).__name__}.")
     return value
+
+
+def load_recipe(path: str | Path | None, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """Read a recipe and set fields over it.
+
+    `overrides` maps dotted names to values: "training.steps" (a field of "dpt"; the prefix "dpt." is optional) or
+    "zero_optimization.stage" (a key of DeepSpeed's). Later layers win: preset, file, overrides. Raises UserError that names file and field.
+    """
+    source = str(path) if path is not None else "the command line"
+    content = read_json(path) if path is not None else {}
+    given = content.pop("dpt", {})
+    if not isinstance(given, dict):
+        raise UserError(f'{source}: "dpt" is a {type(given).__name__}; it must be an object of sections.')
+    _reject_unknown(content, DEEPSPEED_KEYS | {"dpt"}, source, "")
+    _check_keys(given, DptConfig, source, "dpt")
+    for name, value in (overrides or {}).items():
+        parts = name.removeprefix("dpt.").split(".")
+        target = content if parts[0] in DEEPSPEED_KEYS else given
+        if target is given:
+            value = _from_text(value, _field_type(parts, source), name)
+        elif isinstance(value, str):
+            value = _json_or_text(value)
+        for part in parts[:-1]:
+            inner = target.setdefault(part, {})
+            if not isinstance(inner, dict):
+                raise UserError(f"{source}: {name} cannot be set, since {part} is no object.")
+            target = inner
+        target[parts[-1]] = value
+    model = given.get("model", {})
+    given["model"] = {**preset_values(model.get("preset", ModelConfig.preset)), **model}
+    return Recipe(deepspeed=content, dpt=_build(DptConfig, given, source, "dpt"), path=str(path or ""))
+
+
+def section_from_dict(cls: type, values: Mapping[str, Any], source: str) -> Any:
+    """A section (e.g. ModelConfig) from a dict, such as the one in an exported config.json; UserError on unknown or ill-typed fields."""
+    _check_keys(values, cls, source, cls.__name__)
+    return _build(cls, dict(values), source, cls.__name__)
+
+
+def _build(cls: type, values: dict[str, Any], source: str, prefix: str) -> Any:
+    """`cls(**values)` with types checked by jsonargparse, nested sections included."""
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    hints = get_type_hints(cls)
+    nested = {n: _build(h, values.pop(n), source, f"{prefix}.{n}") for n, h in hints.items() if _is_section(h) and n in values}
+    parser = ArgumentParser(exit_on_error=False, default_env=False)
+    for name, value in values.items():
+        parser.add_argument(f"--{name}", type=hints[name])
+        try:
+            values[name] = parser.parse_object({name: value}, defaults=False)[name]
+        except ArgumentError as error:
+            kind = getattr(hints[name], "__name__", str(hints[name])).replace("typing.", "")
+            raise UserError(
+                f"{source}: {prefix}.{name} is {value!r}; it must be of type {_type_name(hints[name], kind)}."
+            ) from error
+    try:
+        return cls(**nested, **values)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from error
+
+
+def _type_name(hint: Any, kind: str) -> str:
+    return str(hint).replace("typing.", "") if get_origin(hint) is not None else kind
+
+
+def _is_section(hint: Any) -> bool:
+    return isinstance(hint, type) and dataclasses.is_dataclass(hint)
+
+
+def _check_keys(values: Mapping[str, Any], cls: type, source: str, prefix: str) -> None:
+    hints = get_type_hints(cls)
+    _reject_unknown(values, hints.keys(), source, prefix + ".")
+    for name, value in values.items():
+        if _is_section(hints[name]):
+            if not isinstance(value, dict):
+                raise UserError(f"{source}: {prefix}.{name} is {value!r}; it must be an object of fields.")
+            _check_keys(value, hints[name], source, f"{prefix}.{name}")
+
+
+def _reject_unknown(values: Mapping[str, Any], known: Any, source: str, prefix: str) -> None:
+    for name in values:
+        if name not in known:
+            raise UserError(f'{source}: there is no field "{prefix}{name}"{_suggestion(name, list(known))}.')
+
+
+def _suggestion(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f'; did you mean "{close[0]}"?' if close else f"; known here: {', '.join(sorted(known))}"
+
+
+def _field_type(parts: list[str], source: str) -> Any:
+    cls: Any = DptConfig
+    for depth, part in enumerate(parts):
+        hints = get_type_hints(cls) if _is_section(cls) else {}
+        if part not in hints:
+            known = sorted(hints) + (sorted(DEEPSPEED_KEYS) if depth == 0 else [])
+            raise UserError(f'{source}: there is no field "{".".join(parts)}"{_suggestion(part, known)}.')
+        cls = hints[part]
+    return cls
+
+
+def _json_or_text(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def _from_text(value: Any, hint: Any, name: str) -> Any:
+    """A command-line text as a value of the field's type: lists may be written "1,5,50"; anything but text is kept."""
+    if not isinstance(value, str) or hint is str:
+        return value
+    if _is_section(hint):
+        parsed = _json_or_text(value)
+        if not isinstance(parsed, dict):
+            raise UserError(f"--{name} is a section; set one of its fields, e.g. --{name}.{dataclasses.fields(hint)[0].name}.")
+        return parsed
+    if get_origin(hint) is list and not value.lstrip().startswith("["):
+        (element,) = hint.__args__
+        return [v if element is str else _json_or_text(v) for v in value.split(",") if v]
+    return _json_or_text(value)

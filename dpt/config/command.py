@@ -1,0 +1,74 @@
+"""The command line of a launcher: `--ds_config FILE` and any field by its dotted name; help that lists every field."""
+
+import sys
+from collections.abc import Sequence
+from typing import Any, get_type_hints
+
+from dpt.config.recipe import DEEPSPEED_KEYS, DptConfig, Recipe, load_recipe
+from dpt.errors import UserError
+
+
+def parse_command(prog: str, description: str, home: str, argv: Sequence[str] | None = None) -> Recipe:
+    """The recipe that a launcher's command line describes.
+
+    Fields of the section `home` may be written without it (evaluate: `--steps 1,5`). `--local_rank`, which the DeepSpeed launcher
+    appends, is accepted and ignored. `--help` prints every field and exits 0. Raises UserError.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if "-h" in arguments or "--help" in arguments:
+        print_help(prog, description, home)
+        sys.exit(0)
+    bare = get_type_hints(get_type_hints(DptConfig)[home])
+    recipe_path: str | None = None
+    overrides: dict[str, Any] = {}
+    for name, value in _pairs(arguments):
+        if name in ("ds_config", "deepspeed_config"):
+            recipe_path = value
+        elif name in ("local_rank", "deepspeed"):
+            continue
+        elif name in bare and name not in get_type_hints(DptConfig):
+            overrides[f"{home}.{name}"] = value
+        else:
+            overrides[name] = value
+    return load_recipe(recipe_path, overrides)
+
+
+def _pairs(arguments: list[str]) -> list[tuple[str, str]]:
+    pairs = []
+    while arguments:
+        argument = arguments.pop(0)
+        if not argument.startswith("--"):
+            raise UserError(f'unexpected argument "{argument}"; fields are set as --section.field VALUE.')
+        name, equals, value = argument[2:].partition("=")
+        if not equals:
+            if name == "deepspeed":  # DeepSpeed's customary flag without a value
+                continue
+            if not arguments or (arguments[0].startswith("--") and not _is_number(arguments[0])):
+                raise UserError(f"--{name} needs a value.")
+            value = arguments.pop(0)
+        pairs.append((name, value))
+    return pairs
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def print_help(prog: str, description: str, home: str) -> None:
+    """Print usage, then every field with its type, default, meaning and unit."""
+    from jsonargparse import ArgumentParser, set_parsing_settings
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    usage = f"deepspeed launchers/{prog}.py --ds_config FILE [--FIELD VALUE ...]"
+    parser = ArgumentParser(prog=prog, usage=usage, description=description, add_help=False, default_env=False)
+    parser.add_argument("--ds_config", metavar="FILE", help="Recipe: JSON of DeepSpeed's keys plus the object dpt.")
+    parser.add_class_arguments(DptConfig)
+    parser.epilog = (
+        f'Fields of "{home}" may be written without the section\'s name. Keys of DeepSpeed are set in the same way, e.g. '
+        f"--train_batch_size 64, --zero_optimization.stage 2; known: {', '.join(sorted(DEEPSPEED_KEYS))}."
+    )
+    parser.print_help()
