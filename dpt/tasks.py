@@ -1,0 +1,236 @@
+"""A task: its conditions, targets and labels, and how a target becomes an image and back.
+
+Shared by the offline encoder and by the evaluator, so that what one writes the other reads. Needs numpy only; the decoders
+also take torch tensors (any device) and return tensors. Images are float32 `[3, H, W]` in [-1, 1] unless said otherwise.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from dpt.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskSpec:
+    """What a task reads and writes. A model with fewer condition inputs takes the first ones."""
+
+    name: str
+    conditions: tuple[str, ...]
+    """Condition images, in the order of `cond_latents`."""
+    targets: tuple[str, ...]
+    """Target images, in the order of `target_latents`; a prediction takes one pass for each, with the same seeds."""
+
+
+TASKS: dict[str, TaskSpec] = {
+    spec.name: spec
+    for spec in (
+        TaskSpec(name="class", conditions=(), targets=("image",)),
+        TaskSpec(name="depth", conditions=("rgb", "prompt"), targets=("depth",)),
+        TaskSpec(name="amodal", conditions=("rgb", "visible_mask"), targets=("whole",)),
+        TaskSpec(name="flow", conditions=("first", "second"), targets=("flow_x", "flow_y")),
+    )
+}
+
+_TASK_LABELS: dict[str, tuple[str, ...]] = {
+    "class": (),
+    "depth": (),
+    "amodal": (),
+    "flow": ("flow_x", "flow_y"),
+    "generalist": ("depth", "whole", "flow_x", "flow_y"),
+}
+
+
+def task_spec(name: str) -> TaskSpec:
+    """The task called `name`; UserError if there is none."""
+    if name not in TASKS:
+        raise UserError(f"task {name!r} is unknown; choose one of {', '.join(TASKS)}.")
+    return TASKS[name]
+
+
+def num_task_labels(trained_task: str) -> int:
+    """Label rows that a model trained for `trained_task` has beside its classes: they are its last ids before the null label.
+
+    A specialist with one target has none: it is trained and asked with the null label.
+    """
+    if trained_task not in _TASK_LABELS:
+        raise UserError(f"task {trained_task!r} is unknown; choose one of {', '.join(_TASK_LABELS)}.")
+    return len(_TASK_LABELS[trained_task])
+
+
+def label_id(target: str, *, trained_task: str, num_classes: int) -> int:
+    """Label under which a model trained for `trained_task` predicts `target`.
+
+    `num_classes` counts the task labels too (`ModelConfig.num_classes`; the null label's id). A generalist on ImageNet's
+    1000 classes has num_classes 1004: depth 1000, whole (amodal) 1001, flow_x 1002, flow_y 1003.
+    """
+    labels = _TASK_LABELS[trained_task] if num_task_labels(trained_task) else ()
+    if target in labels:
+        return num_classes - len(labels) + labels.index(target)
+    if trained_task in TASKS and target in TASKS[trained_task].targets:
+        return num_classes
+    raise UserError(f"a model trained for {trained_task!r} cannot predict {target!r}; choose weights trained for it.")
+
+
+# --- images -------------------------------------------------------------------------------------------------------------
+
+
+def image_to_float(image: np.ndarray) -> np.ndarray:
+    """uint8 `[H, W, 3]` -> float32 `[3, H, W]` in [-1, 1]."""
+    return np.ascontiguousarray(np.moveaxis(image, -1, 0), dtype=np.float32) / 127.5 - 1.0
+
+
+def image_to_uint8(image: np.ndarray) -> np.ndarray:
+    """float `[3, H, W]` in [-1, 1] (clipped) -> uint8 `[H, W, 3]`."""
+    return np.ascontiguousarray(np.moveaxis(np.rint((image.clip(-1.0, 1.0) + 1.0) * 127.5).astype(np.uint8), 0, -1))
+
+
+def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """uint8 `[H, W, 3]` (or `[H, W]`) to `size` (h, w): bicubic, antialiased when it shrinks."""
+    if image.shape[:2] == tuple(size):
+        return image
+    return np.asarray(Image.fromarray(image).resize((size[1], size[0]), Image.Resampling.BICUBIC))
+
+
+def resize_smooth(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """float `[..., H, W]` to `size` (h, w): bilinear, antialiased when it shrinks. For predictions; it mixes across edges."""
+    if values.shape[-2:] == tuple(size):
+        return np.asarray(values, dtype=np.float32)
+    planes = np.asarray(values, dtype=np.float32).reshape(-1, *values.shape[-2:])
+    resized = [np.asarray(Image.fromarray(p).resize((size[1], size[0]), Image.Resampling.BILINEAR)) for p in planes]
+    return np.stack(resized).reshape(*values.shape[:-2], *size)
+
+
+def resize_nearest(values: Any, size: tuple[int, int]) -> Any:
+    """Array or tensor `[..., H, W]` of any dtype to `size` (h, w), nearest pixel: mixes no values. For depth and masks."""
+    height, width = values.shape[-2:]
+    rows = ((np.arange(size[0]) + 0.5) * height / size[0]).astype(np.int64)
+    cols = ((np.arange(size[1]) + 0.5) * width / size[1]).astype(np.int64)
+    return values[..., rows[:, None], cols[None, :]]
+
+
+def resize_flow(flow: np.ndarray, size: tuple[int, int], *, smooth: bool = True) -> np.ndarray:
+    """Flow float `[..., 2, H, W]` in pixels to `size` (h, w), in pixels of that size: u scales with width, v with height."""
+    height, width = flow.shape[-2:]
+    resized = resize_smooth(flow, size) if smooth else resize_nearest(flow, size)
+    return resized * np.array([size[1] / width, size[0] / height], dtype=np.float32)[:, None, None]
+
+
+def fit_size(height: int, width: int, resolution: int, *, multiple: int = 16) -> tuple[int, int]:
+    """(h, w) with about the same aspect whose longer side is `resolution`, both rounded to multiples of `multiple`.
+
+    16 pixels are one token at patch size 2 behind an 8x VAE.
+    """
+    scale = resolution / max(height, width)
+    return tuple(max(multiple, round(side * scale / multiple) * multiple) for side in (height, width))  # type: ignore[return-value]
+
+
+def latent_valid(valid: np.ndarray, *, factor: int = 8) -> np.ndarray:
+    """bool `[H, W]` -> uint8 `[H / factor, W / factor]`: 1 where every pixel under the latent is valid."""
+    height, width = valid.shape
+    blocks = valid.reshape(height // factor, factor, width // factor, factor)
+    return np.asarray(blocks.all(axis=(1, 3)), dtype=np.uint8)
+
+
+def mask_image(mask: np.ndarray) -> np.ndarray:
+    """bool `[H, W]` -> image `[3, H, W]`: 1 inside, -1 outside. The prompt of amodal segmentation."""
+    return np.repeat(np.where(mask, np.float32(1), np.float32(-1))[None], 3, axis=0)
+
+
+def all_valid_prompt(height: int, width: int) -> np.ndarray:
+    """The depth prompt `[3, H, W]`: the image of an all-true mask.
+
+    The authors' released code feeds the ground truth's valid mask here, which leaks ground truth at test time.
+    """
+    return np.ones((3, height, width), dtype=np.float32)
+
+
+# --- depth --------------------------------------------------------------------------------------------------------------
+
+
+def encode_depth(
+    depth: np.ndarray, valid: np.ndarray | None = None, *, quantiles: tuple[float, float] = (0.02, 0.98)
+) -> tuple[np.ndarray, tuple[float, float]]:
+    """Depth `[H, W]` in metres (0: invalid) -> image `[3, H, W]`, and (near, far) in metres, which map to -1 and 1.
+
+    Affine between the two quantiles over valid depth, clipped (Marigold, Ke et al. 2024, eq. 1). Invalid pixels become -1.
+    UserError if no pixel is valid.
+    """
+    valid = depth > 0 if valid is None else valid & (depth > 0)
+    if not valid.any():
+        raise UserError("a depth map has no valid pixel (depth > 0); filter it out.")
+    near, far = (float(q) for q in np.quantile(depth[valid], quantiles))
+    unit = (np.where(valid, depth, near) - near) / max(far - near, 1e-6)
+    image = np.clip(unit, 0.0, 1.0).astype(np.float32) * 2.0 - 1.0
+    return np.repeat(image[None], 3, axis=0), (near, far)
+
+
+def decode_depth(image: Any) -> Any:
+    """Image `[..., 3, H, W]` -> affine-invariant depth `[..., H, W]` in [0, 1]: the channels' mean. Arrays or tensors."""
+    return (image.mean(-3).clip(-1.0, 1.0) + 1.0) / 2.0
+
+
+def metric_depth(unit_depth: Any, constants: tuple[float, float]) -> Any:
+    """Undo `encode_depth`'s normalisation: depth in [0, 1] -> metres, with its (near, far)."""
+    near, far = constants
+    return near + unit_depth * (far - near)
+
+
+# --- optical flow -------------------------------------------------------------------------------------------------------
+
+FLOW_KNEE = 1.0 / 64.0
+"""Motion, as a fraction of the image's side, below which the flow code is about linear and above which it is logarithmic."""
+
+
+def encode_flow(flow: np.ndarray) -> np.ndarray:
+    """Flow `[2, H, W]` in pixels -> images `[2, 3, H, W]`: x = sign(f) log(1 + |f| / k) / log(1 + 1 / k), f = (u / W, v / H).
+
+    Motion up to the whole image maps into [-1, 1] (use `count_clipped_flow`), small motion still gets a good share of the
+    range, and the code commutes with resizing. On FlyingChairs an error in the image costs about 3/4 of the pixels that it
+    does in the linear code flow / 75, which clips besides.
+    """
+    normalised = flow / np.array([flow.shape[-1], flow.shape[-2]], dtype=np.float32)[:, None, None]
+    code = np.sign(normalised) * np.log1p(np.abs(normalised) / FLOW_KNEE) / np.log1p(1.0 / FLOW_KNEE)
+    return np.repeat(np.clip(code, -1.0, 1.0).astype(np.float32)[:, None], 3, axis=1)
+
+
+def count_clipped_flow(flow: np.ndarray) -> int:
+    """Pixels of a flow `[2, H, W]` that move by more than the image's width or height, which the code clips."""
+    limits = np.array([flow.shape[-1], flow.shape[-2]])[:, None, None]
+    return int((np.abs(flow) > limits).any(axis=0).sum())
+
+
+def decode_flow(image: Any, axis: int, extent: int) -> Any:
+    """Image `[..., 3, h, w]` of flow along `axis` (0: x, 1: y) -> flow component `[..., h, w]` in pixels. Arrays or tensors.
+
+    `extent`: width (x) or height (y), in pixels, of the image that the flow shall refer to: with the original's, the values
+    are already those of the original, whatever the size of the map.
+    """
+    assert axis in (0, 1)
+    code = image.mean(-3).clip(-1.0, 1.0)
+    magnitude = ((1.0 + 1.0 / FLOW_KNEE) ** abs(code) - 1.0) * FLOW_KNEE * extent
+    return magnitude * (code > 0) - magnitude * (code < 0)
+
+
+def mirror_flow(flow: np.ndarray) -> np.ndarray:
+    """The flow `[2, H, W]` of the horizontally mirrored pair: mirrored, with u negated."""
+    return np.ascontiguousarray(flow[..., ::-1]) * np.array([-1.0, 1.0], dtype=flow.dtype)[:, None, None]
+
+
+# --- amodal segmentation ------------------------------------------------------------------------------------------------
+
+AMODAL_GREY = 250
+"""Grey level (0-255) up to which a pixel of the whole-on-white image counts as the object."""
+
+
+def encode_amodal(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """uint8 `[H, W, 3]` and the whole object's mask bool `[H, W]` -> image `[3, H, W]` of the object on white."""
+    return image_to_float(np.where(mask[..., None], image, np.uint8(255)))
+
+
+def decode_amodal(image: Any) -> Any:
+    """Image `[..., 3, H, W]` -> the whole object's mask, bool `[..., H, W]`: rounded ITU-R 601 luma <= 250. Arrays or tensors."""
+    red, green, blue = (((image[..., c, :, :].clip(-1.0, 1.0) + 1.0) * 127.5).round() for c in range(3))
+    return 0.299 * red + 0.587 * green + 0.114 * blue < AMODAL_GREY + 0.5
