@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from difflib import get_close_matches
 from typing import Any, get_type_hints
 
 from dpt.config.recipe import DEEPSPEED_KEYS, DptConfig, Recipe, load_recipe
@@ -11,14 +12,15 @@ from dpt.errors import UserError
 def parse_command(prog: str, description: str, home: str, argv: Sequence[str] | None = None) -> Recipe:
     """The recipe that a launcher's command line describes.
 
-    Fields of the section `home` may be written without it (evaluate: `--steps 1,5`). `--local_rank`, which the DeepSpeed launcher
-    appends, is accepted and ignored. `--help` prints every field and exits 0. Raises UserError.
+    Fields of the section `home` may be written without it (evaluate: `--steps 1,5`). `--local_rank`, which the DeepSpeed
+    launcher appends, is accepted and ignored. `--help` prints every field and exits 0. Raises UserError.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if "-h" in arguments or "--help" in arguments:
         print_help(prog, description, home)
         sys.exit(0)
-    bare = get_type_hints(get_type_hints(DptConfig)[home])
+    sections = get_type_hints(DptConfig)
+    bare = get_type_hints(sections[home])
     recipe_path: str | None = None
     overrides: dict[str, Any] = {}
     for name, value in _pairs(arguments):
@@ -26,8 +28,12 @@ def parse_command(prog: str, description: str, home: str, argv: Sequence[str] | 
             recipe_path = value
         elif name in ("local_rank", "deepspeed"):
             continue
-        elif name in bare and name not in get_type_hints(DptConfig):
+        elif name in bare and name not in sections:
             overrides[f"{home}.{name}"] = value
+        elif "." not in name and name not in DEEPSPEED_KEYS and name not in sections:
+            close = get_close_matches(name, [*bare, *sections, *DEEPSPEED_KEYS], n=1)
+            mend = f"did you mean --{close[0]}?" if close else "--help lists the fields."
+            raise UserError(f"there is no field --{name}; {mend}")
         else:
             overrides[name] = value
     return load_recipe(recipe_path, overrides)

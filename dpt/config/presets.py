@@ -1,7 +1,7 @@
 """Model sizes by name: plain data, so that a recipe can be checked without torch.
 
-Sizes: DiT (S, B, L, XL), paper Tables 1 and 2 (a1-a6), DiT-MoE (…E2A). FACTS: MoE presets trained from scratch use SwiGLU experts
-of width 4 d without biases and one shared expert of width 2 d.
+Sizes: DiT (S, B, L, XL), Scaling Properties of Diffusion Models for Perceptual Tasks, Tables 1 and 2 (a1-a6), DiT-MoE (…E2A).
+MoE presets, trained from scratch, have SwiGLU experts of width 4 d without biases and one shared expert of width 2 d.
 """
 
 from typing import Any

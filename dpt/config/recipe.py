@@ -23,7 +23,7 @@ from dpt.config.sections import (
 from dpt.errors import UserError
 
 DEEPSPEED_KEYS = frozenset(
-    [
+    {
         "activation_checkpointing",
         "aio",
         "bf16",
@@ -53,7 +53,7 @@ DEEPSPEED_KEYS = frozenset(
         "zero_allow_untested_optimizer",
         "zero_force_ds_cpu_optimizer",
         "zero_optimization",
-    ]
+    }
 )
 
 
@@ -120,7 +120,8 @@ def load_recipe(path: str | Path | None, overrides: Mapping[str, Any] | None = N
     """Read a recipe and set fields over it.
 
     `overrides` maps dotted names to values: "training.steps" (a field of "dpt"; the prefix "dpt." is optional) or
-    "zero_optimization.stage" (a key of DeepSpeed's). Later layers win: preset, file, overrides. Raises UserError that names file and field.
+    "zero_optimization.stage" (a key of DeepSpeed's). Later layers win: preset, file, overrides.
+    Raises UserError that names file and field.
     """
     source = str(path) if path is not None else "the command line"
     content = read_json(path) if path is not None else {}
@@ -148,7 +149,10 @@ def load_recipe(path: str | Path | None, overrides: Mapping[str, Any] | None = N
 
 
 def section_from_dict(cls: type, values: Mapping[str, Any], source: str) -> Any:
-    """A section (e.g. ModelConfig) from a dict, such as the one in an exported config.json; UserError on unknown or ill-typed fields."""
+    """A section (e.g. ModelConfig) from a dict, such as one in an exported config.json.
+
+    Raises UserError on unknown or ill-typed fields.
+    """
     _check_keys(values, cls, source, cls.__name__)
     return _build(cls, dict(values), source, cls.__name__)
 
@@ -165,18 +169,16 @@ def _build(cls: type, values: dict[str, Any], source: str, prefix: str) -> Any:
         try:
             values[name] = parser.parse_object({name: value}, defaults=False)[name]
         except ArgumentError as error:
-            kind = getattr(hints[name], "__name__", str(hints[name])).replace("typing.", "")
-            raise UserError(
-                f"{source}: {prefix}.{name} is {value!r}; it must be of type {_type_name(hints[name], kind)}."
-            ) from error
+            kind = _type_name(hints[name])
+            raise UserError(f"{source}: {prefix}.{name} is {value!r}; it must be of type {kind}.") from error
     try:
         return cls(**nested, **values)
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
 
 
-def _type_name(hint: Any, kind: str) -> str:
-    return str(hint).replace("typing.", "") if get_origin(hint) is not None else kind
+def _type_name(hint: Any) -> str:
+    return str(hint).replace("typing.", "") if get_origin(hint) is not None else hint.__name__
 
 
 def _is_section(hint: Any) -> bool:

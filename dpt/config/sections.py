@@ -200,7 +200,7 @@ class SamplingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """Length, learning rate, EMA, checkpoints and safety of a training run. Batch, precision, ZeRO, optimizer and clipping are DeepSpeed's own keys."""
+    """Length, learning rate, EMA, checkpoints and safety. Batch, precision, ZeRO, optimizer and clipping are DeepSpeed's."""
 
     output_dir: str = "runs/pretrain"
     """Folder of checkpoints, exported weights and records."""

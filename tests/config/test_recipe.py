@@ -1,0 +1,147 @@
+"""Recipes: layers, types, refusals."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dpt.config.checks import batch_split, check_recipe
+from dpt.config.command import parse_command
+from dpt.config.presets import PRESETS
+from dpt.config.recipe import load_recipe, section_from_dict
+from dpt.config.sections import ModelConfig
+from dpt.errors import UserError
+
+
+def write(folder: Path, content: object) -> Path:
+    path = folder / "recipe.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return path
+
+
+def test_later_layers_win(tmp_path: Path) -> None:
+    given = {"model": {"preset": "a2", "depth": 3}, "training": {"steps": 5}}
+    path = write(tmp_path, {"train_batch_size": 8, "dpt": given})
+    overrides = {"training.steps": "7", "zero_optimization.stage": "2", "evaluation.steps": "1,5", "model.preset": "a1"}
+    recipe = load_recipe(path, overrides)
+    assert (recipe.dpt.model.hidden_size, recipe.dpt.model.depth) == (256, 3)  # the overriding preset's width, the file's depth
+    assert recipe.dpt.training.steps == 7
+    assert recipe.dpt.evaluation.steps == [1, 5]
+    assert recipe.zero_stage == 2
+    assert recipe.deepspeed["train_batch_size"] == 8
+
+
+def test_text_stays_text(tmp_path: Path) -> None:
+    recipe = load_recipe(None, {"tracking.run_name": "007", "data.shards": "a,b", "tracking.tags": '{"k": "v"}'})
+    assert recipe.dpt.tracking.run_name == "007"
+    assert recipe.dpt.data.shards == ["a", "b"]
+    assert recipe.dpt.tracking.tags == {"k": "v"}
+
+
+def test_a_resolved_recipe_loads_again(tmp_path: Path) -> None:
+    recipe = load_recipe(None, {"model.preset": "S/2-8E2A", "train_batch_size": "4"})
+    again = load_recipe(write(tmp_path, recipe.to_dict()))
+    assert again.dpt == recipe.dpt
+    assert again.deepspeed == recipe.deepspeed
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ('{"dpt": ', ["recipe.json", "line 1"]),
+        ("[1]", ["recipe.json", "list"]),
+        ({"trian_batch_size": 8}, ["trian_batch_size", "did you mean", "train_batch_size"]),
+        ({"dpt": {"modle": {}}}, ["dpt.modle", "did you mean", "model"]),
+        ({"dpt": {"training": {"stesp": 1}}}, ["dpt.training.stesp", '"steps"']),
+        ({"dpt": {"training": {"steps": "many"}}}, ["dpt.training.steps", "many", "int"]),
+        ({"dpt": {"training": {"steps": 0}}}, ["dpt.training.steps", "0", "at least 1"]),
+        ({"dpt": {"training": 3}}, ["dpt.training", "object"]),
+        ({"dpt": {"model": {"preset": "Q/9"}}}, ["Q/9", "S/2"]),
+        ({"dpt": {"model": {"num_heads": 5}}}, ["num_heads", "5", "384"]),
+        ({"dpt": {"model": {"num_experts": 2, "top_k": 3}}}, ["top_k", "num_experts"]),
+        ({"dpt": {"task": "sleep"}}, ["dpt.task", "sleep"]),
+    ],
+)
+def test_refusals_name_file_and_field(tmp_path: Path, content: object, words: list[str]) -> None:
+    path = write(tmp_path, content)
+    with pytest.raises(UserError) as error:
+        load_recipe(path)
+    message = str(error.value)
+    assert "recipe.json" in message or "dpt.model.preset" in message
+    for word in words:
+        assert word in message
+    assert "\n" not in message
+
+
+def test_missing_file_is_named() -> None:
+    with pytest.raises(UserError, match=r"nowhere\.json"):
+        load_recipe("nowhere.json")
+
+
+def test_command_line_accepts_bare_fields_of_its_section(tmp_path: Path) -> None:
+    path = write(tmp_path, {"dpt": {}})
+    arguments = ["--ds_config", str(path), "--steps", "1,5", "--ensemble=1", "--local_rank=0", "--training.steps", "3"]
+    recipe = parse_command("evaluate", "", "evaluation", arguments)
+    assert recipe.dpt.evaluation.steps == [1, 5]
+    assert recipe.dpt.evaluation.ensemble == [1]
+    assert recipe.dpt.training.steps == 3
+
+
+@pytest.mark.parametrize("arguments", [["--stesp", "1"], ["--steps"], ["steps"], ["--training.stesp", "2"]])
+def test_command_line_refuses(arguments: list[str]) -> None:
+    with pytest.raises(UserError, match=r"steps|stesp"):
+        parse_command("pretrain", "", "training", arguments)
+
+
+def test_help_lists_every_field(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        parse_command("pretrain", "Train.", "training", ["--help"])
+    assert stop.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for option in (
+        "--model.hidden_size",
+        "--training.ema_decays",
+        "--evaluation.timestep_spacing",
+        "--tracking.uri",
+        "default: 384",
+    ):
+        assert option in text
+
+
+@pytest.mark.parametrize(
+    ("keys", "world_size", "split"),
+    [
+        ({"train_batch_size": 8}, 2, (8, 4, 1)),
+        ({"train_batch_size": 8, "train_micro_batch_size_per_gpu": 2}, 2, (8, 2, 2)),
+        ({"train_micro_batch_size_per_gpu": 3}, 4, (12, 3, 1)),
+        ({"train_batch_size": 8, "gradient_accumulation_steps": 4}, 1, (8, 2, 4)),
+    ],
+)
+def test_batch_split(keys: dict[str, int], world_size: int, split: tuple[int, int, int]) -> None:
+    assert batch_split(load_recipe(None, keys), world_size) == split
+
+
+@pytest.mark.parametrize(
+    ("keys", "world_size", "word"),
+    [
+        ({"train_batch_size": 6}, 4, "train_batch_size"),
+        ({"train_batch_size": 0}, 1, "train_batch_size"),
+        ({}, 1, "train_batch_size"),
+        ({"train_batch_size": 4, "training.ep_size": 2}, 2, "dense"),
+        ({"train_batch_size": 6, "training.ep_size": 2, "model.preset": "S/2-8E2A"}, 3, "ranks"),
+        ({"train_batch_size": 3, "training.ep_size": 3, "model.preset": "S/2-8E2A"}, 3, "num_experts"),
+        ({"train_batch_size": 4, "task": "depth"}, 1, "num_conditions"),
+        ({"train_batch_size": 4, "bf16.enabled": True, "fp16.enabled": True}, 1, "bf16"),
+        ({"train_batch_size": 4, "optimizer.type": "Lion"}, 1, "Lion"),
+    ],
+)
+def test_impossible_combinations(keys: dict[str, object], world_size: int, word: str) -> None:
+    with pytest.raises(UserError, match=word):
+        check_recipe(load_recipe(None, keys), world_size)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_is_a_valid_model(preset: str) -> None:
+    model = load_recipe(None, {"model.preset": preset}).dpt.model
+    assert model.preset == preset
+    assert section_from_dict(ModelConfig, {"hidden_size": model.hidden_size, "num_heads": model.num_heads}, "config.json")

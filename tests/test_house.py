@@ -1,0 +1,70 @@
+"""The house rules that the imports must keep: they run downward only."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Room -> rooms it may import. Each may import itself.
+BASE = {"errors", "config"}
+MIDDLE = BASE | {"distributed", "tracking", "tasks"}
+ALLOWED = {
+    "errors": set(),
+    "config": {"errors"},
+    "distributed": BASE,
+    "tracking": BASE | {"distributed"},
+    "tasks": BASE,
+    "models": MIDDLE,
+    "diffusion": MIDDLE,
+    "data": MIDDLE,
+    "training": MIDDLE | {"models", "diffusion", "data"},
+    "evaluation": MIDDLE | {"models", "diffusion", "data"},
+    "scaling": MIDDLE | {"models", "diffusion", "data"},
+    "cli": MIDDLE | {"models", "diffusion", "data", "training", "evaluation", "scaling", "commands"},
+    "commands": MIDDLE | {"models", "diffusion", "data", "training", "evaluation", "scaling"},
+    "data_tools": MIDDLE | {"data"},
+    "__init__": set(),
+}
+KNOWS_DEEPSPEED = ("dpt/distributed.py", "dpt/models/moe", "dpt/training/")
+
+
+def imports_of(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def modules() -> list[Path]:
+    return sorted(p for folder in ("dpt", "data_tools") for p in (ROOT / folder).rglob("*.py"))
+
+
+def room_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return parts[1] if parts[0] == "dpt" else "data_tools"
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_run_downward(path: Path) -> None:
+    room = room_of(path)
+    used = {name.split(".")[1] for name in imports_of(path) if name.startswith("dpt.") and name.count(".") >= 1}
+    rooms = {name for name in used if (ROOT / "dpt" / name).is_dir() or (ROOT / "dpt" / f"{name}.py").is_file()}
+    assert rooms <= ALLOWED[room] | {room}
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_only_three_rooms_know_deepspeed(path: Path) -> None:
+    knows = any(name.split(".")[0] == "deepspeed" for name in imports_of(path))
+    assert not knows or str(path.relative_to(ROOT)).startswith(KNOWS_DEEPSPEED)
+
+
+def test_the_light_rooms_import_no_torch() -> None:
+    code = "import sys, dpt, dpt.config.checks, dpt.config.command, dpt.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
