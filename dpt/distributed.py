@@ -1,0 +1,248 @@
+"""The ranks of a run: start and end, small reductions, messages from rank 0, progress.
+
+Works the same in one process that never started anything (rank 0 of 1), under `deepspeed`, `torchrun` and `srun`. Importing
+this module loads neither torch nor DeepSpeed.
+"""
+
+import os
+import socket
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sized
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+if TYPE_CHECKING:
+    import torch
+
+T = TypeVar("T")
+
+LINE_INTERVAL_S = 10.0
+"""Seconds between progress lines when the output is no terminal."""
+
+
+# --- start and end ------------------------------------------------------------------------------------------------------
+
+
+def set_environment() -> None:
+    """Set what `torch.distributed` reads and a launcher did not: SLURM's variables are used, else this is the only process."""
+    slurm = os.environ if "SLURM_PROCID" in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1 else {}
+    os.environ.setdefault("RANK", slurm.get("SLURM_PROCID", "0"))
+    os.environ.setdefault("LOCAL_RANK", slurm.get("SLURM_LOCALID", "0"))
+    os.environ.setdefault("WORLD_SIZE", slurm.get("SLURM_NTASKS", "1"))
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    if "MASTER_PORT" not in os.environ:
+        os.environ["MASTER_PORT"] = "29500" if int(os.environ["WORLD_SIZE"]) > 1 else str(_free_port())
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def init(timeout_s: float = 1800.0) -> None:
+    """Start `torch.distributed` through DeepSpeed, on NCCL with GPUs and on gloo without. Calling it again does nothing.
+
+    `timeout_s`: seconds after which a collective that some rank never joins becomes an error.
+    """
+    set_environment()
+    import torch
+
+    if torch.distributed.is_initialized():
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank())
+    else:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+    from deepspeed.ops import __compatible_ops__
+
+    # DeepSpeed would compile a shared-memory collective at first use: half a minute, and a crash without a compiler.
+    __compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=timedelta(seconds=timeout_s))
+
+
+def shutdown() -> None:
+    """Leave together: without the barrier and the explicit end, gloo processes abort now and then at exit."""
+    if not _initialized():
+        return
+    import deepspeed
+
+    barrier()
+    deepspeed.comm.destroy_process_group()
+
+
+def _initialized() -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def rank() -> int:
+    """This process's number among all, 0 before `init`."""
+    if not _initialized():
+        return 0
+    import torch
+
+    return torch.distributed.get_rank()
+
+
+def local_rank() -> int:
+    """This process's number on its node."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def world_size() -> int:
+    """Number of processes, 1 before `init`."""
+    if not _initialized():
+        return 1
+    import torch
+
+    return torch.distributed.get_world_size()
+
+
+def is_main() -> bool:
+    """Whether this is rank 0, the one that prints and writes records."""
+    return rank() == 0
+
+
+def device() -> "torch.device":
+    """This process's device: its GPU, or the CPU."""
+    import torch
+
+    return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+# --- collectives --------------------------------------------------------------------------------------------------------
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if world_size() > 1:
+        import torch
+
+        torch.distributed.barrier()
+
+
+def all_reduce_sum(values: Mapping[str, float]) -> dict[str, float]:
+    """Sums over ranks, by name; every rank gives the same names. One collective, in float64."""
+    if world_size() == 1:
+        return {name: float(value) for name, value in values.items()}
+    import torch
+
+    names = sorted(values)
+    total = torch.tensor([float(values[name]) for name in names], dtype=torch.float64, device=device())
+    torch.distributed.all_reduce(total)
+    return dict(zip(names, total.tolist(), strict=True))
+
+
+def all_reduce_mean(values: Mapping[str, float]) -> dict[str, float]:
+    """Means over ranks, by name; every rank gives the same names."""
+    return {name: total / world_size() for name, total in all_reduce_sum(values).items()}
+
+
+def gather_objects(value: T) -> list[T]:
+    """Every rank's `value`, in rank order, on every rank. For small Python objects of our own processes."""
+    if world_size() == 1:
+        return [value]
+    import torch
+
+    gathered: list[Any] = [None] * world_size()
+    torch.distributed.all_gather_object(gathered, value)
+    return gathered
+
+
+def broadcast_object(value: T, source: int = 0) -> T:
+    """Rank `source`'s `value`, on every rank."""
+    if world_size() == 1:
+        return value
+    import torch
+
+    box: list[Any] = [value]
+    torch.distributed.broadcast_object_list(box, src=source)
+    return box[0]
+
+
+# --- messages and progress ----------------------------------------------------------------------------------------------
+
+
+def log(message: str) -> None:
+    """Print one line, from rank 0 alone."""
+    if is_main():
+        print(message, flush=True)
+
+
+class Progress(Generic[T]):
+    """A progress bar on a terminal, a line now and then elsewhere; both with rate and time left. Silent off rank 0.
+
+    Iterate over it, or call `update`; `close` prints the last state.
+    """
+
+    def __init__(self, iterable: Iterable[T] | None, total: int | None, desc: str, unit: str, initial: int = 0) -> None:
+        from tqdm import tqdm
+
+        self._iterable, self._desc, self._unit, self._total = iterable, desc, unit, total
+        self._count = self._initial = initial
+        self._started = self._printed = time.monotonic()
+        self._text = ""
+        shown, terminal = is_main(), sys.stderr.isatty()
+        self._bar = tqdm(total=total, desc=desc, unit=unit, initial=initial, dynamic_ncols=True) if shown and terminal else None
+        self._lines = shown and not terminal
+
+    def update(self, count: int = 1, text: str = "") -> None:
+        """`count` more are done; `text` is shown beside the count."""
+        self._count += count
+        self._text = text or self._text
+        if self._bar is not None:
+            if text:
+                self._bar.set_postfix_str(text, refresh=False)
+            self._bar.update(count)
+        elif self._lines and time.monotonic() - self._printed >= LINE_INTERVAL_S:
+            self._print_line()
+
+    def _print_line(self) -> None:
+        from tqdm import tqdm
+
+        self._printed = time.monotonic()
+        elapsed = self._printed - self._started
+        line = tqdm.format_meter(
+            n=self._count,
+            total=self._total,
+            initial=self._initial,
+            elapsed=elapsed,
+            prefix=self._desc,
+            unit=self._unit,
+            postfix=self._text,
+            bar_format="{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]",
+        )
+        print(line, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Show the final state."""
+        if self._bar is not None:
+            self._bar.close()
+        elif self._lines:
+            self._print_line()
+        self._lines = False
+
+    def __iter__(self) -> Iterator[T]:
+        assert self._iterable is not None
+        for item in self._iterable:
+            yield item
+            self.update()
+        self.close()
+
+    def __enter__(self) -> "Progress[T]":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def progress(items: Iterable[T] | int, desc: str, unit: str = "item", *, total: int | None = None) -> Progress[T]:
+    """Progress over `items`, or over a plain count to be advanced by `update`. `total`: for iterables without a length."""
+    if isinstance(items, int):
+        return Progress(None, items, desc, unit)
+    if total is None and isinstance(items, Sized):
+        total = len(items)
+    return Progress(items, total, desc, unit)

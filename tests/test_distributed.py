@@ -1,0 +1,81 @@
+"""Ranks, reductions and progress, alone and with two gloo processes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dpt import distributed
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_without_init_there_is_one_rank():
+    assert (distributed.rank(), distributed.world_size(), distributed.is_main()) == (0, 1, True)
+    assert distributed.all_reduce_sum({"a": 2.0}) == distributed.all_reduce_mean({"a": 2.0}) == {"a": 2.0}
+    assert distributed.gather_objects("x") == ["x"]
+    assert distributed.broadcast_object({"k": 1}) == {"k": 1}
+    distributed.barrier()
+    distributed.shutdown()
+
+
+def test_import_loads_neither_torch_nor_deepspeed():
+    code = "import sys, dpt.distributed; assert not {'torch', 'deepspeed'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_environment_is_filled_only_where_absent(monkeypatch):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID", "SLURM_NTASKS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MASTER_PORT", "12345")
+    monkeypatch.setenv("SLURM_PROCID", "3")
+    monkeypatch.setenv("SLURM_LOCALID", "1")
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    monkeypatch.setenv("MASTER_ADDR", "node7")
+    distributed.set_environment()
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    assert [os.environ[n] for n in names] == ["3", "1", "4", "node7", "12345"]
+
+
+def test_progress_prints_lines_with_rate_and_time_left(capsys, monkeypatch):
+    monkeypatch.setattr(distributed, "LINE_INTERVAL_S", 0.0)
+    assert list(distributed.progress(range(3), "reading", "file")) == [0, 1, 2]
+    with distributed.progress(2, "steps", "step") as bar:
+        bar.update(text="loss 0.5")
+    lines = capsys.readouterr().err.splitlines()
+    assert any(line.startswith("reading: 3/3 [") and "file/s" in line for line in lines)
+    assert any(line.startswith("steps: 1/2 [") and line.endswith("loss 0.5]") for line in lines)
+
+
+@pytest.mark.parametrize("world_size", [2])
+def test_collectives_between_processes(world_size):
+    code = """
+from dpt import distributed as d
+d.init(timeout_s=60)
+r = d.rank()
+assert d.world_size() == 2
+assert d.all_reduce_sum({"b": r, "a": 1.5}) == {"a": 3.0, "b": 1.0}
+assert d.all_reduce_mean({"a": r}) == {"a": 0.5}
+assert d.gather_objects({"rank": r}) == [{"rank": 0}, {"rank": 1}]
+assert d.broadcast_object(r, source=1) == 1
+d.log(f"from rank {r}")
+d.shutdown()
+"""
+    port = str(distributed._free_port())
+    ranks = []
+    for rank in range(world_size):
+        environment = os.environ | {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(world_size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
+        ranks.append(
+            subprocess.Popen([sys.executable, "-c", code], env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        )
+    outputs = [process.communicate(timeout=120)[0] for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0]
+    assert [output.strip() for output in outputs] == ["from rank 0", ""]
