@@ -3,16 +3,22 @@
 from typing import NoReturn
 
 from dpt.config.recipe import Recipe
+from dpt.config.sections import ModelConfig
 from dpt.errors import UserError
 
 CONDITIONS = {"class": (0, 0), "depth": (1, 2), "flow": (2, 2), "amodal": (2, 2), "generalist": (2, 2)}
 """Least and most condition latents (`model.num_conditions`) of each task."""
 
 
-def check_recipe(recipe: Recipe, world_size: int) -> None:
-    """Raise a UserError naming the key, its value and a mend if the recipe cannot run on `world_size` ranks."""
+def trained_model(recipe: Recipe, stage: str) -> ModelConfig:
+    """The architecture that a stage trains: the recipe's, upcycled in the stage "upcycle"."""
+    return recipe.dpt.upcycling.apply(recipe.dpt.model) if stage == "upcycle" else recipe.dpt.model
+
+
+def check_recipe(recipe: Recipe, world_size: int, stage: str = "pretrain") -> None:
+    """Raise a UserError naming the key, its value and a mend if the recipe cannot run as `stage` on `world_size` ranks."""
     _check_batch(recipe, world_size)
-    _check_experts(recipe, world_size)
+    _check_experts(recipe, world_size, trained_model(recipe, stage).num_experts)
     _check_task(recipe)
     if all(recipe.deepspeed.get(name, {}).get("enabled", False) for name in ("bf16", "fp16")):
         _refuse(recipe, "bf16.enabled and fp16.enabled are both true; enable one.")
@@ -52,8 +58,8 @@ def _check_batch(recipe: Recipe, world_size: int) -> None:
     batch_split(recipe, world_size)
 
 
-def _check_experts(recipe: Recipe, world_size: int) -> None:
-    ep_size, experts, stage = recipe.dpt.training.ep_size, recipe.dpt.model.num_experts, recipe.zero_stage
+def _check_experts(recipe: Recipe, world_size: int, experts: int) -> None:
+    ep_size, stage = recipe.dpt.training.ep_size, recipe.zero_stage
     if stage not in (0, 1, 2, 3):
         _refuse(recipe, f"zero_optimization.stage is {stage}; it must be 0, 1, 2 or 3.")
     if ep_size > 1 and experts == 0:

@@ -3,7 +3,7 @@
 Validation of single fields is here (`__post_init__`); what concerns several sections is in `recipe.py`.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from dpt.errors import UserError
@@ -180,6 +180,17 @@ class UpcyclingConfig:
         )
         _check(self.granularity >= 1, f"dpt.upcycling.granularity is {self.granularity}; it must be at least 1.")
         _check(self.noise_std >= 0, f"dpt.upcycling.noise_std is {self.noise_std}; it cannot be negative.")
+
+    def apply(self, dense: ModelConfig) -> ModelConfig:
+        """The architecture that upcycling makes of a dense one: num_experts copies of each MLP, each split granularity times."""
+        return replace(
+            dense,
+            num_experts=self.num_experts * self.granularity,
+            top_k=self.top_k * self.granularity,
+            mlp_ratio=dense.mlp_ratio / self.granularity,
+            expert_activation="gelu",
+            normalize_top_k=self.normalize_top_k,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
