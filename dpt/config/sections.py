@@ -182,7 +182,7 @@ class UpcyclingConfig:
         _check(self.noise_std >= 0, f"dpt.upcycling.noise_std is {self.noise_std}; it cannot be negative.")
 
     def apply(self, dense: ModelConfig) -> ModelConfig:
-        """The architecture that upcycling makes of a dense one: num_experts copies of each MLP, each split granularity times."""
+        """The architecture that upcycling makes of a dense one: num_experts copies of each MLP, split granularity times."""
         return replace(
             dense,
             num_experts=self.num_experts * self.granularity,
@@ -216,7 +216,7 @@ class TrainingConfig:
     output_dir: str = "runs/pretrain"
     """Folder of checkpoints, exported weights and records."""
     steps: int = 400_000
-    """Optimizer steps."""
+    """Optimizer steps; 0: only export the weights that training would start from."""
     seed: int = 0
     """Seed of weights, data order and noise."""
     weights: str = ""
@@ -259,7 +259,7 @@ class TrainingConfig:
     """Seconds without progress on a rank before all ranks stop."""
 
     def __post_init__(self) -> None:
-        _check(self.steps >= 1, f"dpt.training.steps is {self.steps}; it must be at least 1.")
+        _check(self.steps >= 0, f"dpt.training.steps is {self.steps}; it cannot be negative.")
         _check(self.ep_size >= 1, f"dpt.training.ep_size is {self.ep_size}; it must be at least 1.")
         _check(len(self.ema_decays) >= 1, "dpt.training.ema_decays is empty; give at least one decay (0 turns averaging off).")
         _check(

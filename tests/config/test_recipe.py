@@ -54,7 +54,7 @@ def test_a_resolved_recipe_loads_again(tmp_path: Path) -> None:
         ({"dpt": {"modle": {}}}, ["dpt.modle", "did you mean", "model"]),
         ({"dpt": {"training": {"stesp": 1}}}, ["dpt.training.stesp", '"steps"']),
         ({"dpt": {"training": {"steps": "many"}}}, ["dpt.training.steps", "many", "int"]),
-        ({"dpt": {"training": {"steps": 0}}}, ["dpt.training.steps", "0", "at least 1"]),
+        ({"dpt": {"training": {"steps": -1}}}, ["dpt.training.steps", "-1", "negative"]),
         ({"dpt": {"training": 3}}, ["dpt.training", "object"]),
         ({"dpt": {"model": {"preset": "Q/9"}}}, ["Q/9", "S/2"]),
         ({"dpt": {"model": {"num_heads": 5}}}, ["num_heads", "5", "384"]),
