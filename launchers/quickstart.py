@@ -1,0 +1,174 @@
+"""The whole road on one small machine: scenes -> latents -> pre-train -> fine-tune -> upcycle -> evaluate -> report.
+
+Every step is a command that a user could type; it is shown, run, and skipped on the next call if its result is still there
+and the command has not changed.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from dpt.errors import UserError, reported
+from dpt.scaling.report import format_table, results_table
+from dpt.tracking.read import load_runs
+
+ROOT = Path(__file__).resolve().parents[1]
+EXPERIMENT = "quickstart"
+STEPS, ENSEMBLE = 10, 5
+MODELS = {  # label of the table's row -> folder of exported weights
+    "untrained": "untrained",
+    "fine-tuned without pre-training": "depth_scratch",
+    "fine-tuned after pre-training": "depth",
+    "upcycled to experts": "upcycled",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One command, what it is for, the file that proves it finished, and the folder that holds all it makes."""
+
+    title: str
+    command: list[str]
+    result: Path
+    folder: Path
+
+
+def python(*arguments: str) -> list[str]:
+    return [sys.executable, *arguments]
+
+
+def launch(launcher: str, recipe: str, *fields: str) -> list[str]:
+    """The command of the mission: DeepSpeed's launcher, one recipe, and the fields that differ."""
+    return ["deepspeed", f"launchers/{launcher}.py", "--ds_config", f"ds_configs/{recipe}.json", *fields]
+
+
+def road(out: Path, scenes: int, uri: str) -> list[Step]:
+    """The steps, in order."""
+    shards, tracking = out / "shards", ["--tracking.uri", uri, "--tracking.experiment", EXPERIMENT]
+    steps = [
+        Step(
+            title="synthesise textured, lit 3-D scenes with exact ground truth",
+            command=python("-m", "data_tools.synthesis", "--out", f"{out}/scenes", "--scenes", str(scenes), "--size", "128"),
+            result=out / "scenes" / "synthesis.json",
+            folder=out / "scenes",
+        )
+    ]
+    for name, arguments in {
+        "class_train": ["--dataset", "imagenet", "--root", f"{out}/scenes/imagenet", "--split", "train"],
+        "depth_train": ["--dataset", "hypersim", "--root", f"{out}/scenes/hypersim", "--split", "train"],
+        "depth_val": ["--dataset", "hypersim", "--root", f"{out}/scenes/hypersim", "--split", "val", "--evaluation"],
+    }.items():
+        steps.append(
+            Step(
+                title=f"encode {name.replace('_', ', ')} into latent shards with the VAE",
+                command=python(
+                    "-m", "data_tools.encode", *arguments, "--vae", "embedded", "--resolution", "128", "--out", f"{shards}/{name}"
+                ),
+                result=shards / name / "manifest.json",
+                folder=shards / name,
+            )
+        )
+
+    def trained(name: str, title: str, command: list[str]) -> None:
+        fields = ["--output_dir", f"{out}/{name}", "--tracking.run_name", name, *tracking]
+        folder = out / name
+        steps.append(Step(title=title, command=[*command, *fields], result=folder / "weights" / "config.json", folder=folder))
+
+    def weights(name: str) -> list[str]:
+        return ["--weights", f"{out}/{name}/weights"]
+
+    trained("pretrain", "pre-train a class-conditional DiT", launch("pretrain", "quickstart"))
+    trained("untrained", "set up an untrained depth model", launch("finetune", "quickstart_depth", "--steps", "0"))
+    trained("depth_scratch", "fine-tune for depth without pre-training", launch("finetune", "quickstart_depth"))
+    trained("depth", "fine-tune for depth after pre-training", launch("finetune", "quickstart_depth", *weights("pretrain")))
+    trained("upcycled", "upcycle to experts and train on", launch("upcycle", "quickstart_upcycle", *weights("depth")))
+    for label, name in MODELS.items():
+        fields = ["--steps", str(STEPS), "--ensemble", f"1,{ENSEMBLE}", "--output_dir", f"{out}/evaluate/{name}"]
+        naming = ["--tracking.run_name", f"evaluate {name}", "--tracking.tags", json.dumps({"dpt.label": label})]
+        steps.append(
+            Step(
+                title=f"evaluate: {label}",
+                command=launch("evaluate", "quickstart_depth", *weights(name), *fields, *tracking, *naming),
+                result=out / "evaluate" / name / "summary.json",
+                folder=out / "evaluate" / name,
+            )
+        )
+    steps.append(
+        Step(
+            title="write the report",
+            command=python("-m", "dpt.cli", "report", EXPERIMENT, "--uri", uri, "--out", f"{out}/report/index.html"),
+            result=out / "report" / "index.html",
+            folder=out / "report",
+        )
+    )
+    return steps
+
+
+def run_road(steps: list[Step], out: Path) -> None:
+    """Run what is not done. A step whose command changed, and all after it, are done again; an interrupted one continues."""
+    record = out / "commands.json"
+    begun: dict[str, list[str]] = json.loads(record.read_text()) if record.exists() else {}
+    stale = False
+    for number, step in enumerate(steps, 1):
+        head = f"[{number}/{len(steps)}] {step.title}"
+        same = not stale and begun.get(step.title) == step.command
+        if same and step.result.exists():
+            print(f"{head}: done before", flush=True)
+            continue
+        stale = True
+        if not same:
+            _remove(step.folder, out)
+        begun[step.title] = step.command
+        record.write_text(json.dumps(begun, indent=1))
+        print(f"\n{head}\n  $ {shlex.join(_shown(step.command))}", flush=True)
+        started = time.monotonic()
+        code = subprocess.run(step.command, cwd=ROOT, env=_environment()).returncode
+        if code != 0 or not step.result.exists():
+            raise UserError(f"step {number} ({step.title}) ended with exit code {code}; mend what it says above and run again.")
+        print(f"  done in {time.monotonic() - started:.0f} s", flush=True)
+
+
+def _shown(command: list[str]) -> list[str]:
+    return ["python", *command[1:]] if command[0] == sys.executable else command
+
+
+def _environment() -> dict[str, str]:
+    """This environment, with the interpreter's own folder first, so that `deepspeed` is the one beside it."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return {**os.environ, "PATH": path, "DS_ACCELERATOR": os.environ.get("DS_ACCELERATOR", "cpu")}
+
+
+def _remove(folder: Path, out: Path) -> None:
+    """Remove a stale result; never anything outside the quickstart's own folder."""
+    assert folder.resolve() != out.resolve() and folder.resolve().is_relative_to(out.resolve())
+    if folder.is_dir():
+        shutil.rmtree(folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="quickstart", description=__doc__)
+    parser.add_argument("--out", default="runs/quickstart", help="folder of everything that is made (default: %(default)s)")
+    parser.add_argument("--scenes", type=int, default=3000, help="synthetic scenes (default: %(default)s)")
+    arguments = parser.parse_args()
+    out = Path(arguments.out)
+    uri = f"sqlite:///{out}/mlflow.db"
+    os.chdir(ROOT)
+    with reported("quickstart"):
+        out.mkdir(parents=True, exist_ok=True)
+        started = time.monotonic()
+        run_road(road(out, arguments.scenes, uri), out)
+        print(f"\nThe whole road: {(time.monotonic() - started) / 60:.1f} minutes. Depth on scenes never trained on:\n")
+        print(format_table(results_table(load_runs(uri, experiment=EXPERIMENT))))
+        print(f"\nReport with pictures: {out}/report/index.html")
+        print(f"MLflow runs:          {uri}; look at them with: .venv/bin/mlflow ui --backend-store-uri {uri}")
+
+
+if __name__ == "__main__":
+    main()
