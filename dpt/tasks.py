@@ -231,6 +231,6 @@ def encode_amodal(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 
 def decode_amodal(image: Any) -> Any:
-    """Image `[..., 3, H, W]` -> the whole object's mask, bool `[..., H, W]`: rounded ITU-R 601 luma <= 250. Arrays or tensors."""
+    """Image `[..., 3, H, W]` -> the whole object mask, bool `[..., H, W]`: rounded ITU-R 601 luma <= 250. Arrays or tensors."""
     red, green, blue = (((image[..., c, :, :].clip(-1.0, 1.0) + 1.0) * 127.5).round() for c in range(3))
     return 0.299 * red + 0.587 * green + 0.114 * blue < AMODAL_GREY + 0.5

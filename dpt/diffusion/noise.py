@@ -1,0 +1,147 @@
+"""Random numbers that belong to a sample, not to a batch, a rank or a device.
+
+Each sample has a 64-bit seed; number j of its stream is a hash of (seed, j). So any split of a batch over steps, ranks or
+devices draws the same numbers, nothing is kept between calls, and everything is computed in parallel where the data is.
+The hash is splitmix64's finaliser (Steele, Lea & Flood 2014), applied to the counter and again to seed xor hashed counter.
+"""
+
+import hashlib
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+_GOLDEN = 0x9E3779B97F4A7C15
+_MIX_1 = 0xBF58476D1CE4E5B9
+_MIX_2 = 0x94D049BB133111EB
+
+
+def _signed(value: int) -> int:
+    """The int64 with the same bits as the lower 64 of `value`."""
+    value &= (1 << 64) - 1
+    return value - (1 << 64) if value >= 1 << 63 else value
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    """Logical right shift of int64."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _mix(x: Tensor) -> Tensor:
+    """splitmix64's finaliser, a bijection of int64 (products wrap)."""
+    x = (x ^ _shift_right(x, 30)) * _signed(_MIX_1)
+    x = (x ^ _shift_right(x, 27)) * _signed(_MIX_2)
+    return x ^ _shift_right(x, 31)
+
+
+def _digest(*parts: object) -> int:
+    """Signed 64-bit hash of the parts' text; parts cannot run into each other."""
+    text = "".join(f"{len(str(p))}:{p}" for p in parts)
+    return _signed(int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little"))
+
+
+def sample_seeds(seed: int, purpose: str, sample_index: Tensor) -> Tensor:
+    """Seeds int64 `[B]` of the samples int64 `[B]` of a run; each purpose ("noise", "timestep", ...) has its own."""
+    return _mix(_mix(sample_index * _signed(_GOLDEN)) ^ _digest(seed, purpose))
+
+
+def key_seeds(seed: int, keys: Sequence[str], members: Sequence[int], *, purpose: str = "noise") -> Tensor:
+    """Seeds int64 `[B]` of evaluation: of sample `keys[i]`'s ensemble member `members[i]`."""
+    return torch.tensor([_digest(seed, purpose, k, m) for k, m in zip(keys, members, strict=True)], dtype=torch.int64)
+
+
+def derive(seeds: Tensor, number: int) -> Tensor:
+    """Further independent seeds `[B]` of the same samples, one set a `number` (a sampler's step, a level of noise)."""
+    return _mix(seeds ^ _digest("derive", number))
+
+
+def _bits(seeds: Tensor, count: int) -> Tensor:
+    """int64 `[B, count]` of hashed bits."""
+    counter = torch.arange(1, count + 1, dtype=torch.int64, device=seeds.device) * _signed(_GOLDEN)
+    return _mix(seeds[:, None] ^ _mix(counter)[None])
+
+
+def uniform(seeds: Tensor, shape: Sequence[int] = ()) -> Tensor:
+    """float32 `[B, *shape]`, uniform in [0, 1), on the seeds' device."""
+    count = math.prod(shape)
+    return (_shift_right(_bits(seeds, count), 40).float() * 2.0**-24).reshape(len(seeds), *shape)
+
+
+def normal(seeds: Tensor, shape: Sequence[int]) -> Tensor:
+    """float32 `[B, *shape]`, standard normal (Box & Muller 1958; two numbers from each 64 bits), on the seeds' device."""
+    count = math.prod(shape)
+    bits = _bits(seeds, (count + 1) // 2)
+    radius = torch.sqrt(-2.0 * torch.log((_shift_right(bits, 32).float() + 0.5) * 2.0**-32))
+    angle = (bits & 0xFFFFFFFF).float() * (2.0 * math.pi * 2.0**-32)
+    pairs = torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), dim=1).flatten(1)
+    return pairs[:, :count].reshape(len(seeds), *shape)
+
+
+@lru_cache(maxsize=256)
+def _upsampling(coarse: int, fine: int) -> Tensor:
+    """Matrix float32 `[fine, coarse]` of bilinear interpolation along one side."""
+    weights = torch.nn.functional.interpolate(torch.eye(coarse)[None], size=fine, mode="linear", align_corners=False)
+    return weights[0].T.contiguous()
+
+
+def multires_noise(seeds: Tensor, shape: Sequence[int], strength: Tensor | float) -> Tensor:
+    """Multi-resolution noise float32 `[B, C, h, w]` of unit expected variance, distributed as Marigold's (Ke et al. 2024).
+
+    White noise counts twice; level i = 1, 2, ... adds white noise whose sides are 1 / r^i of the level before, bilinearly
+    enlarged, times strength^i, down to one pixel; r is uniform in [2, 4] per level and sample. `strength`: `[B]` or a number in
+    [0, 1); Marigold's is 0.9, times t / T when annealed. Divided by the expected deviation, not by the batch's, so that
+    samples do not depend on each other.
+    """
+    channels, height, width = shape
+    levels = math.ceil(math.log2(max(2, min(height, width))))
+    ratios = (2.0 + 2.0 * uniform(derive(seeds, 0), (levels,))).tolist()
+    strengths = torch.as_tensor(strength).double().expand(len(seeds)).tolist()
+    noise = math.sqrt(2.0) * normal(seeds, shape)
+    for sample in range(len(seeds)):
+        variance, size = 2.0, (height, width)
+        for level in range(1, levels + 1):
+            shrink = ratios[sample][level - 1] ** level
+            size = (max(1, int(size[0] / shrink)), max(1, int(size[1] / shrink)))
+            rows, cols = _upsampling(size[0], height).to(seeds.device), _upsampling(size[1], width).to(seeds.device)
+            coarse = normal(derive(seeds[sample : sample + 1], level), (channels, *size))[0]
+            weight = strengths[sample] ** level
+            noise[sample] += weight * (rows @ coarse @ cols.T)
+            variance += weight**2 * (rows.square().sum(1).mean() * cols.square().sum(1).mean()).item()
+            if 1 in size:
+                break
+        noise[sample] /= math.sqrt(variance)
+    return noise
+
+
+class Draws:
+    """All random numbers of one training batch: functions of (seed, sample_index) alone.
+
+    `sample_index`: int64 `[B]`, positions in the global stream; the numbers are on its device.
+    """
+
+    def __init__(self, seed: int, sample_index: Tensor) -> None:
+        self._seed, self._index = seed, sample_index
+
+    def seeds(self, purpose: str) -> Tensor:
+        """Seeds int64 `[B]` for a purpose."""
+        return sample_seeds(self._seed, purpose, self._index)
+
+    def timesteps(self, num_train_timesteps: int) -> Tensor:
+        """Timesteps int64 `[B]`, uniform in 0..num_train_timesteps - 1."""
+        return (uniform(self.seeds("timestep")).double() * num_train_timesteps).long()
+
+    def uniform(self, purpose: str) -> Tensor:
+        """float32 `[B]` in [0, 1) for a purpose: "label_drop", "flip", ..."""
+        return uniform(self.seeds(purpose))
+
+    def normal(self, purpose: str, shape: Sequence[int]) -> Tensor:
+        """float32 `[B, *shape]`, standard normal, for a purpose: "posterior", ..."""
+        return normal(self.seeds(purpose), shape)
+
+    def noise(self, shape: Sequence[int], *, strength: Tensor | float = 0.0) -> Tensor:
+        """The forward process's noise float32 `[B, C, h, w]`: white, or multi-resolution of a `strength` (`[B]` or number)."""
+        if isinstance(strength, Tensor) or strength > 0:
+            return multires_noise(self.seeds("noise"), shape, strength)
+        return self.normal("noise", shape)

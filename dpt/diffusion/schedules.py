@@ -1,0 +1,73 @@
+"""Noise schedules and the timesteps that a sampler visits: float64 tables of a few thousand numbers."""
+
+import math
+
+import numpy as np
+
+from dpt.config.sections import DiffusionConfig
+from dpt.errors import UserError
+
+
+def betas(config: DiffusionConfig) -> np.ndarray:
+    """Variances beta_t of the forward steps, float64 `[T]`.
+
+    linear: Ho et al. 2020; scaled_linear: Rombach et al. 2022 (linear in sqrt(beta)); squaredcos_cap_v2: Nichol & Dhariwal
+    2021, eq. 17, capped at 0.999.
+    """
+    steps = config.num_train_timesteps
+    if config.beta_schedule == "linear":
+        return np.linspace(config.beta_start, config.beta_end, steps)
+    if config.beta_schedule == "scaled_linear":
+        return np.linspace(math.sqrt(config.beta_start), math.sqrt(config.beta_end), steps) ** 2
+    alpha_bar = np.cos((np.arange(steps + 1) / steps + 0.008) / 1.008 * math.pi / 2) ** 2
+    return np.minimum(1.0 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
+
+
+def alphas_cumprod(config: DiffusionConfig) -> np.ndarray:
+    """Share of signal power alpha_bar_t = prod(1 - beta) after t + 1 steps, float64 `[T]`."""
+    return np.cumprod(1.0 - betas(config))
+
+
+def signal_and_noise(config: DiffusionConfig) -> tuple[np.ndarray, np.ndarray]:
+    """(alpha_t, sigma_t) of noisy_t = alpha_t clean + sigma_t noise, float64 `[T]` each.
+
+    Variance preserving: sqrt(alpha_bar), sqrt(1 - alpha_bar). Rectified flow (Liu et al. 2023): 1 - s, s with s = (t + 1) / T.
+    """
+    if config.prediction_type == "rectified_flow":
+        sigma = np.arange(1, config.num_train_timesteps + 1) / config.num_train_timesteps
+        return 1.0 - sigma, sigma
+    cumprod = alphas_cumprod(config)
+    return np.sqrt(cumprod), np.sqrt(1.0 - cumprod)
+
+
+def inference_timesteps(
+    num_inference_steps: int, num_train_timesteps: int, *, spacing: str, power: float = 1.0, extra_point: bool = False
+) -> np.ndarray:
+    """Timesteps that a sampler visits, int64, strictly decreasing (Lin et al. 2024, table 2).
+
+    spacing: "leading" (multiples of T // n, up to one stride below T), "trailing" (from T - 1 down), "linspace" (T - 1 to 0).
+    power: over 1 moves steps to low noise, under 1 to high noise: t -> (T - 1) (t / (T - 1))^power.
+    extra_point: leave the last of n + 1 points to the end of the path, as multistep solvers do (leading, linspace).
+    UserError if there are more steps than timesteps.
+    """
+    steps, total = num_inference_steps, num_train_timesteps
+    points = steps + 1 if extra_point else steps
+    timesteps: np.ndarray
+    if not 1 <= steps <= total - int(extra_point and spacing != "trailing"):
+        raise UserError(
+            f"dpt.evaluation.steps {steps} is out of range for {total} training timesteps; take between 1 and that."
+        )
+    if spacing == "linspace":
+        timesteps = np.linspace(0, total - 1, points).round()[::-1][:steps]
+    elif spacing == "leading":
+        timesteps = (np.arange(points) * (total // points))[::-1][:steps]
+    elif spacing == "trailing":
+        timesteps = np.round(total - np.arange(steps) * (total / steps)) - 1
+    else:
+        raise UserError(f"dpt.evaluation.timestep_spacing {spacing!r} is unknown; choose leading, trailing or linspace.")
+    if power != 1.0:
+        timesteps = np.round((total - 1) * (timesteps / (total - 1)) ** power)
+        ascending, index = timesteps[::-1], np.arange(steps)
+        ascending = np.maximum.accumulate(ascending - index) + index  # no timestep twice
+        timesteps = np.minimum(ascending, total - steps + index)[::-1]
+    return timesteps.astype(np.int64)

@@ -1,0 +1,119 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from dpt.diffusion import noise
+
+
+def _splitmix(x: int) -> int:
+    """splitmix64's finaliser in exact integers."""
+    mask = (1 << 64) - 1
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & mask
+    return x ^ (x >> 31)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(-(2**63), 2**63 - 1))
+def test_mix_is_splitmix64(x):
+    assert noise._mix(torch.tensor([x])).item() % 2**64 == _splitmix(x % 2**64)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 11), st.integers(0, 2**31))
+def test_any_split_of_the_batch_draws_the_same_numbers(cut, seed):
+    index = torch.arange(1000, 1012)
+    strength = torch.linspace(0, 0.9, 12)
+
+    def draw(rows: slice) -> list[torch.Tensor]:
+        draws = noise.Draws(seed, index[rows])
+        return [
+            draws.timesteps(1000),
+            draws.uniform("flip"),
+            draws.normal("posterior", (4, 3, 5)),
+            draws.noise((4, 4, 4)),
+            draws.noise((2, 8, 8), strength=strength[rows]),
+        ]
+
+    for whole, first, second in zip(draw(slice(0, 12)), draw(slice(0, cut)), draw(slice(cut, 12)), strict=True):
+        assert torch.equal(whole, torch.cat((first, second)))
+
+
+def test_purposes_seeds_and_samples_differ():
+    index = torch.arange(4)
+    values = [noise.Draws(0, index).normal(p, (3,)) for p in ("noise", "posterior")] + [
+        noise.Draws(1, index).normal("noise", (3,))
+    ]
+    flat = torch.cat(values).flatten()
+    assert len(flat.unique()) == len(flat)
+    seeds = noise.sample_seeds(0, "noise", index)
+    assert len(torch.cat([noise.derive(seeds, k) for k in range(5)]).unique()) == 20
+
+
+def test_key_seeds_depend_on_seed_key_and_member_only():
+    seeds = noise.key_seeds(3, ["a", "a", "b"], [0, 1, 0])
+    assert len(seeds.unique()) == 3
+    assert torch.equal(noise.key_seeds(3, ["b", "a"], [0, 1]), seeds[[2, 1]])
+    assert not torch.equal(noise.key_seeds(4, ["a"], [0]), seeds[:1])
+    assert noise.key_seeds(0, ["a1"], [1]).item() != noise.key_seeds(0, ["a"], [11]).item()
+
+
+def test_distributions():
+    seeds = noise.sample_seeds(7, "noise", torch.arange(500))
+    normal = noise.normal(seeds, (401,))
+    assert stats.kstest(normal.flatten().numpy(), "norm").pvalue > 0.01
+    assert stats.kstest(normal[:, 0].numpy(), "norm").pvalue > 0.01  # across samples too
+    products = (
+        (normal[:, :-1] * normal[:, 1:]).mean(),
+        (normal[:-1] * normal[1:]).mean(),
+        (normal[:, ::2][:, :200] ** 2 * normal[:, 1::2] ** 2).mean() - 1,
+    )
+    assert all(abs(p) < 0.015 for p in products)
+    uniform = noise.uniform(seeds, (100,))
+    assert stats.kstest(uniform.flatten().numpy(), "uniform").pvalue > 0.01
+    assert uniform.max() < 1.0
+    timesteps = noise.Draws(0, torch.arange(20_000)).timesteps(10)
+    assert stats.chisquare(timesteps.bincount(minlength=10).numpy()).pvalue > 0.01
+    assert torch.isfinite(normal).all()
+
+
+def _reference_multires(shape: tuple[int, ...], strength: float, generator: torch.Generator) -> torch.Tensor:
+    """Marigold's recipe in words: shrinking levels of noise enlarged bilinearly, the first level at full size; unnormalised."""
+    _, _, height, width = shape
+    total = torch.randn(shape, generator=generator)
+    rows, cols = height, width
+    for level in range(10):
+        ratio = 2 + 2 * torch.rand(1, generator=generator).item()
+        rows, cols = max(1, int(rows / ratio**level)), max(1, int(cols / ratio**level))
+        coarse = torch.randn((*shape[:2], rows, cols), generator=generator)
+        total += strength**level * torch.nn.functional.interpolate(coarse, size=(height, width), mode="bilinear")
+        if 1 in (rows, cols):
+            break
+    return total
+
+
+def test_multires_noise_has_marigolds_statistics():
+    seeds = noise.sample_seeds(0, "noise", torch.arange(1500))
+    ours = noise.multires_noise(seeds, (1, 16, 16), 0.9)
+    assert ours.square().mean() == pytest.approx(1.0, abs=0.03)
+    generator = torch.Generator().manual_seed(0)
+    reference = torch.cat([_reference_multires((1, 1, 16, 16), 0.9, generator) for _ in range(1500)])
+    reference /= reference.std()
+
+    def correlations(x: torch.Tensor) -> torch.Tensor:
+        return torch.stack([(x[..., d:] * x[..., : 16 - d]).mean() for d in (1, 2, 4, 8)])
+
+    assert torch.allclose(correlations(ours), correlations(reference), atol=0.04)
+    assert correlations(noise.normal(seeds, (1, 16, 16))).abs().max() < 0.02
+
+
+def test_multires_noise_without_strength_is_white():
+    seeds = noise.sample_seeds(0, "noise", torch.arange(3))
+    white = noise.normal(seeds, (4, 8, 8))
+    assert torch.allclose(noise.multires_noise(seeds, (4, 8, 8), 0.0), white, atol=1e-6)
+    assert noise.multires_noise(seeds, (1, 1, 5), 0.5).shape == (3, 1, 1, 5)
+    assert math.isfinite(noise.multires_noise(seeds, (2, 32, 24), 0.9).sum().item())

@@ -1,0 +1,209 @@
+import dataclasses
+import warnings
+
+import pytest
+import torch
+
+from dpt.config.sections import DiffusionConfig
+from dpt.diffusion import noise, samplers, schedules
+from dpt.errors import UserError
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+    from diffusers.schedulers import scheduling_ddpm
+
+SHAPE = (2, 4, 6, 5)
+SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+SPACINGS = ("leading", "trailing", "linspace")
+PREDICTIONS = ("epsilon", "sample", "v_prediction")
+
+
+def _network(channels: int = 4):
+    """A fixed smooth function of the noisy latents and the timestep."""
+    weight = torch.randn(channels, 4, generator=torch.Generator().manual_seed(5)) / 2
+
+    def predict(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        phase = t.to(x.dtype)[:, None, None, None] / 1000
+        return torch.tanh(torch.einsum("oc,bchw->bohw", weight.to(x.dtype), x)) + 0.3 * torch.sin(5 * phase)
+
+    return predict
+
+
+def _reference(scheduler, config: DiffusionConfig, steps: int, predict) -> torch.Tensor:
+    """diffusers' trajectory in double precision, tables too: test_schedules compares its own, single-precision, ones."""
+    scheduler.alphas_cumprod = torch.from_numpy(schedules.alphas_cumprod(config))
+    scheduler.set_timesteps(steps)
+    x = _start().double()
+    for t in scheduler.timesteps[:steps]:
+        x = scheduler.step(predict(x, t.expand(len(x))), t, x, return_dict=False)[0]
+    return x
+
+
+def _assert_close(ours: torch.Tensor, reference: torch.Tensor) -> None:
+    scale = max(1.0, reference.abs().max().item())
+    assert (ours.double() - reference).abs().max().item() <= 1e-5 * scale
+
+
+def _start() -> torch.Tensor:
+    return torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_ddim_equals_diffusers(schedule, spacing, prediction):
+    config = DiffusionConfig(beta_schedule=schedule, prediction_type=prediction)
+    scheduler = DDIMScheduler(
+        beta_schedule=schedule,
+        prediction_type=prediction,
+        timestep_spacing=spacing,
+        clip_sample=False,
+        beta_start=1e-4,
+        beta_end=0.02,
+    )
+    for steps in (1, 2, 7, 50):
+        plan = samplers.make_plan(config, num_inference_steps=steps, timestep_spacing=spacing)
+        _assert_close(samplers.sample(_network(), _start(), plan), _reference(scheduler, config, steps, _network()))
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_dpm_solver_equals_diffusers(schedule, spacing, prediction):
+    config = DiffusionConfig(beta_schedule=schedule, prediction_type=prediction)
+    scheduler = DPMSolverMultistepScheduler(
+        beta_schedule=schedule, prediction_type=prediction, timestep_spacing=spacing, beta_start=1e-4, beta_end=0.02
+    )
+    for steps in (1, 2, 3, 10, 25):
+        plan = samplers.make_plan(config, num_inference_steps=steps, timestep_spacing=spacing, sampler="dpmsolver++")
+        _assert_close(samplers.sample(_network(), _start(), plan), _reference(scheduler, config, steps, _network()))
+
+
+def _fresh_noise(seeds: torch.Tensor, steps: int) -> list[torch.Tensor]:
+    return [noise.normal(noise.derive(seeds, i), SHAPE[1:]) for i in range(steps)]
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("eta", [0.4, 1.0])
+def test_stochastic_ddim_equals_diffusers(eta, prediction):
+    seeds = noise.key_seeds(0, ["a", "b"], [0, 0])
+    config = DiffusionConfig(prediction_type=prediction)
+    scheduler = DDIMScheduler(
+        prediction_type=prediction, timestep_spacing="trailing", clip_sample=False, beta_start=1e-4, beta_end=0.02
+    )
+    scheduler.set_timesteps(10)
+    plan = samplers.make_plan(config, num_inference_steps=10, eta=eta)
+    x = _start().double()
+    for i, t in enumerate(scheduler.timesteps):
+        fresh = _fresh_noise(seeds, 10)[i].double()
+        x = scheduler.step(_network()(x, t.expand(2)), t, x, eta=eta, variance_noise=fresh, return_dict=False)[0]
+    _assert_close(samplers.sample(_network(), _start(), plan, seeds=seeds), x)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("variance", ["fixed_small", "learned_range"])
+def test_ddpm_equals_diffusers(variance, spacing, prediction, monkeypatch):
+    if variance == "learned_range" and spacing == "trailing":
+        pytest.skip("diffusers adds noise of a learned variance on the last step when it does not start from t = 0")
+    seeds = noise.key_seeds(0, ["a", "b"], [0, 0])
+    config = DiffusionConfig(prediction_type=prediction)
+    scheduler = DDPMScheduler(
+        prediction_type=prediction,
+        timestep_spacing=spacing,
+        clip_sample=False,
+        variance_type=variance,
+        beta_start=1e-4,
+        beta_end=0.02,
+    )
+    predict = _network(8 if variance == "learned_range" else 4)
+    plan = samplers.make_plan(config, num_inference_steps=20, sampler="ddpm", timestep_spacing=spacing)
+    fresh = iter(_fresh_noise(seeds, 20))
+    monkeypatch.setattr(scheduling_ddpm, "randn_tensor", lambda *args, **kwargs: next(fresh).double())
+    reference = _reference(scheduler, config, 20, predict)
+    _assert_close(samplers.sample(predict, _start(), plan, seeds=seeds), reference)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("prediction", [*PREDICTIONS, "rectified_flow"])
+@pytest.mark.parametrize("sampler", ["ddim", "dpmsolver++"])
+def test_a_perfect_network_reaches_the_clean_latents(sampler, prediction, schedule):
+    config = DiffusionConfig(beta_schedule=schedule, prediction_type=prediction)
+    clean = torch.randn(SHAPE, generator=torch.Generator().manual_seed(3))
+    alpha, sigma = (torch.from_numpy(a).float() for a in schedules.signal_and_noise(config))
+
+    def predict(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        a, s = (table[t][:, None, None, None] for table in (alpha, sigma))
+        eps = (x - a * clean) / s
+        return {"epsilon": eps, "sample": clean, "v_prediction": a * eps - s * clean, "rectified_flow": eps - clean}[prediction]
+
+    for steps, spacing, power in ((1, "trailing", 1.0), (8, "trailing", 1.0), (8, "linspace", 2.0), (20, "leading", 0.6)):
+        plan = samplers.make_plan(
+            config, num_inference_steps=steps, sampler=sampler, timestep_spacing=spacing, step_power=power
+        )
+        result = samplers.sample(predict, _start(), plan)
+        tolerance = 5e-3 if prediction == "epsilon" and schedule == "squaredcos_cap_v2" else 1e-4  # 1 / alpha is up to 2e4
+        assert torch.allclose(result, clean, atol=tolerance)
+
+
+def test_zero_terminal_snr_is_safe(monkeypatch):
+    alpha, sigma = schedules.signal_and_noise(DiffusionConfig())
+    alpha = alpha - alpha[-1] * torch.linspace(0, 1, 1000).numpy()
+    alpha[-1], sigma = 0.0, (1 - alpha**2) ** 0.5
+    monkeypatch.setattr(samplers, "signal_and_noise", lambda config: (alpha, sigma))
+    for sampler in ("ddim", "ddpm", "dpmsolver++"):
+        for prediction in ("v_prediction", "sample"):
+            for steps in (1, 2, 10):
+                plan = samplers.make_plan(
+                    DiffusionConfig(prediction_type=prediction), num_inference_steps=steps, sampler=sampler
+                )
+                result = samplers.sample(_network(), _start(), plan, seeds=torch.tensor([1, 2]))
+                assert torch.isfinite(result).all()
+    with pytest.raises(UserError, match="pure noise"):
+        samplers.make_plan(DiffusionConfig(), num_inference_steps=5)
+
+
+def test_euler_on_straight_paths():
+    config = DiffusionConfig(prediction_type="rectified_flow")
+    plan = samplers.make_plan(config, num_inference_steps=5)
+    x = _start()
+    for t, following in zip((999, 799, 599, 399, 199), (799, 599, 399, 199, -1), strict=True):
+        x = x + (following - t) / 1000 * _network()(x, torch.full((2,), t))
+    assert torch.allclose(samplers.sample(_network(), _start(), plan), x, atol=1e-5)
+    for bad in ({"sampler": "ddpm"}, {"eta": 0.5}):
+        with pytest.raises(UserError, match="rectified flow"):
+            samplers.make_plan(config, num_inference_steps=5, **bad)
+    with pytest.raises(UserError, match="euler"):
+        samplers.make_plan(config, num_inference_steps=5, sampler="euler")
+
+
+@pytest.mark.parametrize(("sampler", "eta"), [("ddpm", 0.0), ("ddim", 1.0)])
+def test_stochastic_samples_do_not_depend_on_the_batch(sampler, eta):
+    seeds = noise.key_seeds(0, ["a", "b"], [0, 0])
+    plan = samplers.make_plan(DiffusionConfig(), num_inference_steps=6, sampler=sampler, eta=eta)
+    whole = samplers.sample(_network(), _start(), plan, seeds=seeds)
+    parts = [samplers.sample(_network(), _start()[i : i + 1], plan, seeds=seeds[i : i + 1]) for i in (0, 1)]
+    assert torch.allclose(whole, torch.cat(parts), atol=1e-5)
+
+
+def test_unknown_objectives_are_refused():
+    plan = samplers.make_plan(DiffusionConfig(), num_inference_steps=2)
+    with pytest.raises(UserError, match="cannot be sampled"):
+        samplers.sample(_network(), _start(), dataclasses.replace(plan, prediction_type="score"))
+
+
+def test_guidance_on_all_or_the_first_channels():
+    weight = torch.tensor([1.0, -0.5])
+
+    def predict(x, t):
+        conditional = torch.arange(len(x)) < len(x) // 2
+        return torch.cat((x, x), dim=1) * torch.where(conditional, weight[0], weight[1])[:, None, None, None]
+
+    x, t = _start(), torch.zeros(2, dtype=torch.int64)
+    everything = samplers.guide(predict, scale=3.0, channels=4)(x, t)
+    assert torch.allclose(everything[:, :4], (-0.5 + 3.0 * 1.5) * x)
+    assert torch.allclose(everything[:, 4:], x)
+    first = samplers.guide(predict, scale=3.0, channels=4, guided_channels=3)(x, t)
+    assert torch.allclose(first[:, :3], 4.0 * x[:, :3])
+    assert torch.allclose(first[:, 3:], torch.cat((x, x), 1)[:, 3:])
