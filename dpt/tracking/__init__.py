@@ -1,0 +1,5 @@
+"""MLflow, never in the way: records go to a local spool first, and a process beside the run sends them on."""
+
+from dpt.tracking.run import Run, start_run
+
+__all__ = ["Run", "start_run"]

@@ -1,0 +1,279 @@
+"""Sends spools to MLflow: the process beside a run (`python -m dpt.tracking.sender SPOOL`), and `dpt sync`.
+
+A record may be sent again after a crash between sending and moving the cursor; that adds nothing, since MLflow drops a point
+whose name, step, time and value it has, the run is looked up by its tag `dpt.run_id` before it is made, and tags, parameters
+and artifacts replace themselves.
+"""
+
+import logging
+import math
+import os
+import select
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from dpt.tracking import store
+from dpt.tracking.spool import Spool, SpoolState
+
+_log = logging.getLogger(__name__)
+
+MAX_METRICS = 1000  # MLflow's limits of one batch
+MAX_PARAMS = 100
+MAX_PARAM_CHARS = 6000
+MAX_TAG_CHARS = 5000
+POLL_SECONDS = 1.0
+GRACE_SECONDS = 10.0
+_REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
+
+
+class Sender:
+    """Sends one spool. `connect(uri)` gives an MlflowClient; `uri` replaces the one in the records."""
+
+    def __init__(self, spool: Spool, *, uri: str = "", connect: Callable[[str], Any] = store.connect) -> None:
+        self._spool = spool
+        self._uri = uri
+        self._connect = connect
+        self._client: Any = None
+        self._client_uri = ""
+        self.state: SpoolState = spool.state
+        self.finished = False
+
+    def send(self, *, wait: bool = True) -> bool:
+        """Send all that is behind the cursor; False if another process is sending and `wait` is False.
+
+        Raises what the store raises, with the cursor moved past what was sent.
+        """
+        with self._spool.locked(wait=wait) as mine:
+            if not mine:
+                return False
+            self.state = self._spool.state
+            try:
+                for group, offset in _groups(self._spool.read(self.state.offset)):
+                    self._deliver(group)
+                    self.state.offset = offset
+                    self._save(error="")
+                    self._forget_copies(group)
+            except Exception as error:
+                self._save(error=str(error).split("\n", 1)[0][:300] or type(error).__name__)
+                raise
+        return True
+
+    def _save(self, *, error: str) -> None:
+        self.state.error = error
+        self._spool.write_state(self.state)
+
+    def _deliver(self, group: list[dict[str, Any]]) -> None:
+        """Send a group; what the store refuses for good is split until only the bad value is left, and that is dropped."""
+        try:
+            self._deliver_whole(group)
+        except Exception as error:
+            if getattr(error, "error_code", "") not in _REFUSALS or group[0]["kind"] == "start":
+                raise
+            parts = _split(group)
+            if len(parts) == 1:
+                self.state.rejected += 1
+                _log.error("refused for good: %s: %s", group[0], error)
+                return
+            for part in parts:
+                self._deliver(part)
+
+    def _deliver_whole(self, group: list[dict[str, Any]]) -> None:
+        first = group[0]
+        if first["kind"] == "start":
+            self._start(first)
+            return
+        client, run_id = self._connected(), self.state.mlflow_run_id
+        if first["kind"] == "metrics":
+            from mlflow.entities import Metric
+
+            points = [Metric(k, v, r["time"], r["step"]) for r in group for k, v in r["values"].items()]
+            client.log_batch(run_id, metrics=points)
+        elif first["kind"] == "tags":
+            client.log_batch(run_id, tags=_tags(first["values"]))
+        elif first["kind"] == "params":
+            self._send_params(first["values"])
+        elif first["kind"] == "artifact":
+            self._send_file(first)
+        elif first["kind"] == "model":
+            self._register(first)
+        elif first["kind"] == "finish":
+            client.set_terminated(run_id, status=first["status"], end_time=first["time"])
+            self.finished = True
+
+    def _connected(self) -> Any:
+        if self._client is None or self._client_uri != self.state.uri:
+            self._client, self._client_uri = self._connect(self.state.uri), self.state.uri
+        return self._client
+
+    def _start(self, record: dict[str, Any]) -> None:
+        """Make the run, or find the one that an earlier life of it has made."""
+        self.state.uri = self._uri or record["uri"]
+        client = self._connected()
+        experiment = store.experiment_id(client, self.state.uri, record["experiment"])
+        run = store.find_run(client, [experiment], record["run_id"])
+        if run is None:
+            tags = {
+                **record["tags"],
+                "dpt.run_id": record["run_id"],
+                "dpt.stage": record["stage"],
+                "dpt.parents": ",".join(record["parents"]),
+                **self._nesting(client, experiment, record),
+            }
+            run = client.create_run(experiment, start_time=record["time"], tags=_clip(tags), run_name=record["name"])
+        else:
+            client.update_run(run.info.run_id, status="RUNNING")
+        self.state.mlflow_run_id = run.info.run_id
+        self.finished = False
+
+    def _nesting(self, client: Any, experiment: str, record: dict[str, Any]) -> dict[str, str]:
+        """An evaluation is shown inside the run that it evaluates."""
+        if record["stage"] != "evaluate" or not record["parents"]:
+            return {}
+        parent = store.find_run(client, [experiment], record["parents"][0])
+        return {"mlflow.parentRunId": parent.info.run_id} if parent is not None else {}
+
+    def _send_params(self, values: dict[str, str]) -> None:
+        """Parameters of MLflow never change: what a resumed run sets otherwise goes into tags `dpt.resumed.NAME`."""
+        from mlflow.entities import Param
+
+        client, run_id = self._connected(), self.state.mlflow_run_id
+        known = client.get_run(run_id).data.params
+        clipped = {k: v if len(v) <= MAX_PARAM_CHARS else v[: MAX_PARAM_CHARS - 1] + "…" for k, v in values.items()}
+        fresh = [Param(k, v) for k, v in clipped.items() if k not in known]
+        for start in range(0, len(fresh), MAX_PARAMS):
+            client.log_batch(run_id, params=fresh[start : start + MAX_PARAMS])
+        changed = _tags({f"dpt.resumed.{k}": v for k, v in clipped.items() if known.get(k, v) != v})
+        for start in range(0, len(changed), MAX_PARAMS):
+            client.log_batch(run_id, tags=changed[start : start + MAX_PARAMS])
+
+    def _send_file(self, record: dict[str, Any]) -> None:
+        path = Path(record["path"])
+        if not path.exists():
+            self.state.rejected += 1
+            _log.error("%s: gone before it could be sent", path)
+        elif path.is_dir():
+            folder = "/".join(part for part in (record["folder"], path.name) if part)
+            self._connected().log_artifacts(self.state.mlflow_run_id, str(path), folder)
+        else:
+            self._connected().log_artifact(self.state.mlflow_run_id, str(path), record["folder"] or None)
+
+    def _register(self, record: dict[str, Any]) -> None:
+        client = self._connected()
+        if not client.search_registered_models(filter_string=f"name = '{record['name']}'"):
+            client.create_registered_model(record["name"])
+        source, run_id = Path(record["path"]).as_uri(), self.state.mlflow_run_id
+        versions = client.search_model_versions(filter_string=f"name = '{record['name']}' and run_id = '{run_id}'")
+        if not any(v.tags.get("dpt.folder") == record["path"] for v in versions):
+            tags = {**record["tags"], "dpt.folder": record["path"]}
+            client.create_model_version(record["name"], source, run_id=run_id, tags=tags)
+
+    def _forget_copies(self, group: list[dict[str, Any]]) -> None:
+        copies = self._spool.folder.absolute() / "files"
+        for record in group:
+            if record["kind"] == "artifact" and copies in Path(record["path"]).parents:
+                shutil.rmtree(Path(record["path"]).parent, ignore_errors=True)
+
+
+def _groups(records: Iterator[tuple[dict[str, Any], int]]) -> Iterator[tuple[list[dict[str, Any]], int]]:
+    """Metrics records in a row together, up to the store's limit, others alone; with the offset behind each group."""
+    group: list[dict[str, Any]] = []
+    size = behind = 0
+    for record, offset in records:
+        count = len(record["values"]) if record["kind"] == "metrics" else MAX_METRICS
+        if group and (size + count > MAX_METRICS):
+            yield group, behind
+            group, size = [], 0
+        group.append(record)
+        size += count
+        behind = offset
+    if group:
+        yield group, behind
+
+
+def _tags(values: dict[str, str]) -> list[Any]:
+    from mlflow.entities import RunTag
+
+    return [RunTag(k, v) for k, v in _clip(values).items()]
+
+
+def _clip(tags: dict[str, str]) -> dict[str, str]:
+    return {k[:250]: v[:MAX_TAG_CHARS] for k, v in tags.items()}
+
+
+def _split(group: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """A group as smaller groups: of single records, or of single values of one record."""
+    if len(group) > 1:
+        return [[record] for record in group]
+    values = group[0].get("values", {})
+    return [[{**group[0], "values": {name: value}}] for name, value in values.items()] or [group]
+
+
+def serve(spool: Spool) -> int:
+    """Send a spool while its run goes on, and the rest when it has ended (end of stdin); 0: all was sent, 3: some is left."""
+    sender = Sender(spool)
+    pause, give_up = POLL_SECONDS, math.inf
+    while True:
+        if give_up < math.inf:
+            time.sleep(min(pause, 2.0))
+        elif select.select([sys.stdin], [], [], pause)[0]:
+            give_up = time.monotonic() + GRACE_SECONDS
+            if not sender.finished and not _ends_with_finish(spool, sender.state.offset):
+                _mark_failed(spool)
+        try:
+            sender.send()
+            pause = POLL_SECONDS
+            if give_up < math.inf:
+                return 0
+        except Exception as error:
+            _log.warning("cannot send: %s", error)
+            if time.monotonic() > give_up:
+                return 3
+            pause = min(2 * pause, 60.0)
+
+
+def _ends_with_finish(spool: Spool, offset: int) -> bool:
+    kind = ""
+    for record, _ in spool.read(offset):
+        kind = record["kind"]
+    return kind == "finish"
+
+
+def _mark_failed(spool: Spool) -> None:
+    """The run was killed before it could say so."""
+    spool.append({"kind": "finish", "time": int(time.time() * 1000), "run_id": spool.run_id, "status": "FAILED"})
+    spool.close()
+
+
+def sync(root: Path, *, uri: str = "", again: bool = False) -> list[tuple[Spool, str]]:
+    """Send what is left of every run below `root`, parents first; gives each spool with "" or the reason why some is left.
+
+    `uri`: another store than the recorded one. `again`: from the first record on (for a store that has lost the runs).
+    """
+    outcomes = []
+    for spool in Spool.find(root):
+        if again:
+            spool.write_state(SpoolState())
+        try:
+            sent = Sender(spool, uri=store.absolute_uri(uri) if uri else "").send(wait=False)
+            outcomes.append((spool, "" if sent else "its own run is sending it"))
+        except Exception as error:
+            outcomes.append((spool, spool.state.error or str(error)))
+    return outcomes
+
+
+def main() -> int:
+    """Entry of the process beside a run."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a job's end reaches the run first; the sender ends with it
+    path = Path(sys.argv[1])
+    logging.basicConfig(filename=path.with_suffix(".log"), level=logging.WARNING, format="%(asctime)s %(message)s")
+    os.nice(10)
+    return serve(Spool(path.parent, path.stem))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

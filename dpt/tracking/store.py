@@ -1,0 +1,58 @@
+"""MLflow stores: addresses, clients that fail soon, and the experiment of a run."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from dpt.errors import UserError
+
+_SQLITE = "sqlite:///"
+
+
+def absolute_uri(uri: str) -> str:
+    """`uri` with an SQLite path made absolute, so that it means the same from any working directory.
+
+    Raises UserError for a plain folder or `file:` store, which MLflow no longer writes.
+    """
+    if uri.startswith(_SQLITE):
+        return _SQLITE + str(Path(uri.removeprefix(_SQLITE)).absolute())
+    if "://" not in uri or uri.startswith("file:"):
+        raise UserError(
+            f'dpt.tracking.uri is "{uri}"; give an SQLite file (sqlite:///mlflow.db) or a server (http://HOST:PORT).'
+        )
+    return uri
+
+
+def sqlite_path(uri: str) -> Path | None:
+    """The file of an SQLite store; None for a server."""
+    return Path(uri.removeprefix(_SQLITE)) if uri.startswith(_SQLITE) else None
+
+
+def connect(uri: str) -> Any:
+    """An `MlflowClient` that gives up on a silent server after seconds rather than minutes (our callers try again)."""
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    from mlflow import MlflowClient
+
+    path = sqlite_path(uri)
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def experiment_id(client: Any, uri: str, name: str) -> str:
+    """Id of the experiment, made if it is not there; artifacts of an SQLite store lie in `mlruns` beside the file."""
+    experiment = client.get_experiment_by_name(name)
+    if experiment is not None:
+        return str(experiment.experiment_id)
+    path = sqlite_path(uri)
+    location = (path.parent / "mlruns" / name.replace("/", "_")).as_uri() if path is not None else None
+    return str(client.create_experiment(name, artifact_location=location))
+
+
+def find_run(client: Any, experiment_ids: list[str], run_id: str) -> Any | None:
+    """The MLflow run that carries our `run_id`; None if there is none."""
+    runs = client.search_runs(experiment_ids, filter_string=f"tags.`dpt.run_id` = '{run_id}'", max_results=1)
+    return runs[0] if runs else None

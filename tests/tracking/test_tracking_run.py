@@ -1,0 +1,211 @@
+"""Runs end to end: a training process, its sender, an SQLite store; kills, resumes, and a real server that goes away."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from dpt.config.sections import TrackingConfig
+from dpt.errors import UserError
+from dpt.tracking import Run, start_run
+from dpt.tracking.read import ancestors, load_runs
+from dpt.tracking.sender import sync
+from dpt.tracking.spool import Spool
+
+RECIPE = {"train_batch_size": 8, "dpt": {"task": "depth", "model": {"preset": "a1"}, "evaluation": {"steps": [1, 5]}}}
+
+
+@pytest.fixture(scope="module")
+def empty_store(tmp_path_factory):
+    """An SQLite file with MLflow's tables, made once and copied."""
+    from dpt.tracking.store import connect
+
+    path = tmp_path_factory.mktemp("store") / "mlflow.db"
+    connect(f"sqlite:///{path}").search_experiments()
+    return path
+
+
+@pytest.fixture
+def uri(empty_store, tmp_path):
+    shutil.copyfile(empty_store, tmp_path / "mlflow.db")
+    return f"sqlite:///{tmp_path / 'mlflow.db'}"
+
+
+def begin(uri, output_dir, **options):
+    values = {"stage": "pretrain", "name": "pretrain a1", "params": RECIPE, "parents": [], "tags": {"dpt.label": "x"}}
+    config = TrackingConfig(uri=uri, experiment="t")
+    return start_run(config, output_dir=output_dir, **(values | options))
+
+
+def test_no_record_when_off_or_on_other_ranks(tmp_path, monkeypatch):
+    options = {"stage": "s", "name": "n", "params": {}, "parents": [], "output_dir": tmp_path / "o", "tags": {}}
+    assert type(start_run(TrackingConfig(enabled=False), **options)) is Run
+    monkeypatch.setenv("RANK", "1")
+    with start_run(TrackingConfig(), **options) as run:
+        run.log_metrics({"a": 1.0}, 1)
+    assert run.run_id == ""
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("uri", ["file:///x", "mlruns"])
+def test_a_store_that_mlflow_cannot_write_is_refused(tmp_path, uri):
+    with pytest.raises(UserError, match=r"dpt\.tracking\.uri"):
+        begin(uri, tmp_path)
+
+
+def test_a_run_its_resumption_and_its_child_are_read_back(tmp_path, uri):
+    picture = tmp_path / "p.png"
+    picture.write_bytes(b"png")
+    first = begin(uri, tmp_path / "o")
+    for step in range(1, 6):
+        first.log_metrics({"train/loss": 1 / step, "odd name!": 1.0}, step)
+    first.log_picture(picture, "sample", 5)
+    first.finish()
+    # the checkpoint was of step 3; steps 4 and 5 are already recorded
+    second = begin(uri, tmp_path / "o", resume_run_id=first.run_id, past_step=3)
+    for step in range(4, 8):
+        second.log_metrics({"train/loss": 1 / step}, step)
+    second.log_artifact(picture, "extra")
+    with begin(uri, tmp_path / "e", stage="evaluate", name="evaluate", parents=[first.run_id]) as child:
+        child.log_metrics({"eval/depth/abs_rel": 0.1}, 0)
+    second.finish()
+
+    runs = load_runs(uri, "t")
+    parent, evaluation = runs
+    assert parent.run_id == second.run_id == first.run_id
+    assert parent.history("train/loss") == [(s, pytest.approx(1 / s)) for s in range(1, 8)]
+    assert "odd name_" in parent.metrics
+    assert parent.status == "FINISHED"
+    assert parent.params["model.preset"] == "a1"
+    assert parent.params["evaluation.steps"] == "[1, 5]"
+    assert parent.params["train_batch_size"] == "8"
+    assert parent.recipe() == RECIPE
+    assert parent.artifacts() == ["extra/p.png", "pictures/sample_00000005.png", "recipe.json"]
+    assert parent.artifacts("pictures") == ["pictures/sample_00000005.png"]
+    assert (tmp_path / "mlruns" / "t").is_dir()
+    assert evaluation.tags["mlflow.parentRunId"] == parent.mlflow_run_id
+    assert ancestors(evaluation, runs) == [parent]
+    assert load_runs(uri, run_ids=[parent.run_id[:8]]) == [parent]
+    assert load_runs(uri, filter="metrics.`eval/depth/abs_rel` < 0.2") == [evaluation]
+    with pytest.raises(UserError, match="no run with this id"):
+        load_runs(uri, run_ids=["nothing"])
+    with pytest.raises(UserError, match="no such experiment"):
+        load_runs(uri, "other")
+
+
+TRAINING = """
+import sys, time
+from pathlib import Path
+from dpt.config.sections import TrackingConfig
+from dpt.tracking import start_run
+run = start_run(TrackingConfig(uri=sys.argv[1], experiment="t"), stage="pretrain", name="n", params={}, parents=[],
+                output_dir=Path(sys.argv[2]), tags={})
+assert "mlflow" not in sys.modules and "torch" not in sys.modules
+for step in range(200):
+    run.log_metrics({"train/loss": float(step)}, step)
+print(run.run_id, flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_killed_run_is_sent_and_marked_failed(tmp_path, uri):
+    process = subprocess.Popen([sys.executable, "-c", TRAINING, uri, str(tmp_path / "o")], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    run_id = process.stdout.readline().strip()
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    run = wait_for(lambda: next((r for r in load_runs(uri) if r.run_id == run_id and r.status == "FAILED"), None))
+    assert len(run.history("train/loss")) == 200
+
+
+def test_an_exception_marks_the_run_and_sync_sends_to_another_store(tmp_path, uri):
+    run = begin(uri, tmp_path / "o")
+    run.log_metrics({"a": 1.0}, 1)
+    with pytest.raises(RuntimeError, match="x"), run:
+        raise RuntimeError("x")
+    assert [r.status for r in load_runs(uri, "t")] == ["FAILED"]
+    shutil.copyfile(tmp_path / "mlflow.db", tmp_path / "other.db")
+    other = f"sqlite:///{tmp_path / 'other.db'}"
+    ((spool, left),) = sync(tmp_path, uri=other, again=True)
+    assert (spool.run_id, left) == (run.run_id, "")
+    (record,) = load_runs(other, "t")
+    assert record.history("a") == [(1, 1.0)]  # sent a second time, stored once
+
+
+def wait_for(condition, seconds=60.0):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        value = condition()
+        if value:
+            return value
+        time.sleep(0.3)
+    raise AssertionError("it did not happen in time")
+
+
+def serve(port: int, folder: Path) -> subprocess.Popen:
+    command = [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1"]
+    command += [
+        "--backend-store-uri",
+        f"sqlite:///{folder / 'mlflow.db'}",
+        "--artifacts-destination",
+        str(folder / "artifacts"),
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    wait_for(lambda: answers(port), 120)
+    return process
+
+
+def answers(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def stop(process: subprocess.Popen) -> None:
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+@pytest.mark.slow
+def test_a_server_that_is_down_at_start_middle_and_end(tmp_path, empty_store):
+    shutil.copyfile(empty_store, tmp_path / "mlflow.db")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    uri = f"http://127.0.0.1:{port}"
+    run = begin(uri, tmp_path / "o")  # down at the start
+    for step in range(100):
+        run.log_metrics({"train/loss": float(step)}, step)
+    spool = Spool(tmp_path / "o" / "tracking", run.run_id)
+    wait_for(lambda: spool.state.error)
+    server = serve(port, tmp_path)
+    wait_for(lambda: spool.unsent == 0, 120)
+    stop(server)  # down in the middle
+    for step in range(100, 200):
+        run.log_metrics({"train/loss": float(step)}, step)
+    wait_for(lambda: spool.state.error)
+    server = serve(port, tmp_path)
+    wait_for(lambda: spool.unsent == 0, 120)
+    for step in range(200, 300):
+        run.log_metrics({"train/loss": float(step)}, step)
+    stop(server)  # down at the end
+    begun = time.monotonic()
+    run.finish()
+    assert time.monotonic() - begun < 65
+    assert spool.unsent > 0
+    server = serve(port, tmp_path)
+    try:
+        ((_, left),) = sync(tmp_path / "o")
+        assert left == ""
+        (record,) = load_runs(uri, "t")
+        assert record.status == "FINISHED"
+        assert record.history("train/loss") == [(s, float(s)) for s in range(300)]
+        assert len(record.client.get_metric_history(record.mlflow_run_id, "train/loss")) == 300
+        assert record.recipe() == RECIPE
+    finally:
+        stop(server)
