@@ -1,0 +1,202 @@
+"""The manifest beside a folder of shards: what the shards hold, who made them, and whether they fit a run."""
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dpt.errors import UserError
+from dpt.tasks import TASKS
+
+FORMAT_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardRecord:
+    """One tar of the set."""
+
+    name: str
+    num_samples: int
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemberSpec:
+    """What a member of every sample is: numpy dtype name and shape; -1 for a side that differs between samples."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class VAERecord:
+    """The VAE that made the latents; `sha256` is the hash of its weights."""
+
+    name: str
+    sha256: str
+    scaling_factor: float
+    latent_channels: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Skipped:
+    """An input that could not be read, and why."""
+
+    key: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """`manifest.json`. `resolution` is the side of the encoded square images in pixels."""
+
+    format_version: int = FORMAT_VERSION
+    dataset: str
+    split: str
+    task: str
+    resolution: int
+    num_samples: int
+    shards: tuple[ShardRecord, ...]
+    members: Mapping[str, MemberSpec]
+    vae: VAERecord
+    reader_version: str = ""
+    filter: str = ""
+    """Which inputs of the split were left out on purpose, in words."""
+    mirrored: bool = False
+    encoding: Mapping[str, Any] = field(default_factory=dict)
+    """The encoder's other settings (fit, prompt, order, precision)."""
+    skipped: tuple[Skipped, ...] = ()
+    num_skipped: int = 0
+    class_names: tuple[str, ...] = ()
+    """Name of each class id; empty where classes have none."""
+    statistics: Mapping[str, Any] = field(default_factory=dict)
+    """Per member of latents: mean and standard deviation of the posterior mean, by latent channel."""
+
+    @property
+    def data_sha256(self) -> str:
+        """One hash for all samples: of the shards' hashes in order. What a run records as its data."""
+        return hashlib.sha256("\n".join(shard.sha256 for shard in self.shards).encode()).hexdigest()
+
+
+def read_manifest(folder: str | Path) -> Manifest:
+    """The manifest in `folder`. UserError if the folder is missing or empty, or the manifest absent, broken or inconsistent."""
+    folder = Path(folder)
+    path = folder / MANIFEST_NAME
+    if not folder.is_dir():
+        raise UserError(f"{folder}: there is no such shard folder; make one with python -m data_tools.encode.")
+    if not path.is_file():
+        tars = any(folder.glob("*.tar"))
+        state = f"it has shards but no {MANIFEST_NAME}: its encoding is not finished" if tars else "the shard folder is empty"
+        raise UserError(f"{folder}: {state}; run python -m data_tools.encode with --out {folder}.")
+    return parse_manifest(path.read_text(encoding="utf-8"), str(path))
+
+
+def parse_manifest(text: str, name: str) -> Manifest:
+    """The manifest in the JSON `text`, called `name` in errors."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{name}: not valid JSON at line {error.lineno}, column {error.colno}: {error.msg}.") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{name}: a manifest is a JSON object, not a {type(value).__name__}.")
+    if value.get("format_version") != FORMAT_VERSION:
+        raise UserError(
+            f"{name}: format_version is {value.get('format_version')!r}, {FORMAT_VERSION} is read here; encode the set anew."
+        )
+    try:
+        manifest = _from_dict(value)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{name}: a field is missing, unknown or of a wrong type ({error}); encode the set anew.") from error
+    _check_consistent(manifest, name)
+    return manifest
+
+
+def _from_dict(value: dict[str, Any]) -> Manifest:
+    known = {f.name for f in dataclasses.fields(Manifest)}
+    if unknown := sorted(set(value) - known):
+        raise ValueError(f"unknown field {unknown[0]!r}")
+    parts: dict[str, Any] = dict(value)
+    parts["shards"] = tuple(ShardRecord(**shard) for shard in value["shards"])
+    parts["members"] = {
+        name: MemberSpec(dtype=str(spec["dtype"]), shape=tuple(int(side) for side in spec["shape"]))
+        for name, spec in value["members"].items()
+    }
+    parts["vae"] = VAERecord(**value["vae"])
+    parts["skipped"] = tuple(Skipped(**item) for item in value.get("skipped", ()))
+    parts["class_names"] = tuple(value.get("class_names", ()))
+    return Manifest(**parts)
+
+
+def _check_consistent(manifest: Manifest, name: str) -> None:
+    def require(ok: bool, what: str) -> None:
+        if not ok:
+            raise UserError(f"{name}: {what}; encode the set anew.")
+
+    require(manifest.task in TASKS, f"task {manifest.task!r} is unknown")
+    require(len(manifest.shards) > 0 and manifest.num_samples > 0, "it lists no samples")
+    require(manifest.num_samples == sum(s.num_samples for s in manifest.shards), "num_samples is not the sum over the shards")
+    require(all(s.num_samples > 0 and s.bytes > 0 for s in manifest.shards), "a shard without samples is listed")
+    require(all(Path(s.name).name == s.name for s in manifest.shards), "a shard's name is a path")
+    require(len({s.name for s in manifest.shards}) == len(manifest.shards), "a shard is listed twice")
+    require(manifest.num_skipped == len(manifest.skipped), "num_skipped is not the number of inputs listed as skipped")
+
+
+def write_manifest(folder: str | Path, manifest: Manifest) -> Path:
+    """Write `folder`/manifest.json, complete or not at all. Returns its path."""
+    path = Path(folder) / MANIFEST_NAME
+    _check_consistent(manifest, str(path))
+    write_atomically(path, json.dumps(dataclasses.asdict(manifest), indent=1) + "\n")
+    return path
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write `text` under another name, then rename: `path` is never seen half-written."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def check_manifests(
+    manifests: Mapping[str, Manifest],
+    *,
+    tasks: Collection[str] | None = None,
+    vae_sha256: str | None = None,
+    resolution: int | None = None,
+) -> None:
+    """Raise a UserError unless all sets fit together and fit the run.
+
+    `manifests`: by the name of their source. The VAE and the resolution must be the same in all; None accepts any.
+    Several tasks pass only if `tasks` allows them (a generalist's mixture).
+    """
+    first_name, first = next(iter(manifests.items()))
+    for name, manifest in manifests.items():
+        if tasks is not None and manifest.task not in tasks:
+            run = " or ".join(f'"{task}"' for task in sorted(tasks))
+            raise UserError(f'{name}: the shards are for task "{manifest.task}", the run for {run}; choose other shards.')
+        if tasks is None and manifest.task != first.task:
+            raise UserError(f'{name} is for task "{manifest.task}" but {first_name} for "{first.task}"; do not mix them.')
+        wanted = vae_sha256 or first.vae.sha256
+        if manifest.vae.sha256 != wanted:
+            other = "the run's VAE" if vae_sha256 else f'"{first.vae.name}" of {first_name}'
+            raise UserError(
+                f'{name}: the latents were made by VAE "{manifest.vae.name}" (sha256 {manifest.vae.sha256[:12]}), '
+                f"not by {other} (sha256 {wanted[:12]}); set dpt.data.vae to it or encode the set anew."
+            )
+        size = resolution or first.resolution
+        if manifest.resolution != size:
+            other = "the run needs" if resolution else f"{first_name} has"
+            raise UserError(
+                f"{name}: the resolution is {manifest.resolution} px but {other} {size} px; encode the set at {size} px."
+            )

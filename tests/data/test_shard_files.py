@@ -1,0 +1,190 @@
+"""Shards: the same bytes every time, read back whole, by plain tar, by stock webdataset, and when damaged."""
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset as wds
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dpt.data.reader import SampleError, ShardFolder, ShardReader, iter_samples
+from dpt.data.shards import BLOCK, ShardWriter, file_sha256, npy_bytes, shard_key
+from dpt.errors import UserError
+
+DTYPES = ("float16", "float32", "int64", "uint8")
+
+
+@given(st.text(max_size=120), st.text(max_size=120))
+def test_keys_are_safe_and_distinct(one: str, other: str) -> None:
+    for key in (shard_key(one), shard_key(other)):
+        assert 0 < len(key) <= 72
+        assert "." not in key
+        assert not key.startswith("/")
+        assert f"{key}.latents_mirrored.npy".isascii()
+    assert (shard_key(one) == shard_key(other)) == (one == other)
+
+
+def test_plain_keys_stay() -> None:
+    assert shard_key("ai_001_001/cam-00_fr0000") == "ai_001_001/cam-00_fr0000"
+    assert shard_key("../../etc/passwd").startswith("_/_/etc/passwd-")
+
+
+@given(st.sampled_from(DTYPES), st.lists(st.integers(0, 3), max_size=4), st.integers(0, 2**32 - 1))
+def test_arrays_are_npy_files(dtype: str, shape: list[int], seed: int) -> None:
+    array = np.random.default_rng(seed).integers(0, 100, shape).astype(dtype)
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    assert npy_bytes(array) == buffer.getvalue()
+
+
+def random_sample(seed: int) -> dict[str, np.ndarray]:
+    random = np.random.default_rng(seed)
+    return {
+        "target_latents": random.normal(size=(1, 2, 4, 2, 2)).astype(np.float16),
+        "cond_latents": random.normal(size=(2, 2, 4, 2, 2)).astype(np.float16),
+        "valid": random.integers(0, 2, (2, 2)).astype(np.uint8),
+        "clip": random.normal(size=1100).astype(np.float32),
+    }
+
+
+def test_round_trip_and_order_of_members(make_shards) -> None:
+    folder = make_shards([4, 3], random_sample, task="depth")
+    with tarfile.open(folder / "000001.tar") as tar:
+        names = tar.getnames()
+        assert {(m.mtime, m.uid, m.gid, m.uname) for m in tar} == {(0, 0, 0, "")}
+    assert names[:5] == [
+        f"s00004.{m}" for m in ("valid.npy", "clip.npy", "cond_latents.npy", "target_latents.npy", "meta.json")
+    ]
+    samples = list(iter_samples(folder, start=2))
+    assert [s["key"] for s in samples] == [f"s{i:05d}" for i in range(2, 7)]
+    for number, sample in enumerate(samples, 2):
+        assert sample["meta"] == {"number": number}
+        for name, array in random_sample(number).items():
+            np.testing.assert_array_equal(sample[name], array)
+    assert len(ShardFolder(folder)) == 7
+
+
+def test_same_bytes_every_time(make_shards) -> None:
+    one, other = make_shards([5], random_sample, task="depth"), make_shards([5], random_sample, task="depth")
+    assert (one / "000000.tar").read_bytes() == (other / "000000.tar").read_bytes()
+    manifest = ShardFolder(one).manifest.shards[0]
+    assert manifest.sha256 == file_sha256(one / "000000.tar")
+    assert manifest.bytes == (one / "000000.tar").stat().st_size
+
+
+def test_tar_and_stock_webdataset_read_them(make_shards) -> None:
+    folder = make_shards([3, 2])
+    listed = subprocess.run(["tar", "tf", folder / "000000.tar"], capture_output=True, text=True, check=True)
+    assert listed.stdout.split()[:3] == ["s00000.label.npy", "s00000.latents.npy", "s00000.meta.json"]
+    assert listed.stderr == ""
+    dataset = wds.WebDataset(f"{folder}/{{000000..000001}}.tar", shardshuffle=False).decode()
+    samples = list(dataset.to_tuple("latents.npy", "label.npy", "meta.json"))
+    assert [int(label) for _, label, _ in samples] == [0, 1, 2, 3, 4]
+    assert samples[4][0].shape == (2, 4, 4, 4)
+    assert samples[4][2] == {"number": 4}
+
+
+def test_samples_of_differing_size(make_shards) -> None:
+    def sample(number: int) -> dict[str, np.ndarray]:
+        return {"image": np.full((number + 1, 700, 3), number, np.uint8), "label": np.array(number, np.int64)}
+
+    folder = make_shards([4], sample)
+    assert [s["image"].shape[0] for s in iter_samples(folder)] == [1, 2, 3, 4]
+    assert [int(s["label"]) for s in iter_samples(folder)] == [0, 1, 2, 3]
+
+
+def test_an_exception_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError), ShardWriter(tmp_path / "0.tar") as writer:
+        writer.add("a", {"unknown": np.zeros(3, np.uint8)}, {})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_writer_at_a_time(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path / "0.tar"), pytest.raises(UserError, match="another process is writing this shard"):
+        ShardWriter(tmp_path / "0.tar")
+
+
+def test_a_killed_writer_is_taken_over(tmp_path: Path) -> None:
+    code = (
+        "import os, sys, pathlib; from dpt.data.shards import ShardWriter; w = ShardWriter(pathlib.Path(sys.argv[1])); "
+        "w._file.write(b'x' * 9999); w._file.flush(); os.kill(os.getpid(), 9)"
+    )
+    path = tmp_path / "0.tar"
+    assert subprocess.run([sys.executable, "-c", code, path]).returncode == -signal.SIGKILL
+    assert [p.name for p in tmp_path.iterdir()] == [".0.tar.part"]
+    with ShardWriter(path) as writer:
+        writer.add("a", random_sample(0), {})
+    assert [p.name for p in tmp_path.iterdir()] == ["0.tar"]
+    with tarfile.open(path) as tar:
+        assert tar.getnames()[0] == "a.valid.npy"
+
+
+def read_all(path: Path, count: int) -> list[int | str]:
+    """Labels of the shard's samples, or why they cannot be read."""
+    reader = ShardReader(path.open("rb"), str(path), count)
+    found: list[int | str] = []
+    for row in range(count):
+        try:
+            found.append(int(reader.sample(row)["label"]))
+        except SampleError as error:
+            found.append(str(error))
+    reader.close()
+    return found
+
+
+@settings(max_examples=30)
+@given(st.data())
+def test_damaged_headers_cost_their_sample_only(make_shards, data) -> None:
+    path = make_shards([6]) / "000000.tar"
+    content = bytearray(path.read_bytes())
+    stride = (len(content) - 1024) // 6
+    row = data.draw(st.integers(0, 5))
+    content[row * stride : row * stride + BLOCK] = os.urandom(BLOCK)
+    path.write_bytes(content)
+    found = read_all(path, 6)
+    assert [found[i] for i in range(6) if i != row] == [i for i in range(6) if i != row]
+    assert "damaged" in str(found[row])
+
+
+@given(st.floats(0.0, 0.999))
+@settings(max_examples=30)
+def test_truncated_tars_keep_their_whole_samples(make_shards, share: float) -> None:
+    path = make_shards([5]) / "000000.tar"
+    content = path.read_bytes()
+    stride = (len(content) - 1024) // 5
+    cut = int(len(content) * share)
+    path.write_bytes(content[:cut])
+    whole = min(cut // stride, 5)
+    try:
+        found = read_all(path, 5)
+    except SampleError:
+        found = ["unreadable"] * 5
+    assert found[:whole] == list(range(whole))
+    assert all(isinstance(item, str) for item in found[whole:])
+
+
+def test_pickles_are_refused(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    np.save(buffer, np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        info = tarfile.TarInfo("k.label.npy")
+        info.size = len(buffer.getvalue())
+        tar.addfile(info, io.BytesIO(buffer.getvalue()))
+    assert "damaged" in str(read_all(tmp_path / "0.tar", 1)[0])
+
+
+def test_tars_of_other_programs(make_shards, tmp_path: Path) -> None:
+    folder = make_shards([4])
+    subprocess.run(["tar", "xf", folder / "000000.tar", "-C", tmp_path], check=True)
+    names = sorted(p.name for p in tmp_path.iterdir())
+    for number, options in enumerate(([], ["--format=pax", "--pax-option=comment=x"], ["--format=gnu"])):
+        path = tmp_path / f"repacked{number}.tar"
+        subprocess.run(["tar", "cf", path, *options, "-C", tmp_path, *names], check=True)
+        assert read_all(path, 4) == [0, 1, 2, 3]
