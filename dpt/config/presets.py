@@ -19,13 +19,20 @@ _DENSE_WIDTHS: dict[str, tuple[int, int, int]] = {  # hidden_size, depth, num_he
     "B": (768, 12, 12),
     "L": (1024, 24, 16),
     "XL": (1152, 28, 16),
-    "G": (1792, 40, 28),
+    "G": (1408, 40, 16),
 }
 
 
 def _dense(name: str, patch_size: int) -> dict[str, Any]:
     hidden_size, depth, num_heads = _DENSE_WIDTHS[name]
-    return {"hidden_size": hidden_size, "depth": depth, "num_heads": num_heads, "patch_size": patch_size}
+    return {
+        "hidden_size": hidden_size,
+        "depth": depth,
+        "num_heads": num_heads,
+        "patch_size": patch_size,
+        "expert_activation": "gelu",
+        "normalize_top_k": True,
+    }
 
 
 def _moe(name: str, num_experts: int) -> dict[str, Any]:

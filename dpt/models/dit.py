@@ -1,0 +1,231 @@
+"""The Diffusion Transformer, dense or with Mixture-of-Experts blocks, for images and for perception.
+
+Shape legend: B samples, C in_channels, h x w latents, T tokens, D hidden_size, L depth, E experts.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dpt.config.presets import preset_values
+from dpt.config.sections import ModelConfig
+from dpt.errors import UserError
+from dpt.models.attention import Attention
+from dpt.models.layers import (
+    FinalLayer,
+    LabelEmbedder,
+    Mlp,
+    PatchEmbed,
+    PatchEmbedRouter,
+    SwiGLU,
+    TimestepEmbedder,
+    modulate,
+    position_table,
+    unpatchify,
+)
+from dpt.models.moe import MoE, Router, RouterStats, summarize
+
+
+class DiTOutput(NamedTuple):
+    """What the network returns. Losses are 0 and counts empty for a dense network."""
+
+    prediction: Tensor
+    """[B, C_out, h, w] in the latents' dtype; C_out = 2 C if learn_sigma: first C the prediction, then the variance values."""
+    load_balancing_loss: Tensor
+    """float32 [], summed over layers, not yet weighted (`dpt.models.moe.summarize`)."""
+    router_z_loss: Tensor
+    """float32 [], summed over layers, not yet weighted."""
+    tokens_per_expert: Tensor
+    """int64 [L, E]: slots routed to each expert."""
+    dropped_share: Tensor
+    """float32 []: share of routed slots dropped for want of capacity."""
+
+
+class DiTBlock(nn.Module):
+    """Attention and an MLP (or experts), each modulated and gated by the conditioning (adaLN-Zero, DiT section 3.2)."""
+
+    def __init__(self, config: ModelConfig, ep_size: int) -> None:
+        super().__init__()
+        size = config.hidden_size
+        self.norm1 = nn.LayerNorm(size, elementwise_affine=False, eps=1e-6)
+        self.attn = Attention(size, config.num_heads, qk_norm=config.qk_norm, backend=config.attention_backend)
+        self.norm2 = nn.LayerNorm(size, elementwise_affine=False, eps=1e-6)
+        self.mlp = None if config.num_experts else Mlp(size, int(size * config.mlp_ratio))
+        self.moe = _build_moe(config, ep_size) if config.num_experts else None
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(size, 6 * size))
+
+    def forward(self, x: Tensor, conditioning: Tensor) -> tuple[Tensor, RouterStats | None]:
+        """x [B, T, D], conditioning [B, D] -> x [B, T, D] and the router's statistics."""
+        modulation = self.adaLN_modulation(conditioning).chunk(6, dim=1)  # 6 x [B, D]
+        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation
+        y = self.attn(modulate(self.norm1(x), shift_attn, scale_attn))  # [B, T, D]
+        x = torch.addcmul(x, gate_attn.unsqueeze(1), y)
+        y = modulate(self.norm2(x), shift_mlp, scale_mlp)
+        stats = None
+        if self.moe is not None:
+            y, stats = self.moe(y)
+        elif self.mlp is not None:
+            y = self.mlp(y)
+        return torch.addcmul(x, gate_mlp.unsqueeze(1), y), stats
+
+
+def _build_moe(config: ModelConfig, ep_size: int) -> MoE:
+    if ep_size == 1:
+        return MoE(config)
+    from dpt.models.moe_parallel import build_parallel_moe  # imports DeepSpeed, which takes seconds
+
+    return build_parallel_moe(config, ep_size)
+
+
+class DiT(nn.Module):
+    """Noisy latents (and clean condition latents before them, on channels), timesteps and labels -> prediction.
+
+    A deterministic function, the same in train() and eval(): labels are dropped by the caller, who puts num_classes (the null
+    label) in their place. `ep_size` ranks share the experts of each layer (it divides num_experts; distributed training
+    with DeepSpeed must be initialised before the first forward pass if it is more than 1).
+    """
+
+    def __init__(self, config: ModelConfig, *, ep_size: int = 1) -> None:
+        super().__init__()
+        self.config = config
+        self.in_channels = config.in_channels * (1 + config.num_conditions)
+        self.out_channels = config.in_channels * (2 if config.learn_sigma else 1)
+        self.activation_checkpointing = False
+        self._positions: dict[tuple[int, int], Tensor] = {}
+        size = config.hidden_size
+        self.x_embedder: PatchEmbed | PatchEmbedRouter
+        if config.patch_embed_tasks:
+            self.x_embedder = PatchEmbedRouter(config.patch_embed_tasks, config.patch_size, self.in_channels, size)
+        else:
+            self.x_embedder = PatchEmbed(config.patch_size, self.in_channels, size)
+        self.t_embedder = TimestepEmbedder(size)
+        self.y_embedder = LabelEmbedder(config.num_classes, size)
+        self.clip_embedder = nn.Linear(config.clip_embedding_size, size, bias=False) if config.clip_embedding_size else None
+        blocks = nn.ModuleList(DiTBlock(config, ep_size) for _ in range(config.depth))
+        self.blocks: Sequence[DiTBlock] = blocks  # type: ignore[assignment]
+        self.final_layer = FinalLayer(size, config.patch_size, self.out_channels)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """DiT's initialisation: xavier-uniform linear layers, and zeros where a block or the network adds its result."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for module in self.modules():
+            if isinstance(module, PatchEmbed | PatchEmbedRouter | TimestepEmbedder | LabelEmbedder | SwiGLU | Router):
+                module.reset_parameters()
+            elif isinstance(module, MoE):
+                module.reset_experts()
+        zeros: list[Any] = [b.adaLN_modulation[1] for b in self.blocks]
+        zeros += [self.final_layer.adaLN_modulation[1], self.final_layer.linear]
+        for linear in zeros:
+            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
+        if self.clip_embedder is not None:
+            nn.init.zeros_(self.clip_embedder.weight)
+
+    def set_activation_checkpointing(self, enabled: bool) -> None:
+        """Recompute each block in the backward pass instead of keeping its activations."""
+        self.activation_checkpointing = enabled
+
+    def compile_blocks(self) -> None:
+        """Compile each block in place with torch.compile; the dispatch to experts stays out of the graph."""
+        for block in self.blocks:
+            block.compile()
+
+    def forward(
+        self,
+        noisy_latents: Tensor,
+        timesteps: Tensor,
+        labels: Tensor,
+        embeddings: Tensor | None = None,
+        task_labels: Tensor | None = None,
+    ) -> DiTOutput:
+        """noisy_latents [B, C (1 + num_conditions), h, w], timesteps [B], labels int64 [B] in 0..num_classes.
+
+        `embeddings` [B, clip_embedding_size]: CLIP image embeddings, zeros for samples without one; None is all zeros.
+        `task_labels` int64 [B] choose the input convolution if there is one a task (the last patch_embed_tasks labels); None:
+        `labels`, which must then hold no null label. Raises UserError if h or w is no multiple of patch_size or the channels
+        are not the model's.
+        """
+        x = self._embed(noisy_latents, labels if task_labels is None else task_labels)  # [B, T, D]
+        conditioning = self.t_embedder(timesteps) + self.y_embedder(labels)  # [B, D]
+        if self.clip_embedder is not None:
+            if embeddings is None:  # the projection takes part in every step: its gradient must exist on every rank
+                embeddings = conditioning.new_zeros(labels.shape[0], self.config.clip_embedding_size)
+            conditioning = conditioning + self.clip_embedder(embeddings.to(conditioning.dtype))
+        stats = []
+        for block in self.blocks:
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x, routed = checkpoint(block, x, conditioning, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x, routed = block(x, conditioning)  # [B, T, D]
+            stats.append(routed)
+        x = self.final_layer(x, conditioning)  # [B, T, p p C_out]
+        x = unpatchify(x, self.config.patch_size, *noisy_latents.shape[2:])  # [B, C_out, h, w]
+        prediction = x.to(noisy_latents.dtype)
+        if not self.config.num_experts:
+            zero = torch.zeros((), device=x.device)
+            return DiTOutput(prediction, zero, zero, torch.zeros(len(self.blocks), 0, dtype=torch.int64, device=x.device), zero)
+        return DiTOutput(prediction, *summarize(stats))
+
+    def _embed(self, latents: Tensor, task_labels: Tensor) -> Tensor:
+        """Latents [B, C_in, h, w] -> tokens [B, T, D] with their positions added."""
+        p, (_, channels, height, width) = self.config.patch_size, latents.shape
+        if height % p or width % p:
+            raise UserError(f"latents of {height} x {width} cannot be cut into patches: both sides must be multiples of {p}.")
+        if channels != self.in_channels:
+            raise UserError(
+                f"latents of {channels} channels do not fit: this model takes {self.in_channels} (dpt.model.num_conditions)."
+            )
+        parameter = self.final_layer.linear.weight
+        latents = latents.to(parameter.dtype)
+        if isinstance(self.x_embedder, PatchEmbedRouter):
+            first_task = self.config.num_classes - self.config.patch_embed_tasks
+            x = self.x_embedder(latents, task_labels - first_task)
+        else:
+            x = self.x_embedder(latents)
+        grid = (height // p, width // p)
+        table = self._positions.get(grid)
+        if table is None or table.device != x.device:
+            table = position_table(*grid, self.config.hidden_size, x.device)
+            self._positions[grid] = table
+        return x + table.to(x.dtype)
+
+    @torch.no_grad()
+    def update_router_bias(self, tokens_per_expert: Tensor) -> None:
+        """Loss-free balancing: each expert's routing bias one step towards the mean load.
+
+        tokens_per_expert [L, E]: the whole batch's slots, summed over micro-batches; call once an optimizer step. Nothing
+        happens without `router_bias_balancing` (Wang et al., 2024, Algorithm 1).
+        """
+        for block, counts in zip(self.blocks, tokens_per_expert, strict=True):
+            gate = block.moe.gate if block.moe is not None else None
+            if gate is not None and gate.bias_steps is not None:
+                counts = counts.to(gate.bias_steps.device).double()
+                gate.bias_steps += (counts.mean() - counts).sign().long()
+
+
+def build_model(model: str | ModelConfig, *, ep_size: int = 1, **overrides: Any) -> DiT:
+    """The network of a preset ("XL/2") or a config, any ModelConfig field overridden by name.
+
+    `build_model("XL/2", num_experts=8, top_k=2)` is the upcycled form: GELU experts, no shared one.
+    """
+    return DiT(resolve_config(model, **overrides), ep_size=ep_size)
+
+
+def resolve_config(model: str | ModelConfig, **overrides: Any) -> ModelConfig:
+    """A preset's or config's ModelConfig with fields overridden; UserError names an unknown preset or field."""
+    known = {f.name for f in dataclasses.fields(ModelConfig)}
+    for name in overrides:
+        if name not in known:
+            raise UserError(f"dpt.model has no field {name!r}; its fields are {', '.join(sorted(known))}.")
+    if isinstance(model, ModelConfig):
+        return dataclasses.replace(model, **overrides)
+    return ModelConfig(**{**preset_values(model), **overrides})

@@ -1,0 +1,191 @@
+"""A Mixture-of-Experts layer as three things: router, dispatch, experts.
+
+Shape legend: T tokens, D hidden_size, E experts, K top-k, N routed slots. Token-choice top-k routing (Shazeer et al.,
+"Outrageously Large Neural Networks", 2017), dropless unless a capacity is set; sources of the losses are at their functions.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dpt.config.sections import ModelConfig
+from dpt.models.experts import Dispatch, Experts
+from dpt.models.layers import SwiGLU
+
+BIAS_STEP = 1e-3
+"""Step of the loss-free routing bias (Wang et al., "Auxiliary-Loss-Free Load Balancing", 2024, section 3: u = 0.001)."""
+
+
+class RouterStats(NamedTuple):
+    """What one layer's router did with this rank's tokens."""
+
+    mean_probs: Tensor
+    """Mean router probability of each expert, float32 [E], with gradient."""
+    z_loss: Tensor
+    """Mean squared log-partition of the router's logits, float32 [], with gradient (Zoph et al., "ST-MoE", 2022, eq. 5)."""
+    counts: Tensor
+    """Slots routed to each expert, int64 [E], dropped ones included."""
+    dropped: Tensor
+    """Slots dropped for want of capacity, int64 []."""
+
+
+class Routing(NamedTuple):
+    """A router's decision on T tokens."""
+
+    weights_TK: Tensor
+    """Weight of each chosen expert, float32, with gradient."""
+    experts_TK: Tensor
+    """Chosen experts, int64, best first."""
+    probs_TE: Tensor
+    """Softmax of the logits, float32."""
+    z_loss: Tensor
+
+
+class Router(nn.Module):
+    """Softmax router in float32: tokens [T, D] -> Routing."""
+
+    bias_steps: Tensor | None
+
+    def __init__(self, hidden_size: int, num_experts: int, top_k: int, *, normalize: bool, biased: bool) -> None:
+        super().__init__()
+        self.top_k = top_k
+        self.normalize = normalize
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
+        # Whole steps, so that casting a model to bf16 cannot round the bias.
+        self.register_buffer("bias_steps", torch.zeros(num_experts, dtype=torch.int64) if biased else None)
+
+    def reset_parameters(self) -> None:
+        """Uniform in +-1 / sqrt(D), as DiT-MoE's gate."""
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+
+    def forward(self, x_TD: Tensor) -> Routing:
+        with torch.autocast(x_TD.device.type, enabled=False):
+            logits_TE = F.linear(x_TD.float(), self.weight.float())
+            probs_TE = logits_TE.softmax(dim=-1)
+            # The bias decides who is chosen, never the weight that an expert gets.
+            scores_TE = probs_TE if self.bias_steps is None else probs_TE + BIAS_STEP * self.bias_steps
+            experts_TK = scores_TE.topk(self.top_k, dim=-1).indices
+            weights_TK = probs_TE.gather(1, experts_TK)
+            if self.normalize:
+                weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True)
+            return Routing(weights_TK, experts_TK, probs_TE, logits_TE.logsumexp(dim=-1).square().mean())
+
+
+def within_capacity(routing: Routing, num_samples: int, num_experts: int, factor: float) -> Tensor:
+    """Which slots an expert has room for, bool [T, K].
+
+    An expert takes at most ceil(factor T' K / E) of one sample's T' tokens, those that weigh most. The limit is per sample,
+    so a sample's result depends on nothing else in its batch.
+    """
+    weights_TK, experts_TK = routing.weights_TK.detach(), routing.experts_TK
+    tokens, k = experts_TK.shape
+    tokens_per_sample = tokens // num_samples
+    capacity = math.ceil(factor * tokens_per_sample * k / num_experts)
+    samples = torch.arange(tokens, device=experts_TK.device) // tokens_per_sample
+    groups = (samples[:, None] * num_experts + experts_TK).flatten()
+    order = weights_TK.flatten().argsort(descending=True, stable=True)
+    order = order[groups[order].argsort(stable=True)]  # by group, then by falling weight
+    sizes = torch.zeros(num_samples * num_experts, dtype=torch.int64, device=groups.device)
+    sizes.index_add_(0, groups, torch.ones_like(groups))
+    starts = sizes.cumsum(0) - sizes
+    ranks = torch.arange(order.shape[0], device=order.device) - starts[groups[order]]
+    return torch.empty_like(groups, dtype=torch.bool).index_copy_(0, order, ranks < capacity).view(tokens, k)
+
+
+class MoE(nn.Module):
+    """Routed experts, and a shared one beside them if asked for: x [B, T, D] -> ([B, T, D], RouterStats).
+
+    train() and eval() compute the same function.
+    """
+
+    def __init__(self, config: ModelConfig, num_local_experts: int | None = None) -> None:
+        nn.Module.__init__(self)  # not super(): the expert-parallel subclass also derives from DeepSpeed's MoE
+        width = int(config.hidden_size * config.mlp_ratio)
+        self.num_experts = config.num_experts
+        self.capacity_factor = config.capacity_factor
+        self.gate = Router(
+            config.hidden_size,
+            config.num_experts,
+            config.top_k,
+            normalize=config.normalize_top_k,
+            biased=config.router_bias_balancing,
+        )
+        self.experts = Experts(num_local_experts or config.num_experts, config.hidden_size, width, config.expert_activation)
+        # Not named "shared_expert": DeepSpeed takes every key of a MoE that holds "expert" for a routed one.
+        self.shared = SwiGLU(config.hidden_size, config.shared_expert_width) if config.shared_expert_width else None
+
+    def reset_experts(self) -> None:
+        """Initialise the experts held here."""
+        self.experts.reset_parameters()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, RouterStats]:
+        x_TD = x.reshape(-1, x.shape[-1])
+        routing = self.gate(x_TD)
+        y_TD, counts_E, dropped = self._route(x_TD, routing, x.shape[0])
+        y = y_TD.view_as(x)
+        if self.shared is not None:
+            y = y + self.shared(x)
+        return y, RouterStats(routing.probs_TE.mean(dim=0), routing.z_loss, counts_E, dropped)
+
+    @torch.compiler.disable
+    def _route(self, x_TD: Tensor, routing: Routing, num_samples: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens through their experts and back [T, D]; slots of each expert [E]; dropped slots []."""
+        experts_TK, kept_TK = routing.experts_TK, None
+        if self.capacity_factor:
+            kept_TK = within_capacity(routing, num_samples, self.num_experts, self.capacity_factor)
+        dispatch = Dispatch(experts_TK, self.num_experts, kept_TK)
+        y_ND = self._run_experts(dispatch.permute(x_TD), dispatch.counts)
+        y_TD = dispatch.combine(y_ND, routing.weights_TK)
+        if kept_TK is None:
+            return y_TD, dispatch.counts, dispatch.counts.new_zeros(())
+        routed = torch.zeros_like(dispatch.counts).index_add_(0, experts_TK.flatten(), torch.ones_like(experts_TK.flatten()))
+        return y_TD, routed, routed.sum() - dispatch.counts.sum()
+
+    def _run_experts(self, x_ND: Tensor, counts_E: Tensor) -> Tensor:
+        """Slots sorted by expert [N, D] through the experts; expert parallelism overrides this."""
+        return self.experts(x_ND, counts_E)
+
+
+class RoutingSummary(NamedTuple):
+    """The routers' losses and counts over all layers (see `summarize`)."""
+
+    load_balancing_loss: Tensor
+    router_z_loss: Tensor
+    tokens_per_expert: Tensor
+    dropped_share: Tensor
+
+
+def summarize(stats: list[RouterStats]) -> RoutingSummary:
+    """The layers' router statistics as losses (float32 [], summed over layers), counts int64 [L, E] and dropped share [].
+
+    Balance loss of a layer: E f . P with f the fraction of slots routed to each expert and P the mean router probability
+    (Fedus et al., "Switch Transformers", 2021, eq. 4 to 6, without alpha). With gradients enabled in a distributed run, f
+    is that of all ranks' tokens; each rank's gradient is that of E f . P_rank, whose mean over ranks (what data parallelism
+    takes) is exactly the gradient of the loss of the whole batch, and the values are those of the whole batch. Under
+    no_grad nothing is exchanged, so that ranks may evaluate different numbers of batches.
+    """
+    probs = torch.stack([s.mean_probs for s in stats])  # [L, E]
+    z_loss = torch.stack([s.z_loss for s in stats]).sum()
+    counts = torch.stack([s.counts for s in stats])  # [L, E]
+    dropped = torch.stack([s.dropped for s in stats]).sum()
+    means = torch.cat([probs.detach().flatten(), z_loss.detach()[None]]).double()
+    if torch.is_grad_enabled() and dist.is_initialized() and dist.get_world_size() > 1:
+        shared = torch.cat([means / dist.get_world_size(), counts.flatten().double(), dropped[None].double()])
+        dist.all_reduce(shared)  # one exchange for all layers; doubles hold the counts exactly
+        means = shared[: means.numel()]
+        counts = shared[means.numel() : -1].round().long().view_as(counts)
+        dropped = shared[-1].round().long()
+    fractions = counts.float() / counts.sum(dim=1, keepdim=True)
+    scale = counts.shape[1]
+    local = scale * (fractions * probs).sum()
+    value = scale * (fractions * means[:-1].view_as(probs)).sum().float()
+    return RoutingSummary(
+        local + (value - local).detach(),
+        z_loss + (means[-1].float() - z_loss).detach(),
+        counts,
+        dropped / counts.sum(),
+    )

@@ -1,0 +1,62 @@
+"""Run a function on several gloo ranks of this machine: `run_ranks(2, fn, *args)` returns fn(rank's results) by rank."""
+
+import os
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+def _rank_main(rank: int, world_size: int, folder: str, fn: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+    }
+    try:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
+        torch.save(fn(*args), f"{folder}/result-{rank}.pt")
+        dist.barrier()  # without it a rank that ends early can abort the others
+        dist.destroy_process_group()
+    except BaseException:
+        Path(folder, f"error-{rank}.txt").write_text(traceback.format_exc())
+        os._exit(1)
+    os._exit(0)
+
+
+def run_ranks(world_size: int, fn: Callable[..., Any], *args: Any, timeout_s: float = 120.0) -> list[Any]:
+    """fn(*args) in `world_size` processes with torch.distributed initialised (gloo); their results in order of rank.
+
+    The processes are forked, so fn may be a closure and nothing is imported again; results go through torch.save. An exception
+    in any rank, or the time limit, ends all of them and raises AssertionError with the rank's traceback.
+    """
+    context = get_context("fork")
+    with tempfile.TemporaryDirectory() as folder:
+        processes = [
+            context.Process(target=_rank_main, args=(rank, world_size, folder, fn, args)) for rank in range(world_size)
+        ]
+        for process in processes:
+            process.start()
+        deadline = time.monotonic() + timeout_s
+        try:
+            while any(p.is_alive() for p in processes) and not any(Path(folder).glob("error-*")):
+                assert time.monotonic() < deadline, f"ranks are not done after {timeout_s} s"
+                for process in processes:
+                    process.join(0.05)
+            errors = [f"rank {p.stem[6:]}: {p.read_text()}" for p in sorted(Path(folder).glob("error-*"))]
+            assert not errors, "\n".join(errors)
+            codes = [p.exitcode for p in processes]
+            assert not any(codes), f"ranks ended with exit codes {codes}"
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+        return [torch.load(f"{folder}/result-{rank}.pt", weights_only=False) for rank in range(world_size)]

@@ -1,0 +1,178 @@
+"""Router, dispatch and experts on one device."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dpt.config.sections import ModelConfig
+from dpt.models.dit import DiT
+from dpt.models.experts import Dispatch
+from dpt.models.moe import BIAS_STEP, MoE, Router, summarize, within_capacity
+
+WIDTHS = {"hidden_size": 16, "num_heads": 2, "depth": 1}
+
+
+def moe(seed=0, **fields) -> MoE:
+    torch.manual_seed(seed)
+    layer = MoE(ModelConfig(**{**WIDTHS, "num_experts": 4, **fields}))
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return layer
+
+
+def expert_by_hand(layer: MoE, e: int, x: torch.Tensor) -> torch.Tensor:
+    p = layer.experts
+    if p.kind == "gelu":
+        return F.linear(F.gelu(F.linear(x, p.fc1_weight[e], p.fc1_bias[e]), approximate="tanh"), p.fc2_weight[e], p.fc2_bias[e])
+    gate, up = p.gate_up_weight[e].chunk(2)
+    return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), p.down_weight[e])
+
+
+def moe_by_hand(layer: MoE, x: torch.Tensor, top_k: int, normalize: bool) -> torch.Tensor:
+    """Every token through every expert, then weighted: the definition, at E / K times the cost."""
+    probs = F.linear(x.float(), layer.gate.weight.float()).softmax(-1)
+    weights, chosen = probs.topk(top_k)
+    if normalize:
+        weights = weights / weights.sum(-1, keepdim=True)
+    every = torch.stack([expert_by_hand(layer, e, x) for e in range(layer.num_experts)], dim=-2)
+    y = (every.gather(-2, chosen[..., None].expand(*chosen.shape, x.shape[-1])) * weights[..., None]).sum(-2)
+    if layer.shared is not None:
+        gate, up = layer.shared.gate_up(x).chunk(2, -1)
+        y = y + layer.shared.down(F.silu(gate) * up)
+    return y
+
+
+@pytest.mark.parametrize("kind", ["swiglu", "gelu"])
+@pytest.mark.parametrize(("top_k", "normalize", "shared"), [(1, False, 0), (2, True, 8), (3, False, 8), (4, True, 0)])
+def test_equal_to_the_definition_with_gradients(kind, top_k, normalize, shared):
+    layer = moe(expert_activation=kind, top_k=top_k, normalize_top_k=normalize, shared_expert_width=shared).double()
+    x = torch.randn(3, 5, 16, dtype=torch.float64, requires_grad=True)
+    results = []
+    for function in (lambda: layer(x)[0], lambda: moe_by_hand(layer, x, top_k, normalize)):
+        y = function()
+        grads = torch.autograd.grad((y * torch.arange(16)).mean(), [x, *layer.parameters()])
+        results.append([y, *grads])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)  # the router is float32
+
+
+def test_experts_without_tokens_work_and_get_zero_gradients():
+    layer = moe(num_experts=8, top_k=1)
+    with torch.no_grad():
+        layer.gate.weight.zero_()
+        layer.gate.weight[5] = 1.0
+    x = torch.rand(2, 4, 16)
+    y, stats = layer(x)
+    assert stats.counts.tolist() == [0, 0, 0, 0, 0, 8, 0, 0]
+    y.sum().backward()
+    grad = layer.experts.down_weight.grad
+    assert grad[5].any()
+    assert not grad[[0, 1, 2, 3, 4, 6, 7]].any()
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.data(), st.integers(1, 6), st.integers(1, 20))
+def test_dispatch_sorts_once_and_combines_back(data, num_experts, tokens):
+    k = data.draw(st.integers(1, num_experts))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 1000)))
+    experts = torch.rand(tokens, num_experts, generator=generator).topk(k).indices
+    kept = torch.rand(tokens, k, generator=generator) < 0.7 if data.draw(st.booleans()) else None
+    if kept is not None:
+        kept[0, 0] = True
+    dispatch = Dispatch(experts, num_experts, kept)
+    mask = torch.ones_like(experts, dtype=torch.bool) if kept is None else kept
+    rows = dispatch.permute(torch.arange(tokens, dtype=torch.float32)[:, None])
+    start = 0
+    for e, count in enumerate(dispatch.counts.tolist()):
+        assert rows[start : start + count, 0].tolist() == torch.where((experts == e) & mask)[0].tolist()
+        start += count
+    weights = torch.rand(tokens, k, generator=generator)
+    combined = dispatch.combine(rows, weights)[:, 0]
+    torch.testing.assert_close(combined, torch.arange(tokens) * (weights * mask).sum(1))
+
+
+def test_dispatch_gradients():
+    experts = torch.tensor([[0, 1], [1, 2], [2, 0], [1, 0]])
+    kept = torch.tensor([[True, True], [False, True], [True, True], [True, False]])
+    x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    weights = torch.rand(4, 2, dtype=torch.float64, requires_grad=True)
+    for mask in (None, kept):
+        dispatch = Dispatch(experts, 4, mask)
+        assert torch.autograd.gradcheck(lambda x, w, d=dispatch: d.combine(d.permute(x).sin(), w), (x, weights))
+
+
+def test_router_logits_are_float32_under_autocast_and_weights_are_raw_or_normalised():
+    x = torch.randn(6, 16)
+    for normalize in (False, True):
+        router = Router(16, 4, 2, normalize=normalize, biased=False)
+        router.reset_parameters()
+        exact = router(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(router(x).probs_TE, exact.probs_TE)
+        sums = exact.weights_TK.sum(1)
+        assert torch.allclose(sums, torch.ones(6)) == normalize
+    assert router.bfloat16()(x.bfloat16()).weights_TK.dtype == torch.float32
+
+
+def test_balance_loss_and_z_loss_by_hand():
+    layer = moe(num_experts=3, top_k=2)
+    x = torch.randn(2, 4, 16)
+    _, stats = layer(x)
+    summary = summarize([stats, stats])
+    logits = F.linear(x, layer.gate.weight).flatten(0, 1)
+    probs = logits.softmax(-1)
+    chosen = F.one_hot(probs.topk(2).indices, 3).sum(1).float()
+    fractions = chosen.sum(0) / chosen.sum()
+    torch.testing.assert_close(summary.load_balancing_loss, 2 * 3 * (fractions * probs.mean(0)).sum())
+    torch.testing.assert_close(summary.router_z_loss, 2 * logits.exp().sum(-1).log().square().mean())
+    assert summary.tokens_per_expert.tolist() == [chosen.sum(0).long().tolist()] * 2
+    even = summarize([stats._replace(mean_probs=torch.full((3,), 1 / 3), counts=torch.tensor([5, 5, 5]))])
+    torch.testing.assert_close(even.load_balancing_loss, torch.tensor(1.0))
+
+
+def test_capacity_drops_the_lightest_of_each_sample_and_reports_the_share():
+    layer = moe(num_experts=4, top_k=2, capacity_factor=1.0)
+    x = torch.randn(3, 8, 16)
+    routing = layer.gate(x.flatten(0, 1))
+    kept = within_capacity(routing, 3, 4, 1.0).view(3, 8, 2)
+    weights, experts = routing.weights_TK.view(3, 8, 2), routing.experts_TK.view(3, 8, 2)
+    for sample in range(3):
+        for e in range(4):
+            mine = experts[sample] == e
+            assert kept[sample][mine].sum() == min(4, mine.sum())
+            if mine.sum() > 4:
+                assert weights[sample][mine & kept[sample]].min() >= weights[sample][mine & ~kept[sample]].max()
+    y, stats = layer(x)
+    assert stats.dropped == (~kept).sum()
+    assert summarize([stats]).dropped_share == (~kept).sum() / kept.numel()
+    torch.testing.assert_close(y[1:2], layer(x[1:2])[0])  # a sample's result depends on nothing else in its batch
+    wide = moe(num_experts=4, top_k=2, capacity_factor=4.0)
+    assert torch.equal(wide(x)[0], moe(num_experts=4, top_k=2)(x)[0])
+
+
+def test_loss_free_bias_moves_choices_not_weights():
+    model = DiT(ModelConfig(**WIDTHS, num_experts=4, router_bias_balancing=True, num_classes=3, input_size=4))
+    gate = model.blocks[0].moe.gate
+    model.update_router_bias(torch.tensor([[9, 1, 5, 5]]))
+    assert gate.bias_steps.tolist() == [-1, 1, 0, 0]
+    x = torch.randn(20, 16)
+    gate.bias_steps.copy_(torch.tensor([0, 0, 0, int(2 / BIAS_STEP)]))
+    routing = gate(x)
+    assert (routing.experts_TK[:, 0] == 3).all()
+    torch.testing.assert_close(routing.weights_TK, routing.probs_TE.gather(1, routing.experts_TK))
+    assert model.bfloat16().blocks[0].moe.gate.bias_steps.tolist() == [0, 0, 0, 2000]
+
+
+def test_same_gradients_under_loss_scaling():
+    layer = moe()
+    x = torch.randn(2, 4, 16)
+
+    def gradient(scale):
+        layer.zero_grad()
+        y, stats = layer(x)
+        ((y.square().mean() + 0.01 * summarize([stats]).load_balancing_loss) * scale).backward()
+        return layer.gate.weight.grad / scale
+
+    torch.testing.assert_close(gradient(1.0), gradient(65536.0))

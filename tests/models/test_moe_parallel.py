@@ -1,0 +1,171 @@
+"""Expert parallelism on gloo ranks: outputs, losses and gradients are those of one device."""
+
+import dataclasses
+import importlib
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from dpt.config.sections import ModelConfig
+from dpt.errors import UserError
+from dpt.models.dit import DiT
+from tests.gloo import run_ranks
+
+CONFIG = ModelConfig(
+    hidden_size=16, depth=2, num_heads=2, input_size=4, num_classes=4, num_experts=4, top_k=2, shared_expert_width=8
+)
+GELU = ModelConfig(
+    hidden_size=16, depth=1, num_heads=2, input_size=4, num_classes=4, num_experts=4, top_k=3, expert_activation="gelu"
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def deepspeed_loaded():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    importlib.import_module("deepspeed")  # once, here: the ranks are forked
+
+
+def build(config, ep_size=1):
+    if ep_size > 1:
+        import deepspeed
+        from deepspeed.ops import __compatible_ops__
+
+        __compatible_ops__["deepspeed_shm_comm"] = False  # no compiler needed
+        deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)  # takes up the group that exists
+    torch.manual_seed(0)
+    model = DiT(config, ep_size=ep_size)
+    if ep_size > 1:  # what deepspeed.initialize does
+        for module in model.modules():
+            if hasattr(module, "set_deepspeed_parallelism"):
+                module.set_deepspeed_parallelism()
+    torch.manual_seed(1)  # no zeros, and the same experts on every rank count
+    for name, parameter in model.named_parameters():
+        if ".experts." not in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def batch():
+    generator = torch.Generator().manual_seed(2)
+    return torch.randn(4, 4, 4, 4, generator=generator), torch.arange(4), torch.arange(4)
+
+
+def step(config, ep_size, checkpointing=False):
+    """This rank's part of the batch: outputs, losses, and gradients averaged as DeepSpeed does, experts joined."""
+    from dpt.models.moe_parallel import gather_experts
+
+    rank, world = dist.get_rank(), dist.get_world_size()
+    model = build(config, ep_size)
+    model.set_activation_checkpointing(checkpointing)
+    latents, timesteps, labels = (x.chunk(world)[rank] for x in batch())
+    out = model(latents, timesteps, labels)
+    (out.prediction.square().mean() + 0.5 * out.load_balancing_loss + 0.1 * out.router_z_loss).backward()
+    gradients = {}
+    for name, parameter in model.named_parameters():
+        grad = parameter.grad / world
+        if ".experts." not in name or ep_size == 1:
+            dist.all_reduce(grad)
+        elif ep_size < world:
+            replicas = [dist.new_group([r for r in range(world) if r % ep_size == e]) for e in range(ep_size)]
+            dist.all_reduce(grad, group=replicas[rank % ep_size])
+        gradients[name] = grad
+    weights = gather_experts(model, {n: p.detach() for n, p in model.named_parameters()})
+    losses = torch.stack([out.load_balancing_loss, out.router_z_loss]).detach()
+    return out.prediction.detach(), losses, out.tokens_per_expert, gather_experts(model, gradients), weights
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    cases = {}
+    for config in (CONFIG, GELU):
+        model = build(config)
+        out = model(*batch())
+        (out.prediction.square().mean() + 0.5 * out.load_balancing_loss + 0.1 * out.router_z_loss).backward()
+        cases[config] = model, out
+    return cases
+
+
+@pytest.mark.parametrize(
+    ("config", "world", "ep_size", "checkpointing"),
+    [(CONFIG, 2, 1, False), (CONFIG, 2, 2, True), (GELU, 4, 2, False), (CONFIG, 4, 4, False)],
+)
+def test_equal_to_one_device(one_device, config, world, ep_size, checkpointing):
+    model, expected = one_device[config]
+    ranks = run_ranks(world, step, config, ep_size, checkpointing)
+    torch.testing.assert_close(torch.cat([r[0] for r in ranks]), expected.prediction, atol=2e-6, rtol=1e-5)
+    for _, losses, counts, _, _ in ranks:
+        torch.testing.assert_close(losses, torch.stack([expected.load_balancing_loss, expected.router_z_loss]))
+        assert torch.equal(counts, expected.tokens_per_expert)
+    _, _, _, gradients, weights = ranks[0]
+    for name, parameter in model.named_parameters():
+        assert torch.equal(weights[name], parameter), name
+        torch.testing.assert_close(gradients[name], parameter.grad, atol=1e-6, rtol=1e-4)
+
+
+def state_dicts(config):
+    model = build(config, 2)
+    state = model.state_dict()
+    keys = sorted(k for k in state if "blocks.0.moe" in k)
+    other = build(config, 2)
+    for parameter in other.parameters():
+        torch.nn.init.zeros_(parameter)
+    other.load_state_dict(state)
+    same = all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    full = build(config).state_dict()
+    other.load_state_dict(full)
+    cut = [torch.equal(p, full["blocks.0.moe.experts.down_weight"][dist.get_rank() * 2 :][:2]) for p in
+           [other.blocks[0].moe.experts.down_weight]]  # fmt: skip
+    marks = {(p.allreduce, p.group_name) for n, p in model.named_parameters() if ".experts." in n}
+    return keys, same, all(cut), marks
+
+
+def test_state_dict_has_deepspeeds_names_and_takes_complete_weights():
+    for keys, same, cut, marks in run_ranks(2, state_dicts, CONFIG):
+        local = "blocks.0.moe.deepspeed_moe.experts.deepspeed_experts"
+        assert keys == sorted(
+            [f"{local}.{e}.{n}" for e in (0, 1) for n in ("gate_up_weight", "down_weight")]
+            + [f"blocks.0.moe.{n}" for n in ("gate.weight", "shared.gate_up.weight", "shared.down.weight")]
+        )
+        assert same
+        assert cut
+        assert marks == {(False, "ep_size_2")}
+
+
+def no_tokens_on_one_rank():
+    model = build(dataclasses.replace(CONFIG, router_bias_balancing=True), 2)
+    for block in model.blocks:
+        block.moe.gate.bias_steps[:2] = 10**6  # every token to experts 0 and 1, which rank 0 holds
+    out = model(*batch())
+    out.prediction.sum().backward()
+    return [float(p.grad.abs().sum()) for n, p in model.named_parameters() if "down_weight" in n]
+
+
+def test_a_rank_whose_experts_get_no_token_takes_part():
+    first, second = run_ranks(2, no_tokens_on_one_rank)
+    assert all(g > 0 for g in first)
+    assert second == [0.0, 0.0]
+
+
+def different_numbers_of_batches():
+    model = build(CONFIG)
+    with torch.no_grad():
+        for _ in range(1 + dist.get_rank()):
+            out = model(*batch())
+    return out.tokens_per_expert.sum().item()
+
+
+def test_ranks_may_evaluate_different_numbers_of_batches():
+    assert run_ranks(2, different_numbers_of_batches) == [2 * 4 * 4 * 2] * 2
+
+
+def test_an_ep_size_that_does_not_fit_is_refused():
+    with pytest.raises(UserError, match="needs that many processes"):
+        DiT(CONFIG, ep_size=2)
+
+    def refused():
+        with pytest.raises(UserError, match="does not divide"):
+            DiT(CONFIG, ep_size=3)
+
+    run_ranks(1, refused)
