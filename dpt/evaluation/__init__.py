@@ -1,0 +1,1 @@
+"""Prediction with a trained network, and its scores by each field's own protocol."""

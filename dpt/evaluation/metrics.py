@@ -1,0 +1,38 @@
+"""The metrics of depth, optical flow and amodal segmentation, each of one image; averaging is the protocol's."""
+
+import numpy as np
+
+
+def depth_metrics(prediction: np.ndarray, truth: np.ndarray) -> dict[str, float]:
+    """Depth metrics over pixels `[n]`, both in metres and positive (Eigen et al. 2014).
+
+    abs_rel: mean |p - g| / g; sq_rel: mean (p - g)^2 / g; rmse: metres; log10: mean |log10 p - log10 g|; si_log: 100 times the
+    standard deviation of log p - log g (KITTI's); delta1-3: share of pixels with max(p / g, g / p) < 1.25, 1.25^2, 1.25^3.
+    """
+    p, g = prediction.astype(np.float64), truth.astype(np.float64)
+    error, log_error, ratio = p - g, np.log(p) - np.log(g), np.maximum(p / g, g / p)
+    return {
+        "abs_rel": float(np.mean(np.abs(error) / g)),
+        "sq_rel": float(np.mean(error**2 / g)),
+        "rmse": float(np.sqrt(np.mean(error**2))),
+        "log10": float(np.mean(np.abs(log_error)) / np.log(10.0)),
+        "si_log": float(100.0 * np.std(log_error)),
+        **{f"delta{k}": float(np.mean(ratio < 1.25**k)) for k in (1, 2, 3)},
+    }
+
+
+def flow_metrics(prediction: np.ndarray, truth: np.ndarray) -> dict[str, float]:
+    """Flow metrics over pixels `[2, n]`, both in pixels of the original image.
+
+    epe: mean end-point error in pixels; outliers: share of pixels whose error is over 3 pixels and over 5% of the true motion
+    (KITTI's Fl).
+    """
+    error = np.linalg.norm(prediction.astype(np.float64) - truth, axis=0)
+    motion = np.linalg.norm(truth.astype(np.float64), axis=0)
+    return {"epe": float(error.mean()), "outliers": float(np.mean((error > 3.0) & (error > 0.05 * motion)))}
+
+
+def mask_metrics(prediction: np.ndarray, truth: np.ndarray) -> dict[str, float]:
+    """Mask metrics over pixels bool `[n]`: iou (1 if both are empty), and the pixel counts that a pooled IoU sums."""
+    intersection, union = int(np.sum(prediction & truth)), int(np.sum(prediction | truth))
+    return {"iou": intersection / union if union else 1.0, "intersection": float(intersection), "union": float(union)}

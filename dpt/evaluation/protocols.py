@@ -1,0 +1,215 @@
+"""Evaluation protocols as data: what is valid, cropped, aligned, clipped and averaged, for each data set.
+
+Raise a protocol's version whenever a change here or in the metrics changes its figures: results carry it.
+"""
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from dpt.errors import UserError
+from dpt.evaluation.alignment import fit_affine
+from dpt.evaluation.metrics import depth_metrics, flow_metrics, mask_metrics
+from dpt.tasks import resize_nearest
+
+# Fractions (top, bottom, left, right) of the image inside which pixels count.
+_EIGEN_NYU = (45 / 480, 471 / 480, 41 / 640, 601 / 640)
+_EIGEN_KITTI = (0.3324324, 0.91351351, 0.0359477, 0.96405229)  # Eigen et al. 2014, of the 352 x 1216 crop
+
+
+@dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """How the predictions for a data set become figures."""
+
+    name: str
+    task: Literal["depth", "flow", "amodal"]
+    version: int = 1
+    datasets: tuple[str, ...] = ()
+    """Names, as in manifests, of the data sets it is for (compared without case, spaces and punctuation)."""
+    num_samples: int = 0
+    """Images in the published list; 0: not fixed."""
+    valid_range: tuple[float, float] = (0.0, math.inf)
+    """Depth: pixels whose true depth in metres is strictly inside count."""
+    clip: tuple[float, float] = (1e-6, math.inf)
+    """Depth: aligned predictions are clipped to it, in metres."""
+    crop: tuple[float, float, float, float] | None = None
+    """Fractions (top, bottom, left, right) inside which pixels count."""
+    align_longest: int = 0
+    """Depth: fit scale and shift on maps reduced (nearest) to this longest side; 0: at full size."""
+    inference_longest: int = 0
+    """Longest side, in pixels, at which images are shown to the network in publications; 0: their own size."""
+    main_metric: str = ""
+    """The metric that ranks samples, and the first in tables."""
+    higher_is_better: bool = False
+
+
+PROTOCOLS: dict[str, Protocol] = {
+    p.name: p
+    for p in (
+        Protocol(
+            name="nyu_v2",
+            task="depth",
+            datasets=("nyu_v2", "nyu"),
+            num_samples=654,
+            valid_range=(1e-3, 10.0),
+            clip=(1e-3, 10.0),
+            crop=_EIGEN_NYU,
+            main_metric="abs_rel",
+        ),
+        Protocol(
+            name="scannet",
+            task="depth",
+            datasets=("scannet",),
+            num_samples=800,
+            valid_range=(1e-3, 10.0),
+            clip=(1e-3, 10.0),
+            main_metric="abs_rel",
+        ),
+        Protocol(
+            name="eth3d",
+            task="depth",
+            datasets=("eth3d",),
+            num_samples=454,
+            valid_range=(1e-5, math.inf),
+            clip=(1e-5, math.inf),
+            align_longest=1024,
+            inference_longest=756,
+            main_metric="abs_rel",
+        ),
+        Protocol(
+            name="diode",
+            task="depth",
+            datasets=("diode",),
+            num_samples=771,
+            clip=(0.6, 350.0),
+            inference_longest=640,
+            main_metric="abs_rel",
+        ),
+        Protocol(
+            name="hypersim",
+            task="depth",
+            datasets=("hypersim",),
+            num_samples=7370,
+            valid_range=(1e-5, 65.0),
+            clip=(1e-5, 65.0),
+            main_metric="abs_rel",
+        ),
+        Protocol(
+            name="kitti",
+            task="depth",
+            datasets=("kitti", "kitti_eigen"),
+            num_samples=652,
+            valid_range=(1e-5, 80.0),
+            clip=(1e-5, 80.0),
+            crop=_EIGEN_KITTI,
+            main_metric="abs_rel",
+        ),
+        Protocol(name="flying_chairs", task="flow", datasets=("flying_chairs",), num_samples=640, main_metric="epe"),
+        Protocol(name="pix2gestalt", task="amodal", datasets=("pix2gestalt",), main_metric="iou", higher_is_better=True),
+        Protocol(name="coco_a", task="amodal", datasets=("coco_a", "cocoa"), main_metric="iou", higher_is_better=True),
+        Protocol(name="mp3d_amodal", task="amodal", datasets=("mp3d_amodal", "mp3d"), main_metric="iou", higher_is_better=True),
+        Protocol(
+            name="synthetic_depth", task="depth", valid_range=(1e-3, math.inf), clip=(1e-3, math.inf), main_metric="abs_rel"
+        ),
+        Protocol(name="synthetic_flow", task="flow", main_metric="epe"),
+        Protocol(name="synthetic_amodal", task="amodal", main_metric="iou", higher_is_better=True),
+    )
+}
+
+
+def find_protocol(dataset: str, task: str, *, name: str = "") -> Protocol:
+    """The protocol called `name`, else that of the data set, else for synthetic sets the task's own.
+
+    UserError if there is none, or if it is another task's.
+    """
+    if name:
+        if name not in PROTOCOLS:
+            raise UserError(f"dpt.evaluation.protocol {name!r} is unknown; choose one of {', '.join(PROTOCOLS)}.")
+        found: Protocol | None = PROTOCOLS[name]
+    else:
+        plain = _plain(dataset)
+        candidates = [p for p in PROTOCOLS.values() if p.task == task and plain in map(_plain, p.datasets)]
+        found = candidates[0] if candidates else PROTOCOLS[f"synthetic_{task}"] if plain.startswith("synth") else None
+    if found is None:
+        raise UserError(
+            f"data set {dataset!r} has no {task} protocol; set dpt.evaluation.protocol to one of {', '.join(PROTOCOLS)}."
+        )
+    if found.task != task:
+        raise UserError(f"protocol {found.name!r} is for {found.task}, but the data is for {task}; choose another one.")
+    return found
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+def counted_pixels(protocol: Protocol, truth: np.ndarray) -> np.ndarray:
+    """Pixels bool `[H, W]` that count: valid truth inside the crop. truth: depth `[H, W]`, flow `[2, H, W]`, mask `[H, W]`."""
+    height, width = truth.shape[-2:]
+    if protocol.task == "depth":
+        valid = np.isfinite(truth) & (truth > protocol.valid_range[0]) & (truth < protocol.valid_range[1])
+    elif protocol.task == "flow":
+        valid = np.isfinite(truth).all(axis=0)
+    else:
+        valid = np.ones((height, width), dtype=bool)
+    if protocol.crop is not None:
+        inside = np.zeros_like(valid)
+        top, bottom, left, right = (
+            int(fraction * side + 1e-6) for fraction, side in zip(protocol.crop, (height, height, width, width), strict=True)
+        )
+        inside[top:bottom, left:right] = True
+        valid &= inside
+    return valid
+
+
+def align_depth_to_truth(protocol: Protocol, prediction: np.ndarray, truth: np.ndarray, valid: np.ndarray) -> np.ndarray:
+    """Affine-invariant depth `[H, W]` -> metres: least-squares scale and shift on valid pixels, then the protocol's clip."""
+    height, width = truth.shape
+    maps: tuple[np.ndarray, ...] = (prediction, truth, valid)
+    if 0 < protocol.align_longest < max(height, width):
+        factor = protocol.align_longest / max(height, width)
+        size = (round(height * factor), round(width * factor))
+        reduced = tuple(resize_nearest(m, size) for m in maps)
+        maps = reduced if reduced[2].any() else maps
+    scale, shift = fit_affine(*maps)
+    return np.clip(prediction * float(scale) + float(shift), max(1e-6, protocol.clip[0]), protocol.clip[1])
+
+
+def score(protocol: Protocol, prediction: np.ndarray, truth: np.ndarray) -> dict[str, float]:
+    """Metrics of one image, both at the truth's resolution; {} if no pixel counts.
+
+    depth: prediction up to scale and shift, float `[H, W]`. flow: pixels `[2, H, W]`; with "epe_fit", "outliers_fit" after a
+    scale and shift per axis, as the authors' released code scores. amodal: bool `[H, W]`. UserError if it is not finite.
+    """
+    if prediction.shape != truth.shape:
+        raise UserError(f"a prediction has shape {prediction.shape}, its truth {truth.shape}; resize it to the truth.")
+    if not np.isfinite(prediction).all():
+        raise UserError("a prediction has values that are not finite; mend the system that made it.")
+    valid = counted_pixels(protocol, truth)
+    if not valid.any():
+        return {}
+    if protocol.task == "depth":
+        metres = align_depth_to_truth(protocol, prediction, truth, valid)
+        return depth_metrics(metres[valid], truth[valid])
+    if protocol.task == "amodal":
+        return mask_metrics(prediction[valid].astype(bool), truth[valid].astype(bool))
+    scale, shift = fit_affine(prediction, truth, np.broadcast_to(valid, truth.shape))
+    fitted = prediction * scale[:, None, None] + shift[:, None, None]
+    with_fit = flow_metrics(fitted[:, valid], truth[:, valid])
+    return flow_metrics(prediction[:, valid], truth[:, valid]) | {f"{name}_fit": value for name, value in with_fit.items()}
+
+
+def average(rows: list[dict[str, float]]) -> dict[str, float]:
+    """Means over images of each metric; masks also get "iou_pooled", the sum of intersections over the sum of unions."""
+    scored = [row for row in rows if row]
+    if not scored:
+        return {}
+    result = {name: math.fsum(row[name] for row in scored) / len(scored) for name in scored[0]}
+    if "union" in result:
+        union = math.fsum(row["union"] for row in scored)
+        result["iou_pooled"] = math.fsum(row["intersection"] for row in scored) / union if union else 1.0
+        del result["intersection"], result["union"]
+    return result
