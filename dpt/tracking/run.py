@@ -6,6 +6,7 @@ killed, its records are still sent and the run is marked as failed.
 
 import atexit
 import contextlib
+import importlib.metadata
 import json
 import logging
 import os
@@ -216,8 +217,12 @@ class SpooledRun(Run):
 
 
 def _provenance() -> dict[str, str]:
-    """Tags that say what code ran: dpt's version, and the commit where the code is a checkout."""
-    tags = {"dpt.version": __version__, "dpt.command": " ".join(sys.argv)}
+    """Tags that say what code ran: command, versions, and the commit where the code is a checkout."""
+    versions = {"python": ".".join(map(str, sys.version_info[:3]))}
+    for package in ("torch", "deepspeed", "diffusers", "webdataset", "mlflow"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    tags = {"dpt.version": __version__, "dpt.versions": json.dumps(versions), "dpt.command": " ".join(sys.argv)}
     root = Path(__file__).resolve().parents[2]
     if (root / ".git").exists():
         with contextlib.suppress(OSError, subprocess.SubprocessError):

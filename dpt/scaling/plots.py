@@ -1,0 +1,99 @@
+"""Figures as SVG or PNG: curves over steps or compute, and power laws in log-log with their equation."""
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+COLOURS = ("#1f6feb", "#d9480f", "#2b8a3e", "#9c36b5", "#c99a00", "#0b7285", "#c2255c", "#5c636a")
+
+Points = Sequence[tuple[float, float]]
+
+
+def new_axes(x_label: str, y_label: str, *, log_x: bool = False, log_y: bool = False) -> Any:
+    """An empty figure in the house's style: (figure, axes)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from cycler import cycler
+    from matplotlib import pyplot
+
+    style = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "dpt",
+        "font.family": "sans-serif",
+        "font.size": 10,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.edgecolor": "#868e96",
+        "axes.labelcolor": "#343a40",
+        "xtick.color": "#495057",
+        "ytick.color": "#495057",
+        "axes.grid": True,
+        "grid.color": "#e9ecef",
+        "axes.axisbelow": True,
+        "axes.prop_cycle": cycler(color=COLOURS),
+        "figure.constrained_layout.use": True,
+        "legend.frameon": False,
+    }
+    with matplotlib.rc_context(style):
+        figure, axes = pyplot.subplots(figsize=(6.4, 3.6))
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    if log_x:
+        axes.set_xscale("log")
+    if log_y:
+        axes.set_yscale("log")
+    return figure, axes
+
+
+def curves(series: Mapping[str, Points], x_label: str, y_label: str, *, log_x: bool = False, log_y: bool = False) -> Any:
+    """Lines over a common axis: a thin line through the points as recorded, a strong one through their running mean."""
+    figure, axes = new_axes(x_label, y_label, log_x=log_x, log_y=log_y)
+    for number, (label, points) in enumerate(series.items()):
+        colour = COLOURS[number % len(COLOURS)]
+        x, y = ([p[i] for p in thinned(points)] for i in (0, 1))
+        marker = "o" if len(x) < 12 else None
+        if len(x) >= 30:
+            axes.plot(x, y, color=colour, linewidth=0.8, alpha=0.3)
+            y = running_mean(y)
+        axes.plot(x, y, color=colour, linewidth=1.8, label=label, marker=marker, markersize=4)
+    if len(series) > 1:
+        axes.legend(fontsize=9)
+    return figure
+
+
+def thinned(points: Points, most: int = 400) -> list[tuple[float, float]]:
+    """At most `most` points: means of equal runs of neighbours."""
+    stride = -(-len(points) // most) if points else 1
+    if stride == 1:
+        return list(points)
+    groups = [points[i : i + stride] for i in range(0, len(points), stride)]
+    return [(sum(x for x, _ in g) / len(g), sum(y for _, y in g) / len(g)) for g in groups]
+
+
+def running_mean(values: Sequence[float], share: float = 0.03) -> list[float]:
+    """The mean over a centred window of a share of the points (at least three of them)."""
+    half = max(1, int(len(values) * share / 2))
+    windows = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
+    return [sum(w) / len(w) for w in windows]
+
+
+def to_svg(figure: Any) -> str:
+    """The figure as an SVG document; the figure is closed."""
+    from matplotlib import pyplot
+
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    pyplot.close(figure)
+    return buffer.getvalue()
+
+
+def save(figure: Any, path: Path) -> Path:
+    """Write the figure in the format of the file's suffix (svg, png, pdf); the figure is closed."""
+    from matplotlib import pyplot
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+    return path

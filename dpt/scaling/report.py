@@ -1,0 +1,267 @@
+"""One static HTML page about an experiment: results, pictures, lineage, curves, the paper's tables beside ours, recipes."""
+
+import base64
+import json
+import math
+import mimetypes
+import time
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from dpt.config.presets import PRESETS
+from dpt.errors import UserError
+from dpt.scaling import paper, plots
+from dpt.scaling.lineage import lineage_svg
+from dpt.scaling.results import MAIN_METRIC, METRICS, Row, format_table, results_table, show, show_macs, table_cells
+from dpt.tracking.read import RunRecord, load_runs
+
+__all__ = ["format_table", "results_table", "write_report"]
+
+PICTURES_PER_RUN = 12
+_CURVES = ("train/loss", "train/load_balancing_loss", "train/grad_norm")
+_STYLE = Path(__file__).parents[1] / "assets" / "report.css"
+
+
+def write_report(experiment: str, *, uri: str, out: Path) -> Path:
+    """Write the page about `experiment` to `out` and return it; everything is inside the one file.
+
+    Raises UserError if the store or the experiment is not there or holds no run.
+    """
+    runs = load_runs(uri, experiment=experiment)
+    if not runs:
+        raise UserError(f'experiment "{experiment}": {uri} holds no run of it; train or evaluate something first.')
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_suffix(".tmp")
+    temporary.write_text(render(experiment, runs, uri), encoding="utf-8")
+    temporary.replace(out)
+    return out
+
+
+def render(experiment: str, runs: Sequence[RunRecord], uri: str) -> str:
+    """The page as text."""
+    rows = results_table(runs)
+    training = [r for r in runs if r.stage and r.stage != "evaluate"]
+    sections = [
+        ("results", "Results", _results(rows)),
+        ("pictures", "Pictures", _pictures(runs, rows)),
+        ("lineage", "Which model comes from which", _lineage(training, rows)),
+        ("curves", "Training curves", _curves(training)),
+        ("paper", "Beside the paper", _paper(rows, training)),
+        ("recipes", "Recipes", _recipes(runs)),
+        ("versions", "Versions and where the runs are", _versions(runs, uri)),
+    ]
+    sections = [s for s in sections if s[2]]
+    links = "".join(f'<a href="#{anchor}">{title}</a>' for anchor, title, _ in sections)
+    body = "".join(f'<section id="{anchor}"><h2>{title}</h2>{content}</section>' for anchor, title, content in sections)
+    title = escape(experiment)
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{title}: results</title><style>{_STYLE.read_text(encoding='utf-8')}</style></head><body><main>"
+        f'<h1>{title}</h1><div class="soft">{_when(runs)}</div>{_cards(runs, rows, training)}<nav>{links}</nav>{body}'
+        "</main></body></html>\n"
+    )
+
+
+def _when(runs: Sequence[RunRecord]) -> str:
+    day = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(max(r.end_time or r.start_time for r in runs)))
+    return f"{len(runs)} runs, the last one of {day}"
+
+
+def _cards(runs: Sequence[RunRecord], rows: list[Row], training: Sequence[RunRecord]) -> str:
+    cards = []
+    for task in dict.fromkeys(r.task for r in rows):
+        metric = MAIN_METRIC.get(task, "")
+        best = _best([r for r in rows if r.task == task and r.run], metric) if metric else None
+        if best is not None:
+            share = best.share(metric)
+            note = f"{best.label}, {_setting(best)}" + (f"; {share:.2f} of the best constant's" if share is not None else "")
+            cards.append(_card(f"best {task} {METRICS[metric].title}", show(metric, best.metrics[metric]), note))
+    macs = sum(r.metrics.get("compute/train_macs", 0.0) for r in training)
+    if macs:
+        cards.append(_card("training compute", f"{show_macs(macs)}MACs", f"{len(training)} training runs"))
+    cards.append(_card("time of all runs", _duration(sum(r.end_time - r.start_time for r in runs if r.end_time)), ""))
+    return f'<div class="cards">{"".join(cards)}</div>'
+
+
+def _card(title: str, value: str, note: str) -> str:
+    small = '<span class="soft small">'
+    return f'<div class="card">{small}{escape(title)}</span><b>{escape(value)}</b>{small}{escape(note)}</span></div>'
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} h" if seconds >= 7200 else f"{seconds / 60:.1f} min" if seconds >= 90 else f"{seconds:.0f} s"
+
+
+def _setting(row: Row) -> str:
+    if row.steps is None:
+        return "recipe's setting"
+    return f"{row.steps} step{'s' * (row.steps != 1)}" + (f" × {row.ensemble} samples" if (row.ensemble or 1) > 1 else "")
+
+
+def _best(rows: list[Row], metric: str) -> Row | None:
+    scored = [r for r in rows if metric in r.metrics]
+    sign = 1 if METRICS[metric].lower_is_better else -1
+    return min(scored, key=lambda r: sign * r.metrics[metric], default=None)
+
+
+def _table(header: list[str], cells: list[list[str]], kinds: Sequence[str] = ()) -> str:
+    head = "".join(f"<th>{escape(h)}</th>" for h in header)
+    body = ""
+    for number, row in enumerate(cells):
+        kind = f' class="{kinds[number]}"' if number < len(kinds) and kinds[number] else ""
+        body += f"<tr{kind}>" + "".join(f"<td>{escape(c)}</td>" for c in row) + "</tr>"
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _results(rows: list[Row]) -> str:
+    parts = []
+    for task, dataset in dict.fromkeys((r.task, r.dataset) for r in rows):
+        group = [r for r in rows if (r.task, r.dataset) == (task, dataset)]
+        header, cells = table_cells(group)
+        best = _best([r for r in group if r.run], MAIN_METRIC.get(task, next(iter(METRICS))))
+        kinds = ["base" if r.run is None else "best" if r is best else "" for r in group]
+        title = task.capitalize() + (f", {dataset}" if dataset else "")
+        parts.append(f"<h3>{escape(title)}</h3>{_table(header, cells, kinds)}")
+        if any(r.baseline for r in group):
+            parts.append('<p class="soft small">The best constant is the prediction without any information of the image, '
+                         "aligned and scored like the others.</p>")  # fmt: skip
+    return "".join(parts)
+
+
+def _pictures(runs: Sequence[RunRecord], rows: list[Row]) -> str:
+    """Pictures of the newest evaluations, the best model's first, then of the training runs."""
+    ranked = sorted((r for r in rows if r.run is not None), key=_rank)
+    evaluations = {r.run.run_id: r.run for r in ranked if r.run is not None}
+    parts = []
+    for run in [*evaluations.values(), *(r for r in runs if r.stage != "evaluate")]:
+        paths = [p for p in run.artifacts("pictures") if p.endswith((".png", ".jpg", ".webp"))]
+        if paths:
+            figures = "".join(_picture(run, path) for path in paths[-PICTURES_PER_RUN:])
+            parts.append(f'<h3>{escape(run.label)}</h3><div class="grid">{figures}</div>')
+    return "".join(parts)
+
+
+def _rank(row: Row) -> float:
+    metric = MAIN_METRIC.get(row.task, "")
+    value = row.metrics.get(metric, math.inf)
+    return value if metric in METRICS and METRICS[metric].lower_is_better else -value
+
+
+def _picture(run: RunRecord, path: str) -> str:
+    kind = mimetypes.guess_type(path)[0] or "image/png"
+    data = base64.b64encode(run.download(path).read_bytes()).decode()
+    name = escape(Path(path).stem.replace("_", " "))
+    caption = f"<figcaption>{name}</figcaption>"
+    return f'<figure><img loading="lazy" alt="{name}" src="data:{kind};base64,{data}">{caption}</figure>'
+
+
+def _lineage(training: Sequence[RunRecord], rows: list[Row]) -> str:
+    if not training:
+        return ""
+    notes: dict[str, str] = {}
+    for row in rows:
+        metric = MAIN_METRIC.get(row.task, "")
+        if row.run is not None and row.run.parents and metric in row.metrics:
+            mark = "AbsRel" if metric == "abs_rel" else metric
+            notes[row.run.parents[0]] = f"{row.task} {mark} {show(metric, row.metrics[metric])}"
+    note = '<p class="soft small">MACs count a run and all that it descends from.</p>'
+    return f'<div class="scroll">{lineage_svg(training, notes)}</div>{note}'
+
+
+def _curves(training: Sequence[RunRecord]) -> str:
+    figures = []
+    for stage in dict.fromkeys(r.stage for r in training):
+        for metric in _CURVES:
+            series = {r.label: r.history(metric) for r in training if r.stage == stage and metric in r.metrics}
+            series = {label: points for label, points in series.items() if len(points) > 1}
+            if series:
+                positive = all(y > 0 for points in series.values() for _, y in points)
+                svg = plots.to_svg(plots.curves(series, "step", metric, log_y=positive))
+                data = base64.b64encode(svg.encode()).decode()
+                figures.append(f'<figure><img alt="{metric} of {stage}" src="data:image/svg+xml;base64,{data}">'
+                               f"<figcaption>{escape(stage)}: {escape(metric)}</figcaption></figure>")  # fmt: skip
+    return f'<div class="grid">{"".join(figures)}</div>' if figures else ""
+
+
+def _paper(rows: list[Row], training: Sequence[RunRecord]) -> str:
+    parts = [_model_table(training)]
+    tables: list[tuple[str, str, dict[str, str], dict[str, Any], list[str]]] = [
+        ("Depth (the paper's Table 3)", "depth", paper.DEPTH_SETS, paper.DEPTH, ["abs_rel", "delta1"]),
+        ("Optical flow (the paper's Table 4)", "flow", paper.FLOW_SETS, paper.FLOW, ["epe"]),
+        ("Amodal segmentation (the paper's Table 5)", "amodal", paper.AMODAL_SETS, paper.AMODAL, ["miou"]),
+    ]
+    for title, task, sets, published, metrics in tables:
+        ours = [r for r in rows if r.task == task and r.run is not None and r.dataset in sets]
+        if ours:
+            parts.append(f"<h3>{title}</h3>{_beside(ours, sets, published, metrics)}")
+    return "".join(parts)
+
+
+def _beside(ours: list[Row], sets: dict[str, str], published: dict[str, Any], metrics: list[str]) -> str:
+    """The published rows, then the newest of ours at its most expensive setting, over the sets that we have scored."""
+    scored = [s for s in sets if any(r.dataset == s for r in ours)]
+    header = ["method", *(f"{sets[s]} {METRICS[m].title}" for s in scored for m in metrics)]
+    cells, kinds = [], []
+    for method, values in published.items():
+        absent = ["–"] * len(metrics)
+        cells.append([method, *(c for s in scored for c in ([f"{v:g}" for v in values[s]] if s in values else absent))])
+        kinds.append("base")
+    for label in dict.fromkeys(r.label for r in ours):
+        most: dict[str, Row] = {}
+        for row in (r for r in ours if r.label == label):
+            current = most.get(row.dataset)
+            if current is None or (row.steps or 0) * (row.ensemble or 1) >= (current.steps or 0) * (current.ensemble or 1):
+                most[row.dataset] = row
+        numbers = [show(m, most[s].metrics.get(m)) if s in most else "–" for s in scored for m in metrics]
+        cells.append([f"ours: {label}, {_setting(next(iter(most.values())))}", *numbers])
+        kinds.append("ours")
+    return _table(header, cells, kinds)
+
+
+def _model_table(training: Sequence[RunRecord]) -> str:
+    """The models that were trained, beside the paper's where the preset is one of its own and unchanged."""
+    header = ["model", "hidden size", "heads", "layers", "experts", "top-k", "parameters (active / total)", "the paper's"]
+    rows: dict[tuple[str, ...], None] = {}
+    for run in training:
+        name = run.params.get("model.preset", "")
+        if not name:
+            continue
+        same = all(run.params.get(f"model.{k}", "").strip('"') == str(v) for k, v in _comparable(name).items())
+        fields = [run.params.get(f"model.{n}", "–") for n in ("hidden_size", "num_heads", "depth", "num_experts", "top_k")]
+        counts = dict.fromkeys(run.metrics.get(f"compute/params_{kind}", 0.0) for kind in ("active", "total"))
+        ours = " / ".join(f"{count / 1e6:.1f}M" for count in counts if count) or "–"
+        published = paper.MODELS[name]["params"] if same and name in paper.MODELS else "–"
+        rows[(name if same else f"{name}, changed", *fields, ours, published)] = None
+    return f"<h3>Models (the paper's Tables 1 and 2)</h3>{_table(header, [list(r) for r in rows])}" if rows else ""
+
+
+def _comparable(preset: str) -> dict[str, Any]:
+    return {k: v for k, v in PRESETS.get(preset, {}).items() if isinstance(v, int) and not isinstance(v, bool)}
+
+
+def _recipes(runs: Sequence[RunRecord]) -> str:
+    parts = []
+    for run in runs:
+        recipe = run.recipe()
+        if recipe:
+            text = escape(json.dumps(recipe, indent=2))
+            command = run.tags.get("dpt.command", "")
+            head = f"<p class='small'><code>{escape(command)}</code></p>" if command else ""
+            title = escape(f"{run.name} · {run.stage} · {run.status.lower()}")
+            parts.append(f"<details><summary>{title}</summary>{head}<pre>{text}</pre></details>")
+    return "".join(parts)
+
+
+def _versions(runs: Sequence[RunRecord], uri: str) -> str:
+    newest = runs[-1].tags
+    versions = {"dpt": newest.get("dpt.version", "")} | json.loads(newest.get("dpt.versions", "{}"))
+    if newest.get("mlflow.source.git.commit"):
+        versions["commit"] = newest["mlflow.source.git.commit"][:12]
+    listed = ", ".join(f"{escape(name)} {escape(version)}" for name, version in versions.items() if version)
+    return (
+        f'<p class="small">{listed}.</p><p>Every number above is read from the MLflow runs in <code>{escape(uri)}</code>; '
+        f"look at them with <code>mlflow ui --backend-store-uri {escape(uri)}</code>.</p>"
+    )

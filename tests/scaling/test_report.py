@@ -1,0 +1,91 @@
+"""The page: well formed, self-contained, escaped, and showing what the runs hold."""
+
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import pytest
+from made_runs import made_run
+
+from dpt.errors import UserError
+from dpt.scaling import report
+from dpt.scaling.report import render, write_report
+
+VOID = {"meta", "img", "br", "link"}
+
+
+class Checker(HTMLParser):
+    """Tags must nest; addresses must not leave the page."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.images = [], 0
+
+    def handle_starttag(self, tag, attributes):
+        if tag not in VOID:
+            self.open.append(tag)
+        for name, value in attributes:
+            if name in ("src", "href"):
+                assert value.startswith(("data:", "#")), value
+        self.images += tag == "img"
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+@pytest.fixture
+def runs(tmp_path):
+    model = {
+        "model.preset": "a1",
+        "model.hidden_size": "256",
+        "model.depth": "12",
+        "model.num_heads": "16",
+        "model.patch_size": "2",
+    }
+    loss = [(s, 1 / (s + 1)) for s in range(100)]
+    metrics = {"train/loss": 0.01, "compute/train_macs": 3e15, "compute/params_total": 14.8e6}
+    return [
+        made_run("pretrain", folder=tmp_path / "a", params=model, metrics=metrics, histories={"train/loss": loss}),
+        made_run(
+            "evaluate",
+            stage="evaluate",
+            folder=tmp_path / "b",
+            parents=["pretrain"],
+            tags={"dpt.label": "ours <script>", "dpt.command": "a & b", "dpt.versions": '{"torch": "2.13"}'},
+            metrics={
+                "eval/depth/nyuv2/abs_rel/s10_n5": 0.07, "eval/depth/nyuv2/delta1/s10_n5": 0.95,
+                "eval/depth/nyuv2/baseline_abs_rel": 0.3, "compute/forward_macs": 1e9,
+            },
+        ),
+    ]  # fmt: skip
+
+
+def test_the_page_is_whole_and_shows_everything(runs):
+    page = render("my <experiment>", runs, "sqlite:///mlflow.db")
+    checker = Checker()
+    checker.feed(page)
+    assert checker.open == []
+    assert checker.images == 3  # two pictures and the loss curve
+    assert "<script" not in page
+    for text in ("ours &lt;script&gt;", "7.00", "the paper", "a &amp; b", "torch 2.13", "14.8M", "3 PMACs", "0.23"):
+        assert text in page, text
+
+
+def test_an_empty_experiment_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(report, "load_runs", lambda uri, experiment: [])
+    with pytest.raises(UserError, match="holds no run"):
+        write_report("e", uri="sqlite:///x.db", out=tmp_path / "r.html")
+    assert not (tmp_path / "r.html").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="no browser")
+def test_a_browser_shows_the_page_without_sideways_scrolling(runs, monkeypatch, tmp_path):
+    monkeypatch.setattr(report, "load_runs", lambda uri, experiment: runs)
+    page = write_report("e", uri="sqlite:///x.db", out=tmp_path / "r.html")
+    probe = "<script>document.title=document.documentElement.scrollWidth+'/'+innerWidth</script></body>"
+    page.write_text(page.read_text().replace("</body>", probe))
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--window-size=500,900", "--dump-dom", page.as_uri()]
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    wide, window = dom.split("<title>")[1].split("</title>")[0].split("/")
+    assert int(wide) <= int(window)

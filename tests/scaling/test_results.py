@@ -1,0 +1,83 @@
+"""Rows of results, their text and the lineage."""
+
+import pytest
+from made_runs import made_run
+
+from dpt.scaling.lineage import lineage_svg, places, total_train_macs
+from dpt.scaling.results import format_table, results_table, show_macs
+
+
+def evaluation(run_id="e", label="ours", start=1.0, **metrics):
+    return made_run(run_id, stage="evaluate", tags={"dpt.label": label}, start_time=start, metrics=metrics)
+
+
+def test_every_setting_is_a_row_below_the_best_constant():
+    run = evaluation(**{
+        "eval/depth/abs_rel": 0.1, "eval/depth/abs_rel/s10_n1": 0.12, "eval/depth/abs_rel/s10_n5": 0.1,
+        "eval/depth/delta1/s10_n5": 0.9, "eval/depth/baseline_abs_rel": 0.4, "compute/forward_macs": 2e8, "perf/x": 1.0,
+    })  # fmt: skip
+    base, one, five = results_table([run])
+    assert (base.label, base.metrics) == ("best constant", {"abs_rel": 0.4})
+    assert (one.steps, one.ensemble, one.metrics) == (10, 1, {"abs_rel": 0.12})
+    assert five.metrics == {"abs_rel": 0.1, "delta1": 0.9}
+    assert five.share("abs_rel") == pytest.approx(0.25)
+    assert five.macs == 2e8 * 10 * 5
+    text = format_table([base, one, five])
+    assert "10.00" in text
+    assert "0.25" in text
+    assert text.splitlines()[0] == "depth"
+
+
+def test_flow_counts_its_two_passes_and_single_settings_come_from_the_recipe():
+    run = made_run(
+        stage="evaluate",
+        params={"evaluation.steps": "[4]", "evaluation.ensemble": "[3]"},
+        metrics={"eval/flow/flying_chairs/epe": 3.0, "compute/forward_macs": 1e9},
+    )
+    (row,) = results_table([run])
+    assert (row.dataset, row.steps, row.ensemble, row.macs) == ("flying_chairs", 4, 3, 2 * 4 * 3 * 1e9)
+
+
+def test_of_runs_with_one_label_the_newest_counts():
+    rows = results_table([
+        evaluation("new", start=2.0, **{"eval/depth/abs_rel/s1_n1": 0.2}),
+        evaluation("old", start=1.0, **{"eval/depth/abs_rel/s1_n1": 0.3}),
+        evaluation("other", "theirs", start=1.5, **{"eval/depth/abs_rel/s1_n1": 0.4}),
+    ])  # fmt: skip
+    assert [(r.label, r.metrics["abs_rel"]) for r in rows] == [("theirs", 0.4), ("ours", 0.2)]
+
+
+def test_no_evaluation_is_said():
+    assert format_table(results_table([made_run()])) == "(no evaluation has been recorded)"
+
+
+@pytest.mark.parametrize(("macs", "text"), [(None, "–"), (1.234e12, "1.23 T"), (5e15, "5 P"), (2e6, "2 M"), (12.0, "12")])
+def test_macs_are_readable(macs, text):
+    assert show_macs(macs) == text
+
+
+def family():
+    macs = {"compute/train_macs": 1e12}
+    return [
+        made_run("base", metrics=macs),
+        made_run("tuned", stage="finetune", parents=["base"], metrics=macs),
+        made_run("scratch", stage="finetune", metrics=macs),
+        made_run("moe <b>", stage="upcycle", parents=["tuned"], metrics=macs),
+        made_run("tuned2", stage="finetune", parents=["base", "gone"], metrics=macs),
+    ]
+
+
+def test_descent_is_drawn_and_its_compute_added_up():
+    runs = family()
+    assert places(runs) == {"base": (0, 0), "tuned": (1, 0), "moe <b>": (2, 0), "tuned2": (1, 1), "scratch": (0, 2)}
+    assert [total_train_macs(r, runs) for r in runs] == [1e12, 2e12, 1e12, 3e12, 2e12]
+    svg = lineage_svg(runs, {"tuned": "depth 1 & 2"})
+    assert svg.count("<path") == 3
+    assert "moe &lt;b&gt;" in svg
+    assert "depth 1 &amp; 2" in svg
+
+
+def test_a_circle_of_parents_does_not_hang():
+    runs = [made_run("a", parents=["b"]), made_run("b", parents=["a"])]
+    assert lineage_svg(runs, {}).startswith("<svg")
+    assert total_train_macs(runs[0], runs) == 0
