@@ -49,9 +49,10 @@ def _row_experts(counts: Tensor, num_rows: int) -> Tensor:
 
 
 def _grouped_sum(y_NB: Tensor, counts: Tensor) -> Tensor:
-    """For each expert, the sum of its rows: y [N, B] -> [E, B], as a product with a one-hot matrix (deterministic)."""
-    one_hot = F.one_hot(_row_experts(counts, y_NB.shape[0]), counts.shape[0]).to(y_NB.dtype)
-    return one_hot.t() @ y_NB
+    """For each expert, the sum of its rows: y [N, B] -> [E, B]."""
+    if y_NB.is_cuda:  # a product with a one-hot matrix: deterministic, and no host needs to know the counts
+        return F.one_hot(_row_experts(counts, y_NB.shape[0]), counts.shape[0]).to(y_NB.dtype).t() @ y_NB
+    return torch.stack([part.sum(dim=0) for part in y_NB.split(counts.tolist())])
 
 
 def _activate(hidden: Tensor, kind: str) -> Tensor:
@@ -66,11 +67,12 @@ def _activate_backward(grad: Tensor, hidden: Tensor, kind: str) -> tuple[Tensor,
     if kind == "gelu":
         return F.gelu(hidden, approximate="tanh"), aten.gelu_backward(grad, hidden, approximate="tanh")
     gate, up = hidden.chunk(2, dim=-1)
-    silu = F.silu(gate)
     d_hidden = torch.empty_like(hidden)
     d_gate, d_up = d_hidden.chunk(2, dim=-1)
+    torch.mul(grad, up, out=d_gate)
+    aten.silu_backward.grad_input(d_gate, gate, grad_input=d_gate)
+    silu = F.silu(gate)
     torch.mul(grad, silu, out=d_up)
-    d_gate.copy_(aten.silu_backward(grad * up, gate))
     return silu.mul_(up), d_hidden
 
 

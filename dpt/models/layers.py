@@ -11,8 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-FREQUENCY_EMBEDDING_SIZE = 256
-"""Width of the sinusoidal timestep features in DiT."""
+from dpt.models.costs import FREQUENCY_EMBEDDING_SIZE
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

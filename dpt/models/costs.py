@@ -1,0 +1,247 @@
+"""What a network costs, from its config alone: parameters, multiply-accumulates, bytes per rank. Pure Python, no torch.
+
+One multiply-accumulate (MAC) is two floating-point operations; papers on Diffusion Transformers call MACs "Gflops". Counted are
+matrix products, convolutions and attention, as torch's FlopCounterMode does.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from dpt.config.presets import PRESETS, preset_values
+from dpt.config.sections import ModelConfig
+from dpt.errors import UserError
+
+Precision = Literal["fp32", "bf16", "fp16"]
+
+FREQUENCY_EMBEDDING_SIZE = 256
+"""Width of the sinusoidal timestep features in DiT."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParamCount:
+    """Numbers of parameters; the fixed position table at input_size counts, as in the papers."""
+
+    total: int
+    active: int
+    """Those that one token passes through: top_k of the routed experts."""
+    routed: int
+    """Those of the routed experts, which expert parallelism divides."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Macs:
+    """Multiply-accumulates for one sample."""
+
+    forward: int
+    training: int
+    """Forward and backward pass, nothing computed twice."""
+    attention_recompute: int
+    """What flash attention's backward pass computes again; FlopCounterMode counts `training` plus this."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes on each rank in the course of training."""
+
+    weights: int
+    """In the precision of the matrix products."""
+    master_weights: int
+    """The optimizer's own float32 copy."""
+    gradients: int
+    moments: int
+    """Adam's two, float32."""
+    ema: int
+    """Averaged weights, float32."""
+    activations: int
+    """Kept for the backward pass, and its largest temporaries."""
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.master_weights + self.gradients + self.moments + self.ema + self.activations
+
+
+def num_tokens(config: ModelConfig, height: int = 0, width: int = 0) -> int:
+    """Tokens of a latent image of height x width (0: input_size); UserError if patches do not divide it."""
+    height, width, p = height or config.input_size, width or config.input_size, config.patch_size
+    if height % p or width % p:
+        raise UserError(f"latents of {height} x {width} cannot be cut into patches: both sides must be multiples of {p}.")
+    return (height // p) * (width // p)
+
+
+def num_params(config: ModelConfig) -> ParamCount:
+    """Parameters of `DiT(config)`, in total and per token."""
+    d, patch = config.hidden_size, config.patch_size**2
+    outside = max(config.patch_embed_tasks, 1) * (_in_channels(config) * patch * d + d)
+    outside += num_tokens(config) * d  # position table
+    outside += FREQUENCY_EMBEDDING_SIZE * d + d + d * d + d  # timesteps
+    outside += (config.num_classes + 1) * d + config.clip_embedding_size * d
+    outside += 2 * d * d + 2 * d + d * patch * _out_channels(config) + patch * _out_channels(config)  # final layer
+    block = 4 * d * d + 4 * d + 6 * d * d + 6 * d  # attention, adaLN
+    if config.qk_norm:
+        block += 4 * (d // config.num_heads)
+    expert = _expert_params(config)
+    block += config.num_experts * d + 3 * d * config.shared_expert_width if config.num_experts else expert
+    routed, used = config.depth * config.num_experts * expert, config.depth * min(config.num_experts, config.top_k) * expert
+    return ParamCount(
+        total=outside + config.depth * block + routed, active=outside + config.depth * block + used, routed=routed
+    )
+
+
+def macs(config: ModelConfig, height: int = 0, width: int = 0) -> Macs:
+    """MACs of one sample of height x width latents (0: input_size), without capacity dropping."""
+    d, t, patch = config.hidden_size, num_tokens(config, height, width), config.patch_size**2
+    inputs = t * _in_channels(config) * patch * d + FREQUENCY_EMBEDDING_SIZE * d + config.clip_embedding_size * d
+    ends = d * d + 2 * d * d + t * d * patch * _out_channels(config)  # timesteps' second layer, final layer
+    product = t * t * d  # scores, and their weighted sum
+    block = 6 * d * d + 4 * t * d * d + 2 * product + t * _mlp_macs_per_token(config)
+    forward = inputs + ends + config.depth * block
+    return Macs(
+        forward=forward,
+        training=3 * forward - inputs,  # no gradient with respect to the network's inputs
+        attention_recompute=config.depth * product,
+    )
+
+
+def memory(
+    config: ModelConfig,
+    *,
+    ranks: int = 1,
+    ep_size: int = 1,
+    zero_stage: int = 1,
+    micro_batch_size: int = 1,
+    precision: Precision = "bf16",
+    num_emas: int = 1,
+    height: int = 0,
+    width: int = 0,
+    activation_checkpointing: bool = False,
+) -> Memory:
+    """Bytes on each of `ranks` when training with AdamW and DeepSpeed's ZeRO stage (0 to 3); latents as in `macs`.
+
+    ZeRO divides over all ranks: optimizer states (stage 1), gradients too (2), weights too (3); experts' ones over the ranks
+    that hold the same experts, which comes to the same. DeepSpeed's communication buckets are not included.
+    """
+    if ranks % ep_size or (config.num_experts or 1) % ep_size:
+        raise UserError(f"ep_size {ep_size} must divide the ranks ({ranks}) and num_experts ({config.num_experts}).")
+    if zero_stage == 3 and ep_size > 1:
+        raise UserError(f"ZeRO stage 3 cannot go with ep_size {ep_size}; choose stage 2 or ep_size 1.")
+    size = 4 if precision == "fp32" else 2
+    count = num_params(config)
+    held = count.total - count.routed + count.routed // ep_size  # before ZeRO
+    share = math.ceil(count.total / ranks)
+    optimizer = share if zero_stage >= 1 else held
+    keeps_master = precision != "fp32" or zero_stage >= 1  # ZeRO's partitions are copies in any precision
+    samples = micro_batch_size * num_tokens(config, height, width)
+    return Memory(
+        weights=size * (share if zero_stage == 3 else held),
+        master_weights=4 * optimizer if keeps_master else 0,
+        gradients=size * (share if zero_stage >= 2 else held),
+        moments=8 * optimizer,
+        ema=4 * num_emas * optimizer,
+        activations=_activation_bytes(config, samples, size, activation_checkpointing),
+    )
+
+
+def preset_table(
+    *, ranks: int = 1, ep_size: int = 1, zero_stage: int = 1, micro_batch_size: int = 32, precision: Precision = "bf16"
+) -> list[dict[str, Any]]:
+    """Parameters, MACs at 256 and 512 px and bytes per rank (at 256 px) of every preset and upcycled form, one row each.
+
+    `..._checkpointed` is with activation checkpointing. Dense networks are counted with ep_size 1.
+    """
+    configs = {name: ModelConfig(**preset_values(name)) for name in PRESETS}
+    for name, config in list(configs.items()):
+        if not config.num_experts and config.patch_size == 2:
+            configs[f"{name} upcycled 8E2A"] = ModelConfig(**preset_values(name) | {"num_experts": 8, "top_k": 2})
+    rows = []
+    for name, config in configs.items():
+        count, at_256, at_512 = num_params(config), macs(config, 32, 32), macs(config, 64, 64)
+        settings: dict[str, Any] = {"ranks": ranks, "ep_size": ep_size if config.num_experts else 1, "zero_stage": zero_stage}
+        settings |= {"micro_batch_size": micro_batch_size, "precision": precision}
+        plain, checkpointed = (memory(config, **settings, activation_checkpointing=c) for c in (False, True))
+        rows.append(
+            {
+                "preset": name,
+                "params_total": count.total,
+                "params_active": count.active,
+                "forward_macs_256px": at_256.forward,
+                "training_macs_256px": at_256.training,
+                "forward_macs_512px": at_512.forward,
+                "training_macs_512px": at_512.training,
+                "bytes_weights": plain.weights,
+                "bytes_master_weights": plain.master_weights,
+                "bytes_gradients": plain.gradients,
+                "bytes_moments": plain.moments,
+                "bytes_ema": plain.ema,
+                "bytes_activations": plain.activations,
+                "bytes_activations_checkpointed": checkpointed.activations,
+                "bytes_total": plain.total,
+                "bytes_total_checkpointed": checkpointed.total,
+            }
+        )
+    return rows
+
+
+def _in_channels(config: ModelConfig) -> int:
+    return config.in_channels * (1 + config.num_conditions)
+
+
+def _out_channels(config: ModelConfig) -> int:
+    return config.in_channels * (2 if config.learn_sigma else 1)
+
+
+def _mlp_width(config: ModelConfig) -> int:
+    return int(config.hidden_size * config.mlp_ratio)
+
+
+def _is_swiglu(config: ModelConfig) -> bool:
+    return config.num_experts > 0 and config.expert_activation == "swiglu"
+
+
+def _expert_params(config: ModelConfig) -> int:
+    """Parameters of one expert, or of a dense block's MLP."""
+    d, width = config.hidden_size, _mlp_width(config)
+    return 3 * d * width if _is_swiglu(config) else 2 * d * width + width + d
+
+
+def _mlp_macs_per_token(config: ModelConfig) -> int:
+    """MACs of a block's MLP, or of its router, top_k experts and shared expert."""
+    d, width = config.hidden_size, _mlp_width(config)
+    if not config.num_experts:
+        return 2 * d * width
+    matrices = 3 if _is_swiglu(config) else 2
+    return d * config.num_experts + config.top_k * matrices * d * width + 3 * d * config.shared_expert_width
+
+
+def _activation_bytes(config: ModelConfig, tokens: int, size: int, checkpointing: bool) -> int:
+    """Largest sum of what autograd keeps and what the backward pass works in, for `tokens` tokens of `size`-byte numbers."""
+    d = config.hidden_size
+    kept, working = _kept_per_token(config, size), 7 * d * size  # 7: the final layer, and gradients on their way
+    expert_gradients = 0
+    if config.num_experts:
+        width, swiglu = config.top_k * _mlp_width(config), int(_is_swiglu(config))
+        expert_gradients = config.num_experts * _expert_params(config) * size  # of one block
+        # In the experts' backward pass: gradient of the activation, the activation again, gradient of the first product; later
+        # the last two beside the weights' gradients. The shared expert's backward pass is over by then.
+        freed = (4 * config.shared_expert_width - 2 * d) * size
+        early, late = (3 + swiglu) * width * size, (2 + swiglu) * width * size + expert_gradients // tokens
+        working = max(working, max(early, late) - freed)
+    blocks = kept + config.depth * d * size if checkpointing else config.depth * kept
+    return tokens * (blocks + working)
+
+
+def _kept_per_token(config: ModelConfig, size: int) -> int:
+    """Bytes that one block keeps for the backward pass, per token."""
+    d, heads = config.hidden_size, config.num_heads
+    wide = 8 * d + 4 * d  # attention: input, norm, modulated, qkv, result, projection; MLP: input, norm, modulated, result
+    if config.qk_norm:
+        wide += 3 * d
+    narrow = 4 * (heads + 4)  # float32: attention's log-sums, both norms' means and deviations
+    if config.num_experts:
+        k, width = config.top_k, _mlp_width(config)
+        wide += k * (2 * d + width * (2 if _is_swiglu(config) else 1)) + 4 * config.shared_expert_width
+        narrow += 3 * 4 * config.num_experts + k * (3 * 4 + 4 * 8)  # router in float32; slots' weights and indices
+        narrow += 4 * d if size < 4 else 0  # the router's float32 input
+    else:
+        wide += 2 * _mlp_width(config)
+    return wide * size + narrow

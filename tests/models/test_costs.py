@@ -1,0 +1,209 @@
+"""Parameters and MACs against built networks and torch's counter; memory against a tracker of live storages."""
+
+import subprocess
+import sys
+import weakref
+
+import pytest
+import torch
+from torch.utils import flop_counter
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from dpt.config.presets import PRESETS, preset_values
+from dpt.config.sections import ModelConfig
+from dpt.errors import UserError
+from dpt.models import build_model
+from dpt.models.costs import macs, memory, num_params, num_tokens, preset_table
+
+aten = torch.ops.aten
+TINY = {"hidden_size": 32, "depth": 2, "num_heads": 4, "input_size": 8, "num_classes": 10}
+FAMILIES = {
+    "dense": {},
+    "eps": {"learn_sigma": False, "qk_norm": True, "patch_size": 4},
+    "conditions": {"num_conditions": 2, "clip_embedding_size": 12},
+    "task convolutions": {"num_conditions": 1, "patch_embed_tasks": 4},
+    "swiglu": {"num_experts": 4, "expert_activation": "swiglu", "shared_expert_width": 48},
+    "gelu": {"num_experts": 4, "expert_activation": "gelu", "top_k": 3, "mlp_ratio": 2.0},
+}
+PAPER = {  # total and active parameters, forward GMACs at 256 and 1024 tokens
+    "a1": (14_799_392, 14_799_392, 2.83, 16.1),
+    "a2": (77_208_608, 77_208_608, 14.0, 68.8),
+    "a3": (215_539_232, 215_539_232, 38.3, 177),
+    "a4": (458_102_816, 458_102_816, 80.7, 361),
+    "a5": (1_199_213_600, 1_199_213_600, 209, 902),
+    "a6": (1_862_988_320, 1_862_988_320, 324, 1384),
+    "XL/2": (675_129_632, 675_129_632, 118.6, 524.5),
+    "S/2-8E2A": (199_307_552, 71_905_568, 16.0, 71.3),
+    "S/2-16E2A": (369_213_728, 71_942_432, 16.0, 71.4),
+    "L/2-8E2A": (2_823_764_000, 1_011_824_672, 222, 928),
+}
+
+
+@pytest.mark.parametrize("preset", PAPER)
+def test_the_papers_table(preset):
+    total, active, at_256, at_1024 = PAPER[preset]
+    config = ModelConfig(**preset_values(preset))
+    count = num_params(config)
+    assert (count.total, count.active) == (total, active)
+    for size, expected in ((32, at_256), (64, at_1024)):
+        digits = len(str(expected).replace(".", ""))
+        assert float(f"{macs(config, size, size).forward / 1e9:.{digits}g}") == expected
+
+
+@pytest.mark.parametrize("preset", [*PRESETS, *({"preset": p, "num_experts": 8} for p in ("a2", "XL/2"))], ids=str)
+def test_parameters_of_every_preset_equal_the_built_network(preset):
+    values = preset_values(preset) if isinstance(preset, str) else preset_values(preset["preset"]) | preset
+    config = ModelConfig(**values)
+    with torch.device("meta"):
+        model = build_model(config)
+    table = num_tokens(config) * config.hidden_size
+    assert num_params(config).total == sum(p.numel() for p in model.parameters()) + table
+    routed = sum(p.numel() for n, p in model.named_parameters() if ".experts." in n)
+    assert num_params(config).routed == routed
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parameters_of_every_family_equal_the_built_network(family):
+    config = ModelConfig(**TINY | FAMILIES[family])
+    expected = num_params(config).total - num_tokens(config) * config.hidden_size
+    assert sum(p.numel() for p in build_model(config).parameters()) == expected
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_macs_equal_torchs_counter(family):
+    config = ModelConfig(**TINY | FAMILIES[family])
+    model, batch = build_model(config), 3
+    latents, labels = torch.randn(batch, model.in_channels, 8, 12), torch.tensor([6, 7, 9])
+    formulas = {  # torch counts these on GPUs only
+        aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: flop_counter.sdpa_flop_count(q, k, v),
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda grad, q, k, v, *_, **__: (
+            flop_counter.sdpa_backward_flop_count(grad, q, k, v)
+        ),
+    }
+    with flop_counter.FlopCounterMode(display=False, custom_mapping=formulas) as counter:
+        out = model(latents, labels, labels)
+        forward = counter.get_total_flops()
+        out.prediction.sum().backward()
+    expected = macs(config, 8, 12)
+    assert forward == 2 * batch * expected.forward
+    assert counter.get_total_flops() == 2 * batch * (expected.training + expected.attention_recompute)
+
+
+def grouped_mm_flop(a_shape, b_shape, *args, out_shape=None, **kwargs):
+    """Rows of a, each times one of b's matrices [E, A, B]; or, with two matrices, one product of columns an expert."""
+    return 2 * a_shape[0] * a_shape[1] * b_shape[-1]
+
+
+@pytest.mark.parametrize("family", ["swiglu", "gelu"])
+def test_grouped_products_count_the_same(family, monkeypatch):
+    """On a GPU the experts are grouped_mm, which runs here too: same results, same count."""
+    from dpt.models import experts
+
+    def linear(x, weight, counts):
+        return torch.nn.functional.grouped_mm(x, weight.transpose(1, 2), offs=counts.cumsum(0, dtype=torch.int32))
+
+    def outer(y, x, counts):
+        return torch.nn.functional.grouped_mm(y.t(), x, offs=counts.cumsum(0, dtype=torch.int32))
+
+    config = ModelConfig(**TINY | FAMILIES[family])
+    torch.manual_seed(0)
+    layer = build_model(config).blocks[0].moe
+    x = torch.randn(2, 16, 32)
+    layer(x)[0].square().sum().backward()
+    slices = [p.grad for p in layer.experts.parameters()]
+    layer.zero_grad()
+    monkeypatch.setattr(experts, "grouped_linear", linear)
+    monkeypatch.setattr(experts, "grouped_outer", outer)
+    with flop_counter.FlopCounterMode(display=False, custom_mapping={aten._grouped_mm: grouped_mm_flop}) as counter:
+        layer(x)[0].square().sum().backward()
+    for parameter, expected in zip(layer.experts.parameters(), slices, strict=True):
+        torch.testing.assert_close(parameter.grad, expected)
+    per_token = 32 * 4 + config.top_k * (2 + (family == "swiglu")) * 32 * int(32 * config.mlp_ratio)
+    per_token += 3 * 32 * config.shared_expert_width
+    router_and_shared_input = 32 * 4 + 2 * 32 * config.shared_expert_width  # x needs no gradient here
+    assert counter.get_total_flops() == 2 * 32 * (3 * per_token - router_and_shared_input)
+
+
+class LiveBytes(TorchDispatchMode):
+    """The most bytes that tensors made under this mode held at once."""
+
+    def __init__(self, existing):
+        super().__init__()
+        self.now, self.peak = 0, 0
+        self.live = {t.untyped_storage()._cdata for t in existing}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self.live:
+                storage = tensor.untyped_storage()
+                self.live.add(storage._cdata)
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self.free, storage._cdata, storage.nbytes())
+        return out
+
+    def free(self, key, size):
+        self.live.discard(key)
+        self.now -= size
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"qk_norm": True, "num_conditions": 1},
+        {"num_experts": 8, "expert_activation": "swiglu", "shared_expert_width": 192},
+        {"num_experts": 8, "expert_activation": "swiglu"},
+        {"num_experts": 8, "expert_activation": "gelu"},
+        {"num_experts": 16, "expert_activation": "gelu", "batch": 1},
+    ],
+    ids=str,
+)
+def test_activation_bytes_are_within_15_percent_of_the_measured_peak(fields, checkpointing):
+    batch = fields.get("batch", 6)
+    fields = {k: v for k, v in fields.items() if k != "batch"}
+    config = ModelConfig(**{"hidden_size": 96, "depth": 4, "num_heads": 6, "num_classes": 10, **fields})
+    model = build_model(config)
+    model.set_activation_checkpointing(checkpointing)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    latents, labels = torch.randn(batch, model.in_channels, 32, 32), torch.arange(batch)
+    existing = [*model.parameters(), *(p.grad for p in model.parameters()), latents, labels]
+    with LiveBytes(existing) as live:
+        out = model(latents, labels, labels)
+        (out.prediction.square().mean() + out.load_balancing_loss).backward()
+    estimate = memory(config, micro_batch_size=batch, precision="fp32", activation_checkpointing=checkpointing)
+    assert estimate.activations == pytest.approx(live.peak, rel=0.15)
+
+
+def test_bytes_of_states():
+    config = ModelConfig(**preset_values("S/2-8E2A"))
+    n = num_params(config)
+    one = memory(config, zero_stage=0, precision="fp32")
+    assert (one.weights, one.gradients, one.moments, one.ema, one.master_weights) == tuple(n.total * b for b in (4, 4, 8, 4, 0))
+    four = memory(config, ranks=4, ep_size=4, zero_stage=2, precision="bf16")
+    held = n.total - n.routed + n.routed // 4
+    share = n.total // 4
+    assert (four.weights, four.gradients, four.moments, four.ema) == (2 * held, 2 * share, 8 * share, 4 * share)
+    assert memory(config, ranks=4, zero_stage=3).weights == 2 * share
+    assert four.total == sum(v for k, v in vars(four).items())
+    with pytest.raises(UserError, match="must divide"):
+        memory(config, ranks=4, ep_size=3)
+    with pytest.raises(UserError, match="stage 3"):
+        memory(config, ranks=4, ep_size=4, zero_stage=3)
+
+
+def test_table_has_every_preset_and_the_upcycled_forms():
+    rows = {row["preset"]: row for row in preset_table(ranks=8, ep_size=8)}
+    assert set(PRESETS) < set(rows)
+    assert round(rows["XL/2 upcycled 8E2A"]["params_total"] / 1e6) == 2757
+    assert rows["a4 upcycled 8E2A"]["params_active"] == 659_748_896
+    assert all(row["bytes_activations_checkpointed"] < row["bytes_activations"] for row in rows.values())
+
+
+def test_costs_need_no_torch():
+    code = "import sys, dpt.models, dpt.models.costs as c; c.preset_table(); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
