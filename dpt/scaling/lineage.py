@@ -3,17 +3,12 @@
 from collections.abc import Mapping, Sequence
 from html import escape
 
+from dpt.scaling.compute import total_train_macs
 from dpt.scaling.results import show_macs
-from dpt.tracking.read import RunRecord, ancestors
+from dpt.tracking.read import RunRecord
 
 _WIDTH, _HEIGHT, _GAP_X, _GAP_Y, _MARGIN = 210, 66, 56, 16, 4
 _STAGE_COLOURS = {"pretrain": "#1f6feb", "finetune": "#2b8a3e", "upcycle": "#d9480f"}
-
-
-def total_train_macs(record: RunRecord, records: Sequence[RunRecord]) -> float:
-    """MACs of a run's own training and of all runs that it descends from."""
-    family = [record, *ancestors(record, records)]
-    return sum(r.metrics.get("compute/train_macs", 0.0) for r in family)
 
 
 def places(runs: Sequence[RunRecord]) -> dict[str, tuple[int, int]]:

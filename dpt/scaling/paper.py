@@ -17,22 +17,22 @@ MODELS: dict[str, dict[str, Any]] = {  # Tables 1 and 2
     "L/2-8E2A": {"params": "1.0B / 2.8B", "hidden_size": 1024, "num_heads": 16, "depth": 24},
 }
 
-DEPTH_SETS = {"hypersim": "Hypersim", "eth3d": "ETH3D", "nyuv2": "NYUv2", "scannet": "ScanNet", "diode": "DIODE"}
+DEPTH_SETS = {"hypersim": "Hypersim", "eth3d": "ETH3D", "nyu_v2": "NYUv2", "scannet": "ScanNet", "diode": "DIODE"}
 DEPTH: dict[str, dict[str, tuple[float, float]]] = {  # Table 3: AbsRel, delta1
-    "Omnidata": {"eth3d": (16.6, 77.8), "nyuv2": (7.4, 94.5), "scannet": (7.5, 93.6), "diode": (33.9, 74.2)},
-    "HDN": {"eth3d": (12.1, 83.3), "nyuv2": (6.9, 94.8), "scannet": (8.0, 93.9), "diode": (24.6, 78.0)},
-    "DPT": {"eth3d": (7.8, 94.6), "nyuv2": (9.8, 90.3), "scannet": (8.2, 93.4), "diode": (18.2, 75.8)},
+    "Omnidata": {"eth3d": (16.6, 77.8), "nyu_v2": (7.4, 94.5), "scannet": (7.5, 93.6), "diode": (33.9, 74.2)},
+    "HDN": {"eth3d": (12.1, 83.3), "nyu_v2": (6.9, 94.8), "scannet": (8.0, 93.9), "diode": (24.6, 78.0)},
+    "DPT": {"eth3d": (7.8, 94.6), "nyu_v2": (9.8, 90.3), "scannet": (8.2, 93.4), "diode": (18.2, 75.8)},
     "Marigold": {
         "hypersim": (13.5, 87.5),
         "eth3d": (6.5, 96.0),
-        "nyuv2": (5.5, 96.4),
+        "nyu_v2": (5.5, 96.4),
         "scannet": (6.4, 95.1),
         "diode": (30.8, 77.3),
     },
     "the paper": {
         "hypersim": (13.6, 87.6),
         "eth3d": (4.8, 97.8),
-        "nyuv2": (6.8, 95.0),
+        "nyu_v2": (6.8, 95.0),
         "scannet": (7.7, 93.7),
         "diode": (31.0, 77.2),
     },
@@ -47,13 +47,13 @@ FLOW: dict[str, dict[str, tuple[float]]] = {  # Table 4: end-point error
     "the paper, ensembled": {"flying_chairs": (3.08,)},
 }
 
-AMODAL_SETS = {"coco_a": "COCO-A", "pix2gestalt": "P2G", "mp3d": "MP3D"}
+AMODAL_SETS = {"coco_a": "COCO-A", "pix2gestalt": "P2G", "mp3d_amodal": "MP3D"}
 AMODAL: dict[str, dict[str, tuple[float]]] = {  # Table 5: mean IoU
     "PCNet-Sup": {"coco_a": (82.53,)},
     "SAM": {"coco_a": (67.21,)},
     "SD-XL Inpainting": {"coco_a": (76.52,)},
-    "pix2gestalt": {"coco_a": (82.9,), "pix2gestalt": (88.7,), "mp3d": (61.5,)},
-    "the paper": {"coco_a": (82.9,), "pix2gestalt": (88.6,), "mp3d": (63.9,)},
+    "pix2gestalt": {"coco_a": (82.9,), "pix2gestalt": (88.7,), "mp3d_amodal": (61.5,)},
+    "the paper": {"coco_a": (82.9,), "pix2gestalt": (88.6,), "mp3d_amodal": (63.9,)},
 }
 
 LAWS: dict[str, tuple[float, float]] = {  # Figures 2 and 8: y = a C^b, C in MACs (digits of Figure 8 read from a scan)

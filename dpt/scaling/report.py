@@ -12,7 +12,9 @@ from typing import Any
 
 from dpt.config.presets import PRESETS
 from dpt.errors import UserError
+from dpt.models.costs import num_params
 from dpt.scaling import paper, plots
+from dpt.scaling.compute import model_config, train_macs
 from dpt.scaling.lineage import lineage_svg
 from dpt.scaling.results import MAIN_METRIC, METRICS, Row, format_table, results_table, show, show_macs, table_cells
 from dpt.tracking.read import RunRecord, load_runs
@@ -79,7 +81,7 @@ def _cards(runs: Sequence[RunRecord], rows: list[Row], training: Sequence[RunRec
             share = best.share(metric)
             note = f"{best.label}, {_setting(best)}" + (f"; {share:.2f} of the best constant's" if share is not None else "")
             cards.append(_card(f"best {task} {METRICS[metric].title}", show(metric, best.metrics[metric]), note))
-    macs = sum(r.metrics.get("compute/train_macs", 0.0) for r in training)
+    macs = sum(map(train_macs, training))
     if macs:
         cards.append(_card("training compute", f"{show_macs(macs)}MACs", f"{len(training)} training runs"))
     cards.append(_card("time of all runs", _duration(sum(r.end_time - r.start_time for r in runs if r.end_time)), ""))
@@ -191,7 +193,7 @@ def _paper(rows: list[Row], training: Sequence[RunRecord]) -> str:
     tables: list[tuple[str, str, dict[str, str], dict[str, Any], list[str]]] = [
         ("Depth (the paper's Table 3)", "depth", paper.DEPTH_SETS, paper.DEPTH, ["abs_rel", "delta1"]),
         ("Optical flow (the paper's Table 4)", "flow", paper.FLOW_SETS, paper.FLOW, ["epe"]),
-        ("Amodal segmentation (the paper's Table 5)", "amodal", paper.AMODAL_SETS, paper.AMODAL, ["miou"]),
+        ("Amodal segmentation (the paper's Table 5)", "amodal", paper.AMODAL_SETS, paper.AMODAL, ["iou"]),
     ]
     for title, task, sets, published, metrics in tables:
         ours = [r for r in rows if r.task == task and r.run is not None and r.dataset in sets]
@@ -223,23 +225,22 @@ def _beside(ours: list[Row], sets: dict[str, str], published: dict[str, Any], me
 
 def _model_table(training: Sequence[RunRecord]) -> str:
     """The models that were trained, beside the paper's where the preset is one of its own and unchanged."""
-    header = ["model", "hidden size", "heads", "layers", "experts", "top-k", "parameters (active / total)", "the paper's"]
+    header = ["model", "hidden size", "heads", "layers", "experts", "parameters (active / total)", "the paper's"]
     rows: dict[tuple[str, ...], None] = {}
     for run in training:
-        name = run.params.get("model.preset", "")
-        if not name:
+        config = model_config(run)
+        if config is None:
             continue
-        same = all(run.params.get(f"model.{k}", "").strip('"') == str(v) for k, v in _comparable(name).items())
-        fields = [run.params.get(f"model.{n}", "–") for n in ("hidden_size", "num_heads", "depth", "num_experts", "top_k")]
-        counts = dict.fromkeys(run.metrics.get(f"compute/params_{kind}", 0.0) for kind in ("active", "total"))
-        ours = " / ".join(f"{count / 1e6:.1f}M" for count in counts if count) or "–"
-        published = paper.MODELS[name]["params"] if same and name in paper.MODELS else "–"
-        rows[(name if same else f"{name}, changed", *fields, ours, published)] = None
+        preset = PRESETS.get(config.preset, {})
+        same = all(getattr(config, k) == preset.get(k) for k in ("hidden_size", "depth", "num_heads", "patch_size"))
+        count = num_params(config)
+        ours = " / ".join(f"{c / 1e6:,.1f} M" for c in dict.fromkeys((count.active, count.total)))
+        experts = f"{config.num_experts}, top {config.top_k}" if config.num_experts else "–"
+        name = config.preset if same else f"{config.preset}, changed"
+        is_published = same and config.preset in paper.MODELS and run.stage != "upcycle"
+        published = str(paper.MODELS[config.preset]["params"]) if is_published else "–"
+        rows[(name, str(config.hidden_size), str(config.num_heads), str(config.depth), experts, ours, published)] = None
     return f"<h3>Models (the paper's Tables 1 and 2)</h3>{_table(header, [list(r) for r in rows])}" if rows else ""
-
-
-def _comparable(preset: str) -> dict[str, Any]:
-    return {k: v for k, v in PRESETS.get(preset, {}).items() if isinstance(v, int) and not isinstance(v, bool)}
 
 
 def _recipes(runs: Sequence[RunRecord]) -> str:

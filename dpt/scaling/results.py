@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from dpt.scaling.compute import prediction_macs
 from dpt.tracking.read import RunRecord
 
 _SETTING = re.compile(r"s(\d+)_n(\d+)$")
@@ -29,11 +30,11 @@ METRICS: dict[str, Metric] = {
     "abs_rel": Metric(title="AbsRel % ↓", scale=100, digits=2),
     "delta1": Metric(title="δ1 % ↑", scale=100, digits=1, lower_is_better=False),
     "epe": Metric(title="EPE px ↓", scale=1, digits=3),
-    "miou": Metric(title="mIoU % ↑", scale=100, digits=1, lower_is_better=False),
+    "epe_fit": Metric(title="EPE px, fitted ↓", scale=1, digits=3),
+    "iou": Metric(title="mIoU % ↑", scale=100, digits=1, lower_is_better=False),
+    "iou_pooled": Metric(title="pooled IoU % ↑", scale=100, digits=1, lower_is_better=False),
 }
-MAIN_METRIC = {"depth": "abs_rel", "flow": "epe", "amodal": "miou"}
-PASSES = {"flow": 2}
-"""Sampler passes of one prediction where it is more than one."""
+MAIN_METRIC = {"depth": "abs_rel", "flow": "epe", "amodal": "iou"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +135,8 @@ def _macs(record: RunRecord, task: str, steps: int | None, ensemble: int | None)
     forward = record.metrics.get("compute/forward_macs")
     if forward is None or steps is None or ensemble is None:
         return None
-    return forward * steps * ensemble * PASSES.get(task, 1)
+    guidance = float(record.params.get("evaluation.guidance_scale", 1.0))
+    return prediction_macs(forward, task=task, steps=steps, ensemble=ensemble, guidance_scale=guidance)
 
 
 def shown_metrics(rows: Iterable[Row]) -> list[str]:

@@ -3,7 +3,8 @@
 import pytest
 from made_runs import made_run
 
-from dpt.scaling.lineage import lineage_svg, places, total_train_macs
+from dpt.scaling.compute import model_config, total_train_macs
+from dpt.scaling.lineage import lineage_svg, places
 from dpt.scaling.results import format_table, results_table, show_macs
 
 
@@ -81,3 +82,18 @@ def test_a_circle_of_parents_does_not_hang():
     runs = [made_run("a", parents=["b"]), made_run("b", parents=["a"])]
     assert lineage_svg(runs, {}).startswith("<svg")
     assert total_train_macs(runs[0], runs) == 0
+
+
+def test_the_architecture_is_read_back_from_the_flat_parameters():
+    params = {"model.preset": "a1", "model.hidden_size": "96", "model.qk_norm": "true", "upcycling.num_experts": "4"}
+    dense = model_config(made_run(params=params))
+    assert (dense.preset, dense.hidden_size, dense.qk_norm, dense.num_experts) == ("a1", 96, True, 0)
+    assert model_config(made_run(stage="upcycle", params=params)).num_experts == 4
+    assert model_config(made_run()) is None
+    assert model_config(made_run(params={"model.num_heads": "5"})) is None
+
+
+def test_guidance_doubles_a_prediction():
+    metrics = {"eval/depth/abs_rel/s10_n2": 0.1, "compute/forward_macs": 1e9}
+    (row,) = results_table([made_run(stage="evaluate", metrics=metrics, params={"evaluation.guidance_scale": "2.0"})])
+    assert row.macs == 4e10

@@ -1,0 +1,65 @@
+"""The command `dpt`: looks up one of its sub-commands and loads nothing else."""
+
+import argparse
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "presets": "model sizes: parameters, MACs, bytes per rank",
+    "report": "write one HTML page about an experiment",
+    "sync": "send records that an outage of the MLflow server has kept back",
+}
+"""Every command is a module `dpt.commands.NAME` with `configure(parser)` and `run(arguments)`."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; bad input ends in one sentence and exit code 2."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    name, *rest = arguments
+    if name == "--version":
+        from dpt import __version__
+
+        print(f"dpt {__version__}")
+        return 0
+    if name not in COMMANDS:
+        close = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f'did you mean "{close[0]}"?' if close else "`dpt --help` lists the commands."
+        print(f'dpt: error: there is no command "{name}"; {hint}', file=sys.stderr)
+        return 2
+    return run(name, rest)
+
+
+def run(name: str, rest: Sequence[str]) -> int:
+    """Parse a command's own arguments and run it."""
+    from dpt.errors import reported
+
+    module = importlib.import_module(f"dpt.commands.{name.replace('-', '_')}")
+    parser = argparse.ArgumentParser(prog=f"dpt {name}", description=module.__doc__, allow_abbrev=False)
+    module.configure(parser)
+    arguments = parser.parse_args(rest)
+    try:
+        with reported(f"dpt {name}"):
+            module.run(arguments)
+            sys.stdout.flush()
+    except BrokenPipeError:  # `dpt presets | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def usage() -> str:
+    """The text of `dpt --help`."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name.ljust(width)}  {text}" for name, text in COMMANDS.items()]
+    return "\n".join(["usage: dpt COMMAND ...", "", "commands:", *lines, "", "`dpt COMMAND --help` explains one."])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,25 @@
+"""Send to MLflow what an outage of its server has kept in the folders of runs; nothing arrives twice."""
+
+import argparse
+from pathlib import Path
+
+from dpt.errors import UserError
+from dpt.tracking.sender import sync
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, help="output folder of a run, or one above several")
+    parser.add_argument("--uri", default="", help="another store than the one that the runs name")
+    parser.add_argument("--again", action="store_true", help="send every record, for a store that has lost the runs")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    if not arguments.folder.is_dir():
+        raise UserError(f"{arguments.folder}: there is no such folder.")
+    outcomes = sync(arguments.folder, uri=arguments.uri, again=arguments.again)
+    for spool, problem in outcomes:
+        print(f"{spool.folder.parent}: run {spool.run_id}: {problem or 'all is sent'}")
+    if not outcomes:
+        raise UserError(f"{arguments.folder}: no run has left records here.")
+    if any(problem for _, problem in outcomes):
+        raise UserError("some records are still kept back; call `dpt sync` again when the store can be reached.")
