@@ -1,8 +1,8 @@
 """The compute of runs, in multiply-accumulates (MACs; two floating-point operations each).
 
-Training: 3 x forward x samples seen (a backward pass costs two forward passes; `dpt.models.costs.macs` leaves out the small part
-that needs no gradient). Test time: forward x sampler steps x ensemble members x passes (optical flow predicts u and v in two passes;
-classifier-free guidance doubles each step).
+Training: 3 x forward x samples seen (a backward pass costs two forward passes; `dpt.models.costs.macs` leaves out the small
+part that needs no gradient). Test time: forward x sampler steps x ensemble members x passes (optical flow predicts u and v in
+two passes; classifier-free guidance doubles each step).
 """
 
 import json
