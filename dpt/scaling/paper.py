@@ -17,7 +17,13 @@ MODELS: dict[str, dict[str, Any]] = {  # Tables 1 and 2
     "L/2-8E2A": {"params": "1.0B / 2.8B", "hidden_size": 1024, "num_heads": 16, "depth": 24},
 }
 
-DEPTH_SETS = {"hypersim": "Hypersim", "eth3d": "ETH3D", "nyu_v2": "NYUv2", "scannet": "ScanNet", "diode": "DIODE"}
+DEPTH_SETS = {  # protocol: title, images
+    "hypersim": ("Hypersim", 7370),
+    "eth3d": ("ETH3D", 454),
+    "nyu_v2": ("NYUv2", 654),
+    "scannet": ("ScanNet", 800),
+    "diode": ("DIODE", 771),
+}
 DEPTH: dict[str, dict[str, tuple[float, float]]] = {  # Table 3: AbsRel, delta1
     "Omnidata": {"eth3d": (16.6, 77.8), "nyu_v2": (7.4, 94.5), "scannet": (7.5, 93.6), "diode": (33.9, 74.2)},
     "HDN": {"eth3d": (12.1, 83.3), "nyu_v2": (6.9, 94.8), "scannet": (8.0, 93.9), "diode": (24.6, 78.0)},
@@ -38,7 +44,7 @@ DEPTH: dict[str, dict[str, tuple[float, float]]] = {  # Table 3: AbsRel, delta1
     },
 }
 
-FLOW_SETS = {"flying_chairs": "FlyingChairs"}
+FLOW_SETS = {"flying_chairs": ("FlyingChairs", 640)}
 FLOW: dict[str, dict[str, tuple[float]]] = {  # Table 4: end-point error
     "DeepFlow": {"flying_chairs": (3.53,)},
     "FlowNetS": {"flying_chairs": (2.71,)},
@@ -47,7 +53,7 @@ FLOW: dict[str, dict[str, tuple[float]]] = {  # Table 4: end-point error
     "the paper, ensembled": {"flying_chairs": (3.08,)},
 }
 
-AMODAL_SETS = {"coco_a": "COCO-A", "pix2gestalt": "P2G", "mp3d_amodal": "MP3D"}
+AMODAL_SETS = {"coco_a": ("COCO-A", 0), "pix2gestalt": ("P2G", 0), "mp3d_amodal": ("MP3D", 0)}  # 0: not published
 AMODAL: dict[str, dict[str, tuple[float]]] = {  # Table 5: mean IoU
     "PCNet-Sup": {"coco_a": (82.53,)},
     "SAM": {"coco_a": (67.21,)},

@@ -1,9 +1,7 @@
 """One static HTML page about an experiment: results, pictures, lineage, curves, the paper's tables beside ours, recipes."""
 
-import base64
 import json
 import math
-import mimetypes
 import time
 from collections.abc import Sequence
 from html import escape
@@ -16,6 +14,7 @@ from dpt.models.costs import num_params
 from dpt.scaling import paper, plots
 from dpt.scaling.compute import model_config, train_macs
 from dpt.scaling.lineage import lineage_svg
+from dpt.scaling.page import card, chart, grid, page, picture, table, write_page
 from dpt.scaling.results import MAIN_METRIC, METRICS, Row, format_table, results_table, show, show_macs, table_cells
 from dpt.tracking.read import RunRecord, load_runs
 
@@ -23,7 +22,6 @@ __all__ = ["format_table", "results_table", "write_report"]
 
 PICTURES_PER_RUN = 12
 _CURVES = ("train/loss", "train/load_balancing_loss", "train/grad_norm")
-_STYLE = Path(__file__).parents[1] / "assets" / "report.css"
 
 
 def write_report(experiment: str, *, uri: str, out: Path) -> Path:
@@ -34,11 +32,7 @@ def write_report(experiment: str, *, uri: str, out: Path) -> Path:
     runs = load_runs(uri, experiment=experiment)
     if not runs:
         raise UserError(f'experiment "{experiment}": {uri} holds no run of it; train or evaluate something first.')
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_suffix(".tmp")
-    temporary.write_text(render(experiment, runs, uri), encoding="utf-8")
-    temporary.replace(out)
-    return out
+    return write_page(out, render(experiment, runs, uri))
 
 
 def render(experiment: str, runs: Sequence[RunRecord], uri: str) -> str:
@@ -54,17 +48,8 @@ def render(experiment: str, runs: Sequence[RunRecord], uri: str) -> str:
         ("recipes", "Recipes", _recipes(runs)),
         ("versions", "Versions and where the runs are", _versions(runs, uri)),
     ]
-    sections = [s for s in sections if s[2]]
-    links = "".join(f'<a href="#{anchor}">{title}</a>' for anchor, title, _ in sections)
-    body = "".join(f'<section id="{anchor}"><h2>{title}</h2>{content}</section>' for anchor, title, content in sections)
-    title = escape(experiment)
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{title}: results</title><style>{_STYLE.read_text(encoding='utf-8')}</style></head><body><main>"
-        f'<h1>{title}</h1><div class="soft">{_when(runs)}</div>{_cards(runs, rows, training)}<nav>{links}</nav>{body}'
-        "</main></body></html>\n"
-    )
+    head = f'<div class="soft">{_when(runs)}</div><div class="cards">{_cards(runs, rows, training)}</div>'
+    return page(experiment, head, sections)
 
 
 def _when(runs: Sequence[RunRecord]) -> str:
@@ -80,17 +65,12 @@ def _cards(runs: Sequence[RunRecord], rows: list[Row], training: Sequence[RunRec
         if best is not None:
             share = best.share(metric)
             note = f"{best.label}, {_setting(best)}" + (f"; {share:.2f} of the best constant's" if share is not None else "")
-            cards.append(_card(f"best {task} {METRICS[metric].title}", show(metric, best.metrics[metric]), note))
+            cards.append(card(f"best {task} {METRICS[metric].title}", show(metric, best.metrics[metric]), note))
     macs = sum(map(train_macs, training))
     if macs:
-        cards.append(_card("training compute", f"{show_macs(macs)}MACs", f"{len(training)} training runs"))
-    cards.append(_card("time of all runs", _duration(sum(r.end_time - r.start_time for r in runs if r.end_time)), ""))
-    return f'<div class="cards">{"".join(cards)}</div>'
-
-
-def _card(title: str, value: str, note: str) -> str:
-    small = '<span class="soft small">'
-    return f'<div class="card">{small}{escape(title)}</span><b>{escape(value)}</b>{small}{escape(note)}</span></div>'
+        cards.append(card("training compute", f"{show_macs(macs)}MACs", f"{len(training)} training runs"))
+    cards.append(card("time of all runs", _duration(sum(r.end_time - r.start_time for r in runs if r.end_time)), ""))
+    return "".join(cards)
 
 
 def _duration(seconds: float) -> str:
@@ -109,15 +89,6 @@ def _best(rows: list[Row], metric: str) -> Row | None:
     return min(scored, key=lambda r: sign * r.metrics[metric], default=None)
 
 
-def _table(header: list[str], cells: list[list[str]], kinds: Sequence[str] = ()) -> str:
-    head = "".join(f"<th>{escape(h)}</th>" for h in header)
-    body = ""
-    for number, row in enumerate(cells):
-        kind = f' class="{kinds[number]}"' if number < len(kinds) and kinds[number] else ""
-        body += f"<tr{kind}>" + "".join(f"<td>{escape(c)}</td>" for c in row) + "</tr>"
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
 def _results(rows: list[Row]) -> str:
     parts = []
     for task, dataset in dict.fromkeys((r.task, r.dataset) for r in rows):
@@ -126,7 +97,7 @@ def _results(rows: list[Row]) -> str:
         best = _best([r for r in group if r.run], MAIN_METRIC.get(task, next(iter(METRICS))))
         kinds = ["base" if r.run is None else "best" if r is best else "" for r in group]
         title = task.capitalize() + (f", {dataset}" if dataset else "")
-        parts.append(f"<h3>{escape(title)}</h3>{_table(header, cells, kinds)}")
+        parts.append(f"<h3>{escape(title)}</h3>{table(header, cells, kinds)}")
         if any(r.baseline for r in group):
             parts.append('<p class="soft small">The best constant is the prediction without any information of the image, '
                          "aligned and scored like the others.</p>")  # fmt: skip
@@ -141,8 +112,8 @@ def _pictures(runs: Sequence[RunRecord], rows: list[Row]) -> str:
     for run in [*evaluations.values(), *(r for r in runs if r.stage != "evaluate")]:
         paths = [p for p in run.artifacts("pictures") if p.endswith((".png", ".jpg", ".webp"))]
         if paths:
-            figures = "".join(_picture(run, path) for path in paths[-PICTURES_PER_RUN:])
-            parts.append(f'<h3>{escape(run.label)}</h3><div class="grid">{figures}</div>')
+            figures = [picture(run.download(p), Path(p).stem.replace("_", " ")) for p in paths[-PICTURES_PER_RUN:]]
+            parts.append(f"<h3>{escape(run.label)}</h3>{grid(figures)}")
     return "".join(parts)
 
 
@@ -150,14 +121,6 @@ def _rank(row: Row) -> float:
     metric = MAIN_METRIC.get(row.task, "")
     value = row.metrics.get(metric, math.inf)
     return value if metric in METRICS and METRICS[metric].lower_is_better else -value
-
-
-def _picture(run: RunRecord, path: str) -> str:
-    kind = mimetypes.guess_type(path)[0] or "image/png"
-    data = base64.b64encode(run.download(path).read_bytes()).decode()
-    name = escape(Path(path).stem.replace("_", " "))
-    caption = f"<figcaption>{name}</figcaption>"
-    return f'<figure><img loading="lazy" alt="{name}" src="data:{kind};base64,{data}">{caption}</figure>'
 
 
 def _lineage(training: Sequence[RunRecord], rows: list[Row]) -> str:
@@ -181,46 +144,47 @@ def _curves(training: Sequence[RunRecord]) -> str:
             series = {label: points for label, points in series.items() if len(points) > 1}
             if series:
                 positive = all(y > 0 for points in series.values() for _, y in points)
-                svg = plots.to_svg(plots.curves(series, "step", metric, log_y=positive))
-                data = base64.b64encode(svg.encode()).decode()
-                figures.append(f'<figure><img alt="{metric} of {stage}" src="data:image/svg+xml;base64,{data}">'
-                               f"<figcaption>{escape(stage)}: {escape(metric)}</figcaption></figure>")  # fmt: skip
-    return f'<div class="grid">{"".join(figures)}</div>' if figures else ""
+                figures.append(chart(plots.curves(series, "step", metric, log_y=positive), f"{stage}: {metric}"))
+    return grid(figures)
 
 
 def _paper(rows: list[Row], training: Sequence[RunRecord]) -> str:
     parts = [_model_table(training)]
-    tables: list[tuple[str, str, dict[str, str], dict[str, Any], list[str]]] = [
+    tables: list[tuple[str, str, dict[str, tuple[str, int]], dict[str, Any], list[str]]] = [
         ("Depth (the paper's Table 3)", "depth", paper.DEPTH_SETS, paper.DEPTH, ["abs_rel", "delta1"]),
         ("Optical flow (the paper's Table 4)", "flow", paper.FLOW_SETS, paper.FLOW, ["epe"]),
         ("Amodal segmentation (the paper's Table 5)", "amodal", paper.AMODAL_SETS, paper.AMODAL, ["iou"]),
     ]
     for title, task, sets, published, metrics in tables:
-        ours = [r for r in rows if r.task == task and r.run is not None and r.dataset in sets]
+        ours = [r for r in rows if r.task == task and r.run is not None and r.protocol in sets]
         if ours:
             parts.append(f"<h3>{title}</h3>{_beside(ours, sets, published, metrics)}")
     return "".join(parts)
 
 
-def _beside(ours: list[Row], sets: dict[str, str], published: dict[str, Any], metrics: list[str]) -> str:
-    """The published rows, then the newest of ours at its most expensive setting, over the sets that we have scored."""
-    scored = [s for s in sets if any(r.dataset == s for r in ours)]
-    header = ["method", *(f"{sets[s]} {METRICS[m].title}" for s in scored for m in metrics)]
-    cells, kinds = [], []
+def _beside(ours: list[Row], sets: dict[str, tuple[str, int]], published: dict[str, Any], metrics: list[str]) -> str:
+    """The published rows, then the newest of ours at its most expensive setting, over the protocols that we have scored."""
+    scored = [s for s in sets if any(r.protocol == s for r in ours)]
+    header = ["method", *(f"{sets[s][0]} {METRICS[m].title}" for s in scored for m in metrics)]
+    cells, kinds, partial = [], [], []
     for method, values in published.items():
         absent = ["–"] * len(metrics)
         cells.append([method, *(c for s in scored for c in ([f"{v:g}" for v in values[s]] if s in values else absent))])
         kinds.append("base")
     for label in dict.fromkeys(r.label for r in ours):
         most: dict[str, Row] = {}
-        for row in (r for r in ours if r.label == label):
-            current = most.get(row.dataset)
-            if current is None or (row.steps or 0) * (row.ensemble or 1) >= (current.steps or 0) * (current.ensemble or 1):
-                most[row.dataset] = row
-        numbers = [show(m, most[s].metrics.get(m)) if s in most else "–" for s in scored for m in metrics]
-        cells.append([f"ours: {label}, {_setting(next(iter(most.values())))}", *numbers])
+        for row in sorted((r for r in ours if r.label == label), key=lambda r: (r.steps or 0) * (r.ensemble or 1)):
+            most[row.protocol] = row
+        cells.append(
+            [f"ours: {label}", *(show(m, most[s].metrics.get(m)) if s in most else "–" for s in scored for m in metrics)]
+        )
         kinds.append("ours")
-    return _table(header, cells, kinds)
+        for name, row in most.items():
+            title, number = sets[name]
+            count = round((row.run.metrics if row.run else {}).get(f"eval/{row.task}/{row.dataset}/num_samples", number))
+            note = f"{label} on {title}: {_setting(row)}"
+            partial.append(note + (f", {count} of {number} images, so not comparable" if number and count != number else ""))
+    return table(header, cells, kinds) + f'<p class="soft small">Ours: {escape("; ".join(partial))}.</p>'
 
 
 def _model_table(training: Sequence[RunRecord]) -> str:
@@ -240,7 +204,7 @@ def _model_table(training: Sequence[RunRecord]) -> str:
         is_published = same and config.preset in paper.MODELS and run.stage != "upcycle"
         published = str(paper.MODELS[config.preset]["params"]) if is_published else "–"
         rows[(name, str(config.hidden_size), str(config.num_heads), str(config.depth), experts, ours, published)] = None
-    return f"<h3>Models (the paper's Tables 1 and 2)</h3>{_table(header, [list(r) for r in rows])}" if rows else ""
+    return f"<h3>Models (the paper's Tables 1 and 2)</h3>{table(header, [list(r) for r in rows])}" if rows else ""
 
 
 def _recipes(runs: Sequence[RunRecord]) -> str:

@@ -1,19 +1,22 @@
 """Evaluation runs as rows of a table, read back from MLflow.
 
 An evaluation logs `eval/TASK/METRIC` (or `eval/TASK/DATASET/METRIC`) for its main setting, the same with `/sSTEPS_nENSEMBLE`
-for every setting, and `eval/depth/baseline_METRIC` for the best constant prediction.
+for every setting, `baseline_METRIC` for the best constant prediction and `ceiling_METRIC` for the truth sent through the VAE
+and back.
 """
 
+import itertools
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from dpt.scaling.compute import prediction_macs
 from dpt.tracking.read import RunRecord
 
 _SETTING = re.compile(r"s(\d+)_n(\d+)$")
-_BASELINE = "baseline_"
+_REFERENCES = {"baseline_": "best constant", "ceiling_": "truth through the VAE"}
+_PROTOCOL = re.compile(r"(?:^|; )([^:;]+): (\w+) v\d+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +42,7 @@ MAIN_METRIC = {"depth": "abs_rel", "flow": "epe", "amodal": "iou"}
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One model under one setting on one data set. `baseline` rows hold the best constant prediction."""
+    """One model under one setting on one data set."""
 
     label: str
     task: str
@@ -48,9 +51,14 @@ class Row:
     ensemble: int | None
     metrics: dict[str, float]
     baseline: dict[str, float] = field(default_factory=dict)
+    """The best constant prediction's metrics."""
     macs: float | None = None
     """Multiply-accumulates of one prediction: forward x steps x members x passes."""
+    protocol: str = ""
+    num_samples: int = 0
+    """Samples scored; 0: not recorded."""
     run: RunRecord | None = None
+    """None for the references: the best constant, and the truth through the VAE."""
 
     def share(self, metric: str) -> float | None:
         """The metric as a share of the best constant prediction's."""
@@ -60,62 +68,66 @@ class Row:
 
 
 def results_table(records: Iterable[RunRecord]) -> list[Row]:
-    """Rows in the order of the runs, the best constant prediction first; of runs with one label the newest counts."""
+    """Rows in the order of the runs, the references first; of runs with one label the newest counts."""
     newest: dict[tuple[str, str, str, int | None, int | None], Row] = {}
     for record in sorted(records, key=lambda r: r.start_time):
-        for row in _rows(record):
-            key = (row.label, row.task, row.dataset, row.steps, row.ensemble)
+        for row in evaluation_rows(record):
+            key = (row.task, row.dataset, row.label, row.steps, row.ensemble)
             newest.pop(key, None)
             newest[key] = row
     rows = sorted(newest.values(), key=lambda r: (r.task, r.dataset))
-    groups = dict.fromkeys((r.task, r.dataset) for r in rows)
     table = []
-    for task, dataset in groups:
-        group = [r for r in rows if (r.task, r.dataset) == (task, dataset)]
-        base = next((r.baseline for r in group if r.baseline), None)
-        if base:
-            table.append(
-                Row(label="best constant", task=task, dataset=dataset, steps=None, ensemble=None, metrics=base, baseline=base)
-            )
-        table += group
+    for _, group in itertools.groupby(rows, key=lambda r: (r.task, r.dataset)):
+        members = list(group)
+        references = {r.label: r for r in members if r.run is None}
+        table += [references[label] for label in _REFERENCES.values() if label in references]
+        table += [r for r in members if r.run is not None]
     return table
 
 
-def _rows(record: RunRecord) -> list[Row]:
-    values: dict[tuple[str, str, int | None, int | None], dict[str, float]] = {}
-    baselines: dict[tuple[str, str], dict[str, float]] = {}
+def evaluation_rows(record: RunRecord) -> list[Row]:
+    """The rows of one evaluation run, its references first on every data set."""
+    places: dict[tuple[str, str], dict[str, dict[str, float]]] = {}
     for name, value in record.metrics.items():
         parts = name.split("/")
         if parts[0] != "eval" or len(parts) < 3:
             continue
-        setting = _SETTING.fullmatch(parts[-1])
-        steps, ensemble = (int(setting[1]), int(setting[2])) if setting else (None, None)
-        _, task, *dataset, metric = parts[:-1] if setting else parts
-        where = "/".join(dataset)
-        if metric.startswith(_BASELINE):
-            baselines.setdefault((task, where), {})[metric.removeprefix(_BASELINE)] = value
-        else:
-            values.setdefault((task, where, steps, ensemble), {})[metric] = value
+        setting = parts.pop() if _SETTING.fullmatch(parts[-1]) else ""
+        task, metric, dataset = parts[1], parts[-1], "/".join(parts[2:-1])
+        for prefix in _REFERENCES:
+            if metric.startswith(prefix):
+                setting, metric = prefix, metric.removeprefix(prefix)
+        places.setdefault((task, dataset), {}).setdefault(setting, {})[metric] = value
     rows = []
-    for (task, where, steps, ensemble), metrics in values.items():
-        if steps is None:
-            if any(k[:2] == (task, where) and k[2] is not None for k in values):
-                continue  # the main setting, listed again under its own name
-            steps, ensemble = _only(record, "steps"), _only(record, "ensemble")
-        rows.append(
-            Row(
-                label=record.label,
-                task=task,
-                dataset=where or _dataset(record),
-                steps=steps,
-                ensemble=ensemble,
-                metrics=metrics,
-                baseline=baselines.get((task, where), {}),
-                macs=_macs(record, task, steps, ensemble),
-                run=record,
-            )
-        )
-    return sorted(rows, key=lambda r: (r.dataset, r.steps or 0, r.ensemble or 0))
+    for (task, dataset), by_setting in places.items():
+        rows += _place_rows(record, task, dataset or record.tags.get("dpt.dataset", ""), by_setting)
+    return rows
+
+
+def _place_rows(record: RunRecord, task: str, dataset: str, by_setting: dict[str, dict[str, float]]) -> list[Row]:
+    """The rows of one task on one data set; `by_setting` has metrics for "sS_nN", for a reference's prefix, and for ""."""
+    protocols = dict(_PROTOCOL.findall(record.tags.get("dpt.protocol", "")))
+    frame = Row(
+        label=record.label,
+        task=task,
+        dataset=dataset,
+        steps=None,
+        ensemble=None,
+        metrics={},
+        baseline=by_setting.get("baseline_", {}),
+        protocol=protocols.get(dataset, ""),
+        num_samples=round(by_setting.get("", {}).get("num_samples", 0)),
+    )
+    rows = [replace(frame, label=label, metrics=by_setting[p]) for p, label in _REFERENCES.items() if p in by_setting]
+    matches = (_SETTING.fullmatch(name) for name in by_setting)
+    settings: list[tuple[int | None, int | None]] = sorted((int(m[1]), int(m[2])) for m in matches if m)
+    if not settings and "" in by_setting:  # a single setting, named by the recipe alone
+        settings = [(_only(record, "steps"), _only(record, "ensemble"))]
+    for steps, ensemble in settings:
+        metrics = by_setting.get(f"s{steps}_n{ensemble}") or by_setting[""]
+        macs = _macs(record, task, steps, ensemble)
+        rows.append(replace(frame, steps=steps, ensemble=ensemble, metrics=metrics, macs=macs, run=record))
+    return rows
 
 
 def _only(record: RunRecord, name: str) -> int | None:
@@ -125,10 +137,6 @@ def _only(record: RunRecord, name: str) -> int | None:
     except ValueError:
         return None
     return int(values[0]) if isinstance(values, list) and len(values) == 1 else None
-
-
-def _dataset(record: RunRecord) -> str:
-    return record.tags.get("dpt.dataset", "") or record.params.get("evaluation.protocol", "")
 
 
 def _macs(record: RunRecord, task: str, steps: int | None, ensemble: int | None) -> float | None:
