@@ -1,0 +1,1 @@
+"""Offline jobs: readers of real data sets, synthesis, latent encoding, inspection."""

@@ -1,0 +1,50 @@
+"""`python -m data_tools.synthesis`: write a synthetic data set."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from data_tools.synthesis.dataset import SynthesisConfig, synthesize
+from data_tools.synthesis.layouts import TASKS
+from dpt.errors import UserError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m data_tools.synthesis", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder to make; one folder a data set inside")
+    parser.add_argument("--scenes", type=int, default=2000, help="scenes in all splits together (default %(default)s)")
+    parser.add_argument("--size", type=int, default=128, help="width and height in pixels (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of all scenes (default %(default)s)")
+    parser.add_argument("--splits", default="train=0.9,val=0.1", help="shares of the splits (default %(default)s)")
+    parser.add_argument("--tasks", default=",".join(TASKS), help="layouts to write (default %(default)s)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one a core, %(default)s)")
+    options = parser.parse_args(arguments)
+    try:
+        config = SynthesisConfig(
+            scenes=options.scenes,
+            size=options.size,
+            seed=options.seed,
+            splits=_parse_splits(options.splits),
+            tasks=tuple(task.strip() for task in options.tasks.split(",")),
+        )
+        synthesize(options.out, config, workers=options.workers)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parse_splits(text: str) -> dict[str, float]:
+    shares: dict[str, float] = {}
+    for entry in text.split(","):
+        name, _, share = entry.partition("=")
+        try:
+            shares[name.strip()] = float(share)
+        except ValueError:
+            raise UserError(f"--splits {text!r}: {entry!r} is not NAME=SHARE, as in train=0.9,val=0.1.") from None
+    return shares
+
+
+if __name__ == "__main__":
+    sys.exit(main())

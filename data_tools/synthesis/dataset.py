@@ -1,0 +1,123 @@
+"""Writing a whole synthetic data set, complete or not at all."""
+
+import json
+import multiprocessing
+import os
+import shutil
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from data_tools.synthesis.layouts import TASKS, write_lists, write_scene
+from data_tools.synthesis.rendering import render
+from data_tools.synthesis.scenes import SPLITS, make_scene
+from data_tools.synthesis.shapes import CLASS_NAMES
+from dpt.errors import UserError
+
+GENERATOR_VERSION = 1
+"""Counts up whenever the same parameters would give other files."""
+DESCRIPTION = "synthesis.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SynthesisConfig:
+    """Everything that decides the files."""
+
+    scenes: int = 2000
+    size: int = 128
+    """Width and height, pixels."""
+    seed: int = 0
+    splits: dict[str, float] = field(default_factory=lambda: {"train": 0.9, "val": 0.1})
+    """Share of the scenes in each split."""
+    tasks: tuple[str, ...] = tuple(TASKS)
+
+    def __post_init__(self) -> None:
+        if self.size < 16 or self.size % 8:
+            raise UserError(f"size is {self.size}; it must be a multiple of 8, at least 16 (latents are 8 times smaller).")
+        if self.seed < 0:
+            raise UserError(f"seed is {self.seed}; it cannot be negative.")
+        if not self.tasks or not set(self.tasks) <= set(TASKS):
+            raise UserError(f"tasks {','.join(self.tasks)!r}: choose from {', '.join(TASKS)}.")
+        if not self.splits or not set(self.splits) <= set(SPLITS):
+            raise UserError(f"splits {', '.join(self.splits)!r}: choose from {', '.join(SPLITS)}.")
+        if min(self.splits.values()) <= 0 or abs(sum(self.splits.values()) - 1) > 1e-6:
+            raise UserError(f"splits {self.splits}: shares must be positive and sum to 1.")
+        if min(self.counts().values()) < 1:
+            raise UserError(f"scenes is {self.scenes}, which leaves a split of {self.splits} empty; ask for more.")
+
+    def counts(self) -> dict[str, int]:
+        """Scenes in each split, in the order of SPLITS; the first takes what rounding leaves."""
+        names = [name for name in SPLITS if name in self.splits]
+        later = {name: round(self.scenes * self.splits[name]) for name in names[1:]}
+        return {names[0]: self.scenes - sum(later.values()), **later}
+
+    def description(self) -> dict[str, Any]:
+        """What synthesis.json states."""
+        return {
+            "generator_version": GENERATOR_VERSION,
+            **asdict(self),
+            "tasks": [task for task in TASKS if task in self.tasks],
+            "counts": self.counts(),
+            "class_names": list(CLASS_NAMES),
+        }
+
+
+def synthesize(out: Path, config: SynthesisConfig, *, workers: int = 2) -> bool:
+    """Write a data set to `out`; True when it was made, False when it was there already.
+
+    The set appears under its name only when it is complete; what a stopped run left is thrown away.
+
+    Raises:
+        UserError: `out` holds something else.
+    """
+    wanted = config.description()
+    if out.exists():
+        _check_finished(out, wanted)
+        print(f"{out}: {config.scenes} scenes, made before, are kept.")
+        return False
+    partial_out = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial_out, ignore_errors=True)
+    partial_out.mkdir(parents=True)
+    _write_all(partial_out, config, workers)
+    (partial_out / DESCRIPTION).write_text(json.dumps(wanted, indent=2) + "\n")
+    os.replace(partial_out, out)
+    print(f"{out}: {config.scenes} scenes of {config.size} x {config.size} pixels written.")
+    return True
+
+
+def _check_finished(out: Path, wanted: dict[str, Any]) -> None:
+    try:
+        found = json.loads((out / DESCRIPTION).read_text())
+    except (OSError, ValueError):
+        raise UserError(f"{out} is no synthetic data set ({DESCRIPTION} is missing); choose another --out.") from None
+    differing = [name for name in wanted if not isinstance(found, dict) or found.get(name) != wanted[name]]
+    if differing:
+        raise UserError(
+            f"{out} holds a synthetic data set with other {', '.join(differing)}; choose another --out or remove the folder."
+        )
+
+
+def _write_all(root: Path, config: SynthesisConfig, workers: int) -> None:
+    counts = config.counts()
+    jobs = [(split, index) for split, count in counts.items() for index in range(count)]
+    write = partial(_write_one, root, config)
+    with tqdm(total=len(jobs), desc=f"synthesis -> {root.name.strip('.').removesuffix('.partial')}", unit="scene") as progress:
+        if workers <= 1:
+            for job in enumerate(jobs):
+                write(job)
+                progress.update()
+        else:
+            for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):  # inherited: each process keeps to one core
+                os.environ.setdefault(name, "1")
+            with multiprocessing.get_context("spawn").Pool(workers) as pool:
+                for _ in pool.imap_unordered(write, enumerate(jobs), chunksize=8):
+                    progress.update()
+    write_lists(root, config.tasks, counts)
+
+
+def _write_one(root: Path, config: SynthesisConfig, job: tuple[int, tuple[str, int]]) -> None:
+    number, (split, index) = job
+    write_scene(root, config.tasks, split, number, render(make_scene(config.seed, split, index), config.size))

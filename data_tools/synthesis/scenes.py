@@ -1,0 +1,275 @@
+"""What is in a synthetic scene: a furnished room drawn from (seed, split, index), seen in two frames."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from data_tools.synthesis.shapes import CLASS_NAMES, SHAPES, Array
+from data_tools.synthesis.tracing import Camera, Pose, Room, Solid, pixel_centres, trace
+from dpt.errors import UserError
+
+SPLITS: tuple[str, ...] = ("train", "val", "test")
+Color = tuple[float, float, float]
+_CHECK_SIZE = 32
+_BODY_AXES = ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0))
+_FLOOR_AXES = ((1.0, 0.0, 0.0), (0.0, 0.0, 1.0))
+_WALL_AXES = ((0.0, 1.0, 0.0), (1.0, 0.0, 1.0))
+_ATTEMPTS = 200
+
+
+@dataclass(frozen=True, kw_only=True)
+class Texture:
+    """A solid texture: two linear colours mixed by a smooth wave in the body's own metric axes."""
+
+    kind: Literal["plain", "stripes", "checker", "noise"]
+    colors: tuple[Color, Color]
+    waves: tuple[tuple[float, float, float], ...]
+    """Wave vectors, cycles per metre."""
+    phases: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Body:
+    """An object and its motion."""
+
+    class_name: str
+    scale: tuple[float, float, float]
+    """Half extents, metres."""
+    poses: tuple[Pose, Pose]
+    texture: Texture
+    gloss: float
+
+    def solid(self, frame: int) -> Solid:
+        return Solid(shape=self.class_name, scale=self.scale, pose=self.poses[frame])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scene:
+    """Two frames of a scene. Body 0 gives the class; body 1 is the occluded one of the amodal task."""
+
+    seed: int
+    split: str
+    index: int
+    room: Room
+    surfaces: tuple[Texture, Texture, Texture]
+    """Floor, ceiling, walls."""
+    lamp: tuple[float, float, float]
+    warmth: Color
+    bodies: tuple[Body, ...]
+    cameras: tuple[Camera, Camera]
+
+    @property
+    def class_name(self) -> str:
+        return self.bodies[0].class_name
+
+    @property
+    def label(self) -> int:
+        return CLASS_NAMES.index(self.class_name)
+
+    def solids(self, frame: int) -> list[Solid]:
+        return [body.solid(frame) for body in self.bodies]
+
+
+def make_scene(seed: int, split: str, index: int) -> Scene:
+    """Draw scene `index` of a split; the same three always give the same scene.
+
+    Raises:
+        UserError: an unknown split or a negative seed or index.
+    """
+    if split not in SPLITS:
+        raise UserError(f"split {split!r} is unknown; choose one of {', '.join(SPLITS)}.")
+    if seed < 0 or index < 0:
+        raise UserError(f"seed {seed} and index {index} cannot be negative.")
+    rng = np.random.default_rng([seed, SPLITS.index(split), index])
+    class_name = CLASS_NAMES[rng.integers(len(CLASS_NAMES))]  # outside the loop: rejection must not favour any class
+    for _ in range(_ATTEMPTS):
+        scene = _draw(rng, class_name, seed, split, index)
+        if scene is not None and _is_clear(scene):
+            return scene
+    raise AssertionError(f"no acceptable scene for seed {seed}, split {split}, index {index}")
+
+
+def _draw(rng: np.random.Generator, class_name: str, seed: int, split: str, index: int) -> Scene | None:
+    room = Room(
+        low=(-rng.uniform(2.8, 4.2), 0.0, -3.0),
+        high=(rng.uniform(2.8, 4.2), rng.uniform(2.7, 3.4), rng.uniform(6.0, 10.5)),
+        yaw=rng.uniform(-0.35, 0.35),
+    )
+    cameras = _draw_cameras(rng)
+    bodies = _draw_bodies(rng, class_name, room)
+    if bodies is None:
+        return None
+    return Scene(
+        seed=seed,
+        split=split,
+        index=index,
+        room=room,
+        surfaces=_draw_surfaces(rng),
+        lamp=(rng.uniform(-1.6, 1.6), room.high[1] - 0.15, rng.uniform(0.6, 2.6)),
+        warmth=(1.0, rng.uniform(0.9, 1.0), rng.uniform(0.78, 1.0)),
+        bodies=bodies,
+        cameras=cameras,
+    )
+
+
+def _draw_cameras(rng: np.random.Generator) -> tuple[Camera, Camera]:
+    height, yaw, pitch, view = rng.uniform(1.35, 1.75), rng.uniform(-0.06, 0.06), rng.uniform(0.17, 0.29), float(np.deg2rad(60))
+    x, y, z = rng.uniform(-0.08, 0.08), rng.uniform(-0.05, 0.05), rng.uniform(-0.1, 0.16)
+    first = Camera(position=(0.0, height, 0.0), yaw=yaw, pitch=pitch, field_of_view=view)
+    second = Camera(
+        position=(x, height + y, z),
+        yaw=yaw + rng.uniform(-0.03, 0.03),
+        pitch=pitch + rng.uniform(-0.015, 0.015),
+        field_of_view=view,
+    )
+    return first, second
+
+
+def _draw_bodies(rng: np.random.Generator, class_name: str, room: Room) -> tuple[Body, ...] | None:
+    """The main body, the one it partly hides, and one to four more that stand clear of both; None when they do not fit."""
+    others = [name for name in CLASS_NAMES if name != class_name]
+    main_z, main_angle = rng.uniform(2.5, 3.3), rng.uniform(-0.22, 0.22)
+    main = _draw_body(rng, class_name, rng.uniform(0.5, 0.66), main_angle * main_z, main_z)
+    target_z, side = main_z + rng.uniform(0.9, 2.0), rng.choice([-1.0, 1.0])
+    target_height = rng.uniform(0.5, 0.75)
+    spread = SHAPES[class_name].fill * main.scale[0] / main_z + 0.8 * target_height / target_z
+    target_angle = main_angle + side * rng.uniform(0.3, 0.8) * spread
+    bodies = [main, _draw_body(rng, str(rng.choice(others)), target_height, target_angle * target_z, target_z)]
+    for _ in range(rng.integers(1, 5)):
+        for _ in range(6):
+            z = rng.uniform(2.6, min(7.5, room.high[2] - 0.5))
+            body = _draw_body(rng, str(rng.choice(others)), rng.uniform(0.25, 0.6), rng.uniform(-0.6, 0.6) * z, z)
+            if all(_stands_free(body, other) for other in bodies) and not _hides(body, bodies[:2]) and _is_inside(body, room):
+                bodies.append(body)
+                break
+    fits = _stands_free(bodies[0], bodies[1]) and all(_is_inside(body, room) for body in bodies[:2])
+    return tuple(bodies) if fits and len(bodies) >= 3 else None
+
+
+def _draw_body(rng: np.random.Generator, class_name: str, half_height: float, x: float, z: float) -> Body:
+    shape = SHAPES[class_name]
+    half_height *= shape.height
+    sx, sz = (half_height * rng.uniform(*shape.width) for _ in range(2))
+    if shape.square_base:
+        sz = sx
+    yaw = rng.uniform(-np.pi, np.pi)
+    dx, dz, turning = (0.0, 0.0, 0.0) if rng.random() < 0.35 else (*rng.uniform(-0.2, 0.2, 2), rng.uniform(-0.25, 0.25))
+    poses = (
+        Pose(position=(x, half_height, z), yaw=yaw),
+        Pose(position=(x + dx, half_height, z + dz), yaw=yaw + turning),
+    )
+    first = _draw_color(rng, saturation=(0.55, 0.95), value=(0.35, 0.85))
+    second = _draw_color(rng, saturation=(0.25, 0.9), value=(0.3, 0.85))
+    texture = _draw_texture(rng, (first, second), _BODY_AXES, wavelength=(0.3, 0.7), plain=0.35)
+    return Body(
+        class_name=class_name,
+        scale=(sx, half_height, sz),
+        poses=poses,
+        texture=texture,
+        gloss=float(rng.choice([0.0, 0.15, 0.4])),
+    )
+
+
+def _radius(body: Body) -> float:
+    sx, _, sz = body.scale
+    return max(sx, sz) if body.class_name not in ("box", "table") else float(np.hypot(sx, sz))
+
+
+def _stands_free(body: Body, other: Body) -> bool:
+    """Whether two bodies' round footprints keep apart in both frames."""
+    apart = _radius(body) + _radius(other) + 0.05
+    return all(
+        np.hypot(a.position[0] - b.position[0], a.position[2] - b.position[2]) > apart
+        for a, b in zip(body.poses, other.poses, strict=True)
+    )
+
+
+def _hides(body: Body, others: list[Body]) -> bool:
+    """Whether a body stands before one of the others, as seen from the camera."""
+    x, _, z = body.poses[0].position
+    for other in others:
+        ox, _, oz = other.poses[0].position
+        if z < oz + 0.3 and abs(x / z - ox / oz) < 1.1 * (_radius(body) / z + _radius(other) / oz):
+            return True
+    return False
+
+
+def _is_inside(body: Body, room: Room) -> bool:
+    places = room.to_local() @ np.array([pose.position for pose in body.poses], np.float32).T
+    margin = _radius(body) + 0.05
+    return all(room.low[i] + margin < places[i].min() and places[i].max() < room.high[i] - margin for i in (0, 2))
+
+
+def _is_clear(scene: Scene) -> bool:
+    """Whether the main body is the largest in view and the target is partly, not wholly, hidden."""
+    camera = scene.cameras[0]
+    directions = camera.rays(_CHECK_SIZE, *pixel_centres(_CHECK_SIZE))
+    origin: Array = np.array(camera.position, np.float32)[:, None]
+    solids = scene.solids(0)
+    seen = trace(solids, scene.room, origin, directions).body
+    areas = np.bincount(seen + 1, minlength=len(solids) + 1)[1:]
+    whole = np.count_nonzero(trace([solids[1]], scene.room, origin, directions).body == 0)
+    border = seen.reshape(_CHECK_SIZE, _CHECK_SIZE)
+    cut = any((edge == 0).any() for edge in (border[0], border[-1], border[:, 0], border[:, -1]))
+    return bool(
+        not cut
+        and areas[0] == areas.max()
+        and areas[0] >= 0.05 * _CHECK_SIZE**2
+        and whole >= 0.02 * _CHECK_SIZE**2
+        and 0.3 * whole <= areas[1] <= 0.85 * whole
+    )
+
+
+def _draw_surfaces(rng: np.random.Generator) -> tuple[Texture, Texture, Texture]:
+    floor = _draw_color(rng, saturation=(0.1, 0.5), value=(0.45, 0.75), hue=(0.02, 0.14) if rng.random() < 0.7 else (0.0, 1.0))
+    walls = _draw_color(rng, saturation=(0.08, 0.35), value=(0.6, 0.88))
+    ceiling = (0.75, 0.74, 0.72)
+    return (
+        _draw_texture(rng, (floor, _shade(floor, rng.uniform(0.4, 0.75))), _FLOOR_AXES, wavelength=(0.9, 1.5), plain=0.1),
+        Texture(kind="plain", colors=(ceiling, ceiling), waves=((1.0, 0.0, 0.0),), phases=(0.0,)),
+        _draw_texture(rng, (walls, _shade(walls, rng.uniform(0.65, 0.88))), _WALL_AXES, wavelength=(0.9, 1.8), plain=0.45),
+    )
+
+
+def _draw_texture(
+    rng: np.random.Generator,
+    colors: tuple[Color, Color],
+    axes: tuple[tuple[float, float, float], ...],
+    wavelength: tuple[float, float],
+    plain: float,
+) -> Texture:
+    """A texture whose stripes follow one of the axes, and whose checks all of them; `plain` is the probability of no pattern."""
+    kinds: tuple[Literal["stripes", "checker", "noise"], ...] = ("stripes", "checker", "noise")
+    kind: Literal["plain", "stripes", "checker", "noise"] = "plain" if rng.random() < plain else kinds[rng.integers(3)]
+    rate = 1 / rng.uniform(*wavelength)
+    if kind == "stripes":
+        waves = np.array(axes)[[rng.integers(len(axes))]] * rate
+    elif kind == "checker":
+        waves = np.array(axes) * (0.7 * rate)
+    else:
+        waves = rng.normal(size=(3, 3)) * (0.6 * rate)
+    return Texture(
+        kind=kind,
+        colors=colors,
+        waves=tuple((float(a), float(b), float(c)) for a, b, c in waves),
+        phases=tuple(float(p) for p in rng.uniform(0, 1, len(waves))),
+    )
+
+
+def _draw_color(
+    rng: np.random.Generator,
+    *,
+    saturation: tuple[float, float],
+    value: tuple[float, float],
+    hue: tuple[float, float] = (0.0, 1.0),
+) -> Color:
+    """A linear colour from a hue on the colour circle, saturation and value."""
+    h, s, v = rng.uniform(*hue), rng.uniform(*saturation), rng.uniform(*value)
+    ramp = [float(np.clip(abs((6 * h + k) % 6 - 3) - 1, 0, 1)) for k in (0, 4, 2)]
+    red, green, blue = (v * (1 - s + s * r) for r in ramp)
+    return red, green, blue
+
+
+def _shade(color: Color, factor: float) -> Color:
+    return color[0] * factor, color[1] * factor, color[2] * factor
