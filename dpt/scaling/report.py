@@ -166,7 +166,7 @@ def _beside(ours: list[Row], sets: dict[str, tuple[str, int]], published: dict[s
     """The published rows, then the newest of ours at its most expensive setting, over the protocols that we have scored."""
     scored = [s for s in sets if any(r.protocol == s for r in ours)]
     header = ["method", *(f"{sets[s][0]} {METRICS[m].title}" for s in scored for m in metrics)]
-    cells, kinds, partial = [], [], []
+    cells, kinds, notes = [], [], []
     for method, values in published.items():
         absent = ["–"] * len(metrics)
         cells.append([method, *(c for s in scored for c in ([f"{v:g}" for v in values[s]] if s in values else absent))])
@@ -175,16 +175,15 @@ def _beside(ours: list[Row], sets: dict[str, tuple[str, int]], published: dict[s
         most: dict[str, Row] = {}
         for row in sorted((r for r in ours if r.label == label), key=lambda r: (r.steps or 0) * (r.ensemble or 1)):
             most[row.protocol] = row
-        cells.append(
-            [f"ours: {label}", *(show(m, most[s].metrics.get(m)) if s in most else "–" for s in scored for m in metrics)]
-        )
+        values = {name: row.metrics for name, row in most.items()}
+        cells.append([f"ours: {label}", *(show(m, values.get(s, {}).get(m)) for s in scored for m in metrics)])
         kinds.append("ours")
         for name, row in most.items():
             title, number = sets[name]
-            count = round((row.run.metrics if row.run else {}).get(f"eval/{row.task}/{row.dataset}/num_samples", number))
-            note = f"{label} on {title}: {_setting(row)}"
-            partial.append(note + (f", {count} of {number} images, so not comparable" if number and count != number else ""))
-    return table(header, cells, kinds) + f'<p class="soft small">Ours: {escape("; ".join(partial))}.</p>'
+            differs = number and row.num_samples != number
+            note = f", {row.num_samples} of {number} images, so not comparable" if differs else ""
+            notes.append(f"{label} on {title}: {_setting(row)}{note}")
+    return table(header, cells, kinds) + f'<p class="soft small">Ours: {escape("; ".join(notes))}.</p>'
 
 
 def _model_table(training: Sequence[RunRecord]) -> str:

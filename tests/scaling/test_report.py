@@ -51,10 +51,16 @@ def runs(tmp_path):
             stage="evaluate",
             folder=tmp_path / "b",
             parents=["pretrain"],
-            tags={"dpt.label": "ours <script>", "dpt.command": "a & b", "dpt.versions": '{"torch": "2.13"}'},
+            tags={
+                "dpt.label": "ours <script>",
+                "dpt.command": "a & b",
+                "dpt.versions": '{"torch": "2.13"}',
+                "dpt.dataset": "nyu_test",
+                "dpt.protocol": "nyu_test: nyu_v2 v1, N=654, list 0",
+            },
             metrics={
-                "eval/depth/nyu_v2/abs_rel/s10_n5": 0.07, "eval/depth/nyu_v2/delta1/s10_n5": 0.95,
-                "eval/depth/nyu_v2/baseline_abs_rel": 0.3, "compute/forward_macs": 1e9,
+                "eval/depth/abs_rel/s10_n5": 0.07, "eval/depth/delta1/s10_n5": 0.95,
+                "eval/depth/baseline_abs_rel": 0.3, "compute/forward_macs": 1e9, "eval/depth/num_samples": 10,
             },
         ),
     ]  # fmt: skip
@@ -67,7 +73,8 @@ def test_the_page_is_whole_and_shows_everything(runs):
     assert checker.open == []
     assert checker.images == 3  # two pictures and the loss curve
     assert "<script" not in page
-    for text in ("ours &lt;script&gt;", "7.00", "the paper", "a &amp; b", "torch 2.13", "14.8M", "14.8 M", "3 PMACs", "0.23"):
+    texts = ("ours &lt;script&gt;", "7.00", "the paper", "a &amp; b", "torch 2.13", "14.8M", "14.8 M", "3 PMACs", "0.23")
+    for text in (*texts, "10 of 654"):
         assert text in page, text
 
 

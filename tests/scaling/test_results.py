@@ -16,9 +16,12 @@ def test_every_setting_is_a_row_below_the_best_constant():
     run = evaluation(**{
         "eval/depth/abs_rel": 0.1, "eval/depth/abs_rel/s10_n1": 0.12, "eval/depth/abs_rel/s10_n5": 0.1,
         "eval/depth/delta1/s10_n5": 0.9, "eval/depth/baseline_abs_rel": 0.4, "compute/forward_macs": 2e8, "perf/x": 1.0,
+        "eval/depth/ceiling_abs_rel": 0.01, "eval/depth/num_samples": 7.0,
     })  # fmt: skip
-    base, one, five = results_table([run])
+    base, ceiling, one, five = results_table([run])
     assert (base.label, base.metrics) == ("best constant", {"abs_rel": 0.4})
+    assert (ceiling.label, ceiling.metrics) == ("truth through the VAE", {"abs_rel": 0.01})
+    assert five.num_samples == 7
     assert (one.steps, one.ensemble, one.metrics) == (10, 1, {"abs_rel": 0.12})
     assert five.metrics == {"abs_rel": 0.1, "delta1": 0.9}
     assert five.share("abs_rel") == pytest.approx(0.25)
