@@ -46,6 +46,10 @@ class ModelConfig:
     """Predict the variance too (twice the output channels)."""
     qk_norm: bool = False
     """Normalise queries and keys per head (LayerNorm)."""
+    mlp_norm_eps: float = 1e-6
+    """Epsilon of the norm before each MLP (diffusers' DiT runs with 1e-5; all other norms have 1e-6)."""
+    timestep_features: Literal["dit", "diffusers"] = "dit"
+    """Frequencies of the timestep's sines, i = 0..127: DiT's 10000^(-i/128), or diffusers' 10000^(-i/127)."""
     attention_backend: Literal["auto", "sdpa", "flash2", "flash3", "flash4"] = "auto"
     """Attention kernel; a named one that is missing is an error."""
     patch_embed_tasks: int = 0
@@ -90,6 +94,11 @@ class ModelConfig:
             0.0 <= self.class_dropout_prob < 1.0,
             f"dpt.model.class_dropout_prob is {self.class_dropout_prob}; it is a probability in [0, 1).",
         )
+
+    @property
+    def mlp_width(self) -> int:
+        """Width of the MLP and of each routed expert."""
+        return round(self.hidden_size * self.mlp_ratio)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -308,6 +317,8 @@ class EvaluationConfig:
     """Classifier-free guidance; 1: none."""
     batch_size: int = 16
     """Predictions (samples x members) computed at once on a rank."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Number format of the network's products; the sampler itself always works in fp32."""
     max_samples: int = 0
     """Score only the first samples; 0: all."""
     seed: int = 0

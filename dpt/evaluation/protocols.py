@@ -203,12 +203,13 @@ def score(protocol: Protocol, prediction: np.ndarray, truth: np.ndarray) -> dict
 
 
 def average(rows: list[dict[str, float]]) -> dict[str, float]:
-    """Means over images of each metric; masks also get "iou_pooled", the sum of intersections over the sum of unions."""
+    """Means over images of each metric. For masks "miou", and "iou_pooled": sum of intersections over sum of unions."""
     scored = [row for row in rows if row]
     if not scored:
         return {}
     result = {name: math.fsum(row[name] for row in scored) / len(scored) for name in scored[0]}
     if "union" in result:
+        result["miou"] = result.pop("iou")
         union = math.fsum(row["union"] for row in scored)
         result["iou_pooled"] = math.fsum(row["intersection"] for row in scored) / union if union else 1.0
         del result["intersection"], result["union"]

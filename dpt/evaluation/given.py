@@ -1,0 +1,85 @@
+"""Ready-made predictions of any system, read from files named after the samples' keys, to be scored like our own."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from dpt import tasks
+from dpt.errors import UserError
+
+SUFFIXES = {"depth": (".npy", ".png"), "flow": (".flo", ".npy"), "amodal": (".png", ".npy")}
+FLO_MAGIC = np.float32(202021.25)
+
+
+def find_prediction(folder: Path, key: str, task: str) -> Path:
+    """The file KEY.SUFFIX in `folder`; UserError if there is none."""
+    for suffix in SUFFIXES[task]:
+        path = folder / f"{key}{suffix}"
+        if path.is_file():
+            return path
+    raise UserError(f"{folder} has no prediction for {key}; name its file {key} with suffix {' or '.join(SUFFIXES[task])}.")
+
+
+def read_prediction(folder: Path, key: str, task: str, size: tuple[int, int]) -> np.ndarray:
+    """The prediction for a sample, brought to `size` (H, W): depth float32 `[H, W]` up to scale and shift; flow float32
+    `[2, H, W]` in pixels; amodal bool `[H, W]`.
+
+    Files: depth as .npy `[h, w]` or PNG of any bit depth; flow as .flo or .npy (`[2, h, w]` or `[h, w, 2]`) in pixels of its
+    own size; masks as PNG (over 127 is inside) or .npy (over 0.5). UserError if one cannot be read or has another shape.
+    """
+    path = find_prediction(folder, key, task)
+    try:
+        if path.suffix == ".npy":
+            values = np.load(path, allow_pickle=False)
+        elif path.suffix == ".flo":
+            values = read_flo(path)
+        else:
+            values = np.asarray(Image.open(path))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: the prediction cannot be read ({error}); write it again.") from error
+    if task == "flow":
+        values = np.moveaxis(values, -1, 0) if values.ndim == 3 and values.shape[-1] == 2 and values.shape[0] != 2 else values
+        _require(path, values.ndim == 3 and len(values) == 2, f"shape {values.shape}; flow has two channels")
+        return tasks.resize_flow(values.astype(np.float32), size)
+    values = values[..., 0] if values.ndim == 3 else values
+    _require(path, values.ndim == 2, f"shape {values.shape}; a map has height and width")
+    if task == "amodal":
+        inside = values > (127 if path.suffix == ".png" and values.dtype != bool else 0.5)
+        return tasks.resize_smooth(inside.astype(np.float32), size) > 0.5
+    return tasks.resize_smooth(values.astype(np.float32), size)
+
+
+def _require(path: Path, ok: bool, what: str) -> None:
+    if not ok:
+        raise UserError(f"{path}: the prediction has {what}.")
+
+
+def save_prediction(folder: Path, key: str, task: str, value: np.ndarray) -> None:
+    """Keep a prediction where `read_prediction` finds it: depth .npy, flow .flo, masks 8-bit PNG."""
+    path = folder / key
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if task == "depth":
+        np.save(f"{path}.npy", value.astype(np.float32))
+    elif task == "flow":
+        write_flo(Path(f"{path}.flo"), value)
+    else:
+        Image.fromarray(value.astype(np.uint8) * 255).save(f"{path}.png")
+
+
+def read_flo(path: Path) -> np.ndarray:
+    """Middlebury .flo -> float32 `[2, H, W]` in pixels. ValueError if it is no .flo file."""
+    content = path.read_bytes()
+    if len(content) < 12 or np.frombuffer(content, "<f4", 1)[0] != FLO_MAGIC:
+        raise ValueError("no .flo file: its magic number is missing")
+    width, height = (int(side) for side in np.frombuffer(content, "<i4", 2, 4))
+    if len(content) != 12 + 8 * width * height:
+        raise ValueError(f"a .flo file of {width} x {height} has {12 + 8 * width * height} bytes, not {len(content)}")
+    return np.moveaxis(np.frombuffer(content, "<f4", offset=12).reshape(height, width, 2), -1, 0).copy()
+
+
+def write_flo(path: Path, flow: np.ndarray) -> None:
+    """float `[2, H, W]` in pixels -> Middlebury .flo."""
+    _, height, width = flow.shape
+    header = FLO_MAGIC.tobytes() + np.array([width, height], "<i4").tobytes()
+    path.write_bytes(header + np.ascontiguousarray(np.moveaxis(flow, 0, -1), "<f4").tobytes())

@@ -1,0 +1,81 @@
+"""From stored weights to a network ready to predict."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, get_args, get_type_hints
+
+from torch import Tensor, nn
+
+from dpt.config.sections import DiffusionConfig, ModelConfig
+from dpt.data.codec import load_vae
+from dpt.errors import UserError
+from dpt.models.pretrained import read_weights
+
+
+class Codec(Protocol):
+    """What a VAE must offer (`dpt.data.codec.VAECodec`)."""
+
+    scaling_factor: float
+    latent_channels: int
+    downsampling: int
+    sha256: str
+
+    def to(self, device: Any) -> Any: ...
+
+    def encode(self, images: Tensor) -> Tensor: ...
+
+    def decode(self, latents: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedModel:
+    """A trained network and what it takes to use it."""
+
+    network: nn.Module
+    """`DiT`."""
+    model: ModelConfig
+    diffusion: DiffusionConfig
+    task: str
+    """What it was trained for: one task, or "generalist"."""
+    codec: Codec
+    lineage: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def load_model(weights: str | Path, *, vae: str = "", use_ema: bool = True) -> LoadedModel:
+    """The network in `weights` (what `dpt.models.pretrained.read_weights` reads), its objective, task and VAE.
+
+    vae: as in `dpt.data.codec.load_vae`; empty: the one that the weights name. UserError if something is missing, is not
+    implemented, or is another VAE than that of training.
+    """
+    found = read_weights(weights, ema=use_ema)
+    sections = found.sections
+    if "diffusion" not in sections:
+        raise UserError(f'{weights}: nothing says what these weights predict; export them with their "diffusion" section.')
+    record = sections.get("vae") or {}
+    name = vae or record.get("name", "")
+    if not name:
+        raise UserError(f"{weights}: nothing says which VAE their latents are of; name it (stabilityai/sd-vae-ft-ema for DiT).")
+    codec = load_vae(name, latent_channels=found.config.in_channels)
+    if record.get("sha256") and record["sha256"] != codec.sha256:
+        raise UserError(f"{weights}: trained on latents of another VAE than {name!r}; name the one of training.")
+    # Which tokens are dropped for want of capacity depends on the batch: predictions must not.
+    found = dataclasses.replace(found, config=dataclasses.replace(found.config, capacity_factor=0.0))
+    return LoadedModel(
+        network=found.build(),
+        model=found.config,
+        diffusion=_read_diffusion(sections["diffusion"], str(weights)),
+        task=sections.get("task", "class"),
+        codec=codec,
+        lineage=sections.get("lineage") or {},
+    )
+
+
+def _read_diffusion(values: dict[str, Any], source: str) -> DiffusionConfig:
+    """The objective that the weights were trained for; UserError for one that is not implemented."""
+    hints = get_type_hints(DiffusionConfig)
+    for name, value in values.items():
+        choices = get_args(hints.get(name))
+        if name not in hints or (choices and value not in choices):
+            raise UserError(f"{source}: diffusion.{name} = {value!r} is not implemented here; these weights cannot be sampled.")
+    return DiffusionConfig(**values)

@@ -1,0 +1,283 @@
+"""Predictions with trained weights: images of any size in, depth, flow or amodal masks out, at the images' own size."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dpt import distributed, tasks
+from dpt.config.sections import EvaluationConfig
+from dpt.diffusion import noise as noises
+from dpt.diffusion.samplers import guide, make_plan, sample
+from dpt.errors import UserError
+from dpt.evaluation import ensembling
+from dpt.evaluation.loading import LoadedModel, load_model
+from dpt.models.costs import macs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """One image's result at its own size."""
+
+    value: np.ndarray
+    """depth: float32 `[H, W]`, up to scale and shift; flow: float32 `[2, H, W]` pixels; amodal: bool `[H, W]`."""
+    uncertainty: np.ndarray
+    """float32 `[H, W]`, 0 without an ensemble: depth and flow in the value's units, amodal as the share of dissenting votes."""
+
+
+class Predictor:
+    """Predicts with `weights`: an exported folder, a checkpoint, public weights, or a `LoadedModel`.
+
+    Every field of `config` that concerns sampling holds. Results are float32 and depend on (seed, key, member, steps), not on
+    how samples are batched. UserError for weights that cannot be used.
+    """
+
+    def __init__(
+        self,
+        weights: "str | Path | LoadedModel",
+        *,
+        config: EvaluationConfig | None = None,
+        vae: str = "",
+        device: "torch.device | str | None" = None,
+    ) -> None:
+        self.config = config or EvaluationConfig()
+        self.device = torch.device(device) if device is not None else distributed.device()
+        loaded = weights if isinstance(weights, LoadedModel) else load_model(weights, vae=vae, use_ema=self.config.use_ema)
+        self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[self.config.precision]
+        self.network = loaded.network.to(self.device, self.dtype).eval()
+        self.model, self.task, self.codec, self.lineage = loaded.model, loaded.task, loaded.codec, loaded.lineage
+        self.codec.to(self.device)
+        schedule = self.config.schedule or loaded.diffusion.beta_schedule
+        self.diffusion = dataclasses.replace(loaded.diffusion, beta_schedule=schedule)
+
+    # --- whole images ---------------------------------------------------------------------------------------------------
+
+    def __call__(
+        self,
+        images: Sequence[np.ndarray],
+        *,
+        task: str = "",
+        others: Sequence[np.ndarray] | None = None,
+        keys: Sequence[str] | None = None,
+        steps: int | None = None,
+        ensemble: int | None = None,
+        resolution: int = 0,
+    ) -> list[Prediction]:
+        """Predictions for images uint8 `[H, W, 3]`, each at its own size.
+
+        task: empty, the model's own. others: for flow the second frames uint8 `[H, W, 3]`, for amodal the visible masks bool
+        `[H, W]`. keys: names that seed the noise; default: positions. steps, ensemble: default: the config's last ones.
+        resolution: longest side shown to the network in pixels; 0: the one the model is meant for.
+        """
+        spec = self.check_task(task or self.task)
+        keys = keys or [str(i) for i in range(len(images))]
+        members = range(ensemble or self.config.ensemble[-1])
+        conditions = self._encode_conditions(spec.name, images, others, resolution)
+        results: list[Prediction | None] = [None] * len(images)
+        for size in dict.fromkeys(c.shape[-2:] for c in conditions):
+            group = [i for i, c in enumerate(conditions) if c.shape[-2:] == size]
+            latents = self.predict_latents(
+                torch.stack([conditions[i] for i in group]),
+                [keys[i] for i in group],
+                members,
+                task=spec.name,
+                steps=steps or self.config.steps[-1],
+            )
+            values = self.decode(latents, spec.name)
+            for row, i in enumerate(group):
+                results[i] = merge_members(spec.name, values[row], images[i].shape[:2], self.config.aggregation)
+        return [r for r in results if r is not None]
+
+    def check_task(self, task: str) -> tasks.TaskSpec:
+        """The task's spec; UserError if the model was not trained for it, or takes another number of conditions."""
+        if task == "generalist":
+            raise UserError("a generalist predicts several tasks; name one of depth, flow, amodal.")
+        spec = tasks.task_spec(task)
+        for target in spec.targets:
+            tasks.label_id(target, trained_task=self.task, num_classes=self.model.num_classes)
+        if self.model.num_conditions > len(spec.conditions):
+            raise UserError(f"the model takes {self.model.num_conditions} condition images, {task} has {len(spec.conditions)}.")
+        return spec
+
+    def _encode_conditions(
+        self, task: str, images: Sequence[np.ndarray], others: Sequence[np.ndarray] | None, resolution: int
+    ) -> list[Tensor]:
+        """Scaled condition latents `[K, C, h, w]` of each image."""
+        token = self.model.patch_size * self.codec.downsampling
+        resolution = resolution or self.model.input_size * self.codec.downsampling
+        if task in ("flow", "amodal") and self.model.num_conditions > 1 and (others is None or len(others) != len(images)):
+            wanted = "second frame" if task == "flow" else "visible mask"
+            raise UserError(f"{task} needs one {wanted} for each image; {0 if others is None else len(others)} were given.")
+        encoded = []
+        for i, image in enumerate(images):
+            size = tasks.fit_size(image.shape[0], image.shape[1], resolution, multiple=token)
+            pictures = [tasks.image_to_float(tasks.resize_image(image, size))]
+            if task == "depth":
+                pictures.append(tasks.all_valid_prompt(*size))
+            elif others is not None and task == "flow":
+                pictures.append(tasks.image_to_float(tasks.resize_image(others[i], size)))
+            elif others is not None:
+                pictures.append(tasks.mask_image(tasks.resize_nearest(others[i].astype(bool), size)))
+            stacked = torch.from_numpy(np.stack(pictures[: self.model.num_conditions])).to(self.device)
+            encoded.append(self.codec.encode(stacked)[:, 0].float() * self.codec.scaling_factor)
+        return encoded
+
+    # --- latents --------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def predict_latents(
+        self,
+        cond_latents: Tensor,
+        keys: Sequence[str],
+        members: Sequence[int],
+        *,
+        task: str,
+        steps: int,
+        embeddings: Tensor | None = None,
+    ) -> Tensor:
+        """Target latents `[S, N, M, C, h, w]` of S samples, N ensemble members and the task's M targets.
+
+        cond_latents: scaled `[S, K, C, h, w]`, K at least the model's num_conditions; embeddings: CLIP `[S, D]`. Samples,
+        members and targets are batched together, `config.batch_size` at a time; a member's targets start from the same noise.
+        """
+        targets = tasks.task_spec(task).targets
+        labels = [tasks.label_id(t, trained_task=self.task, num_classes=self.model.num_classes) for t in targets]
+        samples, channels, size = len(cond_latents), self.model.in_channels, cond_latents.shape[-2:]
+        conditions = cond_latents[:, : self.model.num_conditions].to(self.device).flatten(1, 2)
+        pairs = [(s, m) for s in range(samples) for m in members]
+        seeds = noises.key_seeds(self.config.seed, [keys[s] for s, _ in pairs], [m for _, m in pairs])
+        rows = torch.arange(samples).repeat_interleave(len(members) * len(targets))
+        seeds = seeds.repeat_interleave(len(targets))
+        label_ids = torch.tensor(labels).repeat(len(pairs))
+        results = []
+        for start in range(0, len(rows), self.config.batch_size):
+            part = slice(start, start + self.config.batch_size)
+            row = rows[part].to(self.device)
+            results.append(
+                self._sample(
+                    conditions[row],
+                    label_ids[part].to(self.device),
+                    seeds[part].to(self.device),
+                    (channels, *size),
+                    steps,
+                    None if embeddings is None else embeddings.to(self.device)[row],
+                )
+            )
+        return torch.cat(results).reshape(samples, len(members), len(targets), channels, *size)
+
+    def _sample(
+        self,
+        conditions: Tensor,
+        labels: Tensor,
+        seeds: Tensor,
+        shape: tuple[int, ...],
+        steps: int,
+        embeddings: Tensor | None = None,
+        *,
+        guidance_channels: int = 0,
+    ) -> Tensor:
+        """Latents `[B, C, h, w]` from conditions `[B, K C, h, w]`, labels and seeds `[B]`."""
+        config = self.config
+        plan = make_plan(
+            self.diffusion,
+            num_inference_steps=steps,
+            sampler=config.sampler,
+            eta=config.eta,
+            timestep_spacing=config.timestep_spacing,
+            step_power=config.step_power,
+        )
+        guided = config.guidance_scale != 1.0
+        null = torch.full_like(labels, self.model.num_classes)
+        task_labels = torch.cat((labels, labels)) if guided else labels
+        labels = torch.cat((labels, null)) if guided else labels
+        conditions = torch.cat((conditions, conditions)) if guided else conditions
+        if embeddings is not None:
+            embeddings = (torch.cat((embeddings, embeddings)) if guided else embeddings).to(self.dtype)
+
+        def predict(noisy: Tensor, timesteps: Tensor) -> Tensor:
+            inputs = torch.cat((conditions, noisy), dim=1).to(self.dtype)
+            return self.network(inputs, timesteps, labels, embeddings, task_labels).prediction
+
+        channels = self.model.in_channels
+        denoise = (
+            guide(predict, scale=config.guidance_scale, channels=channels, guided_channels=guidance_channels)
+            if guided
+            else predict
+        )
+        return sample(denoise, noises.normal(seeds, shape), plan, seeds=seeds)
+
+    def decode(self, latents: Tensor, task: str) -> Tensor:
+        """Target latents `[S, N, M, C, h, w]` -> values: depth `[S, N, H, W]` in [0, 1]; flow `[S, N, 2, H, W]` as fractions of
+        the image's width and height; amodal bool `[S, N, H, W]`."""
+        flat = latents.flatten(0, 2)
+        images = torch.cat([self.codec.decode(part).float() for part in flat.split(self.config.batch_size)])
+        images = images.unflatten(0, latents.shape[:3])  # [S, N, M, 3, H, W]
+        if task == "depth":
+            return tasks.decode_depth(images[:, :, 0])
+        if task == "amodal":
+            return tasks.decode_amodal(images[:, :, 0])
+        return torch.stack([tasks.decode_flow(images[:, :, axis], axis, 1) for axis in (0, 1)], dim=2)
+
+    def forward_macs(self, height: int, width: int) -> int:
+        """Multiply-accumulates of one pass of the network over latents of height x width; two passes if guided."""
+        return macs(self.model, height, width).forward * (1 if self.config.guidance_scale == 1.0 else 2)
+
+    # --- class-conditional images ---------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def generate(
+        self,
+        labels: Sequence[int],
+        keys: Sequence[str],
+        *,
+        steps: int,
+        size: tuple[int, int] | None = None,
+        guidance_channels: int = 0,
+    ) -> list[np.ndarray]:
+        """Class-conditional images uint8 `[H, W, 3]`, one a label, with `config.guidance_scale`.
+
+        keys: names that seed the noise; size: (h, w) of the latents; guidance_channels: as in `dpt.diffusion.samplers.guide`.
+        """
+        if self.task != "class":
+            raise UserError(f"these weights were trained for {self.task}; only class-conditional weights generate images.")
+        side = self.model.input_size
+        shape = (self.model.in_channels, *(size or (side, side)))
+        seeds = noises.key_seeds(self.config.seed, keys, [0] * len(keys))
+        images: list[np.ndarray] = []
+        for start in range(0, len(labels), self.config.batch_size):
+            part = slice(start, start + self.config.batch_size)
+            ids = torch.tensor(labels[part], device=self.device)
+            latents = self._sample(
+                torch.empty(len(ids), 0, *shape[1:], device=self.device),
+                ids,
+                seeds[part].to(self.device),
+                shape,
+                steps,
+                guidance_channels=guidance_channels,
+            )
+            images += [tasks.image_to_uint8(image) for image in self.codec.decode(latents).cpu().numpy()]
+        return images
+
+
+def merge_members(task: str, values: Tensor, size: tuple[int, int], aggregation: str) -> Prediction:
+    """Members' values `[N, ...]` of one sample, as `Predictor.decode` gives them -> their prediction at `size` (H, W), pixels.
+
+    Members are merged at the network's resolution, then resized (of masks, the share of votes is resized and thresholded).
+    """
+    if task == "depth":
+        merged, uncertainty = ensembling.merge_depth(values[None], aggregation)
+        value = tasks.resize_smooth(merged[0].cpu().numpy(), size)
+    elif task == "flow":
+        merged, uncertainty = ensembling.merge_flow(
+            values[None] * values.new_tensor([size[1], size[0]])[:, None, None], aggregation
+        )
+        value = tasks.resize_smooth(merged[0].cpu().numpy(), size)
+    else:
+        mask, uncertainty = ensembling.merge_masks(values[None])
+        share = torch.where(mask, 1.0 - uncertainty, uncertainty)
+        value = tasks.resize_smooth(share[0].cpu().numpy(), size) > 0.5
+    return Prediction(value=value, uncertainty=tasks.resize_smooth(uncertainty[0].cpu().numpy(), size))

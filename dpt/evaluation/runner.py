@@ -1,0 +1,171 @@
+"""The evaluator: every sample of every set predicted and scored once, on any number of ranks, under all settings of a sweep."""
+
+import hashlib
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+from dpt import distributed
+from dpt.config.recipe import Recipe
+from dpt.config.sections import DataConfig, EvaluationConfig
+from dpt.errors import UserError
+from dpt.evaluation.prediction import Predictor
+from dpt.evaluation.records import Record, RecordLog, write_parquet
+from dpt.evaluation.scoring import Scorer
+from dpt.evaluation.sets import EvaluationSet, open_sets
+from dpt.evaluation.summary import pick_samples, protocol_line, summarize, tracked_metrics
+
+SUMMARY_VERSION = 1
+
+
+def evaluate(config: EvaluationConfig, *, predictor: Predictor | None = None) -> dict[str, Any]:
+    """Score `config.data` with `predictor` (default: from `config.weights`), or the ready-made `config.predictions`.
+
+    Writes, below `config.output_dir`: summary.json; and for each set SET/samples.parquet, SET/pictures/*.png and, while it
+    lasts, SET/parts, from which an interrupted run goes on. Returns the summary, on every rank. UserError for bad input.
+    """
+    if not config.predictions and predictor is None and not config.weights:
+        raise UserError("dpt.evaluation.weights is empty; name the weights to evaluate, or ready-made predictions.")
+    sets = open_sets(config.data, protocol=config.protocol, max_samples=config.max_samples)
+    if config.predictions:
+        predictor = None
+    elif predictor is None:
+        predictor = Predictor(config.weights, config=config)
+    for one in sets:
+        check_set(one, predictor)
+    summary: dict[str, Any] = {"version": SUMMARY_VERSION, "sets": {}, "settings": _described(config, predictor)}
+    for one in sets:
+        summary["sets"][one.name] = _evaluate_set(one, config, predictor)
+    if distributed.is_main():
+        _write_json(Path(config.output_dir) / "summary.json", summary)
+    distributed.barrier()
+    return summary
+
+
+def check_set(one: EvaluationSet, predictor: Predictor | None) -> None:
+    """UserError if the model cannot predict for the set: another task, other conditions, latents of another VAE."""
+    if predictor is None:
+        return
+    predictor.check_task(one.task)
+    available = one.manifest.members["cond_latents"].shape[0]
+    if predictor.model.num_conditions > available:
+        raise UserError(f"{one.folder}: {available} condition latents, but the model takes {predictor.model.num_conditions}.")
+    if one.manifest.vae.sha256 != predictor.codec.sha256:
+        raise UserError(
+            f"{one.folder}: the latents were made by VAE {one.manifest.vae.name!r}, the model's is another one; "
+            "encode the set with the model's VAE."
+        )
+
+
+def _evaluate_set(one: EvaluationSet, config: EvaluationConfig, predictor: Predictor | None) -> dict[str, Any]:
+    """Score one set and write its files; its part of the summary, on every rank."""
+    folder = Path(config.output_dir) / one.name
+    scorer = Scorer(one, config, predictor, folder)
+    wanted = scorer.settings()
+    log = RecordLog(folder, _fingerprint(one, config, predictor), rank=distributed.rank())
+    done = distributed.broadcast_object(log.read() if distributed.is_main() else {})
+    missing = {i: frozenset(s for s in wanted if (i, s) not in done) for i in range(len(one))}
+    mine = [i for i in missing if missing[i]][distributed.rank() :: distributed.world_size()]
+    scored: list[Record] = []
+    with distributed.progress(mine, f"evaluate {one.name}", "sample") as progress:
+        for settings, group in itertools.groupby(mine, key=missing.__getitem__):
+            for records in scorer.records(list(group), settings):
+                log.add(records)
+                scored += records
+                progress.update()
+    log.close()
+    done |= {(r.index, r.setting): r for part in distributed.gather_objects(scored) for r in part}
+    records = [done[i, s] for i in range(len(one)) for s in wanted]
+    if distributed.is_main():
+        write_parquet(records, folder / "samples.parquet")
+    if config.pictures:
+        _draw(one, scorer, records, config.pictures, folder / "pictures")
+    return summarize(one, records)
+
+
+def _fingerprint(one: EvaluationSet, config: EvaluationConfig, predictor: Predictor | None) -> dict[str, Any]:
+    """All that a record depends on beside its sample and setting. Equal ones may share records."""
+    shared = {"data": one.manifest.data_sha256, "protocol": [one.protocol.name, one.protocol.version]}
+    if predictor is None:
+        files = sorted(p for p in Path(config.predictions).rglob("*") if p.is_file())
+        return shared | {"predictions": [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files]}
+    names: tuple[str, ...] = ("aggregation", "sampler", "eta", "timestep_spacing", "step_power", "guidance_scale")
+    names += ("precision", "seed", "save_predictions")
+    sampling = {name: getattr(config, name) for name in names}
+    return shared | sampling | {"schedule": predictor.diffusion.beta_schedule, "weights": _weights_sha256(predictor)}
+
+
+def _weights_sha256(predictor: Predictor) -> str:
+    """Hash of the network's weights by name and of what else decides its predictions."""
+    digest = hashlib.sha256(repr((predictor.model, predictor.diffusion, predictor.task, predictor.codec.sha256)).encode())
+    for name, tensor in sorted(predictor.network.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().float().cpu().contiguous().numpy())
+    return digest.hexdigest()
+
+
+def _described(config: EvaluationConfig, predictor: Predictor | None) -> dict[str, Any]:
+    """How the predictions were made."""
+    if predictor is None:
+        return {"predictions": config.predictions}
+    names = ("weights", "use_ema", "aggregation", "sampler", "eta", "timestep_spacing", "step_power", "guidance_scale")
+    side = predictor.model.input_size
+    return {
+        **{name: getattr(config, name) for name in (*names, "precision", "seed")},
+        "schedule": predictor.diffusion.beta_schedule,
+        "forward_macs": predictor.forward_macs(side, side),
+        "lineage": predictor.lineage,
+    }
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, indent=2, default=str) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def _draw(one: EvaluationSet, scorer: Scorer, records: list[Record], count: int, folder: Path) -> None:
+    """Pages of telling samples; every rank predicts its share of them again, rank 0 puts the pages together."""
+    from dpt.evaluation.pictures import compare, write_page
+
+    picked = pick_samples(one, records, count)
+    chosen = {r.index: r for rows in picked.values() for r in rows}
+    metric = one.protocol.main_metric
+    drawn = {}
+    for index in sorted(chosen)[distributed.rank() :: distributed.world_size()]:
+        sample, record = one[index], chosen[index]
+        prediction = scorer.prediction(sample, record.setting)
+        caption = f"{sample.key}: {metric} {record.metrics[metric]:.3g}"
+        drawn[index] = compare(one.protocol, caption, sample.image, sample.truth, prediction.value, prediction.uncertainty)
+    rows = {index: row for part in distributed.gather_objects(drawn) for index, row in part.items()}
+    if distributed.is_main():
+        for title, samples in picked.items():
+            page = [rows[r.index] for r in samples]
+            write_page(page, folder / f"{one.name}_{title}.png", f"{one.name}: {title} by {metric}")
+
+
+def run_evaluation(recipe: Recipe) -> dict[str, Any]:
+    """`evaluate` a recipe's `dpt.evaluation`, recorded in MLflow under the run that trained the weights."""
+    from dpt.tracking import start_run
+
+    config = recipe.dpt.evaluation
+    output = Path(config.output_dir)
+    vae = recipe.dpt.data.vae if recipe.dpt.data.vae != DataConfig().vae else ""  # the default: the one that the weights name
+    predictor = Predictor(config.weights, config=config, vae=vae) if config.weights and not config.predictions else None
+    parent = str(predictor.lineage.get("run_id") or "") if predictor is not None else ""
+    name = f"evaluate {Path(config.predictions or config.weights).name}"
+    with start_run(
+        recipe.dpt.tracking, stage="evaluate", name=name, params=recipe.to_dict(), parents=[parent], output_dir=output, tags={}
+    ) as run:
+        summary = evaluate(config, predictor=predictor)
+        sets = summary["sets"]
+        run.set_tags({"dpt.dataset": ", ".join(sets), "dpt.protocol": protocol_line(summary)})
+        run.log_metrics(tracked_metrics(summary), step=0)
+        run.log_artifact(output / "summary.json")
+        for one in sets:
+            run.log_artifact(output / one / "samples.parquet", folder=one)
+            for picture in sorted((output / one / "pictures").glob("*.png")):
+                run.log_picture(picture, picture.stem)
+    return summary

@@ -1,0 +1,116 @@
+"""Predicting and scoring the samples of one set, a few at a time."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dpt.config.sections import EvaluationConfig
+from dpt.errors import UserError
+from dpt.evaluation.given import read_prediction, save_prediction
+from dpt.evaluation.prediction import Prediction, Predictor, merge_members
+from dpt.evaluation.protocols import score
+from dpt.evaluation.records import BASELINE, CEILING, GIVEN, Record, Setting
+from dpt.evaluation.sets import EvaluationSet, Sample
+
+
+class Scorer:
+    """Scores the samples of one set with `predictor`; without one, the ready-made `config.predictions`.
+
+    folder: where predictions are kept if they are to be.
+    """
+
+    def __init__(self, one: EvaluationSet, config: EvaluationConfig, predictor: Predictor | None, folder: Path) -> None:
+        self._set, self._config, self._predictor, self._folder = one, config, predictor, folder
+
+    def settings(self) -> list[Setting]:
+        """All that is scored."""
+        if self._predictor is None:
+            return [BASELINE, GIVEN]
+        steps, sizes = sorted(set(self._config.steps)), sorted(set(self._config.ensemble))
+        return [BASELINE, CEILING, *(Setting(steps=s, ensemble=n) for s in steps for n in sizes)]
+
+    def records(self, indices: Sequence[int], settings: frozenset[Setting]) -> Iterator[list[Record]]:
+        """Each sample's records under `settings`; as many samples are predicted together as fill batches."""
+        members = max((s.ensemble for s in settings), default=0)
+        at_once = samples_at_once(max(1, members * self._set.passes()), self._config.batch_size)
+        for start in range(0, len(indices), at_once):
+            samples = [self._set[i] for i in indices[start : start + at_once]]
+            predicted: list[dict[Setting, Prediction]] = [{} for _ in samples]
+            for steps in sorted({s.steps for s in settings if s.kind == "model"}):
+                sizes = sorted(s.ensemble for s in settings if s.kind == "model" and s.steps == steps)
+                for row, values in enumerate(self._members(samples, steps, sizes[-1])):
+                    size = samples[row].size
+                    for n in sizes:
+                        merged = merge_members(self._set.task, values[:n], size, self._config.aggregation)
+                        predicted[row][Setting(steps=steps, ensemble=n)] = merged
+            for sample, by_setting in zip(samples, predicted, strict=True):
+                yield [self._record(sample, setting, by_setting.get(setting)) for setting in sorted(settings)]
+
+    def prediction(self, sample: Sample, setting: Setting) -> Prediction:
+        """The prediction for one sample, made (or read) again."""
+        if setting == GIVEN:
+            value = read_prediction(Path(self._config.predictions), sample.key, self._set.task, sample.size)
+            return Prediction(value=value, uncertainty=np.zeros(sample.size, np.float32))
+        values = self._members([sample], setting.steps, setting.ensemble)[0]
+        return merge_members(self._set.task, values, sample.size, self._config.aggregation)
+
+    def _members(self, samples: Sequence[Sample], steps: int, count: int) -> list[torch.Tensor]:
+        """Decoded members `[N, ...]` of each sample; samples of one latent size are batched together."""
+        predictor, task = self._predictor, self._set.task
+        assert predictor is not None
+        results: dict[int, torch.Tensor] = {}
+        for shape in dict.fromkeys(s.cond_latents.shape for s in samples):
+            group = [s for s in samples if s.cond_latents.shape == shape]
+            embeddings = [s.embedding for s in group if s.embedding is not None and predictor.model.clip_embedding_size]
+            latents = predictor.predict_latents(
+                torch.from_numpy(np.stack([s.cond_latents for s in group])),
+                [s.key for s in group],
+                range(count),
+                task=task,
+                steps=steps,
+                embeddings=torch.from_numpy(np.stack(embeddings)) if embeddings else None,
+            )
+            results |= {s.index: v for s, v in zip(group, predictor.decode(latents, task), strict=True)}
+        return [results[s.index] for s in samples]
+
+    def _record(self, sample: Sample, setting: Setting, prediction: Prediction | None) -> Record:
+        macs = 0.0
+        if setting == BASELINE:
+            value = self._baseline(sample)
+        elif setting == CEILING:
+            value = self._ceiling(sample)
+        else:
+            value = (prediction or self.prediction(sample, setting)).value
+        if setting.kind == "model":
+            assert self._predictor is not None
+            forward = self._predictor.forward_macs(sample.cond_latents.shape[-2], sample.cond_latents.shape[-1])
+            macs = float(forward * setting.steps * setting.ensemble * self._set.passes())
+            if self._config.save_predictions:
+                assert value is not None
+                place = self._folder / "predictions" / f"s{setting.steps}_n{setting.ensemble}"
+                save_prediction(place, sample.key, self._set.task, value)
+        try:
+            metrics = {} if value is None else score(self._set.protocol, value, sample.truth)
+        except UserError as error:
+            raise UserError(f"{self._set.folder}, sample {sample.key}: {error}") from error
+        return Record(index=sample.index, key=sample.key, setting=setting, metrics=metrics, macs=macs)
+
+    def _baseline(self, sample: Sample) -> np.ndarray | None:
+        """The best prediction without looking at the image: constant depth (aligned like any other), no motion; no mask."""
+        return None if self._set.task == "amodal" else np.zeros(sample.truth.shape, dtype=np.float32)
+
+    def _ceiling(self, sample: Sample) -> np.ndarray | None:
+        """The encoded truth, decoded again: what the task's image code, the resolution and the VAE leave of it."""
+        if self._predictor is None or sample.target_latents is None:
+            return None
+        latents = torch.from_numpy(sample.target_latents)[None, None].to(self._predictor.device)
+        values = self._predictor.decode(latents, self._set.task)
+        return merge_members(self._set.task, values[0], sample.size, "median").value
+
+
+def samples_at_once(predictions: int, batch_size: int) -> int:
+    """How many samples of so many predictions each to take together, so that batches are full: up to four batches."""
+    options = range(1, max(1, 4 * batch_size // predictions) + 1)
+    return max(options, key=lambda n: (n * predictions / (-(-n * predictions // batch_size) * batch_size), -n))

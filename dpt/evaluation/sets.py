@@ -1,0 +1,93 @@
+"""Evaluation sets: shard folders with the images and truths at their own size beside the condition latents."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dpt import tasks
+from dpt.data.reader import SampleError
+from dpt.data.shards import ShardFolder
+from dpt.errors import UserError
+from dpt.evaluation.protocols import Protocol, find_protocol
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One image to predict for and score."""
+
+    index: int
+    """Its number in the set."""
+    key: str
+    image: np.ndarray
+    """uint8 `[H, W, 3]`."""
+    truth: np.ndarray
+    """depth: float32 `[H, W]` metres, 0 invalid; flow: float32 `[2, H, W]` pixels; amodal: bool `[H, W]`."""
+    cond_latents: np.ndarray
+    """float32 `[K, C, h, w]`, scaled posterior means."""
+    target_latents: np.ndarray | None
+    """float32 `[M, C, h, w]`, scaled posterior means of the encoded truth, where the set has them."""
+    embedding: np.ndarray | None
+    """float32 `[D]`, CLIP image embedding, where the set has it."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the truth, which predictions are brought to."""
+        return self.truth.shape[-2], self.truth.shape[-1]
+
+
+class EvaluationSet:
+    """An evaluation shard folder with its protocol. UserError if it is no evaluation set, or has no protocol."""
+
+    def __init__(self, folder: str | Path, *, protocol: str = "", max_samples: int = 0) -> None:
+        self._shards = ShardFolder(folder)
+        self.manifest = self._shards.manifest
+        self.folder = Path(folder)
+        for member in ("cond_latents", "image", "truth"):
+            if member not in self.manifest.members:
+                raise UserError(f"{folder}: the shards hold no {member}; encode the set for evaluation (--evaluation).")
+        self.task = self.manifest.task
+        self.protocol: Protocol = find_protocol(self.manifest.dataset, self.task, name=protocol)
+        self.name = f"{self.manifest.dataset}_{self.manifest.split}".replace("/", "_")
+        self._size = min(len(self._shards), max_samples or math.inf)
+
+    def __len__(self) -> int:
+        return int(self._size)
+
+    def __getitem__(self, index: int) -> Sample:
+        try:
+            raw: dict[str, Any] = self._shards[index]
+        except SampleError as error:
+            raise UserError(f"{error}; encode the set anew.") from error
+        scale = self.manifest.vae.scaling_factor
+        truth = raw["truth"]
+        if truth.shape[-2:] != raw["image"].shape[:2]:
+            raise UserError(f"{self.folder}: image and truth of {raw['key']} differ in size; encode the set anew.")
+        return Sample(
+            index=index,
+            key=raw["key"],
+            image=raw["image"],
+            truth=truth > 0 if self.task == "amodal" else truth,
+            cond_latents=raw["cond_latents"][:, 0].astype(np.float32) * scale,
+            target_latents=raw["target_latents"][:, 0].astype(np.float32) * scale if "target_latents" in raw else None,
+            embedding=raw.get("clip"),
+        )
+
+    def passes(self) -> int:
+        """Sampler passes that one member of a prediction takes."""
+        return len(tasks.task_spec(self.task).targets)
+
+
+def open_sets(folders: list[str], *, protocol: str, max_samples: int) -> list[EvaluationSet]:
+    """The sets in `folders`, with different names. UserError if there are none."""
+    if not folders:
+        raise UserError("dpt.evaluation.data is empty; name at least one evaluation shard folder.")
+    sets = [EvaluationSet(folder, protocol=protocol, max_samples=max_samples) for folder in folders]
+    seen: dict[str, int] = {}
+    for one in sets:
+        seen[one.name] = seen.get(one.name, 0) + 1
+        if seen[one.name] > 1:
+            one.name += f"_{seen[one.name]}"
+    return sets

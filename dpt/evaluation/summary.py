@@ -1,0 +1,81 @@
+"""From records to figures: means with what they are means of, telling samples, and the metrics that MLflow keeps."""
+
+import itertools
+import random
+from collections.abc import Iterable
+from typing import Any
+
+from dpt.evaluation.protocols import average
+from dpt.evaluation.records import BASELINE, CEILING, Record, list_sha256
+from dpt.evaluation.sets import EvaluationSet
+
+
+def summarize(one: EvaluationSet, records: Iterable[Record]) -> dict[str, Any]:
+    """A set's figures, with what they are figures of: N, the list's hash, the protocol's version."""
+    records = sorted(records, key=lambda r: (r.setting, r.index))
+    by_setting = {s: list(group) for s, group in itertools.groupby(records, key=lambda r: r.setting)}
+    figures = {s: average([r.metrics for r in rows]) for s, rows in by_setting.items()}
+    results = [
+        {
+            **({"steps": s.steps, "ensemble": s.ensemble} if s.kind == "model" else {}),
+            "metrics": figures[s],
+            "num_scored": sum(bool(r.metrics) for r in rows),
+            "macs_per_prediction": sum(r.macs for r in rows) / len(rows),
+        }
+        for s, rows in by_setting.items()
+        if s.kind in ("model", "given")
+    ]
+    return {
+        "task": one.task,
+        "dataset": one.manifest.dataset,
+        "split": one.manifest.split,
+        "protocol": one.protocol.name,
+        "protocol_version": one.protocol.version,
+        "num_samples": len(one),
+        "num_samples_of_protocol": one.protocol.num_samples or None,
+        "list_sha256": list_sha256(records),
+        "data_sha256": one.manifest.data_sha256,
+        "results": results,
+        "baseline": figures.get(BASELINE) or None,
+        "ceiling": figures.get(CEILING) or None,
+    }
+
+
+def pick_samples(one: EvaluationSet, records: Iterable[Record], count: int) -> dict[str, list[Record]]:
+    """Records of the best, median, worst and random samples of the main (last) setting, `count` each."""
+    rows = [r for r in records if r.metrics]
+    if not rows:
+        return {}
+    last = max(r.setting for r in rows if r.setting.kind in ("model", "given"))
+    metric, sign = one.protocol.main_metric, -1.0 if one.protocol.higher_is_better else 1.0
+    ranked = sorted((r for r in rows if r.setting == last), key=lambda r: (sign * r.metrics[metric], r.index))
+    middle = max(0, (len(ranked) - count) // 2)
+    drawn = random.Random(0).sample(ranked, min(count, len(ranked)))
+    return {"best": ranked[:count], "median": ranked[middle : middle + count], "worst": ranked[::-1][:count], "random": drawn}
+
+
+def tracked_metrics(summary: dict[str, Any]) -> dict[str, float]:
+    """The summary as MLflow metrics: eval/TASK/[SET/]METRIC of the main setting, with /sSTEPS_nENSEMBLE of every one."""
+    metrics: dict[str, float] = {}
+    for name, one in summary["sets"].items():
+        alone = sum(other["task"] == one["task"] for other in summary["sets"].values()) == 1
+        place = f"eval/{one['task']}" if alone else f"eval/{one['task']}/{name}"
+        for result in one["results"]:
+            figures = result["metrics"]
+            metrics |= {f"{place}/{m}": v for m, v in figures.items()}  # the last one stays: the main setting
+            if "steps" in result:
+                metrics |= {f"{place}/{m}/s{result['steps']}_n{result['ensemble']}": v for m, v in figures.items()}
+        for kind in ("baseline", "ceiling"):
+            metrics |= {f"{place}/{kind}_{m}": v for m, v in (one[kind] or {}).items()}
+        metrics[f"{place}/num_samples"] = one["num_samples"]
+    if "forward_macs" in summary["settings"]:
+        metrics["compute/forward_macs"] = summary["settings"]["forward_macs"]
+    return metrics
+
+
+def protocol_line(summary: dict[str, Any]) -> str:
+    """One line a set: what its figures are figures of."""
+    return "; ".join(
+        f"{name}: {one['protocol']} v{one['protocol_version']}, N={one['num_samples']}, list {one['list_sha256'][:12]}"
+        for name, one in summary["sets"].items()
+    )

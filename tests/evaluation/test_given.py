@@ -1,0 +1,72 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from dpt.errors import UserError
+from dpt.evaluation.given import read_flo, read_prediction, save_prediction, write_flo
+
+CHAIRS = Path(__file__).resolve().parents[2] / ".." / "shared" / "data" / "flying_chairs" / "data"
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(0, 1000))
+def test_flo_round_trip(tmp_path_factory, height, width, seed):
+    path = tmp_path_factory.mktemp("flo") / "x.flo"
+    flow = np.random.default_rng(seed).normal(0, 30, (2, height, width)).astype(np.float32)
+    write_flo(path, flow)
+    assert (read_flo(path) == flow).all()
+
+
+@pytest.mark.skipif(not CHAIRS.exists(), reason="needs the real samples")
+def test_real_flo_files_are_rewritten_byte_for_byte(tmp_path):
+    for path in CHAIRS.glob("*.flo"):
+        flow = read_flo(path)
+        assert flow.shape == (2, 384, 512)
+        write_flo(tmp_path / "copy.flo", flow)
+        assert (tmp_path / "copy.flo").read_bytes() == path.read_bytes()
+
+
+def test_depth_files(tmp_path):
+    depth = np.random.default_rng(0).integers(0, 65535, (6, 8)).astype(np.uint16)
+    Image.fromarray(depth).save(tmp_path / "a.png")
+    np.save(tmp_path / "b.npy", depth.astype(np.float64)[..., None])
+    for key in ("a", "b"):
+        assert (read_prediction(tmp_path, key, "depth", (6, 8)) == depth).all()
+    assert read_prediction(tmp_path, "a", "depth", (3, 4)).shape == (3, 4)
+
+
+def test_flow_files_are_scaled_with_their_size(tmp_path):
+    flow = np.stack([np.full((4, 6), 3.0), np.full((4, 6), -1.0)]).astype(np.float32)
+    save_prediction(tmp_path, "deep/a", "flow", flow)
+    np.save(tmp_path / "b.npy", flow)
+    np.save(tmp_path / "c.npy", np.moveaxis(flow, 0, -1))
+    for key in ("deep/a", "b", "c"):
+        assert (read_prediction(tmp_path, key, "flow", (4, 6)) == flow).all()
+    enlarged = read_prediction(tmp_path, "b", "flow", (8, 18))
+    assert np.allclose(enlarged[0], 9.0)
+    assert np.allclose(enlarged[1], -2.0)
+
+
+def test_mask_files(tmp_path):
+    mask = np.zeros((5, 7), bool)
+    mask[1:3, 2:6] = True
+    save_prediction(tmp_path, "a", "amodal", mask)
+    np.save(tmp_path / "b.npy", mask)
+    Image.fromarray(mask).save(tmp_path / "c.png")
+    for key in "abc":
+        assert (read_prediction(tmp_path, key, "amodal", (5, 7)) == mask).all()
+
+
+def test_bad_files_are_named(tmp_path):
+    with pytest.raises(UserError, match="no prediction for a"):
+        read_prediction(tmp_path, "a", "depth", (2, 2))
+    (tmp_path / "a.png").write_bytes(b"not a picture")
+    (tmp_path / "b.flo").write_bytes(b"PIEH" + bytes(20))
+    np.save(tmp_path / "c.npy", np.zeros((3, 4, 5)))
+    for key, task in (("a", "depth"), ("b", "flow"), ("c", "flow")):
+        with pytest.raises(UserError, match=rf"{key}\.(png|flo|npy)"):
+            read_prediction(tmp_path, key, task, (2, 2))

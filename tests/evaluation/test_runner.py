@@ -1,0 +1,233 @@
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from dpt import distributed
+from dpt.config.sections import EvaluationConfig
+from dpt.data.shards import ShardFolder
+from dpt.errors import UserError
+from dpt.evaluation import scoring
+from dpt.evaluation.prediction import Predictor
+from dpt.evaluation.protocols import PROTOCOLS, score
+from dpt.evaluation.records import Record, RecordLog, Setting
+from dpt.evaluation.runner import evaluate
+from dpt.evaluation.scoring import samples_at_once
+from dpt.evaluation.summary import pick_samples, tracked_metrics
+from tests.evaluation.tiny import make_model, make_set
+from tests.gloo import run_ranks
+
+
+def _config(out: Path, *sets: Path, **changes) -> EvaluationConfig:
+    settings = {"steps": [1, 3], "ensemble": [1, 3], "batch_size": 4, "pictures": 0} | changes
+    return EvaluationConfig(data=[str(s) for s in sets], output_dir=str(out), **settings)
+
+
+def _run(config: EvaluationConfig, task: str = "depth") -> dict:
+    return evaluate(config, predictor=Predictor(make_model(task), config=config, device="cpu"))
+
+
+def _rows(out: Path) -> list[dict]:
+    (path,) = out.glob("*/samples.parquet")
+    return pq.read_table(path).to_pylist()
+
+
+def _assert_same(rows: list[dict], others: list[dict]) -> None:
+    assert len(rows) == len(others)
+    for a, b in zip(rows, others, strict=True):
+        assert a.keys() == b.keys()
+        for name in a:
+            assert a[name] == (pytest.approx(b[name], rel=1e-4, abs=1e-5) if isinstance(a[name], float) else b[name])
+
+
+def test_a_sweep_scores_every_sample_once_under_every_setting(depth_set, tmp_path):
+    summary = _run(_config(tmp_path / "out", depth_set, pictures=2))
+    rows = _rows(tmp_path / "out")
+    settings = [(r["kind"], r["steps"], r["ensemble"], r["index"]) for r in rows]
+    swept = [("model", s, n) for s in (1, 3) for n in (1, 3)]
+    assert settings == [(*s, i) for s in (("baseline", 0, 0), ("ceiling", 0, 0), *swept) for i in range(5)]
+    one = summary["sets"]["synthetic_val"]
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["sets"]["synthetic_val"] == one
+    assert (one["num_samples"], one["protocol"], one["protocol_version"]) == (5, "synthetic_depth", 1)
+    assert [(r["steps"], r["ensemble"]) for r in one["results"]] == [s[1:] for s in swept]
+    last = [r["abs_rel"] for r in rows if (r["steps"], r["ensemble"]) == (3, 3)]
+    assert one["results"][-1]["metrics"]["abs_rel"] == pytest.approx(np.mean(last))
+    assert one["ceiling"]["abs_rel"] < 0.1 < one["baseline"]["abs_rel"]
+    forward = summary["settings"]["forward_macs"]
+    assert [r["macs_per_prediction"] for r in one["results"]] == [forward * s * n for _, s, n in swept]
+    pictures = sorted(p.name for p in (tmp_path / "out").glob("*/pictures/*.png"))
+    assert pictures == [f"synthetic_val_{which}.png" for which in ("best", "median", "random", "worst")]
+
+
+def test_baseline_is_the_best_constant(depth_set, tmp_path):
+    summary = _run(_config(tmp_path / "out", depth_set, steps=[1], ensemble=[1]))
+    truths = [s["truth"] for s in map(ShardFolder(depth_set).__getitem__, range(5))]
+    expected = np.mean([np.mean(np.abs(t[t > 0].mean() - t[t > 0]) / t[t > 0]) for t in truths])
+    assert summary["sets"]["synthetic_val"]["baseline"]["abs_rel"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_batch_size_and_sweep_do_not_change_a_figure(depth_set, tmp_path):
+    _run(_config(tmp_path / "a", depth_set))
+    _run(_config(tmp_path / "b", depth_set, batch_size=64))
+    _assert_same(_rows(tmp_path / "a"), _rows(tmp_path / "b"))
+    _run(_config(tmp_path / "c", depth_set, steps=[3], ensemble=[3], batch_size=1))
+    alone = [r for r in _rows(tmp_path / "c") if r["kind"] == "model"]
+    _assert_same(alone, [r for r in _rows(tmp_path / "a") if (r["steps"], r["ensemble"]) == (3, 3)])
+
+
+def test_ranks_do_not_change_a_figure(depth_set, tmp_path):
+    _run(_config(tmp_path / "one", depth_set))
+
+    def on_rank() -> int:
+        config = _config(tmp_path / "two", depth_set, pictures=1)
+        summary = evaluate(config, predictor=Predictor(make_model(), config=config, device="cpu"))
+        assert distributed.world_size() == 2
+        return summary["sets"]["synthetic_val"]["num_samples"]
+
+    assert run_ranks(2, on_rank) == [5, 5]
+    _assert_same(_rows(tmp_path / "one"), _rows(tmp_path / "two"))
+    lines = [len(p.read_text().splitlines()) for p in (tmp_path / "two").glob("*/parts/*/*.jsonl")]
+    assert sorted(lines) == [2, 3]
+
+
+def test_an_interrupted_run_goes_on(depth_set, tmp_path, monkeypatch):
+    _run(_config(tmp_path / "whole", depth_set))
+    config = _config(tmp_path / "out", depth_set)
+    record, count = scoring.Scorer._record, iter(range(1000))
+
+    def dies(self, *args):
+        if next(count) == 15:  # in the third sample
+            raise KeyboardInterrupt
+        return record(self, *args)
+
+    monkeypatch.setattr(scoring.Scorer, "_record", dies)
+    with pytest.raises(KeyboardInterrupt):
+        _run(config)
+    monkeypatch.setattr(scoring.Scorer, "_record", record)
+    (part,) = (tmp_path / "out").glob("*/parts/*/*.jsonl")
+    part.write_text(part.read_text() + '[[2, "scene_002", ["model", 1')  # a torn line
+    assert not (tmp_path / "out" / "summary.json").exists()
+    predicted: list[str] = []
+    latents = Predictor.predict_latents
+    monkeypatch.setattr(
+        Predictor,
+        "predict_latents",
+        lambda self, c, keys, *a, **k: (predicted.extend(keys), latents(self, c, keys, *a, **k))[1],
+    )
+    _run(config)
+    assert set(predicted) == {"scene_002", "scene_003", "scene_004"}
+    _assert_same(_rows(tmp_path / "out"), _rows(tmp_path / "whole"))
+    predicted.clear()
+    _run(dataclasses.replace(config, steps=[1, 2, 3]))  # only what is new is predicted
+    assert len(predicted) == 5
+    assert len(_rows(tmp_path / "out")) == 5 * (2 + 6)
+    predicted.clear()
+    _run(dataclasses.replace(config, seed=1))  # other noise: nothing can be taken over
+    assert len(predicted) == 10
+
+
+@pytest.mark.parametrize("task", ["depth", "flow", "amodal"])
+def test_saved_predictions_score_the_same_as_given_ones(task, tmp_path):
+    folder = make_set(tmp_path / "set", task)
+    summary = _run(_config(tmp_path / "out", folder, steps=[2], ensemble=[2], save_predictions=True), task)
+    given = _config(
+        tmp_path / "given", folder, predictions=str(tmp_path / "out" / "synthetic_val" / "predictions" / "s2_n2"), pictures=1
+    )
+    again = evaluate(given)
+    first, second = (s["sets"]["synthetic_val"]["results"][-1]["metrics"] for s in (summary, again))
+    assert first == pytest.approx(second, rel=1e-5)
+    main = {"depth": "abs_rel", "flow": "epe", "amodal": "miou"}[task]
+    assert tracked_metrics(again)[f"eval/{task}/{main}"] == second[main]
+    if task == "amodal":
+        assert {"miou", "iou_pooled"} == set(second)
+    (Path(given.predictions) / f"scene_003{'.flo' if task == 'flow' else '.npy' if task == 'depth' else '.png'}").unlink()
+    with pytest.raises(UserError, match="scene_003"):
+        evaluate(given)
+
+
+def test_images_of_different_sizes_and_shapes_of_latents(tmp_path):
+    folder = make_set(tmp_path / "set", size=(64, 32), with_targets=False)
+    summary = _run(_config(tmp_path / "out", folder, max_samples=3))
+    one = summary["sets"]["synthetic_val"]
+    assert one["num_samples"] == 3
+    assert one["ceiling"] is None
+
+
+def test_several_sets_are_tracked_by_name(depth_set, tmp_path):
+    other = make_set(tmp_path / "other", count=2)
+    summary = _run(_config(tmp_path / "out", depth_set, other, steps=[1, 2], ensemble=[1]))
+    names = tracked_metrics(summary)
+    assert {"eval/depth/synthetic_val/abs_rel", "eval/depth/synthetic_val_2/abs_rel/s2_n1", "compute/forward_macs"} <= set(
+        names
+    )
+    assert names["eval/depth/synthetic_val_2/num_samples"] == 2
+    assert names["eval/depth/synthetic_val/abs_rel"] == names["eval/depth/synthetic_val/abs_rel/s2_n1"]
+    single = _run(_config(tmp_path / "single", depth_set, steps=[1], ensemble=[1]))
+    assert {"eval/depth/abs_rel", "eval/depth/abs_rel/s1_n1", "eval/depth/baseline_abs_rel"} <= set(tracked_metrics(single))
+
+
+def test_bad_input_is_refused(depth_set, tmp_path):
+    for changes, words in (
+        ({"data": []}, "data is empty"),
+        ({"protocol": "kitti2"}, "unknown"),
+        ({"protocol": "pix2gestalt"}, "amodal"),
+    ):
+        with pytest.raises(UserError, match=words):
+            _run(dataclasses.replace(_config(tmp_path / "out", depth_set), **changes))
+    with pytest.raises(UserError, match="weights is empty"):
+        evaluate(_config(tmp_path / "out", depth_set))
+    with pytest.raises(UserError, match="cannot predict"):
+        _run(_config(tmp_path / "out", depth_set), task="flow")
+    manifest = depth_set / "manifest.json"
+    text = manifest.read_text()
+    manifest.write_text(text.replace('"pooling"', '"another"'))
+    with pytest.raises(UserError, match="another one"):
+        _run(_config(tmp_path / "out", depth_set))
+    value = json.loads(text)
+    del value["members"]["truth"]
+    manifest.write_text(json.dumps(value))
+    with pytest.raises(UserError, match="no truth"):
+        _run(_config(tmp_path / "out", depth_set))
+    assert not (tmp_path / "out").exists()
+
+
+def test_picked_samples(depth_set):
+    from dpt.evaluation.sets import EvaluationSet
+
+    one = EvaluationSet(depth_set)
+    setting = Setting(steps=1, ensemble=1)
+    records = [
+        Record(index=i, key=str(i), setting=setting, metrics={"abs_rel": v} if v else {})
+        for i, v in enumerate([0.5, 0.1, 0.0, 0.3, 0.2])
+    ]
+    picked = pick_samples(one, records, 1)
+    assert [picked[w][0].index for w in ("best", "median", "worst")] == [1, 4, 0]
+    assert pick_samples(one, records[2:3], 1) == {}
+
+
+def test_batches_are_filled():
+    assert samples_at_once(1, 16) == 16
+    assert samples_at_once(10, 16) == 3  # 30 of 32
+    assert samples_at_once(5, 16) == 3
+    assert samples_at_once(100, 16) == 1
+    assert samples_at_once(4, 16) == 4
+
+
+def test_record_log_takes_whole_lines_only(tmp_path):
+    log = RecordLog(tmp_path, {"a": 1})
+    record = Record(index=3, key="k", setting=Setting(steps=2, ensemble=1), metrics={"abs_rel": 0.1 + 0.2}, macs=5.0)
+    log.add([record])
+    log.close()
+    assert RecordLog(tmp_path, {"a": 1}).read() == {(3, record.setting): record}
+    assert RecordLog(tmp_path, {"a": 2}).read() == {}
+
+
+def test_merged_prediction_is_scored_at_the_truths_size(depth_set):
+    sample = ShardFolder(depth_set)[0]
+    assert sample["truth"].shape == (40, 56)
+    assert score(PROTOCOLS["synthetic_depth"], sample["truth"], sample["truth"])["abs_rel"] < 1e-6
+    assert torch.get_default_dtype() == torch.float32

@@ -1,0 +1,97 @@
+"""A tiny random network, a VAE that pools pixels, and evaluation sets made of them."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dpt import tasks
+from dpt.config.sections import DiffusionConfig, ModelConfig
+from dpt.data.manifest import Manifest, MemberSpec, VAERecord, write_manifest
+from dpt.data.shards import ShardWriter
+from dpt.evaluation.loading import LoadedModel
+from dpt.models.dit import DiT
+
+
+class PoolingCodec:
+    """A VAE stand-in: latents are 8 x 8 means of red, green, blue and their mean."""
+
+    scaling_factor, latent_channels, downsampling, sha256 = 0.5, 4, 8, "pooling"
+
+    def to(self, device: Any) -> "PoolingCodec":
+        return self
+
+    def encode(self, images: Tensor) -> Tensor:
+        pooled = torch.nn.functional.avg_pool2d(images, 8)
+        mean = torch.cat((pooled, pooled.mean(1, keepdim=True)), dim=1)
+        return torch.stack((mean, torch.full_like(mean, -20.0)), dim=1)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return torch.nn.functional.interpolate(latents[:, :3] / self.scaling_factor, scale_factor=8, mode="bilinear").clamp(
+            -1, 1
+        )
+
+
+def make_model(task: str = "depth", *, num_conditions: int = 2, prediction_type: str = "sample", **model: Any) -> LoadedModel:
+    """A random DiT for `task` whose output depends on all of its inputs."""
+    config = ModelConfig(
+        input_size=4,
+        hidden_size=32,
+        depth=1,
+        num_heads=2,
+        num_conditions=num_conditions,
+        num_classes=10 + tasks.num_task_labels(task),
+        **model,
+    )
+    torch.manual_seed(0)
+    network = DiT(config)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    diffusion = DiffusionConfig(prediction_type=prediction_type)  # type: ignore[arg-type]
+    return LoadedModel(
+        network=network, model=config, diffusion=diffusion, task=task, codec=PoolingCodec(), lineage={"run_id": "parent"}
+    )
+
+
+def make_set(
+    folder: Path, task: str = "depth", *, count: int = 5, size: tuple[int, int] = (40, 56), with_targets: bool = True
+) -> Path:
+    """An evaluation shard folder of random smooth scenes, encoded at 32 x 32."""
+    codec = PoolingCodec()
+    rng = np.random.default_rng(3)
+    folder.mkdir(parents=True)
+    with ShardWriter(folder / "000000.tar") as writer:
+        for number in range(count):
+            image = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
+            smooth = tasks.resize_smooth(rng.random((2, 4, 4)).astype(np.float32), size)
+            if task == "depth":
+                truth = (1.0 + 5.0 * smooth[0]).astype(np.float32)
+                truth[:2] = 0.0
+                targets = [tasks.encode_depth(truth)[0]]
+            elif task == "flow":
+                truth = (20 * smooth - 10).astype(np.float32)
+                targets = list(tasks.encode_flow(truth))
+            else:
+                truth = (smooth[0] > 0.5).astype(np.uint8)
+                targets = [tasks.encode_amodal(np.full((*size, 3), 100, np.uint8), truth > 0)]
+            conditions = [tasks.image_to_float(image), tasks.all_valid_prompt(*size)]
+
+            def moments(pictures: list[np.ndarray]) -> np.ndarray:
+                resized = np.stack([tasks.resize_smooth(p, (32, 32)) for p in pictures])
+                return codec.encode(torch.from_numpy(resized)).numpy().astype(np.float16)
+
+            members = {"cond_latents": moments(conditions), "image": image, "truth": truth}
+            if with_targets:
+                members["target_latents"] = moments(targets)
+            writer.add(f"scene_{number:03d}", members, {"width": size[1], "height": size[0]})
+        record = writer.commit()
+    specs = {name: MemberSpec(dtype=array.dtype.name, shape=array.shape) for name, array in members.items()}
+    vae = VAERecord(name="pooling", sha256=codec.sha256, scaling_factor=codec.scaling_factor, latent_channels=4)
+    manifest = Manifest(
+        dataset="synthetic", split="val", task=task, resolution=32, num_samples=count, shards=(record,), members=specs, vae=vae
+    )
+    write_manifest(folder, manifest)
+    return folder
