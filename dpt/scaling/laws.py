@@ -111,10 +111,7 @@ def fit_power_law(
 
 def _check(x: np.ndarray, y: np.ndarray, offset: bool) -> None:
     needed = 4 if offset else 3
-    if x.shape != y.shape or x.ndim != 1:
-        raise UserError(f"a law needs as many x as y, but there are {x.size} and {y.size}.")
-    if not (np.isfinite(x).all() and np.isfinite(y).all() and (x > 0).all() and (y > 0).all()):
-        raise UserError("a power law needs x and y that are finite and above 0; leave the other points out.")
+    _check_positive(x, y)
     if len(np.unique(x)) < needed:
         kind = "y = a x^b + c" if offset else "y = a x^b"
         raise UserError(f"{len(np.unique(x))} different x cannot carry a fit of {kind}; at least {needed} are needed.")
@@ -123,6 +120,13 @@ def _check(x: np.ndarray, y: np.ndarray, offset: bool) -> None:
             f"x spans only a factor of {x.max() / x.min():.2g}, from {x.min():.3g} to {x.max():.3g}; "
             f"a law needs a factor of {LEAST_SPAN:g} at least."
         )
+
+
+def _check_positive(x: np.ndarray, y: np.ndarray) -> None:
+    if x.shape != y.shape or x.ndim != 1:
+        raise UserError(f"a law needs as many x as y, but there are {x.size} and {y.size}.")
+    if not (np.isfinite(x).all() and np.isfinite(y).all() and (x > 0).all() and (y > 0).all()):
+        raise UserError("a power law needs x and y that are finite and above 0; leave the other points out.")
 
 
 def _fit(x: np.ndarray, y: np.ndarray, offset: bool, near: Law | None = None) -> Law:
@@ -201,6 +205,7 @@ def _holdout_error(x: np.ndarray, y: np.ndarray, offset: bool) -> float | None:
 def frontier(x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray) -> np.ndarray:
     """Indices, by rising x, of the lower convex hull in log-log: the least y that each x can buy."""
     x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
+    _check_positive(x, y)
     u, v = np.log(x), np.log(y)
     hull: list[int] = []
     best = math.inf

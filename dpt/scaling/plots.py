@@ -5,6 +5,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from dpt.scaling.laws import Fit
+
 COLOURS = ("#1f6feb", "#d9480f", "#2b8a3e", "#9c36b5", "#c99a00", "#0b7285", "#c2255c", "#5c636a")
 
 Points = Sequence[tuple[float, float]]
@@ -59,6 +63,39 @@ def curves(series: Mapping[str, Points], x_label: str, y_label: str, *, log_x: b
             y = running_mean(y)
         axes.plot(x, y, color=colour, linewidth=1.8, label=label, marker=marker, markersize=4)
     if len(series) > 1:
+        axes.legend(fontsize=9)
+    return figure
+
+
+def law_figure(
+    groups: Mapping[str, Points],
+    fits: Mapping[str, Fit],
+    x_label: str,
+    y_label: str,
+    *,
+    chosen: Points = (),
+    join: bool = False,
+) -> Any:
+    """Points in log-log, each group in its colour, and the fitted laws with their 95% bands and equations.
+
+    `chosen` points (a frontier) are ringed; `join` connects the points of a group.
+    """
+    figure, axes = new_axes(x_label, y_label, log_x=True, log_y=True)
+    colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(groups)}
+    for name, points in groups.items():
+        x, y = ([p[i] for p in sorted(points)] for i in (0, 1))
+        dense = len(x) > 40
+        style = {"linewidth": 1.2 if join else 0, "markersize": 2 if dense else 5, "alpha": 0.6 if dense else 1.0}
+        axes.plot(x, y, color=colours[name], marker="o", label=name or None, **style)
+    if chosen:
+        axes.scatter(*zip(*chosen, strict=True), s=70, facecolors="none", edgecolors="#343a40", linewidths=1)
+    for name, fit in fits.items():
+        colour = colours.get(name, "#343a40") if len(fits) > 1 else "#343a40"
+        along = np.geomspace(fit.x.min() / 1.3, fit.x.max() * 1.3, 60)
+        line, low, high = fit.predict(along)
+        axes.fill_between(along, low, high, color=colour, alpha=0.12, linewidth=0)
+        axes.plot(along, line, color=colour, linestyle="--", linewidth=1.4, label=fit.law.equation())
+    if fits or any(groups):
         axes.legend(fontsize=9)
     return figure
 

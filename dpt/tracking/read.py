@@ -145,3 +145,15 @@ def ancestors(record: RunRecord, records: Iterable[RunRecord]) -> list[RunRecord
             found.append(parent)
             queue += parent.parents
     return found
+
+
+def with_ancestors(records: list[RunRecord], uri: str) -> list[RunRecord]:
+    """`records` and the runs that they descend from, of whatever experiment; oldest first."""
+    known = {r.run_id: r for r in records}
+    missing = {p for r in records for p in r.parents} - known.keys()
+    while missing:
+        wanted = ", ".join(f"'{run_id}'" for run_id in sorted(missing))
+        found = load_runs(uri, filter=f"tags.`dpt.run_id` IN ({wanted})")
+        known |= {r.run_id: r for r in found}
+        missing = {p for r in found for p in r.parents} - known.keys()
+    return sorted(known.values(), key=lambda r: r.start_time)

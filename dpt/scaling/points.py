@@ -1,0 +1,164 @@
+"""Points (x, y) out of runs: what a law is fitted on and a figure shows."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dpt.errors import UserError
+from dpt.models.costs import num_params
+from dpt.scaling.compute import model_config, total_train_macs, train_macs
+from dpt.scaling.results import Row, evaluation_rows
+from dpt.tracking.read import RunRecord, ancestors
+
+TEST_TIME = ("test_macs", "steps", "ensemble")
+X_NAMES = {
+    "macs": "MACs of the whole training, ancestors included",
+    "own_macs": "MACs of the last training alone",
+    "test_macs": "MACs of one prediction",
+    "steps": "sampler steps",
+    "ensemble": "ensemble size",
+    "params": "parameters that one token passes through",
+    "params_total": "all parameters",
+    "samples": "samples seen by the last training",
+}
+"""What `x` may be, besides a metric or a numeric field of the recipe."""
+_HISTORIES = {"macs": "compute/train_macs", "own_macs": "compute/train_macs", "samples": "train/samples_seen"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """One point, and the run that it is of."""
+
+    x: float
+    y: float
+    group: str
+    run: RunRecord
+
+
+def collect(
+    records: Sequence[RunRecord],
+    family: Sequence[RunRecord],
+    x: str,
+    y: str,
+    *,
+    group_by: str = "",
+    steps: int | None = None,
+    ensemble: int | None = None,
+    curve: bool = False,
+) -> list[Point]:
+    """Points of `records`; `family` holds them and their ancestors.
+
+    `y` is a metric, or "1-METRIC" for the error of a share. A metric "eval/TASK/[SET/]NAME" gives a point for each evaluation
+    (its main setting, or the one with these `steps` and `ensemble`), and for each of its settings if `x` is a test-time
+    quantity. Another metric gives each training's last value, or with `curve` all that was recorded. Raises UserError if
+    nothing fits.
+    """
+    name, complement = (y[2:], True) if y.startswith("1-") else (y, False)
+    if name.startswith("eval/"):
+        points = _evaluated(records, family, x, name, group_by, steps, ensemble)
+    else:
+        points = _trained(records, family, x, name, group_by, curve)
+    if not points:
+        raise UserError(f'no run has both x "{x}" and y "{y}"; x may be {", ".join(X_NAMES)}, a metric, or a numeric field.')
+    return [Point(x=p.x, y=1 - p.y, group=p.group, run=p.run) for p in points] if complement else points
+
+
+def _evaluated(
+    records: Sequence[RunRecord],
+    family: Sequence[RunRecord],
+    x: str,
+    name: str,
+    group_by: str,
+    steps: int | None,
+    ensemble: int | None,
+) -> list[Point]:
+    _, task, *dataset, metric = name.split("/")
+    points = []
+    for record in records:
+        rows = [r for r in evaluation_rows(record) if r.run is not None and r.task == task and metric in r.metrics]
+        rows = [r for r in rows if not dataset or r.dataset == "/".join(dataset)]
+        rows = [r for r in rows if steps in (None, r.steps) and ensemble in (None, r.ensemble)]
+        if x not in TEST_TIME and steps is None and ensemble is None and len(rows) > 1:
+            rows = [r for r in rows if r.metrics[metric] == record.metrics.get(name)][:1]
+        for row in rows:
+            value = _row_x(row, x) if x in TEST_TIME else run_value(record, family, x)
+            if value is not None:
+                points.append(Point(x=value, y=row.metrics[metric], group=text_value(record, family, group_by), run=record))
+    return points
+
+
+def _row_x(row: Row, x: str) -> float | None:
+    value = {"test_macs": row.macs, "steps": row.steps, "ensemble": row.ensemble}[x]
+    return None if value is None else float(value)
+
+
+def _trained(
+    records: Sequence[RunRecord], family: Sequence[RunRecord], x: str, name: str, group_by: str, curve: bool
+) -> list[Point]:
+    points = []
+    for record in records:
+        if name not in record.metrics:
+            continue
+        group = text_value(record, family, group_by)
+        history = record.history(name)
+        if curve:
+            pairs = along(record, family, x, history)
+        else:
+            value = run_value(record, family, x)
+            pairs = [] if value is None else [(value, final_value(history))]
+        points += [Point(x=a, y=b, group=group, run=record) for a, b in pairs]
+    return points
+
+
+def along(
+    record: RunRecord, family: Sequence[RunRecord], x: str, history: Sequence[tuple[int, float]]
+) -> list[tuple[float, float]]:
+    """A metric's history over steps, samples or MACs ("macs": with those of the ancestors), from the first step on."""
+    if x == "steps":
+        return [(float(step), value) for step, value in history if step > 0]
+    if x not in _HISTORIES:
+        raise UserError(f'x "{x}": a curve runs over steps, {" or ".join(_HISTORIES)}.')
+    at = dict(record.history(_HISTORIES[x]))
+    before = total_train_macs(record, family) - train_macs(record) if x == "macs" else 0.0
+    return [(before + at[step], value) for step, value in history if at.get(step, 0) > 0]
+
+
+def final_value(history: Sequence[tuple[int, float]]) -> float:
+    """The mean of the last twentieth of a history: a noisy curve's level at its end."""
+    last = [value for _, value in history[-max(1, len(history) // 20) :]]
+    return sum(last) / len(last)
+
+
+def run_value(record: RunRecord, family: Sequence[RunRecord], x: str) -> float | None:
+    """A number of a run, or of the nearest run that it descends from; None if none has it."""
+    trained = record if record.stage != "evaluate" else next(iter(ancestors(record, family)), None)
+    if x == "macs":
+        return (total_train_macs(trained, family) if trained else 0.0) or None
+    if x == "own_macs":
+        return (train_macs(trained) if trained else 0.0) or None
+    if x in ("params", "params_total"):
+        config = model_config(trained) if trained else None
+        return None if config is None else float(num_params(config).active if x == "params" else num_params(config).total)
+    name = "train/samples_seen" if x == "samples" else x
+    for run in [record, *ancestors(record, family)]:
+        if name in run.metrics:
+            return run.metrics[name]
+        try:
+            return float(run.params[name])
+        except (KeyError, ValueError):
+            continue
+    return None
+
+
+def text_value(record: RunRecord, family: Sequence[RunRecord], name: str) -> str:
+    """A recipe's field, a tag or an attribute (stage, name, label) of a run or of the nearest run that it descends from.
+
+    A field of "model" is that of the nearest training, since an evaluation takes its architecture from the weights.
+    """
+    if not name:
+        return ""
+    if name in ("stage", "name", "label"):
+        return str(getattr(record, name))
+    runs = [record, *ancestors(record, family)]
+    if name.startswith("model."):
+        runs = [r for r in runs if r.stage != "evaluate"]
+    return next((found for r in runs if (found := r.tags.get(name) or r.params.get(name))), "")
