@@ -4,10 +4,12 @@ Works the same in one process that never started anything (rank 0 of 1), under `
 this module loads neither torch nor DeepSpeed.
 """
 
+import logging
 import os
 import socket
 import sys
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -25,7 +27,12 @@ LINE_INTERVAL_S = 10.0
 
 
 def set_environment() -> None:
-    """Set what `torch.distributed` reads and a launcher did not: SLURM's variables are used, else this is the only process."""
+    """Set what `torch.distributed` reads and a launcher did not: SLURM's variables are used, else this is the only process.
+
+    Call it before torch is loaded: CPU threads then sleep while they wait for each other; spinning, they are many times
+    slower as soon as anything else runs on the machine.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     slurm = os.environ if "SLURM_PROCID" in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1 else {}
     os.environ.setdefault("RANK", slurm.get("SLURM_PROCID", "0"))
     os.environ.setdefault("LOCAL_RANK", slurm.get("SLURM_LOCALID", "0"))
@@ -58,9 +65,18 @@ def init(timeout_s: float = 1800.0) -> None:
     import deepspeed
     from deepspeed.ops import __compatible_ops__
 
+    _quiet()
+    if "OMP_NUM_THREADS" not in os.environ and not torch.cuda.is_available():
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world_size()))
     # DeepSpeed would compile a shared-memory collective at first use: half a minute, and a crash without a compiler.
     __compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=timedelta(seconds=timeout_s))
+
+
+def _quiet() -> None:
+    """Keep DeepSpeed's remarks and its deprecated calls off the console; errors stay."""
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed|deepspeed")
 
 
 def shutdown() -> None:
@@ -90,6 +106,12 @@ def rank() -> int:
 def local_rank() -> int:
     """This process's number on its node."""
     return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def local_world_size() -> int:
+    """Number of processes on this node, as far as the launcher says."""
+    names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_NTASKS_PER_NODE", "WORLD_SIZE")
+    return int(next((os.environ[name] for name in names if name in os.environ), "1"))
 
 
 def world_size() -> int:

@@ -1,0 +1,41 @@
+"""Ranks that act together: the request to stop that a signal makes, and flags agreed on at every step."""
+
+import signal
+from typing import Any
+
+import torch
+
+from dpt import distributed
+
+
+class Control:
+    """Flags summed over ranks on the CPU, and the request to stop that a signal makes (to any one rank)."""
+
+    def __init__(self) -> None:
+        alone = distributed.world_size() == 1
+        self._group = None if alone else torch.distributed.new_group(backend="gloo")
+        self.signal = ""
+        """Name of the signal that asked this rank to stop; empty: none."""
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def listen(self, *signals: signal.Signals) -> None:
+        """From now on the signals ask for a stop after the current step."""
+        for number in signals or (signal.SIGTERM, signal.SIGUSR1):
+            self._previous[number] = signal.signal(number, self._handle)
+
+    def unlisten(self) -> None:
+        """Handle the signals as before `listen`."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}
+
+    def _handle(self, number: int, _frame: Any) -> None:
+        self.signal = signal.Signals(number).name
+
+    def agree(self, **flags: float) -> dict[str, float]:
+        """Sums of the flags over ranks. Collective; every rank gives the same names."""
+        if self._group is None:
+            return {name: float(value) for name, value in flags.items()}
+        total = torch.tensor([float(flags[name]) for name in sorted(flags)], dtype=torch.float64)
+        torch.distributed.all_reduce(total, group=self._group)
+        return dict(zip(sorted(flags), total.tolist(), strict=True))

@@ -1,0 +1,149 @@
+"""DeepSpeed's engine for a recipe, with what differs between its optimizers made uniform."""
+
+import contextlib
+import copy
+import io
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dpt import distributed
+from dpt.config.checks import batch_split
+from dpt.config.recipe import Recipe
+from dpt.errors import UserError
+from dpt.training.optimizer import AdamWEMA, optimizer_options
+
+_PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What became of an optimizer step; the same on all ranks."""
+
+    applied: bool
+    """False: gradients were not finite, and nothing was changed."""
+    grad_norm: float
+    """Global norm of the averaged gradient before clipping; not finite if the step was skipped."""
+
+
+class Engine:
+    """A network under training: forward and backward passes, optimizer steps, and the states behind them."""
+
+    def __init__(self, recipe: Recipe, module: nn.Module) -> None:
+        """Hand `module` (its forward returns the loss first) over to DeepSpeed. UserError for what DeepSpeed cannot do."""
+        _check(recipe)
+        self.recipe = recipe
+        self.dtype = _PRECISIONS[recipe.precision]
+        self.global_batch_size, self.micro_batch_size, self.accumulation = batch_split(recipe, distributed.world_size())
+        import deepspeed
+
+        numel = sum(p.numel() for p in module.parameters())
+        config = deepspeed_config(recipe, distributed.world_size(), numel)
+        options = optimizer_options(recipe.deepspeed.get("optimizer", {}))
+        self.base_lr: float = options["lr"]
+        training = recipe.dpt.training
+        self.optimizer = AdamWEMA(
+            _parameter_groups(module),
+            options | {"lr": 0.0},  # `step` sets it; a rehearsal that some of DeepSpeed's optimizers do must change nothing
+            ema_decays=training.ema_decays,
+            ema_warmup=training.ema_warmup,
+        )
+        with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints memory tables
+            self.deepspeed, *_ = deepspeed.initialize(model=module, optimizer=self.optimizer, config=config)
+        self.optimizer.state.clear()
+        self.module = module
+        self.device: torch.device = self.deepspeed.device
+
+    def accumulate(self, *inputs: Any) -> tuple[Tensor, ...]:
+        """Forward and backward pass of one micro-batch; returns what the module returns, detached."""
+        outputs = self.deepspeed(*inputs)
+        self.deepspeed.backward(outputs[0])
+        return tuple(o.detach() if isinstance(o, Tensor) else o for o in outputs)
+
+    def end_micro_batch(self) -> None:
+        """Tell DeepSpeed that a micro-batch which is not the step's last is done."""
+        assert not self.deepspeed.is_gradient_accumulation_boundary()
+        self.deepspeed.step()
+
+    def step(self, lr: float) -> StepResult:
+        """Update the weights with learning rate `lr`, unless the gradients are not finite on some rank."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        wrapper = self.deepspeed.optimizer
+        if wrapper is not self.optimizer:
+            self.deepspeed.step()
+            applied, norm = not wrapper.overflow, float(wrapper._global_grad_norm)
+        else:  # ZeRO 0 in fp32 neither measures nor checks
+            norm = float(torch.nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None]))
+            applied = math.isfinite(norm)
+            if applied:
+                self.deepspeed.step()
+            else:
+                self.deepspeed.zero_grad()
+                self.deepspeed.micro_steps += 1
+        self.optimizer.updates += applied
+        return StepResult(applied=applied, grad_norm=norm if applied else math.inf)
+
+    @property
+    def loss_scaler(self) -> Any:
+        """DeepSpeed's loss scaler (its plain attributes are its state), or None where there is none."""
+        return getattr(self.deepspeed.optimizer, "loss_scaler", None)
+
+
+def deepspeed_config(recipe: Recipe, world_size: int, numel: int) -> dict[str, Any]:
+    """DeepSpeed's configuration: the recipe's own keys, the batch split over `world_size` ranks, and our defaults.
+
+    `numel`: parameters of the model. The optimizer is ours, and so is the schedule of the learning rate.
+    """
+    config = copy.deepcopy(recipe.deepspeed)
+    config.pop("optimizer", None)
+    names = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    config |= dict(zip(names, batch_split(recipe, world_size), strict=True))
+    config.setdefault("steps_per_print", None)
+    config["zero_allow_untested_optimizer"] = True
+    config["zero_force_ds_cpu_optimizer"] = False
+    zero = config.setdefault("zero_optimization", {"stage": 0})
+    zero.setdefault("reduce_bucket_size", min(500_000_000, max(numel, 1)))  # DeepSpeed's own default, which it allocates
+    if recipe.precision == "bf16":
+        config["bf16"].setdefault("check_grad_overflow", True)
+        if recipe.zero_stage > 0:  # else gradients are summed over micro-batches and ranks in bf16
+            config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
+    return config
+
+
+def _parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
+    """One group, or, with experts spread over ranks, those apart from the rest, as DeepSpeed needs them."""
+    group = {"params": [p for p in module.parameters() if p.requires_grad], "name": "all"}
+    if all(getattr(p, "allreduce", True) for p in module.parameters()):
+        return [group]
+    from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+
+    return split_params_into_different_moe_groups_for_optimizer(group)
+
+
+def _check(recipe: Recipe) -> None:
+    """What DeepSpeed would refuse late, or do wrong."""
+    stage, ep_size, where = recipe.zero_stage, recipe.dpt.training.ep_size, recipe.path or "the command line"
+    if "scheduler" in recipe.deepspeed:
+        raise UserError(f'{where}: "scheduler" is not used; set dpt.training.lr_schedule, lr_final and warmup_steps instead.')
+    if ep_size > 1 and stage == 3:
+        raise UserError(
+            f"{where}: ZeRO stage 3 cannot partition experts that dpt.training.ep_size {ep_size} spreads over ranks; set "
+            "zero_optimization.stage to 2, or dpt.training.ep_size to 1."
+        )
+    if ep_size > 1 and stage == 0:
+        raise UserError(
+            f"{where}: ZeRO stage 0 clips by a wrong gradient norm when dpt.training.ep_size is {ep_size}; set "
+            "zero_optimization.stage to 1."
+        )
+    if stage == 0 and recipe.precision == "fp16":
+        raise UserError(f"{where}: fp16 needs the loss scaling of ZeRO stage 1 or more; set zero_optimization.stage to 1.")
+    for part in ("offload_optimizer", "offload_param"):
+        target = recipe.deepspeed.get("zero_optimization", {}).get(part, {}).get("device", "none")
+        if target not in ("none", "cpu"):
+            raise UserError(
+                f'{where}: zero_optimization.{part}.device is "{target}"; checkpoints here know "none" and "cpu" only.'
+            )

@@ -1,0 +1,79 @@
+"""Weights out of a checkpoint of any layout, read file by file; needs neither DeepSpeed nor the ranks that wrote it."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from dpt.config.recipe import DptConfig, section_from_dict
+from dpt.config.sections import ModelConfig
+from dpt.data.manifest import VAERecord
+from dpt.errors import UserError
+from dpt.models.pretrained import export_weights, read_weights
+from dpt.models.weights import Weights
+from dpt.training.checkpoint import STATE_NAME, DamagedCheckpoint, Pieces, check_file, find_checkpoints, read_state
+
+EMA = "ema0"
+"""The optimizer state that is exported: the average with the first of `dpt.training.ema_decays`."""
+
+
+def weights_sections(config: DptConfig, vae: VAERecord, lineage: dict[str, Any]) -> dict[str, Any]:
+    """What `config.json` says of exported weights beside the network: the objective, the VAE and the task that they need."""
+    return {
+        "diffusion": dataclasses.asdict(config.diffusion),
+        "vae": dataclasses.asdict(vae),
+        "task": config.task,
+        "lineage": lineage,
+    }
+
+
+def export(checkpoint: str | Path, out: str | Path) -> Path:
+    """Write a checkpoint's weights, plain and averaged, as the folder `out` that evaluation and the next stage load.
+
+    `checkpoint`: a `step_...` folder, or a folder of such (or of a run), whose newest is taken. UserError if it is damaged.
+    """
+    folder = resolve_checkpoint(Path(checkpoint))
+    plain = checkpoint_weights(folder, ema=False)
+    averaged = checkpoint_weights(folder, ema=True, check=False)
+    return export_weights(plain, out, ema=averaged.state if averaged.averaged else None)
+
+
+def load_weights(path: str | Path, *, ema: bool) -> Weights:
+    """Weights to start from: of a checkpoint (or a run's folder of them), or of any format that `read_weights` knows."""
+    folder = Path(path)
+    if folder.is_dir() and not (folder / "config.json").is_file() and is_checkpoint(folder):
+        return checkpoint_weights(resolve_checkpoint(folder), ema=ema)
+    return read_weights(path, ema=ema)
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether `folder` is a checkpoint, or holds some."""
+    return (folder / STATE_NAME).is_file() or bool(find_checkpoints(folder) or find_checkpoints(folder / "checkpoints"))
+
+
+def resolve_checkpoint(folder: Path) -> Path:
+    """The checkpoint that `folder` is, or the newest one in it. UserError if there is none."""
+    if (folder / STATE_NAME).is_file():
+        return folder
+    found = find_checkpoints(folder) or find_checkpoints(folder / "checkpoints")
+    if not found:
+        raise UserError(f"{folder}: there is no complete checkpoint; name a run's folder or one of its step_... folders.")
+    return found[0]
+
+
+def checkpoint_weights(checkpoint: Path, *, ema: bool, check: bool = True) -> Weights:
+    """All weights of a checkpoint, float32, experts stacked by global id. `check`: hash its files first."""
+    try:
+        state = read_state(checkpoint)
+        if check:
+            for name, entry in state["files"].items():
+                check_file(checkpoint / name, entry)
+        pieces = Pieces(checkpoint, state)
+        averaged = ema and EMA in state["states"]
+        kind = EMA if averaged else "master"
+        tensors = {name: pieces.whole(kind, name, shape) for name, shape in state["parameters"].items()}
+        tensors |= {name: pieces.buffer(name) for name in state["buffers"]}
+        pieces.close()
+    except DamagedCheckpoint as error:
+        raise UserError(f"{error}; use another checkpoint beside it.") from error
+    model = section_from_dict(ModelConfig, state["recipe"]["dpt"]["model"], str(checkpoint))
+    return Weights(config=model, state=tensors, source="our checkpoint", averaged=averaged, sections=state["sections"])

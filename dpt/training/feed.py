@@ -1,0 +1,90 @@
+"""The stream of latents that a recipe trains on, checked against the network."""
+
+import hashlib
+from dataclasses import dataclass
+
+from dpt import distributed
+from dpt.config.recipe import DptConfig
+from dpt.data.manifest import Manifest, VAERecord
+from dpt.data.stream import LatentStream
+from dpt.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Feed:
+    """An open stream and what its manifests say."""
+
+    stream: LatentStream
+    manifests: list[Manifest]
+    """One a source, in the order of `dpt.data.shards`."""
+    latent_size: tuple[int, int]
+    """(h, w)."""
+
+    @property
+    def vae(self) -> VAERecord:
+        """The VAE that made all latents."""
+        return self.manifests[0].vae
+
+    @property
+    def tasks(self) -> list[str]:
+        """Task of each source."""
+        return [manifest.task for manifest in self.manifests]
+
+    @property
+    def data_sha256(self) -> str:
+        """One hash for all samples of all sources."""
+        if len(self.manifests) == 1:
+            return self.manifests[0].data_sha256
+        return hashlib.sha256("\n".join(m.data_sha256 for m in self.manifests).encode()).hexdigest()
+
+
+def open_feed(config: DptConfig, *, global_batch_size: int, micro_batch_size: int, start_sample: int, pin_memory: bool) -> Feed:
+    """This rank's stream from global position `start_sample` on. UserError if shards and network do not fit."""
+    main = "latents" if config.task == "class" else "target_latents"
+    stream = LatentStream(
+        config.data.shards,
+        global_batch_size=global_batch_size,
+        micro_batch_size=micro_batch_size,
+        seed=config.training.seed,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+        start_sample=start_sample,
+        num_workers=config.data.num_workers,
+        weights=config.data.weights,
+        members=_members(config, main),
+        max_bad_samples=config.data.max_bad_samples,
+        pin_memory=pin_memory,
+    )
+    manifests = list(stream.manifests.values())
+    for name, manifest in stream.manifests.items():
+        _check(config, name, manifest)
+    height, width = manifests[0].members[main].shape[-2:]
+    return Feed(stream=stream, manifests=manifests, latent_size=(height, width))
+
+
+def _members(config: DptConfig, main: str) -> list[str]:
+    if config.task == "class":
+        return [main, "label", *(["latents_mirrored"] if config.data.horizontal_flip else [])]
+    return ["cond_latents", main, "valid", *(["clip"] if config.model.clip_embedding_size else [])]
+
+
+def _check(config: DptConfig, name: str, manifest: Manifest) -> None:
+    """UserError unless the shards are of the run's task and VAE and fit the network's inputs."""
+    tasks = ("depth", "flow", "amodal") if config.task == "generalist" else (config.task,)
+    if manifest.task not in tasks:
+        raise UserError(f'{name}: the shards are for task "{manifest.task}", dpt.task is "{config.task}"; choose other shards.')
+    if manifest.vae.latent_channels != config.model.in_channels:
+        raise UserError(
+            f'{name}: VAE "{manifest.vae.name}" made latents of {manifest.vae.latent_channels} channels, dpt.model.in_channels '
+            f"is {config.model.in_channels}; choose shards of the model's VAE."
+        )
+    if config.task == "class" and len(manifest.class_names) > config.model.num_classes:
+        raise UserError(
+            f"{name}: the shards have {len(manifest.class_names)} classes, dpt.model.num_classes is "
+            f"{config.model.num_classes}; raise it."
+        )
+    if config.task != "class" and manifest.members["cond_latents"].shape[0] < config.model.num_conditions:
+        raise UserError(
+            f"{name}: the shards have {manifest.members['cond_latents'].shape[0]} conditions, dpt.model.num_conditions is "
+            f"{config.model.num_conditions}; lower it or encode the set anew."
+        )

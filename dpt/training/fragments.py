@@ -1,0 +1,153 @@
+"""Where DeepSpeed keeps the float32 master weights and optimizer states, in terms of the model's own parameters.
+
+Each of DeepSpeed's optimizers flattens and partitions in its own way. Here a rank's share of any of them is a list of
+fragments: runs of consecutive elements of a parameter that all layouts name and number alike. Experts count as slices of the
+parameter that stacks all experts, so that expert parallelism is just one more partition.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+PREFIX = "network."
+"""Of the names of the network's parameters inside the module that DeepSpeed trains (`dpt.training.step.LossModule`)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fragment:
+    """Elements `offset : offset + numel` of the flattened parameter `name`, mastered in `flat[start : start + numel]`."""
+
+    name: str
+    shape: tuple[int, ...]
+    """Of the whole parameter, all experts included."""
+    offset: int
+    numel: int
+    flat: Tensor
+    """The tensor that the optimizer updates, which is also the key of its state."""
+    start: int
+    owned: bool
+    """Whether this rank writes it; replicas of it on other ranks do not."""
+
+    def master(self) -> Tensor:
+        """The float32 weights, a view [numel]."""
+        return self._view(self.flat)
+
+    def state(self, optimizer: Any, name: str) -> Tensor:
+        """The optimizer state `name` of these weights, a view [numel]."""
+        return self._view(optimizer.ensure_state(self.flat)[name])
+
+    def _view(self, tensor: Tensor) -> Tensor:
+        return tensor.detach().view(-1).narrow(0, self.start, self.numel)
+
+
+def parameter_layout(module: nn.Module) -> dict[str, tuple[nn.Parameter, tuple[int, ...], int]]:
+    """By name: each trained parameter, the shape of the whole (all experts), and where the part held here begins in it."""
+    first_expert = {
+        id(p): (layer.first_expert, layer.num_experts)
+        for layer in module.modules()
+        if hasattr(layer, "first_expert")
+        for p in layer.experts.parameters()  # type: ignore[union-attr]
+    }
+    layout = {}
+    for name, parameter in module.named_parameters():
+        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+        offset = 0
+        if id(parameter) in first_expert:
+            first, num_experts = first_expert[id(parameter)]
+            offset = first * (parameter.numel() // shape[0])
+            shape = (num_experts, *shape[1:])
+        layout[name.removeprefix(PREFIX)] = (parameter, shape, offset)
+    return layout
+
+
+def fragments(engine: Any) -> list[Fragment]:
+    """This rank's fragments of every parameter, for any ZeRO stage and precision."""
+    optimizer = engine.optimizer
+    layout = parameter_layout(engine.module)
+    if engine.zero_optimization_stage() == 3:
+        return list(_partitioned_parameters(optimizer, layout))
+    for groups, flats in (("bit16_groups", "single_partition_of_fp32_groups"), ("bf16_groups", "fp32_groups_flat_partition")):
+        if hasattr(optimizer, flats):
+            return list(_partitioned_groups(layout, getattr(optimizer, groups), getattr(optimizer, flats)))
+    masters = {id(p): p for p in engine.module.parameters()}
+    if hasattr(optimizer, "fp32_groups"):  # stage 0 in bf16 or fp16: a float32 copy of each parameter
+        pairs = zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
+        masters = {id(low): high for lows, highs in pairs for low, high in zip(lows, highs, strict=True)}
+    owned = torch.distributed.get_rank() == 0
+    return [
+        Fragment(name=name, shape=shape, offset=0, numel=p.numel(), flat=masters[id(p)], start=0, owned=owned)
+        for name, (p, shape, _) in layout.items()
+    ]
+
+
+def _partitioned_groups(layout: dict[str, Any], groups: list[list[nn.Parameter]], flats: list[Tensor]) -> Iterator[Fragment]:
+    """ZeRO 1 and 2 (and 1 with float32 accumulation): each group of parameters is one flat tensor, cut by rank."""
+    flat_of = {id(p): flat for group, flat in zip(groups, flats, strict=True) for p in group}
+    for name, (parameter, shape, first) in layout.items():
+        mapping = parameter._hp_mapping
+        if mapping is None:  # lies in other ranks' partitions
+            continue
+        low, high = mapping.lp_fragment_address, mapping.hp_fragment_address
+        yield Fragment(
+            name=name,
+            shape=shape,
+            offset=first + low.start,
+            numel=low.numel,
+            flat=flat_of[id(parameter)],
+            start=high.start,
+            owned=True,
+        )
+
+
+def _partitioned_parameters(optimizer: Any, layout: dict[str, Any]) -> Iterator[Fragment]:
+    """ZeRO 3: each parameter is cut by rank, the last cut padded."""
+    for name, (parameter, shape, _) in layout.items():
+        group, start, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
+        offset = optimizer._get_param_partition_rank(parameter) * size
+        numel = min(size, parameter.ds_numel - offset)
+        if numel > 0:
+            flat = optimizer.fp32_partitioned_groups_flat[group]
+            yield Fragment(name=name, shape=shape, offset=offset, numel=numel, flat=flat, start=start, owned=True)
+
+
+@torch.no_grad()
+def refresh_weights(engine: Any) -> None:
+    """Make the weights that the network computes with those of the master copies. Collective."""
+    optimizer = engine.optimizer
+    if engine.zero_optimization_stage() == 3:
+        for index, master in enumerate(optimizer.fp32_partitioned_groups_flat):
+            optimizer.fp16_partitioned_groups_flat[index].data.copy_(master.data)
+            optimizer._unflatten_partitioned_parameters(index)
+        if optimizer.persistent_parameters:  # small parameters that every rank keeps whole
+            optimizer.persistent_parameters[0].partition(optimizer.persistent_parameters)
+            optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+    elif hasattr(optimizer, "update_lp_params"):
+        optimizer.update_lp_params()
+    elif hasattr(optimizer, "fp32_groups"):
+        for lows, highs in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+            for low, high in zip(lows, highs, strict=True):
+                low.data.copy_(high.data)
+
+
+@torch.no_grad()
+def gather_weights(engine: Any, optimizer: Any, state: str) -> dict[str, Tensor]:
+    """All weights (`state` "master") or an optimizer state of their shapes ("ema0"), whole, float32 on the CPU of rank 0.
+
+    Other ranks get an empty dict. Collective; one parameter at a time, so that no device holds more than one whole copy of it.
+    """
+    here = {f.name: f for f in fragments(engine)}
+    main = torch.distributed.get_rank() == 0
+    result = {}
+    for name, (_, shape, _) in parameter_layout(engine.module).items():
+        whole = torch.zeros(torch.Size(shape).numel(), device=engine.device)
+        fragment = here.get(name)
+        if fragment is not None and fragment.owned:
+            values = fragment.master() if state == "master" else fragment.state(optimizer, state)
+            whole.narrow(0, fragment.offset, fragment.numel).copy_(values)
+        torch.distributed.reduce(whole, dst=0)
+        if main:
+            result[name] = whole.view(shape).cpu()
+    return result

@@ -1,0 +1,90 @@
+"""AdamW that averages the weights as it goes, and the course of the learning rate."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from dpt.config.sections import TrainingConfig
+from dpt.errors import UserError
+
+DEFAULTS: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
+"""DiT's recipe (Peebles and Xie 2023, section 4), where "optimizer.params" is silent."""
+
+
+class AdamWEMA(torch.optim.AdamW):
+    """torch's fused AdamW, with exponential moving averages of the weights as further optimizer states.
+
+    As states `ema0`, `ema1`, ... beside `exp_avg`, the averages are float32 whatever the compute type, and ZeRO shards them
+    with the moments. They start as the initial weights: ema <- decay ema + (1 - decay) weights after every update.
+
+    Args:
+        params: Parameters or groups of them.
+        options: `lr`, `betas`, `eps`, `weight_decay`.
+        ema_decays: One decay an average; averages of decay 0 are the weights themselves and are not stored.
+        ema_warmup: Use decay min(d, (1 + n) / (10 + n)) at the n-th update.
+    """
+
+    def __init__(
+        self, params: Iterable[Any], options: Mapping[str, Any], *, ema_decays: Sequence[float] = (), ema_warmup: bool = False
+    ) -> None:
+        super().__init__(params, fused=True, **options)
+        self.ema_decays = {f"ema{index}": decay for index, decay in enumerate(ema_decays) if decay > 0}
+        self.ema_warmup = ema_warmup
+        self.updates = 0
+        """Updates made so far; skipped steps do not count."""
+
+    def state_names(self) -> list[str]:
+        """Names of the states that have the shape of the parameters."""
+        return ["exp_avg", "exp_avg_sq", *self.ema_decays]
+
+    @torch.no_grad()
+    def ensure_state(self, param: torch.Tensor) -> dict[str, Any]:
+        """The states of `param`, made on first use: the count of updates, zero moments, averages equal to the weights."""
+        state = self.state[param]
+        if not state:
+            state["step"] = torch.tensor(float(self.updates), device=param.device)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(param), torch.zeros_like(param)
+            state.update({name: param.detach().clone() for name in self.ema_decays})
+        return state
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """One update of the current groups' parameters that have gradients. DeepSpeed calls it once for each group."""
+        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        states = [self.ensure_state(p) for p in params]
+        super().step(closure)
+        if not params:
+            return
+        number = int(states[0]["step"].item()) if self.ema_warmup else 0
+        for name, decay in self.ema_decays.items():
+            if self.ema_warmup:
+                decay = min(decay, (1 + number) / (10 + number))
+            torch._foreach_lerp_([state[name] for state in states], params, 1.0 - decay)
+
+
+def optimizer_options(block: Mapping[str, Any]) -> dict[str, Any]:
+    """The options in DeepSpeed's "optimizer" object over the defaults; UserError for what AdamW does not know."""
+    given = dict(block.get("params", {}))
+    for name in ("torch_adam", "adam_w_mode"):  # DeepSpeed's switches between implementations; there is one here
+        given.pop(name, None)
+    unknown = sorted(set(given) - set(DEFAULTS))
+    if unknown:
+        raise UserError(f"optimizer.params.{unknown[0]} is unknown; AdamW takes {', '.join(DEFAULTS)}.")
+    options = DEFAULTS | given
+    options["betas"] = tuple(options["betas"])
+    return options
+
+
+def learning_rate(config: TrainingConfig, base: float, step: int) -> float:
+    """Learning rate of `step` (0 is the first): linear warm-up to `base`, then `config.lr_schedule` to `config.lr_final`."""
+    if step < config.warmup_steps:
+        return base * (step + 1) / config.warmup_steps
+    span = max(config.steps - 1 - config.warmup_steps, 1)
+    progress = min((step - config.warmup_steps) / span, 1.0)
+    if config.lr_schedule == "exponential":
+        return float(base * (config.lr_final / base) ** progress)
+    if config.lr_schedule == "cosine":
+        return config.lr_final + 0.5 * (base - config.lr_final) * (1 + math.cos(math.pi * progress))
+    return base

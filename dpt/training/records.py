@@ -1,0 +1,189 @@
+"""What a run says of itself every few steps: one line on the console, one in `records.jsonl`, and metrics for MLflow."""
+
+import json
+import math
+import resource
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpt import distributed
+from dpt.tracking import Run
+from dpt.training.engine import StepResult
+from dpt.training.step import Losses
+
+
+def measure_peak_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.2) -> float:
+    """FLOP/s of this device's best large matrix product in `dtype`: what model FLOP/s are a share of (MFU).
+
+    Measured, not taken from a data sheet; on a CPU all ranks measure at the same time, so each gets its part of the machine.
+    """
+    size = 8192 if device.type == "cuda" else 1024 if dtype == torch.float32 else 256
+    a, b = torch.randn(2, size, size, device=device).to(dtype)
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    best = math.inf
+    a @ b
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or best == math.inf:
+        synchronize()
+        begin = time.perf_counter()
+        a @ b
+        synchronize()
+        best = min(best, time.perf_counter() - begin)
+    return 2 * size**3 / best
+
+
+class StepSums:
+    """Sums over the micro-batches since the last record; stays on the device until it is read."""
+
+    def __init__(self) -> None:
+        self.losses: Tensor | None = None
+        self.tokens_per_expert: Tensor | None = None
+        self.micro_batches = 0
+
+    def add(self, losses: Losses) -> None:
+        """Take in a micro-batch's losses."""
+        values = torch.stack([losses.loss, losses.mse, losses.vlb, losses.balance, losses.z, losses.dropped_share.float()])
+        self.losses = values if self.losses is None else self.losses + values
+        tokens = losses.tokens_per_expert
+        self.tokens_per_expert = tokens if self.tokens_per_expert is None else self.tokens_per_expert + tokens
+        self.micro_batches += 1
+
+    def means(self) -> dict[str, float]:
+        """This rank's mean losses, by the names of the records."""
+        names = ("loss", "mse", "vlb", "load_balancing_loss", "router_z_loss", "dropped_share")
+        assert self.losses is not None
+        values = (self.losses.double() / self.micro_batches).tolist()
+        return {f"train/{name}": value for name, value in zip(names, values, strict=True)}
+
+    def expert_loads(self) -> dict[str, float]:
+        """Least and greatest load of an expert in any layer, in units of the mean; empty for dense models."""
+        if self.tokens_per_expert is None or not self.tokens_per_expert.numel():
+            return {}
+        loads = self.tokens_per_expert.double()
+        loads = loads / loads.mean(dim=1, keepdim=True)
+        return {"experts/min_load": float(loads.min()), "experts/max_load": float(loads.max())}
+
+
+class Recorder:
+    """Collects since the last record, and writes it out every `every` steps."""
+
+    def __init__(
+        self,
+        output_dir: Path,
+        run: Run,
+        *,
+        step: int,
+        steps: int,
+        every: int,
+        global_batch_size: int,
+        macs: Mapping[str, int],
+        peak_flops: float,
+        dense: bool,
+    ) -> None:
+        """`macs`: "forward" and "training" multiply-accumulates of one sample. `step`: steps already done."""
+        self.run, self.steps, self.every, self.dense = run, steps, every, dense
+        self.global_batch_size, self.macs, self.peak_flops = global_batch_size, macs, peak_flops
+        self.path = output_dir / "records.jsonl"
+        if distributed.is_main():
+            output_dir.mkdir(parents=True, exist_ok=True)
+            _cut_records(self.path, step)
+        self._begin()
+
+    def _begin(self) -> None:
+        self.sums = StepSums()
+        self.done = 0
+        self.waited = self.paused = 0.0
+        self.started = time.perf_counter()
+
+    def pause(self, seconds: float) -> None:
+        """Leave out time spent on something else than training (pictures, saving)."""
+        self.paused += seconds
+
+    def wait(self, seconds: float) -> None:
+        """Count time spent waiting for data."""
+        self.waited += seconds
+
+    def step_done(self, step: int, result: StepResult, lr: float, skipped: int) -> None:
+        """After optimizer step number `step` (1 is the first): write a record if it is time. Collective."""
+        self.done += 1
+        if step % self.every and step != self.steps and step != 1:
+            return
+        elapsed = max(time.perf_counter() - self.started - self.paused, 1e-9)
+        means = distributed.all_reduce_mean({**self.sums.means(), "wait": self.waited / elapsed})
+        rate = self.done * self.global_batch_size / elapsed
+        flops = 2 * self.macs["training"] * rate
+        metrics = {
+            **{name: value for name, value in means.items() if name.startswith("train/")},
+            "train/grad_norm": result.grad_norm,
+            "train/learning_rate": lr,
+            "train/skipped_steps": float(skipped),
+            "train/samples_seen": float(step * self.global_batch_size),
+            "perf/samples_per_second": rate,
+            "perf/mfu": flops / (self.peak_flops * distributed.world_size()),
+            "perf/data_wait": means["wait"],
+            "perf/memory_gib": _peak_memory() / 2**30,
+            "compute/forward_macs": float(self.macs["forward"]),
+            "compute/train_macs": float(self.macs["training"]) * step * self.global_batch_size,
+            **self.sums.expert_loads(),
+        }
+        if self.dense:
+            for name in ("train/load_balancing_loss", "train/router_z_loss", "train/dropped_share"):
+                del metrics[name]
+        self._write(step, metrics, (self.steps - step) * elapsed / self.done)
+        self._begin()
+
+    def _write(self, step: int, metrics: dict[str, float], seconds_left: float) -> None:
+        if not distributed.is_main():
+            return
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self.run.log_metrics({n: v for n, v in metrics.items() if math.isfinite(v)}, step)
+        distributed.log(_line(step, self.steps, metrics, seconds_left))
+
+
+def _line(step: int, steps: int, m: Mapping[str, float], seconds_left: float) -> str:
+    parts = [f"step {step}/{steps}", f"loss {m['train/loss']:.4f}"]
+    if "train/load_balancing_loss" in m:
+        parts.append(f"balance {m['train/load_balancing_loss']:.3f}")
+    parts += [
+        f"grad norm {m['train/grad_norm']:.3g}",
+        f"lr {m['train/learning_rate']:.2e}",
+        f"{m['perf/samples_per_second']:.1f} samples/s",
+        f"MFU {m['perf/mfu']:.0%}",
+        f"data wait {m['perf/data_wait']:.0%}",
+        f"{m['perf/memory_gib']:.2f} GiB",
+    ]
+    if "experts/max_load" in m:
+        parts.append(f"expert load {m['experts/min_load']:.2f}-{m['experts/max_load']:.2f}")
+    minutes, seconds = divmod(round(seconds_left), 60)
+    return " | ".join([*parts, f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d} left"])
+
+
+def _peak_memory() -> int:
+    """Bytes: the peak of this rank's GPU memory since the start, or of its process's memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _cut_records(path: Path, step: int) -> None:
+    """Drop records past the step that the run goes on from: they will be written again."""
+    if not path.exists():
+        return
+    kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step(line) <= step]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    temporary.replace(path)
+
+
+def _step(line: str) -> float:
+    try:
+        content: Any = json.loads(line)
+        return float(content["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf  # a line that a kill cut off

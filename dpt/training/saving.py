@@ -1,0 +1,141 @@
+"""Writing checkpoints beside the training: a copy is taken at once, the files are written in the background."""
+
+import os
+import shutil
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from dpt import distributed
+from dpt.training.checkpoint import (
+    FORMAT_VERSION,
+    checkpoint_name,
+    engine_state,
+    find_checkpoints,
+    rank_file,
+    remove,
+    snapshot,
+    sync_folder,
+    write_state,
+    write_tensors,
+)
+from dpt.training.engine import Engine
+from dpt.training.fragments import parameter_layout
+
+
+class Saver:
+    """Checkpoints of a run in `folder`: at most one is being written at a time; old ones are removed.
+
+    All methods but `busy` and `failed` are collective. A checkpoint that cannot be written is reported, and the run goes on.
+    """
+
+    def __init__(self, folder: Path, *, keep_last: int, keep_every: int) -> None:
+        self.folder, self.keep_last, self.keep_every = folder, keep_last, keep_every
+        self._thread: threading.Thread | None = None
+        self._state: dict[str, Any] = {}
+        self._entry: dict[str, Any] = {}
+        self._error = ""
+        if distributed.is_main():
+            folder.mkdir(parents=True, exist_ok=True)
+            for left_over in folder.glob("step_*.tmp"):
+                shutil.rmtree(left_over, ignore_errors=True)
+        distributed.barrier()
+
+    @property
+    def pending(self) -> bool:
+        """Whether a checkpoint has been begun and not concluded; the same on all ranks."""
+        return bool(self._state)
+
+    @property
+    def busy(self) -> bool:
+        """Whether this rank is still writing."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def begin(self, engine: Engine, step: int, state: Mapping[str, Any]) -> None:
+        """Copy this rank's share and start to write it. `state`: what `state.json` shall say beside the engine's own."""
+        if self.pending:
+            self.finish()
+        tensors, placed = snapshot(engine)
+        shapes = {name: list(shape) for name, (_, shape, _) in parameter_layout(engine.module).items()}
+        self._state = {
+            "format_version": FORMAT_VERSION,
+            "step": step,
+            "parameters": shapes,
+            "buffers": [name.removeprefix("buffer/") for name in tensors if name.startswith("buffer/")],
+            "states": ["master", *engine.optimizer.state_names()],
+            "engine": engine_state(engine),
+            **state,
+        }
+        self._entry, self._error = {}, ""
+        target = self._target
+        nbytes = sum(t.numel() * t.element_size() for t in tensors.values())
+        needed = int(distributed.all_reduce_sum({"bytes": nbytes})["bytes"])
+        self._state["bytes"] = needed
+        free = distributed.broadcast_object(shutil.disk_usage(self.folder).free)
+        if free < needed:
+            self._error = "the disk is full"
+            return
+        if distributed.is_main():
+            target.mkdir()
+        distributed.barrier()
+        self._thread = threading.Thread(target=self._write, args=(target, tensors, placed), name="checkpoint")
+        self._thread.start()
+
+    @property
+    def _target(self) -> Path:
+        return self.folder / (checkpoint_name(self._state["step"]) + ".tmp")
+
+    def _write(self, target: Path, tensors: dict[str, Tensor], placed: dict[str, list[int]]) -> None:
+        name = rank_file(distributed.rank())
+        try:
+            self._entry = {name: {**write_tensors(target / name, tensors), "fragments": placed}}
+        except OSError as error:
+            self._error = f"rank {distributed.rank()}: {error.strerror or error}"
+
+    def finish(self) -> bool:
+        """Wait until all ranks have written, then make the checkpoint visible; False if it could not be written."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        outcomes = distributed.gather_objects((self._entry, self._error))
+        errors = [error for _, error in outcomes if error]
+        step, needed = self._state["step"], self._state["bytes"]
+        if distributed.is_main():
+            try:
+                if not errors:
+                    self._state["files"] = {name: entry for entries, _ in outcomes for name, entry in entries.items()}
+                    self._commit()
+            except OSError as error:
+                errors = [error.strerror or str(error)]
+            if errors:
+                shutil.rmtree(self._target, ignore_errors=True)
+                self._report(step, needed, errors[0])
+        self._state = {}
+        return not distributed.broadcast_object(bool(errors))
+
+    def _commit(self) -> None:
+        """Write the state, rename the folder, then remove what is no longer kept."""
+        target = self._target
+        write_state(target, self._state)
+        final = target.with_suffix("")
+        if final.exists():  # left by a run whose records of it were damaged
+            remove(final)
+        os.rename(target, final)
+        sync_folder(self.folder)
+        for number, old in enumerate(find_checkpoints(self.folder)):
+            step = int(old.name.removeprefix("step_"))
+            if number >= self.keep_last and not (self.keep_every and step % self.keep_every == 0):
+                remove(old)
+
+    def _report(self, step: int, needed: int, reason: str) -> None:
+        free = shutil.disk_usage(self.folder).free
+        newest = next(iter(find_checkpoints(self.folder)), None)
+        kept = f"the newest is still {newest.name}" if newest else "there is none yet"
+        print(
+            f"The checkpoint of step {step} was not written: {reason}. It needs {needed / 1e9:.3f} GB in {self.folder}, where "
+            f"{free / 1e9:.3f} GB are free; make room. Training goes on; {kept}.",
+            flush=True,
+        )

@@ -1,0 +1,69 @@
+"""The stages of training: which network each one trains, and what its first weights come from. All else they share."""
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+
+from dpt import distributed
+from dpt.config.checks import trained_model
+from dpt.config.recipe import Recipe
+from dpt.errors import UserError
+from dpt.models.adapt import adapt
+from dpt.models.dit import DiT
+from dpt.models.upcycling import upcycle
+from dpt.models.weights import Weights
+from dpt.training.export import load_weights
+
+
+@dataclass(kw_only=True)
+class Stage:
+    """What a stage trains."""
+
+    name: str
+    """ "pretrain", "finetune" or "upcycle"."""
+    recipe: Recipe
+    """With the architecture that is trained: upcycled in the stage "upcycle"."""
+    start: Weights | None
+    """First weights, for that architecture; None: random ones."""
+    parents: list[str]
+    """Run ids of the runs whose weights these are."""
+
+    def build(self) -> DiT:
+        """The network with its first weights; with expert parallelism, this rank's experts."""
+        config = self.recipe.dpt
+        torch.manual_seed(config.training.seed)
+        network = DiT(config.model, ep_size=config.training.ep_size)
+        if self.start is not None:
+            network.load_state_dict(self.start.state)
+        network.set_activation_checkpointing(config.training.activation_checkpointing)
+        if config.training.compile:
+            network.compile_blocks()
+        return network
+
+
+def open_stage(recipe: Recipe, name: str, *, parents: list[str] | None = None) -> Stage:
+    """The stage `name` of a recipe, with its first weights read.
+
+    `parents`: given if the run is continued from a checkpoint; weights are then not read. UserError if the weights are
+    missing, or do not fit the recipe.
+    """
+    config = recipe.dpt
+    trained = dataclasses.replace(recipe, dpt=dataclasses.replace(config, model=trained_model(recipe, name)))
+    if parents is not None:
+        return Stage(name=name, recipe=trained, start=None, parents=parents)
+    path = config.training.weights
+    if not path:
+        if name == "upcycle":
+            raise UserError(
+                f"{recipe.path}: dpt.training.weights is empty; upcycling starts from the weights of a dense model."
+            )
+        if name == "finetune":
+            distributed.log("dpt.training.weights is empty: fine-tuning starts from random weights.")
+        return Stage(name=name, recipe=trained, start=None, parents=[])
+    weights = adapt(load_weights(path, ema=config.training.use_ema), config.model)
+    if name == "upcycle":
+        weights = upcycle(weights, config.upcycling, seed=config.training.seed)
+    lineage = weights.sections.get("lineage", {})
+    distributed.log(f"Weights to start from: {path} ({weights.source}{', averaged' if weights.averaged else ''}).")
+    return Stage(name=name, recipe=trained, start=weights, parents=[lineage["run_id"]] if lineage.get("run_id") else [])

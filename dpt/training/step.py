@@ -1,0 +1,171 @@
+"""One training step's mathematics: from a batch of the stream to what the network sees, and to the loss.
+
+All random numbers belong to samples (`dpt.diffusion.noise`), so how a batch is split over ranks and micro-batches
+changes nothing.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dpt.config.recipe import DptConfig
+from dpt.data.codec import mean_latents, sample_latents
+from dpt.diffusion.noise import Draws
+from dpt.diffusion.objective import DiffusionObjective
+from dpt.models.dit import DiT
+from dpt.tasks import TASKS, label_id
+
+
+class Inputs(NamedTuple):
+    """A micro-batch of B samples, on the training device."""
+
+    network_input: Tensor
+    """[B, C (num_conditions + 1), h, w] in the compute type: clean conditions, then the noisy latents."""
+    timesteps: Tensor
+    """int64 [B]."""
+    labels: Tensor
+    """int64 [B], dropped ones replaced by the null label."""
+    embeddings: Tensor | None
+    """[B, clip_embedding_size] or None."""
+    task_labels: Tensor
+    """int64 [B], the labels before dropping."""
+    latents: Tensor
+    """float32 [B, C, h, w], clean."""
+    noise: Tensor
+    """float32 [B, C, h, w]."""
+    noisy_latents: Tensor
+    """float32 [B, C, h, w]."""
+    valid: Tensor | None
+    """uint8 [B, h, w], 1 where the loss counts; None: everywhere."""
+
+
+class Losses(NamedTuple):
+    """What the training module returns: float32 scalars (means over the micro-batch), and the experts' loads."""
+
+    total: Tensor
+    """What is differentiated: loss + weighted balance and z losses."""
+    loss: Tensor
+    """The diffusion loss, mse + vlb_weight vlb."""
+    mse: Tensor
+    vlb: Tensor
+    balance: Tensor
+    """Load-balancing loss summed over layers, unweighted, of all ranks' tokens."""
+    z: Tensor
+    """Router z-loss summed over layers, unweighted, of all ranks' tokens."""
+    tokens_per_expert: Tensor
+    """int64 [L, E], of all ranks' tokens."""
+    dropped_share: Tensor
+
+
+class LossModule(nn.Module):
+    """The network with its objective: what DeepSpeed sees as the model. `forward` takes `Inputs`, one by one."""
+
+    def __init__(self, network: DiT, config: DptConfig) -> None:
+        super().__init__()
+        self.network = network
+        self.objective = DiffusionObjective(config.diffusion)
+        self.balance_weight = config.training.balance_loss_weight
+        self.z_weight = config.training.router_z_loss_weight
+
+    def forward(
+        self,
+        network_input: Tensor,
+        timesteps: Tensor,
+        labels: Tensor,
+        embeddings: Tensor | None,
+        task_labels: Tensor,
+        latents: Tensor,
+        noise: Tensor,
+        noisy_latents: Tensor,
+        valid: Tensor | None,
+    ) -> Losses:
+        out = self.network(network_input, timesteps, labels, embeddings, task_labels)
+        losses = self.objective.loss(out.prediction, latents, noise, noisy_latents, timesteps, valid)
+        loss, mse = losses["loss"], losses["mse"]
+        total = loss + self.balance_weight * out.load_balancing_loss + self.z_weight * out.router_z_loss
+        return Losses(
+            total=total,
+            loss=loss.detach(),
+            mse=mse.detach(),
+            vlb=losses.get("vlb", torch.zeros_like(mse)).detach(),
+            balance=out.load_balancing_loss.detach(),
+            z=out.router_z_loss.detach(),
+            tokens_per_expert=out.tokens_per_expert,
+            dropped_share=out.dropped_share,
+        )
+
+
+class Preparation:
+    """Turns what the stream yields into `Inputs`: posterior samples, flips, label drops, timesteps, noise, conditions."""
+
+    def __init__(
+        self, config: DptConfig, *, tasks: Sequence[str], scaling_factor: float, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        """`tasks`: of each source of the stream. `dtype`: the network's compute type."""
+        self.config = config
+        self.objective = DiffusionObjective(config.diffusion)
+        self.scaling_factor, self.device, self.dtype = scaling_factor, device, dtype
+        if config.task != "class":
+            self._targets = _target_labels(config, tasks, device)
+
+    def __call__(self, batch: Mapping[str, Any]) -> Inputs:
+        batch = {n: v.to(self.device, non_blocking=True) if isinstance(v, Tensor) else v for n, v in batch.items()}
+        draws = Draws(self.config.training.seed, batch["sample_index"])
+        if self.config.task == "class":
+            moments, labels = self._image(batch, draws), batch["label"]
+        else:
+            moments, labels = self._target(batch, draws)
+        latents = self._latents(moments, draws)
+        timesteps = draws.timesteps(self.config.diffusion.num_train_timesteps)
+        noise = draws.noise(latents.shape[1:], strength=self.objective.noise_strength(timesteps))
+        noisy_latents = self.objective.add_noise(latents, noise, timesteps)
+        dropped = draws.uniform("label_drop") < self.config.model.class_dropout_prob
+        return Inputs(
+            network_input=torch.cat([*self._conditions(batch), noisy_latents], dim=1).to(self.dtype),
+            timesteps=timesteps,
+            labels=torch.where(dropped, self.config.model.num_classes, labels),
+            embeddings=batch["clip"].to(self.dtype) if self.config.model.clip_embedding_size and "clip" in batch else None,
+            task_labels=labels,
+            latents=latents,
+            noise=noise,
+            noisy_latents=noisy_latents,
+            valid=batch.get("valid"),
+        )
+
+    def _image(self, batch: Mapping[str, Any], draws: Draws) -> Tensor:
+        """The image's moments [B, 2, C, h, w], mirrored half of the time if asked for."""
+        if not self.config.data.horizontal_flip:
+            return batch["latents"]
+        flipped = (draws.uniform("flip") < 0.5)[:, None, None, None, None]
+        return torch.where(flipped, batch["latents_mirrored"], batch["latents"])
+
+    def _target(self, batch: Mapping[str, Any], draws: Draws) -> tuple[Tensor, Tensor]:
+        """One target's moments [B, 2, C, h, w], drawn evenly from its source's targets, and its label int64 [B]."""
+        counts, labels = self._targets
+        source = batch["source"]
+        choice = (draws.uniform("target") * counts[source]).long()
+        moments = batch["target_latents"][torch.arange(len(choice), device=self.device), choice]  # of [B, M, 2, C, h, w]
+        return moments, labels[source, choice]
+
+    def _latents(self, moments: Tensor, draws: Draws) -> Tensor:
+        if self.config.data.posterior == "mean":
+            return mean_latents(moments, self.scaling_factor)
+        return sample_latents(moments, self.scaling_factor, draws.normal("posterior", moments.shape[2:]))
+
+    def _conditions(self, batch: Mapping[str, Any]) -> list[Tensor]:
+        count = self.config.model.num_conditions
+        if not count:
+            return []
+        return [mean_latents(batch["cond_latents"][:, :count], self.scaling_factor).flatten(1, 2)]
+
+
+def _target_labels(config: DptConfig, tasks: Sequence[str], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Of each source: the number of its targets, int64 [S], and their labels, int64 [S, most targets]."""
+    names = [TASKS[task].targets for task in tasks]
+    labels = torch.zeros(len(names), max(map(len, names)), dtype=torch.int64)
+    for source, targets in enumerate(names):
+        for number, target in enumerate(targets):
+            labels[source, number] = label_id(target, trained_task=config.task, num_classes=config.model.num_classes)
+    return torch.tensor([len(targets) for targets in names], device=device), labels.to(device)

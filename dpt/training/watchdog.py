@@ -1,0 +1,217 @@
+"""A watchdog that names the rank that died or hangs, and stops the others.
+
+It needs no collective, which a hung rank would hang: every rank keeps a socket open to rank 0 and tells it where it is. A
+socket that closes is a death, seen at once; ranks that stay behind the others for too long hang.
+"""
+
+import contextlib
+import json
+import os
+import secrets
+import selectors
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from dpt import distributed
+
+PHASES = ("starting", "reading data", "computing", "updating weights", "recording", "saving")
+"""What a rank can be doing, in the order of a step."""
+
+
+@dataclass
+class _Rank:
+    """What is known of a rank."""
+
+    number: int
+    host: str = "?"
+    step: int = 0
+    phase: int = 0
+    beats: int = 0
+    changed: float = field(default_factory=time.monotonic)
+    """When it last made progress, on this process's clock."""
+    left: bool = False
+
+    def update(self, step: int, phase: int, beats: int) -> None:
+        if beats != self.beats:
+            self.changed = time.monotonic()
+        self.step, self.phase, self.beats = step, phase, beats
+
+    def __str__(self) -> str:
+        return f"rank {self.number} ({self.host})"
+
+    @property
+    def where(self) -> str:
+        return f"at step {self.step} while {PHASES[self.phase]}"
+
+
+class Watchdog:
+    """Ends this process, with the reason on stderr of rank 0, when some rank dies, fails, or makes no progress for `timeout_s`.
+
+    `end`: what ends the process (it gets the reason and the exit code) in place of `os._exit`, since the main thread may hang
+    in a collective for ever. Creating it is collective.
+    """
+
+    def __init__(self, timeout_s: float, *, end: Callable[[str, int], None] | None = None, interval_s: float = 1.0) -> None:
+        self.timeout_s, self.interval_s = timeout_s, interval_s
+        self._end = end or _print_and_exit
+        self._own = _Rank(number=distributed.rank(), host=socket.gethostname())
+        self._world_size = distributed.world_size()
+        self._closing = threading.Event()
+        self._failure: dict[str, Any] = {}
+        server = socket.create_server(("", 0)) if self._own.number == 0 else None
+        where = (os.environ.get("MASTER_ADDR", "127.0.0.1"), server.getsockname()[1] if server else 0, secrets.token_hex(16))
+        host, port, self._token = distributed.broadcast_object(where)
+        target, arguments = (self._serve, (server,)) if server else (self._report, (host, port))
+        self._thread = threading.Thread(target=target, args=arguments, name="watchdog", daemon=True)
+        self._thread.start()
+
+    def beat(self, step: int, phase: str) -> None:
+        """This rank is at `step` and begins `phase` (one of PHASES), or goes on with it."""
+        self._own.update(step, PHASES.index(phase), self._own.beats + 1)
+
+    def fail(self, reason: str, exit_code: int) -> None:
+        """This rank is about to end with an error: let the others know why."""
+        self._failure = {"reason": reason, "code": exit_code}
+        self._thread.join(timeout=5 * self.interval_s)
+
+    def close(self) -> None:
+        """Leave in peace; all ranks do."""
+        self._closing.set()
+        self._thread.join(timeout=5 * self.interval_s)
+
+    # --- ranks other than 0: tell, and listen for the verdict ---
+
+    def _report(self, host: str, port: int) -> None:
+        try:
+            with socket.create_connection((host, port), timeout=60) as connection:
+                connection.settimeout(self.interval_s)
+                _send(connection, {"token": self._token, "rank": self._own.number, "host": self._own.host})
+                while not (self._closing.is_set() or self._failure):
+                    _send(connection, {"beat": [self._own.step, self._own.phase, self._own.beats]})
+                    with contextlib.suppress(TimeoutError):
+                        verdict = json.loads(connection.recv(65536) or b"{}")
+                        reason = verdict.get("reason", f"rank 0 ({host}) died")
+                        return self._stop(reason, verdict.get("code", 1))
+                _send(connection, self._failure or {"left": True})
+        except OSError:
+            self._stop(f"rank 0 ({host}) died or is out of reach", 1)
+        return None
+
+    def _stop(self, reason: str, exit_code: int) -> None:
+        if not (self._closing.is_set() or self._failure):
+            self._end(reason, exit_code)
+
+    # --- rank 0: listen, and decide ---
+
+    def _serve(self, server: socket.socket) -> None:
+        ranks = [self._own, *(_Rank(number=number) for number in range(1, self._world_size))]
+        peers = _Peers(server, self._token, ranks)
+        verdict: dict[str, Any] = {}
+        deadline = float("inf")
+        while not verdict and time.monotonic() < deadline:
+            verdict = peers.listen(self.interval_s) or _find_hang(ranks, self.timeout_s) or self._failure
+            if self._closing.is_set():
+                deadline = min(deadline, time.monotonic() + 3 * self.interval_s)
+                if all(rank.left for rank in ranks[1:]):
+                    break
+        peers.close({} if self._closing.is_set() else verdict)
+        if verdict:
+            self._stop(verdict["reason"], verdict["code"])
+
+
+class _Peers:
+    """Rank 0's connections to the others."""
+
+    def __init__(self, server: socket.socket, token: str, ranks: list[_Rank]) -> None:
+        self._token, self._ranks = token, ranks
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(server, selectors.EVENT_READ)
+        self._server = server
+        self._admitted: dict[socket.socket, _Rank | None] = {}
+        self._buffers: dict[socket.socket, bytes] = {}
+
+    def listen(self, seconds: float) -> dict[str, Any]:
+        """Take in what the ranks say, for up to `seconds`; {"reason", "code"} if one failed or died, else {}."""
+        for key, _ in self._selector.select(seconds):
+            if key.fileobj is self._server:
+                connection, _ = self._server.accept()
+                connection.settimeout(seconds)
+                self._selector.register(connection, selectors.EVENT_READ)
+                self._admitted[connection], self._buffers[connection] = None, b""
+            elif verdict := self._read(key.fileobj):  # type: ignore[arg-type]
+                return verdict
+        return {}
+
+    def _read(self, connection: socket.socket) -> dict[str, Any]:
+        data = b""
+        with contextlib.suppress(OSError):
+            data = connection.recv(65536)
+        *lines, self._buffers[connection] = (self._buffers[connection] + data).split(b"\n")
+        for line in lines:
+            verdict = self._take(connection, json.loads(line))
+            if verdict or connection not in self._admitted:
+                return verdict
+        if data:
+            return {}
+        rank = self._drop(connection)
+        if rank is None or rank.left:
+            return {}
+        return {"reason": f"{rank} died {rank.where}", "code": 1}
+
+    def _take(self, connection: socket.socket, message: dict[str, Any]) -> dict[str, Any]:
+        rank = self._admitted[connection]
+        if rank is None:
+            if message.get("token") != self._token:
+                self._drop(connection)  # a stranger
+            else:
+                rank = self._admitted[connection] = self._ranks[message["rank"]]
+                rank.host = message["host"]
+        elif "beat" in message:
+            rank.update(*message["beat"])
+        elif "reason" in message:
+            return {"reason": f"{rank} failed {rank.where}: {message['reason']}", "code": message["code"]}
+        else:
+            rank.left = message["left"]
+        return {}
+
+    def _drop(self, connection: socket.socket) -> _Rank | None:
+        self._selector.unregister(connection)
+        connection.close()
+        del self._buffers[connection]
+        return self._admitted.pop(connection)
+
+    def close(self, verdict: dict[str, Any]) -> None:
+        """Tell all the verdict, if there is one, and close."""
+        for connection in list(self._admitted):
+            with contextlib.suppress(OSError):
+                if verdict:
+                    _send(connection, verdict)
+            self._drop(connection)
+        self._selector.close()
+        self._server.close()
+
+
+def _send(connection: socket.socket, message: dict[str, Any]) -> None:
+    connection.sendall(json.dumps(message).encode() + b"\n")
+
+
+def _find_hang(ranks: list[_Rank], timeout_s: float) -> dict[str, Any]:
+    """{"reason", "code"} if the ranks that are furthest behind make no progress; the others only wait for them."""
+    present = [rank for rank in ranks if not rank.left]
+    last = min((rank.step, rank.phase) for rank in present)
+    behind = [rank for rank in present if (rank.step, rank.phase) == last]
+    if any(time.monotonic() - rank.changed < timeout_s for rank in behind):
+        return {}
+    names = ", ".join(map(str, behind))
+    return {"reason": f"{names} made no progress for {timeout_s:g} s {behind[0].where}", "code": 1}
+
+
+def _print_and_exit(reason: str, exit_code: int) -> None:
+    if distributed.is_main() or reason.startswith("rank 0 "):
+        print(f"{reason}; all ranks stop.", file=sys.stderr, flush=True)
+    os._exit(exit_code)
