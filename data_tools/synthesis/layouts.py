@@ -1,5 +1,6 @@
 """Scenes as files, in the native layouts of the data sets they stand for."""
 
+import io
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,8 +19,9 @@ _FLO_MAGIC = np.float32(202021.25)
 
 def write_scene(root: Path, tasks: tuple[str, ...], split: str, number: int, truth: SceneTruth) -> None:
     """Write one scene's files. `number` counts from 0 over all splits, one after the other."""
+    image = _png(truth.image)  # three layouts hold it: encode it once
     for task in tasks:
-        _WRITERS[task](root / TASKS[task], split, number, truth)
+        _WRITERS[task](root / TASKS[task], split, number, truth, image)
 
 
 def write_lists(root: Path, tasks: tuple[str, ...], splits: dict[str, int]) -> None:
@@ -53,34 +55,34 @@ def _stem(number: int) -> str:
     return f"{number + 1:07d}"
 
 
-def _write_class(root: Path, split: str, number: int, truth: SceneTruth) -> None:
-    _write_image(root / split / truth.class_name / f"{_stem(number)}.png", truth.image)
+def _write_class(root: Path, split: str, number: int, truth: SceneTruth, image: bytes) -> None:
+    _write(root / split / truth.class_name / f"{_stem(number)}.png", image)
 
 
-def _write_depth(root: Path, split: str, number: int, truth: SceneTruth) -> None:
+def _write_depth(root: Path, split: str, number: int, truth: SceneTruth, image: bytes) -> None:
     rgb, depth = hypersim_names(number)
-    _write_image(root / split / rgb, truth.image)
-    _write_image(root / split / depth, depth_to_millimetres(truth.depth))
+    _write(root / split / rgb, image)
+    _write(root / split / depth, _png(depth_to_millimetres(truth.depth)))
 
 
-def _write_flow(root: Path, split: str, number: int, truth: SceneTruth) -> None:
-    stem = root / "data" / f"{number + 1:05d}"
-    _write_image(Path(f"{stem}_img1.ppm"), truth.image)
-    _write_image(Path(f"{stem}_img2.ppm"), truth.next_image)
+def _write_flow(root: Path, split: str, number: int, truth: SceneTruth, image: bytes) -> None:
+    stem = f"{number + 1:05d}"
+    _write(root / "data" / f"{stem}_img1.ppm", _ppm(truth.image))
+    _write(root / "data" / f"{stem}_img2.ppm", _ppm(truth.next_image))
     height, width = truth.depth.shape
     header = _FLO_MAGIC.astype("<f4").tobytes() + np.array([width, height], "<i4").tobytes()
-    Path(f"{stem}_flow.flo").write_bytes(header + np.moveaxis(truth.flow, 0, -1).astype("<f4").tobytes())
+    _write(root / "data" / f"{stem}_flow.flo", header + np.moveaxis(truth.flow, 0, -1).astype("<f4").tobytes())
 
 
-def _write_amodal(root: Path, split: str, number: int, truth: SceneTruth) -> None:
+def _write_amodal(root: Path, split: str, number: int, truth: SceneTruth, image: bytes) -> None:
     stem = _stem(number)
-    _write_image(root / "occlusion" / f"{stem}_occlusion.png", truth.occlusion)
-    _write_image(root / "whole" / f"{stem}_whole.png", truth.whole)
-    _write_image(root / "whole_mask" / f"{stem}_whole_mask.png", truth.whole_mask.astype(np.uint8) * 255)
-    _write_image(root / "visible_object_mask" / f"{stem}_visible_mask.png", truth.visible_mask.astype(np.uint8) * 255)
+    _write(root / "occlusion" / f"{stem}_occlusion.png", image)
+    _write(root / "whole" / f"{stem}_whole.png", _png(truth.whole))
+    _write(root / "whole_mask" / f"{stem}_whole_mask.png", _png(truth.whole_mask.astype(np.uint8) * 255))
+    _write(root / "visible_object_mask" / f"{stem}_visible_mask.png", _png(truth.visible_mask.astype(np.uint8) * 255))
 
 
-_WRITERS: dict[str, Callable[[Path, str, int, SceneTruth], None]] = {
+_WRITERS: dict[str, Callable[[Path, str, int, SceneTruth, bytes], None]] = {
     "class": _write_class,
     "depth": _write_depth,
     "flow": _write_flow,
@@ -88,9 +90,20 @@ _WRITERS: dict[str, Callable[[Path, str, int, SceneTruth], None]] = {
 }
 
 
-def _write_image(path: Path, pixels: NDArray[np.uint8] | NDArray[np.uint16]) -> None:
+def _png(pixels: NDArray[np.uint8] | NDArray[np.uint16]) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+def _ppm(pixels: NDArray[np.uint8]) -> bytes:
+    height, width, _ = pixels.shape
+    return f"P6\n{width} {height}\n255\n".encode() + pixels.tobytes()
+
+
+def _write(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path, compress_level=1)  # ignored by formats other than PNG
+    path.write_bytes(content)
 
 
 def _write_text(path: Path, lines: list[str]) -> None:

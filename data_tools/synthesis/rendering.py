@@ -1,7 +1,7 @@
 """Pictures of a scene and their exact ground truth.
 
-Pixel (row i, column j) looks through the image point (j + 0.5, i + 0.5). Ground truth is that of the pixel's centre; the colours
-of pixels on edges are averages over four rays.
+Pixel (row i, column j) looks through the image point (j + 0.5, i + 0.5). Ground truth is that of the pixel's centre; edges in
+the pictures are softened.
 """
 
 from dataclasses import dataclass
@@ -9,14 +9,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from data_tools.synthesis.lighting import SceneLight, shade_body, shade_room, smooth_within
+from data_tools.synthesis.lighting import SceneLight, put_columns, shade_body, shade_room, smooth_within, squared_length
 from data_tools.synthesis.scenes import Scene
 from data_tools.synthesis.shapes import Array
 from data_tools.synthesis.tracing import ROOM, Hits, lit, pixel_centres, trace, turning
 
 TARGET = 1
 """Number of the body whose whole shape is the amodal truth."""
-_SUBPIXELS = np.array([[-0.125, -0.375], [0.375, -0.125], [0.125, 0.375], [-0.375, 0.125]], np.float32)[:, :, None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +48,11 @@ class SceneTruth:
 def render(scene: Scene, size: int) -> SceneTruth:
     """Render both frames and every ground truth at size x size pixels."""
     first, second = _Frame(scene, 0, size), _Frame(scene, 1, size)
-    target = trace([first.solids[TARGET]], scene.room, first.origin, first.directions)
-    whole_mask = target.body == 0
+    near, t, face = first.solids[TARGET].meet(first.origin, first.directions, squared_length(first.directions))
+    hit = t < np.inf
+    pixels = near[hit]
+    whole_mask = np.zeros(size * size, np.bool_)
+    whole_mask[pixels] = True
     return SceneTruth(
         image=first.picture(),
         next_image=second.picture(),
@@ -60,7 +62,7 @@ def render(scene: Scene, size: int) -> SceneTruth:
         flow=_flow(first, second),
         visible_mask=(first.hits.body == TARGET).reshape(size, size),
         whole_mask=whole_mask.reshape(size, size),
-        whole=_alone_on_white(first, target, whole_mask),
+        whole=_alone_on_white(first, pixels, t[hit], face[hit]),
     )
 
 
@@ -69,6 +71,7 @@ class _Frame:
 
     def __init__(self, scene: Scene, number: int, size: int) -> None:
         self.scene, self.size = scene, size
+        self.blur = max(1, size // 64)
         self.camera = scene.cameras[number]
         self.solids = scene.solids(number)
         self.light = SceneLight(scene, self.solids, self.camera.focal(size))
@@ -82,34 +85,26 @@ class _Frame:
         """uint8 [H, W, 3]: every pixel shaded once, those on edges again through four rays."""
         sunlit = lit(self.solids, self.light.lamp, self.points)
         in_room = self.hits.body == ROOM
-        radius = max(1, self.size // 64)
-        room_lit = smooth_within(sunlit, in_room, self.size, radius)
-        body_lit = smooth_within(sunlit, ~in_room, self.size, radius)
-        colors = self._shade(self.hits, self.directions, room_lit, body_lit)
-        edges = _edges(self.hits, self.size)
-        columns, rows = (
-            (grid[edges] + offset).ravel() for grid, offset in zip((self.columns, self.rows), _offsets(), strict=True)
-        )
-        directions = self.camera.rays(self.size, columns, rows)
-        fine = trace(self.solids, self.scene.room, self.origin, directions)
-        count = len(_SUBPIXELS)
-        samples = self._shade(fine, directions, np.tile(room_lit[edges], count), np.tile(body_lit[edges], count))
-        colors[:, edges] = samples.reshape(3, count, -1).mean(1)
+        room_lit = smooth_within(sunlit, in_room, self.size, self.blur)
+        body_lit = smooth_within(sunlit, ~in_room, self.size, self.blur)
+        colors = self._shade(room_lit, body_lit)
+        soften_edges(colors, self.hits, self.size)
         return to_bytes(colors).reshape(self.size, self.size, 3)
 
-    def _shade(self, hits: Hits, directions: Array, room_lit: Array, body_lit: Array) -> Array:
-        """Linear colours float32 [3, N] of the surfaces met; the lamp's visibility float32 [N] is apart for room and bodies."""
-        colors = np.empty_like(directions)
+    def _shade(self, room_lit: Array, body_lit: Array) -> Array:
+        """Linear colours float32 [3, N]; the lamp's visibility float32 [N] is smoothed apart for room and bodies."""
+        colors = np.empty_like(self.points)
         for number in range(ROOM, len(self.solids)):
-            mine = np.flatnonzero(hits.body == number)
+            (mine,) = (self.hits.body == number).nonzero()
             if mine.size == 0:
                 continue
-            rays, t, face = directions.take(mine, axis=1), hits.t[mine], hits.face[mine]
-            points = self.origin + rays * t
+            points, t, face = self.points.take(mine, axis=1), self.hits.t[mine], self.hits.face[mine]
             if number == ROOM:
-                colors[:, mine] = shade_room(self.light, points, face, t, room_lit[mine])
+                shades = shade_room(self.light, points, face, t, room_lit[mine])
             else:
-                colors[:, mine] = shade_body(self.light, number, points, face, t, body_lit[mine], rays)
+                rays = self.directions.take(mine, axis=1)
+                shades = shade_body(self.light, number, points, face, t, body_lit[mine], rays)
+            put_columns(colors, mine, shades)
         return colors
 
 
@@ -119,35 +114,31 @@ def to_bytes(colors: Array) -> NDArray[np.uint8]:
     return np.ascontiguousarray((shown * np.float32(255) + np.float32(0.5)).astype(np.uint8).T)
 
 
-def _offsets() -> tuple[Array, Array]:
-    return _SUBPIXELS[:, 0], _SUBPIXELS[:, 1]
-
-
 def _flow(first: _Frame, second: _Frame) -> Array:
     """Where the surface point seen by each pixel goes: moved with its body, then projected by the second camera."""
     moved = first.points.copy()
     for number, (before, after) in enumerate(zip(first.solids, second.solids, strict=True)):
-        mine = np.flatnonzero(first.hits.body == number)
-        moved[:, mine] = after.centre + turning(after.pose.yaw - before.pose.yaw) @ (moved[:, mine] - before.centre)
+        (mine,) = (first.hits.body == number).nonzero()
+        turned = turning(after.pose.yaw - before.pose.yaw) @ (moved.take(mine, axis=1) - before.centre)
+        put_columns(moved, mine, after.centre + turned)
     columns, rows = second.camera.project(first.size, moved)
     return np.stack([columns - first.columns, rows - first.rows]).reshape(2, first.size, first.size)
 
 
-def _alone_on_white(frame: _Frame, target: Hits, whole_mask: NDArray[np.bool_]) -> NDArray[np.uint8]:
-    """The target's own pixels, lit as in the scene, on white."""
-    pixels = np.flatnonzero(whole_mask)
-    rays, t = frame.directions.take(pixels, axis=1), target.t[pixels]
+def _alone_on_white(frame: _Frame, pixels: NDArray[np.intp], t: Array, face: NDArray[np.int16]) -> NDArray[np.uint8]:
+    """The target, met by the rays of `pixels` at depths `t`, lit as in the scene, on white."""
+    rays = frame.directions.take(pixels, axis=1)
     points = frame.origin + rays * t
-    sunlit = np.zeros(whole_mask.shape, np.bool_)
-    sunlit[pixels] = lit(frame.solids, frame.light.lamp, points)
-    soft = smooth_within(sunlit, whole_mask, frame.size, max(1, frame.size // 64))
+    sunlit, mask = np.zeros((2, frame.size * frame.size), np.bool_)
+    sunlit[pixels], mask[pixels] = lit(frame.solids, frame.light.lamp, points), True
+    soft = smooth_within(sunlit, mask, frame.size, frame.blur)
     picture = np.full((frame.size * frame.size, 3), 255, np.uint8)
-    picture[pixels] = to_bytes(shade_body(frame.light, TARGET, points, target.face[pixels], t, soft[pixels], rays))
+    picture[pixels] = to_bytes(shade_body(frame.light, TARGET, points, face, t, soft[pixels], rays))
     return picture.reshape(frame.size, frame.size, 3)
 
 
-def _edges(hits: Hits, size: int) -> NDArray[np.intp]:
-    """Pixels beside (or above) one that shows another surface."""
+def soften_edges(colors: Array, hits: Hits, size: int) -> None:
+    """Smooth linear colours [3, N] in place, by (1 2 1) x (1 2 1) / 16, where a neighbour shows another surface."""
     surface = (hits.face + (hits.body.astype(np.int16) + 1) * 256).reshape(size, size)
     edge = np.zeros((size, size), np.bool_)
     across, down = surface[:, 1:] != surface[:, :-1], surface[1:] != surface[:-1]
@@ -155,4 +146,11 @@ def _edges(hits: Hits, size: int) -> NDArray[np.intp]:
     edge[:, :-1] |= across
     edge[1:] |= down
     edge[:-1] |= down
-    return np.flatnonzero(edge)
+    (pixels,) = edge.ravel().nonzero()
+    row, column = np.divmod(pixels, size)
+    left, right = pixels - (column > 0), pixels + (column < size - 1)
+    up, below = -size * (row > 0), size * (row < size - 1)
+    weighted = [(pixels, 4), (left, 2), (right, 2), (pixels + up, 2), (pixels + below, 2)]
+    weighted += [(left + up, 1), (right + up, 1), (left + below, 1), (right + below, 1)]
+    for channel in colors:
+        channel[pixels] = sum(np.float32(weight / 16) * channel[index] for index, weight in weighted)

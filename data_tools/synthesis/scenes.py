@@ -1,5 +1,6 @@
 """What is in a synthetic scene: a furnished room drawn from (seed, split, index), seen in two frames."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -37,11 +38,18 @@ class Body:
     scale: tuple[float, float, float]
     """Half extents, metres."""
     poses: tuple[Pose, Pose]
-    texture: Texture
-    gloss: float
 
     def solid(self, frame: int) -> Solid:
         return Solid(shape=self.class_name, scale=self.scale, pose=self.poses[frame])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Look:
+    """What an object's surface is like."""
+
+    texture: Texture
+    gloss: float
+    """Strength of its highlight."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +65,8 @@ class Scene:
     lamp: tuple[float, float, float]
     warmth: Color
     bodies: tuple[Body, ...]
+    looks: tuple[Look, ...]
+    """One a body."""
     cameras: tuple[Camera, Camera]
 
     @property
@@ -84,22 +94,12 @@ def make_scene(seed: int, split: str, index: int) -> Scene:
     rng = np.random.default_rng([seed, SPLITS.index(split), index])
     class_name = CLASS_NAMES[rng.integers(len(CLASS_NAMES))]  # outside the loop: rejection must not favour any class
     for _ in range(_ATTEMPTS):
-        scene = _draw(rng, class_name, seed, split, index)
-        if scene is not None and _is_clear(scene):
-            return scene
-    raise AssertionError(f"no acceptable scene for seed {seed}, split {split}, index {index}")
-
-
-def _draw(rng: np.random.Generator, class_name: str, seed: int, split: str, index: int) -> Scene | None:
-    room = Room(
-        low=(-rng.uniform(2.8, 4.2), 0.0, -3.0),
-        high=(rng.uniform(2.8, 4.2), rng.uniform(2.7, 3.4), rng.uniform(6.0, 10.5)),
-        yaw=rng.uniform(-0.35, 0.35),
-    )
-    cameras = _draw_cameras(rng)
-    bodies = _draw_bodies(rng, class_name, room)
-    if bodies is None:
-        return None
+        room, cameras = _draw_room(rng), _draw_cameras(rng)
+        bodies = _draw_bodies(rng, class_name, room)
+        if bodies is not None and _is_clear(bodies, room, cameras[0]):
+            break
+    else:
+        raise AssertionError(f"no acceptable scene for seed {seed}, split {split}, index {index}")
     return Scene(
         seed=seed,
         split=split,
@@ -109,7 +109,16 @@ def _draw(rng: np.random.Generator, class_name: str, seed: int, split: str, inde
         lamp=(rng.uniform(-1.6, 1.6), room.high[1] - 0.15, rng.uniform(0.6, 2.6)),
         warmth=(1.0, rng.uniform(0.9, 1.0), rng.uniform(0.78, 1.0)),
         bodies=bodies,
+        looks=tuple(_draw_look(rng) for _ in bodies),
         cameras=cameras,
+    )
+
+
+def _draw_room(rng: np.random.Generator) -> Room:
+    return Room(
+        low=(-rng.uniform(2.8, 4.2), 0.0, -3.0),
+        high=(rng.uniform(2.8, 4.2), rng.uniform(2.7, 3.4), rng.uniform(6.0, 10.5)),
+        yaw=rng.uniform(-0.35, 0.35),
     )
 
 
@@ -131,15 +140,15 @@ def _draw_bodies(rng: np.random.Generator, class_name: str, room: Room) -> tuple
     others = [name for name in CLASS_NAMES if name != class_name]
     main_z, main_angle = rng.uniform(2.5, 3.3), rng.uniform(-0.22, 0.22)
     main = _draw_body(rng, class_name, rng.uniform(0.5, 0.66), main_angle * main_z, main_z)
-    target_z, side = main_z + rng.uniform(0.9, 2.0), rng.choice([-1.0, 1.0])
+    target_z, side = main_z + rng.uniform(0.9, 2.0), (-1, 1)[rng.integers(2)]
     target_height = rng.uniform(0.5, 0.75)
     spread = SHAPES[class_name].fill * main.scale[0] / main_z + 0.8 * target_height / target_z
     target_angle = main_angle + side * rng.uniform(0.3, 0.8) * spread
-    bodies = [main, _draw_body(rng, str(rng.choice(others)), target_height, target_angle * target_z, target_z)]
+    bodies = [main, _draw_body(rng, others[rng.integers(len(others))], target_height, target_angle * target_z, target_z)]
     for _ in range(rng.integers(1, 5)):
         for _ in range(6):
             z = rng.uniform(2.6, min(7.5, room.high[2] - 0.5))
-            body = _draw_body(rng, str(rng.choice(others)), rng.uniform(0.25, 0.6), rng.uniform(-0.6, 0.6) * z, z)
+            body = _draw_body(rng, others[rng.integers(len(others))], rng.uniform(0.25, 0.6), rng.uniform(-0.6, 0.6) * z, z)
             if all(_stands_free(body, other) for other in bodies) and not _hides(body, bodies[:2]) and _is_inside(body, room):
                 bodies.append(body)
                 break
@@ -150,37 +159,28 @@ def _draw_bodies(rng: np.random.Generator, class_name: str, room: Room) -> tuple
 def _draw_body(rng: np.random.Generator, class_name: str, half_height: float, x: float, z: float) -> Body:
     shape = SHAPES[class_name]
     half_height *= shape.height
-    sx, sz = (half_height * rng.uniform(*shape.width) for _ in range(2))
-    if shape.square_base:
-        sz = sx
+    sx = half_height * rng.uniform(*shape.width)
+    sz = sx if shape.square_base else half_height * rng.uniform(*shape.width)
     yaw = rng.uniform(-np.pi, np.pi)
-    dx, dz, turning = (0.0, 0.0, 0.0) if rng.random() < 0.35 else (*rng.uniform(-0.2, 0.2, 2), rng.uniform(-0.25, 0.25))
+    moving = float(rng.random() > 0.35)
+    dx, dz, turning = (moving * rng.uniform(-reach, reach) for reach in (0.2, 0.2, 0.25))
     poses = (
         Pose(position=(x, half_height, z), yaw=yaw),
         Pose(position=(x + dx, half_height, z + dz), yaw=yaw + turning),
     )
-    first = _draw_color(rng, saturation=(0.55, 0.95), value=(0.35, 0.85))
-    second = _draw_color(rng, saturation=(0.25, 0.9), value=(0.3, 0.85))
-    texture = _draw_texture(rng, (first, second), _BODY_AXES, wavelength=(0.3, 0.7), plain=0.35)
-    return Body(
-        class_name=class_name,
-        scale=(sx, half_height, sz),
-        poses=poses,
-        texture=texture,
-        gloss=float(rng.choice([0.0, 0.15, 0.4])),
-    )
+    return Body(class_name=class_name, scale=(sx, half_height, sz), poses=poses)
 
 
 def _radius(body: Body) -> float:
     sx, _, sz = body.scale
-    return max(sx, sz) if body.class_name not in ("box", "table") else float(np.hypot(sx, sz))
+    return max(sx, sz) if body.class_name not in ("box", "table") else math.hypot(sx, sz)
 
 
 def _stands_free(body: Body, other: Body) -> bool:
     """Whether two bodies' round footprints keep apart in both frames."""
     apart = _radius(body) + _radius(other) + 0.05
     return all(
-        np.hypot(a.position[0] - b.position[0], a.position[2] - b.position[2]) > apart
+        math.hypot(a.position[0] - b.position[0], a.position[2] - b.position[2]) > apart
         for a, b in zip(body.poses, other.poses, strict=True)
     )
 
@@ -196,20 +196,20 @@ def _hides(body: Body, others: list[Body]) -> bool:
 
 
 def _is_inside(body: Body, room: Room) -> bool:
-    places = room.to_local() @ np.array([pose.position for pose in body.poses], np.float32).T
-    margin = _radius(body) + 0.05
-    return all(room.low[i] + margin < places[i].min() and places[i].max() < room.high[i] - margin for i in (0, 2))
+    margin, turn = _radius(body) + 0.05, room.to_local
+    places = [turn @ pose.position for pose in body.poses]
+    return all(room.low[i] + margin < place[i] < room.high[i] - margin for place in places for i in (0, 2))
 
 
-def _is_clear(scene: Scene) -> bool:
+def _is_clear(bodies: tuple[Body, ...], room: Room, camera: Camera) -> bool:
     """Whether the main body is the largest in view and the target is partly, not wholly, hidden."""
-    camera = scene.cameras[0]
     directions = camera.rays(_CHECK_SIZE, *pixel_centres(_CHECK_SIZE))
     origin: Array = np.array(camera.position, np.float32)[:, None]
-    solids = scene.solids(0)
-    seen = trace(solids, scene.room, origin, directions).body
+    solids = [body.solid(0) for body in bodies]
+    seen = trace(solids, room, origin, directions).body
     areas = np.bincount(seen + 1, minlength=len(solids) + 1)[1:]
-    whole = np.count_nonzero(trace([solids[1]], scene.room, origin, directions).body == 0)
+    _, enter, _ = solids[1].meet(origin, directions, np.einsum("in,in->n", directions, directions))
+    whole = np.count_nonzero(enter < np.inf)
     border = seen.reshape(_CHECK_SIZE, _CHECK_SIZE)
     cut = any((edge == 0).any() for edge in (border[0], border[-1], border[:, 0], border[:, -1]))
     return bool(
@@ -219,6 +219,13 @@ def _is_clear(scene: Scene) -> bool:
         and whole >= 0.02 * _CHECK_SIZE**2
         and 0.3 * whole <= areas[1] <= 0.85 * whole
     )
+
+
+def _draw_look(rng: np.random.Generator) -> Look:
+    first = _draw_color(rng, saturation=(0.55, 0.95), value=(0.35, 0.85))
+    second = _draw_color(rng, saturation=(0.25, 0.9), value=(0.3, 0.85))
+    texture = _draw_texture(rng, (first, second), _BODY_AXES, wavelength=(0.3, 0.7), plain=0.35)
+    return Look(texture=texture, gloss=(0.0, 0.15, 0.4)[rng.integers(3)])
 
 
 def _draw_surfaces(rng: np.random.Generator) -> tuple[Texture, Texture, Texture]:
@@ -239,7 +246,7 @@ def _draw_texture(
     wavelength: tuple[float, float],
     plain: float,
 ) -> Texture:
-    """A texture whose stripes follow one of the axes, and whose checks all of them; `plain` is the probability of no pattern."""
+    """A texture striped along one of the axes or checked along all; `plain` is the probability of no pattern."""
     kinds: tuple[Literal["stripes", "checker", "noise"], ...] = ("stripes", "checker", "noise")
     kind: Literal["plain", "stripes", "checker", "noise"] = "plain" if rng.random() < plain else kinds[rng.integers(3)]
     rate = 1 / rng.uniform(*wavelength)
@@ -266,7 +273,7 @@ def _draw_color(
 ) -> Color:
     """A linear colour from a hue on the colour circle, saturation and value."""
     h, s, v = rng.uniform(*hue), rng.uniform(*saturation), rng.uniform(*value)
-    ramp = [float(np.clip(abs((6 * h + k) % 6 - 3) - 1, 0, 1)) for k in (0, 4, 2)]
+    ramp = [min(max(abs((6 * h + k) % 6 - 3) - 1, 0.0), 1.0) for k in (0, 4, 2)]
     red, green, blue = (v * (1 - s + s * r) for r in ramp)
     return red, green, blue
 

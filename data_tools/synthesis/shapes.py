@@ -5,6 +5,7 @@ number of half-spaces, so a ray is inside it on one interval [enter, leave], fou
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,6 +69,8 @@ class Shape:
     parts: tuple[Part, ...]
     width: tuple[float, float]
     """Range of half width over half height."""
+    corners: Literal["none", "rim", "all"]
+    """Farthest points from the centre: an axis's end, a circle about the top or bottom, or the corners of the box."""
     height: float = 1.0
     """Height beside other shapes, so that all classes fill about as much of a picture."""
     fill: float = 1.0
@@ -78,19 +81,24 @@ class Shape:
 
 _LEG = 0.16
 SHAPES: dict[str, Shape] = {
-    "box": Shape(parts=(_box((-1, 1), (-1, 1), (-1, 1)),), width=(0.6, 1.0), square_base=False),
+    "box": Shape(parts=(_box((-1, 1), (-1, 1), (-1, 1)),), corners="all", width=(0.6, 1.0), square_base=False),
     "capsule": Shape(
         parts=(_tube(1.0, -0.5, 0.5), _ellipsoid(0.5, 1.0, 0.5, _slab(0.5, 1)), _ellipsoid(-0.5, 1.0, 0.5, _slab(-1, -0.5))),
+        corners="none",
         width=(0.5, 0.62),
         height=1.15,
     ),
-    "cone": Shape(parts=(_part((1, -0.25, 1, 0.5, -0.25), _slab(-1, 1)),), width=(0.8, 1.0), height=1.2, fill=0.5),
-    "cylinder": Shape(parts=(_tube(1.0, -1, 1),), width=(0.55, 0.85)),
-    "ellipsoid": Shape(parts=(_ellipsoid(0, 1, 1, []),), width=(1.45, 1.8), height=0.8),
-    "mushroom": Shape(parts=(_tube(0.32, -1, 0.2), _ellipsoid(0.0, 1.0, 1.0, _slab(0.0, 1))), width=(0.8, 1.0), fill=0.75),
-    "prism": Shape(parts=(_prism(6, 0.0),), width=(0.7, 0.95)),
-    "pyramid": Shape(parts=(_prism(4, 1.0),), width=(1.05, 1.35), height=1.15, fill=0.5),
-    "sphere": Shape(parts=(_ellipsoid(0, 1, 1, []),), width=(1.0, 1.0)),
+    "cone": Shape(
+        parts=(_part((1, -0.25, 1, 0.5, -0.25), _slab(-1, 1)),), corners="rim", width=(0.8, 1.0), height=1.2, fill=0.5
+    ),
+    "cylinder": Shape(parts=(_tube(1.0, -1, 1),), corners="rim", width=(0.55, 0.85)),
+    "ellipsoid": Shape(parts=(_ellipsoid(0, 1, 1, []),), corners="none", width=(1.45, 1.8), height=0.8),
+    "mushroom": Shape(
+        parts=(_tube(0.32, -1, 0.2), _ellipsoid(0.0, 1.0, 1.0, _slab(0.0, 1))), corners="rim", width=(0.8, 1.0), fill=0.75
+    ),
+    "prism": Shape(parts=(_prism(6, 0.0),), corners="rim", width=(0.7, 0.95)),
+    "pyramid": Shape(parts=(_prism(4, 1.0),), corners="rim", width=(1.05, 1.35), height=1.15, fill=0.5),
+    "sphere": Shape(parts=(_ellipsoid(0, 1, 1, []),), corners="none", width=(1.0, 1.0)),
     "table": Shape(
         parts=(
             _box((-1, 1), (0.72, 1), (-1, 1)),
@@ -100,6 +108,7 @@ SHAPES: dict[str, Shape] = {
                 for z in (-1 + _LEG, 1 - _LEG)
             ),
         ),
+        corners="all",
         width=(1.1, 1.4),
         height=0.8,
     ),
@@ -122,7 +131,7 @@ def intersect(shape: Shape, origin: NDArray[np.float64], directions: NDArray[np.
     best_face = np.zeros(directions.shape[1], np.int16)
     for number, part in enumerate(shape.parts):
         enter, leave, face = _intersect_part(part, origin, directions)
-        closer = np.flatnonzero((enter < leave) & (enter < best))
+        (closer,) = ((enter < leave) & (enter < best)).nonzero()
         best[closer] = enter[closer]
         best_face[closer] = face[closer] + np.int16(number * FACES_PER_PART)
     return best.astype(np.float32), best_face
@@ -131,28 +140,23 @@ def intersect(shape: Shape, origin: NDArray[np.float64], directions: NDArray[np.
 def _intersect_part(
     part: Part, origin: NDArray[np.float64], d: NDArray[np.float64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int16]]:
-    if part.quadric is None:
-        enter, leave = np.zeros(d.shape[1]), np.full(d.shape[1], np.inf)
-    else:
-        enter, leave = _intersect_quadric(part.quadric, origin, d)
+    enter, leave = np.zeros(d.shape[1]), np.full(d.shape[1], np.inf)
     face = np.full(d.shape[1], QUADRIC_FACE, np.int16)
-    for number, (normal, offset) in enumerate(zip(part.normals, part.offsets, strict=True)):
-        reach = float(offset - normal @ origin)
-        toward = _dot(normal, d)
-        if reach < 0:  # the origin is outside this plane: rays enter through it, or (t huge) never
-            t = reach / np.minimum(toward, -_TINY)
-            later = np.flatnonzero(t > enter)
-            enter[later] = t[later]
-            face[later] = number
-        else:
-            np.minimum(leave, reach / np.maximum(toward, _TINY), out=leave)
+    if part.quadric is not None:
+        enter, leave = _intersect_quadric(part.quadric, origin, d)
+        np.maximum(enter, 0, out=enter)
+    reach, toward = part.offsets - part.normals @ origin, part.normals @ d
+    (inside,) = (reach >= 0).nonzero()
+    (outside,) = (reach < 0).nonzero()
+    if inside.size:  # rays leave through these planes, or (t huge) never
+        np.minimum(leave, (reach[inside, None] / np.maximum(toward[inside], _TINY)).min(0), out=leave)
+    if outside.size:  # rays enter through these, or (t huge) never
+        t = reach[outside, None] / np.minimum(toward[outside], -_TINY)
+        last = t.argmax(0)
+        t = t.max(0)
+        np.copyto(face, outside[last], where=t > enter, casting="unsafe")
+        np.maximum(enter, t, out=enter)
     return enter, leave, face
-
-
-def _dot(normal: NDArray[np.float64], vectors: NDArray[np.float64]) -> NDArray[np.float64]:
-    """normal @ vectors, without the work for axis-aligned normals."""
-    (used,) = normal.nonzero()
-    return vectors[used[0]] * normal[used[0]] if len(used) == 1 else normal @ vectors
 
 
 def _intersect_quadric(
@@ -170,10 +174,8 @@ def _intersect_quadric(
     low, high = middle - root, middle + root
     if quadric[1] < 0:  # a steep ray (a < 0) is inside a cone beyond the roots: after the apex going down, before it going up
         steep, down = a < 0, d[1] < 0
-        low, high = (
-            np.where(steep, np.where(down, high, -np.inf), low),
-            np.where(steep & down, np.inf, np.where(steep, low, high)),
-        )
+        beyond = np.where(down, high, -np.inf), np.where(down, np.inf, low)
+        low, high = np.where(steep, beyond[0], low), np.where(steep, beyond[1], high)
     missed = discriminant <= 0
     low[missed], high[missed] = np.inf, -np.inf
     return low, high
@@ -188,7 +190,7 @@ def surface_normals(shape: Shape, points: Array, faces: NDArray[np.int16]) -> Ar
     for number, part in enumerate(shape.parts):
         if part.quadric is None:
             continue
-        curved = np.flatnonzero(faces == number * FACES_PER_PART + QUADRIC_FACE)
+        (curved,) = (faces == number * FACES_PER_PART + QUADRIC_FACE).nonzero()
         a, b, c, e, _ = part.quadric
         x, y, z = points[:, curved]
         normals[:, curved] = np.stack([2 * a * x, 2 * b * y + e, 2 * c * z])

@@ -4,8 +4,9 @@ World axes: x right, y up, z forward (metres, y = 0 on the floor). A camera ray 
 parameter t is the depth to the image plane.
 """
 
+import math
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -79,14 +80,26 @@ class Solid:
     """Half extents in metres."""
     pose: Pose
 
-    @property
+    @cached_property
     def centre(self) -> Array:
         """float32 [3, 1]."""
         return np.array(self.pose.position, np.float32)[:, None]
 
+    @cached_property
     def to_local(self) -> Array:
         """Rotation float32 [3, 3] from world to metric body axes."""
         return turning(-self.pose.yaw)
+
+    @cached_property
+    def _to_unit(self) -> NDArray[np.float64]:
+        return self.to_local.astype(np.float64) / np.array(self.scale)[:, None]
+
+    @cached_property
+    def _reach(self) -> float:
+        """Radius of a ball about the centre that holds the body."""
+        sx, sy, sz = self.scale
+        corners = SHAPES[self.shape].corners
+        return max(self.scale) if corners == "none" else math.hypot(sx, sy) if corners == "rim" else math.hypot(sx, sy, sz)
 
     def meet(self, origin: Array, directions: Array, lengths2: Array) -> tuple[NDArray[np.intp], Array, NDArray[np.int16]]:
         """Rays from one point outside that may hit: their indices, where they enter (inf: a miss) and the face met.
@@ -94,12 +107,11 @@ class Solid:
         Args:
             origin: float32 [3, 1]; directions: float32 [3, N]; lengths2: float32 [N], squared lengths of directions.
         """
-        offset = (self.centre - origin)[:, 0].astype(np.float64)
-        margin2 = float(offset @ offset - np.square(self.scale).sum())  # of the tangents to a ball that holds the body
-        along = offset.astype(np.float32) @ directions
-        near = np.flatnonzero((along > 0) & (along * along > np.float32(margin2) * lengths2))
-        to_unit = self.to_local().astype(np.float64) / np.array(self.scale)[:, None]
-        enter, face = intersect(SHAPES[self.shape], to_unit @ -offset, to_unit @ directions.take(near, axis=1))
+        offset = (self.centre - origin)[:, 0]
+        along = offset @ directions
+        tangent2 = np.float32(offset @ offset - 1.001 * self._reach**2)
+        (near,) = (along * np.abs(along) > tangent2 * lengths2).nonzero()
+        enter, face = intersect(SHAPES[self.shape], self._to_unit @ -offset, self._to_unit @ directions.take(near, axis=1))
         return near, enter, face
 
 
@@ -111,23 +123,21 @@ class Room:
     high: tuple[float, float, float]
     yaw: float
 
+    @cached_property
     def to_local(self) -> Array:
         """Rotation float32 [3, 3] from world to the room's axes."""
         return turning(-self.yaw)
 
     def meet(self, origin: Array, directions: Array) -> tuple[Array, NDArray[np.int16]]:
         """Where rays from one point inside reach the walls: t float32 [N], face int16 [N] (2 * axis + side)."""
-        o, d = (self.to_local() @ origin)[:, 0], self.to_local() @ directions
-        t = np.full(d.shape[1], np.inf, np.float32)
-        face = np.zeros(d.shape[1], np.int16)
-        for axis in range(3):
-            ahead = d[axis] > 0
-            speed = np.maximum(np.abs(d[axis]), np.float32(1e-9))
-            at_wall = np.where(ahead, self.high[axis] - o[axis], o[axis] - self.low[axis]) / speed
-            closer = at_wall < t
-            t = np.where(closer, at_wall, t)
-            face = np.where(closer, np.int16(2 * axis) + ahead, face)
-        return t, face
+        low, high = (np.array(side, np.float32)[:, None] for side in (self.low, self.high))
+        d = self.to_local @ directions
+        d[d == 0] = 1e-9
+        x, y, z = (np.copysign((high - low) / 2, d) + ((high + low) / 2 - self.to_local @ origin)) / d
+        t = np.minimum(np.minimum(x, y), z)
+        axis = np.where(t == x, np.int16(0), np.where(t == y, np.int16(1), np.int16(2)))
+        ahead = np.choose(axis, d > 0)
+        return t, 2 * axis + ahead
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,10 +154,10 @@ def trace(solids: list[Solid], room: Room, origin: Array, directions: Array) -> 
     """First hits of rays float32 [3, N] from one point [3, 1]."""
     t, face = room.meet(origin, directions)
     body = np.full(t.shape, ROOM, np.int8)
-    lengths2 = np.square(directions).sum(0)
+    lengths2 = np.einsum("in,in->n", directions, directions)
     for number, solid in enumerate(solids):
         near, enter, met = solid.meet(origin, directions, lengths2)
-        closer = np.flatnonzero(enter < t[near])
+        (closer,) = (enter < t[near]).nonzero()
         near = near[closer]
         t[near], body[near], face[near] = enter[closer], number, met[closer]
     return Hits(t=t, body=body, face=face)
@@ -156,7 +166,7 @@ def trace(solids: list[Solid], room: Room, origin: Array, directions: Array) -> 
 def lit(solids: list[Solid], lamp: Array, points: Array) -> NDArray[np.bool_]:
     """Which surface points float32 [3, N] the lamp at [3, 1] sees; a body's far side is in its own shadow."""
     directions = points - lamp
-    lengths2 = np.square(directions).sum(0)
+    lengths2 = np.einsum("in,in->n", directions, directions)
     seen = np.ones(points.shape[1], np.bool_)
     for solid in solids:
         near, enter, _ = solid.meet(lamp, directions, lengths2)
