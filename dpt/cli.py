@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 COMMANDS = {
+    "compare": "put runs side by side",
     "laws": "fit power laws to runs and draw them",
     "presets": "model sizes: parameters, MACs, bytes per rank",
     "report": "write one HTML page about an experiment",

@@ -1,15 +1,33 @@
 """Figures as SVG or PNG: curves over steps or compute, and power laws in log-log with their equation."""
 
 import io
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dpt.scaling.laws import Fit
+from dpt.scaling.laws import Fit, Law
 
 COLOURS = ("#1f6feb", "#d9480f", "#2b8a3e", "#9c36b5", "#c99a00", "#0b7285", "#c2255c", "#5c636a")
+
+_STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "dpt",
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#868e96",
+    "axes.labelcolor": "#343a40",
+    "xtick.color": "#495057",
+    "ytick.color": "#495057",
+    "axes.grid": True,
+    "grid.color": "#e9ecef",
+    "axes.axisbelow": True,
+    "figure.constrained_layout.use": True,
+}
 
 Points = Sequence[tuple[float, float]]
 
@@ -19,28 +37,9 @@ def new_axes(x_label: str, y_label: str, *, log_x: bool = False, log_y: bool = F
     import matplotlib
 
     matplotlib.use("Agg")
-    from cycler import cycler
     from matplotlib import pyplot
 
-    style = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": "dpt",
-        "font.family": "sans-serif",
-        "font.size": 10,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.edgecolor": "#868e96",
-        "axes.labelcolor": "#343a40",
-        "xtick.color": "#495057",
-        "ytick.color": "#495057",
-        "axes.grid": True,
-        "grid.color": "#e9ecef",
-        "axes.axisbelow": True,
-        "axes.prop_cycle": cycler(color=COLOURS),
-        "figure.constrained_layout.use": True,
-        "legend.frameon": False,
-    }
-    with matplotlib.rc_context(style):
+    with matplotlib.rc_context(_STYLE):
         figure, axes = pyplot.subplots(figsize=(6.4, 3.6))
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
@@ -63,7 +62,7 @@ def curves(series: Mapping[str, Points], x_label: str, y_label: str, *, log_x: b
             y = running_mean(y)
         axes.plot(x, y, color=colour, linewidth=1.8, label=label, marker=marker, markersize=4)
     if len(series) > 1:
-        axes.legend(fontsize=9)
+        axes.legend(fontsize=9, frameon=False)
     return figure
 
 
@@ -94,10 +93,15 @@ def law_figure(
         along = np.geomspace(fit.x.min() / 1.3, fit.x.max() * 1.3, 60)
         line, low, high = fit.predict(along)
         axes.fill_between(along, low, high, color=colour, alpha=0.12, linewidth=0)
-        axes.plot(along, line, color=colour, linestyle="--", linewidth=1.4, label=fit.law.equation())
+        axes.plot(along, line, color=colour, linestyle="--", linewidth=1.4, label=_mathematical(fit.law))
     if fits or any(groups):
-        axes.legend(fontsize=9)
+        axes.legend(fontsize=9, frameon=False)
     return figure
+
+
+def _mathematical(law: Law) -> str:
+    """The equation with the exponent raised."""
+    return re.sub(r"\^(\S+)", r"$^{\1}$", law.equation())
 
 
 def thinned(points: Points, most: int = 400) -> list[tuple[float, float]]:
@@ -118,19 +122,21 @@ def running_mean(values: Sequence[float], share: float = 0.03) -> list[float]:
 
 def to_svg(figure: Any) -> str:
     """The figure as an SVG document; the figure is closed."""
-    from matplotlib import pyplot
+    from matplotlib import pyplot, rc_context
 
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    with rc_context(_STYLE):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
     pyplot.close(figure)
     return buffer.getvalue()
 
 
 def save(figure: Any, path: Path) -> Path:
     """Write the figure in the format of the file's suffix (svg, png, pdf); the figure is closed."""
-    from matplotlib import pyplot
+    from matplotlib import pyplot, rc_context
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    with rc_context(_STYLE):
+        figure.savefig(path, dpi=150)
     pyplot.close(figure)
     return path
