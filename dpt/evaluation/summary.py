@@ -79,3 +79,24 @@ def protocol_line(summary: dict[str, Any]) -> str:
         f"{name}: {one['protocol']} v{one['protocol_version']}, N={one['num_samples']}, list {one['list_sha256'][:12]}"
         for name, one in summary["sets"].items()
     )
+
+
+def format_summary(summary: dict[str, Any]) -> str:
+    """The summary as plain text: a line a setting with its figures, under a line a set that says what they are figures of."""
+    lines = [
+        protocol_line({"sets": {name: one}}) + "".join(_line(r) for r in _rows(one)) for name, one in summary["sets"].items()
+    ]
+    return "\n".join(lines)
+
+
+def _rows(one: dict[str, Any]) -> list[tuple[str, dict[str, float]]]:
+    rows = [
+        (f"{r['steps']} steps, {r['ensemble']} members" if "steps" in r else "given predictions", r["metrics"])
+        for r in one["results"]
+    ]
+    return rows + [(kind, one[kind]) for kind in ("baseline", "ceiling") if one[kind]]
+
+
+def _line(row: tuple[str, dict[str, float]]) -> str:
+    title, figures = row
+    return f"\n  {title:24}" + "  ".join(f"{name} {value:.4g}" for name, value in figures.items())

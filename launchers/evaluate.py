@@ -1,0 +1,18 @@
+"""Score a model's predictions by each data set's own protocol, over sampler steps and ensemble sizes."""
+
+import os
+
+from dpt import distributed
+from dpt.config.command import parse_command
+from dpt.errors import reported
+
+if __name__ == "__main__":
+    with reported("evaluate"):
+        recipe = parse_command("evaluate", __doc__ or "", "evaluation")
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            distributed.init()
+        from dpt.evaluation.runner import run_evaluation
+        from dpt.evaluation.summary import format_summary
+
+        distributed.log(format_summary(run_evaluation(recipe)))
+        distributed.shutdown()
