@@ -69,7 +69,15 @@ def road(out: Path, scenes: int, uri: str) -> list[Step]:
             Step(
                 title=f"encode {name.replace('_', ', ')} into latent shards with the VAE",
                 command=python(
-                    "-m", "data_tools.encode", *arguments, "--vae", "embedded", "--resolution", "128", "--out", f"{shards}/{name}"
+                    "-m",
+                    "data_tools.encode",
+                    *arguments,
+                    "--vae",
+                    "embedded",
+                    "--resolution",
+                    "128",
+                    "--out",
+                    f"{shards}/{name}",
                 ),
                 result=shards / name / "manifest.json",
                 folder=shards / name,
@@ -147,7 +155,7 @@ def _environment() -> dict[str, str]:
 
 def _remove(folder: Path, out: Path) -> None:
     """Remove a stale result; never anything outside the quickstart's own folder."""
-    assert folder.resolve() != out.resolve() and folder.resolve().is_relative_to(out.resolve())
+    assert out.resolve() in folder.resolve().parents
     if folder.is_dir():
         shutil.rmtree(folder)
 
