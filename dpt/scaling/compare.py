@@ -59,11 +59,11 @@ def compare(
 
 
 def differing_fields(runs: Sequence[RunRecord]) -> dict[str, list[str]]:
-    """The recipe fields that have not the same value in all runs; "–" where a run's stage does not use the field."""
+    """The recipe fields of which the runs that use them have different values; "–" where a run's stage does not use one."""
     used = [{name: value for name, value in run.params.items() if _is_used(name, run.stage)} for run in runs]
     names = sorted({name for fields in used for name in fields})
     columns = {name: [fields.get(name, "–") for fields in used] for name in names}
-    return {name: values for name, values in columns.items() if len(set(values)) > 1}
+    return {name: values for name, values in columns.items() if len({*values} - {"–"}) > 1}
 
 
 def _is_used(name: str, stage: str) -> bool:

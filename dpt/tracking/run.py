@@ -128,7 +128,7 @@ class SpooledRun(Run):
     def begin(self, record: dict[str, Any], recipe: Mapping[str, Any]) -> None:
         """Write the first record and start the sender."""
         self._append("start", **record)
-        self._append("params", values=flatten({**recipe, "dpt": {}}) | flatten(recipe.get("dpt", {})))
+        self._append("params", values=flatten({k: v for k, v in recipe.items() if k != "dpt"} | recipe.get("dpt", {})))
         with self._survives(), tempfile.TemporaryDirectory() as folder:
             recipe_path = Path(folder) / "recipe.json"
             recipe_path.write_text(json.dumps(recipe, indent=2, default=str))
