@@ -39,7 +39,7 @@ def shade_body(
     ambient *= 1 - np.float32(0.35) * np.exp(points[1] * np.float32(-5))  # the floor takes light from a body's foot
     colors = texture_colors(look.texture, local, t / light.focal) * (ambient + light.warmth * (facing * strength))
     if look.gloss:
-        half: Array = to_lamp - rays / np.sqrt(squared_length(rays))
+        half = (to_lamp - rays / np.sqrt(squared_length(rays))).astype(np.float32, copy=False)
         cosine = np.maximum(np.einsum("in,in->n", half, normals), 0) / np.sqrt(squared_length(half))
         eighth = np.square(np.square(np.square(cosine)))
         colors += np.float32(look.gloss) * strength * eighth * eighth * eighth
