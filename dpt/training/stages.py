@@ -9,7 +9,7 @@ from dpt import distributed
 from dpt.config.checks import trained_model
 from dpt.config.recipe import Recipe
 from dpt.errors import UserError
-from dpt.models.adapt import adapt
+from dpt.models.adapting import adapt
 from dpt.models.dit import DiT
 from dpt.models.upcycling import upcycle
 from dpt.models.weights import Weights
