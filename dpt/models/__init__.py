@@ -7,14 +7,28 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dpt.models.adapting import adapt as adapt
     from dpt.models.dit import DiT as DiT
     from dpt.models.dit import DiTOutput as DiTOutput
     from dpt.models.dit import build_model as build_model
+    from dpt.models.pretrained import export_diffusers as export_diffusers
+    from dpt.models.pretrained import export_weights as export_weights
+    from dpt.models.pretrained import import_weights as import_weights
+    from dpt.models.pretrained import read_weights as read_weights
+    from dpt.models.upcycling import upcycle as upcycle
+    from dpt.models.weights import Weights as Weights
 
 _HOMES = {
     "DiT": "dit",
     "DiTOutput": "dit",
+    "Weights": "weights",
+    "adapt": "adapting",
     "build_model": "dit",
+    "export_diffusers": "pretrained",
+    "export_weights": "pretrained",
+    "import_weights": "pretrained",
+    "read_weights": "pretrained",
+    "upcycle": "upcycling",
 }
 __all__ = sorted(_HOMES)
 

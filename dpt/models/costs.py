@@ -190,23 +190,19 @@ def _out_channels(config: ModelConfig) -> int:
     return config.in_channels * (2 if config.learn_sigma else 1)
 
 
-def _mlp_width(config: ModelConfig) -> int:
-    return int(config.hidden_size * config.mlp_ratio)
-
-
 def _is_swiglu(config: ModelConfig) -> bool:
     return config.num_experts > 0 and config.expert_activation == "swiglu"
 
 
 def _expert_params(config: ModelConfig) -> int:
     """Parameters of one expert, or of a dense block's MLP."""
-    d, width = config.hidden_size, _mlp_width(config)
+    d, width = config.hidden_size, config.mlp_width
     return 3 * d * width if _is_swiglu(config) else 2 * d * width + width + d
 
 
 def _mlp_macs_per_token(config: ModelConfig) -> int:
     """MACs of a block's MLP, or of its router, top_k experts and shared expert."""
-    d, width = config.hidden_size, _mlp_width(config)
+    d, width = config.hidden_size, config.mlp_width
     if not config.num_experts:
         return 2 * d * width
     matrices = 3 if _is_swiglu(config) else 2
@@ -219,7 +215,7 @@ def _activation_bytes(config: ModelConfig, tokens: int, size: int, checkpointing
     kept, working = _kept_per_token(config, size), 7 * d * size  # 7: the final layer, and gradients on their way
     expert_gradients = 0
     if config.num_experts:
-        width, swiglu = config.top_k * _mlp_width(config), int(_is_swiglu(config))
+        width, swiglu = config.top_k * config.mlp_width, int(_is_swiglu(config))
         expert_gradients = config.num_experts * _expert_params(config) * size  # of one block
         # In the experts' backward pass: gradient of the activation, the activation again, gradient of the first product; later
         # the last two beside the weights' gradients. The shared expert's backward pass is over by then.
@@ -238,10 +234,10 @@ def _kept_per_token(config: ModelConfig, size: int) -> int:
         wide += 3 * d
     narrow = 4 * (heads + 4)  # float32: attention's log-sums, both norms' means and deviations
     if config.num_experts:
-        k, width = config.top_k, _mlp_width(config)
+        k, width = config.top_k, config.mlp_width
         wide += k * (2 * d + width * (2 if _is_swiglu(config) else 1)) + 4 * config.shared_expert_width
         narrow += 3 * 4 * config.num_experts + k * (3 * 4 + 4 * 8)  # router in float32; slots' weights and indices
         narrow += 4 * d if size < 4 else 0  # the router's float32 input
     else:
-        wide += 2 * _mlp_width(config)
+        wide += 2 * config.mlp_width
     return wide * size + narrow

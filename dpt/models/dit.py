@@ -53,8 +53,8 @@ class DiTBlock(nn.Module):
         size = config.hidden_size
         self.norm1 = nn.LayerNorm(size, elementwise_affine=False, eps=1e-6)
         self.attn = Attention(size, config.num_heads, qk_norm=config.qk_norm, backend=config.attention_backend)
-        self.norm2 = nn.LayerNorm(size, elementwise_affine=False, eps=1e-6)
-        self.mlp = None if config.num_experts else Mlp(size, int(size * config.mlp_ratio))
+        self.norm2 = nn.LayerNorm(size, elementwise_affine=False, eps=config.mlp_norm_eps)
+        self.mlp = None if config.num_experts else Mlp(size, config.mlp_width)
         self.moe = _build_moe(config, ep_size) if config.num_experts else None
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(size, 6 * size))
 
@@ -102,7 +102,7 @@ class DiT(nn.Module):
             self.x_embedder = PatchEmbedRouter(config.patch_embed_tasks, config.patch_size, self.in_channels, size)
         else:
             self.x_embedder = PatchEmbed(config.patch_size, self.in_channels, size)
-        self.t_embedder = TimestepEmbedder(size)
+        self.t_embedder = TimestepEmbedder(size, config.timestep_features)
         self.y_embedder = LabelEmbedder(config.num_classes, size)
         self.clip_embedder = nn.Linear(config.clip_embedding_size, size, bias=False) if config.clip_embedding_size else None
         blocks = nn.ModuleList(DiTBlock(config, ep_size) for _ in range(config.depth))

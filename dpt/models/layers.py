@@ -6,6 +6,7 @@ weights map simply.
 """
 
 import math
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +20,9 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(shift.unsqueeze(1), x, 1 + scale.unsqueeze(1))
 
 
-def sinusoidal_features(positions: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Sines and cosines, each [..., size / 2], of positions [...] at frequencies 10000^(-2 i / size), in positions' dtype."""
-    exponents = torch.arange(size // 2, dtype=positions.dtype, device=positions.device) / (size // 2)
+def sinusoidal_features(positions: Tensor, count: int, denominator: int) -> tuple[Tensor, Tensor]:
+    """Sines and cosines, each [..., count], of positions [...] at frequencies 10000^(-i / denominator), in positions' dtype."""
+    exponents = torch.arange(count, dtype=positions.dtype, device=positions.device) / denominator
     angles = positions[..., None] * torch.exp(-math.log(10000.0) * exponents)
     return angles.sin(), angles.cos()
 
@@ -34,7 +35,8 @@ def position_table(height: int, width: int, hidden_size: int, device: torch.devi
     """
 
     def axis(length: int) -> Tensor:
-        return torch.cat(sinusoidal_features(torch.arange(length, dtype=torch.float64, device=device), hidden_size // 2), -1)
+        positions, count = torch.arange(length, dtype=torch.float64, device=device), hidden_size // 4
+        return torch.cat(sinusoidal_features(positions, count, count), dim=-1)
 
     columns = axis(width)[None, :].expand(height, -1, -1)
     rows = axis(height)[:, None].expand(-1, width, -1)
@@ -101,8 +103,10 @@ def unpatchify(x: Tensor, patch_size: int, height: int, width: int) -> Tensor:
 class TimestepEmbedder(nn.Module):
     """Timesteps [B] (whole or fractional) -> [B, D] through sinusoidal features and a two-layer MLP."""
 
-    def __init__(self, hidden_size: int) -> None:
+    def __init__(self, hidden_size: int, features: Literal["dit", "diffusers"] = "dit") -> None:
         super().__init__()
+        self.count = FREQUENCY_EMBEDDING_SIZE // 2
+        self.denominator = self.count if features == "dit" else self.count - 1
         self.mlp = nn.Sequential(
             nn.Linear(FREQUENCY_EMBEDDING_SIZE, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
         )
@@ -116,7 +120,7 @@ class TimestepEmbedder(nn.Module):
                 nn.init.zeros_(parameter)
 
     def forward(self, timesteps: Tensor) -> Tensor:
-        sines, cosines = sinusoidal_features(timesteps.float(), FREQUENCY_EMBEDDING_SIZE)
+        sines, cosines = sinusoidal_features(timesteps.float(), self.count, self.denominator)
         return self.mlp(torch.cat([cosines, sines], dim=-1).to(next(self.parameters()).dtype))  # [B, D]
 
 

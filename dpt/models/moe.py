@@ -104,7 +104,6 @@ class MoE(nn.Module):
 
     def __init__(self, config: ModelConfig, num_local_experts: int | None = None) -> None:
         nn.Module.__init__(self)  # not super(): the expert-parallel subclass also derives from DeepSpeed's MoE
-        width = int(config.hidden_size * config.mlp_ratio)
         self.num_experts = config.num_experts
         self.capacity_factor = config.capacity_factor
         self.gate = Router(
@@ -114,7 +113,8 @@ class MoE(nn.Module):
             normalize=config.normalize_top_k,
             biased=config.router_bias_balancing,
         )
-        self.experts = Experts(num_local_experts or config.num_experts, config.hidden_size, width, config.expert_activation)
+        num_local_experts = num_local_experts or config.num_experts
+        self.experts = Experts(num_local_experts, config.hidden_size, config.mlp_width, config.expert_activation)
         # Not named "shared_expert": DeepSpeed takes every key of a MoE that holds "expert" for a routed one.
         self.shared = SwiGLU(config.hidden_size, config.shared_expert_width) if config.shared_expert_width else None
 

@@ -1,0 +1,92 @@
+"""Weights taken to another input or other labels: more conditions, task labels, a convolution a task, a CLIP projection."""
+
+import dataclasses
+from dataclasses import fields
+
+import torch
+from torch import Tensor
+
+from dpt.config.sections import ModelConfig
+from dpt.errors import UserError
+from dpt.models.weights import Weights, check_state
+
+_ADAPTED = {"num_conditions", "num_classes", "patch_embed_tasks", "clip_embedding_size", "router_bias_balancing"}
+_FREE = {"preset", "input_size", "class_dropout_prob", "attention_backend", "capacity_factor"}
+"""Fields that no tensor depends on; positions are computed for every size."""
+_OF_EXPERTS = {"top_k", "expert_activation", "shared_expert_width", "normalize_top_k"}
+"""Fields that mean nothing without experts."""
+
+
+def adapt(weights: Weights, target: ModelConfig) -> Weights:
+    """`weights` as those of `DiT(target)`, for fine-tuning.
+
+    Conditions: the patch embedding is repeated for each image and divided by their number. Labels: each new one starts as the
+    mean of its share of the old class rows (4 new ones on 1000 classes: rows 0-249, 250-499, 500-749, 750-999), the null
+    label's row stays the last. A convolution a task: all start as the one there was. CLIP projection: zero. UserError if
+    another field differs.
+    """
+    source = weights.config
+    may_differ = _ADAPTED | _FREE | (set() if source.num_experts or target.num_experts else _OF_EXPERTS)
+    for name in [f.name for f in fields(ModelConfig) if f.name not in may_differ]:
+        old, new = getattr(source, name), getattr(target, name)
+        if old != new:
+            raise UserError(f"dpt.model.{name} is {new}, but the weights ({weights.source}) have {old}; set it to {old}.")
+    state = dict(weights.state)
+    _widen(state, source, target)
+    _route(state, source, target)
+    _add_labels(state, source, target)
+    if target.clip_embedding_size and not source.clip_embedding_size:
+        table = state["y_embedder.embedding_table.weight"]
+        state["clip_embedder.weight"] = table.new_zeros(target.hidden_size, target.clip_embedding_size)
+    for block in range(target.depth):
+        name = f"blocks.{block}.moe.gate.bias_steps"
+        if target.num_experts and target.router_bias_balancing and name not in state:
+            state[name] = torch.zeros(target.num_experts, dtype=torch.int64)
+        elif not target.router_bias_balancing:
+            state.pop(name, None)
+    check_state(target, state, weights.source)
+    return dataclasses.replace(weights, config=target, state=state)
+
+
+def _widen(state: dict[str, Tensor], source: ModelConfig, target: ModelConfig) -> None:
+    """Repeat the patch embedding's weights for 1 + num_conditions images and divide by their number (Ke et al., "Repurposing
+    Diffusion-Based Image Generators for Monocular Depth Estimation", 2024, section 3.2)."""
+    if source.num_conditions == target.num_conditions:
+        return
+    if source.num_conditions:
+        raise UserError(
+            f"dpt.model.num_conditions is {target.num_conditions}, but the weights have {source.num_conditions} already; "
+            f"set it to {source.num_conditions}, or start from weights without conditions."
+        )
+    images = 1 + target.num_conditions
+    name = "x_embedder.weight" if source.patch_embed_tasks else "x_embedder.proj.weight"
+    state[name] = torch.cat([state[name] / images] * images, dim=-3)  # [..., D, C, p, p]
+
+
+def _route(state: dict[str, Tensor], source: ModelConfig, target: ModelConfig) -> None:
+    """One convolution -> one a task, all equal."""
+    if source.patch_embed_tasks == target.patch_embed_tasks:
+        return
+    if source.patch_embed_tasks:
+        raise UserError(
+            f"dpt.model.patch_embed_tasks is {target.patch_embed_tasks}, but the weights have {source.patch_embed_tasks}; "
+            f"set it to {source.patch_embed_tasks}."
+        )
+    for kind in ("weight", "bias"):
+        state[f"x_embedder.{kind}"] = torch.stack([state.pop(f"x_embedder.proj.{kind}")] * target.patch_embed_tasks)
+
+
+def _add_labels(state: dict[str, Tensor], source: ModelConfig, target: ModelConfig) -> None:
+    """New label rows before the null label's."""
+    new = target.num_classes - source.num_classes
+    if new == 0:
+        return
+    if new < 0 or new > source.num_classes:
+        raise UserError(
+            f"dpt.model.num_classes is {target.num_classes}, but the weights have {source.num_classes} labels; set it to "
+            f"{source.num_classes} plus the number of new task labels."
+        )
+    name = "y_embedder.embedding_table.weight"
+    classes, null = state[name][:-1], state[name][-1:]
+    means = torch.stack([rows.mean(dim=0) for rows in classes.tensor_split(new)])
+    state[name] = torch.cat([classes, means, null])

@@ -1,0 +1,279 @@
+"""Weights from files and back: public checkpoints, diffusers' folders and our own exports, recognised by their keys."""
+
+import argparse
+import json
+import os
+import shutil
+import uuid
+import zipfile
+from collections.abc import Mapping
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dpt.config.sections import DiffusionConfig, ModelConfig
+from dpt.errors import UserError
+from dpt.models.dit import DiT
+from dpt.models.layers import position_table
+from dpt.models.weight_maps import (
+    Map,
+    config_from_diffusers,
+    config_to_diffusers,
+    diffusers_map,
+    embedder_copies,
+    infer_public_config,
+    public_map,
+)
+from dpt.models.weights import Weights, check_state, expected_shapes, refuse
+
+FORMAT_VERSION = 1
+_WEIGHTS, _CONFIG = "weights.safetensors", "config.json"
+_DIFFUSERS_WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+_EMA = "ema."
+
+
+# --- reading --------------------------------------------------------------------------------------------------------------
+
+
+def import_weights(path: str | Path, *, ema: bool = True, dtype: torch.dtype = torch.float32, **fields: Any) -> DiT:
+    """The network whose weights are in `path` (see `read_weights`), on the CPU."""
+    return read_weights(path, ema=ema, dtype=dtype, **fields).build()
+
+
+def read_weights(path: str | Path, *, ema: bool = True, dtype: torch.dtype = torch.float32, **fields: Any) -> Weights:
+    """Weights of any known format, as ours.
+
+    `path`: our export (a folder), a diffusers folder (of a DiTTransformer2DModel, or of a pipeline with one), or a public
+    `.pt` or `.safetensors` file: DiT, DiT-MoE with plain or flash-attention keys, or the generalist of "Scaling Properties of
+    Diffusion Models for Perceptual Tasks". `ema`: averaged weights if the file holds both kinds. `dtype`: of the result.
+    `fields`: of ModelConfig, where a public file's shapes do not tell (num_heads, top_k). Nothing is unpickled but tensors.
+    UserError if the format is unknown, or a tensor is missing, unknown, or of a wrong shape.
+    """
+    path = Path(path)
+    if (path / _WEIGHTS).is_file() and (path / _CONFIG).is_file():
+        weights = _read_export(path, ema)
+    elif path.is_dir():
+        weights = _read_diffusers(path / "transformer" if (path / "transformer").is_dir() else path)
+    else:
+        weights = _read_public(path, ema, fields)
+    state = {n: t.to(dtype) if t.is_floating_point() else t for n, t in weights.state.items()}
+    check_state(weights.config, state, str(path))
+    return replace(weights, state=state)
+
+
+def _read_export(path: Path, ema: bool) -> Weights:
+    config = read_config(path)
+    try:
+        with safe_open(path / _WEIGHTS, framework="pt") as file:
+            if (file.metadata() or {}).get("export_id") != config.pop("export_id", None):
+                raise UserError(f"{path}: {_WEIGHTS} and {_CONFIG} are of different exports; export the weights again.")
+            names = list(file.keys())
+            averaged = ema and any(name.startswith(_EMA) for name in names)
+            plain = [n for n in names if not n.startswith(_EMA)]
+            # Tensors without an average (counters) are stored once.
+            state = {n: file.get_tensor(_EMA + n if averaged and _EMA + n in names else n) for n in plain}
+    except SafetensorError as error:
+        raise UserError(f"{path / _WEIGHTS}: not a complete safetensors file ({error}); export the weights again.") from error
+    model = config.pop("model")
+    return Weights(config=model, state=state, source="our export", averaged=averaged, sections=config)
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """config.json of an exported folder, "model" as a ModelConfig; UserError if this version does not know all of it."""
+    file = Path(path) / _CONFIG
+    config = _read_json(file)
+    if config.pop("format_version", None) != FORMAT_VERSION:
+        raise UserError(f"{file}: format_version is not {FORMAT_VERSION}; export the weights with this version of dpt.")
+    known = {f.name for f in fields(ModelConfig)}
+    unknown = config.get("model", {}).keys() - known
+    if "model" not in config or unknown:
+        raise UserError(
+            f"{file}: model has fields that this version does not know: {', '.join(sorted(unknown)) or 'none at all'}."
+        )
+    return config | {"model": ModelConfig(**config["model"])}
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror}); check the path.") from error
+    except ValueError as error:
+        raise UserError(f"{file}: not a JSON object ({error}).") from error
+
+
+def _read_diffusers(path: Path) -> Weights:
+    values = _read_json(path / _CONFIG)
+    if values.get("_class_name") not in ("DiTTransformer2DModel", "Transformer2DModel"):
+        raise UserError(f'{path / _CONFIG}: _class_name is "{values.get("_class_name")}"; only DiTTransformer2DModel is known.')
+    file = next((path / name for name in _DIFFUSERS_WEIGHTS if (path / name).is_file()), None)
+    if file is None:
+        raise UserError(f"{path}: holds none of {', '.join(_DIFFUSERS_WEIGHTS)}.")
+    config, state = config_from_diffusers(values), _read_tensors(file)
+    if (table := state.pop("pos_embed.pos_embed", None)) is not None:
+        _check_positions(table, config, str(file))
+    for name in expected_shapes(config):
+        first = state.get(diffusers_map(name, config).names[0])
+        for copy in embedder_copies(name, config):
+            if copy in state and first is not None and not torch.equal(state[copy], first):
+                raise UserError(f"{file}: {copy} differs from block 0's; a network of ours has one embedder for all blocks.")
+            state.pop(copy, None)
+    return Weights(config=config, state=_convert(state, config, diffusers_map, str(file)), source="diffusers")
+
+
+def _read_public(path: Path, ema: bool, fields: Mapping[str, Any]) -> Weights:
+    state, averaged = _select(_read_tensors(path), ema)
+    if "x_embedder.proj.weight" not in state and "x_embedder.proj.conv_in_1.weight" not in state:
+        raise UserError(f"{path}: not the weights of a DiT (its names begin with {', '.join(sorted(state)[:3])}).")
+    try:
+        config = infer_public_config(state, **fields)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    _check_positions(state.pop("pos_embed"), config, str(path))
+    flash = "blocks.0.attn.Wqkv.weight" in state
+    kind = "generalist" if config.patch_embed_tasks else "DiT-MoE" if config.num_experts else "DiT"
+    # DiT's objective is our default; DiT-MoE has weights of several, which no key tells apart.
+    sections: dict[str, Any] = {}
+    if kind == "DiT":
+        sections = {"diffusion": asdict(DiffusionConfig())}
+    elif kind == "generalist":
+        sections = {"task": "generalist", "diffusion": asdict(DiffusionConfig(beta_schedule="squaredcos_cap_v2"))}
+    return Weights(
+        config=config,
+        state=_convert(state, config, public_map(flash), str(path)),
+        source=f"public {kind}",
+        averaged=averaged,
+        sections=sections,
+    )
+
+
+def _read_tensors(file: Path) -> dict[str, Any]:
+    """The names and tensors of a `.safetensors` file or a pickle, of which only tensors and plain containers are read."""
+    try:
+        if file.suffix == ".safetensors":
+            with safe_open(file, framework="pt") as opened:
+                return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        with torch.serialization.safe_globals([argparse.Namespace]):  # DiT's training checkpoints hold their arguments
+            loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except FileNotFoundError as error:
+        raise UserError(f"{file}: there is no such file; check the path.") from error
+    except Exception as error:  # torch raises many kinds
+        raise UserError(f"{file}: not readable as plain tensors ({str(error).splitlines()[0]}).") from error
+    if not isinstance(loaded, Mapping):
+        raise UserError(f"{file}: holds a {type(loaded).__name__}, not named tensors.")
+    return dict(loaded)
+
+
+def _select(loaded: dict[str, Any], ema: bool) -> tuple[dict[str, Tensor], bool]:
+    """The tensors of a checkpoint with "ema" and "model", or of a file of tensors alone; and whether they are averages."""
+    averaged = ema and isinstance(loaded.get("ema"), Mapping)
+    for name in ("ema", "model") if averaged else ("model", "module"):
+        if isinstance(loaded.get(name), Mapping):
+            loaded = dict(loaded[name])
+            break
+    return {name.removeprefix("module."): t for name, t in loaded.items() if isinstance(t, Tensor)}, averaged
+
+
+def _check_positions(table: Tensor, config: ModelConfig, source: str) -> None:
+    """Our positions are computed: a stored table must be the same one."""
+    side = config.input_size // config.patch_size
+    expected = position_table(side, side, config.hidden_size)[None]
+    tolerance = 1e-5 if table.dtype == torch.float32 else 1e-2
+    if table.shape != expected.shape or (table.float() - expected).abs().max() > tolerance:
+        raise UserError(f"{source}: pos_embed is not the fixed sin-cos table of {side} x {side} positions, the only one known.")
+
+
+def _convert(state: dict[str, Tensor], config: ModelConfig, source: Map, path: str) -> dict[str, Tensor]:
+    """Tensors under our names; refuses, under theirs, what is missing, unknown or of a wrong shape."""
+    sources = {name: source(name, config) for name in expected_shapes(config)}
+    wanted = {n for s in sources.values() for n in s.names}
+    refuse(path, missing=wanted - state.keys(), unknown=state.keys() - wanted)
+    wrong = []
+    converted: dict[str, Tensor] = {}
+    for name, shape in expected_shapes(config).items():
+        parts = {n: list(state[n].shape) for n in sources[name].names}
+        try:
+            converted[name] = sources[name].join(state)
+        except RuntimeError:  # parts that do not go together
+            wrong.append(f"{', '.join(f'{n} is {s}' for n, s in parts.items())}")
+            continue
+        if converted[name].shape != shape:
+            wrong.append(f"{', '.join(f'{n} is {s}' for n, s in parts.items())}, together not {list(shape)}")
+    refuse(path, wrong=wrong)
+    return converted
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------------
+
+
+def export_weights(
+    weights: Weights | DiT,
+    path: str | Path,
+    *,
+    ema: Mapping[str, Tensor] | None = None,
+    sections: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write the folder `path`: `weights.safetensors` and `config.json`, complete or not at all; an export there is replaced.
+
+    `weights`: a network on one device, or Weights (expert-parallel training joins its experts first: `gather_experts`).
+    `ema`: averaged weights under the same names, stored beside them. `sections`: what config.json says beside "model"
+    (diffusion, vae, task, lineage, as in docs/architecture.md), over what `weights` carries. Tensors keep their dtypes.
+    """
+    if isinstance(weights, DiT):
+        weights = Weights(config=weights.config, state=weights.state_dict())
+    path = Path(path)
+    check_state(weights.config, weights.state, str(path))
+    tensors = dict(weights.state)
+    if ema is not None:
+        check_state(weights.config, {**weights.state, **ema}, f"{path}, averaged")
+        tensors |= {_EMA + name: tensor for name, tensor in ema.items()}
+    export_id = uuid.uuid4().hex
+    config = {"format_version": FORMAT_VERSION, "export_id": export_id, "model": asdict(weights.config)}
+    config |= {**weights.sections, **(sections or {})}
+    return _write_folder(path, config, tensors, _WEIGHTS, {"export_id": export_id, "format": "pt"})
+
+
+def export_diffusers(weights: Weights | DiT, path: str | Path) -> Path:
+    """Write a dense network as the folder of a diffusers DiTTransformer2DModel; UserError if diffusers has no such network.
+
+    diffusers computes the timestep's sines at 10000^(-i/127), DiT at 10000^(-i/128). A network with timestep_features "dit"
+    is the same in diffusers only with `downscale_freq_shift = 0` set on each block's `norm1.emb.time_proj`.
+    """
+    if isinstance(weights, DiT):
+        weights = Weights(config=weights.config, state=weights.state_dict())
+    config = config_to_diffusers(weights.config)
+    check_state(weights.config, weights.state, str(path))
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in weights.state.items():
+        parts = diffusers_map(name, weights.config).split(tensor)
+        tensors |= parts
+        tensors |= {copy: tensor.clone() for copy in embedder_copies(name, weights.config)}
+    return _write_folder(Path(path), config, tensors, _DIFFUSERS_WEIGHTS[0], {"format": "pt"})
+
+
+def _write_folder(
+    path: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], name: str, metadata: dict[str, str]
+) -> Path:
+    """A folder of config.json and tensors, made beside `path` and renamed when complete."""
+    if path.exists() and not (path / _CONFIG).is_file():
+        raise UserError(f"{path}: exists and holds no weights; choose another folder.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new, old = (path.with_name(f".{path.name}.{kind}-{os.getpid()}") for kind in ("new", "old"))
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir()
+    save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, new / name, metadata)
+    (new / _CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    for file in (new / name, new / _CONFIG, new):
+        descriptor = os.open(file, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+    if path.exists():
+        path.rename(old)
+    new.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
+    return path

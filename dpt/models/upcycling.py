@@ -1,0 +1,66 @@
+"""Upcycling: a dense network's weights become those of a Mixture-of-Experts that computes the same (a pure function)."""
+
+import dataclasses
+import math
+import re
+
+import torch
+from torch import Tensor
+
+from dpt.config.sections import UpcyclingConfig
+from dpt.errors import UserError
+from dpt.models.weights import Weights, check_state, expected_shapes
+
+
+def upcycle(weights: Weights, upcycling: UpcyclingConfig, *, seed: int = 0) -> Weights:
+    """Copy each MLP into experts and add a router (Komatsuzaki et al., "Sparse Upcycling", 2023; section 4.4 of the paper).
+
+    With normalised top-k weights every token gets a convex combination of equal experts: exactly the dense function. With raw
+    ones it is that function times the sum of the top-k probabilities. With granularity m each copy's hidden units are dealt
+    to m finer experts that share a router row, so that they are chosen together; their second layers count m-fold, since each
+    gets an m-th of the weight (virtual groups, He et al., "Upcycling Large Language Models into Mixture of Experts", 2024,
+    section 4). `noise_std`, times each tensor's standard deviation, breaks the copies' symmetry at the price of exactness.
+    Routers start uniform in +-1 / sqrt(hidden_size); the same `seed` gives the same routers and noise. Raises UserError for a
+    network that has experts already, or a granularity that does not divide its MLPs' width.
+    """
+    dense, m = weights.config, upcycling.granularity
+    if dense.num_experts:
+        raise UserError(
+            f"dpt.upcycling: the network has {dense.num_experts} experts in each block already; give dense weights."
+        )
+    if dense.mlp_width % m:
+        raise UserError(f"dpt.upcycling.granularity {m} does not divide the MLPs' width {dense.mlp_width}; choose a divisor.")
+    check_state(dense, weights.state, weights.source)
+    config = upcycling.apply(dense)
+    generator = torch.Generator().manual_seed(seed)
+    state = {}
+    for name, shape in expected_shapes(config).items():  # a fixed order, so that the seed tells every number
+        if match := re.fullmatch(r"(blocks\.\d+)\.moe\.experts\.(fc[12])_(weight|bias)", name):
+            mlp = weights.state[f"{match[1]}.mlp.{match[2]}.{match[3]}"]
+            experts = _split(mlp, f"{match[2]}.{match[3]}", m).repeat(upcycling.num_experts, *(1 for _ in mlp.shape))
+            state[name] = _add_noise(experts, upcycling.noise_std, generator)
+        elif name.endswith(".moe.gate.weight"):
+            bound = 1 / math.sqrt(config.hidden_size)
+            rows = torch.empty(upcycling.num_experts, config.hidden_size).uniform_(-bound, bound, generator=generator)
+            state[name] = rows.repeat_interleave(m, dim=0)
+        elif name.endswith(".moe.gate.bias_steps"):
+            state[name] = torch.zeros(shape, dtype=torch.int64)
+        else:
+            state[name] = weights.state[name]
+    return dataclasses.replace(weights, config=config, state=state)
+
+
+def _split(tensor: Tensor, kind: str, m: int) -> Tensor:
+    """One MLP's tensor as m finer experts [m, ...], which together, each weighted by 1 / m, compute the same."""
+    if kind == "fc2.weight":  # [D, F] -> [m, D, F / m]
+        return m * torch.stack(tensor.chunk(m, dim=1))
+    if kind == "fc2.bias":  # added by each, weighted by 1 / m
+        return tensor.expand(m, -1)
+    return torch.stack(tensor.chunk(m))
+
+
+def _add_noise(experts: Tensor, noise_std: float, generator: torch.Generator) -> Tensor:
+    if not noise_std:
+        return experts
+    noise = torch.empty(experts.shape, dtype=torch.float32).normal_(generator=generator)
+    return experts + (noise * (noise_std * experts.float().std())).to(experts.dtype)

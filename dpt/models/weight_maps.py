@@ -1,0 +1,252 @@
+"""Where each of our tensors is in other projects' weights: names, the order of parts, and the architecture told by shapes.
+
+Sources: the released models' key lists of facebookresearch/DiT, feizc/DiT-MoE (plain and flash-attention), the generalist of
+"Scaling Properties of Diffusion Models for Perceptual Tasks", and diffusers' DiTTransformer2DModel.
+"""
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpt.config.presets import PRESETS
+from dpt.config.sections import ModelConfig
+from dpt.errors import UserError
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where one of our tensors comes from: each group of names is concatenated, the groups are stacked if `stacked`."""
+
+    groups: list[list[str]]
+    stacked: bool = False
+
+    @property
+    def names(self) -> list[str]:
+        return [name for group in self.groups for name in group]
+
+    def join(self, state: Mapping[str, Tensor]) -> Tensor:
+        parts = [torch.cat([state[n] for n in group]) if len(group) > 1 else state[group[0]] for group in self.groups]
+        return torch.stack(parts) if self.stacked else parts[0]
+
+    def split(self, tensor: Tensor) -> dict[str, Tensor]:
+        """The named parts of one of our tensors: the inverse of `join` for parts of equal size."""
+        parts = list(tensor) if self.stacked else [tensor]
+        pairs = zip(self.groups, parts, strict=True)
+        return {name: piece for group, part in pairs for name, piece in zip(group, _chunks(part, len(group)), strict=True)}
+
+
+def _chunks(tensor: Tensor, count: int) -> list[Tensor]:
+    return [tensor] if count == 1 else [piece.clone() for piece in tensor.chunk(count)]
+
+
+Map = Callable[[str, ModelConfig], Source]
+"""From the name of one of our tensors to where it is in theirs."""
+
+
+# --- DiT, DiT-MoE and the generalist ----------------------------------------------------------------------------------------
+
+
+def public_map(flash: bool) -> Map:
+    """The map of DiT's names; `flash`: as DiT-MoE's flash-attention variant writes the attention's."""
+
+    def source(name: str, config: ModelConfig) -> Source:
+        if match := re.fullmatch(r"(blocks\.\d+\.moe\.experts)\.(.+)_(weight|bias)", name):
+            prefix, layer, kind = match.groups()
+            layers = {"gate_up": ["gate_proj", "up_proj"], "down": ["down_proj"]}.get(layer, [layer])
+            return Source([[f"{prefix}.{e}.{n}.{kind}" for n in layers] for e in range(config.num_experts)], stacked=True)
+        if match := re.fullmatch(r"(blocks\.\d+\.moe)\.shared\.(gate_up|down)\.weight", name):
+            layers = ["gate_proj", "up_proj"] if match[2] == "gate_up" else ["down_proj"]
+            return Source([[f"{match[1]}.shared_experts.{n}.weight" for n in layers]])
+        if config.patch_embed_tasks and (match := re.fullmatch(r"x_embedder\.(weight|bias)", name)):
+            tasks = range(1, config.patch_embed_tasks + 1)
+            return Source([[f"x_embedder.proj.conv_in_{t}.{match[1]}"] for t in tasks], stacked=True)
+        if flash:
+            name = name.replace(".attn.qkv.", ".attn.Wqkv.").replace(".attn.proj.", ".attn.out_proj.")
+        return Source([[name]])
+
+    return source
+
+
+def infer_public_config(state: Mapping[str, Tensor], **known: Any) -> ModelConfig:
+    """The architecture of weights under DiT's names, told by keys and shapes; `known` fields win.
+
+    Shapes tell neither top_k (2 in all released models) nor the heads, which are those of the preset of the same width and
+    depth, or follow from a query norm; UserError if neither tells.
+    """
+    convolutions = [state[key] for key in state if re.fullmatch(r"x_embedder\.proj\.(conv_in_\d+\.)?weight", key)]
+    hidden_size, total_in, patch_size, _ = convolutions[0].shape
+    depth = _count(state, r"blocks\.(\d+)\.")
+    fields: dict[str, Any] = {
+        "input_size": math.isqrt(_shape(state, "pos_embed")[1]) * patch_size,
+        "patch_size": patch_size,
+        "hidden_size": hidden_size,
+        "depth": depth,
+        "num_classes": _shape(state, "y_embedder.embedding_table.weight")[0] - 1,
+        "patch_embed_tasks": len(convolutions) if "x_embedder.proj.weight" not in state else 0,
+        "qk_norm": "blocks.0.attn.q_norm.weight" in state,
+        **_channels(total_in, _shape(state, "final_layer.linear.weight")[0] // patch_size**2),
+    }
+    if "blocks.0.moe.gate.weight" in state:
+        fields |= _expert_fields(state, hidden_size)
+    else:
+        fields["mlp_ratio"] = _shape(state, "blocks.0.mlp.fc1.weight")[0] / hidden_size
+    if "num_heads" not in known:
+        if fields["qk_norm"]:
+            fields["num_heads"] = hidden_size // _shape(state, "blocks.0.attn.q_norm.weight")[0]
+        else:
+            fields["num_heads"] = _heads(hidden_size, depth)
+    return _named(ModelConfig(**fields | known))
+
+
+def _named(config: ModelConfig) -> ModelConfig:
+    """The config with the name of its preset, or of the dense one that it was upcycled from; else "custom"."""
+    sizes = {size: getattr(config, size) for size in ("hidden_size", "depth", "num_heads", "patch_size")}
+    num_experts = config.num_experts if config.shared_expert_width else 0
+    for name, preset in PRESETS.items():
+        if preset.get("num_experts", 0) == num_experts and sizes.items() <= preset.items():
+            return replace(config, preset=name)
+    return replace(config, preset="custom")
+
+
+def _expert_fields(state: Mapping[str, Tensor], hidden_size: int) -> dict[str, Any]:
+    swiglu = "blocks.0.moe.experts.0.gate_proj.weight" in state
+    first = "blocks.0.moe.experts.0.gate_proj.weight" if swiglu else "blocks.0.moe.experts.0.fc1.weight"
+    shared = state.get("blocks.0.moe.shared_experts.gate_proj.weight")
+    return {
+        "num_experts": _shape(state, "blocks.0.moe.gate.weight")[0],
+        "top_k": 2,
+        "normalize_top_k": False,
+        "expert_activation": "swiglu" if swiglu else "gelu",
+        "mlp_ratio": _shape(state, first)[0] / hidden_size,
+        "shared_expert_width": 0 if shared is None else shared.shape[0],
+    }
+
+
+def _channels(total_in: int, out: int) -> dict[str, Any]:
+    """in_channels, num_conditions and learn_sigma from the channels in and out; latents of 4 channels if that fits."""
+    for channels in (4, total_in):
+        if total_in % channels == 0 and out in (channels, 2 * channels):
+            return {"in_channels": channels, "num_conditions": total_in // channels - 1, "learn_sigma": out == 2 * channels}
+    raise UserError(f"weights for {total_in} channels in and {out} out: neither 4-channel latents nor an unconditional model.")
+
+
+def _heads(hidden_size: int, depth: int) -> int:
+    heads = {p["num_heads"] for p in PRESETS.values() if (p["hidden_size"], p["depth"]) == (hidden_size, depth)}
+    if len(heads) != 1:
+        raise UserError(
+            f"the weights do not tell the number of attention heads of a network of width {hidden_size} and depth {depth}; "
+            "give num_heads."
+        )
+    return heads.pop()
+
+
+def _shape(state: Mapping[str, Tensor], name: str) -> torch.Size:
+    if name not in state:
+        raise UserError(f"the weights resemble a DiT's, but {name} is missing.")
+    return state[name].shape
+
+
+def _count(state: Mapping[str, Tensor], pattern: str) -> int:
+    """One more than the largest number that `pattern` finds at the start of a name."""
+    numbers = [int(match[1]) for key in state if (match := re.match(pattern, key))]
+    if not numbers:
+        raise UserError(f"the weights resemble a DiT's, but none is named {pattern}.")
+    return max(numbers) + 1
+
+
+# --- diffusers' DiTTransformer2DModel --------------------------------------------------------------------------------------
+
+_EMBEDDERS = {  # every block of diffusers' model carries a copy
+    "t_embedder.mlp.0": "timestep_embedder.linear_1",
+    "t_embedder.mlp.2": "timestep_embedder.linear_2",
+    "y_embedder.embedding_table": "class_embedder.embedding_table",
+}
+_OUTSIDE = {
+    "x_embedder.proj": "pos_embed.proj",
+    "final_layer.adaLN_modulation.1": "proj_out_1",
+    "final_layer.linear": "proj_out_2",
+}
+_INSIDE = {
+    "adaLN_modulation.1": ["norm1.linear"],
+    "attn.qkv": ["attn1.to_q", "attn1.to_k", "attn1.to_v"],
+    "attn.proj": ["attn1.to_out.0"],
+    "mlp.fc1": ["ff.net.0.proj"],
+    "mlp.fc2": ["ff.net.2"],
+}
+
+
+def diffusers_map(name: str, config: ModelConfig) -> Source:
+    """The map of diffusers' names; embedders are those of block 0 (`embedder_copies` names the others)."""
+    layer, kind = name.rsplit(".", 1)
+    if layer in _OUTSIDE:
+        return Source([[f"{_OUTSIDE[layer]}.{kind}"]])
+    if layer in _EMBEDDERS:
+        return Source([[f"transformer_blocks.0.norm1.emb.{_EMBEDDERS[layer]}.{kind}"]])
+    _, block, part = layer.split(".", 2)
+    return Source([[f"transformer_blocks.{block}.{n}.{kind}" for n in _INSIDE[part]]])
+
+
+def embedder_copies(name: str, config: ModelConfig) -> list[str]:
+    """Names of the further copies of an embedder's tensor in diffusers' blocks 1, 2, ...; none for other tensors."""
+    layer, kind = name.rsplit(".", 1)
+    if layer not in _EMBEDDERS:
+        return []
+    return [f"transformer_blocks.{i}.norm1.emb.{_EMBEDDERS[layer]}.{kind}" for i in range(1, config.depth)]
+
+
+_DIFFUSERS_FIXED = {
+    "activation_fn": "gelu-approximate",
+    "attention_bias": True,
+    "dropout": 0.0,
+    "norm_elementwise_affine": False,
+    "norm_type": "ada_norm_zero",
+    "upcast_attention": False,
+}
+
+
+def config_from_diffusers(values: Mapping[str, Any]) -> ModelConfig:
+    """The architecture that a DiTTransformer2DModel's config.json describes; UserError for what ours cannot be."""
+    for name, expected in _DIFFUSERS_FIXED.items():
+        if values.get(name, expected) != expected:
+            raise UserError(f"config.json: {name} is {values[name]!r}; only {expected!r} is supported.")
+    heads, total_in = values.get("num_attention_heads", 16), values.get("in_channels", 4)
+    config = ModelConfig(
+        input_size=values.get("sample_size", 32),
+        patch_size=values.get("patch_size", 2),
+        hidden_size=heads * values.get("attention_head_dim", 72),
+        depth=values.get("num_layers", 28),
+        num_heads=heads,
+        num_classes=values.get("num_embeds_ada_norm", 1000),
+        mlp_norm_eps=values.get("norm_eps", 1e-5),
+        timestep_features="diffusers",
+        **_channels(total_in, values.get("out_channels") or total_in),
+    )
+    return _named(config)
+
+
+def config_to_diffusers(config: ModelConfig) -> dict[str, Any]:
+    """config.json of the DiTTransformer2DModel with this architecture; UserError if it has none."""
+    for name, expected in (("num_experts", 0), ("patch_embed_tasks", 0), ("clip_embedding_size", 0), ("qk_norm", False)):
+        if getattr(config, name) != expected:
+            raise UserError(f"dpt.model.{name} is {getattr(config, name)}; diffusers' DiTTransformer2DModel has no such part.")
+    if config.mlp_ratio != 4.0:
+        raise UserError(f"dpt.model.mlp_ratio is {config.mlp_ratio}; diffusers' DiTTransformer2DModel has 4.0 only.")
+    return {
+        "_class_name": "DiTTransformer2DModel",
+        **_DIFFUSERS_FIXED,
+        "num_attention_heads": config.num_heads,
+        "attention_head_dim": config.hidden_size // config.num_heads,
+        "in_channels": config.in_channels * (1 + config.num_conditions),
+        "out_channels": config.in_channels * (2 if config.learn_sigma else 1),
+        "num_layers": config.depth,
+        "norm_num_groups": 32,
+        "sample_size": config.input_size,
+        "patch_size": config.patch_size,
+        "num_embeds_ada_norm": config.num_classes,
+        "norm_eps": config.mlp_norm_eps,
+    }

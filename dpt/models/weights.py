@@ -1,0 +1,69 @@
+"""A network's weights with their architecture: what imports give, what upcycling and adapting take, what exports keep."""
+
+import functools
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpt.config.sections import ModelConfig
+from dpt.errors import UserError
+from dpt.models.dit import DiT
+
+_LISTED = 20
+"""Names that an error lists before it only counts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """Tensors under the names of `DiT(config)`'s state dict, experts stacked by global id."""
+
+    config: ModelConfig
+    state: dict[str, Tensor]
+    source: str = "our own"
+    """The format that they came in."""
+    averaged: bool = False
+    """Whether these are averaged (EMA) weights."""
+    sections: dict[str, Any] = field(default_factory=dict)
+    """What else is known of them, as in an export's config.json: diffusion, vae, task, lineage."""
+
+    def build(self) -> DiT:
+        """The network with these weights, on one device; it shares the tensors."""
+        check_state(self.config, self.state, self.source)
+        with torch.device("meta"):
+            model = DiT(self.config)
+        model.load_state_dict(self.state, assign=True)
+        return model
+
+
+@functools.lru_cache(maxsize=16)
+def expected_shapes(config: ModelConfig) -> dict[str, torch.Size]:
+    """Names and shapes of `DiT(config)`'s state dict."""
+    with torch.device("meta"):
+        return {name: tensor.shape for name, tensor in DiT(config).state_dict().items()}
+
+
+def check_state(config: ModelConfig, state: Mapping[str, Tensor], source: str) -> None:
+    """UserError listing what is missing, unknown, or of another shape than `DiT(config)` has."""
+    shapes = expected_shapes(config)
+    wrong = (
+        f"{name} is {list(state[name].shape)}, not {list(shape)}"
+        for name, shape in shapes.items()
+        if name in state and state[name].shape != shape
+    )
+    refuse(source, missing=shapes.keys() - state.keys(), unknown=state.keys() - shapes.keys(), wrong=wrong)
+
+
+def refuse(source: str, *, missing: Iterable[str] = (), unknown: Iterable[str] = (), wrong: Iterable[str] = ()) -> None:
+    """UserError with all that does not fit, if there is anything."""
+    lists = {"missing": sorted(missing), "unknown": sorted(unknown), "wrong shape": sorted(wrong)}
+    parts = [f"{title}: {_enumerate(names)}" for title, names in lists.items() if names]
+    if parts:
+        raise UserError(f"{source}: these are not complete weights of the network they resemble ({'; '.join(parts)}).")
+
+
+def _enumerate(names: list[str]) -> str:
+    more = len(names) - _LISTED
+    return ", ".join(names[:_LISTED]) + (f" and {more} more" if more > 0 else "")

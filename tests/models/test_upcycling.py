@@ -1,0 +1,165 @@
+"""Upcycled networks compute what the dense ones do; adapted weights fit the network that is fine-tuned."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from dpt.config.presets import PRESETS, preset_values
+from dpt.config.sections import ModelConfig, UpcyclingConfig
+from dpt.errors import UserError
+from dpt.models import Weights, adapt, build_model, upcycle
+
+SMALL = {"hidden_size": 32, "depth": 2, "num_heads": 4, "input_size": 8, "num_classes": 10}
+DENSE = [name for name, values in PRESETS.items() if "num_experts" not in values]
+
+
+def dense(**fields) -> Weights:
+    torch.manual_seed(0)
+    model = build_model(ModelConfig(**SMALL | fields))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return Weights(config=model.config, state=model.state_dict())
+
+
+def predict(weights, latents=None, labels=None):
+    model = weights.build()
+    size = 2 * model.config.patch_size
+    latents = (
+        torch.randn(3, model.in_channels, size, size, generator=torch.Generator().manual_seed(1))
+        if latents is None
+        else latents
+    )
+    labels = torch.tensor([0, 4, model.config.num_classes]) if labels is None else labels
+    with torch.no_grad():
+        return model(latents, torch.tensor([1, 500, 999]), labels).prediction
+
+
+@pytest.mark.parametrize("preset", DENSE)
+def test_every_dense_family_is_preserved(preset):
+    """At each preset's heads and patch size, at small width and depth."""
+    values = preset_values(preset)
+    width = 4 * values["num_heads"]
+    weights = dense(**values | {"hidden_size": width, "depth": 3, "input_size": values["patch_size"] * 2})
+    torch.testing.assert_close(predict(upcycle(weights, UpcyclingConfig())), predict(weights), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("experts", "top_k", "granularity"), [(1, 1, 1), (4, 1, 1), (16, 3, 1), (2, 2, 4), (4, 2, 2), (8, 2, 8)]
+)
+def test_any_number_of_experts_and_any_granularity_is_preserved(experts, top_k, granularity):
+    weights = dense()
+    upcycled = upcycle(weights, UpcyclingConfig(num_experts=experts, top_k=top_k, granularity=granularity))
+    assert upcycled.config.num_experts == experts * granularity
+    assert upcycled.state["blocks.0.moe.experts.fc1_weight"].shape == (experts * granularity, 128 // granularity, 32)
+    torch.testing.assert_close(predict(upcycled), predict(weights), atol=1e-5, rtol=1e-5)
+
+
+def test_granular_experts_are_chosen_together():
+    upcycled = upcycle(dense(), UpcyclingConfig(num_experts=4, top_k=2, granularity=2))
+    model = upcycled.build()
+    counts = model(torch.randn(2, 4, 8, 8), torch.tensor([1, 2]), torch.tensor([1, 2])).tokens_per_expert
+    assert torch.equal(counts[:, 0::2], counts[:, 1::2])
+
+
+def test_raw_weights_scale_the_mlp_by_their_sum():
+    weights = dense(depth=1)
+    upcycled = upcycle(weights, UpcyclingConfig(normalize_top_k=False))
+    x = torch.randn(2, 4, 32)
+    layer, mlp = upcycled.build().blocks[0].moe, weights.build().blocks[0].mlp
+    with torch.no_grad():
+        sums = layer.gate(x.flatten(0, 1)).weights_TK.sum(1).view(2, 4, 1)
+        torch.testing.assert_close(layer(x)[0], sums * mlp(x))
+    assert sums.max() < 0.9
+
+
+def test_noise_breaks_the_symmetry_by_its_measure_and_is_reproducible():
+    weights = dense(hidden_size=64)
+    noisy = upcycle(weights, UpcyclingConfig(noise_std=0.1), seed=5)
+    again = upcycle(weights, UpcyclingConfig(noise_std=0.1), seed=5)
+    assert all(torch.equal(noisy.state[n], again.state[n]) for n in noisy.state)
+    name, source = "blocks.1.moe.experts.fc2_weight", weights.state["blocks.1.mlp.fc2.weight"]
+    difference = noisy.state[name] - source
+    assert difference.std() == pytest.approx(0.1 * float(source.std()), rel=0.02)
+    assert not torch.equal(noisy.state[name][0], noisy.state[name][1])
+    other = upcycle(weights, UpcyclingConfig(noise_std=0.1), seed=6)
+    assert not torch.equal(noisy.state["blocks.0.moe.gate.weight"], other.state["blocks.0.moe.gate.weight"])
+
+
+def test_upcycling_refuses_what_it_cannot_do():
+    upcycled = upcycle(dense(), UpcyclingConfig())
+    with pytest.raises(UserError, match="already"):
+        upcycle(upcycled, UpcyclingConfig())
+    with pytest.raises(UserError, match="granularity 3"):
+        upcycle(dense(), UpcyclingConfig(granularity=3))
+
+
+# --- adapting --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("images", [2, 3])
+def test_widened_patch_embedding_averages_its_images(images):
+    weights = dense()
+    wide = adapt(weights, dataclasses.replace(weights.config, num_conditions=images - 1))
+    latents = torch.randn(3, 4, 4, 4)
+    torch.testing.assert_close(predict(wide, latents.repeat(1, images, 1, 1)), predict(weights, latents), atol=1e-5, rtol=1e-5)
+    separate = torch.randn(3, 4 * images, 4, 4)
+    mean = separate.view(3, images, 4, 4, 4).mean(1)
+    torch.testing.assert_close(predict(wide, separate), predict(weights, mean), atol=1e-5, rtol=1e-5)
+
+
+def test_new_labels_are_means_of_class_rows_and_null_moves():
+    weights = dense(num_classes=1000)
+    table = weights.state["y_embedder.embedding_table.weight"]
+    adapted = adapt(weights, dataclasses.replace(weights.config, num_classes=1004))
+    new = adapted.state["y_embedder.embedding_table.weight"]
+    assert torch.equal(new[:1000], table[:1000])
+    for i in range(4):
+        torch.testing.assert_close(new[1000 + i], table[250 * i : 250 * (i + 1)].mean(0))
+    assert torch.equal(new[1004], table[1000])
+
+
+def test_task_convolutions_start_equal_and_the_clip_projection_at_zero():
+    weights = dense(num_classes=1000)
+    target = dataclasses.replace(
+        weights.config, num_classes=1004, num_conditions=2, patch_embed_tasks=4, clip_embedding_size=6, input_size=16
+    )
+    wide = adapt(weights, dataclasses.replace(weights.config, num_classes=1004, num_conditions=2))
+    adapted = adapt(weights, target)
+    latents, labels = torch.randn(3, 12, 8, 4), torch.tensor([1000, 1003, 1001])
+    torch.testing.assert_close(predict(adapted, latents, labels), predict(wide, latents, labels), atol=1e-5, rtol=1e-5)
+    assert not adapted.state["clip_embedder.weight"].any()
+    assert adapt(adapted, target).state.keys() == adapted.state.keys()
+    upcycled = upcycle(adapted, UpcyclingConfig())
+    torch.testing.assert_close(predict(upcycled, latents, labels), predict(wide, latents, labels), atol=1e-5, rtol=1e-5)
+
+
+def test_routing_bias_comes_and_goes():
+    weights = upcycle(dense(), UpcyclingConfig())
+    biased = adapt(weights, dataclasses.replace(weights.config, router_bias_balancing=True))
+    assert torch.equal(predict(biased), predict(weights))
+    assert adapt(biased, weights.config).state.keys() == weights.state.keys()
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"depth": 3}, "depth is 3"),
+        ({"num_classes": 4}, "num_classes"),
+        ({"qk_norm": True}, "qk_norm"),
+        ({"num_experts": 4}, "num_experts"),
+    ],
+)
+def test_other_differences_are_refused(fields, named):
+    weights = dense()
+    with pytest.raises(UserError, match=named):
+        adapt(weights, dataclasses.replace(weights.config, **fields))
+    adapt(weights, dataclasses.replace(weights.config, top_k=1))  # means nothing without experts
+    experts = upcycle(weights, UpcyclingConfig())
+    with pytest.raises(UserError, match="top_k is 1"):
+        adapt(experts, dataclasses.replace(experts.config, top_k=1))
+    routed = adapt(weights, dataclasses.replace(weights.config, patch_embed_tasks=2, num_conditions=1))
+    with pytest.raises(UserError, match="patch_embed_tasks"):
+        adapt(routed, dataclasses.replace(routed.config, patch_embed_tasks=0))
+    with pytest.raises(UserError, match="num_conditions"):
+        adapt(routed, dataclasses.replace(routed.config, num_conditions=2))
