@@ -12,6 +12,7 @@ COMMANDS = {
     "laws": "fit power laws to runs and draw them",
     "presets": "model sizes: parameters, MACs, bytes per rank",
     "report": "write one HTML page about an experiment",
+    "study": "run a grid of launches and draw its figures",
     "sync": "send records that an outage of the MLflow server has kept back",
 }
 """Every command is a module `dpt.commands.NAME` with `configure(parser)` and `run(arguments)`."""

@@ -1,0 +1,72 @@
+"""Run a study: the grid of launches that a YAML file describes, and its figures. Called again, it does only what is missing."""
+
+import argparse
+import shlex
+from pathlib import Path
+
+from dpt.config.sections import TrackingConfig
+from dpt.errors import UserError
+from dpt.scaling.figures import draw, find
+from dpt.scaling.launching import command, pending, run_here, submit
+from dpt.scaling.results import format_cells, show_macs
+from dpt.scaling.study import Study, expected_macs, read_study
+from dpt.tracking.read import RunRecord, load_runs, with_ancestors
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("study", type=Path, help="YAML file, e.g. studies/small_model_size.yaml")
+    parser.add_argument("--uri", default=TrackingConfig.uri, help="MLflow store of the runs (default: %(default)s)")
+    parser.add_argument("--dry-run", action="store_true", help="show launches, expected MACs and commands; start nothing")
+    parser.add_argument("--figures", action="store_true", help="only draw the figures of what is done")
+    parser.add_argument("--slurm", metavar="OPTIONS", help='submit to SLURM with these options of sbatch, e.g. "-N 1 --gpus 8"')
+    parser.add_argument("--slurm-script", default="launchers/slurm.sh", help="batch script (default: %(default)s)")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    study = read_study(arguments.study, uri=arguments.uri)
+    if arguments.dry_run:
+        _show(study)
+        return
+    if arguments.slurm is not None:
+        submit(study, shlex.split(arguments.slurm), script=arguments.slurm_script, say=_say)
+        print("When the jobs are done, `dpt study --figures` draws the figures.")
+        return
+    if not arguments.figures:
+        run_here(study, say=_say)
+    _draw(study, arguments.uri)
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+def _show(study: Study) -> None:
+    todo = {launch.name for launch in pending(study)}
+    cells, total = [], 0.0
+    for launch in study.launches:
+        macs = expected_macs(launch)
+        total += macs if launch.name in todo else 0.0
+        cells.append([launch.name, launch.launcher, show_macs(macs), "to do" if launch.name in todo else "done"])
+    print(f"{study.title}: {len(todo)} of {len(study.launches)} launches to do, {show_macs(total)}MACs of training\n")
+    print(format_cells(["launch", "launcher", "training MACs", "state"], cells))
+    print("\n" + "\n".join(shlex.join(command(launch)) for launch in study.launches if launch.name in todo))
+
+
+def _draw(study: Study, uri: str) -> None:
+    """Every figure, from the newest run of each launch."""
+    newest: dict[str, RunRecord] = {r.name: r for r in load_runs(uri, study.experiment)}
+    family = with_ancestors(list(newest.values()), uri)
+    problems = []
+    for figure in study.figures:
+        records = [newest[launch.name] for launch in study.of_stages(figure.stages) if launch.name in newest]
+        try:
+            findings = find(records, family, figure)
+        except UserError as error:
+            problems.append(f"figure {figure.name}: {error}")
+            continue
+        path = draw(findings, study.output / "figures" / f"{study.path.stem}_{figure.name}.svg")
+        _say(
+            "\n".join([f"{path}: {figure.title or figure.name}", *(f"  {s}" for s in findings.sentences() + findings.refusals)])
+        )
+    if problems:
+        raise UserError(" ".join(problems))

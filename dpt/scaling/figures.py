@@ -1,0 +1,119 @@
+"""A figure of the paper's kind: points of runs in log-log, the laws that they carry, and both as data."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dpt.errors import UserError
+from dpt.scaling.laws import Fit, fit_power_law, frontier
+from dpt.scaling.plots import law_figure, save
+from dpt.scaling.points import Point, collect
+from dpt.tracking.read import RunRecord
+
+
+@dataclass(frozen=True, kw_only=True)
+class FigureSpec:
+    """What a figure shows."""
+
+    name: str = "figure"
+    """Name of its file."""
+    title: str = ""
+    """What it shows, in words."""
+    x: str = "macs"
+    """See `dpt.scaling.points.X_NAMES`; or a metric, or a numeric field of the recipe."""
+    y: str = "eval/depth/abs_rel"
+    """A metric; "1-METRIC" for one minus it."""
+    group_by: str = ""
+    """A recipe's field, tag, "label", "name" or "stage"; a law for each of its values."""
+    steps: int | None = None
+    """Only evaluations with this many sampler steps."""
+    ensemble: int | None = None
+    """Only evaluations with this ensemble size."""
+    curve: bool = False
+    """All recorded values of a training metric, not the last alone."""
+    frontier: bool = False
+    """One law through the least y that each x can buy."""
+    offset: bool = False
+    """Fit y = a x^b + c."""
+    law: bool = True
+    """Fit laws at all."""
+    stages: list[str] = field(default_factory=list)
+    """Stages of a study whose runs it shows; empty: all that have its x and y."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Findings:
+    """The points of a figure, the laws that they carry, and why some carry none."""
+
+    spec: FigureSpec
+    points: list[Point]
+    chosen: list[Point]
+    """The frontier; empty if none was asked for."""
+    fits: dict[str, Fit]
+    refusals: list[str]
+
+    def groups(self) -> dict[str, list[Point]]:
+        """The points by group, in the order in which they came."""
+        return {name: [p for p in self.points if p.group == name] for name in dict.fromkeys(p.group for p in self.points)}
+
+    def sentences(self) -> list[str]:
+        """A line for each law."""
+        return [f"{name + ': ' if name else ''}{fit.sentence(self.spec.y, self.spec.x)}" for name, fit in self.fits.items()]
+
+    def as_json(self) -> dict[str, Any]:
+        """Laws and points, to be kept beside the figure."""
+        return {
+            "figure": asdict(self.spec),
+            "laws": {
+                name: {
+                    **asdict(fit.law),
+                    "equation": fit.law.equation(),
+                    "interval_a": fit.interval_a,
+                    "interval_b": fit.interval_b,
+                    "interval_c": fit.interval_c,
+                    "r2": fit.r2,
+                    "holdout_error": fit.holdout_error,
+                }
+                for name, fit in self.fits.items()
+            },
+            "refusals": self.refusals,
+            "points": [{"x": p.x, "y": p.y, "group": p.group, "run": p.run.name, "run_id": p.run.run_id} for p in self.points],
+        }
+
+
+def find(records: Sequence[RunRecord], family: Sequence[RunRecord], spec: FigureSpec) -> Findings:
+    """Collect the points of a figure and fit its laws; UserError if there is no point."""
+    points = collect(
+        records,
+        family,
+        spec.x,
+        spec.y,
+        group_by=spec.group_by,
+        steps=spec.steps,
+        ensemble=spec.ensemble,
+        curve=spec.curve,
+    )
+    findings = Findings(spec=spec, points=points, chosen=[], fits={}, refusals=[])
+    groups = findings.groups()
+    if spec.frontier:
+        findings.chosen.extend(points[i] for i in frontier([p.x for p in points], [p.y for p in points]))
+        groups = {"": findings.chosen}
+    for name, group in groups.items() if spec.law else ():
+        try:
+            findings.fits[name] = fit_power_law([p.x for p in group], [p.y for p in group], offset=spec.offset)
+        except UserError as error:
+            findings.refusals.append(f"{name}: {error}" if name else str(error))
+    return findings
+
+
+def draw(findings: Findings, path: Path) -> Path:
+    """Write the figure in the format of the file's suffix, and its data beside it as JSON."""
+    spec = findings.spec
+    pairs = {name: [(p.x, p.y) for p in group] for name, group in findings.groups().items()}
+    ringed = [(p.x, p.y) for p in findings.chosen]
+    joined = not spec.curve and (spec.frontier or not spec.law)
+    save(law_figure(pairs, findings.fits, spec.x, spec.y, chosen=ringed, join=joined), path)
+    path.with_suffix(".json").write_text(json.dumps(findings.as_json(), indent=1) + "\n", encoding="utf-8")
+    return path

@@ -1,0 +1,113 @@
+"""Runs the launches of a study: what is not done yet, one at a time here or as dependent jobs of SLURM."""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from dpt.errors import UserError
+from dpt.scaling.study import Launch, Study
+
+_RECORD = "launches.json"
+_JOBS = "jobs.json"
+
+
+def command(launch: Launch) -> list[str]:
+    """The command of a launch on this machine."""
+    return ["deepspeed", f"launchers/{launch.launcher}.py", *launch.arguments()]
+
+
+def pending(study: Study) -> list[Launch]:
+    """The launches without a result, in order.
+
+    Raises UserError if something that the study needs is not there, a recipe is wrong, or a folder holds the result of another
+    command; nothing has been started then.
+    """
+    for needed in study.needs:
+        if not Path(needed).exists():
+            raise UserError(f"{study.path}: {needed} is not there; make it first (see docs/science.md).")
+    made = _read_record(study)
+    for launch in study.launches:
+        launch.load()
+        if launch.folder.exists() and launch.name in made and made[launch.name] != _identity(launch):
+            raise UserError(
+                f"{launch.folder} was made by another command than {study.path} now asks for; remove it, or change output."
+            )
+    return [launch for launch in study.launches if not launch.result.exists()]
+
+
+def _identity(launch: Launch) -> list[str]:
+    """What makes a launch the same one: its command, but for where its run is recorded."""
+    fields = {name: value for name, value in launch.fields.items() if not name.startswith("tracking.")}
+    return [launch.launcher, launch.recipe, json.dumps(fields, sort_keys=True)]
+
+
+def _read_record(study: Study) -> dict[str, list[str]]:
+    path = study.output / _RECORD
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def _record(study: Study, launch: Launch) -> None:
+    study.output.mkdir(parents=True, exist_ok=True)
+    path = study.output / _RECORD
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps({**_read_record(study), launch.name: _identity(launch)}, indent=1), encoding="utf-8")
+    temporary.replace(path)
+
+
+def run_here(study: Study, *, say: Callable[[str], None]) -> None:
+    """Run what is pending, one launch at a time; an interrupted one continues from its last checkpoint.
+
+    The output of a launch goes to `log.txt` in its folder. UserError if one fails.
+    """
+    todo = pending(study)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    for number, launch in enumerate(todo, 1):
+        say(f"[{number}/{len(todo)}] {launch.name}\n  $ {shlex.join(command(launch))}")
+        _record(study, launch)
+        launch.folder.mkdir(parents=True, exist_ok=True)
+        log = launch.folder / "log.txt"
+        begun = time.monotonic()
+        with log.open("a", encoding="utf-8") as file:
+            process = subprocess.run(command(launch), stdout=file, stderr=subprocess.STDOUT, env={**os.environ, "PATH": path})
+        if process.returncode != 0 or not launch.result.exists():
+            raise UserError(f"{launch.name} ended with exit code {process.returncode}; {log} says why. Call again to go on.")
+        say(f"  done in {time.monotonic() - begun:.0f} s")
+
+
+def submit(study: Study, options: Sequence[str], *, script: str, say: Callable[[str], None]) -> None:
+    """Submit what is pending and not queued to SLURM; a launch waits for the one that gives its weights.
+
+    Raises UserError if sbatch refuses.
+    """
+    path = study.output / _JOBS
+    jobs: dict[str, str] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    for launch in pending(study):
+        if launch.name in jobs and _is_queued(jobs[launch.name]):
+            say(f"{launch.name}: job {jobs[launch.name]} is still there")
+            continue
+        _record(study, launch)
+        launch.folder.mkdir(parents=True, exist_ok=True)
+        waits = launch.parent in jobs and _is_queued(jobs[launch.parent])
+        after = [f"--dependency=afterok:{jobs[launch.parent]}"] if waits else []
+        where = [f"--job-name={launch.name}", f"--output={launch.folder}/slurm-%j.log"]
+        words = ["sbatch", "--parsable", *where, *after, *options, script, launch.launcher, *launch.arguments()[1:]]
+        try:
+            answer = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise UserError(f"sbatch failed for {launch.name} ({getattr(error, 'stderr', '') or error}).") from error
+        jobs[launch.name] = answer.strip().split(";")[0]
+        path.write_text(json.dumps(jobs, indent=1), encoding="utf-8")
+        say(f"{launch.name}: job {jobs[launch.name]}")
+
+
+def _is_queued(job: str) -> bool:
+    """Whether SLURM still holds a job, waiting or running."""
+    try:
+        return bool(subprocess.run(["squeue", "-h", "-j", job], capture_output=True, text=True).stdout.strip())
+    except OSError:
+        return False

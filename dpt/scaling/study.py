@@ -1,0 +1,203 @@
+"""A study: a grid of launches described in one YAML file, and the figures that they end in.
+
+    title: Effect of model size
+    output: runs/small                 # folders of all launches; studies may share one, and then share equal launches
+    experiment: small-study
+    axes:                              # axis -> value -> recipe fields
+      size:
+        w64: {model.hidden_size: 64, model.num_heads: 4}
+        w128: {model.hidden_size: 128}
+    stages:                            # in order; one launch for each combination of a stage's axes
+      pretrain: {launcher: pretrain, recipe: ds_configs/quickstart.json, axes: [size], fields: {training.steps: 200}}
+      depth: {launcher: finetune, recipe: ds_configs/quickstart_depth.json, axes: [size], weights: pretrain}
+      evaluate: {launcher: evaluate, recipe: ds_configs/quickstart_depth.json, axes: [size], weights: depth}
+    figures:
+      - {name: size, x: macs, y: eval/depth/abs_rel}
+
+`{size}` in a recipe's path stands for the value's name. An axis gives its fields to every stage that lists it, or to those
+alone that it names: `size: {stages: [pretrain], values: {...}}`; an evaluation takes fields of `evaluation` only. `weights`
+names an earlier stage, whose launch with the same values gives the weights.
+"""
+
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from dpt.config.checks import trained_model
+from dpt.config.recipe import Recipe, load_recipe, section_from_dict
+from dpt.errors import UserError
+from dpt.models import costs
+from dpt.scaling.figures import FigureSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageSpec:
+    """One kind of launch."""
+
+    launcher: Literal["pretrain", "finetune", "upcycle", "evaluate"]
+    """Which of the launchers."""
+    recipe: str
+    """Recipe file; {axis} stands for a value's name."""
+    axes: list[str] = field(default_factory=list)
+    """Axes that it is launched over."""
+    weights: str = ""
+    """Earlier stage that gives the weights."""
+    fields: dict[str, Any] = field(default_factory=dict)
+    """Recipe fields of every launch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """One run of a launcher."""
+
+    name: str
+    stage: str
+    launcher: str
+    recipe: str
+    fields: dict[str, Any]
+    values: dict[str, str]
+    """Axis -> the name of its value."""
+    folder: Path
+    parent: str = ""
+    """Name of the launch that gives the weights."""
+
+    @property
+    def result(self) -> Path:
+        """The file that proves that it has finished."""
+        return self.folder / ("summary.json" if self.launcher == "evaluate" else "weights/config.json")
+
+    def arguments(self) -> list[str]:
+        """What follows the launcher's file name."""
+        fields = [word for name, value in self.fields.items() for word in (f"--{name}", _as_text(value))]
+        return ["--ds_config", self.recipe, *fields]
+
+    def load(self) -> Recipe:
+        """The recipe that the launch resolves to; UserError if a field is wrong."""
+        return load_recipe(self.recipe, self.fields)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """A study as read from its file."""
+
+    path: Path
+    title: str
+    output: Path
+    experiment: str
+    launches: list[Launch]
+    figures: list[FigureSpec]
+    needs: list[str]
+    """Shard folders and other files that must be there before."""
+
+    def of_stages(self, stages: Sequence[str]) -> list[Launch]:
+        """The launches of some stages; of all if none is named."""
+        return [launch for launch in self.launches if not stages or launch.stage in stages]
+
+
+def read_study(path: Path, *, uri: str) -> Study:
+    """Read a study and unfold its grid; `uri` is the MLflow store of its runs. Raises UserError naming the key at fault."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: the study cannot be read ({' '.join(str(error).split())}).") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: a study is a mapping of title, output, experiment, axes, stages and figures.")
+    unknown = sorted(content.keys() - {"title", "output", "experiment", "axes", "stages", "figures", "needs"})
+    if unknown or not isinstance(content.get("stages"), dict):
+        raise UserError(f"{path}: " + (f'there is no key "{unknown[0]}".' if unknown else "stages is missing."))
+    axes = {name: _axis(path, name, values) for name, values in (content.get("axes") or {}).items()}
+    stages = {n: section_from_dict(StageSpec, s, f"{path}: stages.{n}") for n, s in content["stages"].items()}
+    output, experiment = Path(content.get("output", "runs/study")), str(content.get("experiment", path.stem))
+    frame = {"path": path, "output": output, "experiment": experiment, "uri": uri}
+    return Study(
+        path=path,
+        title=str(content.get("title", path.stem)),
+        output=output,
+        experiment=experiment,
+        launches=[launch for name in stages for launch in _unfold(frame, name, stages, axes)],
+        figures=[section_from_dict(FigureSpec, f, f"{path}: figures") for f in content.get("figures") or []],
+        needs=list(content.get("needs") or []),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Axis:
+    values: dict[str, dict[str, Any]]
+    stages: list[str] | None
+
+
+def _axis(path: Path, name: str, given: Any) -> _Axis:
+    if isinstance(given, dict) and given.keys() <= {"values", "stages"} and "values" in given:
+        values, stages = given["values"], given.get("stages")
+    else:
+        values, stages = given, None
+    if not isinstance(values, dict) or not all(isinstance(v, dict) for v in values.values()):
+        raise UserError(f"{path}: axes.{name} must map each value's name to its recipe fields.")
+    return _Axis(values={str(k): v for k, v in values.items()}, stages=stages)
+
+
+def _unfold(study: dict[str, Any], name: str, stages: Mapping[str, StageSpec], axes: Mapping[str, _Axis]) -> list[Launch]:
+    """The launches of a stage, one for each combination of its axes' values."""
+    path, output, stage = study["path"], study["output"], stages[name]
+    for axis in stage.axes:
+        if axis not in axes:
+            raise UserError(f'{path}: stages.{name}.axes: there is no axis "{axis}"; known: {", ".join(axes) or "none"}.')
+    earlier = list(stages)[: list(stages).index(name)]
+    if stage.weights and stage.weights not in earlier:
+        raise UserError(f'{path}: stages.{name}.weights: there is no earlier stage "{stage.weights}".')
+    if stage.weights and not set(stages[stage.weights].axes) <= set(stage.axes):
+        raise UserError(f"{path}: stages.{name}.axes must hold all axes of {stage.weights}, which gives its weights.")
+    home = "evaluation" if stage.launcher == "evaluate" else "training"
+    launches = []
+    for names in itertools.product(*(axes[a].values for a in stage.axes)):
+        values = dict(zip(stage.axes, names, strict=True))
+        full_name = "_".join([name, *names])
+        fields = dict(stage.fields)
+        for axis, value in values.items():
+            if name in (axes[axis].stages or stages):
+                fields |= axes[axis].values[value]
+        if home == "evaluation":
+            fields = {k: v for k, v in fields.items() if k.startswith("evaluation.")}
+        parent = ""
+        if stage.weights:
+            parent = "_".join([stage.weights, *(values[a] for a in stages[stage.weights].axes)])
+            fields[f"{home}.weights"] = str(output / parent / "weights")
+        tags = {"dpt.label": " ".join(names) or name, **{f"study.{axis}": value for axis, value in values.items()}}
+        fields |= {
+            f"{home}.output_dir": str(output / full_name),
+            "tracking.uri": study["uri"],
+            "tracking.experiment": study["experiment"],
+            "tracking.run_name": full_name,
+            "tracking.tags": tags,
+        }
+        launches.append(
+            Launch(
+                name=full_name,
+                stage=name,
+                launcher=stage.launcher,
+                recipe=stage.recipe.format_map(values),
+                fields=fields,
+                values=values,
+                folder=output / full_name,
+                parent=parent,
+            )
+        )
+    return launches
+
+
+def _as_text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def expected_macs(launch: Launch) -> float:
+    """MACs that a training launch will take; 0 for an evaluation, whose number of samples the recipe does not say."""
+    if launch.launcher == "evaluate":
+        return 0.0
+    recipe = launch.load()
+    model = trained_model(recipe, launch.launcher)
+    return float(costs.macs(model).training) * recipe.dpt.training.steps * recipe.deepspeed.get("train_batch_size", 1)

@@ -1,0 +1,183 @@
+"""Studies: unfolded, checked before anything starts, restartable, submitted with dependencies, and drawn."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from dpt.errors import UserError
+from dpt.scaling import launching
+from dpt.scaling.launching import pending, run_here, submit
+from dpt.scaling.study import expected_macs, read_study
+
+ROOT = Path(__file__).resolve().parents[2]
+STUDY = """
+title: Size and length
+output: {output}
+experiment: e
+axes:
+  size:
+    w64: {{model.hidden_size: 64, model.num_heads: 4}}
+    w96: {{model.hidden_size: 96}}
+  length:
+    stages: [depth]
+    values:
+      short: {{training.steps: 5}}
+      long: {{training.steps: 50}}
+stages:
+  pretrain:
+    launcher: pretrain
+    recipe: {recipe}
+    axes: [size]
+    fields: {{training.steps: 7, train_batch_size: 2, model.depth: 1, model.patch_size: 2}}
+  depth: {{launcher: finetune, recipe: {recipe}, axes: [size, length], weights: pretrain}}
+  evaluate:
+    launcher: evaluate
+    recipe: {recipe}
+    axes: [size, length]
+    weights: depth
+    fields: {{evaluation.steps: [1, 2]}}
+figures:
+  - {{name: f, x: macs, y: eval/depth/abs_rel}}
+"""
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(old="", new=""):
+        text = STUDY.format(output=tmp_path / "out", recipe=ROOT / "ds_configs" / "dense_a1.json")
+        assert old in text
+        path = tmp_path / "study.yaml"
+        path.write_text(text.replace(old, new))
+        return read_study(path, uri="sqlite:///x.db")
+
+    return write
+
+
+def test_the_grid_unfolds_in_order_with_weights_and_names(write):
+    study = write()
+    names = [launch.name for launch in study.launches]
+    assert names[:4] == ["pretrain_w64", "pretrain_w96", "depth_w64_short", "depth_w64_long"]
+    assert len(names) == 2 + 4 + 4
+    depth = study.launches[3]
+    assert depth.parent == "pretrain_w64"
+    assert depth.fields["training.weights"] == str(study.output / "pretrain_w64" / "weights")
+    assert depth.fields["training.steps"] == 50
+    assert study.launches[0].fields["training.steps"] == 7
+    evaluation = study.launches[-1]
+    assert evaluation.fields["evaluation.weights"] == str(study.output / "depth_w96_long" / "weights")
+    assert not any(name.startswith(("model.", "training.")) for name in evaluation.fields)
+    assert evaluation.load().dpt.tracking.tags == {"dpt.label": "w96 long", "study.size": "w96", "study.length": "long"}
+    assert evaluation.load().dpt.evaluation.steps == [1, 2]
+    assert [launch.stage for launch in study.of_stages(["depth"])] == ["depth"] * 4
+
+
+def test_the_command_line_resolves_to_the_same_recipe(write):
+    from dpt.config.command import parse_command
+
+    for launch in write().launches:
+        section = "evaluation" if launch.launcher == "evaluate" else "training"
+        parsed = parse_command(launch.launcher, "", section, launch.arguments())
+        assert parsed.to_dict() == launch.load().to_dict()
+
+
+def test_expected_compute_is_that_of_the_cost_model(write):
+    from dpt.models.costs import macs
+
+    launch = write().launches[0]
+    assert expected_macs(launch) == macs(launch.load().dpt.model).training * 7 * 2
+    assert expected_macs(write().launches[-1]) == 0
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("axes: [size, length], weights: pretrain", "axes: [length], weights: pretrain", "must hold all axes of pretrain"),
+        ("weights: depth", "weights: nothing", 'no earlier stage "nothing"'),
+        ("axes: [size]\n", "axes: [sise]\n", 'no axis "sise"'),
+        ("launcher: evaluate", "launcher: walk", "launcher"),
+        ("figures:", "figurs:", 'no key "figurs"'),
+        ("x: macs", "z: macs", "figures"),
+        ("    w96: {model.hidden_size: 96}", "    w96: 5", "axes.size must map"),
+        ("title: Size and length", "title: [", "cannot be read"),
+    ],
+)
+def test_a_wrong_study_is_one_sentence(write, old, new, words):
+    with pytest.raises(UserError, match=words.replace("(", r"\(")):
+        write(old, new)
+
+
+def test_a_wrong_field_or_a_missing_need_stops_before_any_launch(write):
+    with pytest.raises(UserError, match=r"hidden_sise"):
+        pending(write("model.hidden_size: 96", "model.hidden_sise: 96"))
+    with pytest.raises(UserError, match="nowhere is not there"):
+        pending(write("figures:", "needs: [nowhere]\nfigures:"))
+
+
+def fake_command(launch):
+    """Leaves the result of a launch, and counts how often it ran."""
+    code = (
+        "import sys, pathlib; r = pathlib.Path(sys.argv[1]); r.parent.mkdir(exist_ok=True, parents=True);"
+        "open(r.parent / 'count', 'a').write('x'); r.touch()"
+    )
+    return [sys.executable, "-c", code, str(launch.result)]
+
+
+def test_only_what_is_missing_runs_and_changed_commands_are_refused(write, monkeypatch):
+    study, lines = write(), []
+    monkeypatch.setattr(launching, "command", fake_command)
+    run_here(study, say=lines.append)
+    assert pending(study) == []
+    study.launches[3].result.unlink()
+    run_here(study, say=lines.append)
+    counts = [len((launch.result.parent / "count").read_text()) for launch in study.launches]
+    assert counts == [1, 1, 1, 2, 1, 1, 1, 1, 1, 1]
+    assert "[1/1] depth_w64_long" in lines[-2]
+    with pytest.raises(UserError, match="made by another command"):
+        pending(write("training.steps: 50", "training.steps: 60"))
+
+
+def test_a_failure_is_said_and_the_rest_waits(write, monkeypatch):
+    study = write()
+    fail = [sys.executable, "-c", "print('the reason'); raise SystemExit(3)"]
+    monkeypatch.setattr(launching, "command", lambda launch: fail if launch.name == "pretrain_w96" else fake_command(launch))
+    with pytest.raises(UserError, match="pretrain_w96 ended with exit code 3"):
+        run_here(study, say=lambda text: None)
+    assert (study.launches[1].folder / "log.txt").read_text() == "the reason\n"
+    assert len(pending(study)) == 9
+
+
+def test_slurm_jobs_wait_for_their_parents_and_are_not_submitted_twice(write, monkeypatch, tmp_path):
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    (tools / "sbatch").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\nwc -l < {tmp_path}/calls\n')
+    (tools / "squeue").write_text("#!/bin/sh\necho RUNNING\n")
+    for tool in tools.iterdir():
+        tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tools}{os.pathsep}{os.environ['PATH']}")
+    study = write()
+    submit(study, ["--gpus", "8"], script="launchers/slurm.sh", say=lambda text: None)
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert len(calls) == 10
+    assert "--dependency" not in calls[0]
+    assert "--dependency=afterok:1 --gpus 8 launchers/slurm.sh finetune " in calls[2]
+    assert calls[0].split("slurm.sh ")[1].startswith(f"pretrain {ROOT / 'ds_configs' / 'dense_a1.json'} --training.steps 7")
+    submit(study, [], script="launchers/slurm.sh", say=lambda text: None)
+    assert len((tmp_path / "calls").read_text().splitlines()) == 10
+    assert len(json.loads((study.output / "jobs.json").read_text())) == 10
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "studies").glob("*.yaml")), ids=lambda p: p.stem)
+def test_shipped_studies_are_valid(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    study = read_study(path, uri="sqlite:///x.db")
+    for launch in study.launches:
+        recipe = launch.load()
+        if launch.launcher != "evaluate":
+            assert expected_macs(launch) > 0
+        assert recipe.dpt.tracking.experiment == study.experiment
+    stages = {launch.stage for launch in study.launches}
+    assert study.figures
+    assert all(set(figure.stages) <= stages for figure in study.figures)
