@@ -82,7 +82,7 @@ def load_vae(name: str = EMBEDDED, *, latent_channels: int = 4, downsampling: in
     from diffusers import AutoencoderKL
 
     source = str(EMBEDDED_FOLDER) if name == EMBEDDED else name
-    is_folder = Path(source).is_dir()
+    is_folder = source != "" and Path(source).is_dir()
     if is_folder:
         if not (Path(source) / "config.json").is_file():
             raise UserError(f"VAE folder {source} has no config.json; give the folder that save_pretrained wrote.")

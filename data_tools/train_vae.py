@@ -1,0 +1,247 @@
+"""Train and measure the small VAE embedded in the package.
+
+    python -m data_tools.train_vae --out runs/vae            # train, measure, write the model card
+    python -m data_tools.train_vae --evaluate dpt/assets/vae # measure again
+
+It learns from the synthetic scenes (pictures, depth, flow, masks, objects on white) and from the photos that scikit-image and
+scikit-learn bundle, except the astronaut, which is for measuring. Every batch is a function of (seed, step), so a run that
+was stopped goes on from its last checkpoint as if it had not been.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data_tools.vae_images import RESOLUTION, bundled_photos, sample_batch, synthetic_images
+from data_tools.vae_measures import figures_table, measure, measure_speed, save_vae, write_card
+from dpt.data.codec import load_vae
+from dpt.distributed import Progress, log, progress
+from dpt.errors import UserError
+
+BLOCK_OUT_CHANNELS = (16, 32, 64, 112)
+"""Few channels at full resolution, where a CPU spends its time, many at the resolution of the latents."""
+CHECKPOINT = "checkpoint.pt"
+
+
+@dataclass(frozen=True, kw_only=True)
+class VAETraining:
+    """One training run; the defaults are those of the embedded VAE."""
+
+    steps: int = field(default=6000, metadata={"help": "optimizer steps"})
+    batch_size: int = field(default=8, metadata={"help": "crops per step; half as many in the last part"})
+    crop: int = field(default=64, metadata={"help": "side of the crops, pixels; twice that in the last part"})
+    large_crop_share: float = field(default=0.15, metadata={"help": "share of the steps that the last part takes"})
+    learning_rate: float = field(default=0.02, metadata={"help": "of Muon; the last half of the steps takes it to 0"})
+    adam_learning_rate: float = field(default=2e-3, metadata={"help": "of AdamW, for all but the inner convolutions"})
+    warmup_steps: int = field(default=40, metadata={"help": "steps of linear warm-up"})
+    ema_decay: float = field(default=0.995, metadata={"help": "decay of the averaged weights, which are the ones kept"})
+    kl_weight: float = field(default=3e-4, metadata={"help": "weight of the KL divergence per latent number"})
+    gradient_weight: float = field(default=0.2, metadata={"help": "weight of the L1 error of finite differences"})
+    scenes: int = field(default=500, metadata={"help": "synthetic scenes to learn from"})
+    seed: int = field(default=0, metadata={"help": "seed of scenes, crops, noise and initial weights"})
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "crop", "warmup_steps", "scenes"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1.")
+        if self.crop % 8 or 2 * self.crop > RESOLUTION:
+            raise UserError(f"--crop is {self.crop}; it must be a multiple of 8, at most {RESOLUTION // 2}.")
+
+
+# --- training -----------------------------------------------------------------------------------------------------------
+
+
+def build_vae(seed: int) -> Any:
+    """An untrained `AutoencoderKL` of the embedded VAE's shape: 2.1 million parameters, 4.2 MB in fp16."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(seed)
+    levels = len(BLOCK_OUT_CHANNELS)
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=BLOCK_OUT_CHANNELS,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        mid_block_add_attention=False,
+        sample_size=RESOLUTION,
+        force_upcast=False,
+    ).to(memory_format=torch.channels_last)
+
+
+def vae_loss(vae: Any, images: Tensor, noise: Tensor, config: VAETraining) -> tuple[Tensor, Tensor]:
+    """The loss and the KL divergence per latent number (Kingma and Welling 2014, eq. 10).
+
+    The reconstruction error is L1 (for the many easy pixels) plus 4 times the squared error (which PSNR measures) plus a light
+    L1 on finite differences (for edges). noise: standard normal, [B, 4, h, w].
+    """
+    posterior = vae.encode(images).latent_dist
+    kl = 0.5 * (posterior.mean.square() + posterior.var - 1.0 - posterior.logvar).mean()
+    error = vae.decode(posterior.mean + posterior.std * noise).sample - images
+    slopes = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+    loss = error.abs().mean() + 4.0 * error.square().mean() + config.gradient_weight * slopes + config.kl_weight * kl
+    return loss, kl
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum made orthogonal: it halves the steps that AdamW takes to the same loss here.
+
+    The update is Nesterov momentum, as an [out, in * 9] matrix, with its singular values brought near 1 by five Newton-Schulz
+    steps (Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks"; torch's own takes no convolutions).
+    """
+
+    def __init__(self, params: Iterable[Tensor], lr: float, momentum: float = 0.95) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient."""
+        for group in self.param_groups:
+            for param in group["params"]:
+                momentum = self.state[param].setdefault("momentum", torch.zeros_like(param.grad))
+                momentum.lerp_(param.grad, 1.0 - group["momentum"])
+                update = _orthogonal(param.grad.lerp(momentum, group["momentum"]).flatten(1))
+                scale = max(1.0, update.shape[0] / update.shape[1]) ** 0.5
+                param.add_(update.reshape(param.shape), alpha=-group["lr"] * scale)
+
+
+def _orthogonal(matrix: Tensor) -> Tensor:
+    """The matrix with its singular values brought near 1; no more rows than columns are worked on."""
+    if matrix.shape[0] > matrix.shape[1]:
+        return _orthogonal(matrix.T).T
+    x = matrix / (matrix.norm() + 1e-7)
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x
+
+
+def _optimizers(vae: Any, config: VAETraining) -> list[torch.optim.Optimizer]:
+    """Muon for the convolutions between features, AdamW for the rest (first and last convolutions, norms, biases)."""
+    inner = [p for p in vae.parameters() if p.ndim == 4 and min(p.shape[:2]) >= 8]
+    known = {id(p) for p in inner}
+    rest = [p for p in vae.parameters() if id(p) not in known]
+    adamw = torch.optim.AdamW(rest, lr=config.adam_learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
+    return [Muon(inner, lr=config.learning_rate), adamw]
+
+
+def _rate(step: int, config: VAETraining) -> float:
+    """Share of the peak learning rate: linear warm-up, constant, linear to 0 over the last half."""
+    return min(1.0, (step + 1) / config.warmup_steps, 2.0 * (1.0 - step / config.steps))
+
+
+def train(config: VAETraining, images: dict[str, list[np.ndarray]], out: Path, *, checkpoint_every: int = 250) -> Any:
+    """Train, with a checkpoint in `out` now and then, from which a stopped run goes on. Returns the averaged VAE, in fp32."""
+    vae, averaged = build_vae(config.seed), build_vae(config.seed)
+    optimizers = _optimizers(vae, config)
+    schedules: list[Any] = [torch.optim.lr_scheduler.LambdaLR(o, lambda step: _rate(step, config)) for o in optimizers]
+    parts: dict[str, Any] = {"vae": vae, "averaged": averaged}
+    parts |= {f"part {i}": part for i, part in enumerate([*optimizers, *schedules])}
+    start = _resume(out / CHECKPOINT, config, parts)
+    bar: Progress[int]
+    with progress(config.steps - start, "training the VAE", "step") as bar:
+        for step in range(start, config.steps):
+            loss, kl = _backward(vae, images, step, config)
+            for part in (*optimizers, *schedules):
+                part.step()
+            _average(averaged, vae, min(config.ema_decay, (1 + step) / (10 + step)))
+            bar.update(1, f"loss {loss:.4f}, kl {kl:.2f}")
+            if (step + 1) % checkpoint_every == 0 or step + 1 == config.steps:
+                state = {name: part.state_dict() for name, part in parts.items()}
+                _save_atomically({**state, "step": step + 1, "config": asdict(config)}, out / CHECKPOINT)
+    return averaged
+
+
+def _backward(vae: Any, images: dict[str, list[np.ndarray]], step: int, config: VAETraining) -> tuple[float, float]:
+    """Gradients of the batch of `step`; its loss and KL divergence."""
+    large = step >= config.steps * (1.0 - config.large_crop_share)
+    count, crop = (max(1, config.batch_size // 2), 2 * config.crop) if large else (config.batch_size, config.crop)
+    batch = sample_batch(images, np.random.default_rng([config.seed, step]), count, crop)
+    noise = torch.randn(count, 4, crop // 8, crop // 8, generator=torch.Generator().manual_seed(config.seed * 2**32 + step))
+    loss, kl = vae_loss(vae, batch, noise, config)
+    vae.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+    return float(loss.detach()), float(kl.detach())
+
+
+@torch.no_grad()
+def _average(averaged: Any, vae: Any, decay: float) -> None:
+    torch._foreach_lerp_(list(averaged.parameters()), list(vae.parameters()), 1.0 - decay)
+
+
+def _save_atomically(state: dict[str, Any], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(state, path.with_suffix(".tmp"))
+    path.with_suffix(".tmp").replace(path)
+
+
+def _resume(path: Path, config: VAETraining, parts: dict[str, Any]) -> int:
+    """Load the checkpoint, if there is one, into modules, optimizers and schedules; return the step to go on with."""
+    if not path.is_file():
+        return 0
+    state = torch.load(path, weights_only=True)
+    if state["config"] != asdict(config):
+        raise UserError(f"{path} is of a run with other settings; give them again or choose another --out.")
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
+    return int(state["step"])
+
+
+# --- command ------------------------------------------------------------------------------------------------------------
+
+
+def report(out: Path, scenes: int, seed: int) -> tuple[dict[str, float], tuple[float, float]]:
+    """Measure the VAE in `out` and print the figures."""
+    codec = load_vae(str(out))
+    figures, speed = measure(codec, scenes, seed=seed), measure_speed(codec)
+    log(figures_table(figures))
+    log(f"latents: std {figures['latent_std']:.3f}, posterior noise {figures['latent_noise']:.3f}")
+    log(f"speed at {RESOLUTION} px: {speed[0]:.0f} images/s encoded, {speed[1]:.0f} decoded")
+    return figures, speed
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Train or measure; the exit code is 0, or 2 with one sentence for bad input."""
+    parser = argparse.ArgumentParser(prog="python -m data_tools.train_vae", description=(__doc__ or "").splitlines()[0])
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--out", type=Path, help="folder for the VAE and its checkpoint; a run stopped there goes on")
+    where.add_argument("--evaluate", type=Path, metavar="DIR", help="measure the VAE in this folder, and train none")
+    parser.add_argument("--eval-scenes", type=int, default=64, help="unseen scenes to measure on (default: 64)")
+    for entry in fields(VAETraining):
+        flag, kind = f"--{entry.name.replace('_', '-')}", type(entry.default)
+        parser.add_argument(flag, type=kind, default=entry.default, help=f"{entry.metadata['help']} (default: {entry.default})")
+    given = vars(parser.parse_args(arguments))
+    try:
+        config = VAETraining(**{entry.name: given[entry.name] for entry in fields(VAETraining)})
+        if given["evaluate"] is not None:
+            report(given["evaluate"], given["eval_scenes"], config.seed)
+        else:
+            make_vae(config, given["out"], given["eval_scenes"])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def make_vae(config: VAETraining, out: Path, eval_scenes: int) -> None:
+    """Train (or go on), save, measure and write the model card, all in `out`."""
+    images = {"photo": bundled_photos(), **synthetic_images("train", config.scenes, seed=config.seed)}
+    averaged = train(config, images, out)
+    batches = [sample_batch(images, np.random.default_rng([config.seed, config.steps, i]), 16, RESOLUTION) for i in range(8)]
+    save_vae(averaged, torch.cat(batches), out)
+    figures, speed = report(out, eval_scenes, config.seed)
+    given = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in asdict(config).items())
+    write_card(out, f"python -m data_tools.train_vae --out DIR {given}", figures, eval_scenes, speed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
