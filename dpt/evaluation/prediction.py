@@ -222,9 +222,10 @@ class Predictor:
             return tasks.decode_amodal(images[:, :, 0])
         return torch.stack([tasks.decode_flow(images[:, :, axis], axis, 1) for axis in (0, 1)], dim=2)
 
-    def forward_macs(self, height: int, width: int) -> int:
-        """Multiply-accumulates of one pass of the network over latents of height x width; two passes if guided."""
-        return macs(self.model, height, width).forward * (1 if self.config.guidance_scale == 1.0 else 2)
+    def prediction_macs(self, task: str, height: int, width: int, *, steps: int, ensemble: int) -> float:
+        """Multiply-accumulates of the network for one prediction from latents of height x width; guidance counts twice."""
+        passes = len(tasks.task_spec(task).targets) * (1 if self.config.guidance_scale == 1.0 else 2)
+        return float(macs(self.model, height, width).forward) * steps * ensemble * passes
 
     # --- class-conditional images ---------------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from dpt.evaluation.records import Record, RecordLog, write_parquet
 from dpt.evaluation.scoring import Scorer
 from dpt.evaluation.sets import EvaluationSet, open_sets
 from dpt.evaluation.summary import pick_samples, protocol_line, summarize, tracked_metrics
+from dpt.models.costs import macs
 
 SUMMARY_VERSION = 1
 
@@ -110,11 +111,10 @@ def _described(config: EvaluationConfig, predictor: Predictor | None) -> dict[st
     if predictor is None:
         return {"predictions": config.predictions}
     names = ("weights", "use_ema", "aggregation", "sampler", "eta", "timestep_spacing", "step_power", "guidance_scale")
-    side = predictor.model.input_size
     return {
         **{name: getattr(config, name) for name in (*names, "precision", "seed")},
         "schedule": predictor.diffusion.beta_schedule,
-        "forward_macs": predictor.forward_macs(side, side),
+        "forward_macs": macs(predictor.model).forward,
         "lineage": predictor.lineage,
     }
 

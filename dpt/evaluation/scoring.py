@@ -85,8 +85,10 @@ class Scorer:
             value = (prediction or self.prediction(sample, setting)).value
         if setting.kind == "model":
             assert self._predictor is not None
-            forward = self._predictor.forward_macs(sample.cond_latents.shape[-2], sample.cond_latents.shape[-1])
-            macs = float(forward * setting.steps * setting.ensemble * self._set.passes())
+            height, width = sample.cond_latents.shape[-2:]
+            macs = self._predictor.prediction_macs(
+                self._set.task, height, width, steps=setting.steps, ensemble=setting.ensemble
+            )
             if self._config.save_predictions:
                 assert value is not None
                 place = self._folder / "predictions" / f"s{setting.steps}_n{setting.ensemble}"

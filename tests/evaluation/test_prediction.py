@@ -9,6 +9,7 @@ from dpt import tasks
 from dpt.config.sections import EvaluationConfig
 from dpt.errors import UserError
 from dpt.evaluation.prediction import Predictor
+from dpt.models.costs import macs
 from dpt.models.dit import DiTOutput
 from tests.evaluation.tiny import PoolingCodec, make_model
 
@@ -132,7 +133,9 @@ def test_guidance_asks_for_the_null_label_too():
     assert labels.tolist() == [10, 14]
     assert task_labels.tolist() == [10, 10]
     assert len(inputs) == len(timesteps) == 2
-    assert predictor.forward_macs(4, 4) == 2 * _copying("generalist").forward_macs(4, 4)
+    guided, plain = (p.prediction_macs("depth", 4, 4, steps=3, ensemble=5) for p in (predictor, _copying("generalist")))
+    assert guided == 2 * plain == 30 * macs(predictor.model).forward
+    assert predictor.prediction_macs("flow", 4, 4, steps=3, ensemble=5) == 2 * guided
 
 
 def test_a_narrow_model_takes_the_first_condition_only():

@@ -231,3 +231,37 @@ def test_merged_prediction_is_scored_at_the_truths_size(depth_set):
     assert sample["truth"].shape == (40, 56)
     assert score(PROTOCOLS["synthetic_depth"], sample["truth"], sample["truth"])["abs_rel"] < 1e-6
     assert torch.get_default_dtype() == torch.float32
+
+
+def test_an_evaluation_is_recorded_under_its_parent(depth_set, tmp_path, monkeypatch):
+    from dpt import tracking
+    from dpt.config.recipe import DptConfig, Recipe
+    from dpt.evaluation import runner
+
+    class Recorder(tracking.Run):
+        def __init__(self) -> None:
+            self.started, self.metrics, self.tags, self.files = {}, {}, {}, []
+
+        def log_metrics(self, metrics, step):
+            self.metrics |= metrics
+
+        def log_picture(self, path, name, step=None):
+            self.files.append(f"pictures/{name}")
+
+        def log_artifact(self, path, folder=""):
+            assert Path(path).exists()
+            self.files.append(f"{folder}/{Path(path).name}")
+
+        def set_tags(self, tags):
+            self.tags |= tags
+
+    recorder = Recorder()
+    monkeypatch.setattr(tracking, "start_run", lambda config, **more: (recorder.started.update(more), recorder)[1])
+    monkeypatch.setattr(runner, "Predictor", lambda weights, config, vae: Predictor(make_model(), config=config, device="cpu"))
+    config = _config(tmp_path / "out", depth_set, weights="runs/depth/weights", steps=[2], ensemble=[1], pictures=1)
+    runner.run_evaluation(Recipe(deepspeed={}, dpt=DptConfig(evaluation=config)))
+    assert recorder.started["stage"] == "evaluate"
+    assert recorder.started["parents"] == ["parent"]
+    assert recorder.metrics["eval/depth/abs_rel"] == recorder.metrics["eval/depth/abs_rel/s2_n1"]
+    assert "synthetic_depth v1, N=5, list " in recorder.tags["dpt.protocol"]
+    assert {"/summary.json", "synthetic_val/samples.parquet", "pictures/synthetic_val_best"} <= set(recorder.files)
