@@ -28,7 +28,7 @@ def parse_command(prog: str, description: str, home: str, argv: Sequence[str] | 
             recipe_path = value
         elif name in ("local_rank", "deepspeed"):
             continue
-        elif name in bare and name not in sections:
+        elif name in bare:
             overrides[f"{home}.{name}"] = value
         elif "." not in name and name not in DEEPSPEED_KEYS and name not in sections:
             close = get_close_matches(name, [*bare, *sections, *DEEPSPEED_KEYS], n=1)
