@@ -10,6 +10,7 @@ from collections.abc import Sequence
 COMMANDS = {
     "compare": "put runs side by side",
     "laws": "fit power laws to runs and draw them",
+    "plan": "split a budget between model size, training stages and test time",
     "presets": "model sizes: parameters, MACs, bytes per rank",
     "report": "write one HTML page about an experiment",
     "study": "run a grid of launches and draw its figures",

@@ -65,8 +65,8 @@ def _draw(study: Study, uri: str) -> None:
             problems.append(f"figure {figure.name}: {error}")
             continue
         path = draw(findings, study.output / "figures" / f"{study.path.stem}_{figure.name}.svg")
-        _say(
-            "\n".join([f"{path}: {figure.title or figure.name}", *(f"  {s}" for s in findings.sentences() + findings.refusals)])
-        )
+        _say(f"{path}: {figure.title or figure.name}")
+        for sentence in findings.sentences() + findings.refusals:
+            _say(f"  {sentence}")
     if problems:
         raise UserError(" ".join(problems))

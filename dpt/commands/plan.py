@@ -1,0 +1,104 @@
+"""Spend a budget: from the runs of a study, the best split between model size, pre-training, fine-tuning, upcycling and test
+time."""
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from dpt.commands.options import add_run_options, selected_runs
+from dpt.config.presets import preset_values
+from dpt.config.sections import ModelConfig, UpcyclingConfig
+from dpt.errors import UserError
+from dpt.models.costs import num_params
+from dpt.scaling.compute import section
+from dpt.scaling.plan_files import write_plan
+from dpt.scaling.planner import Limits, Plan, best_plan, naive_plan
+from dpt.scaling.results import MAIN_METRIC, METRICS, show, show_macs
+from dpt.scaling.surface import FACTORS, Observation, Surface, fit_surface, observe
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    add_run_options(parser)
+    parser.add_argument("--budget", type=float, required=True, help="MACs of all training together, e.g. 1e18")
+    parser.add_argument("--test-macs-per-image", type=float, default=float("inf"), help="MACs of one prediction (default: any)")
+    parser.add_argument("--task", default="depth", choices=sorted(MAIN_METRIC), help="(default: %(default)s)")
+    parser.add_argument("--metric", default="", help="what is to be good (default: the task's main metric)")
+    parser.add_argument("--dataset", default="", help="evaluation set, where the runs have several")
+    parser.add_argument("--models", nargs="+", default=[], metavar="PRESET", help="further models to consider, by preset")
+    parser.add_argument("--out", type=Path, help="write the plan's recipes and a study that runs them into this folder")
+    parser.add_argument("--naive", action="store_true", help="with --out: also the naive plan's, to compare the two")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    if arguments.budget <= 0:
+        raise UserError(f"--budget {arguments.budget:g}: it must be above 0.")
+    metric = arguments.metric or MAIN_METRIC[arguments.task]
+    if metric not in METRICS:
+        raise UserError(f"--metric {metric}: choose one of {', '.join(METRICS)}.")
+    records, family = selected_runs(arguments)
+    observations = observe(records, family, arguments.task, metric, dataset=arguments.dataset)
+    surface = fit_surface(observations)
+    models = _models(observations, arguments.models)
+    upcycling = next((section(r, "upcycling", UpcyclingConfig) for r in family if r.stage == "upcycle"), UpcyclingConfig())
+    limits = Limits(
+        train_macs=arguments.budget,
+        test_macs=arguments.test_macs_per_image,
+        task=arguments.task,
+        upcycling=upcycling,
+    )
+    plan, naive = best_plan(surface, models, limits), naive_plan(surface, models, limits)
+    print(_learned(surface, observations))
+    print("\n" + describe(plan, surface, metric))
+    print(f"\nFor comparison, the middle model with equal shares: {_expectation(naive, surface, metric)}.")
+    if arguments.out is not None:
+        experiment = f"{records[0].experiment}-plan"
+        for name, one in (("best", plan), ("naive", naive)) if arguments.naive else (("best", plan),):
+            path = write_plan(one, family, arguments.out / name, experiment=experiment)
+            print(f"Run the {name} plan with: dpt study {path}")
+
+
+def _models(observations: Sequence[Observation], presets: Sequence[str]) -> list[ModelConfig]:
+    """The observed dense models, and presets in the form of the last of them."""
+    models = list(dict.fromkeys(o.config for o in observations))
+    return models + [dataclasses.replace(models[-1], **preset_values(name)) for name in presets]
+
+
+def _learned(surface: Surface, observations: Sequence[Observation]) -> str:
+    """What the observations say, and what they do not."""
+    models = len({o.run_id for o in observations})
+    lines = [f"From {len(observations)} evaluations of {models} models (residual {surface.residual:.1%}):"]
+    for name, (alpha, low, high) in surface.exponents().items():
+        least, most = surface.ranges[name]
+        lines.append(f"  {FACTORS[name]}: exponent -{alpha:.3f} [{low:.3f}, {high:.3f}] on {least:.3g} to {most:.3g}")
+    fixed = [text for name, text in FACTORS.items() if name not in surface.factors]
+    fixed += [] if surface.upcycling else ["upcycling"]
+    if fixed:
+        lines.append(f"  not varied, so kept as it was: {'; '.join(fixed)}")
+    return "\n".join(lines)
+
+
+def describe(plan: Plan, surface: Surface, metric: str) -> str:
+    """The plan in words."""
+    config = plan.config
+    lines = [
+        f"Plan for {show_macs(plan.train_macs)}MACs of training and {show_macs(plan.test_macs)}MACs a prediction:",
+        f"  model        hidden {config.hidden_size}, depth {config.depth}, heads {config.num_heads}, "
+        f"{num_params(config).total / 1e6:.1f} M parameters, latents {config.input_size} x {config.input_size}",
+        f"  pre-train    {plan.pretrain_samples:.4g} samples",
+        f"  fine-tune    {plan.finetune_samples:.4g} samples",
+        f"  upcycle      {f'{plan.upcycle_samples:.4g} samples' if plan.upcycle_samples else 'no'}",
+        f"  test time    {plan.steps} steps, ensemble of {plan.ensemble}",
+        f"  expected     {_expectation(plan, surface, metric)}",
+    ]
+    beyond = plan.extrapolations(surface)
+    lines += [f"  EXTRAPOLATES {sentence}" for sentence in beyond] or ["  all within what was observed"]
+    return "\n".join(lines)
+
+
+def _expectation(plan: Plan, surface: Surface, metric: str) -> str:
+    upcycled = plan.upcycle_samples > 0
+    ends = surface.interval(plan.quantities, upcycled=upcycled, steps=plan.steps, ensemble=plan.ensemble)
+    values = [e if METRICS[metric].lower_is_better else 1 - e for e in (plan.expected, *ends)]
+    low, high = sorted(values[1:])
+    return f"{METRICS[metric].title} {show(metric, values[0])}, 95% [{show(metric, low)}, {show(metric, high)}]"

@@ -1,0 +1,70 @@
+"""A plan as recipes and a study that runs them, made from the recipes of the runs that the plan was learned from."""
+
+import copy
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dpt.errors import UserError
+from dpt.scaling.planner import Plan
+from dpt.tracking.read import RunRecord
+
+_ARCHITECTURE = ("preset", "hidden_size", "depth", "num_heads", "patch_size", "mlp_ratio", "input_size")
+
+
+def write_plan(plan: Plan, family: Sequence[RunRecord], folder: Path, *, experiment: str) -> Path:
+    """Write the recipes of every stage and `study.yaml` to `folder`; returns the study.
+
+    Raises UserError if `family` has no run of a stage to take the recipe from.
+    """
+    import yaml
+
+    folder.mkdir(parents=True, exist_ok=True)
+    samples = {"pretrain": plan.pretrain_samples, "finetune": plan.finetune_samples, "upcycle": plan.upcycle_samples}
+    stages: dict[str, dict[str, Any]] = {}
+    before = ""
+    for stage in ("pretrain", "finetune", "upcycle", "evaluate"):
+        if samples.get(stage, 1) <= 0:
+            continue
+        recipe = _template(family, stage)
+        if stage == "evaluate":
+            recipe["dpt"]["evaluation"] |= {"steps": [plan.steps], "ensemble": [plan.ensemble]}
+        else:
+            _set_training(recipe, plan, samples[stage])
+        path = folder / f"{stage}.json"
+        path.write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
+        stages[stage] = {"launcher": stage, "recipe": str(path)} | ({"weights": before} if before else {})
+        before = stage
+    study = {
+        "title": f"Plan: {plan.train_macs:.3g} MACs of training",
+        "output": str(folder / "runs"),
+        "experiment": experiment,
+        "stages": stages,
+    }
+    path = folder / "study.yaml"
+    path.write_text(yaml.safe_dump(study, sort_keys=False), encoding="utf-8")
+    return path
+
+
+def _template(family: Sequence[RunRecord], stage: str) -> dict[str, Any]:
+    """The recipe of the newest run of a stage."""
+    for record in reversed(family):
+        if record.stage == stage:
+            recipe = copy.deepcopy(record.recipe())
+            if "dpt" in recipe:
+                recipe["dpt"].pop("tracking", None)
+                return recipe
+    raise UserError(f"no run of the stage {stage} has kept its recipe; the plan's own cannot be made from one.")
+
+
+def _set_training(recipe: dict[str, Any], plan: Plan, samples: float) -> None:
+    """The plan's model and length; checkpoints come as often as before, in shares of the run."""
+    batch = int(recipe.get("train_batch_size", 1))
+    training = recipe["dpt"]["training"]
+    steps = max(1, round(samples / batch))
+    scale = steps / max(1, training["steps"])
+    for name in ("checkpoint_every", "warmup_steps"):
+        training[name] = max(1, round(training[name] * scale)) if training[name] else 0
+    training["steps"] = steps
+    recipe["dpt"]["model"] |= {name: getattr(plan.config, name) for name in _ARCHITECTURE}

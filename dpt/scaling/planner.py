@@ -1,0 +1,160 @@
+"""Spends a budget: model size, pre-training, fine-tuning, upcycling, sampler steps and ensemble, by a fitted surface."""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from dpt.config.sections import ModelConfig, UpcyclingConfig
+from dpt.errors import UserError
+from dpt.models import costs
+from dpt.scaling.compute import prediction_macs
+from dpt.scaling.surface import Surface, factor_values
+
+_SHARES = np.round(np.linspace(0.02, 0.98, 49), 2)
+"""Shares of the budget that pre-training may get."""
+_UPCYCLED_SHARES = (0.25, 0.5)
+"""Shares of the perception budget that may be spent after upcycling."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How a budget is spent, and what is expected of it."""
+
+    config: ModelConfig
+    """The dense model."""
+    pretrain_samples: float
+    finetune_samples: float
+    upcycle_samples: float
+    """0: not upcycled."""
+    steps: int
+    ensemble: int
+    train_macs: float
+    test_macs: float
+    """Of one prediction."""
+    expected: float
+    """The expected error."""
+
+    @property
+    def quantities(self) -> dict[str, float]:
+        """The surface's factors."""
+        return factor_values(self.config, self.pretrain_samples, self.finetune_samples + self.upcycle_samples)
+
+    def extrapolations(self, surface: Surface) -> list[str]:
+        """What lies outside the observations, a sentence each."""
+        sentences = []
+        for name, value in self.quantities.items():
+            low, high = surface.ranges[name]
+            if not low * 0.999 <= value <= high * 1.001:
+                times = value / high if value > high else low / value
+                side = "above" if value > high else "below"
+                sentences.append(f"{name}: {value:.3g} is {times:.2g} times {side} the observed range [{low:.3g}, {high:.3g}].")
+        return sentences
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What a plan may spend."""
+
+    train_macs: float
+    """Of all stages together."""
+    test_macs: float = np.inf
+    """Of one prediction."""
+    task: str = "depth"
+    upcycling: UpcyclingConfig = field(default_factory=UpcyclingConfig)
+
+
+def best_plan(surface: Surface, models: Sequence[ModelConfig], limits: Limits) -> Plan:
+    """The plan with the least expected error among models, splits and observed test-time settings; UserError if none fits."""
+    plans = []
+    for config, upcycled in itertools.product(models, (False, True) if surface.upcycling else (False,)):
+        setting = _best_setting(surface, config, upcycled, limits)
+        if setting is not None:
+            for share, late in itertools.product(_SHARES, _UPCYCLED_SHARES if upcycled else (0.0,)):
+                plans.append(make_plan(surface, config, limits, float(share), late, setting))
+    return min(_within(plans, limits), key=lambda p: p.expected)
+
+
+def naive_plan(surface: Surface, models: Sequence[ModelConfig], limits: Limits) -> Plan:
+    """The middle model, the budget in equal parts to its stages, steps and ensemble as equal as the test-time limit allows."""
+    config = sorted(models, key=lambda m: costs.macs(m).forward)[(len(models) - 1) // 2]
+    settings = _affordable(surface, config, False, limits)
+    plans = [make_plan(surface, config, limits, 0.5, 0.0, max(settings, key=lambda s: (min(s), -max(s))))] if settings else []
+    return _within(plans, limits)[0]
+
+
+def _within(plans: list[Plan], limits: Limits) -> list[Plan]:
+    fitting = [p for p in plans if p.train_macs <= limits.train_macs * 1.001]
+    if fitting:
+        return fitting
+    if plans:
+        least = min(p.train_macs for p in plans)
+        raise UserError(
+            f"the budget of {limits.train_macs:.3g} MACs is below the least that a plan takes, {least:.3g}; raise it."
+        )
+    raise UserError(
+        f"no observed setting predicts within {limits.test_macs:.3g} MACs an image; raise --test-macs-per-image, or evaluate "
+        "smaller models and fewer steps first."
+    )
+
+
+def make_plan(
+    surface: Surface,
+    config: ModelConfig,
+    limits: Limits,
+    pretrain_share: float,
+    upcycled_share: float,
+    setting: tuple[int, int],
+) -> Plan:
+    """The plan that gives pre-training this share of the budget and perception the rest, part of its samples upcycled.
+
+    A stage whose length the observations do not vary keeps the observed one: nothing is known of its effect.
+    """
+    per_sample = costs.macs(config).training
+    per_tuned = per_sample * (1 - upcycled_share) + costs.macs(limits.upcycling.apply(config)).training * upcycled_share
+    pretrain = limits.train_macs * pretrain_share / per_sample
+    tuned = limits.train_macs * (1 - pretrain_share) / per_tuned
+    if "pretrain" not in surface.factors:
+        pretrain = surface.ranges["pretrain"][0]
+        tuned = max(0.0, limits.train_macs - pretrain * per_sample) / per_tuned
+    if "finetune" not in surface.factors:
+        tuned = surface.ranges["finetune"][0]
+        if "pretrain" in surface.factors:
+            pretrain = max(0.0, limits.train_macs - tuned * per_tuned) / per_sample
+    upcycled = upcycled_share > 0
+    expected = np.inf
+    if pretrain > 0 and tuned > 0:
+        quantities = factor_values(config, pretrain, tuned)
+        expected = surface.expected(quantities, upcycled=upcycled, steps=setting[0], ensemble=setting[1])
+    return Plan(
+        config=config,
+        pretrain_samples=pretrain,
+        finetune_samples=tuned * (1 - upcycled_share),
+        upcycle_samples=tuned * upcycled_share,
+        steps=setting[0],
+        ensemble=setting[1],
+        train_macs=pretrain * per_sample + tuned * per_tuned,
+        test_macs=_test_macs(config, upcycled, limits, setting),
+        expected=expected,
+    )
+
+
+def _test_macs(config: ModelConfig, upcycled: bool, limits: Limits, setting: tuple[int, int]) -> float:
+    forward = costs.macs(limits.upcycling.apply(config) if upcycled else config).forward
+    return prediction_macs(forward, task=limits.task, steps=setting[0], ensemble=setting[1])
+
+
+def _affordable(surface: Surface, config: ModelConfig, upcycled: bool, limits: Limits) -> list[tuple[int, int]]:
+    settings = itertools.product(surface.steps, surface.ensembles)
+    return [s for s in settings if _test_macs(config, upcycled, limits, s) <= limits.test_macs]
+
+
+def _best_setting(surface: Surface, config: ModelConfig, upcycled: bool, limits: Limits) -> tuple[int, int] | None:
+    """The affordable test-time setting with the least error: its effect is a factor, so the split does not matter."""
+    middle = {name: (low * high) ** 0.5 for name, (low, high) in surface.ranges.items()}
+
+    def error(setting: tuple[int, int]) -> float:
+        return surface.expected(middle, upcycled=upcycled, steps=setting[0], ensemble=setting[1])
+
+    return min(_affordable(surface, config, upcycled, limits), key=error, default=None)

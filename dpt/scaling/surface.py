@@ -1,0 +1,243 @@
+"""How an error depends on all that compute can buy at once: model size, pre-training, fine-tuning, upcycling, and test time.
+
+error = (c + sum_i A_i x_i^-alpha_i) * upcycling * steps * ensemble: a power law for each training quantity, added up with
+what none of them removes (the parametric form of Hoffmann et al. 2022, "Training Compute-Optimal Large Language Models",
+equation 2), times the measured effect of each test-time setting. Added rather than multiplied, since then a budget has a best
+split inside its range.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from dpt.config.sections import ModelConfig
+from dpt.errors import UserError
+from dpt.models import costs
+from dpt.scaling.compute import section
+from dpt.scaling.results import METRICS, evaluation_rows
+from dpt.tracking.read import RunRecord, ancestors
+
+FACTORS = {
+    "model": "parameters of the dense model",
+    "tokens": "tokens of an image",
+    "pretrain": "pre-training samples",
+    "finetune": "fine-tuning samples, those after upcycling included",
+}
+"""What may be varied in training, each with its unit."""
+_PRIOR = 0.02  # how much a parameter's prior weighs against a residual of log error
+_LEAST_RUNS = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Observation:
+    """One evaluation of one trained model."""
+
+    error: float
+    """What is to be small: the metric, or one minus it."""
+    config: ModelConfig
+    """The dense model."""
+    quantities: dict[str, float]
+    """Value of every factor."""
+    upcycled: bool
+    steps: int
+    ensemble: int
+    run_id: str
+    """The trained run (several settings of one run are not independent)."""
+
+
+def observe(
+    records: Sequence[RunRecord], family: Sequence[RunRecord], task: str, metric: str, *, dataset: str = ""
+) -> list[Observation]:
+    """What the evaluations of `task` among `records` say; models without pre-training are left out (they follow another law).
+
+    Raises UserError if they are of several data sets and none is named.
+    """
+    found, datasets = [], set()
+    for record in records:
+        rows = [r for r in evaluation_rows(record) if r.run is not None and r.task == task and metric in r.metrics]
+        line = [r for r in ancestors(record, family) if r.stage != "evaluate"]
+        samples = {stage: sum(_samples(r) for r in line if r.stage == stage) for stage in ("pretrain", "finetune", "upcycle")}
+        config = section(line[0], "model", ModelConfig) if line else None
+        if config is None or not samples["pretrain"]:
+            continue
+        quantities = factor_values(config, samples["pretrain"], samples["finetune"] + samples["upcycle"])
+        for row in rows:
+            if dataset in ("", row.dataset):
+                datasets.add(row.dataset)
+                value = row.metrics[metric]
+                found.append(
+                    Observation(
+                        error=value if METRICS[metric].lower_is_better else 1 - value,
+                        config=config,
+                        quantities=quantities,
+                        upcycled=samples["upcycle"] > 0,
+                        steps=row.steps or 0,
+                        ensemble=row.ensemble or 0,
+                        run_id=line[0].run_id,
+                    )
+                )
+    if len(datasets) > 1:
+        raise UserError(f"the evaluations are of {', '.join(sorted(datasets))}; choose one with --dataset.")
+    return found
+
+
+def factor_values(config: ModelConfig, pretrain_samples: float, finetune_samples: float) -> dict[str, float]:
+    """The value of every factor for a dense model and its training."""
+    return {
+        "model": float(costs.num_params(config).total),
+        "tokens": float(costs.num_tokens(config)),
+        "pretrain": pretrain_samples,
+        "finetune": finetune_samples,
+    }
+
+
+def _samples(record: RunRecord) -> float:
+    return record.metrics.get("train/samples_seen", 0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Surface:
+    """A fitted dependence, with bootstrap fits for confidence."""
+
+    factors: list[str]
+    """Factors that the observations vary; the others have no say."""
+    ranges: dict[str, tuple[float, float]]
+    """Least and greatest observed value of every factor."""
+    steps: list[int]
+    ensembles: list[int]
+    upcycling: bool
+    """Whether both upcycled and dense models were observed."""
+    centre: np.ndarray
+    parameters: np.ndarray
+    samples: np.ndarray
+    """Bootstrap fits `[n, p]`."""
+    residual: float
+    """Root mean square of the residuals of log error."""
+
+    def expected(self, quantities: dict[str, float], *, upcycled: bool, steps: int, ensemble: int) -> float:
+        """The expected error."""
+        return float(self._errors(self.parameters[None], quantities, upcycled, steps, ensemble)[0])
+
+    def interval(self, quantities: dict[str, float], *, upcycled: bool, steps: int, ensemble: int) -> tuple[float, float]:
+        """The 95% interval of the expected error."""
+        errors = self._errors(self.samples, quantities, upcycled, steps, ensemble)
+        low, high = np.quantile(errors, [0.025, 0.975])
+        return float(low), float(high)
+
+    def _errors(self, fits: np.ndarray, quantities: dict[str, float], upcycled: bool, steps: int, ensemble: int) -> np.ndarray:
+        x = np.log([[quantities[f] for f in self.factors]]) - self.centre
+        levels = np.array([[upcycled, self.steps.index(steps), self.ensembles.index(ensemble)]])
+        shape = (len(self.factors), len(self.steps), len(self.ensembles))
+        return np.exp([_log_error(p, x, levels, shape)[0] for p in fits])
+
+    def exponents(self) -> dict[str, tuple[float, float, float]]:
+        """alpha of each factor, with its 95% interval."""
+        table = {}
+        for number, name in enumerate(self.factors):
+            column = 2 + 2 * number
+            low, high = np.quantile(self.samples[:, column], [0.025, 0.975])
+            table[name] = (float(self.parameters[column]), float(low), float(high))
+        return table
+
+
+def fit_surface(observations: Sequence[Observation], *, samples: int = 100, seed: int = 0) -> Surface:
+    """Fit the surface by least squares of log error with weak priors; confidence by resampling runs.
+
+    Raises UserError if fewer than four runs, or no factor that varies, were observed.
+    """
+    runs = sorted({o.run_id for o in observations})
+    factors = [f for f in FACTORS if len({o.quantities[f] for o in observations}) > 1]
+    if len(runs) < _LEAST_RUNS or not factors:
+        raise UserError(
+            f"a plan needs evaluations of at least {_LEAST_RUNS} models that differ in size or training, but there are "
+            f"{len(runs)} that vary {', '.join(factors) or 'nothing'}; run a study first (docs/science.md)."
+        )
+    if any(o.error <= 0 for o in observations):
+        raise UserError("an error of 0 or less was observed; a power law needs errors above 0.")
+    steps, ensembles = sorted({o.steps for o in observations}), sorted({o.ensemble for o in observations})
+    raw = np.log([[o.quantities[f] for f in factors] for o in observations])
+    centre = raw.mean(axis=0)
+    x = raw - centre
+    y = np.log([o.error for o in observations])
+    levels = np.array([[o.upcycled, steps.index(o.steps), ensembles.index(o.ensemble)] for o in observations])
+    shape = (len(factors), len(steps), len(ensembles))
+    best = min((_fit(x, y, levels, shape, share) for share in (0.1, 0.5, 0.8)), key=lambda f: f[1])[0]
+    rng = np.random.default_rng(seed)
+    rows_of = {run: [i for i, o in enumerate(observations) if o.run_id == run] for run in runs}
+    draws = []
+    for _ in range(samples):
+        rows = [i for run in rng.choice(runs, len(runs)) for i in rows_of[run]]
+        draws.append(_fit(x[rows], y[rows], levels[rows], shape, 0.5, start=best)[0])
+    return Surface(
+        factors=factors,
+        ranges={f: (min(v), max(v)) for f in FACTORS for v in [[o.quantities[f] for o in observations]]},
+        steps=steps,
+        ensembles=ensembles,
+        upcycling=len({o.upcycled for o in observations}) > 1,
+        centre=centre,
+        parameters=best,
+        samples=np.array(draws),
+        residual=float(np.sqrt(np.mean((_log_error(best, x, levels, shape) - y) ** 2))),
+    )
+
+
+def _log_error(p: np.ndarray, x: np.ndarray, levels: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
+    """log error; p = log c, (log A_i, alpha_i)..., upcycling, steps..., ensembles... (the greatest level of each is 0)."""
+    factors, steps, ensembles = shape
+    rest = p[1 + 2 * factors :]
+    of_steps = np.append(rest[1:steps], 0.0)
+    of_ensembles = np.append(rest[steps : steps + ensembles - 1], 0.0)
+    base = np.logaddexp.reduce(_log_terms(p, x), axis=1)
+    return base + rest[0] * levels[:, 0] + of_steps[levels[:, 1]] + of_ensembles[levels[:, 2]]
+
+
+def _log_terms(p: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """log c, and log A_i - alpha_i x_i of every factor: `[n, 1 + factors]`."""
+    count = x.shape[1]
+    log_a, alpha = p[1 : 1 + 2 * count : 2], p[2 : 2 + 2 * count : 2]
+    return np.concatenate([np.full((len(x), 1), p[0]), log_a - alpha * x], axis=1)
+
+
+def _fit(
+    x: np.ndarray,
+    y: np.ndarray,
+    levels: np.ndarray,
+    shape: tuple[int, int, int],
+    share: float,
+    start: np.ndarray | None = None,
+) -> tuple[np.ndarray, float]:
+    """(Parameters, cost); `share` of the error starts as c. Priors: alpha 0.3 +- 0.3, every term +- 2, settings +- 1 in log."""
+    from scipy.optimize import least_squares
+
+    factors, steps, ensembles = shape
+    level = float(np.median(y))
+    prior = np.zeros(1 + 2 * factors + 1 + (steps - 1) + (ensembles - 1))
+    spread = np.ones_like(prior)
+    prior[0], spread[0] = level + math.log(0.3), 2.0
+    prior[1 : 1 + 2 * factors : 2], spread[1 : 1 + 2 * factors : 2] = level + math.log(0.7 / factors), 2.0
+    prior[2 : 2 + 2 * factors : 2], spread[2 : 2 + 2 * factors : 2] = 0.3, 0.3
+    guess = prior.copy()
+    guess[0] = level + math.log(share)
+    guess[1 : 1 + 2 * factors : 2] = level + math.log((1 - share) / factors)
+    low, high = np.full_like(prior, -np.inf), np.full_like(prior, np.inf)
+    low[2 : 2 + 2 * factors : 2], high[2 : 2 + 2 * factors : 2] = 0.0, 3.0
+    guess = guess if start is None else np.clip(start, low + 1e-9, high - 1e-9)
+
+    settings = np.zeros((len(x), len(prior) - 1 - 2 * factors))  # slopes of the settings' effects
+    settings[:, 0] = levels[:, 0]
+    settings[:, 1:steps] = levels[:, 1, None] == np.arange(steps - 1)
+    settings[:, steps:] = levels[:, 2, None] == np.arange(ensembles - 1)
+
+    def residuals(p: np.ndarray) -> np.ndarray:
+        return np.concatenate([_log_error(p, x, levels, shape) - y, _PRIOR * (p - prior) / spread])
+
+    def slopes(p: np.ndarray) -> np.ndarray:
+        terms = _log_terms(p, x)
+        parts = np.exp(terms - np.logaddexp.reduce(terms, axis=1)[:, None])  # shares of the terms in the sum
+        pairs = np.stack([parts[:, 1:], -parts[:, 1:] * x], axis=2).reshape(len(x), -1)
+        return np.concatenate([np.concatenate([parts[:, :1], pairs, settings], axis=1), np.diag(_PRIOR / spread)])
+
+    found = least_squares(residuals, guess, jac=slopes, bounds=(low, high))
+    return found.x, float(found.cost)

@@ -1,0 +1,172 @@
+"""A surface is learned from made runs, and a budget is spent where it pays."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+import yaml
+from made_runs import made_run
+
+from dpt import cli
+from dpt.commands import plan as command
+from dpt.config.sections import ModelConfig
+from dpt.errors import UserError
+from dpt.models import costs
+from dpt.scaling.planner import Limits, best_plan, naive_plan
+from dpt.scaling.surface import factor_values, fit_surface, observe
+
+STEPS = {1: 1.5, 10: 1.0, 100: 1.05}  # too many steps hurt a little
+ENSEMBLES = {1: 1.1, 5: 1.0}
+WIDTHS = (64, 96, 128)
+
+
+def config(width):
+    return ModelConfig(hidden_size=width, depth=2, num_heads=4, num_conditions=1, input_size=16, num_classes=8)
+
+
+def truth(model, pretrain, finetune, upcycled, steps, ensemble):
+    """The world: small models saturate, fine-tuning matters more than pre-training, upcycling gains 5%."""
+    size = costs.num_params(model).total / 1e5
+    error = 0.05 + 0.1 * size**-0.5 + 0.05 * (pretrain / 1e3) ** -0.3 + 0.2 * (finetune / 1e3) ** -0.5
+    return error * (0.95 if upcycled else 1.0) * STEPS[steps] * ENSEMBLES[ensemble]
+
+
+def study(folder=None, noise=0.01, widths=WIDTHS, lengths=(1e3, 4e3), upcycle=(False, True)):
+    rng = np.random.default_rng(0)
+    runs = []
+
+    def add(name, stage, parents, model, samples, **metrics):
+        params = {f"model.{k}": str(getattr(model, k)) for k in ("hidden_size", "depth", "num_heads", "num_conditions")}
+        params |= {"model.input_size": "16", "model.num_classes": "8", "upcycling.num_experts": "4"}
+        recipe = {
+            "train_batch_size": 10,
+            "dpt": {
+                "model": {"hidden_size": 1},
+                "training": {"steps": 100, "checkpoint_every": 50, "warmup_steps": 0},
+                "evaluation": {},
+            },
+        }
+        where = folder / name if folder is not None else None
+        metrics |= {"train/samples_seen": samples} if samples else {}
+        runs.append(made_run(name, stage=stage, parents=parents, params=params, metrics=metrics, folder=where, recipe=recipe))
+        return name
+
+    for width, pretrain, finetune in itertools.product(widths, lengths, lengths):
+        model = config(width)
+        base = add(f"p{width}_{pretrain}_{finetune}", "pretrain", [], model, pretrain)
+        tuned = add(f"f{width}_{pretrain}_{finetune}", "finetune", [base], model, finetune)
+        for upcycled in upcycle:
+            late = finetune / 2
+            final = add(f"u{width}_{pretrain}_{finetune}", "upcycle", [tuned], model, late) if upcycled else tuned
+            total = finetune + late if upcycled else finetune
+            metrics = {}
+            for steps, ensemble in itertools.product(STEPS, ENSEMBLES):
+                error = truth(model, pretrain, total, upcycled, steps, ensemble) * np.exp(noise * rng.normal())
+                metrics[f"eval/depth/abs_rel/s{steps}_n{ensemble}"] = float(error)
+            add(f"e_{final}", "evaluate", [final], model, 0, **metrics)
+    return runs
+
+
+@pytest.fixture(scope="module")
+def surface():
+    runs = study()
+    return fit_surface(observe(runs, runs, "depth", "abs_rel"), samples=30)
+
+
+def test_the_surface_predicts_what_it_has_not_seen(surface):
+    assert surface.factors == ["model", "pretrain", "finetune"]
+    for width, pretrain, finetune, upcycled in ((64, 2e3, 3e3, False), (128, 3e3, 2e3, True), (96, 4e3, 1e3, False)):
+        quantities = factor_values(config(width), pretrain, finetune)
+        true = truth(config(width), pretrain, finetune, upcycled, 10, 5)
+        setting = {"upcycled": upcycled, "steps": 10, "ensemble": 5}
+        assert surface.expected(quantities, **setting) == pytest.approx(true, rel=0.04)
+        low, high = surface.interval(quantities, **setting)
+        assert low < true * 1.02
+        assert high > true * 0.98
+
+
+def test_the_slopes_are_those_of_the_errors(surface):
+    from scipy.optimize import approx_fprime, least_squares
+
+    from dpt.scaling import surface as module
+
+    seen = {}
+
+    def spy(function, guess, jac, **options):
+        seen["difference"] = np.abs(approx_fprime(guess, function, 1e-7) - jac(guess)).max()
+        return least_squares(function, guess, jac=jac, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("scipy.optimize.least_squares", spy)
+        runs = study()
+        module.fit_surface(observe(runs, runs, "depth", "abs_rel"), samples=1)
+    assert seen["difference"] < 1e-5
+
+
+def test_the_plan_beats_the_naive_one_in_the_true_world(surface):
+    models = [config(w) for w in WIDTHS]
+    limits = Limits(train_macs=1e12)
+    best, naive = best_plan(surface, models, limits), naive_plan(surface, models, limits)
+
+    def true(plan):
+        upcycled = plan.upcycle_samples > 0
+        tuned = plan.finetune_samples + plan.upcycle_samples
+        return truth(plan.config, plan.pretrain_samples, tuned, upcycled, plan.steps, plan.ensemble)
+
+    assert true(best) < true(naive)
+    assert best.train_macs == pytest.approx(1e12, rel=1e-6)
+    assert best.steps == 10
+    assert best.finetune_samples + best.upcycle_samples > best.pretrain_samples
+
+
+def test_limits_hold_and_what_cannot_be_afforded_is_said(surface):
+    models = [config(w) for w in WIDTHS]
+    forward = min(costs.macs(m).forward for m in models)
+    plan = best_plan(surface, models, Limits(train_macs=1e12, test_macs=10.5 * forward))
+    assert plan.test_macs <= 10.5 * forward
+    with pytest.raises(UserError, match="no observed setting predicts within"):
+        best_plan(surface, models, Limits(train_macs=1e12, test_macs=1.0))
+
+
+def test_extrapolation_is_said(surface):
+    models = [config(w) for w in WIDTHS]
+    inside = best_plan(surface, models[:1], Limits(train_macs=6e10))
+    beyond = best_plan(surface, [config(256)], Limits(train_macs=1e15))
+    assert any("model" in s and "above the observed range" in s for s in beyond.extrapolations(surface))
+    assert any(s.startswith("pretrain") for s in beyond.extrapolations(surface))
+    assert not any(s.startswith("model") for s in inside.extrapolations(surface))
+
+
+def test_a_stage_that_was_not_varied_keeps_its_length():
+    runs = study(widths=(64, 80, 96, 128), upcycle=(False,))
+    fixed = [r for r in runs if r.name.split("_")[-2] == "1000.0"]  # of the pre-training
+    surface = fit_surface(observe(fixed, runs, "depth", "abs_rel"), samples=10)
+    assert "pretrain" not in surface.factors
+    plan = best_plan(surface, [config(64)], Limits(train_macs=1e12))
+    assert plan.pretrain_samples == 1e3
+    with pytest.raises(UserError, match="least that a plan takes"):
+        best_plan(surface, [config(64)], Limits(train_macs=1e3))
+
+
+def test_too_few_runs_are_refused():
+    runs = study(widths=(64,), lengths=(1e3,))
+    with pytest.raises(UserError, match="at least 4 models"):
+        fit_surface(observe(runs, runs, "depth", "abs_rel"))
+
+
+def test_the_command_writes_recipes_and_a_study(monkeypatch, tmp_path, capsys):
+    runs = study(tmp_path / "runs")
+    monkeypatch.setattr(command, "selected_runs", lambda arguments: (runs, runs))
+    assert cli.main(["plan", "--budget", "1e12", "--out", str(tmp_path / "plan"), "--naive"]) == 0
+    output = capsys.readouterr().out
+    assert "Plan for 1 TMACs of training" in output
+    for name in ("best", "naive"):
+        content = yaml.safe_load((tmp_path / "plan" / name / "study.yaml").read_text())
+        recipe = json.loads((tmp_path / "plan" / name / "finetune.json").read_text())
+        assert content["stages"]["finetune"]["weights"] == "pretrain"
+        assert recipe["dpt"]["model"]["hidden_size"] in WIDTHS
+        assert recipe["dpt"]["training"]["checkpoint_every"] == pytest.approx(recipe["dpt"]["training"]["steps"] / 2, abs=1)
+    naive = json.loads((tmp_path / "plan" / "naive" / "pretrain.json").read_text())
+    per_sample = costs.macs(config(naive["dpt"]["model"]["hidden_size"])).training
+    assert naive["dpt"]["training"]["steps"] * 10 * per_sample == pytest.approx(0.5e12, rel=0.01)
