@@ -1,0 +1,54 @@
+"""Readers of the data sets, each as its owners publish it. A further set is one file and one line here (docs/readers.md)."""
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from data_tools.readers.base import Excluded, Reader, ReadError, Sample
+from data_tools.readers.coco_amodal import COCOAmodal
+from data_tools.readers.diode import DIODE
+from data_tools.readers.eth3d import ETH3D
+from data_tools.readers.flying_chairs import FlyingChairs
+from data_tools.readers.hypersim import open_hypersim
+from data_tools.readers.image_folder import ImageFolder
+from data_tools.readers.imagenet import open_imagenet
+from data_tools.readers.kitti import KITTI
+from data_tools.readers.mp3d_amodal import MP3DAmodal
+from data_tools.readers.nyuv2 import open_nyuv2
+from data_tools.readers.pix2gestalt import Pix2Gestalt
+from data_tools.readers.scannet import ScanNet
+from dpt.errors import UserError
+
+__all__ = ["READERS", "Excluded", "ReadError", "Reader", "Sample", "open_reader"]
+
+READERS: dict[str, Callable[..., Reader]] = {
+    "coco_amodal": COCOAmodal,
+    "diode": DIODE,
+    "eth3d": ETH3D,
+    "flying_chairs": FlyingChairs,
+    "hypersim": open_hypersim,
+    "image_folder": ImageFolder,
+    "imagenet": open_imagenet,
+    "kitti": KITTI,
+    "mp3d_amodal": MP3DAmodal,
+    "nyuv2": open_nyuv2,
+    "pix2gestalt": Pix2Gestalt,
+    "scannet": ScanNet,
+}
+"""Data set: what opens it, called with root, split and the set's own options by name."""
+
+
+def open_reader(name: str, root: Path | str, split: str, **options: Any) -> Reader:
+    """Open one split of a data set that lies in `root`.
+
+    Raises:
+        UserError: an unknown set, split or option, or a root that does not hold the set.
+    """
+    if name not in READERS:
+        raise UserError(f"data set {name!r} is unknown; choose one of {', '.join(READERS)}.")
+    known = [option for option in inspect.signature(READERS[name]).parameters if option not in ("root", "split")]
+    for option in options:
+        if option not in known:
+            raise UserError(f"{name} has no option {option!r}; it has {', '.join(known) or 'none'}.")
+    return READERS[name](Path(root), split, **options)

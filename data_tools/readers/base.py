@@ -1,0 +1,120 @@
+"""What a reader of a data set is, and what it delivers."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dpt.errors import UserError
+
+Task = Literal["class", "depth", "flow", "amodal"]
+
+
+class ReadError(Exception):
+    """One sample that cannot be read: skipped, listed and counted, not the end of a job."""
+
+    def __init__(self, key: str, path: Path, reason: str) -> None:
+        super().__init__(key, path, reason)
+        self.key, self.path, self.reason = key, path, reason
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.path}: {self.reason}"
+
+
+class Excluded(ReadError):
+    """A sound sample that the data set's own filter leaves out (it says nothing against the files)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One sample as the files hold it, nothing resized, cropped or clipped.
+
+    Raises:
+        ValueError: arrays of wrong dtype or shape, or of differing sizes.
+    """
+
+    key: str
+    images: tuple[NDArray[np.uint8], ...]
+    """uint8 [H, W, 3] each. class: the picture; depth: rgb; flow: two frames; amodal: rgb, visible mask (0 or 255)."""
+    label: int | None = None
+    """Class id, for task "class"."""
+    class_name: str | None = None
+    depth: NDArray[np.float32] | None = None
+    """float32 [H, W], metres along the camera's axis, 0 where unknown."""
+    flow: NDArray[np.float32] | None = None
+    """float32 [2, H, W], pixels (u right, v down) from the first frame to the second, 0 where unknown."""
+    mask: NDArray[np.bool_] | None = None
+    """bool [H, W], the amodal mask."""
+    valid: NDArray[np.bool_] | None = None
+    """bool [H, W], where depth or flow is known; None: everywhere, or no such truth."""
+    whole: NDArray[np.uint8] | None = None
+    """uint8 [H, W, 3], the whole object on white, where the set has one."""
+    meta: dict[str, Any] = field(default_factory=dict)
+    """"source": path within the set, and what else the set tells (JSON types)."""
+
+    def __post_init__(self) -> None:
+        size = self.images[0].shape[:2]
+        if min(size) == 0:
+            raise ValueError(f"an empty picture of {size[1]} x {size[0]} pixels")
+        pictures = [*self.images, *([] if self.whole is None else [self.whole])]
+        expected: list[tuple[NDArray[Any] | None, Any, tuple[int, ...]]] = [
+            (picture, np.uint8, (*size, 3)) for picture in pictures
+        ]
+        expected += [(self.depth, np.float32, size), (self.flow, np.float32, (2, *size))]
+        expected += [(self.mask, np.bool_, size), (self.valid, np.bool_, size)]
+        for array, dtype, shape in expected:
+            if array is not None and (array.dtype != dtype or array.shape != shape):
+                raise ValueError(f"{array.dtype} {list(array.shape)} where {np.dtype(dtype)} {list(shape)} is expected")
+
+
+class Reader(Protocol):
+    """Locates the samples of one split of a data set when it is made, and reads them one by one, in any process."""
+
+    name: str
+    task: Task
+    version: int
+    """Counts up whenever the same files would give other samples."""
+    class_names: tuple[str, ...]
+    """By label, for task "class"; otherwise empty."""
+
+    def keys(self) -> list[str]:
+        """All samples, in an order that depends on nothing but the set."""
+        ...
+
+    def read(self, key: str) -> Sample:
+        """Read one sample.
+
+        Raises:
+            ReadError: a file of it is missing, does not decode or has the wrong shape.
+        """
+        ...
+
+
+@contextmanager
+def reading(key: str, path: Path) -> Iterator[None]:
+    """Turn what goes wrong while reading `path` into a ReadError of sample `key`."""
+    try:
+        yield
+    except ReadError:
+        raise
+    except FileNotFoundError as error:
+        raise ReadError(key, Path(error.filename or path), "is missing") from error
+    except (
+        Exception
+    ) as error:  # decoders raise what they like on broken bytes: OSError, SyntaxError, struct.error, KeyError, ...
+        raise ReadError(key, path, f"does not read: {type(error).__name__}: {error}") from error
+
+
+def check_split(name: str, split: str, known: tuple[str, ...]) -> None:
+    if split not in known:
+        raise UserError(f"{name} has no split {split!r}; choose one of {', '.join(known)}.")
+
+
+def wrong_root(name: str, root: Path, expected: str) -> UserError:
+    """The error for a folder that does not hold the set."""
+    state = "does not exist" if not root.exists() else "does not hold it"
+    return UserError(f"{name}: {root} {state}; expected {expected} (docs/readers.md shows the layouts).")

@@ -1,0 +1,80 @@
+"""Reading single files of the formats that data sets come in."""
+
+import io
+import struct
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from dpt.errors import UserError
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".webp")
+FLO_MAGIC = 202021.25
+UNKNOWN_FLOW = 1e9
+"""A flow beyond this is unknown (Middlebury's convention)."""
+
+
+def read_rgb(source: Path | bytes) -> NDArray[np.uint8]:
+    """A picture file (or its bytes) as uint8 [H, W, 3]; grey, palette, CMYK and alpha ones are converted."""
+    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def read_mask(path: Path) -> NDArray[np.bool_]:
+    """A grey picture file as bool [H, W], True from 128 up."""
+    with Image.open(path) as image:
+        return np.asarray(image.convert("L")) > 127
+
+
+def read_png16(path: Path, units_per_metre: float) -> NDArray[np.float32]:
+    """A 16-bit grey PNG as float32 [H, W] metres.
+
+    Raises:
+        ValueError: another kind of picture.
+    """
+    with Image.open(path) as image:
+        if image.mode not in ("I;16", "I;16B", "I"):
+            raise ValueError(f"a picture of mode {image.mode} where 16-bit grey is expected")
+        return (np.asarray(image).astype(np.float64) / units_per_metre).astype(np.float32)
+
+
+def read_flo(path: Path) -> NDArray[np.float32]:
+    """A Middlebury .flo file as float32 [2, H, W] pixels.
+
+    Raises:
+        ValueError: a wrong mark or length.
+    """
+    content = path.read_bytes()
+    if len(content) < 12:
+        raise ValueError(f"{len(content)} bytes are too few for a .flo header")
+    magic, width, height = struct.unpack("<fii", content[:12])
+    if magic != FLO_MAGIC:
+        raise ValueError(f"a .flo file begins with {FLO_MAGIC}, this one with {magic}")
+    if width < 1 or height < 1 or len(content) != 12 + 8 * width * height:
+        raise ValueError(f"{len(content)} bytes do not hold a flow of {width} x {height} pixels")
+    flow = np.frombuffer(content, "<f4", offset=12).reshape(height, width, 2)
+    return np.ascontiguousarray(np.moveaxis(flow, -1, 0), dtype=np.float32)
+
+
+def mask_image(mask: NDArray[np.bool_]) -> NDArray[np.uint8]:
+    """bool [H, W] as a picture uint8 [H, W, 3] of 0 and 255."""
+    return np.repeat(mask[:, :, None], 3, axis=2).astype(np.uint8) * np.uint8(255)
+
+
+def read_lines(path: Path) -> list[str]:
+    """The non-empty lines of a text file.
+
+    Raises:
+        UserError: it is missing or no text.
+    """
+    try:
+        return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: the list does not read ({error}); give another one.") from error
+
+
+def find_images(folder: Path) -> list[Path]:
+    """All picture files under a folder, sorted by path."""
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())

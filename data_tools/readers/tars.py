@@ -1,0 +1,56 @@
+"""Samples inside tar files, read at their place without unpacking."""
+
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from dpt.errors import UserError
+
+
+@dataclass(frozen=True)
+class TarMember:
+    """A file inside a tar (or inside a tar in it)."""
+
+    tar: Path
+    name: str
+    offset: int
+    size: int
+
+    def read(self) -> bytes:
+        """Its bytes.
+
+        Raises:
+            ValueError: the tar ends before the member does.
+        """
+        with self.tar.open("rb") as file:
+            file.seek(self.offset)
+            content = file.read(self.size)
+        if len(content) != self.size:
+            raise ValueError(f"the tar ends within {self.name}")
+        return content
+
+
+def list_members(tar: Path) -> Iterator[TarMember]:
+    """The regular files of a plain tar, in its order; those of tars in it are listed instead of them.
+
+    Raises:
+        UserError: it is no plain tar.
+    """
+    try:
+        with tarfile.open(tar, "r:") as outer:
+            for member in outer:
+                if not member.isfile():
+                    continue
+                if not member.name.endswith(".tar"):
+                    yield TarMember(tar, member.name, member.offset_data, member.size)
+                    continue
+                folder = member.name.removesuffix(".tar")
+                with tarfile.open(fileobj=outer.extractfile(member), mode="r:") as inner:
+                    for nested in inner:
+                        if nested.isfile():
+                            yield TarMember(
+                                tar, f"{folder}/{nested.name}", member.offset_data + nested.offset_data, nested.size
+                            )
+    except tarfile.TarError as error:
+        raise UserError(f"{tar} is no plain tar ({error}); fetch it again, or unpack its compression.") from error
