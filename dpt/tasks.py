@@ -180,16 +180,16 @@ def metric_depth(unit_depth: Any, constants: tuple[float, float]) -> Any:
 
 # --- optical flow -------------------------------------------------------------------------------------------------------
 
-FLOW_KNEE = 1.0 / 64.0
+FLOW_KNEE = 1.0 / 16.0
 """Motion, as a fraction of the image's side, below which the flow code is about linear and above which it is logarithmic."""
 
 
 def encode_flow(flow: np.ndarray) -> np.ndarray:
     """Flow `[2, H, W]` in pixels -> images `[2, 3, H, W]`: x = sign(f) log(1 + |f| / k) / log(1 + 1 / k), f = (u / W, v / H).
 
-    Motion up to the whole image maps into [-1, 1] (use `count_clipped_flow`), small motion still gets a good share of the
-    range, and the code commutes with resizing. On FlyingChairs an error in the image costs about 3/4 of the pixels that it
-    does in the linear code flow / 75, which clips besides.
+    Motion up to the whole image maps into [-1, 1] (see `count_clipped_flow`), small motion still gets a good share of the
+    range, and the code commutes with resizing. Through a small 8x VAE at 256 x 192 pixels, FlyingChairs' flow comes back with a
+    smaller error than in the linear codes flow / 75 px (which clips: real motion reaches 121 px) or flow / size.
     """
     normalised = flow / np.array([flow.shape[-1], flow.shape[-2]], dtype=np.float32)[:, None, None]
     code = np.sign(normalised) * np.log1p(np.abs(normalised) / FLOW_KNEE) / np.log1p(1.0 / FLOW_KNEE)
