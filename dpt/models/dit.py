@@ -134,10 +134,10 @@ class DiT(nn.Module):
         """Recompute each block in the backward pass instead of keeping its activations."""
         self.activation_checkpointing = enabled
 
-    def compile_blocks(self) -> None:
-        """Compile each block in place with torch.compile; the dispatch to experts stays out of the graph."""
+    def compile_blocks(self, **options: Any) -> None:
+        """Compile each block in place with torch.compile and its `options`; the dispatch to experts stays out of the graph."""
         for block in self.blocks:
-            block.compile()
+            block.compile(**options)
 
     def forward(
         self,
