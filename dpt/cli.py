@@ -3,20 +3,26 @@
 import argparse
 import difflib
 import importlib
+import keyword
 import os
 import sys
 from collections.abc import Sequence
 
 COMMANDS = {
+    "predict": "depth, optical flow or whole-object masks of pictures",
+    "sample": "class-conditional images",
+    "report": "write one HTML page about an experiment",
     "compare": "put runs side by side",
     "laws": "fit power laws to runs and draw them",
     "plan": "split a budget between model size, training stages and test time",
-    "presets": "model sizes: parameters, MACs, bytes per rank",
-    "report": "write one HTML page about an experiment",
     "study": "run a grid of launches and draw its figures",
+    "presets": "model sizes: parameters, MACs, bytes per rank",
+    "routing": "which experts get which tokens",
+    "export": "weights of a checkpoint as a folder",
+    "import": "public weights as a folder",
     "sync": "send records that an outage of the MLflow server has kept back",
 }
-"""Every command is a module `dpt.commands.NAME` with `configure(parser)` and `run(arguments)`."""
+"""Every command is a module in `dpt.commands` with `configure(parser)` and `run(arguments)`."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,7 +49,7 @@ def run(name: str, rest: Sequence[str]) -> int:
     """Parse a command's own arguments and run it."""
     from dpt.errors import reported
 
-    module = importlib.import_module(f"dpt.commands.{name.replace('-', '_')}")
+    module = importlib.import_module(module_name(name))
     parser = argparse.ArgumentParser(prog=f"dpt {name}", description=module.__doc__, allow_abbrev=False)
     module.configure(parser)
     arguments = parser.parse_args(rest)
@@ -56,6 +62,11 @@ def run(name: str, rest: Sequence[str]) -> int:
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def module_name(name: str) -> str:
+    """The module of a command ("import" is a word of Python, so its module is `import_`)."""
+    return f"dpt.commands.{name}{'_' if keyword.iskeyword(name) else ''}"
 
 
 def usage() -> str:

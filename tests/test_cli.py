@@ -43,7 +43,7 @@ def test_every_command_explains_itself(name, capsys):
     with pytest.raises(SystemExit) as exit_:
         cli.main([name, "--help"])
     assert exit_.value.code == 0
-    module = importlib.import_module(f"dpt.commands.{name.replace('-', '_')}")
+    module = importlib.import_module(cli.module_name(name))
     assert " ".join(module.__doc__.split())[:30] in " ".join(capsys.readouterr().out.split())
 
 
@@ -68,3 +68,59 @@ def test_presets_as_table_and_json(capsys):
     rows = {r["preset"]: r for r in json.loads(capsys.readouterr().out)}
     assert rows["L/2-8E2A"]["params_total"] == 2_823_764_000
     assert rows["a1"]["forward_macs_256px"] == pytest.approx(2.83e9, rel=0.01)
+
+
+@pytest.fixture(scope="module")
+def depth_weights(tmp_path_factory):
+    """A tiny untrained depth model, exported with all that prediction needs."""
+    return export_tiny(tmp_path_factory.mktemp("weights"), "depth", num_conditions=1)
+
+
+def export_tiny(folder, task, **fields):
+    import dataclasses
+
+    import torch
+
+    from dpt.config.sections import DiffusionConfig, ModelConfig
+    from dpt.models.dit import DiT
+    from dpt.models.pretrained import export_weights
+
+    torch.manual_seed(0)
+    model = DiT(ModelConfig(hidden_size=32, depth=1, num_heads=2, input_size=8, num_classes=4, **fields))
+    sections = {"task": task, "diffusion": dataclasses.asdict(DiffusionConfig()), "vae": {"name": "embedded"}}
+    return export_weights(model, folder / task, sections=sections)
+
+
+def test_predict_writes_depth_of_any_picture(depth_weights, tmp_path, capsys):
+    import numpy as np
+    from PIL import Image
+
+    picture = tmp_path / "scene.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 70, 3), dtype=np.uint8)).save(picture)
+    arguments = ["predict", str(picture), "--weights", str(depth_weights), "--steps", "2", "--ensemble", "2"]
+    assert cli.main([*arguments, "--out", str(tmp_path / "out")]) == 0
+    assert np.load(tmp_path / "out" / "scene_depth.npy").shape == (50, 70)
+    assert "scene_depth_colour.png" in capsys.readouterr().out
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no picture")
+    with pytest.raises(SystemExit):
+        cli.main(["predict", str(broken), "--weights", str(depth_weights)])
+    assert f"{broken}: not a picture" in capsys.readouterr().err
+
+
+def test_sample_import_and_export_round(tmp_path, capsys):
+    weights = export_tiny(tmp_path, "class")
+    arguments = ["sample", "--weights", str(weights), "--labels", "0,3", "--steps", "2", "--out", str(tmp_path / "out")]
+    assert cli.main(arguments) == 0
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["0000_000.png", "0003_000.png"]
+    with pytest.raises(SystemExit):
+        cli.main([*arguments[:3], "--labels", "9"])
+    assert "know classes 0 to 3" in capsys.readouterr().err
+    assert cli.main(["export", str(weights), str(tmp_path / "diffusers"), "--diffusers"]) == 0
+    arguments = ["import", str(tmp_path / "diffusers"), str(tmp_path / "back"), "--vae", "embedded", "--objective", "epsilon"]
+    assert cli.main(arguments) == 0
+    from dpt.models.pretrained import read_weights
+
+    first, second = read_weights(weights), read_weights(tmp_path / "back")
+    assert second.sections["vae"]["name"] == "embedded"
+    assert all((first.state[name] == second.state[name]).all() for name in first.state)

@@ -2,7 +2,8 @@
 
 import argparse
 
-from dpt.config.sections import TrackingConfig
+from dpt.config.recipe import section_from_dict
+from dpt.config.sections import EvaluationConfig, TrackingConfig
 from dpt.errors import UserError
 from dpt.tracking.read import RunRecord, load_runs, with_ancestors
 
@@ -23,3 +24,32 @@ def selected_runs(arguments: argparse.Namespace) -> tuple[list[RunRecord], list[
     if not records:
         raise UserError(f"no run of {arguments.uri} fits; check --experiment and --filter.")
     return records, with_ancestors(records, arguments.uri)
+
+
+def add_sampling_options(parser: argparse.ArgumentParser, *, steps: int, guidance: float) -> None:
+    """Weights, and how the sampler goes."""
+    parser.add_argument("--weights", required=True, help="exported weights, or public ones")
+    parser.add_argument("--vae", default="", help="VAE, where the weights do not name theirs")
+    parser.add_argument("--steps", type=int, default=steps, help="sampler steps (default: %(default)s)")
+    parser.add_argument("--sampler", default="ddim", choices=("ddim", "ddpm", "dpmsolver++"), help="(default: %(default)s)")
+    parser.add_argument("--schedule", default="", help="noise schedule at test time (default: the one of training)")
+    parser.add_argument("--guidance", type=float, default=guidance, help="guidance scale; 1: none (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the initial noise (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=16, help="predictions computed at once (default: %(default)s)")
+    parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"), help="(default: %(default)s)")
+    parser.add_argument("--device", help="e.g. cuda:0 or cpu (default: the accelerator, if there is one)")
+
+
+def sampling_config(arguments: argparse.Namespace) -> EvaluationConfig:
+    """The options of `add_sampling_options` (and --ensemble) as the section that the predictor takes."""
+    values = {
+        "steps": [arguments.steps],
+        "ensemble": [getattr(arguments, "ensemble", 1)],
+        "sampler": arguments.sampler,
+        "schedule": arguments.schedule,
+        "guidance_scale": arguments.guidance,
+        "seed": arguments.seed,
+        "batch_size": arguments.batch_size,
+        "precision": arguments.precision,
+    }
+    return section_from_dict(EvaluationConfig, values, "the command line")

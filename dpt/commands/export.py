@@ -1,0 +1,21 @@
+"""Write the weights of a checkpoint as the folder that evaluation, the next stage and other tools load."""
+
+import argparse
+from pathlib import Path
+
+from dpt.models.pretrained import export_diffusers
+from dpt.training.export import export, load_weights
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", type=Path, help="a step_... folder, or a run's folder: its newest")
+    parser.add_argument("out", type=Path, help="folder to write")
+    parser.add_argument("--diffusers", action="store_true", help="write a diffusers DiTTransformer2DModel (dense networks)")
+    parser.add_argument("--plain", action="store_true", help="with --diffusers: the plain weights, not their average")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    if arguments.diffusers:
+        print(export_diffusers(load_weights(arguments.checkpoint, ema=not arguments.plain), arguments.out))
+    else:
+        print(export(arguments.checkpoint, arguments.out))

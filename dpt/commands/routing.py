@@ -1,0 +1,62 @@
+"""Show which experts get which tokens: by layer, timestep, class and patch position, as pictures and arrays."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from dpt.errors import UserError
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--weights", required=True, help="exported weights of a Mixture-of-Experts, or a checkpoint")
+    parser.add_argument("--data", nargs="+", required=True, help="training shards of the model's task")
+    parser.add_argument("--samples", type=int, default=256, help="samples shown to the network (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=32, help="samples at once (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("routing"), help="folder of the results (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of order, timesteps and noise (default: %(default)s)")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from itertools import islice
+
+    from dpt import distributed
+    from dpt.config.recipe import DptConfig, section_from_dict
+    from dpt.config.sections import DataConfig, DiffusionConfig, TrainingConfig
+    from dpt.models.routing import trace_routing
+    from dpt.training.export import load_weights
+    from dpt.training.feed import open_feed
+    from dpt.training.step import Preparation
+
+    if min(arguments.samples, arguments.batch_size) < 1:
+        raise UserError("--samples and --batch-size must be at least 1.")
+    weights = load_weights(arguments.weights, ema=True)
+    config = DptConfig(
+        task=weights.sections.get("task", "class"),
+        model=weights.config,
+        diffusion=section_from_dict(DiffusionConfig, weights.sections.get("diffusion", {}), arguments.weights),
+        data=DataConfig(shards=arguments.data, posterior="mean"),
+        training=TrainingConfig(seed=arguments.seed),
+    )
+    device, batch_size = distributed.device(), min(arguments.batch_size, arguments.samples)
+    feed = open_feed(config, global_batch_size=batch_size, micro_batch_size=batch_size, start_sample=0, pin_memory=False)
+    network = weights.build().to(device).eval()
+    prepare = Preparation(
+        config, tasks=feed.tasks, scaling_factor=feed.vae.scaling_factor, device=device, dtype=next(network.parameters()).dtype
+    )
+
+    def arguments_of(batch: Any) -> dict[str, Any]:
+        inputs = prepare(batch)
+        return {
+            "noisy_latents": inputs.network_input,
+            "timesteps": inputs.timesteps,
+            "labels": inputs.task_labels,
+            "embeddings": inputs.embeddings,
+            "task_labels": inputs.task_labels,
+        }
+
+    batches = islice(feed.stream, -(-arguments.samples // batch_size))
+    report = trace_routing(network, map(arguments_of, batches), num_train_timesteps=config.diffusion.num_train_timesteps)
+    for layer, (load, token) in enumerate(zip(report.load_entropy, report.token_entropy, strict=True)):
+        print(f"layer {layer}: evenness of loads {load:.3f}, uncertainty of a token {token:.3f} (1: even, 0: one expert)")
+    for path in report.save(arguments.out):
+        print(path)
