@@ -37,6 +37,8 @@ class Protocol:
     """Depth: aligned predictions are clipped to it, in metres."""
     crop: tuple[float, float, float, float] | None = None
     """Fractions (top, bottom, left, right) inside which pixels count."""
+    region: tuple[int, int] | None = None
+    """Height and width in pixels of the part, bottom centre, that alone counts and that `crop` is a fraction of; None: all."""
     align_longest: int = 0
     """Depth: fit scale and shift on maps reduced (nearest) to this longest side; 0: at full size."""
     inference_longest: int = 0
@@ -105,6 +107,7 @@ PROTOCOLS: dict[str, Protocol] = {
             valid_range=(1e-5, 80.0),
             clip=(1e-5, 80.0),
             crop=_EIGEN_KITTI,
+            region=(352, 1216),
             main_metric="abs_rel",
         ),
         Protocol(name="flying_chairs", task="flow", datasets=("flying_chairs",), num_samples=640, main_metric="epe"),
@@ -155,14 +158,19 @@ def counted_pixels(protocol: Protocol, truth: np.ndarray) -> np.ndarray:
         valid = np.isfinite(truth).all(axis=0)
     else:
         valid = np.ones((height, width), dtype=bool)
-    if protocol.crop is not None:
-        inside = np.zeros_like(valid)
-        top, bottom, left, right = (
-            int(fraction * side + 1e-6) for fraction, side in zip(protocol.crop, (height, height, width, width), strict=True)
-        )
-        inside[top:bottom, left:right] = True
-        valid &= inside
-    return valid
+    return valid & _counted_area(protocol, height, width)
+
+
+def _counted_area(protocol: Protocol, height: int, width: int) -> np.ndarray:
+    """Pixels bool `[H, W]` inside the protocol's region and crop."""
+    rows, cols = protocol.region or (height, width)
+    first_row, first_col = max(0, height - rows), max(0, (width - cols) // 2)
+    rows, cols = min(rows, height), min(cols, width)
+    fractions = protocol.crop or (0.0, 1.0, 0.0, 1.0)
+    top, bottom, left, right = (int(f * side + 1e-6) for f, side in zip(fractions, (rows, rows, cols, cols), strict=True))
+    inside = np.zeros((height, width), dtype=bool)
+    inside[first_row + top : first_row + bottom, first_col + left : first_col + right] = True
+    return inside
 
 
 def align_depth_to_truth(protocol: Protocol, prediction: np.ndarray, truth: np.ndarray, valid: np.ndarray) -> np.ndarray:

@@ -33,6 +33,8 @@ def test_crops_are_the_published_pixels():
     assert (rows.min(), rows.max() + 1, cols.min(), cols.max() + 1) == (45, 471, 41, 601)
     rows, cols = np.where(counted_pixels(PROTOCOLS["kitti"], np.full((352, 1216), 5.0)))
     assert (rows.min(), rows.max() + 1, cols.min(), cols.max() + 1) == (117, 321, 43, 1172)
+    rows, cols = np.where(counted_pixels(PROTOCOLS["kitti"], np.full((375, 1242), 5.0)))  # the same part of the whole image
+    assert (rows.min(), rows.max() + 1, cols.min(), cols.max() + 1) == (117 + 23, 321 + 23, 43 + 13, 1172 + 13)
 
 
 def test_valid_ranges_are_open_intervals():
