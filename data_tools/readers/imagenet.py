@@ -36,7 +36,7 @@ class ImageNet:
         if not self._entries:
             raise wrong_root(self.name, self.root, LAYOUT)
         present = {class_name for class_name, _ in self._entries.values()}
-        trained = present if split == "train" else _classes(self.root / "train") or present
+        trained = _classes(self.root / "train") or present
         if not present <= trained:
             raise UserError(
                 f"{self.root}: {split} has classes that train has not, such as {min(present - trained)!r}; add them."

@@ -10,6 +10,7 @@ from PIL import Image
 
 from data_tools.synthesis.rendering import SceneTruth
 from data_tools.synthesis.scenes import SPLITS
+from data_tools.synthesis.shapes import CLASS_NAMES
 
 TASKS: dict[str, str] = {"class": "imagenet", "depth": "hypersim", "flow": "flying_chairs", "amodal": "pix2gestalt"}
 """Task: folder (and data set) whose layout it takes."""
@@ -27,6 +28,9 @@ def write_scene(root: Path, tasks: tuple[str, ...], split: str, number: int, tru
 def write_lists(root: Path, tasks: tuple[str, ...], splits: dict[str, int]) -> None:
     """Write the split files of each layout; `splits` are scenes a split, in the order of their numbers."""
     names = [split for split, count in splits.items() for _ in range(count)]
+    if "class" in tasks:  # every class in every split, if only as an empty folder: labels number the folders
+        for folder in (root / TASKS["class"] / split / name for split in splits for name in CLASS_NAMES):
+            folder.mkdir(parents=True, exist_ok=True)
     if "depth" in tasks:
         for split in splits:
             pairs = (hypersim_names(number) for number, name in enumerate(names) if name == split)

@@ -80,19 +80,23 @@ class _Frame:
         self.directions = self.camera.rays(size, self.columns, self.rows)
         self.hits = trace(self.solids, scene.room, self.origin, self.directions)
         self.points = self.origin + self.directions * self.hits.t
+        self.lamplight = self._lamplight()
 
     def picture(self) -> NDArray[np.uint8]:
-        """uint8 [H, W, 3]: every pixel shaded once, those on edges again through four rays."""
-        sunlit = lit(self.solids, self.light.lamp, self.points)
-        in_room = self.hits.body == ROOM
-        room_lit = smooth_within(sunlit, in_room, self.size, self.blur)
-        body_lit = smooth_within(sunlit, ~in_room, self.size, self.blur)
-        colors = self._shade(room_lit, body_lit)
+        """uint8 [H, W, 3]."""
+        colors = self._shade()
         soften_edges(colors, self.hits, self.size)
         return to_bytes(colors).reshape(self.size, self.size, 3)
 
-    def _shade(self, room_lit: Array, body_lit: Array) -> Array:
-        """Linear colours float32 [3, N]; the lamp's visibility float32 [N] is smoothed apart for room and bodies."""
+    def _lamplight(self) -> Array:
+        """How much of the lamp each pixel's surface sees, float32 [N] in [0, 1]: smoothed apart for the room and for bodies."""
+        seen = lit(self.solids, self.light.lamp, self.points)
+        in_room = self.hits.body == ROOM
+        room, bodies = (smooth_within(seen, mask, self.size, self.blur) for mask in (in_room, ~in_room))
+        return np.where(in_room, room, bodies)
+
+    def _shade(self) -> Array:
+        """Linear colours float32 [3, N] of the surfaces met."""
         colors = np.empty_like(self.points)
         for number in range(ROOM, len(self.solids)):
             (mine,) = (self.hits.body == number).nonzero()
@@ -100,10 +104,10 @@ class _Frame:
                 continue
             points, t, face = self.points.take(mine, axis=1), self.hits.t[mine], self.hits.face[mine]
             if number == ROOM:
-                shades = shade_room(self.light, points, face, t, room_lit[mine])
+                shades = shade_room(self.light, points, face, t, self.lamplight[mine])
             else:
                 rays = self.directions.take(mine, axis=1)
-                shades = shade_body(self.light, number, points, face, t, body_lit[mine], rays)
+                shades = shade_body(self.light, number, points, face, t, self.lamplight[mine], rays)
             put_columns(colors, mine, shades)
         return colors
 
@@ -131,7 +135,8 @@ def _alone_on_white(frame: _Frame, pixels: NDArray[np.intp], t: Array, face: NDA
     points = frame.origin + rays * t
     sunlit, mask = np.zeros((2, frame.size * frame.size), np.bool_)
     sunlit[pixels], mask[pixels] = lit(frame.solids, frame.light.lamp, points), True
-    soft = smooth_within(sunlit, mask, frame.size, frame.blur)
+    in_view = frame.hits.body == TARGET  # there the light is that of the picture
+    soft = np.where(in_view, frame.lamplight, smooth_within(sunlit, mask, frame.size, frame.blur))
     picture = np.full((frame.size * frame.size, 3), 255, np.uint8)
     picture[pixels] = to_bytes(shade_body(frame.light, TARGET, points, face, t, soft[pixels], rays))
     return picture.reshape(frame.size, frame.size, 3)
