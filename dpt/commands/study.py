@@ -17,6 +17,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("study", type=Path, help="YAML file, e.g. studies/small_model_size.yaml")
     parser.add_argument("--uri", default=TrackingConfig.uri, help="MLflow store of the runs (default: %(default)s)")
     parser.add_argument("--dry-run", action="store_true", help="show launches, expected MACs and commands; start nothing")
+    parser.add_argument("--peak-flops", type=float, default=989e12, help="--dry-run: of a device (default: H100, bf16 dense)")
+    parser.add_argument("--mfu", type=float, default=0.4, help="--dry-run: share of it that is reached (default: %(default)s)")
     parser.add_argument("--figures", action="store_true", help="only draw the figures of what is done")
     parser.add_argument("--slurm", metavar="OPTIONS", help='submit to SLURM with these options of sbatch, e.g. "-N 1 --gpus 8"')
     parser.add_argument("--slurm-script", default="launchers/slurm.sh", help="batch script (default: %(default)s)")
@@ -25,7 +27,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     study = read_study(arguments.study, uri=arguments.uri)
     if arguments.dry_run:
-        _show(study)
+        _show(study, arguments.peak_flops, arguments.mfu)
         return
     if arguments.slurm is not None:
         submit(study, shlex.split(arguments.slurm), script=arguments.slurm_script, say=_say)
@@ -40,16 +42,26 @@ def _say(text: str) -> None:
     print(text, flush=True)
 
 
-def _show(study: Study) -> None:
+def _show(study: Study, peak_flops: float, mfu: float) -> None:
+    """Every launch with what it costs, and the commands that are left to run."""
     todo = {launch.name for launch in pending(study)}
     cells, total = [], 0.0
     for launch in study.launches:
-        macs = expected_macs(launch)
-        total += macs if launch.name in todo else 0.0
-        cells.append([launch.name, launch.launcher, show_macs(macs), "to do" if launch.name in todo else "done"])
-    print(f"{study.title}: {len(todo)} of {len(study.launches)} launches to do, {show_macs(total)}MACs of training\n")
-    print(format_cells(["launch", "launcher", "training MACs", "state"], cells))
+        macs = expected_macs(study, launch)
+        training = launch.launcher != "evaluate"
+        total += macs if training and launch.name in todo else 0.0
+        hours = f"{_hours(macs, peak_flops, mfu):,.1f}" if training else "–"
+        cells.append([launch.name, launch.launcher, show_macs(macs), hours, "to do" if launch.name in todo else "done"])
+    print(
+        f"{study.title}: {len(todo)} of {len(study.launches)} launches to do, {show_macs(total)}MACs of training, "
+        f"{_hours(total, peak_flops, mfu):,.1f} device-hours at {mfu:.0%} of {peak_flops / 1e12:g} TFLOP/s\n"
+    )
+    print(format_cells(["launch", "launcher", "MACs (evaluation: an image)", "device-hours", "state"], cells))
     print("\n" + "\n".join(shlex.join(command(launch)) for launch in study.launches if launch.name in todo))
+
+
+def _hours(macs: float, peak_flops: float, mfu: float) -> float:
+    return 2 * macs / (peak_flops * mfu) / 3600
 
 
 def _draw(study: Study, uri: str) -> None:

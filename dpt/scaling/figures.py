@@ -26,7 +26,7 @@ class FigureSpec:
     y: str = "eval/depth/abs_rel"
     """A metric; "1-METRIC" for one minus it."""
     group_by: str = ""
-    """A recipe's field, tag, "label", "name" or "stage"; a law for each of its values."""
+    """A recipe's field, tag, "label", "name" or "stage" (or several, with commas); a law for each of its values."""
     steps: int | None = None
     """Only evaluations with this many sampler steps."""
     ensemble: int | None = None

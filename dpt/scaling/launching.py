@@ -32,7 +32,7 @@ def pending(study: Study) -> list[Launch]:
             raise UserError(f"{study.path}: {needed} is not there; make it first (see docs/science.md).")
     made = _read_record(study)
     for launch in study.launches:
-        launch.load()
+        _ = launch.resolved
         if launch.folder.exists() and launch.name in made and made[launch.name] != _identity(launch):
             raise UserError(
                 f"{launch.folder} was made by another command than {study.path} now asks for; remove it, or change output."

@@ -152,8 +152,11 @@ def run_value(record: RunRecord, family: Sequence[RunRecord], x: str) -> float |
 def text_value(record: RunRecord, family: Sequence[RunRecord], name: str) -> str:
     """A recipe's field, a tag or an attribute (stage, name, label) of a run or of the nearest run that it descends from.
 
-    A field of "model" is that of the nearest training, since an evaluation takes its architecture from the weights.
+    A field of "model" is that of the nearest training, since an evaluation takes its architecture from the weights. Several
+    names, separated by commas, give what they have, side by side.
     """
+    if "," in name:
+        return " ".join(filter(None, (text_value(record, family, part.strip()) for part in name.split(","))))
     if not name:
         return ""
     if name in ("stage", "name", "label"):

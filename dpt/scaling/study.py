@@ -19,6 +19,7 @@ alone that it names: `size: {stages: [pretrain], values: {...}}`; an evaluation 
 names an earlier stage, whose launch with the same values gives the weights.
 """
 
+import functools
 import itertools
 import json
 from collections.abc import Mapping, Sequence
@@ -30,6 +31,7 @@ from dpt.config.checks import trained_model
 from dpt.config.recipe import Recipe, load_recipe, section_from_dict
 from dpt.errors import UserError
 from dpt.models import costs
+from dpt.scaling.compute import prediction_macs
 from dpt.scaling.figures import FigureSpec
 
 
@@ -74,7 +76,8 @@ class Launch:
         fields = [word for name, value in self.fields.items() for word in (f"--{name}", _as_text(value))]
         return ["--ds_config", self.recipe, *fields]
 
-    def load(self) -> Recipe:
+    @functools.cached_property
+    def resolved(self) -> Recipe:
         """The recipe that the launch resolves to; UserError if a field is wrong."""
         return load_recipe(self.recipe, self.fields)
 
@@ -167,7 +170,8 @@ def _unfold(study: dict[str, Any], name: str, stages: Mapping[str, StageSpec], a
         if stage.weights:
             parent = "_".join([stage.weights, *(values[a] for a in stages[stage.weights].axes)])
             fields[f"{home}.weights"] = str(output / parent / "weights")
-        tags = {"dpt.label": " ".join(names) or name, **{f"study.{axis}": value for axis, value in values.items()}}
+        tags = {"dpt.label": " ".join(names) or name, "study.stage": name}
+        tags |= {f"study.{axis}": value for axis, value in values.items()}
         fields |= {
             f"{home}.output_dir": str(output / full_name),
             "tracking.uri": study["uri"],
@@ -194,10 +198,18 @@ def _as_text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def expected_macs(launch: Launch) -> float:
-    """MACs that a training launch will take; 0 for an evaluation, whose number of samples the recipe does not say."""
-    if launch.launcher == "evaluate":
+def expected_macs(study: Study, launch: Launch) -> float:
+    """MACs that a training launch takes; of an evaluation those of one image at all its settings, members shared.
+
+    0 for an evaluation of weights that the study does not train.
+    """
+    recipe = launch.resolved
+    if launch.launcher != "evaluate":
+        model = trained_model(recipe, launch.launcher)
+        return float(costs.macs(model).training) * recipe.dpt.training.steps * recipe.deepspeed.get("train_batch_size", 1)
+    parent = next((other for other in study.launches if other.name == launch.parent), None)
+    if parent is None:
         return 0.0
-    recipe = launch.load()
-    model = trained_model(recipe, launch.launcher)
-    return float(costs.macs(model).training) * recipe.dpt.training.steps * recipe.deepspeed.get("train_batch_size", 1)
+    evaluation = recipe.dpt.evaluation
+    forward = costs.macs(trained_model(parent.resolved, parent.launcher)).forward
+    return prediction_macs(forward, task=recipe.dpt.task, steps=sum(evaluation.steps), ensemble=max(evaluation.ensemble))

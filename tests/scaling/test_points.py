@@ -38,6 +38,8 @@ def test_evaluations_stand_over_the_compute_of_their_whole_descent():
     assert [p.x for p in points] == [1e12, 1e13, 1e14]
     assert [p.y for p in points] == pytest.approx([3 * x**-0.1 for x in (1e12, 1e13, 1e14)])
     assert [p.group for p in points] == ["a1", "a2", "a3"]
+    points = collect(runs, runs, "macs", "eval/depth/abs_rel", group_by="stage,model.preset")
+    assert points[0].group == "evaluate a1"
     assert [p.x for p in collect(runs, runs, "own_macs", "eval/depth/abs_rel")] == [5e11, 5e12, 5e13]
 
 

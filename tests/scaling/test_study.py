@@ -69,8 +69,9 @@ def test_the_grid_unfolds_in_order_with_weights_and_names(write):
     evaluation = study.launches[-1]
     assert evaluation.fields["evaluation.weights"] == str(study.output / "depth_w96_long" / "weights")
     assert not any(name.startswith(("model.", "training.")) for name in evaluation.fields)
-    assert evaluation.load().dpt.tracking.tags == {"dpt.label": "w96 long", "study.size": "w96", "study.length": "long"}
-    assert evaluation.load().dpt.evaluation.steps == [1, 2]
+    tags = {"dpt.label": "w96 long", "study.stage": "evaluate", "study.size": "w96", "study.length": "long"}
+    assert evaluation.resolved.dpt.tracking.tags == tags
+    assert evaluation.resolved.dpt.evaluation.steps == [1, 2]
     assert [launch.stage for launch in study.of_stages(["depth"])] == ["depth"] * 4
 
 
@@ -80,15 +81,17 @@ def test_the_command_line_resolves_to_the_same_recipe(write):
     for launch in write().launches:
         section = "evaluation" if launch.launcher == "evaluate" else "training"
         parsed = parse_command(launch.launcher, "", section, launch.arguments())
-        assert parsed.to_dict() == launch.load().to_dict()
+        assert parsed.to_dict() == launch.resolved.to_dict()
 
 
 def test_expected_compute_is_that_of_the_cost_model(write):
     from dpt.models.costs import macs
 
-    launch = write().launches[0]
-    assert expected_macs(launch) == macs(launch.load().dpt.model).training * 7 * 2
-    assert expected_macs(write().launches[-1]) == 0
+    study = write()
+    launch, evaluation = study.launches[0], study.launches[-1]
+    assert expected_macs(study, launch) == macs(launch.resolved.dpt.model).training * 7 * 2
+    parent = next(other for other in study.launches if other.name == evaluation.parent)
+    assert expected_macs(study, evaluation) == macs(parent.resolved.dpt.model).forward * 3
 
 
 @pytest.mark.parametrize(
@@ -174,9 +177,8 @@ def test_shipped_studies_are_valid(path, monkeypatch):
     monkeypatch.chdir(ROOT)
     study = read_study(path, uri="sqlite:///x.db")
     for launch in study.launches:
-        recipe = launch.load()
-        if launch.launcher != "evaluate":
-            assert expected_macs(launch) > 0
+        recipe = launch.resolved
+        assert expected_macs(study, launch) > 0
         assert recipe.dpt.tracking.experiment == study.experiment
     stages = {launch.stage for launch in study.launches}
     assert study.figures
