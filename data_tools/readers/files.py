@@ -1,6 +1,7 @@
 """Reading single files of the formats that data sets come in."""
 
 import io
+import os
 import struct
 from pathlib import Path
 
@@ -19,7 +20,7 @@ UNKNOWN_FLOW = 1e9
 def read_rgb(source: Path | bytes) -> NDArray[np.uint8]:
     """A picture file (or its bytes) as uint8 [H, W, 3]; grey, palette, CMYK and alpha ones are converted."""
     with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-        return np.asarray(image.convert("RGB"))
+        return np.array(image.convert("RGB"))
 
 
 def read_mask(path: Path) -> NDArray[np.bool_]:
@@ -76,5 +77,6 @@ def read_lines(path: Path) -> list[str]:
 
 
 def find_images(folder: Path) -> list[Path]:
-    """All picture files under a folder, sorted by path."""
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+    """All picture files under a folder, sorted by path; by name alone, for a million files are slow to ask one by one."""
+    places = ((Path(place), names) for place, _, names in os.walk(folder, followlinks=True))
+    return sorted(place / name for place, names in places for name in names if name.lower().endswith(IMAGE_SUFFIXES))

@@ -1,0 +1,210 @@
+"""Single file formats: .flo, 16-bit PNG, run lengths, polygons, pickles, tars."""
+
+import io
+import os
+import pickle
+import struct
+import tarfile
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import array_shapes, arrays
+from PIL import Image
+
+from data_tools.readers.files import mask_image, read_flo, read_mask, read_png16, read_rgb
+from data_tools.readers.rle import decode_polygons, decode_rle
+from data_tools.readers.tars import list_members
+from data_tools.readers.unpickle import load_plain_pickle
+from dpt.errors import UserError
+
+MASKS = arrays(np.bool_, array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=20))
+
+
+def run_lengths(mask: np.ndarray) -> list[int]:
+    """Down the columns, zeros first."""
+    pixels = np.concatenate([[False], mask.T.ravel()])
+    (changes,) = np.nonzero(pixels[1:] != pixels[:-1])
+    return np.diff(np.concatenate([[0], changes, [mask.size]])).tolist()
+
+
+def compress(runs: list[int]) -> str:
+    """COCO's text code, from its description: base 32 with signs, differences from the fourth run on."""
+    text = ""
+    for index, run in enumerate(runs):
+        value = run - runs[index - 2] if index > 2 else run
+        while True:
+            group, value = value & 31, value >> 5
+            more = not ((value == 0 and not group & 16) or (value == -1 and group & 16))
+            text += chr(48 + group + (32 if more else 0))
+            if not more:
+                break
+    return text
+
+
+@settings(max_examples=100, deadline=None)
+@given(mask=MASKS)
+def test_run_lengths_of_all_spellings_decode(mask: np.ndarray) -> None:
+    runs = run_lengths(mask)
+    for counts in (runs, compress(runs), compress(runs).encode(), np.array(runs)):
+        np.testing.assert_array_equal(decode_rle({"size": list(mask.shape), "counts": counts}), mask)
+
+
+def test_long_runs_decode() -> None:
+    mask = np.zeros((700, 900), bool)
+    mask[100:600, 200:800] = True
+    np.testing.assert_array_equal(decode_rle({"size": [700, 900], "counts": compress(run_lengths(mask))}), mask)
+
+
+@pytest.mark.parametrize("counts", [[3, 4], [3, -1, 10], "13\x01", "1", "14\xff", "Q"])
+def test_broken_run_lengths_are_refused(counts: object) -> None:
+    with pytest.raises(ValueError, match=r"."):
+        decode_rle({"size": [3, 4], "counts": counts})
+
+
+@pytest.mark.parametrize(
+    ("polygon", "counts"),
+    [  # made with pycocotools 2.0 for 10 rows and 12 columns
+        ([1.2, 1.7, 9.6, 2.1, 7.3, 8.9, 2.0, 6.5], "<194L001O001O00Mo0"),
+        ([-3.0, 2.0, 5.5, -1.0, 14.0, 5.0, 6.0, 12.5, 4.0, 6.0], "1370O2O1O2Nf0O[O1N2N1ON"),
+    ],
+)
+def test_polygons_are_filled_as_by_coco(polygon: list[float], counts: str) -> None:
+    expected = decode_rle({"size": [10, 12], "counts": counts})
+    np.testing.assert_array_equal(decode_polygons(polygon, 10, 12), expected)
+    np.testing.assert_array_equal(decode_polygons([polygon], 10, 12), expected)
+    shifted = decode_polygons([polygon, [0, 0, 2, 0, 2, 2, 0, 2]], 10, 12)
+    assert shifted[:2, :2].all()
+    assert (shifted >= expected).all()
+
+
+@settings(max_examples=100, deadline=None)
+@given(box=st.tuples(st.integers(0, 9), st.integers(0, 9), st.integers(1, 9), st.integers(1, 9)))
+def test_a_rectangle_covers_its_pixels(box: tuple[int, int, int, int]) -> None:
+    x, y, w, h = box
+    expected = np.zeros((20, 20), bool)
+    expected[y : y + h, x : x + w] = True
+    np.testing.assert_array_equal(decode_polygons([x, y, x + w, y, x + w, y + h, x, y + h], 20, 20), expected)
+
+
+def test_a_polygon_of_two_points_is_refused() -> None:
+    with pytest.raises(ValueError, match="2 points"):
+        decode_polygons([0, 0, 5, 5], 10, 10)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    flow=arrays(
+        np.float32, st.tuples(st.just(2), st.integers(1, 9), st.integers(1, 9)), elements=st.floats(-1e3, 1e3, width=32)
+    )
+)
+def test_flo_files_decode(tmp_path_factory: pytest.TempPathFactory, flow: np.ndarray) -> None:
+    path = tmp_path_factory.mktemp("flo") / "a.flo"
+    _, height, width = flow.shape
+    path.write_bytes(struct.pack("<fii", 202021.25, width, height) + flow.transpose(1, 2, 0).astype("<f4").tobytes())
+    np.testing.assert_array_equal(read_flo(path), flow)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"PIEH", struct.pack("<fii", 1.0, 1, 1) + bytes(8), struct.pack("<fii", 202021.25, 2, 2) + bytes(31),
+     struct.pack("<fii", 202021.25, -1, -1) + bytes(8)],
+)  # fmt: skip
+def test_broken_flo_files_are_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.flo").write_bytes(content)
+    with pytest.raises(ValueError, match=r"flo"):
+        read_flo(tmp_path / "a.flo")
+
+
+def test_16_bit_depth_decodes_in_its_unit(tmp_path: Path) -> None:
+    stored = np.array([[0, 1, 256], [1000, 40000, 65535]], np.uint16)
+    Image.fromarray(stored).save(tmp_path / "depth.png")
+    for units in (1000.0, 256.0):
+        depth = read_png16(tmp_path / "depth.png", units)
+        assert depth.dtype == np.float32
+        np.testing.assert_allclose(depth, stored / units, rtol=1e-7)
+    Image.fromarray(stored.astype(np.uint8)).save(tmp_path / "eight.png")
+    with pytest.raises(ValueError, match="mode L"):
+        read_png16(tmp_path / "eight.png", 1000)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "CMYK", "1"])
+def test_pictures_of_all_modes_become_rgb(tmp_path: Path, mode: str) -> None:
+    path = tmp_path / ("a.tif" if mode == "CMYK" else "a.png")
+    Image.fromarray(np.full((4, 6, 3), 255, np.uint8)).convert(mode).save(path)
+    for source in (path, path.read_bytes()):
+        rgb = read_rgb(source)
+        assert rgb.dtype == np.uint8
+        np.testing.assert_array_equal(rgb, 255)
+        assert rgb.shape == (4, 6, 3)
+
+
+def test_masks_round_trip(tmp_path: Path) -> None:
+    mask = np.random.default_rng(0).random((5, 7)) > 0.5
+    Image.fromarray(mask_image(mask)[..., 0]).save(tmp_path / "mask.png")
+    np.testing.assert_array_equal(read_mask(tmp_path / "mask.png"), mask)
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_pickles_of_plain_data_load(tmp_path: Path, protocol: int) -> None:
+    content = {
+        "images": [{"file_name": "a.jpg", "size": (3, 4), "tags": {"x"}, "frozen": frozenset([1])}],
+        "raw": b"\x00\xff", "flag": None, "ordered": OrderedDict(a=1), "numbers": [1.5, 2**70, True], "c": 1j,
+    }  # fmt: skip
+    arrays_in = {"array": np.arange(6.0).reshape(2, 3), "scalar": np.float64(2.5), "ids": np.array([1, 2], np.int32)}
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps({**content, **arrays_in}, protocol))
+    loaded = load_plain_pickle(tmp_path / "a.pkl")
+    for name, array in arrays_in.items():
+        np.testing.assert_array_equal(loaded.pop(name), array)
+    assert loaded == content
+
+
+class _Evil:
+    def __init__(self, function: object, *arguments: object) -> None:
+        self.call = (function, arguments)
+
+    def __reduce__(self) -> tuple[object, tuple[object, ...]]:
+        return self.call
+
+
+@pytest.mark.parametrize(
+    "evil",
+    [_Evil(os.system, "echo bad"), _Evil(eval, "1"), _Evil(getattr, "a", "upper"), _Evil(np.load, "x"), Path("x"),
+     _Evil(__import__, "os"), np.array([Path("x")], object), _Evil(open, "x")],
+)  # fmt: skip
+def test_pickles_of_anything_else_are_refused(tmp_path: Path, evil: object) -> None:
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps({"images": [], "annotations": evil}))
+    with pytest.raises(pickle.UnpicklingError, match="no plain data"):
+        load_plain_pickle(tmp_path / "a.pkl")
+
+
+def test_a_pickle_cannot_reach_attributes_of_what_is_allowed(tmp_path: Path) -> None:
+    (tmp_path / "a.pkl").write_bytes(b"\x80\x04\x8c\x05numpy\x8c\x0edtype.__init__\x93.")
+    with pytest.raises(pickle.UnpicklingError):
+        load_plain_pickle(tmp_path / "a.pkl")
+
+
+def _tar(files: dict[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def test_members_of_tars_and_of_tars_in_them_are_read_in_place(tmp_path: Path) -> None:
+    inner = _tar({"n1_1.JPEG": b"one", "n1_2.JPEG": b"two" * 1000})
+    (tmp_path / "a.tar").write_bytes(_tar({"first.txt": b"x", "n1.tar": inner, "last.txt": b"end"}))
+    members = {member.name: member.read() for member in list_members(tmp_path / "a.tar")}
+    assert members == {"first.txt": b"x", "n1/n1_1.JPEG": b"one", "n1/n1_2.JPEG": b"two" * 1000, "last.txt": b"end"}
+
+
+def test_no_tar_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.tar").write_bytes(b"not a tar" * 100)
+    with pytest.raises(UserError, match=r"a\.tar is no plain tar"):
+        list(list_members(tmp_path / "a.tar"))
