@@ -1,7 +1,7 @@
 """Reading shards: any sample of a tar by its number, in batches without parsing where all samples are laid out alike.
 
-A shard of equal members is a strided array: the first sample's headers are parsed, and every further sample is one `preadv`
-straight into the batch, its headers compared with the first's. Other tars are walked once and read sample by sample.
+A shard of equal members is a strided array: some samples' headers are parsed, and blocks of neighbouring samples are read
+at once and only compared with them. Other tars are walked once and read sample by sample.
 Reads, not memory maps: a file that shrinks or a disk that fails is then an error that names the sample, not a dead process.
 """
 
@@ -10,21 +10,23 @@ import io
 import json
 import math
 import os
+import re
 import tarfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from dpt.data.manifest import Manifest, read_manifest
-from dpt.data.shards import BLOCK, END
-from dpt.errors import UserError
-
-_DIRECT_BYTES = 4096
+BLOCK = 512
+"""A tar's unit: headers are one block, members are padded to whole ones."""
+END = bytes(2 * BLOCK)
+_KEY = re.compile(r"([^.\0]*)\.[^\0]*\0+")
+_LARGE_BYTES = 4096
+_MOST_LARGE = 7
+"""64 rows with 7 large members are 960 pieces; a system call takes 1024."""
 _PROBES = 4
 _NPY_HEADER_BYTES = 128
 
@@ -55,90 +57,52 @@ class RowLayout:
     stride: int
 
 
-class RowPlan:
-    """How the wanted members of many rows are read: one `preadv` a row, large members straight to their place in the batch.
+class RowFormat:
+    """How rows of a layout are taken apart while they are read: each large wanted member for itself, and the rest of the row.
 
-    All the rest (tar and npy headers, small members) goes to a scratch row, where it is compared with the first sample's.
+    The rest (headers, small members) also tells whether a row is sound: some of its bytes must be as in a sound row.
     """
 
     def __init__(self, layout: RowLayout, wanted: Sequence[str], sound_row: bytes) -> None:
+        self.stride = layout.stride
         self.members = [member for member in layout.members if member.name in wanted]
-        assert len(self.members) == len(wanted), f"members {wanted} are not all in {layout}"
-        self.start = self.members[0].header
-        self.nbytes = self.members[-1].data + self.members[-1].nbytes - self.start
-        self.large = [member for member in self.members if member.nbytes >= _DIRECT_BYTES]
-        self.scratch_bytes = self.nbytes - sum(member.nbytes for member in self.large)
-        scratch = b""
-        position = self.start
-        self._cuts: list[tuple[int, int]] = []
+        self.large = [member for member in self.members if member.nbytes >= _LARGE_BYTES][:_MOST_LARGE]
+        self.rest_bytes = self.stride - sum(member.nbytes for member in self.large)
+        rest = np.frombuffer(sound_row, np.uint8)
+        for member in reversed(self.large):
+            rest = np.delete(rest, slice(member.data, member.data + member.nbytes))
+        # Of each member: the low digits of its size and the magic of its tar header, and its whole npy header, in 8-byte words.
+        starts = [(self.rest_at(member.header) // 8, self.rest_at(member.data) // 8) for member in self.members]
+        self._words = np.concatenate([[tar + 16, tar + 32, *range(tar + 64, data)] for tar, data in starts])
+        self._sound = rest.view(np.int64)[self._words]
+
+    def rest_at(self, position: int) -> int:
+        """Where the row's byte `position` (outside the large members) lies in the rest."""
+        return position - sum(member.nbytes for member in self.large if member.data < position)
+
+    def buffers(self, rest: np.ndarray, large: dict[str, np.ndarray]) -> list[memoryview]:
+        """What `preadv` fills, piece by piece, with N rows: `rest` uint8 `[N, rest_bytes]`, `large` uint8 `[N, nbytes]`."""
+        pieces: list[tuple[memoryview, int, int, int]] = []
+        position = 0
         for member in self.large:
-            self._cuts.append((len(scratch), len(scratch) + member.data - position))
-            scratch += sound_row[position : member.data]
+            pieces.append((rest.reshape(-1).data, self.rest_bytes, self.rest_at(position), self.rest_at(member.data)))
+            pieces.append((large[member.name].reshape(-1).data, member.nbytes, 0, member.nbytes))
             position = member.data + member.nbytes
-        self._cuts.append((len(scratch), self.scratch_bytes))
-        self._template = np.frombuffer(scratch + sound_row[position : self.start + self.nbytes], np.uint8)
-        self._mask = self._constant_bytes()
+        pieces.append((rest.reshape(-1).data, self.rest_bytes, self.rest_at(position), self.rest_bytes))
+        return [memory[row * size + a : row * size + b] for row in range(len(rest)) for memory, size, a, b in pieces]
 
-    def _constant_bytes(self) -> np.ndarray:
-        """255 where a sample's scratch row must equal the first one's: size, type and format of the tar header, npy header."""
-        mask = np.zeros(self.scratch_bytes, np.uint8)
-        for member in self.members:
-            at = self.scratch_at(member.header)
-            for start, stop in ((124, 136), (156, 157), (257, 263), (345, 500), (BLOCK, member.data - member.header)):
-                mask[at + start : at + stop] = 255
-        return mask
+    def sound(self, rest: np.ndarray) -> np.ndarray:
+        """Whether the rows that `rest` is of have the headers that they must have: bool `[N]`."""
+        return np.asarray((rest.view(np.int64)[:, self._words] == self._sound).all(axis=1))
 
-    def scratch_at(self, position: int) -> int:
-        """Where the row's byte `position` lies in the scratch row."""
-        return position - self.start - sum(member.nbytes for member in self.large if member.data < position)
 
-    def read(
-        self, sources: Sequence[tuple[int, int]], slots: Sequence[int], arrays: dict[str, np.ndarray], keys: list[str]
-    ) -> dict[int, str]:
-        """Read rows into the batch. Returns {slot: reason} of those that failed.
-
-        sources: (file descriptor, byte offset of the row) each; slots: their places in `arrays` (contiguous `[B, ...]`)
-        and `keys`.
-        """
-        scratch = np.empty((len(sources), self.scratch_bytes), np.uint8)
-        flat = scratch.reshape(-1).data
-        targets = [(arrays[m.name].data.cast("B"), m.nbytes) for m in self.large]
-        failed: dict[int, str] = {}
-        base = 0
-        for (descriptor, offset), slot in zip(sources, slots, strict=True):
-            buffers = []
-            for (target, size), (start, stop) in zip(targets, self._cuts, strict=False):
-                buffers.append(flat[base + start : base + stop])
-                buffers.append(target[slot * size : (slot + 1) * size])
-            start, stop = self._cuts[-1]
-            if stop > start:
-                buffers.append(flat[base + start : base + stop])
-            try:
-                if os.preadv(descriptor, buffers, offset + self.start) != self.nbytes:
-                    failed[slot] = "the tar is truncated"
-            except OSError as error:
-                failed[slot] = error.strerror or str(error)
-            base += self.scratch_bytes
-        self._unpack(scratch, slots, arrays, keys, failed)
-        return failed
-
-    def _unpack(
-        self, scratch: np.ndarray, slots: Sequence[int], arrays: dict[str, np.ndarray], keys: list[str], failed: dict[int, str]
-    ) -> None:
-        differs = ((scratch ^ self._template) & self._mask).any(axis=1)
-        names = scratch[:, :100].tobytes()
-        suffix = f"{self.members[0].name}.npy".encode()
-        for i, (slot, bad) in enumerate(zip(slots, differs.tolist(), strict=True)):
-            key, _, rest = names[100 * i : 100 * (i + 1)].rstrip(b"\0").partition(b".")
-            if (bad or rest != suffix) and slot not in failed:
-                failed[slot] = "its headers are damaged"
-            keys[slot] = key.decode(errors="replace")
-        places = np.asarray(slots)
-        for member in self.members:
-            if member.nbytes < _DIRECT_BYTES:
-                at = self.scratch_at(member.data)
-                values = np.ascontiguousarray(scratch[:, at : at + member.nbytes]).view(member.dtype)
-                arrays[member.name][places] = values.reshape(len(places), *member.shape)
+def row_keys(rows: np.ndarray) -> list[str]:
+    """The keys in `rows`, uint8 `[N, at least 100]`, which begin with the first member's name."""
+    names = rows[:, :100].tobytes()
+    keys = _KEY.findall(names.decode("latin1"))  # all at once; a damaged name may hide or add one
+    if len(keys) != len(rows):
+        keys = [names[at : at + 100].partition(b".")[0].decode("latin1") for at in range(0, len(names), 100)]
+    return keys
 
 
 class ShardReader:
@@ -148,22 +112,22 @@ class ShardReader:
         self.name = name
         self.num_samples = num_samples
         self._file = file
-        self.descriptor = file.fileno()
+        self._descriptor = file.fileno()
         self._sound_row = 0
         self.layout = self._find_layout()
         self._spans = None if self.layout else self._walk()
 
     def _find_layout(self) -> RowLayout | None:
         """The rows' common layout, or None if probed rows differ for another reason than damage."""
-        size, count = os.fstat(self.descriptor).st_size, self.num_samples
+        size, count = os.fstat(self._descriptor).st_size, self.num_samples
         whole = size > len(END) and (size - len(END)) % count == 0  # the size of a shard of ours that is not truncated
-        first = _parse_row(self.descriptor, 0)
+        first = _parse_row(self._descriptor, 0)
         stride = (size - len(END)) // count if whole else first.stride if first else 0
         if stride == 0 or size < stride:
             return None
         last = min(count, size // stride) - 1  # a truncated shard keeps its whole rows
         rows = sorted({round(last * i / _PROBES) for i in range(_PROBES + 1)})
-        found = {row: _parse_row(self.descriptor, row * stride) for row in rows}
+        found = {row: _parse_row(self._descriptor, row * stride) for row in rows}
         layout, votes = Counter(found.values()).most_common(1)[0]
         if layout is None or layout.stride != stride or votes < len(rows) * (0.5 if whole else 1.0):
             return None
@@ -174,7 +138,7 @@ class ShardReader:
         """(first byte, end) of every complete sample of a tar whose samples differ."""
         spans: list[tuple[int, int]] = []
         names: list[list[str]] = []
-        size = os.fstat(self.descriptor).st_size
+        size = os.fstat(self._descriptor).st_size
         last_key = None
         try:
             self._file.seek(0)
@@ -198,24 +162,27 @@ class ShardReader:
             spans.pop()  # cut off after some of its members
         return spans
 
-    def plan(self, wanted: Sequence[str]) -> RowPlan:
-        """How the members `wanted` of many rows are read at once; only for tars with a layout."""
+    def row_format(self, wanted: Sequence[str]) -> RowFormat:
+        """The common format of the rows; only for tars with a layout."""
         assert self.layout is not None
-        row = os.pread(self.descriptor, self.layout.stride, self._sound_row * self.layout.stride)
-        return RowPlan(self.layout, wanted, row)
+        row = os.pread(self._descriptor, self.layout.stride, self._sound_row * self.layout.stride)
+        return RowFormat(self.layout, wanted, row)
+
+    def read_rows(self, first: int, buffers: Sequence[memoryview]) -> int:
+        """Read neighbouring rows from number `first` on into `buffers`. Returns how many came whole."""
+        assert self.layout is not None
+        return os.preadv(self._descriptor, buffers, first * self.layout.stride) // self.layout.stride
 
     def sample(self, row: int, members: Sequence[str] | None = None) -> dict[str, Any]:
-        """One sample: `key`, its arrays and `meta` (dict); of the arrays only `members` if given. SampleError if damaged."""
+        """One sample: `key`, its arrays and `meta` (dict); of the arrays only `members` if given. SampleError if damaged,
+        OSError if the file cannot be read."""
         if self.layout:
             start, end = row * self.layout.stride, (row + 1) * self.layout.stride
         elif self._spans is not None and row < len(self._spans):
             start, end = self._spans[row]
         else:
             raise SampleError("the tar is truncated")
-        try:
-            content = os.pread(self.descriptor, end - start, start)
-        except OSError as error:
-            raise SampleError(error.strerror or str(error)) from error
+        content = os.pread(self._descriptor, end - start, start)
         if len(content) < end - start:
             raise SampleError("the tar is truncated")
         return _parse_sample(content, members)
@@ -305,57 +272,3 @@ def _npy_header(text: bytes) -> tuple[str, tuple[int, ...], int] | None:
     if dtype.hasobject or header.get("fortran_order"):
         return None
     return dtype.str, shape, dtype.itemsize * math.prod(shape)
-
-
-class ShardFolder:
-    """The samples of a local shard folder in order, by number: `len(folder)`, `folder[i]`.
-
-    A sample is a dict: `key` (str), `meta` (dict) and numpy arrays, as documented. UserError if the folder or its manifest is
-    not whole; SampleError names a damaged sample.
-    """
-
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
-        self.manifest: Manifest = read_manifest(self.folder)
-        counts = [shard.num_samples for shard in self.manifest.shards]
-        self._starts = np.concatenate([[0], np.cumsum(counts)])
-        self._open: tuple[int, ShardReader] | None = None
-
-    def __len__(self) -> int:
-        return self.manifest.num_samples
-
-    def __getitem__(self, number: int) -> dict[str, Any]:
-        if not 0 <= number < len(self):
-            raise IndexError(number)
-        shard = int(np.searchsorted(self._starts, number, "right")) - 1
-        return self._read(shard, number - int(self._starts[shard]))
-
-    def _read(self, shard: int, row: int) -> dict[str, Any]:
-        record = self.manifest.shards[shard]
-        path = self.folder / record.name
-        if self._open is None or self._open[0] != shard:
-            self.close()
-            try:
-                self._open = (shard, ShardReader(path.open("rb"), str(path), record.num_samples))
-            except OSError as error:
-                raise UserError(f"{path}: the shard cannot be read ({error.strerror}); encode the set anew.") from error
-        try:
-            return self._open[1].sample(row)
-        except SampleError as error:
-            raise SampleError(f"sample {row} of {path}: {error}") from error
-
-    def close(self) -> None:
-        """Close the open shard."""
-        if self._open is not None:
-            self._open[1].close()
-            self._open = None
-
-
-def iter_samples(folder: str | Path, start: int = 0) -> Iterator[dict[str, Any]]:
-    """The samples of a shard folder from number `start` on, each as `ShardFolder` gives it."""
-    samples = ShardFolder(folder)
-    try:
-        for number in range(start, len(samples)):
-            yield samples[number]
-    finally:
-        samples.close()

@@ -1,6 +1,7 @@
-"""Writing shards: plain tars of `KEY.NAME.npy` members and one `KEY.meta.json` per sample, the same bytes every time.
+"""Shards: plain tars of `KEY.NAME.npy` members and one `KEY.meta.json` per sample, written with the same bytes every time.
 
 All members of one name have one dtype and shape and come in one order, so that a shard is a strided array (see `reader.py`).
+Here they are written, and read one by one; training reads them through `stream.py`.
 """
 
 import fcntl
@@ -10,22 +11,20 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from dpt.data.manifest import ShardRecord
+from dpt.data.manifest import Manifest, ShardRecord, read_manifest
+from dpt.data.reader import BLOCK, END, SampleError, ShardReader
 from dpt.errors import UserError
 
 MEMBER_ORDER = ("label", "valid", "clip", "latents", "latents_mirrored", "cond_latents", "target_latents", "image", "truth")
 """Order of the arrays in a sample; `meta` follows. What only some readers want is last: the others skip it in one piece."""
 
-BLOCK = 512
-"""A tar's unit: headers are one block, members are padded to whole ones."""
-END = bytes(2 * BLOCK)
 _DTYPES = ("float16", "float32", "int64", "uint8")
 _MAX_NAME = 100
 
@@ -135,3 +134,57 @@ def file_sha256(path: str | Path) -> str:
     """Hash of a file's bytes."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class ShardFolder:
+    """The samples of a local shard folder in order, by number: `len(folder)`, `folder[i]`.
+
+    A sample is a dict: `key` (str), `meta` (dict) and numpy arrays, as documented. UserError if the folder or its manifest is
+    not whole; SampleError names a damaged sample.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.manifest: Manifest = read_manifest(self.folder)
+        counts = [shard.num_samples for shard in self.manifest.shards]
+        self._starts = np.concatenate([[0], np.cumsum(counts)])
+        self._open: tuple[int, ShardReader] | None = None
+
+    def __len__(self) -> int:
+        return self.manifest.num_samples
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        if not 0 <= number < len(self):
+            raise IndexError(number)
+        shard = int(np.searchsorted(self._starts, number, "right")) - 1
+        return self._read(shard, number - int(self._starts[shard]))
+
+    def _read(self, shard: int, row: int) -> dict[str, Any]:
+        record = self.manifest.shards[shard]
+        path = self.folder / record.name
+        if self._open is None or self._open[0] != shard:
+            self.close()
+            try:
+                self._open = (shard, ShardReader(path.open("rb"), str(path), record.num_samples))
+            except OSError as error:
+                raise UserError(f"{path}: the shard cannot be read ({error.strerror}); encode the set anew.") from error
+        try:
+            return self._open[1].sample(row)
+        except (SampleError, OSError) as error:
+            raise SampleError(f"sample {row} of {path}: {error}") from error
+
+    def close(self) -> None:
+        """Close the open shard."""
+        if self._open is not None:
+            self._open[1].close()
+            self._open = None
+
+
+def iter_samples(folder: str | Path, start: int = 0) -> Iterator[dict[str, Any]]:
+    """The samples of a shard folder from number `start` on, each as `ShardFolder` gives it."""
+    samples = ShardFolder(folder)
+    try:
+        for number in range(start, len(samples)):
+            yield samples[number]
+    finally:
+        samples.close()

@@ -14,8 +14,8 @@ import webdataset as wds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpt.data.reader import SampleError, ShardFolder, ShardReader, iter_samples
-from dpt.data.shards import BLOCK, ShardWriter, file_sha256, npy_bytes, shard_key
+from dpt.data.reader import BLOCK, SampleError, ShardReader
+from dpt.data.shards import ShardFolder, ShardWriter, file_sha256, iter_samples, npy_bytes, shard_key
 from dpt.errors import UserError
 
 DTYPES = ("float16", "float32", "int64", "uint8")

@@ -1,0 +1,135 @@
+"""How fast one core fills batches from shards in the page cache, beside reading the same tars and copying them once.
+
+python -m benchmarks.loader [--megabytes 512] [--shards FOLDER]
+"""
+
+import argparse
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dpt.data.manifest import Manifest, MemberSpec, VAERecord, read_manifest, write_manifest
+from dpt.data.shards import ShardWriter
+from dpt.data.stream import LatentStream
+
+SAMPLES_PER_SHARD = 1024
+BATCH = 256
+REPEATS = 5
+
+
+def write_shards(folder: Path, megabytes: int) -> None:
+    """Class shards of 32x32x4 moments (256 px images)."""
+    random = np.random.default_rng(0)
+    records = []
+    for shard in range(max(1, megabytes * 2**20 // (SAMPLES_PER_SHARD * 18 * 1024))):
+        with ShardWriter(folder / f"{shard:06d}.tar") as writer:
+            for number in range(SAMPLES_PER_SHARD):
+                latents = random.integers(0, 2**14, (2, 4, 32, 32), np.uint16).view(np.float16)
+                writer.add(f"s{shard:04d}_{number:04d}", {"label": np.array(number), "latents": latents}, {"width": 256})
+            records.append(writer.commit())
+    members = {"label": MemberSpec(dtype="int64", shape=()), "latents": MemberSpec(dtype="float16", shape=(2, 4, 32, 32))}
+    vae = VAERecord(name="none", sha256="0" * 64, scaling_factor=0.18215, latent_channels=4)
+    total = sum(record.num_samples for record in records)
+    manifest = Manifest(
+        dataset="random", split="train", task="class", resolution=256, num_samples=total, shards=tuple(records),
+        members=members, vae=vae,
+    )  # fmt: skip
+    write_manifest(folder, manifest)
+
+
+def read_and_copy(folder: Path, pieces: int | None = None) -> int:
+    """Read every tar into a buffer and copy it from there to another, whole or in pieces of so many bytes.
+
+    Pieces stay in the core's cache between the two, which no shuffled order can have. Returns the samples passed.
+    """
+    manifest = read_manifest(folder)
+    size = pieces or max(shard.bytes for shard in manifest.shards)
+    buffer, copy = _buffers(size)
+    for shard in manifest.shards:
+        with (folder / shard.name).open("rb", buffering=0) as file:
+            while count := file.readinto(buffer.data):
+                copy[:count] = buffer[:count]
+    return manifest.num_samples
+
+
+@lru_cache
+def _buffers(size: int) -> tuple[np.ndarray, np.ndarray]:
+    return np.zeros(size, np.uint8), np.zeros(size, np.uint8)
+
+
+def rate(action: Callable[[], int]) -> float:
+    """Samples per second of processor time, which other programs on the core do not change."""
+    started = time.process_time()
+    samples = action()
+    return samples / (time.process_time() - started)
+
+
+def wait_share(folder: Path, step_s: float, workers: int) -> float:
+    """Share of a training loop's time spent waiting for batches, once started, when a step computes for `step_s`."""
+    batches = iter(LatentStream([str(folder)], global_batch_size=BATCH, num_workers=workers))
+    weights = torch.randn(512, 512)
+    waited = started = 0.0
+    for step in range(60):
+        if step == 10:
+            waited, started = 0.0, time.perf_counter()
+        before = time.perf_counter()
+        next(batches)
+        waited += time.perf_counter() - before
+        while time.perf_counter() - before < step_s:
+            weights @ weights
+    return waited / (time.perf_counter() - started)
+
+
+def speed(folder: Path) -> dict[str, float]:
+    """Best of several rounds, in which all are measured in turn, on one core."""
+    batches = iter(LatentStream([str(folder)], global_batch_size=BATCH))
+
+    def stream() -> int:
+        return sum(len(batch["key"]) for batch in islice(batches, 256))
+
+    measured = {
+        "tars read and copied, samples/s": lambda: read_and_copy(folder),
+        "the same in pieces of 4 MB": lambda: read_and_copy(folder, 4 << 20),
+        "stream, samples/s": stream,
+    }
+    rounds = [{name: rate(action) for name, action in measured.items()} for _ in range(REPEATS + 1)][1:]
+    best = {name: max(figures[name] for figures in rounds) for name in measured}
+    whole, _, streamed = best.values()
+    return {**best, "stream / tars read and copied": streamed / whole}
+
+
+def measure(folder: Path) -> dict[str, float]:
+    """Speed on one core, then waiting shares of a loop that computes for 50 ms a step (5120 samples/s)."""
+    cores = os.sched_getaffinity(0)
+    torch.set_num_threads(1)
+    os.sched_setaffinity(0, {min(cores)})
+    found = speed(folder)
+    os.sched_setaffinity(0, cores)
+    for workers in (0, 1):
+        found[f"waiting share, {workers} workers"] = wait_share(folder, 0.05, workers)
+    return found
+
+
+def main() -> None:
+    """Print the figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--megabytes", type=int, default=512, help="size of the shards made for the measurement (default: 512)")
+    parser.add_argument("--shards", type=Path, help="measure with these shards instead")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="dpt-loader-") as temporary:
+        folder = arguments.shards or Path(temporary)
+        if arguments.shards is None:
+            write_shards(folder, arguments.megabytes)
+        for name, value in measure(folder).items():
+            print(f"{name:32s} {value:12,.4g}" if value < 10 else f"{name:32s} {value:12,.0f}")
+
+
+if __name__ == "__main__":
+    main()

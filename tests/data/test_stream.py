@@ -1,0 +1,231 @@
+"""The stream's order: a function of (shards, seed, global batch size) alone, every sample once, resumable anywhere."""
+
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dpt.data.order import MAX_LANES, MixtureOrder, SetSize, num_lanes, permutation
+from dpt.data.stream import LatentStream
+from dpt.errors import UserError
+
+counts_of_shards = st.lists(st.integers(1, 9), min_size=1, max_size=6)
+
+
+def locate(order: MixtureOrder, start: int, stop: int) -> list[tuple[int, int, int]]:
+    return list(zip(*(values.tolist() for values in order.locate(np.arange(start, stop))), strict=True))
+
+
+def mixture(counts: list[list[int]], weights: list[float], batch: int, seed: int, block: int = 3) -> MixtureOrder:
+    return MixtureOrder([SetSize(counts=tuple(shards), block=block) for shards in counts], weights, num_lanes(batch), seed)
+
+
+@given(counts_of_shards, st.integers(1, 300), st.integers(0, 2**63), st.integers(1, 10))
+def test_every_sample_once_an_epoch(counts: list[int], batch: int, seed: int, block: int) -> None:
+    order = mixture([counts], [], batch, seed, block)
+    every = sorted((0, shard, row) for shard, count in enumerate(counts) for row in range(count))
+    epochs = [locate(order, e * len(every), (e + 1) * len(every)) for e in range(3)]
+    for places in epochs:
+        assert sorted(places) == every
+    if len(every) > 12:
+        assert epochs[0] != epochs[1] != epochs[2]
+
+
+@given(counts_of_shards, st.integers(1, 300), st.integers(0, 100), st.integers(1, 50))
+def test_any_part_of_the_order_alone(counts: list[int], batch: int, start: int, length: int) -> None:
+    def new() -> MixtureOrder:
+        return mixture([counts, counts[::-1]], [], batch, 7)
+
+    assert locate(new(), start, start + length) == locate(new(), 0, start + length)[start:]
+
+
+@given(st.integers(1, 5000))
+def test_lanes_divide_the_batch(batch: int) -> None:
+    assert batch % num_lanes(batch) == 0
+    assert 1 <= num_lanes(batch) <= MAX_LANES
+
+
+def test_a_batch_mixes_many_shards() -> None:
+    order = mixture([[100] * 64], [], 256, 0, block=16)
+    assert len({shard for _, shard, _ in locate(order, 0, 256)}) == 64
+    rows = [row for _, shard, row in locate(order, 0, 6400) if shard == 5]
+    assert rows != sorted(rows)
+
+
+def test_order_is_fixed_for_good() -> None:
+    """Recorded once: a change of these numbers breaks the resumption of every run."""
+    assert permutation(8, 1, 2).tolist() == PERMUTATION
+    assert [(shard, row) for _, shard, row in locate(mixture([[3, 4, 2]], [], 4, 5), 0, 9)] == ORDER
+    assert [place[0] for place in locate(mixture([[4], [2]], [], 2, 5), 0, 6)] == MIXTURE
+
+
+PERMUTATION = [5, 6, 3, 2, 1, 0, 4, 7]
+ORDER = [(2, 0), (0, 0), (1, 1), (1, 0), (2, 1), (0, 2), (1, 2), (1, 3), (0, 1)]
+MIXTURE = [1, 0, 0, 0, 1, 0]
+
+
+@given(st.lists(st.floats(0.05, 10.0), min_size=2, max_size=4), st.integers(0, 1000))
+@settings(max_examples=20)
+def test_mixture_keeps_to_its_weights(weights: list[float], seed: int) -> None:
+    order = mixture([[5, 6]] * len(weights), weights, 64, seed)
+    start = 65536 - 1000  # over the end of a block
+    found = Counter(place[0] for place in locate(order, start, start + 2000))
+    for number, weight in enumerate(weights):
+        assert abs(found[number] - 2000 * weight / sum(weights)) <= 4
+    for number in range(len(weights)):
+        seen = Counter(place[1:] for place in locate(order, 0, 4000) if place[0] == number)
+        times = [seen[shard, row] for shard, count in enumerate([5, 6]) for row in range(count)]
+        assert max(times) - min(times) <= 1
+
+
+def test_mixture_by_size_shows_every_sample_once() -> None:
+    order = mixture([[5, 6], [100], [1]], [], 64, 3)
+    assert len(set(locate(order, 0, 112))) == 112 == len(set(locate(order, 224, 336)))
+
+
+def test_a_weight_too_small_is_refused() -> None:
+    with pytest.raises(UserError, match="set 1 has weight 1e-09"):
+        mixture([[5], [5]], [1.0, 1e-9], 8, 0)
+
+
+# --- the stream itself --------------------------------------------------------------------------------------------------
+
+
+def take(folder: Path | str, batches: int, **options) -> list[dict]:
+    stream = LatentStream([str(folder)], **{"seed": 3, **options})
+    return list(islice(stream, batches))
+
+
+def global_batches(folder: Path, steps: int, *, batch: int, ranks: int, micro: int, workers: int, start: int = 0) -> list[list]:
+    """Per step, the sorted (sample_index, label, key) of all ranks."""
+    accumulation = batch // (micro * ranks)
+    found: list[list] = [[] for _ in range(steps)]
+    for rank in range(ranks):
+        options = {"rank": rank, "world_size": ranks, "micro_batch_size": micro, "num_workers": workers, "start_sample": start}
+        for number, part in enumerate(take(folder, steps * accumulation, global_batch_size=batch, **options)):
+            rows = zip(part["sample_index"].tolist(), part["label"].tolist(), part["key"], strict=True)
+            found[number // accumulation] += rows
+            assert torch.equal(part["latents"][:, 0, 0, 0, 0].long(), part["label"] % 1024)
+            assert [int(key[1:]) for key in part["key"]] == part["label"].tolist()
+    return [sorted(step) for step in found]
+
+
+@pytest.fixture(scope="module")
+def folder(make_shards) -> Path:
+    return make_shards([7, 5, 8, 1, 6])
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_same_batches_for_any_ranks_and_workers(folder: Path, ranks: int, workers: int) -> None:
+    expected = global_batches(folder, 6, batch=12, ranks=1, micro=12, workers=0)
+    assert global_batches(folder, 6, batch=12, ranks=ranks, micro=3, workers=workers) == expected
+    assert [row[0] for step in expected for row in step] == list(range(72))
+
+
+@given(start=st.integers(0, 100), workers=st.sampled_from([0, 0, 0, 2]))
+@settings(max_examples=12)
+def test_resumes_at_any_sample(folder: Path, start: int, workers: int) -> None:
+    whole = [row for step in global_batches(folder, 24, batch=6, ranks=1, micro=6, workers=0) for row in step]
+    resumed = global_batches(folder, 3, batch=6, ranks=2, micro=3, workers=workers, start=start)
+    assert [row for step in resumed for row in step] == whole[start : start + 18]
+
+
+def test_first_and_third_epoch_hold_every_sample_once(folder: Path) -> None:
+    labels = torch.cat([batch["label"] for batch in take(folder, 27, global_batch_size=3)])
+    assert sorted(labels[:27].tolist()) == sorted(labels[54:].tolist()) == list(range(27))
+    assert labels[:27].tolist() != labels[54:].tolist()
+
+
+def test_cursor_counts_what_was_handed_out(folder: Path) -> None:
+    stream = LatentStream([str(folder)], global_batch_size=12, seed=3, micro_batch_size=2, rank=1, world_size=2, start_sample=5)
+    assert (stream.samples_seen, stream.accumulation_steps, stream.num_samples) == (5, 3, 27)
+    first = list(islice(stream, 4))
+    assert stream.samples_seen == 5 + 4 * 2 * 2
+    again = LatentStream(
+        [str(folder)], global_batch_size=12, seed=3, micro_batch_size=2, rank=1, world_size=2, start_sample=stream.samples_seen
+    )
+    for one, other in zip(islice(stream, 2), again, strict=False):  # the same object goes on where it was
+        assert one["key"] == other["key"]
+    assert first[0]["sample_index"].tolist() == [6, 8]
+
+
+def test_seed_and_batch_size_change_the_order(folder: Path) -> None:
+    base = take(folder, 1, global_batch_size=12)[0]["key"]
+    assert take(folder, 1, global_batch_size=12, seed=4)[0]["key"] != base
+    assert take(folder, 2, global_batch_size=10)[0]["key"] != base[:10]
+
+
+def test_more_readers_than_lanes(folder: Path) -> None:
+    stream = LatentStream([str(folder)], global_batch_size=4, seed=3, rank=0, world_size=2, num_workers=16)
+    assert stream.num_workers == 2
+    assert len(next(iter(stream))["key"]) == 2
+
+
+def test_one_tiny_shard_for_many_readers(make_shards) -> None:
+    tiny = make_shards([1])
+    batches = take(tiny, 3, global_batch_size=16, world_size=4, rank=3, num_workers=3)
+    assert [batch["label"].tolist() for batch in batches] == [[0] * 4] * 3
+
+
+def test_batches_that_do_not_split(folder: Path) -> None:
+    with pytest.raises(UserError, match="global batch of 10 does not split into micro-batches of 4 on 1 ranks"):
+        LatentStream([str(folder)], global_batch_size=10, micro_batch_size=4)
+    with pytest.raises(UserError, match="shards is empty"):
+        LatentStream([], global_batch_size=10)
+
+
+def flow_sample(number: int) -> dict[str, np.ndarray]:
+    return {
+        "cond_latents": np.full((2, 2, 4, 2, 2), number, np.float16),
+        "target_latents": np.full((2, 2, 4, 2, 2), number, np.float16),
+    }
+
+
+def amodal_sample(number: int) -> dict[str, np.ndarray]:
+    sample = flow_sample(number)
+    return {**sample, "target_latents": sample["target_latents"][:1], "clip": np.full(5, number, np.float32)}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_mixtures_fill_up_with_zeros(make_shards, workers: int) -> None:
+    sources = [str(make_shards([6], flow_sample, task="flow")), str(make_shards([3, 3], amodal_sample, task="amodal"))]
+    stream = LatentStream(sources, global_batch_size=8, weights=[3, 1], num_workers=workers)
+    batches = list(islice(stream, 4))
+    assert [int((batch["source"] == 0).sum()) for batch in batches] == pytest.approx([6] * 4, abs=1)
+    for batch in batches:
+        for slot, source in enumerate(batch["source"].tolist()):
+            number = float(batch["key"][slot][1:])
+            assert (batch["cond_latents"][slot] == number).all()
+            assert (batch["target_latents"][slot, 0] == number).all()
+            assert (batch["target_latents"][slot, 1] == (number if source == 0 else 0)).all()
+            assert (batch["clip"][slot] == (0 if source == 0 else number)).all()
+    assert list(stream.manifests) == sources
+
+
+def test_mixtures_that_do_not_fit(make_shards) -> None:
+    flow = str(make_shards([2], flow_sample, task="flow"))
+    other = str(make_shards([2], flow_sample, task="flow", resolution=64))
+    with pytest.raises(UserError, match="the resolution is 64 px"):
+        LatentStream([flow, other], global_batch_size=2)
+    wider = str(make_shards([2], lambda n: {"cond_latents": np.zeros((2, 2, 4, 3, 3), np.float16)}, task="flow"))
+    with pytest.raises(UserError, match="cond_latents is float16"):
+        LatentStream([flow, wider], global_batch_size=2)
+
+
+def test_members_can_be_chosen(make_shards) -> None:
+    def sample(number: int) -> dict[str, np.ndarray]:
+        image = np.full((40, 40, 3), number, np.uint8)
+        return {"label": np.array(number, np.int64), "image": image, "latents_mirrored": np.ones((2, 4, 4, 4), np.float16)}
+
+    evaluation = make_shards([3], sample)
+    assert set(take(evaluation, 1, global_batch_size=2)[0]) == {"label", "latents_mirrored", "sample_index", "source", "key"}
+    batch = take(evaluation, 1, global_batch_size=2, members=["label", "image"])[0]
+    assert (batch["image"][:, 0, 0, 0] == batch["label"]).all()
+    with pytest.raises(UserError, match="hold no clip"):
+        take(evaluation, 1, global_batch_size=2, members=["clip"])

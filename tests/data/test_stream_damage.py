@@ -1,0 +1,251 @@
+"""What goes wrong with sources: named, counted, bounded, retried; never silent, never a hang."""
+
+import http.server
+import os
+import shutil
+import threading
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+
+from dpt.data import batches as batches_module
+from dpt.data import store
+from dpt.data.fetch import Patience
+from dpt.data.reader import ShardReader
+from dpt.data.stream import LatentStream
+from dpt.errors import UserError
+
+HASTY = Patience(retries=1, wait_s=0.01, stall_s=5.0)
+
+
+def stream(source: Path | str, **options) -> LatentStream:
+    return LatentStream([str(source)], **{"global_batch_size": 5, "seed": 1, "patience": HASTY, **options})
+
+
+def labels(found: LatentStream, batches: int) -> list[int]:
+    return torch.cat([batch["label"] for batch in islice(found, batches)]).tolist()
+
+
+@pytest.fixture
+def folder(make_shards) -> Path:
+    return make_shards([10, 10, 10])
+
+
+def truncate(path: Path, samples: float, of: int = 10) -> None:
+    size = path.stat().st_size
+    os.truncate(path, int((size - 1024) * samples / of))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_truncated_tar_stops_the_run_by_default(folder: Path, workers: int) -> None:
+    truncate(folder / "000001.tar", 7.5)
+    with pytest.raises(UserError, match=r"sample [789] of .*000001.tar: the tar is truncated; unreadable samples: 1") as caught:
+        labels(stream(folder, num_workers=workers), 6)
+    assert "dpt.data.max_bad_samples" in str(caught.value)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_truncated_tar_is_bridged_if_allowed(folder: Path, caplog: pytest.LogCaptureFixture, workers: int) -> None:
+    truncate(folder / "000001.tar", 7.5)
+    found = stream(folder, max_bad_samples=3, num_workers=workers)
+    seen = labels(found, 12)  # two epochs: the same three samples are bad again
+    assert sorted(set(seen)) == [number for number in range(30) if number not in (17, 18, 19)]
+    assert len(seen) == 60
+    assert len(found.bad_samples) == 3
+    assert all("000001.tar: the tar is truncated" in text for text in found.bad_samples)
+    if workers == 0:
+        assert caplog.text.count("another sample takes its place") == 3
+    with pytest.raises(UserError, match="unreadable samples: 3, dpt"):
+        labels(stream(folder, max_bad_samples=2, num_workers=workers), 12)
+
+
+@pytest.mark.parametrize("row", [0, 4, 9])
+def test_corrupt_sample(folder: Path, row: int) -> None:
+    path = folder / "000002.tar"
+    stride = (path.stat().st_size - 1024) // 10
+    with path.open("r+b") as file:
+        file.seek(row * stride + 512)
+        file.write(b"\xff" * 64)  # the label's npy header
+    found = stream(folder, max_bad_samples=1)
+    assert 20 + row not in labels(found, 6)
+    assert found.bad_samples[0].startswith(f"sample {row} of {path}: ")
+
+
+def test_missing_shard(folder: Path) -> None:
+    (folder / "000000.tar").unlink()
+    with pytest.raises(UserError, match=r"000000.tar: the shard cannot be read \(No such file"):
+        labels(stream(folder), 6)
+    found = stream(folder, max_bad_samples=10)
+    assert set(labels(found, 12)) == set(range(10, 30))
+    assert len(found.bad_samples) == 10
+
+
+def test_shard_that_vanishes_on_the_way(make_shards, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batches_module, "_PLANNED_SAMPLES", 5)
+    folder = make_shards([10] * 8)
+    found = stream(folder, global_batch_size=1, prefetch=1, max_bad_samples=70)
+    batches = iter(found)
+    next(batches)
+    for path in folder.glob("*.tar"):
+        if path.name != "000004.tar":
+            path.unlink()
+    seen = [int(next(batches)["label"]) for _ in range(160)]
+    assert set(seen[80:]) == set(range(40, 50))  # what was open could be read to its end, later epochs have one shard
+    assert len(found.bad_samples) == 70
+    with pytest.raises(UserError, match="max_bad_samples: 5"):
+        labels(stream(folder, max_bad_samples=5), 20)
+
+
+def test_shard_cut_off_while_open(make_shards, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batches_module, "_PLANNED_SAMPLES", 5)  # else all of a set so small is in memory at once
+    folder = make_shards([200, 200])
+    found = stream(folder, prefetch=1)
+    batches = iter(found)
+    next(batches)
+    for path in folder.glob("*.tar"):
+        truncate(path, 0)
+    with pytest.raises(UserError, match="truncated"):
+        list(islice(batches, 30))
+
+
+def test_nothing_readable_is_an_error_not_a_hang(folder: Path) -> None:
+    for path in folder.glob("*.tar"):
+        path.write_bytes(b"no tar")
+    with pytest.raises(UserError, match=r"no sample can be read|is no readable tar"):
+        labels(stream(folder, max_bad_samples=10**6), 2)
+
+
+def test_read_errors_are_tried_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    failures = iter([True, False, True, False, False])
+    original = ShardReader.read_rows
+
+    def read_rows(self, first, buffers):
+        if next(failures, False):
+            raise OSError(5, "Input/output error")
+        return original(self, first, buffers)
+
+    monkeypatch.setattr(ShardReader, "read_rows", read_rows)
+    found = stream(folder)
+    assert sorted(labels(found, 6)) == list(range(30))
+    assert found.bad_samples == []
+
+
+def test_lasting_read_errors_name_the_sample(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self, *arguments):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(ShardReader, "read_rows", fail)
+    assert sorted(labels(stream(folder), 6)) == list(range(30))  # read one by one
+    monkeypatch.setattr(ShardReader, "sample", fail)
+    with pytest.raises(UserError, match=r"sample \d+ of .*tar: Input/output error"):
+        labels(stream(folder), 6)
+
+
+def test_shards_of_other_programs_are_read(make_shards, tmp_path: Path) -> None:
+    import tarfile
+
+    folder = make_shards([6])
+    path = folder / "000000.tar"
+    with tarfile.open(path) as tar:
+        tar.extractall(tmp_path, filter="data")
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        for member in sorted(tmp_path.iterdir()):
+            tar.add(member, member.name, filter=lambda info: info.replace(mtime=1.5 if "3" in info.name else 1, deep=False))
+    assert sorted(labels(stream(folder, global_batch_size=3), 2)) == list(range(6))
+
+
+def test_a_member_other_than_promised(make_shards) -> None:
+    from dpt.data.manifest import MemberSpec
+
+    members = {"label": MemberSpec(dtype="int64", shape=()), "latents": MemberSpec(dtype="float16", shape=(2, 4, 8, 8))}
+    with pytest.raises(UserError, match=r"its latents is float16 \[2, 4, 4, 4\], not as in the manifest"):
+        labels(stream(make_shards([6], members=members)), 2)
+
+
+def test_a_worker_that_dies(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def die(self, place):
+        os._exit(3)
+
+    monkeypatch.setattr(store.ShardStore, "get", die)
+    with pytest.raises(RuntimeError, match="DataLoader worker"):
+        labels(stream(folder, num_workers=1), 2)
+
+
+# --- sources ------------------------------------------------------------------------------------------------------------
+
+
+def test_patterns_and_folders_are_the_same(folder: Path) -> None:
+    assert labels(stream(folder), 6) == labels(stream(f"{folder}/{{000000..000002}}.tar"), 6)
+    assert sorted(labels(stream(f"{folder}/{{000000..000001}}.tar"), 4)) == list(range(20))
+
+
+def test_sources_that_cannot_be(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"shard 000003.tar is not in the manifest, which ends at 000002.tar"):
+        stream(f"{folder}/{{000000..000003}}.tar")
+    with pytest.raises(UserError, match="no such shard folder"):
+        stream(tmp_path / "none" / "{0..3}.tar")
+    with pytest.raises(UserError, match="brace pattern"):
+        stream(f"pipe:cat {folder}/x")
+    with pytest.raises(UserError, match=r"no manifest can be fetched from pipe:cat .*/none/manifest.json"):
+        stream("pipe:cat /none/{000000..000001}.tar")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("cached", [False, True])
+def test_pipes(folder: Path, tmp_path: Path, workers: int, cached: bool) -> None:
+    options = {"num_workers": workers, "cache_dir": str(tmp_path / "cache") if cached else ""}
+    piped = stream(f"pipe:cat {folder}/{{000000..000002}}.tar", **options)
+    assert labels(piped, 12) == labels(stream(folder), 12)
+    if cached:
+        assert len(list((tmp_path / "cache").iterdir())) == 3
+        for path in folder.glob("*.tar"):
+            path.unlink()
+        assert len(labels(stream(f"pipe:cat {folder}/{{000000..000002}}.tar", **options), 6)) == 30
+
+
+def test_a_pipe_that_fails_at_first(folder: Path, tmp_path: Path) -> None:
+    script = tmp_path / "flaky"
+    script.write_text('#!/bin/sh\nif [ -e "$1.tried" ]; then cat "$1"; else touch "$1.tried"; head -c 2000 "$1"; exit 1; fi\n')
+    script.chmod(0o755)
+    assert sorted(labels(stream(f"pipe:{script} {folder}/{{000000..000002}}.tar"), 6)) == list(range(30))
+
+
+def test_a_pipe_that_cuts_off(folder: Path) -> None:
+    source = f"pipe:head -c 3000 {folder}/{{000000..000002}}.tar"
+    shutil.copy(folder / "manifest.json", folder / "whole.json")
+    with pytest.raises(UserError, match=r"the shard cannot be read \(3000 of \d+ bytes came\)"):
+        labels(stream(source), 2)
+
+
+def test_a_pipe_that_stalls(folder: Path) -> None:
+    with pytest.raises(UserError, match=r"nothing came for 0.5 s"):
+        stream(f"pipe:cat {folder}/{{000000..000002}}.tar; exec sleep 20", patience=Patience(retries=0, stall_s=0.5))
+
+
+def test_a_slow_pipe_is_waited_for(folder: Path) -> None:
+    slow = f"pipe:for n in 1 2 3; do sleep 0.1; done; cat {folder}/{{000000..000002}}.tar"
+    assert sorted(labels(stream(slow, patience=Patience(retries=0, stall_s=5.0)), 6)) == list(range(30))
+
+
+class _Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *arguments) -> None:
+        pass
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="webdataset opens http through curl")
+def test_http(folder: Path) -> None:
+    def handler(*arguments):
+        return _Quiet(*arguments, directory=str(folder))
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        base = f"http://127.0.0.1:{server.server_address[1]}"
+        try:
+            assert labels(stream(base), 6) == labels(stream(folder), 6)
+            assert sorted(labels(stream(base + "/{000000..000001}.tar"), 4)) == list(range(20))
+        finally:
+            server.shutdown()
+            thread.join()
