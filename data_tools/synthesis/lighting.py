@@ -54,7 +54,9 @@ def shade_room(light: SceneLight, points: Array, faces: NDArray[np.int16], t: Ar
     to_lamp = np.abs(room.to_local @ to_lamp)  # the lamp hangs inside: every face turns towards it
     floor, ceiling = faces == FLOOR, faces == CEILING
     flat = floor | ceiling
-    facing = np.where(flat, to_lamp[1], np.where(faces < FLOOR, to_lamp[0], to_lamp[2]))
+    facing = to_lamp[1].copy()
+    np.copyto(facing, to_lamp[0], where=faces < FLOOR)
+    np.copyto(facing, to_lamp[2], where=faces > CEILING)
     openness = _openness(light, points, local, floor)
     diffuse = light.warmth * (facing * strength) + _AMBIENT * openness
     albedo = np.empty_like(points)
