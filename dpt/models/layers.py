@@ -56,7 +56,8 @@ class PatchEmbed(nn.Module):
         nn.init.zeros_(self.proj.bias)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x).flatten(2).transpose(1, 2)  # [B, T, D]
+        # Contiguous, or every later sum would keep the convolution's channel-first strides, which norms are slow on.
+        return self.proj(x).flatten(2).transpose(1, 2).contiguous()  # [B, T, D]
 
 
 class PatchEmbedRouter(nn.Module):
