@@ -49,7 +49,7 @@ class VAECodec:
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "VAECodec":
         """Move the weights, in place; results stay float32 whatever the dtype. Returns self."""
-        self.vae.to(device=device, dtype=dtype)
+        torch.nn.Module.to(self.vae, device=device, dtype=dtype)  # diffusers' own `to` warns about nothing here
         return self
 
     @torch.no_grad()
