@@ -27,7 +27,9 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--shards", default="", metavar="I/N", help="this job's share: shards I, I + N, ... (default: all)")
     parser.add_argument("--mirrored", action="store_true", help="class images: encode the mirrored image too")
     parser.add_argument("--evaluation", action="store_true", help="keep inputs and truths at their own size, to be scored")
-    parser.add_argument("--prompt", choices=("all_valid", "ground_truth"), default="all_valid", help="depth's second condition")
+    parser.add_argument(
+        "--prompt", choices=("all_valid", "ground_truth", "none"), default="all_valid", help="depth's second input"
+    )
     parser.add_argument("--fit", choices=("stretch", "crop"), default="stretch", help="perception inputs to a square")
     parser.add_argument("--samples-per-shard", type=int, default=1024, help="samples in one shard (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=16, help="samples encoded at once (default: %(default)s)")

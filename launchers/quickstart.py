@@ -22,6 +22,7 @@ from dpt.tracking.read import load_runs
 ROOT = Path(__file__).resolve().parents[1]
 EXPERIMENT = "quickstart"
 STEPS, ENSEMBLE = 10, 5
+SPLITS = "train=0.95,val=0.05"
 MODELS = {  # label of the table's row -> folder of exported weights
     "untrained": "untrained",
     "fine-tuned without pre-training": "depth_scratch",
@@ -56,15 +57,16 @@ def road(out: Path, scenes: int, uri: str) -> list[Step]:
     steps = [
         Step(
             title="synthesise textured, lit 3-D scenes with exact ground truth",
-            command=python("-m", "data_tools.synthesis", "--out", f"{out}/scenes", "--scenes", str(scenes), "--size", "128"),
+            command=python("-m", "data_tools.synthesis", "--out", f"{out}/scenes", "--scenes", str(scenes), "--splits", SPLITS),
             result=out / "scenes" / "synthesis.json",
             folder=out / "scenes",
         )
     ]
+    depth = ["--dataset", "hypersim", "--root", f"{out}/scenes/hypersim", "--prompt", "none"]
     for name, arguments in {
         "class_train": ["--dataset", "imagenet", "--root", f"{out}/scenes/imagenet", "--split", "train"],
-        "depth_train": ["--dataset", "hypersim", "--root", f"{out}/scenes/hypersim", "--split", "train"],
-        "depth_val": ["--dataset", "hypersim", "--root", f"{out}/scenes/hypersim", "--split", "val", "--evaluation"],
+        "depth_train": [*depth, "--split", "train"],
+        "depth_val": [*depth, "--split", "val", "--evaluation"],
     }.items():
         steps.append(
             Step(
@@ -172,7 +174,7 @@ def _remove(folder: Path, out: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="quickstart", description=__doc__)
     parser.add_argument("--out", default="runs/quickstart", help="folder of everything that is made (default: %(default)s)")
-    parser.add_argument("--scenes", type=int, default=3000, help="synthetic scenes (default: %(default)s)")
+    parser.add_argument("--scenes", type=int, default=1200, help="synthetic scenes (default: %(default)s)")
     arguments = parser.parse_args()
     out = Path(arguments.out)
     uri = f"sqlite:///{out}/mlflow.db"

@@ -26,7 +26,7 @@ class Layout:
     evaluation: bool = False
     """Keep the input and the truth at their own size."""
     prompt: str = "all_valid"
-    """Depth's second condition: "all_valid", or "ground_truth" valid mask (as the paper's released code)."""
+    """Depth's second condition: "all_valid", "ground_truth" valid mask (as the paper's released code), or "none"."""
     fit: str = "stretch"
     """Perception inputs to a square: "stretch" both sides, or centre "crop"."""
 
@@ -61,8 +61,10 @@ def prepare(sample: Sample, layout: Layout) -> Prepared:
             raise ReadError(sample.key, Path(str(meta.get("source", ""))), "no pixel has a valid depth")
         image, constants = tasks.encode_depth(tasks.resize_nearest(depth, size), tasks.resize_nearest(mask, size))
         targets = [image]
-        full = layout.prompt == "all_valid"
-        conditions.append(tasks.all_valid_prompt(*size) if full else tasks.mask_image(tasks.resize_nearest(mask, size)))
+        if layout.prompt == "all_valid":
+            conditions.append(tasks.all_valid_prompt(*size))
+        elif layout.prompt == "ground_truth":
+            conditions.append(tasks.mask_image(tasks.resize_nearest(mask, size)))
         meta |= {"near": constants[0], "far": constants[1]}
         truth: NDArray[Any] = np.where(valid, sample.depth, np.float32(0)).astype(np.float32)
     elif layout.task == "flow":
