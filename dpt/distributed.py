@@ -4,6 +4,7 @@ Works the same in one process that never started anything (rank 0 of 1), under `
 this module loads neither torch nor DeepSpeed.
 """
 
+import contextlib
 import logging
 import os
 import socket
@@ -62,7 +63,8 @@ def init(timeout_s: float = 1800.0) -> None:
         torch.cuda.set_device(local_rank())
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import deepspeed
+    with _unneeded("mlflow"):
+        import deepspeed
     from deepspeed.ops import __compatible_ops__
 
     _quiet()
@@ -71,6 +73,17 @@ def init(timeout_s: float = 1800.0) -> None:
     # DeepSpeed would compile a shared-memory collective at first use: half a minute, and a crash without a compiler.
     __compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=timedelta(seconds=timeout_s))
+
+
+@contextlib.contextmanager
+def _unneeded(package: str) -> Iterator[None]:
+    """Let `package` seem absent: DeepSpeed's autotuner, which nobody calls, would load MLflow for seconds if it is there."""
+    loaded = package in sys.modules
+    if not loaded:
+        sys.modules[package] = None  # type: ignore[assignment]
+    yield
+    if not loaded:
+        del sys.modules[package]
 
 
 def _quiet() -> None:

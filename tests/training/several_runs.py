@@ -1,0 +1,66 @@
+"""Several training runs in one set of processes, for tests: started by a launcher with the path of a JSON list of runs.
+
+A run: {"stage", "recipe" (path), "fields" (dotted name -> value), and what shall happen to it: "sigterm_at": step (the last
+rank gets the signal), "poison": steps at which the last rank's latents are not a number}. How each ended goes to
+LIST.results.json. No pictures are drawn: a VAE takes longer to load than these runs take.
+"""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from dpt import distributed
+
+
+def main(path: Path) -> None:
+    distributed.init(timeout_s=300)
+    import deepspeed
+
+    from dpt.training.watchdog import Watchdog
+
+    Watchdog.__init__.__kwdefaults__["interval_s"] = 0.1  # type: ignore[index]
+    deepspeed.get_accelerator().is_fp16_supported = lambda: True  # slow on a CPU, but the same mathematics
+    results = []
+    for run in json.loads(path.read_text()):
+        results.append(train(run))
+        if distributed.is_main():
+            path.with_suffix(".results.json").write_text(json.dumps(results))
+    distributed.shutdown()
+
+
+def train(run: dict[str, Any]) -> str:
+    """ "finished", "stopped" (by the signal), or the report of a failure or refusal."""
+    from dpt.config.recipe import load_recipe
+    from dpt.errors import UserError
+    from dpt.training.loop import Trainer, TrainingFailed
+
+    last = distributed.rank() == distributed.world_size() - 1
+    try:
+        trainer = Trainer(load_recipe(run["recipe"], run["fields"]), run["stage"])
+        step_done, prepare = trainer.recorder.step_done, trainer.prepare
+
+        def observed(step: int, *rest: Any) -> None:
+            if last and step == run.get("sigterm_at"):
+                os.kill(os.getpid(), signal.SIGTERM)
+            step_done(step, *rest)
+
+        def poisoned(batch: dict[str, Any]) -> Any:
+            inputs = prepare(batch)
+            bad = last and trainer.step in run.get("poison", [])
+            return inputs._replace(latents=inputs.latents * float("nan")) if bad else inputs
+
+        trainer.recorder.step_done, trainer.prepare = observed, poisoned  # type: ignore[method-assign, assignment]
+        trainer._draw = lambda: None  # type: ignore[method-assign]
+        trainer.run()
+    except TrainingFailed as error:
+        return str(error)
+    except UserError as error:
+        return str(error)
+    return "stopped" if trainer.step < trainer.training.steps else "finished"
+
+
+if __name__ == "__main__":
+    main(Path(next(argument for argument in sys.argv[1:] if not argument.startswith("--"))))

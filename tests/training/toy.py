@@ -1,0 +1,134 @@
+"""Tiny shards, recipes and launches for the tests of training."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dpt.data.manifest import Manifest, MemberSpec, VAERecord, write_manifest
+from dpt.data.shards import ShardWriter
+
+ROOT = Path(__file__).resolve().parents[2]
+CLASSES = 8
+SIDE = 4
+
+
+def make_shards(folder: Path, task: str = "class", *, count: int = 64, shards: int = 2, seed: int = 0) -> Path:
+    """A shard folder of random moments."""
+    folder.mkdir(parents=True)
+    random = np.random.default_rng(seed)
+    records = []
+    for shard in range(shards):
+        with ShardWriter(folder / f"{shard:06d}.tar") as writer:
+            for number in range(count // shards):
+                members = _sample(random, task)
+                writer.add(f"{shard}_{number}", members, {"width": 8 * SIDE, "height": 8 * SIDE})
+            records.append(writer.commit())
+    manifest = Manifest(
+        dataset="toy",
+        split="train",
+        task=task,
+        resolution=8 * SIDE,
+        num_samples=count,
+        shards=tuple(records),
+        members={name: MemberSpec(dtype=value.dtype.name, shape=value.shape) for name, value in members.items()},
+        vae=VAERecord(name="embedded", sha256="0" * 64, scaling_factor=1.0, latent_channels=4),
+        class_names=tuple(f"class {number}" for number in range(CLASSES)) if task == "class" else (),
+    )
+    write_manifest(folder, manifest)
+    return folder
+
+
+def _sample(random: np.random.Generator, task: str) -> dict[str, np.ndarray]:
+    def moments(*leading: int) -> np.ndarray:
+        mean = random.normal(size=(*leading, 1, 4, SIDE, SIDE))
+        return np.concatenate([mean, np.full_like(mean, -6.0)], axis=-4).astype(np.float16)
+
+    if task == "class":
+        return {"label": np.array(random.integers(CLASSES), dtype=np.int64), "latents": moments()}
+    return {
+        "valid": (random.random((SIDE, SIDE)) > 0.2).astype(np.uint8),
+        "cond_latents": moments(2),
+        "target_latents": moments(2 if task == "flow" else 1),
+    }
+
+
+def make_recipe(path: Path, shards: Sequence[Path], **fields: Any) -> Path:
+    """A recipe of a tiny network; `fields` replace those of its "training"."""
+    recipe = {
+        "train_batch_size": 8,
+        "optimizer": {"type": "AdamW", "params": {"lr": 3e-3, "weight_decay": 0.01}},
+        "zero_optimization": {"stage": 1},
+        "gradient_clipping": 0.5,
+        "dpt": {
+            "task": "class",
+            "hardware": "CPU",
+            "model": {
+                "preset": "S/2",
+                "input_size": SIDE,
+                "hidden_size": 32,
+                "depth": 2,
+                "num_heads": 2,
+                "num_classes": CLASSES,
+            },
+            "data": {"shards": [str(folder) for folder in shards]},
+            "training": {
+                "output_dir": str(path.with_suffix("")),
+                "steps": 20,
+                "warmup_steps": 3,
+                "ema_decays": [0.9, 0.5],
+                "log_every": 1,
+                "checkpoint_every": 0,
+                **fields,
+            },
+            "sampling": {"num_inference_steps": 2, "labels": [0]},
+            "tracking": {"enabled": False},
+        },
+    }
+    path.write_text(json.dumps(recipe))
+    return path
+
+
+MOE = {"model.num_experts": 4, "model.top_k": 2, "model.shared_expert_width": 16, "training.router_z_loss_weight": 1e-3}
+
+
+def environment() -> dict[str, str]:
+    """One thread a process, the interpreter's own launchers first."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return os.environ | {"PATH": path, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def launch(ranks: int, *arguments: str, timeout_s: float = 600) -> subprocess.CompletedProcess[str]:
+    """Run a script on `ranks` processes with DeepSpeed's launcher."""
+    command = ["deepspeed", "--num_accelerators", str(ranks), "--master_port", str(free_port()), *arguments]
+    return subprocess.run(
+        command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout_s
+    )
+
+
+def train_several(ranks: int, path: Path, runs: Sequence[dict[str, Any]]) -> list[str]:
+    """Do the runs one after the other in one launch; how each ended (see `several_runs.py`)."""
+    path.write_text(json.dumps(list(runs)))
+    done = launch(ranks, str(ROOT / "tests" / "training" / "several_runs.py"), str(path))
+    results = path.with_suffix(".results.json")
+    ended: list[str] = json.loads(results.read_text()) if results.exists() else []
+    assert done.returncode == 0, done.stdout[-6000:]
+    assert len(ended) == len(runs), done.stdout[-6000:]
+    return ended
+
+
+def records(run: Path) -> list[dict[str, float]]:
+    """The run's records, by step."""
+    return [json.loads(line) for line in (run / "records.jsonl").read_text().splitlines()]
