@@ -10,14 +10,16 @@ def depth_metrics(prediction: np.ndarray, truth: np.ndarray) -> dict[str, float]
     standard deviation of log p - log g (KITTI's); delta1-3: share of pixels with max(p / g, g / p) < 1.25, 1.25^2, 1.25^3.
     """
     p, g = prediction.astype(np.float64), truth.astype(np.float64)
-    error, log_error, ratio = p - g, np.log(p) - np.log(g), np.maximum(p / g, g / p)
+    ratio = p / g
+    error, relative, log_error = p - g, ratio - 1.0, np.log(ratio)
+    factor = np.maximum(ratio, 1.0 / ratio)
     return {
-        "abs_rel": float(np.mean(np.abs(error) / g)),
-        "sq_rel": float(np.mean(error**2 / g)),
-        "rmse": float(np.sqrt(np.mean(error**2))),
-        "log10": float(np.mean(np.abs(log_error)) / np.log(10.0)),
+        "abs_rel": float(np.abs(relative).mean()),
+        "sq_rel": float(np.dot(error, relative) / p.size),
+        "rmse": float(np.sqrt(np.dot(error, error) / p.size)),
+        "log10": float(np.abs(log_error).mean() / np.log(10.0)),
         "si_log": float(100.0 * np.std(log_error)),
-        **{f"delta{k}": float(np.mean(ratio < 1.25**k)) for k in (1, 2, 3)},
+        **{f"delta{k}": float(np.mean(factor < 1.25**k)) for k in (1, 2, 3)},
     }
 
 

@@ -66,7 +66,7 @@ def _colour_wheel() -> np.ndarray:
     return np.concatenate(colours)
 
 
-def overlay_mask(image: np.ndarray, mask: np.ndarray, colour: tuple[int, int, int] = (255, 64, 64)) -> np.ndarray:
+def overlay_mask(image: np.ndarray, mask: np.ndarray, colour: tuple[int, int, int] = (40, 220, 120)) -> np.ndarray:
     """The image uint8 `[H, W, 3]` with the mask bool `[H, W]` tinted."""
     tinted = 0.45 * image + 0.55 * np.array(colour)
     return np.where(mask[..., None], tinted, image).astype(np.uint8)
@@ -116,7 +116,6 @@ def write_page(rows: Sequence[Row], path: Path, title: str) -> None:
             axis.set_axis_off()
         for axis, (name, panel) in zip(line, row.panels.items(), strict=False):
             axis.imshow(panel)
-            axis.set_title(name if row is rows[0] or name != "input" else "", fontsize=8)
-        line[0].set_title(row.caption, fontsize=7, loc="left")
+            axis.set_title(name if axis is not line[0] else row.caption, fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)

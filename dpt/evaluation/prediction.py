@@ -62,6 +62,7 @@ class Predictor:
         *,
         task: str = "",
         others: Sequence[np.ndarray] | None = None,
+        embeddings: Tensor | None = None,
         keys: Sequence[str] | None = None,
         steps: int | None = None,
         ensemble: int | None = None,
@@ -70,7 +71,8 @@ class Predictor:
         """Predictions for images uint8 `[H, W, 3]`, each at its own size.
 
         task: empty, the model's own. others: for flow the second frames uint8 `[H, W, 3]`, for amodal the visible masks bool
-        `[H, W]`. keys: names that seed the noise; default: positions. steps, ensemble: default: the config's last ones.
+        `[H, W]`. embeddings: CLIP image embeddings `[B, D]` of the visible objects, for models that take them. keys: names that
+        seed the noise; default: positions. steps, ensemble: default: the config's last ones.
         resolution: longest side shown to the network in pixels; 0: the one the model is meant for.
         """
         spec = self.check_task(task or self.task)
@@ -86,6 +88,7 @@ class Predictor:
                 members,
                 task=spec.name,
                 steps=steps or self.config.steps[-1],
+                embeddings=None if embeddings is None else embeddings[group],
             )
             values = self.decode(latents, spec.name)
             for row, i in enumerate(group):

@@ -126,6 +126,14 @@ def test_amodal_masks_are_thresholded_at_full_size():
     assert (result.value & truth).sum() / (result.value | truth).sum() > 0.6
 
 
+def test_embeddings_reach_the_network_with_their_images():
+    predictor = _copying("amodal", batch_size=2)
+    images = [_image(32, 32), _image(16, 32), _image(32, 32)]
+    masks = [np.ones(i.shape[:2], bool) for i in images]
+    predictor(images, others=masks, embeddings=torch.arange(3.0)[:, None])
+    assert [call[3].flatten().tolist() for call in predictor.network.calls[::2]] == [[0.0, 2.0], [1.0]]
+
+
 def test_guidance_asks_for_the_null_label_too():
     predictor = _copying("generalist", guidance_scale=2.0)
     predictor([_image(32, 32)], task="depth")
