@@ -21,7 +21,7 @@ def grouped_linear(x_ND: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
 
     One grouped product on a GPU; on a CPU a loop over contiguous slices, which is faster there.
     """
-    if x_ND.is_cuda:
+    if x_ND.is_cuda and x_ND.shape[0]:  # the kernel takes no empty product
         return F.grouped_mm(x_ND, weight.transpose(1, 2), offs=counts.cumsum(0, dtype=torch.int32))
     out = x_ND.new_empty(x_ND.shape[0], weight.shape[1])
     start = 0
@@ -33,7 +33,7 @@ def grouped_linear(x_ND: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
 
 def grouped_outer(y_NB: Tensor, x_NA: Tensor, counts: Tensor) -> Tensor:
     """For each expert, the sum over its rows of y x^T: y [N, B], x [N, A] -> [E, B, A]; zero for an empty expert."""
-    if x_NA.is_cuda:
+    if x_NA.is_cuda and x_NA.shape[0]:
         return F.grouped_mm(y_NB.t(), x_NA, offs=counts.cumsum(0, dtype=torch.int32))
     out = x_NA.new_empty(counts.shape[0], y_NB.shape[1], x_NA.shape[1])
     start = 0

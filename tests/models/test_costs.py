@@ -179,6 +179,24 @@ def test_activation_bytes_are_within_15_percent_of_the_measured_peak(fields, che
     assert estimate.activations == pytest.approx(live.peak, rel=0.15)
 
 
+@pytest.mark.parametrize("fields", [{}, {"num_experts": 8, "expert_activation": "swiglu", "shared_expert_width": 128}], ids=str)
+def test_total_bytes_are_within_15_percent_of_a_training_steps_peak(fields):
+    config = ModelConfig(**{"hidden_size": 64, "depth": 3, "num_heads": 4, "num_classes": 10, "input_size": 16, **fields})
+    latents, labels = torch.randn(4, 4, 16, 16), torch.arange(4)
+    with LiveBytes([latents, labels]) as live:
+        model = build_model(config)
+        optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
+        averages = [p.detach().clone() for p in model.parameters()]
+        for _ in range(2):
+            out = model(latents, labels, labels)
+            (out.prediction.square().mean() + out.load_balancing_loss).backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=False)
+            torch._foreach_lerp_(averages, list(model.parameters()), 0.1)
+    estimate = memory(config, micro_batch_size=4, precision="fp32", zero_stage=0)
+    assert estimate.total == pytest.approx(live.peak, rel=0.15)
+
+
 def test_bytes_of_states():
     config = ModelConfig(**preset_values("S/2-8E2A"))
     n = num_params(config)
