@@ -169,3 +169,31 @@ def test_an_ep_size_that_does_not_fit_is_refused():
             DiT(CONFIG, ep_size=3)
 
     run_ranks(1, refused)
+
+
+def deepspeed_checkpoint(folder):
+    """DeepSpeed's own checkpoint of a network with spread experts, taken up again."""
+    import deepspeed
+
+    os.environ["LOCAL_RANK"] = str(dist.get_rank())
+    model = build(CONFIG, 2)
+    groups = deepspeed.moe.utils.split_params_into_different_moe_groups_for_optimizer(
+        {"params": list(model.parameters()), "name": "all"}
+    )
+    config = {"train_micro_batch_size_per_gpu": 4, "zero_optimization": {"stage": 1}, "zero_allow_untested_optimizer": True}
+    engine, *_ = deepspeed.initialize(model=model, optimizer=torch.optim.AdamW(groups, lr=0.1), config=config)
+    engine.backward(engine(*batch()).prediction.square().mean())
+    engine.step()
+    engine.save_checkpoint(folder, tag="one")
+    expected = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for parameter in model.parameters():
+        torch.nn.init.zeros_(parameter)
+    engine.load_checkpoint(folder, tag="one")
+    return all(torch.equal(p, expected[name]) for name, p in model.named_parameters())
+
+
+@pytest.mark.slow
+def test_deepspeed_checkpoints_each_expert_by_its_global_id(tmp_path):
+    assert run_ranks(2, deepspeed_checkpoint, str(tmp_path)) == [True, True]
+    names = sorted(path.name for path in (tmp_path / "one").glob("layer_*"))
+    assert names == sorted(f"layer_{n}_expert_{e}_mp_rank_00_model_states.pt" for n in range(2) for e in range(4))
