@@ -24,6 +24,7 @@ from data_tools.vae_measures import figures_table, measure, measure_speed, save_
 from dpt.data.codec import load_vae
 from dpt.distributed import Progress, log, progress
 from dpt.errors import UserError
+from dpt.tasks import image_to_float
 
 BLOCK_OUT_CHANNELS = (16, 32, 64, 112)
 """Few channels at full resolution, where a CPU spends its time, many at the resolution of the latents."""
@@ -34,7 +35,7 @@ CHECKPOINT = "checkpoint.pt"
 class VAETraining:
     """One training run; the defaults are those of the embedded VAE."""
 
-    steps: int = field(default=6000, metadata={"help": "optimizer steps"})
+    steps: int = field(default=3600, metadata={"help": "optimizer steps"})
     batch_size: int = field(default=8, metadata={"help": "crops per step; half as many in the last part"})
     crop: int = field(default=64, metadata={"help": "side of the crops, pixels; twice that in the last part"})
     large_crop_share: float = field(default=0.15, metadata={"help": "share of the steps that the last part takes"})
@@ -43,6 +44,8 @@ class VAETraining:
     warmup_steps: int = field(default=40, metadata={"help": "steps of linear warm-up"})
     ema_decay: float = field(default=0.995, metadata={"help": "decay of the averaged weights, which are the ones kept"})
     kl_weight: float = field(default=3e-4, metadata={"help": "weight of the KL divergence per latent number"})
+    absolute_weight: float = field(default=1.0, metadata={"help": "weight of the L1 error, for the many easy pixels"})
+    squared_weight: float = field(default=4.0, metadata={"help": "weight of the squared error, which PSNR measures"})
     gradient_weight: float = field(default=0.2, metadata={"help": "weight of the L1 error of finite differences"})
     scenes: int = field(default=500, metadata={"help": "synthetic scenes to learn from"})
     seed: int = field(default=0, metadata={"help": "seed of scenes, crops, noise and initial weights"})
@@ -80,14 +83,15 @@ def build_vae(seed: int) -> Any:
 def vae_loss(vae: Any, images: Tensor, noise: Tensor, config: VAETraining) -> tuple[Tensor, Tensor]:
     """The loss and the KL divergence per latent number (Kingma and Welling 2014, eq. 10).
 
-    The reconstruction error is L1 (for the many easy pixels) plus 4 times the squared error (which PSNR measures) plus a light
-    L1 on finite differences (for edges). noise: standard normal, [B, 4, h, w].
+    The reconstruction error is a sum of L1, squared error and L1 on finite differences (for edges), weighted by the config.
+    noise: standard normal, [B, 4, h, w].
     """
     posterior = vae.encode(images).latent_dist
     kl = 0.5 * (posterior.mean.square() + posterior.var - 1.0 - posterior.logvar).mean()
     error = vae.decode(posterior.mean + posterior.std * noise).sample - images
     slopes = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
-    loss = error.abs().mean() + 4.0 * error.square().mean() + config.gradient_weight * slopes + config.kl_weight * kl
+    loss = config.absolute_weight * error.abs().mean() + config.squared_weight * error.square().mean()
+    loss = loss + config.gradient_weight * slopes + config.kl_weight * kl
     return loss, kl
 
 
@@ -138,9 +142,18 @@ def _rate(step: int, config: VAETraining) -> float:
     return min(1.0, (step + 1) / config.warmup_steps, 2.0 * (1.0 - step / config.steps))
 
 
-def train(config: VAETraining, images: dict[str, list[np.ndarray]], out: Path, *, checkpoint_every: int = 250) -> Any:
-    """Train, with a checkpoint in `out` now and then, from which a stopped run goes on. Returns the averaged VAE, in fp32."""
+def train(
+    config: VAETraining, images: dict[str, list[np.ndarray]], out: Path, *, initial: str = "", checkpoint_every: int = 250
+) -> Any:
+    """Train, with a checkpoint in `out` now and then, from which a stopped run goes on. Returns the averaged VAE, in fp32.
+
+    initial: the VAE (as for `load_vae`) to start from, of the same shape; none: random weights.
+    """
     vae, averaged = build_vae(config.seed), build_vae(config.seed)
+    if initial:
+        state = load_vae(initial).vae.state_dict()
+        vae.load_state_dict(state)
+        averaged.load_state_dict(state)
     optimizers = _optimizers(vae, config)
     schedules: list[Any] = [torch.optim.lr_scheduler.LambdaLR(o, lambda step: _rate(step, config)) for o in optimizers]
     parts: dict[str, Any] = {"vae": vae, "averaged": averaged}
@@ -216,6 +229,10 @@ def main(arguments: list[str] | None = None) -> int:
     where.add_argument("--out", type=Path, help="folder for the VAE and its checkpoint; a run stopped there goes on")
     where.add_argument("--evaluate", type=Path, metavar="DIR", help="measure the VAE in this folder, and train none")
     parser.add_argument("--eval-scenes", type=int, default=64, help="unseen scenes to measure on (default: 64)")
+    parser.add_argument("--initial", default="", help="VAE to start from, of the same shape (default: random weights)")
+    parser.add_argument(
+        "--note", default="", help="what the model card must tell beside the command, such as changes on the way"
+    )
     for entry in fields(VAETraining):
         flag, kind = f"--{entry.name.replace('_', '-')}", type(entry.default)
         parser.add_argument(flag, type=kind, default=entry.default, help=f"{entry.metadata['help']} (default: {entry.default})")
@@ -225,22 +242,22 @@ def main(arguments: list[str] | None = None) -> int:
         if given["evaluate"] is not None:
             report(given["evaluate"], given["eval_scenes"], config.seed)
         else:
-            make_vae(config, given["out"], given["eval_scenes"])
+            make_vae(config, given["out"], given["eval_scenes"], initial=given["initial"], note=given["note"])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def make_vae(config: VAETraining, out: Path, eval_scenes: int) -> None:
-    """Train (or go on), save, measure and write the model card, all in `out`."""
+def make_vae(config: VAETraining, out: Path, eval_scenes: int, *, initial: str = "", note: str = "") -> None:
+    """Train (or go on), save, measure and write the model card with its `note`, all in `out`."""
     images = {"photo": bundled_photos(), **synthetic_images("train", config.scenes, seed=config.seed)}
-    averaged = train(config, images, out)
-    batches = [sample_batch(images, np.random.default_rng([config.seed, config.steps, i]), 16, RESOLUTION) for i in range(8)]
-    save_vae(averaged, torch.cat(batches), out)
+    averaged = train(config, images, out, initial=initial)
+    scenes = [image_to_float(image) for kind in sorted(images.keys() - {"photo"}) for image in images[kind][:32]]
+    save_vae(averaged, torch.from_numpy(np.stack(scenes)), out)
     figures, speed = report(out, eval_scenes, config.seed)
     given = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in asdict(config).items())
-    write_card(out, f"python -m data_tools.train_vae --out DIR {given}", figures, eval_scenes, speed)
+    write_card(out, f"python -m data_tools.train_vae --out DIR {given}", figures, eval_scenes, speed, note=note)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@ from data_tools.synthesis import SceneTruth, make_scene, render
 from dpt.distributed import progress
 from dpt.tasks import encode_amodal, encode_depth, encode_flow, image_to_float, image_to_uint8, mask_image, resize_image
 
-KIND_WEIGHTS = {"photo": 0.52, "rgb": 0.2, "depth": 0.08, "flow": 0.07, "mask": 0.06, "whole": 0.07}
-"""Share of each kind of image in a batch."""
+KIND_WEIGHTS = {"photo": 1.04, "rgb": 0.3, "depth": 0.08, "flow": 0.035, "mask": 0.06, "whole": 0.07}
+"""How often each kind of image is drawn, relative to the others; photos are the hardest and the fewest."""
 RESOLUTION = 128
 """Side of the synthetic images, pixels."""
 

@@ -1,5 +1,6 @@
 """Figures of a VAE, the model card that reports them, and how a trained VAE is saved."""
 
+import textwrap
 import time
 from pathlib import Path
 from typing import Any
@@ -87,8 +88,10 @@ def figures_table(figures: dict[str, float]) -> str:
     return "\n".join(["| images | PSNR, dB | at least |", "|---|---|---|", *rows])
 
 
-def write_card(out: Path, command: str, figures: dict[str, float], scenes: int, speed: tuple[float, float]) -> None:
-    """Write the model card, README.md, with the command that made the weights and what was measured."""
+def write_card(
+    out: Path, command: str, figures: dict[str, float], scenes: int, speed: tuple[float, float], *, note: str
+) -> None:
+    """Write the model card, README.md: the command that made the weights, a `note` on how they differ from it, the figures."""
     codec = load_vae(str(out))
     size = (out / WEIGHTS).stat().st_size / 1e6
     (out / "README.md").write_text(
@@ -98,6 +101,7 @@ def write_card(out: Path, command: str, figures: dict[str, float], scenes: int, 
             size=size,
             scaling_factor=codec.scaling_factor,
             command=command,
+            note=f"\n{textwrap.fill(note, 120)}\n" if note else "",
             table=figures_table(figures),
             scenes=scenes,
             latent_std=figures["latent_std"],
@@ -124,7 +128,7 @@ download; for research use `stabilityai/sd-vae-ft-ema`, which loads by the same 
 from the synthetic scenes of `data_tools.synthesis` (training split) and the photos that scikit-image and scikit-learn bundle,
 without the astronaut. The loss is L1 + 4 x squared error + a light L1 on finite differences + a small KL term. After
 training the latents' channels were centred, which changes no reconstruction.
-
+{note}
 ## Measured
 
 PSNR of the reconstruction from the posterior mean, mean over images of each kind of {scenes} scenes that were not trained on
