@@ -29,7 +29,7 @@ from dpt.tracking.store import absolute_uri
 _log = logging.getLogger(__name__)
 
 _NOTICE_SECONDS = 30.0
-_FINISH_SECONDS = 60.0
+_FINISH_SECONDS = 600.0  # a busy disk takes its time; a store that fails makes the sender give up long before
 _UNFIT = re.compile(r"[^\w\-. /:]", re.ASCII)
 
 
@@ -175,8 +175,12 @@ class SpooledRun(Run):
         if self._sender is None or self._sender.stdin is None:
             return
         self._sender.stdin.close()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._sender.wait(_FINISH_SECONDS)
+        try:
+            self._sender.wait(_NOTICE_SECONDS)
+        except subprocess.TimeoutExpired:
+            _log.warning("Sending the last %d records of run %s to MLflow.", self._spool.unsent, self.run_id)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._sender.wait(_FINISH_SECONDS)
         unsent = self._spool.unsent
         if unsent:
             state = self._spool.state
