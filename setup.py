@@ -44,7 +44,15 @@ setup(
     extras_require={
         "flash": ["flash-attn>=2.8"],
         "clip": ["transformers>=5.0"],
-        "test": ["pytest>=9", "pytest-xdist>=3.6", "hypothesis>=6.100", "torchmetrics>=1.6", "ruff>=0.17", "mypy>=2.0", "transformers>=5.0"],
+        "test": [
+            "pytest>=9",
+            "pytest-xdist>=3.6",
+            "hypothesis>=6.100",
+            "torchmetrics>=1.6",
+            "transformers>=5.0",
+            "ruff>=0.17",
+            "mypy>=2.0",
+        ],
         "docs": ["mkdocs>=1.6"],
     },
     entry_points={"console_scripts": ["dpt = dpt.cli:main"]},
