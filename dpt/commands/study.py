@@ -7,7 +7,7 @@ from pathlib import Path
 from dpt.config.sections import TrackingConfig
 from dpt.errors import UserError
 from dpt.scaling.figures import draw, find
-from dpt.scaling.launching import command, pending, run_here, submit
+from dpt.scaling.launching import command, missing, pending, run_here, submit
 from dpt.scaling.results import format_cells, show_macs
 from dpt.scaling.study import Study, expected_macs, read_study
 from dpt.tracking.read import RunRecord, load_runs, with_ancestors
@@ -50,17 +50,20 @@ def _show(study: Study, peak_flops: float, mfu: float) -> None:
         macs = expected_macs(study, launch)
         training = launch.launcher != "evaluate"
         total += macs if training and launch.name in todo else 0.0
-        hours = f"{_hours(macs, peak_flops, mfu):,.1f}" if training else "–"
+        hours = f"{device_hours(macs, peak_flops, mfu):,.1f}" if training else "–"
         cells.append([launch.name, launch.launcher, show_macs(macs), hours, "to do" if launch.name in todo else "done"])
     print(
         f"{study.title}: {len(todo)} of {len(study.launches)} launches to do, {show_macs(total)}MACs of training, "
-        f"{_hours(total, peak_flops, mfu):,.1f} device-hours at {mfu:.0%} of {peak_flops / 1e12:g} TFLOP/s\n"
+        f"{device_hours(total, peak_flops, mfu):,.1f} device-hours at {mfu:.0%} of {peak_flops / 1e12:g} TFLOP/s\n"
     )
+    if absent := missing(study):
+        print(f"To be made first: {', '.join(absent)}\n")
     print(format_cells(["launch", "launcher", "MACs (evaluation: an image)", "device-hours", "state"], cells))
     print("\n" + "\n".join(shlex.join(command(launch)) for launch in study.launches if launch.name in todo))
 
 
-def _hours(macs: float, peak_flops: float, mfu: float) -> float:
+def device_hours(macs: float, peak_flops: float, mfu: float) -> float:
+    """Hours of a device with this peak (FLOP/s) of which this share is reached."""
     return 2 * macs / (peak_flops * mfu) / 3600
 
 

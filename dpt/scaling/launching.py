@@ -22,14 +22,7 @@ def command(launch: Launch) -> list[str]:
 
 
 def pending(study: Study) -> list[Launch]:
-    """The launches without a result, in order.
-
-    Raises UserError if something that the study needs is not there, a recipe is wrong, or a folder holds the result of another
-    command; nothing has been started then.
-    """
-    for needed in study.needs:
-        if not Path(needed).exists():
-            raise UserError(f"{study.path}: {needed} is not there; make it first (see docs/science.md).")
+    """The launches without a result, in order; UserError if a recipe is wrong or a folder holds what another command made."""
     made = _read_record(study)
     for launch in study.launches:
         _ = launch.resolved
@@ -38,6 +31,18 @@ def pending(study: Study) -> list[Launch]:
                 f"{launch.folder} was made by another command than {study.path} now asks for; remove it, or change output."
             )
     return [launch for launch in study.launches if not launch.result.exists()]
+
+
+def missing(study: Study) -> list[str]:
+    """What the study needs and is not there."""
+    return [needed for needed in study.needs if not Path(needed).exists()]
+
+
+def _startable(study: Study) -> list[Launch]:
+    """The pending launches, if all that the study needs is there."""
+    if absent := missing(study):
+        raise UserError(f"{study.path}: {', '.join(absent)} must be made first (docs/reproduce.md says how).")
+    return pending(study)
 
 
 def _identity(launch: Launch) -> list[str]:
@@ -64,7 +69,7 @@ def run_here(study: Study, *, say: Callable[[str], None]) -> None:
 
     The output of a launch goes to `log.txt` in its folder. UserError if one fails.
     """
-    todo = pending(study)
+    todo = _startable(study)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     for number, launch in enumerate(todo, 1):
         say(f"[{number}/{len(todo)}] {launch.name}\n  $ {shlex.join(command(launch))}")
@@ -86,7 +91,7 @@ def submit(study: Study, options: Sequence[str], *, script: str, say: Callable[[
     """
     path = study.output / _JOBS
     jobs: dict[str, str] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    for launch in pending(study):
+    for launch in _startable(study):
         if launch.name in jobs and _is_queued(jobs[launch.name]):
             say(f"{launch.name}: job {jobs[launch.name]} is still there")
             continue

@@ -115,8 +115,10 @@ def test_a_wrong_study_is_one_sentence(write, old, new, words):
 def test_a_wrong_field_or_a_missing_need_stops_before_any_launch(write):
     with pytest.raises(UserError, match=r"hidden_sise"):
         pending(write("model.hidden_size: 96", "model.hidden_sise: 96"))
-    with pytest.raises(UserError, match="nowhere is not there"):
-        pending(write("figures:", "needs: [nowhere]\nfigures:"))
+    needy = write("figures:", "needs: [nowhere]\nfigures:")
+    assert len(pending(needy)) == 10
+    with pytest.raises(UserError, match="nowhere must be made first"):
+        run_here(needy, say=lambda text: None)
 
 
 def fake_command(launch):
