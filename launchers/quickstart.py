@@ -5,6 +5,7 @@ and the command has not changed.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import shlex
@@ -131,20 +132,21 @@ def road(out: Path, scenes: int, uri: str) -> list[Step]:
 
 
 def run_road(steps: list[Step], out: Path) -> None:
-    """Run what is not done. A step whose command changed, and all after it, are done again; an interrupted one continues."""
+    """Run what is not done. A step whose command or recipe changed, and all after it, are done again; others continue."""
     record = out / "commands.json"
     begun: dict[str, list[str]] = json.loads(record.read_text()) if record.exists() else {}
     stale = False
     for number, step in enumerate(steps, 1):
         head = f"[{number}/{len(steps)}] {step.title}"
-        same = not stale and begun.get(step.title) == step.command
+        identity = _identity(step)
+        same = not stale and begun.get(step.title) == identity
         if same and step.result.exists():
             print(f"{head}: done before", flush=True)
             continue
         stale = True
         if not same:
             _remove(step.folder, out)
-        begun[step.title] = step.command
+        begun[step.title] = identity
         record.write_text(json.dumps(begun, indent=1))
         print(f"\n{head}\n  $ {shlex.join(_shown(step.command))}", flush=True)
         started = time.monotonic()
@@ -152,6 +154,12 @@ def run_road(steps: list[Step], out: Path) -> None:
         if code != 0 or not step.result.exists():
             raise UserError(f"step {number} ({step.title}) ended with exit code {code}; mend what it says above and run again.")
         print(f"  done in {time.monotonic() - started:.0f} s", flush=True)
+
+
+def _identity(step: Step) -> list[str]:
+    """The command, and the contents of the recipes that it names."""
+    recipes = [ROOT / word for word in step.command if word.startswith("ds_configs/")]
+    return [*step.command, *(hashlib.sha256(path.read_bytes()).hexdigest() for path in recipes)]
 
 
 def _shown(command: list[str]) -> list[str]:
