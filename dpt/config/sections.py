@@ -74,6 +74,16 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name in ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads", "num_classes", "top_k"):
             _check(getattr(self, name) >= 1, f"dpt.model.{name} is {getattr(self, name)}; it must be at least 1.")
+        for name in ("num_conditions", "patch_embed_tasks", "clip_embedding_size", "num_experts", "shared_expert_width"):
+            _check(getattr(self, name) >= 0, f"dpt.model.{name} is {getattr(self, name)}; it cannot be negative.")
+        _check(
+            self.patch_embed_tasks <= self.num_classes,
+            f"dpt.model.patch_embed_tasks {self.patch_embed_tasks} is more than dpt.model.num_classes {self.num_classes}, "
+            "the last of which are the tasks' labels; raise num_classes.",
+        )
+        _check(self.capacity_factor >= 0, f"dpt.model.capacity_factor is {self.capacity_factor}; it cannot be negative.")
+        _check(self.mlp_norm_eps > 0, f"dpt.model.mlp_norm_eps is {self.mlp_norm_eps}; it must be positive.")
+        _check(self.mlp_width >= 1, f"dpt.model.mlp_ratio is {self.mlp_ratio}; the MLP would have no width.")
         _check(
             self.hidden_size % self.num_heads == 0,
             f"dpt.model.num_heads {self.num_heads} does not divide dpt.model.hidden_size {self.hidden_size}; choose a divisor.",

@@ -5,7 +5,7 @@ matrix products, convolutions and attention, as torch's FlopCounterMode does.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from dpt.config.presets import PRESETS, preset_values
@@ -16,6 +16,8 @@ Precision = Literal["fp32", "bf16", "fp16"]
 
 FREQUENCY_EMBEDDING_SIZE = 256
 """Width of the sinusoidal timestep features in DiT."""
+REDUCE_BUCKET_SIZE = 500_000_000
+"""DeepSpeed's default zero_optimization.reduce_bucket_size, in elements."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +51,9 @@ class Memory:
     master_weights: int
     """The optimizer's own float32 copy."""
     gradients: int
+    """In float32 where bf16 gradients are accumulated so, which our training engine sets for ZeRO 1 to 3."""
+    buckets: int
+    """DeepSpeed's buffer for exchanging gradients, of its default size (ZeRO 1 to 3)."""
     moments: int
     """Adam's two, float32."""
     ema: int
@@ -58,7 +63,7 @@ class Memory:
 
     @property
     def total(self) -> int:
-        return self.weights + self.master_weights + self.gradients + self.moments + self.ema + self.activations
+        return sum(getattr(self, f.name) for f in fields(self))
 
 
 def num_tokens(config: ModelConfig, height: int = 0, width: int = 0) -> int:
@@ -119,7 +124,7 @@ def memory(
     """Bytes on each of `ranks` when training with AdamW and DeepSpeed's ZeRO stage (0 to 3); latents as in `macs`.
 
     ZeRO divides over all ranks: optimizer states (stage 1), gradients too (2), weights too (3); experts' ones over the ranks
-    that hold the same experts, which comes to the same. DeepSpeed's communication buckets are not included.
+    that hold the same experts, which comes to the same.
     """
     if ranks % ep_size or (config.num_experts or 1) % ep_size:
         raise UserError(f"ep_size {ep_size} must divide the ranks ({ranks}) and num_experts ({config.num_experts}).")
@@ -131,14 +136,16 @@ def memory(
     share = math.ceil(count.total / ranks)
     optimizer = share if zero_stage >= 1 else held
     keeps_master = precision != "fp32" or zero_stage >= 1  # ZeRO's partitions are copies in any precision
-    samples = micro_batch_size * num_tokens(config, height, width)
+    accumulates_fp32 = precision == "bf16" and zero_stage >= 1
+    tokens = micro_batch_size * num_tokens(config, height, width)
     return Memory(
         weights=size * (share if zero_stage == 3 else held),
         master_weights=4 * optimizer if keeps_master else 0,
-        gradients=size * (share if zero_stage >= 2 else held),
+        gradients=(4 if accumulates_fp32 else size) * (share if zero_stage >= 2 else held),
+        buckets=size * min(held, REDUCE_BUCKET_SIZE) if zero_stage >= 1 else 0,
         moments=8 * optimizer,
         ema=4 * num_emas * optimizer,
-        activations=_activation_bytes(config, samples, size, activation_checkpointing),
+        activations=_activation_bytes(config, tokens, size, ep_size, activation_checkpointing),
     )
 
 
@@ -171,6 +178,7 @@ def preset_table(
                 "bytes_weights": plain.weights,
                 "bytes_master_weights": plain.master_weights,
                 "bytes_gradients": plain.gradients,
+                "bytes_buckets": plain.buckets,
                 "bytes_moments": plain.moments,
                 "bytes_ema": plain.ema,
                 "bytes_activations": plain.activations,
@@ -209,14 +217,13 @@ def _mlp_macs_per_token(config: ModelConfig) -> int:
     return d * config.num_experts + config.top_k * matrices * d * width + 3 * d * config.shared_expert_width
 
 
-def _activation_bytes(config: ModelConfig, tokens: int, size: int, checkpointing: bool) -> int:
+def _activation_bytes(config: ModelConfig, tokens: int, size: int, ep_size: int, checkpointing: bool) -> int:
     """Largest sum of what autograd keeps and what the backward pass works in, for `tokens` tokens of `size`-byte numbers."""
     d = config.hidden_size
     kept, working = _kept_per_token(config, size), 7 * d * size  # 7: the final layer, and gradients on their way
-    expert_gradients = 0
     if config.num_experts:
         width, swiglu = config.top_k * config.mlp_width, int(_is_swiglu(config))
-        expert_gradients = config.num_experts * _expert_params(config) * size  # of one block
+        expert_gradients = config.num_experts // ep_size * _expert_params(config) * size  # of one block
         # In the experts' backward pass: gradient of the activation, the activation again, gradient of the first product; later
         # the last two beside the weights' gradients. The shared expert's backward pass is over by then.
         freed = (4 * config.shared_expert_width - 2 * d) * size

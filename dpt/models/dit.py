@@ -85,8 +85,8 @@ class DiT(nn.Module):
     """Noisy latents (and clean condition latents before them, on channels), timesteps and labels -> prediction.
 
     A deterministic function, the same in train() and eval(): labels are dropped by the caller, who puts num_classes (the null
-    label) in their place. `ep_size` ranks share the experts of each layer (it divides num_experts; distributed training
-    with DeepSpeed must be initialised before the first forward pass if it is more than 1).
+    label) in their place. `ep_size` ranks share the experts of each layer (it divides num_experts). If it is more than 1,
+    torch.distributed must be initialised, and DeepSpeed's engine made before the first forward pass: it sets the groups.
     """
 
     def __init__(self, config: ModelConfig, *, ep_size: int = 1) -> None:

@@ -15,6 +15,7 @@ from dpt.config.sections import ModelConfig
 from dpt.errors import UserError
 from dpt.models import build_model
 from dpt.models.costs import macs, memory, num_params, num_tokens, preset_table
+from tests.gloo import run_ranks
 
 aten = torch.ops.aten
 TINY = {"hidden_size": 32, "depth": 2, "num_heads": 4, "input_size": 8, "num_classes": 10}
@@ -197,6 +198,47 @@ def test_total_bytes_are_within_15_percent_of_a_training_steps_peak(fields):
     assert estimate.total == pytest.approx(live.peak, rel=0.15)
 
 
+def deepspeed_peak(stage, precision):
+    """The peak of two optimizer steps, each of two micro-batches, with DeepSpeed on one rank."""
+    import contextlib
+    import io
+
+    import deepspeed
+    from deepspeed.ops import __compatible_ops__
+
+    __compatible_ops__["deepspeed_shm_comm"] = False  # no compiler needed
+    deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
+    latents, labels = torch.randn(4, 4, 16, 16), torch.arange(4)
+    with LiveBytes([latents, labels]) as live, contextlib.redirect_stdout(io.StringIO()):
+        model = build_model(DEEPSPEED_CONFIG)
+        zero = {"stage": stage, "reduce_bucket_size": sum(p.numel() for p in model.parameters())}
+        settings = {"train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 2, "zero_optimization": zero}
+        settings |= {"zero_allow_untested_optimizer": True}
+        if precision == "bf16":
+            settings |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+        optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+        live.peak = 0  # of training, not of setting up
+        for _ in range(4):
+            out = engine(latents.to(model.final_layer.linear.weight.dtype), labels, labels)
+            engine.backward(out.prediction.float().square().mean())
+            engine.step()
+    return live.peak
+
+
+DEEPSPEED_CONFIG = ModelConfig(hidden_size=64, depth=3, num_heads=4, num_classes=10, input_size=16)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_total_bytes_are_within_15_percent_of_deepspeeds_peak(stage, precision, monkeypatch):
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    (peak,) = run_ranks(1, deepspeed_peak, stage, precision)
+    estimate = memory(DEEPSPEED_CONFIG, micro_batch_size=4, precision=precision, zero_stage=stage, num_emas=0)
+    assert estimate.total == pytest.approx(peak, rel=0.15)
+
+
 def test_bytes_of_states():
     config = ModelConfig(**preset_values("S/2-8E2A"))
     n = num_params(config)
@@ -205,7 +247,8 @@ def test_bytes_of_states():
     four = memory(config, ranks=4, ep_size=4, zero_stage=2, precision="bf16")
     held = n.total - n.routed + n.routed // 4
     share = n.total // 4
-    assert (four.weights, four.gradients, four.moments, four.ema) == (2 * held, 2 * share, 8 * share, 4 * share)
+    assert (four.weights, four.gradients, four.moments, four.ema) == (2 * held, 4 * share, 8 * share, 4 * share)
+    assert four.buckets == 2 * held
     assert memory(config, ranks=4, zero_stage=3).weights == 2 * share
     assert four.total == sum(v for k, v in vars(four).items())
     with pytest.raises(UserError, match="must divide"):
