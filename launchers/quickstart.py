@@ -10,6 +10,7 @@ import json
 import os
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -150,7 +151,7 @@ def run_road(steps: list[Step], out: Path) -> None:
         record.write_text(json.dumps(begun, indent=1))
         print(f"\n{head}\n  $ {shlex.join(_shown(step.command))}", flush=True)
         started = time.monotonic()
-        code = subprocess.run(step.command, cwd=ROOT, env=_environment()).returncode
+        code = subprocess.run(_on_free_port(step.command), cwd=ROOT, env=_environment()).returncode
         if code != 0 or not step.result.exists():
             raise UserError(f"step {number} ({step.title}) ended with exit code {code}; mend what it says above and run again.")
         print(f"  done in {time.monotonic() - started:.0f} s", flush=True)
@@ -164,6 +165,15 @@ def _identity(step: Step) -> list[str]:
 
 def _shown(command: list[str]) -> list[str]:
     return ["python", *command[1:]] if command[0] == sys.executable else command
+
+
+def _on_free_port(command: list[str]) -> list[str]:
+    """With a port for the ranks that no other run on this machine holds (DeepSpeed's launcher always takes 29500)."""
+    if command[0] != "deepspeed":
+        return command
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return [command[0], "--master_port", str(probe.getsockname()[1]), *command[1:]]
 
 
 def _environment() -> dict[str, str]:
