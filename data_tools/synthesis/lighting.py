@@ -124,12 +124,18 @@ def squared_length(vectors: Array) -> Array:
 def smooth_within(values: NDArray[np.bool_], mask: NDArray[np.bool_], size: int, radius: int) -> Array:
     """Mean of values [size * size] over the masked pixels within a square of +- radius; 1 where there is none."""
     weights = mask.astype(np.float32)
-    total, count = _box_sum(weights * values, size, radius), _box_sum(weights, size, radius)
+    total, count = _box_sum(np.stack([weights * values, weights]).reshape(2, size, size), radius).reshape(2, -1)
     return np.where(count > 0, total / np.maximum(count, 1), np.float32(1))
 
 
-def _box_sum(values: Array, size: int, radius: int) -> Array:
-    padded = np.zeros((size + 2 * radius, size + 2 * radius), np.float32)
-    padded[radius : radius + size, radius : radius + size] = values.reshape(size, size)
-    rows = sum((padded[i : i + size] for i in range(1, 2 * radius + 1)), start=padded[:size])
-    return sum((rows[:, i : i + size] for i in range(1, 2 * radius + 1)), start=rows[:, :size]).ravel()
+def _box_sum(values: Array, radius: int) -> Array:
+    """Sums over squares of +- radius of float32 [..., H, W], zeros beyond the border."""
+    for _ in range(2):  # down the columns; then, transposed, along the rows
+        length = values.shape[-2]
+        padded = np.zeros((*values.shape[:-2], length + 2 * radius, values.shape[-1]), np.float32)
+        padded[..., radius : radius + length, :] = values
+        total = padded[..., :length, :].copy()
+        for shift in range(1, 2 * radius + 1):
+            total += padded[..., shift : shift + length, :]
+        values = total.swapaxes(-1, -2)
+    return values

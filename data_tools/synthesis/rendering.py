@@ -157,5 +157,7 @@ def soften_edges(colors: Array, hits: Hits, size: int) -> None:
     up, below = -size * (row > 0), size * (row < size - 1)
     weighted = [(pixels, 4), (left, 2), (right, 2), (pixels + up, 2), (pixels + below, 2)]
     weighted += [(left + up, 1), (right + up, 1), (left + below, 1), (right + below, 1)]
-    for channel in colors:
-        channel[pixels] = sum(np.float32(weight / 16) * channel[index] for index, weight in weighted)
+    softened = np.zeros((3, pixels.size), np.float32)
+    for index, weight in weighted:
+        softened += colors.take(index, axis=1) * np.float32(weight / 16)
+    put_columns(colors, pixels, softened)

@@ -5,6 +5,7 @@ number of half-spaces, so a ray is inside it on one interval [enter, leave], fou
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -19,11 +20,19 @@ _TINY = 1e-12
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
-    """{p : a x^2 + b y^2 + c z^2 + e y + g <= 0} and {p : normals @ p <= offsets}; either may be missing."""
+class Quadric:
+    """{p : sum(squares p^2) + linear . p + constant <= 0}."""
 
-    quadric: tuple[float, float, float, float, float] | None = None
-    """(a, b, c, e, g)."""
+    squares: NDArray[np.float64]
+    linear: NDArray[np.float64]
+    constant: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """A quadric and {p : normals @ p <= offsets}; either may be missing."""
+
+    quadric: Quadric | None
     normals: NDArray[np.float64]
     """[m, 3], unit length."""
     offsets: NDArray[np.float64]
@@ -31,9 +40,14 @@ class Part:
 
 
 def _part(quadric: tuple[float, float, float, float, float] | None, planes: list[tuple[float, float, float, float]]) -> Part:
+    """From a x^2 + b y^2 + c z^2 + e y + g <= 0, as (a, b, c, e, g), and planes as (nx, ny, nz, offset)."""
     table = np.asarray(planes, np.float64).reshape(-1, 4)
     lengths = np.linalg.norm(table[:, :3], axis=1)
-    return Part(quadric=quadric, normals=table[:, :3] / lengths[:, None], offsets=table[:, 3] / lengths)
+    solid = None
+    if quadric is not None:
+        a, b, c, e, g = quadric
+        solid = Quadric(squares=np.array([a, b, c]), linear=np.array([0.0, e, 0.0]), constant=g)
+    return Part(quadric=solid, normals=table[:, :3] / lengths[:, None], offsets=table[:, 3] / lengths)
 
 
 def _slab(low: float, high: float) -> list[tuple[float, float, float, float]]:
@@ -77,6 +91,14 @@ class Shape:
     """About how much of its bounding rectangle the silhouette fills at mid height."""
     square_base: bool = True
     """Same scale along x and z."""
+
+    @cached_property
+    def plane_normals(self) -> Array:
+        """By face, float32 [faces, 3]; 0 for curved ones."""
+        table = np.zeros((len(self.parts) * FACES_PER_PART, 3), np.float32)
+        for number, part in enumerate(self.parts):
+            table[number * FACES_PER_PART : number * FACES_PER_PART + len(part.normals)] = part.normals
+        return table
 
 
 _LEG = 0.16
@@ -127,52 +149,53 @@ def intersect(shape: Shape, origin: NDArray[np.float64], directions: NDArray[np.
         enter: float32 [N], ray parameter of the first surface met, inf for a miss.
         face: int16 [N], part * FACES_PER_PART + face within the part.
     """
-    best = np.full(directions.shape[1], np.inf)
-    best_face = np.zeros(directions.shape[1], np.int16)
-    for number, part in enumerate(shape.parts):
+    best, best_leave, best_face = _intersect_part(shape.parts[0], origin, directions)
+    best = np.where(best < best_leave, best, np.inf)
+    for number, part in enumerate(shape.parts[1:], start=1):
         enter, leave, face = _intersect_part(part, origin, directions)
-        (closer,) = ((enter < leave) & (enter < best)).nonzero()
-        best[closer] = enter[closer]
-        best_face[closer] = face[closer] + np.int16(number * FACES_PER_PART)
+        closer = (enter < leave) & (enter < best)
+        np.copyto(best, enter, where=closer)
+        np.copyto(best_face, face + np.int16(number * FACES_PER_PART), where=closer)
     return best.astype(np.float32), best_face
 
 
 def _intersect_part(
     part: Part, origin: NDArray[np.float64], d: NDArray[np.float64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int16]]:
-    enter, leave = np.zeros(d.shape[1]), np.full(d.shape[1], np.inf)
-    face = np.full(d.shape[1], QUADRIC_FACE, np.int16)
-    if part.quadric is not None:
+    """Where rays are inside, from `enter` to `leave`, float64 [N] (a miss: enter >= leave), and the face entered, int16 [N]."""
+    if part.quadric is None:
+        enter, leave = np.zeros(d.shape[1]), np.full(d.shape[1], np.inf)
+    else:
         enter, leave = _intersect_quadric(part.quadric, origin, d)
         np.maximum(enter, 0, out=enter)
+    face = np.full(d.shape[1], QUADRIC_FACE, np.int16)
     reach, toward = part.offsets - part.normals @ origin, part.normals @ d
-    (inside,) = (reach >= 0).nonzero()
     (outside,) = (reach < 0).nonzero()
-    if inside.size:  # rays leave through these planes, or (t huge) never
+    if outside.size < reach.size:  # rays leave through the planes whose inner side holds the origin, or (t huge) never
+        inside = reach >= 0
         np.minimum(leave, (reach[inside, None] / np.maximum(toward[inside], _TINY)).min(0), out=leave)
-    if outside.size:  # rays enter through these, or (t huge) never
-        t = reach[outside, None] / np.minimum(toward[outside], -_TINY)
-        last = t.argmax(0)
-        t = t.max(0)
-        np.copyto(face, outside[last], where=t > enter, casting="unsafe")
+    for plane in outside:  # rays enter through the others, or (t huge) never
+        t = reach[plane] / np.minimum(toward[plane], -_TINY)
+        np.copyto(face, np.int16(plane), where=t > enter)
         np.maximum(enter, t, out=enter)
     return enter, leave, face
 
 
 def _intersect_quadric(
-    quadric: tuple[float, float, float, float, float], o: NDArray[np.float64], d: NDArray[np.float64]
+    quadric: Quadric, o: NDArray[np.float64], d: NDArray[np.float64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """The interval of t on which a t^2 + 2 b t + c <= 0; of a double cone, the lower nappe's. A miss: (inf, -inf)."""
-    q = np.array(quadric[:3])
-    a = q @ (d * d)
-    b = (q * o + np.array([0, 0.5 * quadric[3], 0])) @ d
-    c = float(q @ (o * o) + quadric[3] * o[1] + quadric[4])
+    a = quadric.squares @ (d * d)
+    b = (quadric.squares * o + quadric.linear / 2) @ d
+    c = float(quadric.squares @ (o * o) + quadric.linear @ o + quadric.constant)
     a[np.abs(a) < _TINY] = _TINY
     discriminant = b * b - a * c
     root = np.sqrt(np.maximum(discriminant, 0)) / np.abs(a)
     middle = -b / a
     low, high = middle - root, middle + root
-    if quadric[1] < 0:  # a steep ray (a < 0) is inside a cone beyond the roots: after the apex going down, before it going up
+    if (
+        quadric.squares[1] < 0
+    ):  # a steep ray (a < 0) is inside a cone beyond the roots: after the apex going down, else before it
         steep, down = a < 0, d[1] < 0
         beyond = np.where(down, high, -np.inf), np.where(down, np.inf, low)
         low, high = np.where(steep, beyond[0], low), np.where(steep, beyond[1], high)
@@ -183,15 +206,10 @@ def _intersect_quadric(
 
 def surface_normals(shape: Shape, points: Array, faces: NDArray[np.int16]) -> Array:
     """Outward normals (not of unit length) float32 [3, N] in unit coordinates at surface points [3, N] on the given faces."""
-    table = np.zeros((len(shape.parts) * FACES_PER_PART, 3), np.float32)
+    normals = shape.plane_normals[faces].T
     for number, part in enumerate(shape.parts):
-        table[number * FACES_PER_PART : number * FACES_PER_PART + len(part.normals)] = part.normals
-    normals = np.ascontiguousarray(table[faces].T)
-    for number, part in enumerate(shape.parts):
-        if part.quadric is None:
-            continue
-        (curved,) = (faces == number * FACES_PER_PART + QUADRIC_FACE).nonzero()
-        a, b, c, e, _ = part.quadric
-        x, y, z = points[:, curved]
-        normals[:, curved] = np.stack([2 * a * x, 2 * b * y + e, 2 * c * z])
+        if part.quadric is not None:
+            curved = faces == number * FACES_PER_PART + QUADRIC_FACE
+            gradient = 2 * part.quadric.squares[:, None] * points + part.quadric.linear[:, None]
+            normals = np.where(curved, gradient.astype(np.float32), normals)
     return normals
