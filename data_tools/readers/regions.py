@@ -18,7 +18,7 @@ class AmodalRegions:
     Args:
         root: folder of the set.
         split: one of `splits`.
-        annotations: the annotation file, relative to the root or the working folder; by default the first of `files` found.
+        annotations: the annotation file, absolute or relative to the root; by default the first of `files` found.
         images: folder of the pictures, likewise; by default the first of `folders` that has a picture.
         occluded_only: leave out objects that nothing hides (their visible mask is the amodal one).
     """
@@ -40,10 +40,8 @@ class AmodalRegions:
         check_split(self.name, split, self.splits)
         self.root = Path(root)
         path = self._find_annotations(annotations, split)
-        places = [images] if images else [folder.format(split=split) for folder in self.folders]
-        self._places = [
-            place for folder in places for place in ((self.root / folder, Path(folder)) if images else (self.root / folder,))
-        ]
+        folders = [images] if images else [folder.format(split=split) for folder in self.folders]
+        self._places = [self.root / folder for folder in folders]
         content = self.load(path)
         try:
             self._regions = self._index(content, occluded_only)
@@ -76,11 +74,12 @@ class AmodalRegions:
             return Sample(key=key, images=(rgb, mask_image(visible)), mask=mask, meta=meta)
 
     def _find_annotations(self, given: str, split: str) -> Path:
-        patterns = [given] if given else [pattern.format(split=split) for pattern in self.files]
-        found = (
-            [path for pattern in patterns for path in sorted(self.root.glob(pattern))] if not Path(given).is_absolute() else []
-        )
-        found += [Path(given)] if given and Path(given).is_file() else []
+        if given:
+            path = self.root / given
+            found = [path] if path.is_file() else []
+        else:
+            patterns = (pattern.format(split=split) for pattern in self.files)
+            found = [path for pattern in patterns for path in sorted(self.root.glob(pattern))]
         if not found:
             raise wrong_root(self.name, self.root, self.layout)
         return found[0]

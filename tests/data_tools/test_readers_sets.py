@@ -444,6 +444,11 @@ def test_coco_amodal(tmp_path: Path) -> None:
     content = coco_structure([square, [1.0, 1.0, 5.0, 1.0, 5.0, 5.0]], rle)
     write(tmp_path / "annotations/COCO_amodal_val2014.json", json.dumps(content))
     check_regions("coco_amodal", tmp_path, mask, visible)
+    (tmp_path / "val2014").rename(tmp_path / "elsewhere")
+    moved = open_reader("coco_amodal", tmp_path, "val", annotations="annotations/COCO_amodal_val2014.json", images="elsewhere")
+    assert moved.read(moved.keys()[0]).mask is not None
+    with pytest.raises(ReadError, match="missing"):
+        open_reader("coco_amodal", tmp_path, "val").read(moved.keys()[0])
     write(tmp_path / "annotations/COCO_amodal_val2014.json", '{"images": []}')
     with pytest.raises(UserError, match="COCO-A's structure"):
         open_reader("coco_amodal", tmp_path, "val")
