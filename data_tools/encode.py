@@ -1,105 +1,177 @@
 """Encode a data set, as it was downloaded, into WebDataset shards of VAE latents.
 
-Can be killed and started again at any moment; any number of jobs (`--shards i/n`, or ranks of a launcher) make the same shards.
+Can be killed and started again at any moment; any number of jobs (`--shards i/n`, or the ranks of a launcher) make the same
+shards together, and the last of them writes the manifest.
 """
+
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a file: beside it lies inspect.py, which must not hide Python's own module of that name
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
 import os
-import sys
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from data_tools.encoding.samples import Layout
-from data_tools.readers import READERS, open_reader
+from data_tools.readers import READERS, Reader, open_reader
 from dpt import distributed
 from dpt.errors import UserError, reported
 
+if TYPE_CHECKING:
+    from data_tools.encoding.job import EncodingJob
+
 
 def parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(prog="python -m data_tools.encode", description=__doc__)
-    parser.add_argument("--dataset", required=True, choices=sorted(READERS), help="data set (layouts: docs/readers.md)")
-    parser.add_argument("--root", required=True, help="folder of the data set")
-    parser.add_argument("--split", default="train", help="split (default: %(default)s)")
-    parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="an option of the set's reader")
-    parser.add_argument("--vae", default="embedded", help='"embedded", a folder or a hub name (default: %(default)s)')
-    parser.add_argument("--resolution", type=int, required=True, help="side of the encoded images, pixels")
-    parser.add_argument("--out", required=True, help="folder of the shards")
-    parser.add_argument("--shards", default="", metavar="I/N", help="this job's share: shards I, I + N, ... (default: all)")
-    parser.add_argument("--mirrored", action="store_true", help="class images: encode the mirrored image too")
-    parser.add_argument("--evaluation", action="store_true", help="keep inputs and truths at their own size, to be scored")
-    parser.add_argument(
-        "--prompt", choices=("all_valid", "ground_truth", "none"), default="all_valid", help="depth's second input"
+    add = parser.add_argument
+    add("--dataset", required=True, choices=sorted(READERS), help="data set (layouts: docs/readers.md)")
+    add("--root", required=True, help="folder of the data set")
+    add("--split", default="train", help="split (default: %(default)s)")
+    add("--option", action="append", default=[], metavar="NAME=VALUE", help="an option of the set's reader")
+    add("--vae", default="embedded", help='"embedded", a folder or a hub name (default: %(default)s)')
+    add("--resolution", type=int, required=True, help="side of the encoded images, pixels")
+    add("--out", required=True, help="folder of the shards")
+    add(
+        "--shards",
+        default="",
+        metavar="I/N",
+        help="this job's share: shards I, I + N, ... (default: all)",
     )
-    parser.add_argument("--fit", choices=("stretch", "crop"), default="stretch", help="perception inputs to a square")
-    parser.add_argument("--samples-per-shard", type=int, default=1024, help="samples in one shard (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=16, help="samples encoded at once (default: %(default)s)")
-    parser.add_argument("--readers", type=int, default=2, help="threads that read ahead (default: %(default)s)")
-    parser.add_argument("--max-skipped-share", type=float, default=0.01, help="unreadable inputs allowed (%(default)s)")
-    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
+    add("--finish", action="store_true", help="encode nothing, only write the manifest of finished shards")
+    add("--mirrored", action="store_true", help="encode the mirrored images too")
+    add("--evaluation", action="store_true", help="keep inputs and truths at their own size, to be scored")
+    add(
+        "--prompt",
+        choices=("all_valid", "ground_truth", "none"),
+        default="all_valid",
+        help="depth's second input",
+    )
+    add(
+        "--fit",
+        choices=("stretch", "crop", "pad", "aspect"),
+        default="stretch",
+        help="perception: stretch to the square, crop its centre, pad, or keep the aspect (default: %(default)s)",
+    )
+    add("--clip", default="", metavar="FOLDER", help="amodal: keep CLIP embeddings of the visible object by this model")
+    add(
+        "--samples-per-shard",
+        type=int,
+        help="inputs of a shard (default: class 1024, perception 256, evaluation 64)",
+    )
+    add("--shuffle-seed", type=int, default=0, help="order of training samples; negative: the set's (%(default)s)")
+    add("--batch-size", type=int, default=32, help="images encoded at once (default: %(default)s)")
+    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the VAE (auto: bfloat16 on GPUs)")
+    add("--processes", type=int, help="processes that read ahead; 0: none (default: by the machine's cores)")
+    add("--max-skipped-share", type=float, default=0.01, help="unreadable inputs allowed (default: %(default)s)")
+    add("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     return parser
 
 
 def share(text: str) -> tuple[int, int]:
-    """This job's part and the number of parts: `--shards`, else the launcher's rank and world size."""
-    if not text:
-        return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    """This job's part and the number of parts: `--shards` and, within it, the launcher's rank and world size."""
+    distributed.set_environment()
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     try:
-        part, parts = (int(n) for n in text.split("/"))
+        part, parts = (int(number) for number in text.split("/")) if text else (0, 1)
     except ValueError:
         raise UserError(f"--shards {text!r} is not of the form I/N, e.g. 0/4.") from None
     if not 0 <= part < parts:
         raise UserError(f"--shards {text!r}: I must be between 0 and N - 1.")
-    return part, parts
+    return part + parts * rank, parts * world_size
 
 
-def encode(arguments: argparse.Namespace) -> None:
-    """Build the job and run it."""
-    for name in ("resolution", "samples_per_shard", "batch_size", "readers"):
-        if getattr(arguments, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(arguments, name)}; it must be at least 1.")
-    part, num_parts = share(arguments.shards)
-    options: dict[str, Any] = dict(o.partition("=")[::2] for o in arguments.option)
+def build_job(arguments: argparse.Namespace) -> "EncodingJob":
+    """The job that the command line describes. UserError if it cannot be."""
+    for name in ("resolution", "samples_per_shard", "batch_size"):
+        if (value := getattr(arguments, name)) is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least 1.")
+    if not 0 <= arguments.max_skipped_share <= 1:
+        raise UserError(f"--max-skipped-share is {arguments.max_skipped_share}; it is a share between 0 and 1.")
+    if wrong := [option for option in arguments.option if "=" not in option]:
+        raise UserError(f"--option {wrong[0]!r} is not of the form NAME=VALUE.")
+    options: dict[str, Any] = dict(option.split("=", 1) for option in arguments.option)
     reader = open_reader(arguments.dataset, Path(arguments.root), arguments.split, **options)
+    _check_for_task(arguments, reader)
+    from data_tools.encoding.job import EncodingJob
+    from data_tools.encoding.samples import Layout
+
+    encoder = _encoder(arguments)
+    layout = Layout(
+        task=reader.task,
+        resolution=arguments.resolution,
+        downsampling=encoder.codec.downsampling,
+        mirrored=arguments.mirrored,
+        evaluation=arguments.evaluation,
+        prompt=arguments.prompt,
+        fit=arguments.fit,
+        clip=bool(arguments.clip),
+    )
+    shard_size = 64 if arguments.evaluation else 1024 if reader.task == "class" else 256
+    on_gpu = encoder.device.type == "cuda"
+    cores = len(os.sched_getaffinity(0)) // (int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if on_gpu else 1)
+    return EncodingJob(
+        reader=reader,
+        encoder=encoder,
+        layout=layout,
+        split=arguments.split,
+        out=Path(arguments.out),
+        samples_per_shard=arguments.samples_per_shard or shard_size,
+        shuffle_seed=None if arguments.evaluation or arguments.shuffle_seed < 0 else arguments.shuffle_seed,
+        processes=(max(1, min(16, cores - 1)) if on_gpu else 1) if arguments.processes is None else arguments.processes,
+        max_skipped_share=arguments.max_skipped_share,
+    )
+
+
+def _check_for_task(arguments: argparse.Namespace, reader: Reader) -> None:
+    if arguments.clip and reader.task != "amodal":
+        raise UserError(f"--clip is for amodal sets; {reader.name} is for {reader.task}: leave it out.")
+    if arguments.evaluation and reader.task == "class":
+        raise UserError(f"--evaluation is for perception; {reader.name} is a set of class images: leave it out.")
+    if arguments.evaluation and (arguments.mirrored or arguments.fit in ("crop", "pad")):
+        raise UserError("--evaluation scores whole images: take --fit stretch or aspect, without --mirrored.")
+
+
+def _encoder(arguments: argparse.Namespace) -> Any:
     import torch
 
-    from data_tools.encoding.job import EncodingJob, run
+    from data_tools.encoding.clip import load_clip
+    from data_tools.encoding.pipeline import BatchEncoder
     from dpt.data.codec import load_vae
 
     codec = load_vae(arguments.vae)
     if arguments.resolution % codec.downsampling:
         raise UserError(f"--resolution {arguments.resolution} is no multiple of {codec.downsampling}, the VAE's downsampling.")
-    if torch.cuda.is_available():
-        codec.to(distributed.device(), torch.bfloat16)
-    layout = Layout(
-        task=reader.task,
-        resolution=arguments.resolution,
-        mirrored=arguments.mirrored and reader.task == "class",
-        evaluation=arguments.evaluation,
-        prompt=arguments.prompt,
-        fit=arguments.fit,
-    )
-    job = EncodingJob(
-        reader=reader,
-        codec=codec,
-        layout=layout,
-        split=arguments.split,
-        out=Path(arguments.out),
-        samples_per_shard=arguments.samples_per_shard,
-        batch_size=arguments.batch_size,
-        num_readers=arguments.readers,
-        max_skipped_share=arguments.max_skipped_share,
-    )
-    manifest = run(job, part, num_parts)
+    device = distributed.device()
+    auto = "bfloat16" if device.type == "cuda" else "float32"
+    dtype = getattr(torch, auto if arguments.dtype == "auto" else arguments.dtype)
+    codec.to(device, dtype)
+    clip = load_clip(arguments.clip) if arguments.clip else None
+    if clip is not None:
+        clip.model.to(device)
+    return BatchEncoder(codec, arguments.batch_size, clip)
+
+
+def encode(arguments: argparse.Namespace) -> None:
+    """Build the job and run this part of it."""
+    part, num_parts = share(arguments.shards)
+    job = build_job(arguments)
+    from data_tools.encoding.job import finish, run
+
+    manifest = finish(job) if arguments.finish else run(job, part, num_parts)
     if manifest is None:
         print(f"{job.out}: this job's shards are done; the manifest follows when the others' are.")
     else:
-        skipped = f", {manifest.num_skipped} inputs left out" if manifest.num_skipped else ""
-        print(f"{job.out}: {manifest.num_samples} samples in {len(manifest.shards)} shards{skipped}.")
+        skipped = f", {manifest.num_skipped} unreadable inputs skipped" if manifest.num_skipped else ""
+        excluded = f", {len(manifest.excluded)} left out by the set's filter" if manifest.excluded else ""
+        print(f"{job.out}: {manifest.num_samples} samples in {len(manifest.shards)} shards{skipped}{excluded}.")
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Run the command; bad input ends it with one sentence and exit code 2."""
     with reported("encode"):
-        encode(parser().parse_args(sys.argv[1:] if argv is None else argv))
+        encode(parser().parse_args(argv))
 
 
 if __name__ == "__main__":

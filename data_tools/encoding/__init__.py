@@ -1,1 +1,1 @@
-"""Latent encoding: from a reader's samples to shards, in parts that can be stopped, repeated and shared between jobs."""
+"""Latent encoding: from a reader's samples to shards, in jobs that can be stopped, repeated and shared."""

@@ -1,42 +1,26 @@
 """The encoding job: shards of a fixed list of keys, each written once by whoever gets to it, and the manifest of them all.
 
-Shard i holds keys [i * S, (i + 1) * S). Beside each finished tar lies a record (`.records/NNNNNN.json`); a shard without one is
-encoded anew, so a job may be killed at any moment. Batches never cross shards: the bytes do not depend on who encoded what.
+Shard i is made of keys [i * S, (i + 1) * S). Beside the tars lies a record of each finished one; a shard without is made anew,
+so a job may be killed at any moment. Batches never cross shards: the bytes do not depend on who made what.
 """
 
-import dataclasses
-import json
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+import hashlib
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-
-from data_tools.encoding.samples import Layout, Prepared, prepare
-from data_tools.readers import Excluded, Reader, ReadError
+from data_tools.encoding.pipeline import BatchEncoder, Encoded, SampleEncoder
+from data_tools.encoding.reading import Unread, read_ahead
+from data_tools.encoding.records import Description, Records
+from data_tools.encoding.samples import Layout
+from data_tools.readers import Reader
 from dpt import distributed
-from dpt.data.codec import VAECodec
-from dpt.data.manifest import (
-    MANIFEST_NAME,
-    Manifest,
-    MemberSpec,
-    ShardRecord,
-    Skipped,
-    VAERecord,
-    read_manifest,
-    write_atomically,
-    write_manifest,
-)
+from dpt.data.manifest import Manifest, Skipped, VAERecord, read_manifest, write_manifest
+from dpt.data.order import permutation
 from dpt.data.shards import ShardWriter, shard_key
 from dpt.errors import UserError
-
-RECORDS = ".records"
-_CHANNELS_AXIS = -3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,213 +28,234 @@ class EncodingJob:
     """What is encoded, and where to."""
 
     reader: Reader
-    codec: VAECodec
+    encoder: BatchEncoder
     layout: Layout
     split: str
     out: Path
     samples_per_shard: int = 1024
-    batch_size: int = 16
-    """Samples whose images go through the VAE together."""
-    num_readers: int = 2
-    """Threads that read and prepare ahead of the VAE."""
+    """Inputs of one shard (fewer samples if some cannot be read, twice as many if perception samples are mirrored too)."""
+    shuffle_seed: int | None = 0
+    """Seed of the samples' order in the shards; None: the set's own order."""
+    processes: int = 0
+    """Processes that read and prepare ahead of the VAE; 0: this one."""
     max_skipped_share: float = 0.01
     """Unreadable inputs, as a share of all, above which the job fails."""
 
-    @property
-    def identity(self) -> dict[str, Any]:
-        """All that the shards' bytes depend on."""
+    def keys(self) -> list[str]:
+        """The inputs in the order of the shards. UserError if there are none."""
+        keys = self.reader.keys()
+        if not keys:
+            raise UserError(f"{self.reader.name}: the split {self.split!r} has no samples; check --root and --split.")
+        if self.shuffle_seed is None:
+            return keys
+        return [keys[i] for i in permutation(len(keys), self.shuffle_seed).tolist()]
+
+    def settings(self, keys: Sequence[str]) -> dict[str, Any]:
+        """All that the shards' bytes depend on: what jobs that share a folder must share too."""
+        codec, clip = self.encoder.codec, self.encoder.clip
         return {
             "dataset": self.reader.name,
             "split": self.split,
             "reader_version": self.reader.version,
-            "vae_sha256": self.codec.sha256,
+            "num_inputs": len(keys),
+            "inputs_sha256": hashlib.sha256("\n".join(keys).encode()).hexdigest(),
+            "vae_sha256": codec.sha256,
+            "clip_sha256": None if clip is None else clip.sha256,
+            "dtype": str(codec.vae.dtype).removeprefix("torch."),
+            "batch_size": self.encoder.batch_size,
             "samples_per_shard": self.samples_per_shard,
-            "batch_size": self.batch_size,
-            "dtype": str(self.codec.vae.dtype),
-            **dataclasses.asdict(self.layout),
+            "shuffle_seed": self.shuffle_seed,
+            "resolution": self.layout.resolution,
+            "mirrored": self.layout.mirrored,
+            "evaluation": self.layout.evaluation,
+            "prompt": self.layout.prompt if self.layout.task == "depth" else None,
+            "fit": self.layout.fit if self.layout.task != "class" else "crop",
         }
 
 
 def run(job: EncodingJob, part: int = 0, num_parts: int = 1) -> Manifest | None:
-    """Encode every `num_parts`-th shard from the `part`-th on; the manifest, if with these all shards are there.
+    """Make every `num_parts`-th shard from the `part`-th on that is not there yet; the manifest, if now all are.
 
     UserError: nothing to encode, a folder of other shards, or more unreadable inputs than `max_skipped_share`.
     """
-    keys = job.reader.keys()
-    if not keys:
-        raise UserError(f"{job.reader.name}: the split {job.split!r} has no samples; check --root and --split.")
-    done = _open_folder(job)
-    if done is not None:
-        return done
-    starts = list(range(0, len(keys), job.samples_per_shard))
-    mine = [i for i in range(part, len(starts), num_parts) if not _record_path(job.out, i).exists()]
-    todo = [keys[starts[i] : starts[i] + job.samples_per_shard] for i in mine]
-    skipped = 0
-    bar: distributed.Progress[Any] = distributed.progress(
-        sum(map(len, todo)), f"encode {job.reader.name} {job.split}", "sample"
-    )
-    with bar as progress:
-        for number, shard_keys in zip(mine, todo, strict=True):
-            skipped += _encode_shard(job, number, shard_keys, progress)
-            _check_skipped(job, skipped, len(keys))
-    if not all(_record_path(job.out, i).exists() for i in range(len(starts))):
-        return None
-    return _merge(job, len(starts), len(keys))
+    keys = job.keys()
+    records = Records(job.out)
+    settings = job.settings(keys)
+    if records.claim(settings):
+        return _finished(job, records)
+    size = job.samples_per_shard
+    shards = {number: keys[start : start + size] for number, start in enumerate(range(0, len(keys), size))}
+    todo = {number: inputs for number, inputs in shards.items() if number % num_parts == part and not records.done(number)}
+    try:
+        if todo:
+            _make_shards(job, records, todo, len(keys))
+    except UserError:
+        records.remove_if_unused()
+        raise
+    return finish(job, missing_ok=True)
 
 
-def _open_folder(job: EncodingJob) -> Manifest | None:
-    """Claim the folder for these settings; its manifest if it is complete."""
-    path, text = job.out / RECORDS / "job.json", json.dumps(job.identity, indent=1, sort_keys=True)
-    if path.exists() and path.read_text() != text:
-        old, new = json.loads(path.read_text()), json.loads(text)
-        other = ", ".join(f"{k} {old.get(k)!r} instead of {v!r}" for k, v in new.items() if old.get(k) != v)
-        raise UserError(f"{job.out} holds shards encoded with {other}; choose another --out or remove the folder.")
-    if path.exists() and (job.out / MANIFEST_NAME).exists():
-        return read_manifest(job.out)
-    if not path.exists() and job.out.exists() and any(job.out.iterdir()):
-        raise UserError(f"{job.out} is not empty and was not made by this command; choose another --out.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, text)
-    return None
-
-
-def _encode_shard(job: EncodingJob, number: int, keys: list[str], progress: Any) -> int:
-    """Write one shard and its record; the number of inputs that could not be read."""
-    skipped: list[dict[str, Any]] = []
-    sums: dict[str, NDArray[np.float64]] = {}
-    members: dict[str, dict[str, Any]] = {}
-    with ShardWriter(job.out / f"{number:06d}.tar") as writer:
-        for batch in _batches(_prepared(job, keys, skipped, progress), job.batch_size):
-            for sample, latents in zip(batch, _encode(job.codec, batch), strict=True):
-                arrays = {**sample.arrays, **latents}
-                _describe(members, arrays)
-                _accumulate(sums, latents)
-                writer.add(shard_key(sample.key), arrays, sample.meta)
-        record = writer.commit()
-    content = {
-        "shard": dataclasses.asdict(record),
-        "skipped": skipped,
-        "members": members,
-        "sums": {name: value.tolist() for name, value in sums.items()},
-    }
-    write_atomically(_record_path(job.out, number), json.dumps(content))
-    return sum(not s["excluded"] for s in skipped)
-
-
-def _prepared(job: EncodingJob, keys: list[str], skipped: list[dict[str, Any]], progress: Any) -> Iterator[Prepared]:
-    """Samples in the order of `keys`, read ahead in threads; what cannot be read is noted in `skipped`."""
-
-    def work(key: str) -> Prepared:
-        return prepare(job.reader.read(key), job.layout)
-
-    with ThreadPoolExecutor(job.num_readers) as pool:
-        ahead = 2 * job.batch_size + job.num_readers
-        remaining = iter(keys)
-        waiting: list[tuple[str, Future[Prepared]]] = [(k, pool.submit(work, k)) for k in islice(remaining, ahead)]
-        while waiting:
-            key, future = waiting.pop(0)
-            for following in islice(remaining, 1):
-                waiting.append((following, pool.submit(work, following)))
-            try:
-                yield future.result()
-            except ReadError as error:
-                reason = error.reason
-                skipped.append({"key": key, "reason": reason, "excluded": isinstance(error, Excluded)})
-            progress.update()
-
-
-def _batches(samples: Iterator[Prepared], size: int) -> Iterator[list[Prepared]]:
-    while batch := list(islice(samples, size)):
-        yield batch
-
-
-def _encode(codec: VAECodec, batch: list[Prepared]) -> list[dict[str, NDArray[np.float16]]]:
-    """Moments float16 [N, 2, C, h, w] (class images: [2, C, h, w]) of every member of every sample, in one pass."""
-    images = np.concatenate([i for sample in batch for i in sample.images.values()])
-    moments = codec.encode(torch.from_numpy(images)).cpu().numpy().astype(np.float16)
-    results, start = [], 0
-    for sample in batch:
-        latents = {}
-        for name, stack in sample.images.items():
-            part = moments[start : start + len(stack)]
-            latents[name] = part if name.endswith(("cond_latents", "target_latents")) else part[0]
-            start += len(stack)
-        results.append(latents)
-    return results
-
-
-def _describe(members: dict[str, dict[str, Any]], arrays: dict[str, NDArray[Any]]) -> None:
-    """Note dtype and shape of each member; -1 for a side that differs between samples."""
-    for name, array in arrays.items():
-        known = members.setdefault(name, {"dtype": array.dtype.name, "shape": list(array.shape)})
-        known["shape"] = [a if a == b else -1 for a, b in zip(known["shape"], array.shape, strict=True)]
-
-
-def _accumulate(sums: dict[str, NDArray[np.float64]], latents: dict[str, NDArray[np.float16]]) -> None:
-    """Add up count, sum and sum of squares of the posterior mean, by channel: float64 [3, C]."""
-    for name, moments in latents.items():
-        means = np.moveaxis(moments[..., 0, :, :, :].astype(np.float64), _CHANNELS_AXIS, 0)
-        flat = means.reshape(means.shape[0], -1)
-        part = np.stack([np.full(len(flat), flat.shape[1], dtype=np.float64), flat.sum(1), np.square(flat).sum(1)])
-        sums[name] = sums[name] + part if name in sums else part
-
-
-def _check_skipped(job: EncodingJob, skipped: int, total: int) -> None:
-    if skipped > job.max_skipped_share * total:
+def finish(job: EncodingJob, missing_ok: bool = False) -> Manifest | None:
+    """The manifest out of the records of all shards; None if some are missing and that is `missing_ok`, else UserError."""
+    keys = job.keys()
+    records = Records(job.out)
+    settings = job.settings(keys)
+    if records.claim(settings):
+        return _finished(job, records)
+    numbers = range(-(-len(keys) // job.samples_per_shard))
+    missing = [number for number in numbers if not records.done(number)]
+    if missing:
+        if missing_ok and not (job.out / "manifest.json").exists():
+            return None
+        if missing_ok:  # another job was the last, and has cleared up
+            return _finished(job, records)
+        records.remove_if_unused()
         raise UserError(
-            f"{job.reader.name}: {skipped} of {total} inputs could not be read, more than --max-skipped-share "
-            f"{job.max_skipped_share}; they are listed in {job.out / RECORDS}: mend them, or allow more."
+            f"{job.out}: {len(missing)} of {len(numbers)} shards are missing, {missing[0]:06d} for one; encode them first."
+        )
+    try:
+        found = [records.read(number) for number in numbers]
+    except FileNotFoundError:
+        return _finished(job, records)  # another job has just merged and removed them
+    manifest = _merge(job, settings, found, len(keys))
+    write_manifest(job.out, manifest)
+    records.remove()
+    return manifest
+
+
+def _finished(job: EncodingJob, records: Records) -> Manifest:
+    records.remove()
+    return read_manifest(job.out)
+
+
+def _make_shards(job: EncodingJob, records: Records, todo: dict[int, list[str]], num_inputs: int) -> None:
+    total = sum(map(len, todo.values()))
+    progress: distributed.Progress[Any] | None = None
+    if os.environ.get("RANK", "0") == "0":
+        progress = distributed.progress(total, f"encode {job.reader.name} {job.split}", "input")
+    writer = _Writer(job, records, progress)
+    encoder = SampleEncoder(job.encoder, writer)
+    inputs = read_ahead(job.reader, job.layout, [key for keys in todo.values() for key in keys], job.processes)
+    unreadable = 0
+    try:
+        for number, keys in todo.items():
+            encoder.end(_Begin(number=number))
+            unread: list[Unread] = []
+            for _, found in zip(keys, inputs, strict=False):
+                if isinstance(found, Unread):
+                    unread.append(found)
+                    unreadable += not found.excluded
+                    _check_unreadable(job, unreadable, num_inputs, found)
+                else:
+                    for sample in found:
+                        encoder.add(sample)
+            encoder.end(_End(number=number, unread=unread))
+        encoder.close()
+    except BaseException:
+        encoder.abort()
+        writer.abort()
+        raise
+    finally:
+        inputs.close()
+        if progress is not None:
+            progress.close()
+
+
+def _check_unreadable(job: EncodingJob, unreadable: int, total: int, last: Unread | None) -> None:
+    if unreadable > job.max_skipped_share * total:
+        example = f" ({last.key}: {last.reason})" if last else ""
+        raise UserError(
+            f"{job.reader.name}: {unreadable} of {total} inputs cannot be read{example}, more than the share "
+            f"{job.max_skipped_share:g} allowed; mend them or raise --max-skipped-share."
         )
 
 
-def _record_path(out: Path, number: int) -> Path:
-    return out / RECORDS / f"{number:06d}.json"
+@dataclass(kw_only=True)
+class _Begin:
+    number: int
 
 
-def _merge(job: EncodingJob, num_shards: int, num_keys: int) -> Manifest:
-    """The manifest out of the shards' records."""
-    records = [json.loads(_record_path(job.out, i).read_text()) for i in range(num_shards)]
-    listed = [s for r in records for s in r["skipped"]]
-    _check_skipped(job, sum(not s["excluded"] for s in listed), num_keys)
-    members: dict[str, dict[str, Any]] = {}
-    sums: dict[str, NDArray[np.float64]] = {}
-    for record in records:
-        for name, spec in record["members"].items():
-            known = members.setdefault(name, spec)
-            known["shape"] = [a if a == b else -1 for a, b in zip(known["shape"], spec["shape"], strict=True)]
-        for name, value in record["sums"].items():
-            sums[name] = sums[name] + np.array(value) if name in sums else np.array(value)
-    statistics = {}
-    for name, (count, total, squares) in sums.items():
-        mean = total / count
-        statistics[name] = {"mean": mean.tolist(), "std": np.sqrt(np.maximum(squares / count - mean**2, 0)).tolist()}
-    shards = tuple(ShardRecord(**r["shard"]) for r in records if r["shard"]["num_samples"])
+@dataclass(kw_only=True)
+class _End:
+    number: int
+    unread: list[Unread]
+
+
+class _Writer:
+    """Writes encoded samples into the shard that was begun; runs in the encoder's thread."""
+
+    def __init__(self, job: EncodingJob, records: Records, progress: distributed.Progress[Any] | None) -> None:
+        self._job, self._records, self._progress = job, records, progress
+        self._shard: ShardWriter | None = None
+        self._description = Description()
+
+    def __call__(self, item: _Begin | _End | Encoded) -> None:
+        if isinstance(item, _Begin):
+            self._shard = ShardWriter(self._job.out / f"{item.number:06d}.tar")
+            self._description = Description()
+        elif isinstance(item, Encoded):
+            assert self._shard is not None
+            members = item.members()
+            self._description.add(members)
+            self._shard.add(shard_key(item.sample.key), members, item.sample.meta)
+            self._advance(0 if item.sample.meta.get("mirrored") else 1)
+        else:
+            self._finish(item)
+
+    def _finish(self, end: _End) -> None:
+        assert self._shard is not None
+        self._description.unread = [vars(unread) for unread in end.unread]
+        record = None
+        if self._shard.num_samples:
+            record = self._shard.commit()
+        else:
+            self._shard.abort()
+        self._shard = None
+        self._records.write(end.number, record, self._description)
+        self._advance(len(end.unread))
+
+    def _advance(self, inputs: int) -> None:
+        if self._progress is not None:
+            self._progress.update(inputs)
+
+    def abort(self) -> None:
+        """Leave no unfinished shard."""
+        if self._shard is not None:
+            self._shard.abort()
+
+
+def _merge(job: EncodingJob, settings: dict[str, Any], found: Sequence[tuple[Any, Description]], num_inputs: int) -> Manifest:
+    whole = Description()
+    for _, description in found:
+        whole.merge(description)
+    _check_unreadable(job, whole.num_unreadable, num_inputs, None)
+    shards = tuple(shard for shard, _ in found if shard is not None)
     if not shards:
-        raise UserError(
-            f"{job.reader.name}: none of the {num_keys} inputs of {job.split!r} is usable; see {job.out / RECORDS}."
-        )
-    manifest = Manifest(
+        raise UserError(f"{job.reader.name}: none of the {num_inputs} inputs of {job.split!r} gives a sample; check --root.")
+    skipped = tuple(Skipped(key=u["key"], reason=u["reason"]) for u in whole.unread if not u["excluded"])
+    excluded = tuple(Skipped(key=u["key"], reason=u["reason"]) for u in whole.unread if u["excluded"])
+    codec = job.encoder.codec
+    return Manifest(
         dataset=job.reader.name,
         split=job.split,
         task=job.layout.task,
         resolution=job.layout.resolution,
-        num_samples=sum(s.num_samples for s in shards),
+        num_samples=sum(shard.num_samples for shard in shards),
         shards=shards,
-        members={name: MemberSpec(dtype=m["dtype"], shape=tuple(m["shape"])) for name, m in members.items()},
+        members=whole.members,
         vae=VAERecord(
-            name=job.codec.name,
-            sha256=job.codec.sha256,
-            scaling_factor=job.codec.scaling_factor,
-            latent_channels=job.codec.latent_channels,
+            name=codec.name,
+            sha256=codec.sha256,
+            scaling_factor=codec.scaling_factor,
+            latent_channels=codec.latent_channels,
         ),
         reader_version=str(job.reader.version),
-        filter=f"{sum(s['excluded'] for s in listed)} samples left out by the reader's filter" if listed else "",
+        filter=f"{len(excluded)} inputs left out by the set's own filter" if excluded else "",
         mirrored=job.layout.mirrored,
-        encoding={"fit": job.layout.fit, "prompt": job.layout.prompt, "dtype": str(job.codec.vae.dtype)},
-        skipped=tuple(Skipped(key=s["key"], reason=s["reason"]) for s in listed),
-        num_skipped=len(listed),
+        encoding=settings,
+        skipped=skipped,
+        num_skipped=len(skipped),
+        excluded=excluded,
         class_names=tuple(job.reader.class_names),
-        statistics=statistics,
+        statistics=whole.statistics(),
     )
-    write_manifest(job.out, manifest)
-    return manifest

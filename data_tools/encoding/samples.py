@@ -1,8 +1,10 @@
 """A reader's sample as the images that the VAE encodes and the arrays that are stored as they are."""
 
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,7 +13,8 @@ from PIL import Image
 from data_tools.readers import ReadError, Sample
 from dpt import tasks
 
-DOWNSAMPLING = 8
+Fit = Literal["stretch", "crop", "pad", "aspect"]
+Prompt = Literal["all_valid", "ground_truth", "none"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,15 +23,20 @@ class Layout:
 
     task: str
     resolution: int
-    """Side of the encoded square images, pixels."""
+    """Side of the encoded square images, pixels; with fit "aspect", their longer side."""
+    downsampling: int = 8
+    """Pixels to one latent, along a side."""
     mirrored: bool = False
-    """Encode the mirrored image too (class images)."""
+    """Encode every sample mirrored too: a second member of a class sample, a second sample of a perception set."""
     evaluation: bool = False
     """Keep the input and the truth at their own size."""
-    prompt: str = "all_valid"
-    """Depth's second condition: "all_valid", "ground_truth" valid mask (as the paper's released code), or "none"."""
-    fit: str = "stretch"
-    """Perception inputs to a square: "stretch" both sides, or centre "crop"."""
+    prompt: Prompt = "all_valid"
+    """Depth's second condition: an all-valid mask, the ground truth's (as the paper's released code), or none."""
+    fit: Fit = "stretch"
+    """Perception inputs to `resolution`: both sides stretched to the square, its centre cropped, the whole padded, or none of
+    these: the aspect kept, sides rounded to 16 pixels."""
+    clip: bool = False
+    """Keep the visible object as a picture, for its CLIP embedding (amodal)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,61 +44,151 @@ class Prepared:
     """One sample, ready for the VAE."""
 
     key: str
-    images: dict[str, NDArray[np.float32]]
-    """Member -> images float32 [N, 3, R, R] in [-1, 1]."""
-    arrays: dict[str, NDArray[Any]] = field(default_factory=dict)
-    meta: dict[str, Any] = field(default_factory=dict)
+    images: Mapping[str, list[NDArray[Any]]]
+    """Member -> its images, uint8 `[H, W, 3]` or float32 `[3, H, W]` in [-1, 1]."""
+    arrays: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    meta: Mapping[str, Any] = field(default_factory=dict)
+    all_valid_prompt: bool = False
+    """The last condition is the all-valid prompt, which is not among the images: it is the same for all."""
+    visible: NDArray[np.uint8] | None = None
+    """uint8 `[H, W, 3]`: the visible object on white."""
 
 
-def prepare(sample: Sample, layout: Layout) -> Prepared:
-    """Resize a sample and turn its truth into target images. ReadError if it has no usable truth."""
-    height, width = sample.images[0].shape[:2]
-    meta = {"width": width, "height": height, "class_name": sample.class_name or "", **sample.meta}
+def prepare(sample: Sample, layout: Layout) -> list[Prepared]:
+    """A sample (and its mirror image, if asked for) resized, with its truth as target images. ReadError if it has none."""
     if layout.task == "class":
-        return _prepare_class(sample, layout, meta)
-    box = _crop_box(height, width) if layout.fit == "crop" else (0, 0, height, width)
-    size = (layout.resolution, layout.resolution)
-    conditions = [tasks.image_to_float(tasks.resize_image(_cut(i, box), size)) for i in sample.images]
-    valid = np.ones((height, width), dtype=np.bool_) if sample.valid is None else sample.valid
-    arrays: dict[str, NDArray[Any]] = {}
+        return [_prepare_class(sample, layout)]
+    found = [_prepare_perception(sample, layout)]
+    if layout.mirrored:
+        found.append(_prepare_perception(mirror(sample), layout))
+    return found
+
+
+def mirror(sample: Sample) -> Sample:
+    """The sample as seen in a mirror, under a key of its own."""
+
+    def flipped(values: Any) -> Any:
+        """[H, W] or [2, H, W]."""
+        return None if values is None else np.ascontiguousarray(values[..., ::-1])
+
+    def flipped_image(image: Any) -> Any:
+        """[H, W, 3]."""
+        return None if image is None else np.ascontiguousarray(image[:, ::-1])
+
+    return dataclasses.replace(
+        sample,
+        key=f"{sample.key}_mirrored",
+        images=tuple(flipped_image(image) for image in sample.images),
+        depth=flipped(sample.depth),
+        flow=None if sample.flow is None else tasks.mirror_flow(sample.flow),
+        mask=flipped(sample.mask),
+        valid=flipped(sample.valid),
+        whole=flipped_image(sample.whole),
+        meta={**sample.meta, "mirrored": True},
+    )
+
+
+def _meta(sample: Sample, **further: Any) -> dict[str, Any]:
+    height, width = sample.images[0].shape[:2]
+    return {"width": width, "height": height, "class_name": sample.class_name or "", **sample.meta, **further}
+
+
+def _unusable(sample: Sample, reason: str) -> ReadError:
+    return ReadError(sample.key, Path(str(sample.meta.get("source", ""))), reason)
+
+
+def _prepare_class(sample: Sample, layout: Layout) -> Prepared:
+    assert sample.label is not None
+    image = centre_crop(sample.images[0], layout.resolution)
+    images = {"latents": [image]}
+    if layout.mirrored:
+        images["latents_mirrored"] = [np.ascontiguousarray(image[:, ::-1])]
+    return Prepared(key=sample.key, images=images, arrays={"label": np.asarray(sample.label, np.int64)}, meta=_meta(sample))
+
+
+def _prepare_perception(sample: Sample, layout: Layout) -> Prepared:
+    height, width = sample.images[0].shape[:2]
+    frame = _Frame(height, width, layout)
+    conditions = [frame.image(image) for image in sample.images]
+    valid = np.ones((height, width), np.bool_) if sample.valid is None else sample.valid
+    further: dict[str, Any] = {}
+    truth: NDArray[Any]
     if layout.task == "depth":
         assert sample.depth is not None
         valid = valid & (sample.depth > 0)
-        depth, mask = _cut(sample.depth, box), _cut(valid, box)
-        if not mask.any():
-            raise ReadError(sample.key, Path(str(meta.get("source", ""))), "no pixel has a valid depth")
-        image, constants = tasks.encode_depth(tasks.resize_nearest(depth, size), tasks.resize_nearest(mask, size))
-        targets = [image]
-        if layout.prompt == "all_valid":
-            conditions.append(tasks.all_valid_prompt(*size))
-        elif layout.prompt == "ground_truth":
-            conditions.append(tasks.mask_image(tasks.resize_nearest(mask, size)))
-        meta |= {"near": constants[0], "far": constants[1]}
-        truth: NDArray[Any] = np.where(valid, sample.depth, np.float32(0)).astype(np.float32)
+        truth = np.where(valid, sample.depth, np.float32(0)).astype(np.float32)
+        known = frame.nearest(valid)
+        if not known.any():
+            raise _unusable(sample, "no pixel has a valid depth")
+        target, (further["near"], further["far"]) = tasks.encode_depth(frame.nearest(truth), known)
+        targets = [target]
+        if layout.prompt == "ground_truth":
+            conditions.append(tasks.image_to_uint8(tasks.mask_image(known)))
     elif layout.task == "flow":
         assert sample.flow is not None
-        targets = list(tasks.encode_flow(tasks.resize_flow(_cut(sample.flow, box), size)))
-        meta["clipped_pixels"] = tasks.count_clipped_flow(sample.flow)
         truth = sample.flow.astype(np.float32)
+        targets = list(tasks.encode_flow(frame.flow(truth, smooth=bool(valid.all()))))
+        further["clipped_pixels"] = tasks.count_clipped_flow(sample.flow)
     else:
         assert sample.mask is not None
-        whole = sample.whole if sample.whole is not None else np.where(sample.mask[..., None], sample.images[0], np.uint8(255))
-        targets = [tasks.image_to_float(tasks.resize_image(_cut(whole, box), size))]
         truth = sample.mask.astype(np.uint8)
-    arrays["valid"] = tasks.latent_valid(tasks.resize_nearest(_cut(valid, box), size), factor=DOWNSAMPLING)
+        on_white = np.where(sample.mask[..., None], sample.images[0], np.uint8(255))
+        targets = [frame.image(on_white if sample.whole is None else sample.whole, fill=255)]
+    arrays: dict[str, NDArray[Any]] = {"valid": tasks.latent_valid(frame.nearest(valid), factor=layout.downsampling)}
     if layout.evaluation:
         arrays |= {"image": sample.images[0], "truth": truth}
-    images = {"cond_latents": np.stack(conditions), "target_latents": np.stack(targets)}
-    return Prepared(key=sample.key, images=images, arrays=arrays, meta=meta)
+    visible = None
+    if layout.clip:
+        visible = np.where(sample.images[1] > 127, sample.images[0], np.uint8(255))
+    return Prepared(
+        key=sample.key,
+        images={"cond_latents": conditions, "target_latents": targets},
+        arrays=arrays,
+        meta=_meta(sample, **further),
+        all_valid_prompt=layout.task == "depth" and layout.prompt == "all_valid",
+        visible=visible,
+    )
 
 
-def _prepare_class(sample: Sample, layout: Layout, meta: dict[str, Any]) -> Prepared:
-    assert sample.label is not None
-    image = tasks.image_to_float(centre_crop(sample.images[0], layout.resolution))
-    images = {"latents": image[None]}
-    if layout.mirrored:
-        images["latents_mirrored"] = np.ascontiguousarray(image[None, ..., ::-1])
-    return Prepared(key=sample.key, images=images, arrays={"label": np.asarray(sample.label, dtype=np.int64)}, meta=meta)
+class _Frame:
+    """How maps of one size come to the size that is encoded."""
+
+    def __init__(self, height: int, width: int, layout: Layout) -> None:
+        side = layout.resolution
+        self.top = self.left = 0
+        self.cut = (height, width)
+        self.size = self.canvas = (side, side)
+        if layout.fit == "aspect":
+            self.size = self.canvas = tasks.fit_size(height, width, side)
+        elif layout.fit == "crop":
+            self.cut = (min(height, width),) * 2
+            self.top, self.left = (height - self.cut[0]) // 2, (width - self.cut[1]) // 2
+        elif layout.fit == "pad":  # to the right and below, in whole latents
+            self.size = tasks.fit_size(height, width, side, multiple=layout.downsampling)
+
+    def _part(self, values: NDArray[Any]) -> NDArray[Any]:
+        """[..., H, W] -> the part that is kept."""
+        return values[..., self.top : self.top + self.cut[0], self.left : self.left + self.cut[1]]
+
+    def _padded(self, values: NDArray[Any], fill: Any) -> NDArray[Any]:
+        if self.size == self.canvas:
+            return values
+        rows, cols = self.canvas[0] - self.size[0], self.canvas[1] - self.size[1]
+        return np.pad(values, [(0, 0)] * (values.ndim - 2) + [(0, rows), (0, cols)], constant_values=fill)
+
+    def image(self, image: NDArray[np.uint8], fill: int = 0) -> NDArray[np.uint8]:
+        """uint8 [H, W, 3], resized smoothly."""
+        part = np.moveaxis(self._part(np.moveaxis(image, -1, 0)), 0, -1)
+        resized = tasks.resize_image(np.ascontiguousarray(part), self.size)
+        return np.ascontiguousarray(np.moveaxis(self._padded(np.moveaxis(resized, -1, 0), fill), 0, -1))
+
+    def nearest(self, values: NDArray[Any]) -> NDArray[Any]:
+        """[H, W], no values mixed; 0 where padded."""
+        return self._padded(tasks.resize_nearest(self._part(values), self.size), 0)
+
+    def flow(self, flow: NDArray[np.float32], smooth: bool) -> NDArray[np.float32]:
+        """[2, H, W], in pixels of the new size; 0 where padded."""
+        return self._padded(tasks.resize_flow(self._part(flow), self.size, smooth=smooth), 0)
 
 
 def centre_crop(image: NDArray[np.uint8], resolution: int) -> NDArray[np.uint8]:
@@ -105,16 +203,3 @@ def centre_crop(image: NDArray[np.uint8], resolution: int) -> NDArray[np.uint8]:
     picture = picture.resize((round(picture.width * scale), round(picture.height * scale)), Image.Resampling.BICUBIC)
     left, top = (picture.width - resolution) // 2, (picture.height - resolution) // 2
     return np.asarray(picture.crop((left, top, left + resolution, top + resolution)))
-
-
-def _crop_box(height: int, width: int) -> tuple[int, int, int, int]:
-    """Top, left, height, width of the largest centred square."""
-    side = min(height, width)
-    return (height - side) // 2, (width - side) // 2, side, side
-
-
-def _cut(values: NDArray[Any], box: tuple[int, int, int, int]) -> NDArray[Any]:
-    """Images [H, W, 3], maps [H, W] or flow [2, H, W], cut to the box."""
-    top, left, height, width = box
-    rows, cols = slice(top, top + height), slice(left, left + width)
-    return values[rows, cols] if values.ndim == 2 or values.shape[-1] == 3 else values[:, rows, cols]

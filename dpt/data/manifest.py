@@ -46,7 +46,7 @@ class VAERecord:
 
 @dataclass(frozen=True, kw_only=True)
 class Skipped:
-    """An input that could not be read, and why."""
+    """An input without a sample, and why."""
 
     key: str
     reason: str
@@ -70,9 +70,12 @@ class Manifest:
     """Which inputs of the split were left out on purpose, in words."""
     mirrored: bool = False
     encoding: Mapping[str, Any] = field(default_factory=dict)
-    """The encoder's other settings (fit, prompt, order, precision)."""
+    """The encoder's settings: all that the shards' bytes depend on, beside the inputs."""
     skipped: tuple[Skipped, ...] = ()
+    """Inputs that could not be read."""
     num_skipped: int = 0
+    excluded: tuple[Skipped, ...] = ()
+    """Inputs that the set's own filter left out."""
     class_names: tuple[str, ...] = ()
     """Name of each class id; empty where classes have none."""
     statistics: Mapping[str, Any] = field(default_factory=dict)
@@ -128,7 +131,8 @@ def _from_dict(value: dict[str, Any]) -> Manifest:
         for name, spec in value["members"].items()
     }
     parts["vae"] = VAERecord(**value["vae"])
-    parts["skipped"] = tuple(Skipped(**item) for item in value.get("skipped", ()))
+    for name in ("skipped", "excluded"):
+        parts[name] = tuple(Skipped(**item) for item in value.get(name, ()))
     parts["class_names"] = tuple(value.get("class_names", ()))
     return Manifest(**parts)
 

@@ -1,0 +1,138 @@
+"""What a job leaves beside its shards until all are there: one record a shard, and the settings that all must share."""
+
+import dataclasses
+import json
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dpt.data.manifest import MANIFEST_NAME, MemberSpec, ShardRecord, read_manifest, write_atomically
+from dpt.errors import UserError
+
+_FOLDER = ".records"
+
+
+@dataclass(kw_only=True)
+class Description:
+    """What is in a shard, or in several: members with their shapes, sums over latents, inputs without a sample."""
+
+    members: dict[str, MemberSpec] = field(default_factory=dict)
+    sums: dict[str, NDArray[np.float64]] = field(default_factory=dict)
+    """Of the posterior means of each member of latents, by channel: count, sum, sum of squares; `[3, C]`."""
+    unread: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, arrays: dict[str, NDArray[Any]]) -> None:
+        """Take in the arrays of one sample."""
+        for name, array in arrays.items():
+            self._add_member(name, MemberSpec(dtype=array.dtype.name, shape=array.shape))
+            if "latents" in name:
+                means = array[..., 0, :, :, :].astype(np.float64)  # of [..., 2, C, h, w]
+                flat = np.moveaxis(means, -3, 0).reshape(means.shape[-3], -1)
+                part = np.stack([np.full(len(flat), float(flat.shape[1])), flat.sum(1), np.square(flat).sum(1)])
+                self._add_sums(name, part)
+
+    def merge(self, other: "Description") -> None:
+        """Take in another shard's."""
+        for name, spec in other.members.items():
+            self._add_member(name, spec)
+        for name, sums in other.sums.items():
+            self._add_sums(name, sums)
+        self.unread += other.unread
+
+    def _add_member(self, name: str, spec: MemberSpec) -> None:
+        known = self.members.setdefault(name, spec)
+        if known != spec:
+            assert (known.dtype, len(known.shape)) == (spec.dtype, len(spec.shape)), f"{name} is both {known} and {spec}"
+            shape = tuple(a if a == b else -1 for a, b in zip(known.shape, spec.shape, strict=True))
+            self.members[name] = MemberSpec(dtype=spec.dtype, shape=shape)
+
+    def _add_sums(self, name: str, part: NDArray[np.float64]) -> None:
+        self.sums[name] = self.sums[name] + part if name in self.sums else part
+
+    @property
+    def num_unreadable(self) -> int:
+        """Inputs that could not be read; those left out on purpose do not count."""
+        return sum(not item["excluded"] for item in self.unread)
+
+    def statistics(self) -> dict[str, dict[str, list[float]]]:
+        """Mean and standard deviation of the posterior means of each member of latents, by channel."""
+        found = {}
+        for name, (count, total, squares) in self.sums.items():
+            mean = total / count
+            found[name] = {"mean": mean.tolist(), "std": np.sqrt(np.maximum(squares / count - mean**2, 0)).tolist()}
+        return found
+
+
+class Records:
+    """The records of an unfinished set in `out`."""
+
+    def __init__(self, out: Path) -> None:
+        self.out, self.folder = out, out / _FOLDER
+
+    def claim(self, settings: dict[str, Any]) -> bool:
+        """Make the folder, for shards of these settings. Returns whether it holds them all already.
+
+        UserError if it holds shards of other settings, or something else.
+        """
+        path = self.folder / "settings.json"
+        wanted = json.loads(json.dumps(settings))
+        if (self.out / MANIFEST_NAME).exists():
+            self._compare(dict(read_manifest(self.out).encoding), wanted)
+            return True
+        if path.exists():
+            self._compare(json.loads(path.read_text(encoding="utf-8")), wanted)
+            return False
+        if self.out.exists() and (not self.out.is_dir() or any(p for p in self.out.iterdir() if p.name != _FOLDER)):
+            raise UserError(f"{self.out} holds something else than an unfinished set of shards; choose another --out.")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(wanted, indent=1))
+        self._compare(json.loads(path.read_text(encoding="utf-8")), wanted)  # another job may have been first
+        return False
+
+    def _compare(self, old: dict[str, Any], new: dict[str, Any]) -> None:
+        if old != new:
+            names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+            other = ", ".join(f"{name} {old.get(name)!r} instead of {new.get(name)!r}" for name in names)
+            raise UserError(f"{self.out} holds shards made with {other}; choose another --out, or the same settings.")
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"{number:06d}.json"
+
+    def done(self, number: int) -> bool:
+        """Whether shard `number` is finished (it may hold no samples, then there is no tar)."""
+        return self._path(number).exists()
+
+    def write(self, number: int, shard: ShardRecord | None, description: Description) -> None:
+        """Note that shard `number` is finished."""
+        content = {
+            "shard": None if shard is None else dataclasses.asdict(shard),
+            "members": {name: dataclasses.asdict(spec) for name, spec in description.members.items()},
+            "sums": {name: sums.tolist() for name, sums in description.sums.items()},
+            "unread": description.unread,
+        }
+        write_atomically(self._path(number), json.dumps(content))
+
+    def read(self, number: int) -> tuple[ShardRecord | None, Description]:
+        """The record of a finished shard."""
+        content = json.loads(self._path(number).read_text(encoding="utf-8"))
+        description = Description(
+            members={n: MemberSpec(dtype=m["dtype"], shape=tuple(m["shape"])) for n, m in content["members"].items()},
+            sums={name: np.array(sums) for name, sums in content["sums"].items()},
+            unread=content["unread"],
+        )
+        return None if content["shard"] is None else ShardRecord(**content["shard"]), description
+
+    def remove(self) -> None:
+        """Remove the records of a set that has its manifest."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def remove_if_unused(self) -> None:
+        """Leave no trace if no shard was finished."""
+        if self.folder.is_dir() and [path.name for path in self.folder.iterdir()] == ["settings.json"]:
+            self.remove()
+            if not any(self.out.iterdir()):
+                self.out.rmdir()
