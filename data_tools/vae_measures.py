@@ -88,6 +88,15 @@ def figures_table(figures: dict[str, float]) -> str:
     return "\n".join(["| images | PSNR, dB | at least |", "|---|---|---|", *rows])
 
 
+def missed_floors(figures: dict[str, float]) -> str:
+    """One line of the model card for each kind of image below its floor."""
+    return "".join(
+        f"\n- {kind} images are below what is asked for: {figures[kind]:.2f} of {floor:.0f} dB."
+        for kind, floor in FLOORS_DB.items()
+        if figures[kind] < floor
+    )
+
+
 def write_card(
     out: Path, command: str, figures: dict[str, float], scenes: int, speed: tuple[float, float], *, note: str
 ) -> None:
@@ -109,6 +118,7 @@ def write_card(
             encode=speed[0],
             decode=speed[1],
             threads=torch.get_num_threads(),
+            missed=missed_floors(figures),
         ),
         encoding="utf-8",
     )
@@ -142,5 +152,5 @@ posterior's noise is {latent_noise:.3f}. Speed at 128 px on {threads} threads of
 
 ## Limits
 
-It has seen few photos: fine texture of real photos comes out soft.
+- It has seen few photos: fine texture of real photos comes out soft.{missed}
 """

@@ -1,0 +1,240 @@
+"""The VAE codec: the embedded VAE, full-size ones in the published layout, and what is refused."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from data_tools.synthesis import make_scene, render
+from dpt.data.codec import EMBEDDED_FOLDER, load_vae, mean_latents, sample_latents
+from dpt.errors import UserError
+from dpt.tasks import image_to_float
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def codec():
+    return load_vae("embedded")
+
+
+@pytest.fixture(scope="module")
+def images():
+    """Four unseen synthetic images, float32 [4, 3, 128, 128]."""
+    return torch.from_numpy(np.stack([image_to_float(render(make_scene(7, "test", i), 128).image) for i in range(4)]))
+
+
+def small_vae(**changes):
+    """A random AutoencoderKL of few parameters."""
+    shape = {"block_out_channels": (8, 8, 8, 8), "norm_num_groups": 8, "latent_channels": 4} | changes
+    levels = len(shape["block_out_channels"])
+    torch.manual_seed(0)
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels, **shape
+    )
+
+
+# --- what a codec gives ---------------------------------------------------------------------------------------------------
+
+
+def test_embedded_fits_the_package(codec):
+    assert (EMBEDDED_FOLDER / WEIGHTS).stat().st_size <= 5_000_000
+    assert (EMBEDDED_FOLDER / "README.md").is_file()
+    assert (codec.name, codec.latent_channels, codec.downsampling) == ("embedded", 4, 8)
+    assert codec.scaling_factor == json.loads((EMBEDDED_FOLDER / "config.json").read_text())["scaling_factor"]
+
+
+def test_moments_and_images_have_the_contract_s_shapes_and_ranges(codec, images):
+    moments = codec.encode(images)
+    assert moments.shape == (4, 2, 4, 16, 16)
+    assert moments.dtype == torch.float32
+    decoded = codec.decode(3 * mean_latents(moments, codec.scaling_factor))
+    assert decoded.shape == images.shape
+    assert decoded.dtype == torch.float32
+    assert decoded.min() >= -1
+    assert decoded.max() <= 1
+
+
+def test_codec_does_what_diffusers_does(codec, images):
+    posterior = codec.vae.encode(images).latent_dist
+    moments = codec.encode(images)
+    torch.testing.assert_close(moments, torch.stack([posterior.mean, posterior.logvar], 1))
+    expected = codec.vae.decode(posterior.mean).sample.clamp(-1, 1)
+    torch.testing.assert_close(codec.decode(mean_latents(moments, codec.scaling_factor)), expected, atol=1e-4, rtol=0)
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 2**31), scaling_factor=st.floats(0.1, 10))
+def test_samples_equal_diffusers_posterior(seed, scaling_factor):
+    moments = torch.randn(2, 2, 4, 3, 5, generator=torch.Generator().manual_seed(seed))
+    posterior = DiagonalGaussianDistribution(torch.cat([moments[:, 0], moments[:, 1]], dim=1))
+    noise = torch.randn(2, 4, 3, 5, generator=torch.Generator().manual_seed(seed + 1))
+    expected = posterior.sample(generator=torch.Generator().manual_seed(seed + 1)) * scaling_factor
+    torch.testing.assert_close(sample_latents(moments, scaling_factor, noise), expected)
+    torch.testing.assert_close(mean_latents(moments, scaling_factor), posterior.mode() * scaling_factor)
+
+
+def test_helpers_take_stacks_of_half_precision_moments():
+    moments = torch.randn(3, 5, 2, 4, 2, 2).half()
+    means = mean_latents(moments, 0.5)
+    assert means.shape == (3, 5, 4, 2, 2)
+    assert means.dtype == torch.float32
+    torch.testing.assert_close(sample_latents(moments, 0.5, torch.zeros(3, 5, 4, 2, 2)), means)
+
+
+def test_posterior_is_neither_collapsed_nor_a_point(codec, images):
+    moments = codec.encode(images)
+    latents = mean_latents(moments, codec.scaling_factor)
+    noise = codec.scaling_factor * torch.exp(0.5 * moments[:, 1])
+    assert (noise.mean(dim=(0, 2, 3)) < 0.2 * latents.std(dim=(0, 2, 3))).all()
+    assert noise.mean() > 1e-3
+
+
+def test_small_errors_in_latents_stay_small_in_images(codec, images):
+    latents = mean_latents(codec.encode(images), codec.scaling_factor)
+    noisy = latents + 0.05 * torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
+    assert (codec.decode(noisy) - codec.decode(latents)).square().mean().sqrt() < 0.06
+
+
+def test_other_precision_keeps_identity_and_float32_results(images):
+    codec = load_vae("embedded")
+    moments, digest = codec.encode(images[:1, :, :32, :32]), codec.sha256
+    assert codec.to(dtype=torch.bfloat16) is codec
+    rough = codec.encode(images[:1, :, :32, :32])
+    assert codec.sha256 == digest
+    assert rough.dtype == torch.float32
+    torch.testing.assert_close(rough[:, 0], moments[:, 0], atol=0.2 / codec.scaling_factor, rtol=0)
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 20, 16), (1, 1, 16, 16), (3, 16, 16)])
+def test_images_of_another_shape_are_refused(codec, shape):
+    with pytest.raises(ValueError, match="multiples of 8"):
+        codec.encode(torch.zeros(shape))
+
+
+def test_latents_with_other_channels_are_refused(codec):
+    with pytest.raises(ValueError, match=r"\[B, 4, h, w\]"):
+        codec.decode(torch.zeros(1, 3, 4, 4))
+
+
+# --- one loader for all ---------------------------------------------------------------------------------------------------
+
+
+def test_a_copied_folder_is_the_same_vae(codec, tmp_path):
+    codec.vae.save_pretrained(tmp_path)
+    other = load_vae(str(tmp_path))
+    assert other.sha256 == codec.sha256
+    assert other.scaling_factor == codec.scaling_factor
+    other.vae.decoder.conv_in.bias.data[0] += 1e-3
+    other.vae.save_pretrained(tmp_path)
+    assert load_vae(str(tmp_path)).sha256 != codec.sha256
+
+
+def test_full_size_vae_in_the_layout_of_the_published_one(tmp_path):
+    """Stable Diffusion's VAE as diffusers published it: 84 million parameters, an early config, early attention names."""
+    config = {
+        "_class_name": "AutoencoderKL",
+        "_diffusers_version": "0.4.2",
+        "act_fn": "silu",
+        "block_out_channels": [128, 256, 512, 512],
+        "down_block_types": ["DownEncoderBlock2D"] * 4,
+        "in_channels": 3,
+        "latent_channels": 4,
+        "layers_per_block": 2,
+        "norm_num_groups": 32,
+        "out_channels": 3,
+        "sample_size": 256,
+        "up_block_types": ["UpDecoderBlock2D"] * 4,
+    }
+    torch.manual_seed(0)
+    vae = AutoencoderKL(**{key: value for key, value in config.items() if not key.startswith("_")})
+    assert sum(p.numel() for p in vae.parameters()) == 83_653_863
+    early = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    state = {}
+    for key, value in vae.state_dict().items():
+        for new, old in early.items():
+            key = key.replace(f"attentions.0.{new}.", f"attentions.0.{old}.")
+        state[key] = value
+    save_file(state, tmp_path / WEIGHTS, metadata={"format": "pt"})
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    codec = load_vae(str(tmp_path))
+    assert codec.scaling_factor == 0.18215
+    images = torch.rand(1, 3, 32, 32) * 2 - 1
+    with torch.no_grad():
+        torch.testing.assert_close(codec.encode(images)[:, 0], vae.eval().encode(images).latent_dist.mean)
+    assert codec.decode(torch.zeros(1, 4, 2, 2)).shape == (1, 3, 16, 16)
+
+
+# --- bad input ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"latent_channels": 16}, "latent_channels in config.json is 16, but 4"),
+        ({"block_out_channels": (8, 8, 8)}, r"downsampling .* is 4, but 8"),
+        ({"shift_factor": 0.1}, "shift_factor in config.json is 0.1"),
+        ({"in_channels": 1}, "in_channels in config.json is 1, but 3"),
+    ],
+)
+def test_vae_of_another_kind_names_folder_and_field(tmp_path, changes, field):
+    small_vae(**changes).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=rf"{tmp_path}.*{field}"):
+        load_vae(str(tmp_path))
+
+
+def test_another_class_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "AutoencoderTiny"}))
+    with pytest.raises(UserError, match=r"_class_name .* is AutoencoderTiny"):
+        load_vae(str(tmp_path))
+
+
+def test_folder_without_config_is_refused(tmp_path):
+    with pytest.raises(UserError, match=rf"{tmp_path} has no config\.json"):
+        load_vae(str(tmp_path))
+
+
+def test_broken_config_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text('{"_class_name": ')
+    with pytest.raises(UserError, match=rf"{tmp_path} cannot be loaded"):
+        load_vae(str(tmp_path))
+
+
+@pytest.mark.parametrize("damage", ["absent", "cut", "incomplete", "other shapes", "pickled"])
+def test_broken_weights_are_refused(tmp_path, damage):
+    vae = small_vae()
+    vae.save_pretrained(tmp_path)
+    weights = tmp_path / WEIGHTS
+    state = load_file(weights)
+    if damage == "cut":
+        weights.write_bytes(weights.read_bytes()[:5000])
+    elif damage == "incomplete":
+        del state["decoder.conv_in.weight"]
+        save_file(state, weights, metadata={"format": "pt"})
+    elif damage == "other shapes":
+        state["decoder.conv_in.weight"] = torch.zeros(3, 4, 3, 3)
+        save_file(state, weights, metadata={"format": "pt"})
+    else:
+        weights.unlink()
+        if damage == "pickled":
+            torch.save(state, tmp_path / "diffusion_pytorch_model.bin")
+    with pytest.raises(UserError, match=str(tmp_path)):
+        load_vae(str(tmp_path))
+
+
+def test_hub_name_that_cannot_be_fetched_is_refused(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=r"nobody/no-such-vae cannot be loaded .*check the hub name and the network\."):
+        load_vae("nobody/no-such-vae")
+
+
+@pytest.mark.parametrize("name", ["", "no-such-folder", "/no/such/folder"])
+def test_neither_folder_nor_hub_name(name):
+    with pytest.raises(UserError, match="neither"):
+        load_vae(name)
