@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL
 from PIL import Image
 
 from data_tools.encode import main
@@ -25,21 +24,9 @@ from dpt.data.stream import LatentStream
 SIDE = 32
 
 
-@pytest.fixture(scope="module")
-def vae(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A tiny VAE of the usual shape: 8x down, 4 channels."""
-    torch.manual_seed(0)
-    blocks = 4
-    model = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * blocks,
-        up_block_types=("UpDecoderBlock2D",) * blocks,
-        block_out_channels=(4, 4, 4, 8),
-        norm_num_groups=2,
-        layers_per_block=1,
-    )
-    folder = tmp_path_factory.mktemp("vae")
-    model.save_pretrained(folder)
-    return str(folder)
+@pytest.fixture
+def vae(tiny_vae: str) -> str:
+    return tiny_vae
 
 
 @pytest.fixture(scope="module")

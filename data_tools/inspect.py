@@ -1,0 +1,203 @@
+"""Check a folder of shards, print what it holds, and draw some of its samples, decoded.
+
+Hashes and sizes are compared with the manifest's, samples with the schema; damage ends the command with exit code 2.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+
+from dpt import distributed, tasks
+from dpt.data.codec import VAECodec, load_vae
+from dpt.data.manifest import Manifest
+from dpt.data.reader import SampleError
+from dpt.data.shards import ShardFolder, file_sha256
+from dpt.errors import UserError, reported
+
+CELL = 160
+"""Width of a picture on the sheet, pixels."""
+_CAPTION, _GAP = 14, 4
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m data_tools.inspect", description=__doc__)
+    add = parser.add_argument
+    add("shards", help="shard folder")
+    add("--samples", type=int, default=256, help="samples that the statistics are of (default: %(default)s)")
+    add("--picture", default="", help="file of the contact sheet (default: contact_sheet.png in the shard folder)")
+    add("--rows", type=int, default=8, help="samples drawn; 0: no picture (default: %(default)s)")
+    add("--vae", default="", help="VAE that decodes (default: the one named in the manifest)")
+    add("--quick", action="store_true", help="compare sizes only, not hashes")
+    return parser
+
+
+def verify(samples: ShardFolder, *, hashes: bool) -> list[str]:
+    """What is wrong with the shard files, one sentence each; an empty list if nothing is."""
+    problems = []
+    listed = {shard.name for shard in samples.manifest.shards}
+    for path in sorted(samples.folder.glob("*.tar")):
+        if path.name not in listed:
+            problems.append(f"{path.name} is not in the manifest")
+    for shard in distributed.progress(samples.manifest.shards, "verify", "shard"):
+        path = samples.folder / shard.name
+        if not path.is_file():
+            problems.append(f"{shard.name} is missing")
+        elif path.stat().st_size != shard.bytes:
+            problems.append(f"{shard.name} has {path.stat().st_size} bytes instead of {shard.bytes}")
+        elif hashes and file_sha256(path) != shard.sha256:
+            problems.append(f"{shard.name} has other contents than were written (sha256)")
+    return problems
+
+
+def spread(total: int, count: int) -> list[int]:
+    """`count` numbers evenly over 0..total-1 (all if there are not so many)."""
+    count = min(count, total)
+    return [round(i * (total - 1) / max(count - 1, 1)) for i in range(count)]
+
+
+def statistics(samples: ShardFolder, numbers: Sequence[int]) -> tuple[dict[str, list[str]], list[str]]:
+    """Rows of the members' table (by member: dtype, shape, mean, std, least, largest), and what is wrong with samples.
+
+    Of moments, the figures are of the posterior means and, in a row of their own, of the log-variances.
+    """
+    values: dict[str, list[NDArray[Any]]] = {}
+    problems = []
+    for number in numbers:
+        try:
+            sample = samples[number]
+        except SampleError as error:
+            problems.append(str(error))
+            continue
+        for name, spec in samples.manifest.members.items():
+            array = sample.get(name)
+            if array is None or array.dtype.name != spec.dtype or not _fits(array.shape, spec.shape):
+                found = "missing" if array is None else f"{array.dtype} {list(array.shape)}"
+                problems.append(f"{sample['key']}: {name} is {found} instead of {spec.dtype} {list(spec.shape)}")
+            elif not np.isfinite(array).all():
+                problems.append(f"{sample['key']}: {name} has values that are not finite")
+            elif "latents" in name:
+                values.setdefault(f"{name} mean", []).append(array[..., 0, :, :, :])
+                values.setdefault(f"{name} log-variance", []).append(array[..., 1, :, :, :])
+            else:
+                values.setdefault(name, []).append(array)
+    rows = {}
+    for name, arrays in values.items():
+        spec = samples.manifest.members[name.split()[0]]
+        flat = np.concatenate([array.astype(np.float64).ravel() for array in arrays])
+        figures = (flat.mean(), flat.std(), flat.min(), flat.max())
+        rows[name] = [spec.dtype, str(list(spec.shape)), *(f"{figure:.4g}" for figure in figures)]
+    return rows, problems
+
+
+def _fits(shape: Sequence[int], spec: Sequence[int]) -> bool:
+    return len(shape) == len(spec) and all(b in (a, -1) for a, b in zip(shape, spec, strict=True))
+
+
+def describe(manifest: Manifest, rows: dict[str, list[str]], seen: int) -> str:
+    """All of it, for people."""
+    gigabytes = sum(shard.bytes for shard in manifest.shards) / 1e9
+    vae = manifest.vae
+    lines = [
+        f"{manifest.dataset}, {manifest.split}: {manifest.num_samples} samples, task {manifest.task}, {manifest.resolution} px",
+        f"{len(manifest.shards)} shards, {gigabytes:.3g} GB; data {manifest.data_sha256[:12]}",
+        f"VAE {vae.name} ({vae.sha256[:12]}), scaling factor {vae.scaling_factor}, {vae.latent_channels} channels",
+    ]
+    if manifest.class_names:
+        names = [*manifest.class_names[:8], *(["..."] if len(manifest.class_names) > 8 else [])]
+        lines.append(f"{len(manifest.class_names)} classes: {', '.join(names)}")
+    lines += [f"unreadable: {item.key}: {item.reason}" for item in manifest.skipped[:5]]
+    if len(manifest.skipped) > 5:
+        lines.append(f"unreadable: {len(manifest.skipped) - 5} more")
+    if manifest.filter:
+        lines.append(manifest.filter)
+    header = ["member", "dtype", "shape", "mean", "std", "least", "largest"]
+    table = [header, *([name, *row] for name, row in rows.items())]
+    widths = [max(len(row[column]) for row in table) for column in range(len(header))]
+    lines += ["", *("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table)]
+    return "\n".join([*lines, f"(of {seen} samples)"])
+
+
+def contact_sheet(samples: ShardFolder, numbers: Sequence[int], codec: VAECodec) -> Image.Image:
+    """A row for each sample: its picture if kept, decoded conditions, decoded targets; class samples share rows."""
+    spec = tasks.task_spec(samples.manifest.task)
+    rows = []
+    for number in distributed.progress(list(numbers), "draw", "sample"):
+        sample = samples[number]
+        cells: list[tuple[str, NDArray[np.uint8]]] = []
+        if "image" in sample:
+            cells.append(("image", sample["image"]))
+        members = [name for name in ("latents", "latents_mirrored", "cond_latents", "target_latents") if name in sample]
+        for name in members:
+            moments = np.atleast_2d(sample[name]).reshape(-1, *sample[name].shape[-4:])
+            titles = {"cond_latents": spec.conditions, "target_latents": spec.targets}.get(name, (name,))
+            images = codec.decode(torch.from_numpy(moments[:, 0].astype(np.float32)) * codec.scaling_factor)
+            cells += [(title, tasks.image_to_uint8(image.cpu().numpy())) for title, image in zip(titles, images, strict=False)]
+        caption = sample["meta"].get("class_name") or sample["key"]
+        rows.append([(f"{caption} {title}" if i == 0 else title, image) for i, (title, image) in enumerate(cells)])
+    if samples.manifest.task == "class":
+        flat = [cell for row in rows for cell in row]
+        rows = [flat[at : at + 8] for at in range(0, len(flat), 8)]
+    return _paste(rows)
+
+
+def _paste(rows: list[list[tuple[str, NDArray[np.uint8]]]]) -> Image.Image:
+    scaled = [
+        [(title, tasks.resize_image(image, (round(CELL * image.shape[0] / image.shape[1]), CELL))) for title, image in row]
+        for row in rows
+    ]
+    heights = [max(image.shape[0] for _, image in row) + _CAPTION + _GAP for row in scaled]
+    sheet = Image.new("RGB", (max(map(len, scaled)) * (CELL + _GAP), sum(heights)), "white")
+    draw = ImageDraw.Draw(sheet)
+    top = 0
+    for row, height in zip(scaled, heights, strict=True):
+        for column, (title, image) in enumerate(row):
+            left = column * (CELL + _GAP)
+            draw.text((left, top + 1), title[:26], fill="black")
+            sheet.paste(Image.fromarray(image), (left, top + _CAPTION))
+        top += height
+    return sheet
+
+
+def _decoder(manifest: Manifest, name: str) -> VAECodec:
+    codec = load_vae(name or manifest.vae.name, latent_channels=manifest.vae.latent_channels)
+    if codec.sha256 != manifest.vae.sha256:
+        raise UserError(
+            f"VAE {codec.name} has other weights (sha256 {codec.sha256[:12]}) than the one that made the shards "
+            f"({manifest.vae.sha256[:12]}); name that one with --vae, or draw nothing with --rows 0."
+        )
+    return codec.to(distributed.device())
+
+
+def inspect(arguments: argparse.Namespace) -> None:
+    """Verify, describe, draw. UserError if something is wrong."""
+    samples = ShardFolder(arguments.shards)
+    problems = verify(samples, hashes=not arguments.quick)
+    if problems:
+        raise UserError(f"{samples.folder}: {'; '.join(problems[:5])} ({len(problems)} in all); encode these shards anew.")
+    numbers = spread(len(samples), max(arguments.samples, 1))
+    rows, problems = statistics(samples, numbers)
+    print(describe(samples.manifest, rows, len(numbers)))
+    if problems:
+        raise UserError(f"{samples.folder}: {'; '.join(problems[:5])} ({len(problems)} in all); encode the set anew.")
+    if arguments.rows > 0:
+        codec = _decoder(samples.manifest, arguments.vae)
+        path = Path(arguments.picture or samples.folder / "contact_sheet.png")
+        contact_sheet(samples, spread(len(samples), arguments.rows), codec).save(path)
+        print(f"pictures: {path}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command; damage and bad input end it with one sentence and exit code 2."""
+    with reported("inspect"):
+        inspect(parser().parse_args(argv))
+
+
+if __name__ == "__main__":
+    main()
