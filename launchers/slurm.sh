@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# One task a GPU:  sbatch launchers/slurm.sh pretrain ds_configs/moe_l2.json [--field value ...]
+# Set the resources for your cluster below or on sbatch's command line; see docs/cluster.md.
+#SBATCH --job-name=dpt
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=12
+#SBATCH --time=24:00:00
+#SBATCH --signal=USR1@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=slurm-%j.log
+
+set -euo pipefail
+
+stage=$1
+recipe=$2
+shift 2
+cd "${SLURM_SUBMIT_DIR:-.}"
+python=${DPT_PYTHON:-.venv/bin/python}
+
+# Every task finds its rank in SLURM's own variables; they only have to agree on where to meet.
+MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+export MASTER_ADDR
+export MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
+export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}
+
+# USR1, sent some minutes before the time is up (and SIGTERM at preemption), makes the run save and leave with code 0.
+srun --kill-on-bad-exit=1 "$python" "launchers/$stage.py" --ds_config "$recipe" "$@"
+
+# A run that was stopped has not exported its weights yet: queue it again, and it continues from its checkpoint.
+output=$("$python" -c 'import json, sys; print(json.load(open(sys.argv[1]))["dpt"]["training"]["output_dir"])' "$recipe")
+for argument in "$@"; do
+    [[ ${previous:-} =~ ^--(dpt\.)?(training\.)?output_dir$ ]] && output=$argument
+    previous=$argument
+done
+[[ -f $output/weights/config.json ]] || scontrol requeue "$SLURM_JOB_ID"
