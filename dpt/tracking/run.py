@@ -96,7 +96,10 @@ class Run:
         """Keep a file or a folder as an artifact, below `folder`. Folders, and files over 32 MiB, must stay until then."""
 
     def register_model(self, path: str | Path, name: str, tags: Mapping[str, str] | None = None) -> None:
-        """Enter exported weights (a folder that stays where it is) into the model registry as a new version of `name`."""
+        """Enter exported weights into the model registry as a version of `name`; their folder stays where it is.
+
+        `tags` say what should be seen there, such as the stage and the metrics.
+        """
 
     def set_tags(self, tags: Mapping[str, Any]) -> None:
         """Set tags of the run."""

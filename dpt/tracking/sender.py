@@ -7,11 +7,11 @@ and artifacts replace themselves.
 
 import logging
 import math
-import os
 import select
 import shutil
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -163,14 +163,26 @@ class Sender:
             self._connected().log_artifact(self.state.mlflow_run_id, str(path), record["folder"] or None)
 
     def _register(self, record: dict[str, Any]) -> None:
-        client = self._connected()
-        if not client.search_registered_models(filter_string=f"name = '{record['name']}'"):
-            client.create_registered_model(record["name"])
-        source, run_id = Path(record["path"]).as_uri(), self.state.mlflow_run_id
+        """A model version whose source is a small MLmodel (signature, task, where the weights lie); the weights are not
+        copied."""
+        from mlflow.exceptions import MlflowException
+
+        client, run_id = self._connected(), self.state.mlflow_run_id
         versions = client.search_model_versions(filter_string=f"name = '{record['name']}' and run_id = '{run_id}'")
-        if not any(v.tags.get("dpt.folder") == record["path"] for v in versions):
-            tags = {**record["tags"], "dpt.folder": record["path"]}
-            client.create_model_version(record["name"], source, run_id=run_id, tags=tags)
+        if any(version.tags.get("dpt.folder") == record["path"] for version in versions):
+            return
+        try:
+            client.create_registered_model(record["name"])
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        with tempfile.TemporaryDirectory() as folder:
+            model = Path(folder) / "model"
+            store.write_model_card(model, Path(record["path"]), run_id)
+            client.log_artifacts(run_id, str(model), "model")
+        source = client.get_run(run_id).info.artifact_uri + "/model"
+        tags = {**record["tags"], "dpt.folder": record["path"]}
+        client.create_model_version(record["name"], source, run_id=run_id, tags=tags)
 
     def _forget_copies(self, group: list[dict[str, Any]]) -> None:
         copies = self._spool.folder.absolute() / "files"
@@ -271,7 +283,6 @@ def main() -> int:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a job's end reaches the run first; the sender ends with it
     path = Path(sys.argv[1])
     logging.basicConfig(filename=path.with_suffix(".log"), level=logging.WARNING, format="%(asctime)s %(message)s")
-    os.nice(10)
     return serve(Spool(path.parent, path.stem))
 
 

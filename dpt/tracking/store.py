@@ -1,5 +1,6 @@
 """MLflow stores: addresses, clients that fail soon, and the experiment of a run."""
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -56,3 +57,32 @@ def find_run(client: Any, experiment_ids: list[str], run_id: str) -> Any | None:
     """The MLflow run that carries our `run_id`; None if there is none."""
     runs = client.search_runs(experiment_ids, filter_string=f"tags.`dpt.run_id` = '{run_id}'", max_results=1)
     return runs[0] if runs else None
+
+
+def write_model_card(folder: Path, weights: Path, run_id: str) -> None:
+    """Write `folder/MLmodel` for exported weights: what goes in and out by their task, and where they lie."""
+    import numpy as np
+    from mlflow.models import Model, ModelSignature
+    from mlflow.types import Schema, TensorSpec
+
+    config = json.loads((weights / "config.json").read_text(encoding="utf-8"))
+    task = config.get("task", "class")
+    image = TensorSpec(np.dtype("uint8"), (-1, -1, -1, 3), "image")
+    second = {
+        "flow": [TensorSpec(np.dtype("uint8"), (-1, -1, -1, 3), "second_frame")],
+        "amodal": [TensorSpec(np.dtype("bool"), (-1, -1, -1), "visible_mask")],
+    }
+    outputs = {
+        "class": image,
+        "depth": TensorSpec(np.dtype("float32"), (-1, -1, -1), "depth"),
+        "flow": TensorSpec(np.dtype("float32"), (-1, 2, -1, -1), "flow"),
+        "amodal": TensorSpec(np.dtype("bool"), (-1, -1, -1), "mask"),
+    }
+    signature = None
+    if task in outputs:
+        label = TensorSpec(np.dtype("int64"), (-1,), "label")
+        inputs = [label] if task == "class" else [image, *second.get(task, [])]
+        signature = ModelSignature(inputs=Schema(inputs), outputs=Schema([outputs[task]]))
+    metadata = {"task": task, "weights": str(weights), "model": config["model"]}
+    folder.mkdir(parents=True)
+    Model(artifact_path="model", run_id=run_id, signature=signature, metadata=metadata).save(folder / "MLmodel")

@@ -1,5 +1,6 @@
 """Runs end to end: a training process, its sender, an SQLite store; kills, resumes, and a real server that goes away."""
 
+import json
 import os
 import shutil
 import signal
@@ -72,9 +73,15 @@ def test_a_run_its_resumption_and_its_child_are_read_back(tmp_path, uri):
     for step in range(4, 8):
         second.log_metrics({"train/loss": 1 / step}, step)
     second.log_artifact(picture, "extra")
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    (weights / "config.json").write_text(json.dumps({"task": "depth", "model": {"preset": "a1"}}))
+    second.register_model(weights, "depth a1", tags={"stage": "pretrain", "abs_rel": "0.1"})
     with begin(uri, tmp_path / "e", stage="evaluate", name="evaluate", parents=[first.run_id]) as child:
         child.log_metrics({"eval/depth/abs_rel": 0.1}, 0)
     second.finish()
+
+    from mlflow.models import get_model_info
 
     runs = load_runs(uri, "t")
     parent, evaluation = runs
@@ -86,7 +93,10 @@ def test_a_run_its_resumption_and_its_child_are_read_back(tmp_path, uri):
     assert parent.params["evaluation.steps"] == "[1, 5]"
     assert parent.params["train_batch_size"] == "8"
     assert parent.recipe() == RECIPE
-    assert parent.artifacts() == ["extra/p.png", "pictures/sample_00000005.png", "recipe.json"]
+    assert parent.artifacts() == ["extra/p.png", "model/MLmodel", "pictures/sample_00000005.png", "recipe.json"]
+    (version,) = parent.client.search_model_versions("name = 'depth a1'")
+    assert version.tags == {"stage": "pretrain", "abs_rel": "0.1", "dpt.folder": str(weights)}
+    assert get_model_info(version.source).signature.outputs.inputs[0].name == "depth"
     assert parent.artifacts("pictures") == ["pictures/sample_00000005.png"]
     assert (tmp_path / "mlruns" / "t").is_dir()
     assert evaluation.tags["mlflow.parentRunId"] == parent.mlflow_run_id
