@@ -7,22 +7,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_tools import encode
 from data_tools.inspect import main, spread
 from dpt.data.manifest import read_manifest
 
 
 @pytest.fixture
-def shards(tmp_path: Path, tiny_vae: str) -> Path:
-    """Six class samples in three shards."""
-    random = np.random.default_rng(0)
-    for number in range(6):
-        folder = tmp_path / "pictures" / f"class{number % 3}"
-        folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(random.integers(0, 256, (32, 32, 3), np.uint8)).save(folder / f"{number}.png")
-    given = ["--dataset", "image_folder", "--root", str(tmp_path / "pictures"), "--out", str(tmp_path / "shards")]
-    encode.main([*given, "--vae", tiny_vae, "--resolution", "32", "--samples-per-shard", "2", "--processes", "0"])
-    return tmp_path / "shards"
+def shards(make_class_shards) -> Path:
+    return make_class_shards()
 
 
 def refusal(capsys: pytest.CaptureFixture, *given: object) -> str:
