@@ -181,7 +181,8 @@ class SpooledRun(Run):
         try:
             self._sender.wait(_NOTICE_SECONDS)
         except subprocess.TimeoutExpired:
-            _log.warning("Sending the last %d records of run %s to MLflow.", self._spool.unsent, self.run_id)
+            if unsent := self._spool.unsent:
+                _log.warning("Sending the last %d records of run %s to MLflow.", unsent, self.run_id)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._sender.wait(_FINISH_SECONDS)
         unsent = self._spool.unsent
