@@ -93,6 +93,8 @@ class _Plan:
         self.places: list[BlockPlace] = list(zip(*places, strict=True))
         self.new, self.done = self._by_batch(first), self._by_batch(last)
         """Indices of the blocks that each batch is the first, or the last, to need."""
+        self.uses = np.bincount(self.which, minlength=len(first)).tolist()
+        """Samples of each block that the plan needs."""
         self.arena = np.full(len(first), -1)
         """Of each block once it is loaded: the number of its arena (-1: none), and its first row there."""
         self.start = np.zeros(len(first), np.int64)
@@ -131,7 +133,7 @@ class BatchReader:
         self._block_sizes = np.array([size.block for size in sizes])
         self._blocks = Blocks(self._store, sizes, self._patience, expected=2 * order.lanes)
         self.bad: dict[Place, str] = {}
-        # A shard is kept while plans may come back to it: rare sets of a mixture are visited seldom.
+        # Shards and blocks are kept while plans may come back to them: rare sets of a mixture are visited seldom.
         rarest = min(order.shares) / sum(order.shares)
         self._kept_plans = 2 + int(order.lanes / (_PLANNED_SAMPLES * rarest))
 
@@ -153,18 +155,21 @@ class BatchReader:
                 for batch in range(batches):
                     yield self._fill(plan, batch, empty, view)
                     for block in plan.done[batch]:
-                        if plan.places[block] not in kept:
-                            self._blocks.drop(plan.places[block])
+                        place = plan.places[block]
+                        self._blocks.use(place, plan.uses[block], plan_number, again=place in kept)
                 number, plan_number, plan = number + batches, plan_number + 1, upcoming
+                self._blocks.drop_unused(since=plan_number - self._kept_plans)
                 self._store.release(before=plan_number - self._kept_plans)
         finally:
             self._store.close()
 
     def _plan(self, first: int, most: int, positions: Callable[[int], np.ndarray], plan_number: int) -> _Plan:
         """At most `most` batches from number `first` on; their shards are expected from now on."""
-        parts = [positions(first)]
-        while len(parts) < min(most, _PLANNED_SAMPLES) and sum(map(len, parts)) < _PLANNED_SAMPLES:
-            parts.append(positions(first + len(parts)))
+        parts: list[np.ndarray] = []
+        planned = 0
+        while planned == 0 or (len(parts) < min(most, _PLANNED_SAMPLES) and planned < _PLANNED_SAMPLES):
+            parts.append(positions(first + len(parts)))  # none of a batch's may be this reader's
+            planned += len(parts[-1])
         sets, shards, rows = self._order.locate(np.concatenate(parts))
         for place in set(zip(sets.tolist(), shards.tolist(), strict=True)):
             self._store.expect(place, plan_number)

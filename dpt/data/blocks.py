@@ -65,7 +65,7 @@ class Arena:
         Members shorter than the arrays' are filled up with zeros, missing ones are zeros. Returns the keys, and bool `[N]`:
         whether the rows are sound.
         """
-        rest = self.rest[rows]
+        rest = self.rest[:, : self.format.used_bytes][rows]
         own = {member.name: member for member in self.format.members}
         for name, array in arrays.items():
             if name not in own:
@@ -94,16 +94,34 @@ class Blocks:
         self._store, self._patience, self._sizes, self._expected = store, patience, sizes, expected
         self.arenas: list[Arena] = []
         self._loaded: dict[BlockPlace, tuple[int, int]] = {}
+        self._unused: dict[BlockPlace, int] = {}
+        """Of each loaded block: samples not given out yet."""
+        self._used: dict[BlockPlace, int] = {}
+        """Of each loaded block: when it was last used."""
 
     def load(self, place: BlockPlace) -> tuple[int, int]:
         """Where the block is: number of its arena, first row there. (-1, 0): its samples must be read one by one."""
         if place not in self._loaded:
             self._loaded[place] = self._load(*place)
+            number, shard, first = place
+            self._unused[place] = min(self._sizes[number].block, self._sizes[number].counts[shard] - first)
         return self._loaded[place]
 
-    def drop(self, place: BlockPlace) -> None:
-        """Forget a block."""
+    def use(self, place: BlockPlace, samples: int, when: int, again: bool) -> None:
+        """So many samples of a block were given out; it is dropped once they all were, if it is not soon needed `again`."""
+        self._unused[place] -= samples
+        self._used[place] = when
+        if self._unused[place] <= 0 and not again:
+            self._drop(place)
+
+    def drop_unused(self, since: int) -> None:
+        """Drop the blocks not used since then: the rest of their samples is others' (ranks', lanes'), or far away."""
+        for place in [place for place, when in self._used.items() if when < since]:
+            self._drop(place)
+
+    def _drop(self, place: BlockPlace) -> None:
         arena, start = self._loaded.pop(place)
+        del self._unused[place], self._used[place]
         if arena >= 0:
             self.arenas[arena].give_back(start)
 

@@ -66,11 +66,15 @@ class RowFormat:
     def __init__(self, layout: RowLayout, wanted: Sequence[str], sound_row: bytes) -> None:
         self.stride = layout.stride
         self.members = [member for member in layout.members if member.name in wanted]
-        self.large = [member for member in self.members if member.nbytes >= _LARGE_BYTES][:_MOST_LARGE]
+        self.large = [m for m in self.members if m.nbytes >= _LARGE_BYTES and m.nbytes % 8 == 0][:_MOST_LARGE]
         self.rest_bytes = self.stride - sum(member.nbytes for member in self.large)
         rest = np.frombuffer(sound_row, np.uint8)
         for member in reversed(self.large):
             rest = np.delete(rest, slice(member.data, member.data + member.nbytes))
+        last = self.members[-1]
+        end = self.rest_at(last.data) + (0 if last in self.large else last.nbytes)
+        self.used_bytes = -(-end // 8) * 8
+        """Bytes of the rest, from its start, that hold all that is wanted."""
         # Of each member: the low digits of its size and the magic of its tar header, and its whole npy header, in 8-byte words.
         starts = [(self.rest_at(member.header) // 8, self.rest_at(member.data) // 8) for member in self.members]
         self._words = np.concatenate([[tar + 16, tar + 32, *range(tar + 64, data)] for tar, data in starts])
@@ -92,7 +96,7 @@ class RowFormat:
         return [memory[row * size + a : row * size + b] for row in range(len(rest)) for memory, size, a, b in pieces]
 
     def sound(self, rest: np.ndarray) -> np.ndarray:
-        """Whether the rows that `rest` is of have the headers that they must have: bool `[N]`."""
+        """Whether rows have the headers that they must have: bool `[N]`. `rest`: at least `used_bytes` of their rest."""
         return np.asarray((rest.view(np.int64)[:, self._words] == self._sound).all(axis=1))
 
 
