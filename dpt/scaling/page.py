@@ -1,6 +1,7 @@
 """The parts that HTML pages are put together from: one file, no network, no script."""
 
 import base64
+import io
 import mimetypes
 from collections.abc import Sequence
 from html import escape
@@ -10,6 +11,9 @@ from typing import Any
 from dpt.scaling import plots
 
 _STYLE = Path(__file__).parents[1] / "assets" / "report.css"
+
+_PLAIN_BYTES = 100_000  # smaller picture files are embedded as they are
+_LONGEST = 1100  # pixels
 
 Section = tuple[str, str, str]
 """Anchor, title, content."""
@@ -59,8 +63,18 @@ def chart(figure: Any, caption: str) -> str:
 
 
 def picture(path: Path, caption: str) -> str:
-    """A picture file, embedded."""
-    return _embedded(mimetypes.guess_type(path)[0] or "image/png", path.read_bytes(), caption)
+    """A picture file, embedded; large ones are scaled down and compressed."""
+    from PIL import Image
+
+    data = path.read_bytes()
+    if len(data) <= _PLAIN_BYTES:
+        return _embedded(mimetypes.guess_type(path)[0] or "image/png", data, caption)
+    with Image.open(path) as image:
+        shown = image.convert("RGB")
+    shown.thumbnail((_LONGEST, 4 * _LONGEST))
+    buffer = io.BytesIO()
+    shown.save(buffer, "webp", quality=85)
+    return _embedded("image/webp", buffer.getvalue(), caption)
 
 
 def _embedded(kind: str, data: bytes, caption: str) -> str:

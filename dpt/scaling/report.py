@@ -16,7 +16,7 @@ from dpt.scaling.compute import model_config, train_macs
 from dpt.scaling.lineage import lineage_svg
 from dpt.scaling.page import card, chart, grid, page, picture, table, write_page
 from dpt.scaling.results import MAIN_METRIC, METRICS, Row, format_table, results_table, show, show_macs, table_cells
-from dpt.tracking.read import RunRecord, load_runs
+from dpt.tracking.read import RunRecord, ancestors, load_runs
 
 __all__ = ["format_table", "results_table", "write_report"]
 
@@ -38,26 +38,37 @@ def write_report(experiment: str, *, uri: str, out: Path) -> Path:
 def render(experiment: str, runs: Sequence[RunRecord], uri: str) -> str:
     """The page as text."""
     rows = results_table(runs)
-    training = [r for r in runs if r.stage and r.stage != "evaluate"]
+    shown = _shown(runs, rows)
+    training = [r for r in shown if r.stage and r.stage != "evaluate"]
     sections = [
         ("results", "Results", _results(rows)),
-        ("pictures", "Pictures", _pictures(runs, rows)),
+        ("pictures", "Pictures", _pictures(training, rows)),
         ("lineage", "Which model comes from which", _lineage(training, rows)),
         ("curves", "Training curves", _curves(training)),
         ("paper", "Beside the paper", _paper(rows, training)),
-        ("recipes", "Recipes", _recipes(runs)),
+        ("recipes", "Recipes", _recipes(shown)),
         ("versions", "Versions and where the runs are", _versions(runs, uri)),
     ]
-    head = f'<div class="soft">{_when(runs)}</div><div class="cards">{_cards(runs, rows, training)}</div>'
+    head = f'<div class="soft">{_when(runs, shown)}</div><div class="cards">{_cards(shown, rows)}</div>'
     return page(experiment, head, sections)
 
 
-def _when(runs: Sequence[RunRecord]) -> str:
+def _shown(runs: Sequence[RunRecord], rows: list[Row]) -> list[RunRecord]:
+    """Without the runs that a newer one of the same name has superseded, but for those that a row descends from."""
+    newest = {(r.stage, r.name): r.run_id for r in runs}
+    kept = set(newest.values())
+    for record in [row.run for row in rows if row.run is not None]:
+        kept |= {record.run_id, *(a.run_id for a in ancestors(record, runs))}
+    return [r for r in runs if r.run_id in kept]
+
+
+def _when(runs: Sequence[RunRecord], shown: Sequence[RunRecord]) -> str:
     day = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(max(r.end_time or r.start_time for r in runs)))
-    return f"{len(runs)} runs, the last one of {day}"
+    superseded = len(runs) - len(shown)
+    return f"{len(shown)} runs, the last one of {day}" + (f"; {superseded} superseded ones are left out" if superseded else "")
 
 
-def _cards(runs: Sequence[RunRecord], rows: list[Row], training: Sequence[RunRecord]) -> str:
+def _cards(runs: Sequence[RunRecord], rows: list[Row]) -> str:
     cards = []
     for task in dict.fromkeys(r.task for r in rows):
         metric = MAIN_METRIC.get(task, "")
@@ -66,9 +77,10 @@ def _cards(runs: Sequence[RunRecord], rows: list[Row], training: Sequence[RunRec
             share = best.share(metric)
             note = f"{best.label}, {_setting(best)}" + (f"; {share:.2f} of the best constant's" if share is not None else "")
             cards.append(card(f"best {task} {METRICS[metric].title}", show(metric, best.metrics[metric]), note))
-    macs = sum(map(train_macs, training))
-    if macs:
-        cards.append(card("training compute", f"{show_macs(macs)}MACs", f"{len(training)} training runs"))
+    training = [r for r in runs if train_macs(r)]
+    if training:
+        total = sum(map(train_macs, training))
+        cards.append(card("training compute", f"{show_macs(total)}MACs", f"{len(training)} training runs"))
     cards.append(card("time of all runs", _duration(sum(r.end_time - r.start_time for r in runs if r.end_time)), ""))
     return "".join(cards)
 
@@ -104,17 +116,29 @@ def _results(rows: list[Row]) -> str:
     return "".join(parts)
 
 
-def _pictures(runs: Sequence[RunRecord], rows: list[Row]) -> str:
-    """Pictures of the newest evaluations, the best model's first, then of the training runs."""
+def _pictures(training: Sequence[RunRecord], rows: list[Row]) -> str:
+    """Pictures of the evaluations in the table, the best model's first, then the last ones of the training runs."""
     ranked = sorted((r for r in rows if r.run is not None), key=_rank)
-    evaluations = {r.run.run_id: r.run for r in ranked if r.run is not None}
     parts = []
-    for run in [*evaluations.values(), *(r for r in runs if r.stage != "evaluate")]:
-        paths = [p for p in run.artifacts("pictures") if p.endswith((".png", ".jpg", ".webp"))]
-        if paths:
-            figures = [picture(run.download(p), Path(p).stem.replace("_", " ")) for p in paths[-PICTURES_PER_RUN:]]
+    for run in {r.run.run_id: r.run for r in ranked if r.run is not None}.values():
+        paths = sorted(_picture_paths(run), key=lambda p: "random" not in p)  # the fair ones first
+        figures = [_picture(run, path) for path in paths[:PICTURES_PER_RUN]]
+        if figures:
+            rest = f"<details><summary>more of them</summary>{grid(figures[1:])}</details>" if figures[1:] else ""
+            parts.append(f"<h3>{escape(run.label)}</h3>{figures[0]}{rest}")
+    for run in training:
+        figures = [_picture(run, path) for path in _picture_paths(run)[-1:]]
+        if figures:
             parts.append(f"<h3>{escape(run.label)}</h3>{grid(figures)}")
     return "".join(parts)
+
+
+def _picture_paths(run: RunRecord) -> list[str]:
+    return [p for p in run.artifacts("pictures") if p.endswith((".png", ".jpg", ".webp"))]
+
+
+def _picture(run: RunRecord, path: str) -> str:
+    return picture(run.download(path), Path(path).stem.replace("_", " "))
 
 
 def _rank(row: Row) -> float:
@@ -156,10 +180,15 @@ def _paper(rows: list[Row], training: Sequence[RunRecord]) -> str:
         ("Amodal segmentation (the paper's Table 5)", "amodal", paper.AMODAL_SETS, paper.AMODAL, ["iou"]),
     ]
     for title, task, sets, published, metrics in tables:
-        ours = [r for r in rows if r.task == task and r.run is not None and r.protocol in sets]
+        ours = [r for r in rows if r.task == task and r.run is not None and _as_published(r, sets)]
         if ours:
             parts.append(f"<h3>{title}</h3>{_beside(ours, sets, published, metrics)}")
     return "".join(parts)
+
+
+def _as_published(row: Row, sets: dict[str, tuple[str, int]]) -> bool:
+    """Whether a row was scored by a published protocol on as many images as published."""
+    return row.protocol in sets and sets[row.protocol][1] in (0, row.num_samples)
 
 
 def _beside(ours: list[Row], sets: dict[str, tuple[str, int]], published: dict[str, Any], metrics: list[str]) -> str:
@@ -178,11 +207,7 @@ def _beside(ours: list[Row], sets: dict[str, tuple[str, int]], published: dict[s
         values = {name: row.metrics for name, row in most.items()}
         cells.append([f"ours: {label}", *(show(m, values.get(s, {}).get(m)) for s in scored for m in metrics)])
         kinds.append("ours")
-        for name, row in most.items():
-            title, number = sets[name]
-            differs = number and row.num_samples != number
-            note = f", {row.num_samples} of {number} images, so not comparable" if differs else ""
-            notes.append(f"{label} on {title}: {_setting(row)}{note}")
+        notes += [f"{label} on {sets[name][0]}: {_setting(row)}" for name, row in most.items()]
     return table(header, cells, kinds) + f'<p class="soft small">Ours: {escape("; ".join(notes))}.</p>'
 
 
