@@ -7,6 +7,7 @@ this module loads neither torch nor DeepSpeed.
 import contextlib
 import logging
 import os
+import re
 import socket
 import sys
 import time
@@ -14,6 +15,8 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from dpt.errors import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -34,10 +37,12 @@ def set_environment() -> None:
     slower as soon as anything else runs on the machine.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    slurm = os.environ if "SLURM_PROCID" in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1 else {}
-    os.environ.setdefault("RANK", slurm.get("SLURM_PROCID", "0"))
-    os.environ.setdefault("LOCAL_RANK", slurm.get("SLURM_LOCALID", "0"))
-    os.environ.setdefault("WORLD_SIZE", slurm.get("SLURM_NTASKS", "1"))
+    srun = os.environ if "SLURM_STEP_NUM_TASKS" in os.environ else {}  # which a batch script's own shell does not have
+    os.environ.setdefault("RANK", srun.get("SLURM_PROCID", "0"))
+    os.environ.setdefault("LOCAL_RANK", srun.get("SLURM_LOCALID", "0"))
+    os.environ.setdefault("WORLD_SIZE", srun.get("SLURM_STEP_NUM_TASKS", "1"))
+    if "SLURM_STEP_TASKS_PER_NODE" in srun:  # such as "8(x2)"
+        os.environ.setdefault("LOCAL_WORLD_SIZE", re.match(r"\d+", srun["SLURM_STEP_TASKS_PER_NODE"])[0])  # type: ignore[index]
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     if "MASTER_PORT" not in os.environ:
         os.environ["MASTER_PORT"] = "29500" if int(os.environ["WORLD_SIZE"]) > 1 else str(_free_port())
@@ -123,7 +128,7 @@ def local_rank() -> int:
 
 def local_world_size() -> int:
     """Number of processes on this node, as far as the launcher says."""
-    names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_NTASKS_PER_NODE", "WORLD_SIZE")
+    names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WORLD_SIZE")
     return int(next((os.environ[name] for name in names if name in os.environ), "1"))
 
 
@@ -196,6 +201,19 @@ def broadcast_object(value: T, source: int = 0) -> T:
     box: list[Any] = [value]
     torch.distributed.broadcast_object_list(box, src=source)
     return box[0]
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """If a rank raises a UserError within, all ranks do, with its sentence: none is left waiting for it. Collective."""
+    problem = ""
+    try:
+        yield
+    except UserError as error:
+        problem = str(error)
+    problems = [text for text in gather_objects(problem) if text]
+    if problems:
+        raise UserError(problems[0])
 
 
 # --- messages and progress ----------------------------------------------------------------------------------------------

@@ -27,16 +27,19 @@ def test_import_loads_neither_torch_nor_deepspeed():
 
 
 def test_environment_is_filled_only_where_absent(monkeypatch):
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID", "SLURM_NTASKS"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("MASTER_PORT", "12345")
-    monkeypatch.setenv("SLURM_PROCID", "3")
-    monkeypatch.setenv("SLURM_LOCALID", "1")
-    monkeypatch.setenv("SLURM_NTASKS", "4")
-    monkeypatch.setenv("MASTER_ADDR", "node7")
+    srun = {"SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_TASKS_PER_NODE": "2(x2)"}
+    monkeypatch.setattr(os, "environ", {**srun, "MASTER_PORT": "12345", "MASTER_ADDR": "node7"})
     distributed.set_environment()
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     assert [os.environ[n] for n in names] == ["3", "1", "4", "node7", "12345"]
+    assert distributed.local_world_size() == 2
+
+
+def test_a_batch_scripts_own_shell_is_one_process(monkeypatch):
+    monkeypatch.setattr(os, "environ", {"SLURM_PROCID": "0", "SLURM_NTASKS": "8"})
+    distributed.set_environment()
+    assert (os.environ["RANK"], os.environ["WORLD_SIZE"], os.environ["MASTER_ADDR"]) == ("0", "1", "127.0.0.1")
+    assert int(os.environ["MASTER_PORT"]) > 0
 
 
 def test_progress_prints_lines_with_rate_and_time_left(capsys, monkeypatch):

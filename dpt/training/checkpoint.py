@@ -22,7 +22,7 @@ from torch import Tensor
 from dpt import distributed
 from dpt.errors import UserError
 from dpt.training.engine import Engine
-from dpt.training.fragments import PREFIX, fragments, refresh_weights
+from dpt.training.fragments import fragments, persistent_buffers, refresh_weights
 
 FORMAT_VERSION = 1
 STATE_NAME = "state.json"
@@ -38,7 +38,11 @@ _DTYPES = {
 }
 
 
-class DamagedCheckpoint(Exception):
+_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+"""State of DeepSpeed's dynamic loss scaler."""
+
+
+class DamagedCheckpoint(UserError):
     """A checkpoint that is not as it was written; the text names the file."""
 
 
@@ -157,7 +161,7 @@ def snapshot(engine: Engine) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
         for state in engine.optimizer.state_names():
             tensors[f"{state}/{fragment.name}"] = _copy(fragment.state(engine.optimizer, state))
     if distributed.is_main():
-        tensors |= {f"buffer/{name}": _copy(buffer) for name, buffer in _buffers(engine).items()}
+        tensors |= {f"buffer/{name}": _copy(buffer) for name, buffer in persistent_buffers(engine.module).items()}
     return tensors, placed
 
 
@@ -165,38 +169,33 @@ def _copy(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True)
 
 
-def _buffers(engine: Engine) -> dict[str, Tensor]:
-    """The persistent buffers, which are the same on all ranks (experts' routing biases)."""
-    saved = engine.module.state_dict().keys()
-    return {name.removeprefix(PREFIX): buffer for name, buffer in engine.module.named_buffers() if name in saved}
-
-
 def engine_state(engine: Engine) -> dict[str, Any]:
-    """What else the engine needs to go on exactly: counters, and the loss scaler's numbers."""
+    """What else the engine needs to go on exactly: the count of updates, and where the search for a loss scale stands."""
     scaler = engine.loss_scaler
-    numbers = {k: v for k, v in vars(scaler).items() if isinstance(v, int | float)} if scaler is not None else {}
-    return {"updates": engine.optimizer.updates, "loss_scaler": numbers}
+    dynamic = scaler is not None and scaler.dynamic
+    return {"updates": engine.optimizer.updates, "loss_scaler": {n: getattr(scaler, n) for n in _SCALER if dynamic}}
 
 
 @torch.no_grad()
 def restore(engine: Engine, checkpoint: Path, state: Mapping[str, Any]) -> None:
     """Set weights, moments, averages, buffers and counters from a verified checkpoint of any layout. Collective."""
     pieces = Pieces(checkpoint, state)
-    engine.optimizer.updates = state["engine"]["updates"]
-    engine.optimizer.state.clear()
+    optimizer = engine.optimizer
+    optimizer.updates = state["engine"]["updates"]
     for fragment in fragments(engine.deepspeed):
-        pieces.read_into(fragment.master(), "master", fragment.name, fragment.offset)
-    for fragment in fragments(engine.deepspeed):  # after all masters: an average that was not kept starts as the weights
-        for name in engine.optimizer.state_names():
+        master = fragment.master()
+        pieces.read_into(master, "master", fragment.name, fragment.offset)
+        optimizer.ensure_state(fragment.flat)["step"].fill_(optimizer.updates)
+        for name in optimizer.state_names():
             if name in state["states"]:
-                pieces.read_into(fragment.state(engine.optimizer, name), name, fragment.name, fragment.offset)
-            else:
-                fragment.state(engine.optimizer, name)
-    for name, buffer in _buffers(engine).items():
+                pieces.read_into(fragment.state(optimizer, name), name, fragment.name, fragment.offset)
+            else:  # an average that was not kept starts as the weights
+                fragment.state(optimizer, name).copy_(master)
+    for name, buffer in persistent_buffers(engine.module).items():
         buffer.copy_(pieces.buffer(name))
     scaler = engine.loss_scaler
-    for name, value in state["engine"]["loss_scaler"].items():
-        if hasattr(scaler, name):
+    if scaler is not None and scaler.dynamic:
+        for name, value in state["engine"]["loss_scaler"].items():
             setattr(scaler, name, value)
     refresh_weights(engine.deepspeed)
     pieces.close()

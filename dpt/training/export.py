@@ -12,6 +12,9 @@ from dpt.models.pretrained import export_weights, read_weights
 from dpt.models.weights import Weights
 from dpt.training.checkpoint import STATE_NAME, DamagedCheckpoint, Pieces, check_file, find_checkpoints, read_state
 
+CHECKPOINTS, WEIGHTS = "checkpoints", "weights"
+"""Folders in a run's output folder."""
+
 EMA = "ema0"
 """The optimizer state that is exported: the average with the first of `dpt.training.ema_decays`."""
 
@@ -47,14 +50,14 @@ def load_weights(path: str | Path, *, ema: bool) -> Weights:
 
 def is_checkpoint(folder: Path) -> bool:
     """Whether `folder` is a checkpoint, or holds some."""
-    return (folder / STATE_NAME).is_file() or bool(find_checkpoints(folder) or find_checkpoints(folder / "checkpoints"))
+    return (folder / STATE_NAME).is_file() or bool(find_checkpoints(folder) or find_checkpoints(folder / CHECKPOINTS))
 
 
 def resolve_checkpoint(folder: Path) -> Path:
     """The checkpoint that `folder` is, or the newest one in it. UserError if there is none."""
     if (folder / STATE_NAME).is_file():
         return folder
-    found = find_checkpoints(folder) or find_checkpoints(folder / "checkpoints")
+    found = find_checkpoints(folder) or find_checkpoints(folder / CHECKPOINTS)
     if not found:
         raise UserError(f"{folder}: there is no complete checkpoint; name a run's folder or one of its step_... folders.")
     return found[0]

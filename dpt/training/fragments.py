@@ -63,6 +63,11 @@ def parameter_layout(module: nn.Module) -> dict[str, tuple[nn.Parameter, tuple[i
     return layout
 
 
+def parameter_shapes(module: nn.Module) -> dict[str, list[int]]:
+    """The shape of each trained parameter, all experts included."""
+    return {name: list(shape) for name, (_, shape, _) in parameter_layout(module).items()}
+
+
 def fragments(engine: Any) -> list[Fragment]:
     """This rank's fragments of every parameter, for any ZeRO stage and precision."""
     optimizer = engine.optimizer
@@ -111,6 +116,12 @@ def _partitioned_parameters(optimizer: Any, layout: dict[str, Any]) -> Iterator[
         if numel > 0:
             flat = optimizer.fp32_partitioned_groups_flat[group]
             yield Fragment(name=name, shape=shape, offset=offset, numel=numel, flat=flat, start=start, owned=True)
+
+
+def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """The buffers that belong to the weights, which are the same on all ranks (experts' routing biases)."""
+    saved = module.state_dict().keys()
+    return {name.removeprefix(PREFIX): buffer for name, buffer in module.named_buffers() if name in saved}
 
 
 @torch.no_grad()

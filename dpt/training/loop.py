@@ -1,23 +1,24 @@
 """The training loop that all stages share."""
 
-import json
 import math
 import time
 from pathlib import Path
 from typing import Any
 
 from dpt import __version__, distributed
+from dpt.config.checks import batch_split
 from dpt.config.recipe import Recipe
-from dpt.data.codec import VAECodec, load_vae
 from dpt.errors import UserError
 from dpt.models.costs import macs, num_params
 from dpt.tracking import Run, start_run
-from dpt.training.checkpoint import find_checkpoints, newest_checkpoint, restore
+from dpt.tracking.run import flatten
+from dpt.training.checkpoint import checkpoint_name, find_checkpoints, newest_checkpoint, restore
 from dpt.training.control import Control
 from dpt.training.engine import Engine, StepResult
-from dpt.training.export import export, weights_sections
-from dpt.training.feed import Feed, open_feed
-from dpt.training.fragments import fragments, gather_weights
+from dpt.training.export import CHECKPOINTS, WEIGHTS, export, weights_sections
+from dpt.training.failure import TrainingFailed, failure_report
+from dpt.training.feed import open_feed
+from dpt.training.fragments import parameter_shapes
 from dpt.training.optimizer import learning_rate
 from dpt.training.records import Recorder, measure_peak_flops
 from dpt.training.sampling import draw_classes
@@ -26,30 +27,54 @@ from dpt.training.stages import open_stage
 from dpt.training.step import Losses, LossModule, Preparation
 from dpt.training.watchdog import Watchdog
 
+Found = tuple[Path, dict[str, Any]]
+"""A checkpoint and its state."""
 
-class TrainingFailed(Exception):
-    """Training cannot go on; the text is the report."""
+
+def train(recipe: Recipe, stage_name: str) -> None:
+    """Run a stage: from its start, or its newest checkpoint, to exported weights. Raises UserError and TrainingFailed."""
+    training = recipe.dpt.training
+    checkpoints, weights = Path(training.output_dir) / CHECKPOINTS, Path(training.output_dir) / WEIGHTS
+    found = _find_checkpoint(checkpoints, resume=training.resume)
+    if found is None or found[1]["step"] < training.steps:
+        Trainer(recipe, stage_name, found).run()
+    else:
+        if distributed.is_main() and not weights.exists():
+            export(found[0], weights)
+        distributed.log(f"{found[0]} is of the last step already; weights: {weights}")
+
+
+def _find_checkpoint(folder: Path, *, resume: bool) -> Found | None:
+    if resume:
+        return newest_checkpoint(folder)
+    if find_checkpoints(folder):
+        raise UserError(
+            f"{folder} holds checkpoints of an earlier run, and dpt.training.resume is false; set it to true, or choose "
+            "another dpt.training.output_dir."
+        )
+    return None
 
 
 class Trainer:
-    """One run of a stage, from its start or its newest checkpoint to exported weights."""
+    """A run in progress. `found`: the checkpoint that it goes on from. All methods are collective."""
 
-    def __init__(self, recipe: Recipe, stage_name: str) -> None:
+    def __init__(self, recipe: Recipe, stage_name: str, found: Found | None) -> None:
         self.training = recipe.dpt.training
         self.output_dir = Path(self.training.output_dir)
-        self.checkpoints = self.output_dir / "checkpoints"
-        self.step = self.skipped = self.skipped_in_a_row = 0
+        self.step = self.samples_seen = self.skipped = self.skipped_in_a_row = 0
         self.rewound = False
         self.run_id = ""
-        found = self._find_checkpoint()
-        self.stage = open_stage(recipe, stage_name, parents=found[1]["parents"] if found else None)
-        self.recipe, self.config = self.stage.recipe, self.stage.recipe.dpt
+        with distributed.together():
+            self.stage = open_stage(recipe, stage_name, parents=found[1]["parents"] if found else None)
+            self.recipe, self.config = self.stage.recipe, self.stage.recipe.dpt
+        if found is not None:
+            self._take_counters(found[1])
+        self._open_feed()
+        self.macs = macs(self.config.model, *self.feed.latent_size)
         self.engine = Engine(self.recipe, LossModule(self.stage.build(), self.config))
         self.stage.start = None  # the engine has them now
-        self.control, self.watchdog = Control(), Watchdog(self.training.timeout_s)
         if found is not None:
             self._go_back(*found)
-        self.feed = self._open_feed()
         self.prepare = Preparation(
             self.config,
             tasks=self.feed.tasks,
@@ -57,8 +82,10 @@ class Trainer:
             device=self.engine.device,
             dtype=self.engine.dtype,
         )
-        self.macs = macs(self.config.model, *self.feed.latent_size)
-        self.saver = Saver(self.checkpoints, keep_last=self.training.keep_last, keep_every=self.training.keep_every)
+        self.control, self.watchdog = Control(), Watchdog(self.training.timeout_s)
+        self.saver = Saver(
+            self.output_dir / CHECKPOINTS, keep_last=self.training.keep_last, keep_every=self.training.keep_every
+        )
         self.tracking = self._start_tracking()
         self.recorder = self._start_recorder()
 
@@ -86,17 +113,20 @@ class Trainer:
             self.watchdog.beat(self.step, "updating weights")
             result = self.engine.step(lr)
             self.step += 1
-            self._after_update(result, losses, keys)
+            self.samples_seen += self.engine.global_batch_size
+            if self._went_back(result, losses, keys):
+                continue
             self.watchdog.beat(self.step, "recording")
-            self.recorder.step_done(self.step, result, lr, self.skipped)
+            self.recorder.step_done(self.step, result, lr, skipped=self.skipped, samples_seen=self.samples_seen)
             if self._agree_to_stop():
                 return self._leave()
             self._save_and_draw()
         return self._finish()
 
     def _accumulate(self) -> tuple[Losses, list[str]]:
-        """Forward and backward passes of a step's micro-batches; the last one's losses, and all samples' keys."""
+        """Forward and backward passes of a step's micro-batches: losses (the last one's; all tokens), and samples' keys."""
         keys: list[str] = []
+        tokens: Any = 0
         for number in range(self.engine.accumulation):
             self.watchdog.beat(self.step, "reading data")
             begin = time.perf_counter()
@@ -106,26 +136,29 @@ class Trainer:
             keys += batch["key"]
             losses = Losses(*self.engine.accumulate(*self.prepare(batch)))
             self.recorder.sums.add(losses)
+            tokens = tokens + losses.tokens_per_expert
             if number < self.engine.accumulation - 1:
                 self.engine.end_micro_batch()
-        return losses, keys
+        return losses._replace(tokens_per_expert=tokens), keys
 
-    def _after_update(self, result: StepResult, losses: Losses, keys: list[str]) -> None:
-        """Balance the routers, or count a skipped step and decide whether to go back or give up."""
+    def _went_back(self, result: StepResult, losses: Losses, keys: list[str]) -> bool:
+        """Balance the routers, or count a skipped step; True if too many of them put the run back to its last checkpoint."""
         if result.applied:
             self.skipped_in_a_row = 0
             if self.config.model.router_bias_balancing:
                 self.engine.module.network.update_router_bias(losses.tokens_per_expert)  # type: ignore[operator, union-attr]
-            return
+            return False
         self.skipped += 1
         mean_loss = distributed.all_reduce_mean({"loss": float(losses.loss)})["loss"]
         scaler = self.engine.loss_scaler
         if scaler is not None and scaler.dynamic and math.isfinite(mean_loss):
-            return  # fp16 looks for the largest loss scale that does not overflow: no fault
+            return False  # fp16 looks for the largest loss scale that does not overflow: no fault
         self.skipped_in_a_row += 1
         distributed.log(f"step {self.step}: loss or gradient not finite; the step is skipped on all ranks.")
-        if self.skipped_in_a_row >= self.training.max_skipped_steps:
-            self._rewind(mean_loss, keys)
+        if self.skipped_in_a_row < self.training.max_skipped_steps:
+            return False
+        self._rewind(mean_loss, keys)
+        return True
 
     def _agree_to_stop(self) -> bool:
         """Whether any rank was asked to stop; concludes a checkpoint that all ranks have written."""
@@ -145,37 +178,41 @@ class Trainer:
 
     # --- states ---------------------------------------------------------------------------------------------------------
 
-    def _find_checkpoint(self) -> tuple[Path, dict[str, Any]] | None:
-        if self.training.resume:
-            return newest_checkpoint(self.checkpoints)
-        if find_checkpoints(self.checkpoints):
-            raise UserError(
-                f"{self.checkpoints} holds checkpoints of an earlier run, and dpt.training.resume is false; "
-                "set it to true, or choose another dpt.training.output_dir."
-            )
-        return None
+    def _take_counters(self, state: dict[str, Any]) -> None:
+        self.step, self.samples_seen, self.skipped = state["step"], state["samples_seen"], state["skipped"]
+        self.run_id = state["run_id"]
 
     def _go_back(self, checkpoint: Path, state: dict[str, Any]) -> None:
         """Take up the state of a checkpoint."""
-        if state["recipe"]["dpt"]["model"] != self.recipe.to_dict()["dpt"]["model"]:
+        if state["parameters"] != parameter_shapes(self.engine.module):
             raise UserError(
                 f"{checkpoint} is of another network than dpt.model; choose another dpt.training.output_dir, or set "
                 "dpt.training.weights to start from it."
             )
         restore(self.engine, checkpoint, state)
-        self.step, self.skipped, self.run_id = state["step"], state["skipped"], state["run_id"]
+        self._take_counters(state)
         distributed.log(f"Continuing from {checkpoint} (step {self.step}, written on {state['layout']['world_size']} ranks).")
+        before, now = flatten(state["recipe"]), flatten(self.recipe.to_dict())
+        changed = [
+            f"{name} {before[name]} -> {now[name]}" for name in sorted(before.keys() & now.keys()) if before[name] != now[name]
+        ]
+        if changed:
+            distributed.log(f"Changed since then: {', '.join(changed)}.")
+        if state["sections"]["lineage"]["data_sha256"] != self.feed.data_sha256:
+            distributed.log("The shards are not the ones of that checkpoint: the order of samples begins anew.")
 
-    def _open_feed(self) -> Feed:
-        feed = open_feed(
-            self.config,
-            global_batch_size=self.engine.global_batch_size,
-            micro_batch_size=self.engine.micro_batch_size,
-            start_sample=self.step * self.engine.global_batch_size,
-            pin_memory=self.engine.device.type == "cuda",
-        )
-        self.batches = iter(feed.stream)
-        return feed
+    def _open_feed(self) -> None:
+        """Begin to read at `samples_seen`."""
+        total, micro, _ = batch_split(self.recipe, distributed.world_size())
+        with distributed.together():
+            self.feed = open_feed(
+                self.config,
+                global_batch_size=total,
+                micro_batch_size=micro,
+                start_sample=self.samples_seen,
+                pin_memory=distributed.device().type == "cuda",
+            )
+        self.batches = iter(self.feed.stream)
 
     def _save(self) -> None:
         self.watchdog.beat(self.step, "saving")
@@ -185,7 +222,7 @@ class Trainer:
         return {
             "stage": self.stage.name,
             "parents": self.stage.parents,
-            "samples_seen": self.step * self.engine.global_batch_size,
+            "samples_seen": self.samples_seen,
             "skipped": self.skipped,
             "run_id": self.run_id,
             "layout": {
@@ -200,13 +237,12 @@ class Trainer:
         }
 
     def _lineage(self) -> dict[str, Any]:
-        samples = self.step * self.engine.global_batch_size
         return {
             "run_id": self.run_id,
             "parents": self.stage.parents,
-            "train_macs": self.macs.training * samples,
+            "train_macs": self.macs.training * self.samples_seen,
             "data_sha256": self.feed.data_sha256,
-            "samples_seen": samples,
+            "samples_seen": self.samples_seen,
             "step": self.step,
         }
 
@@ -214,35 +250,14 @@ class Trainer:
         """After too many skipped steps in a row: back to the last checkpoint once, then stop with a report."""
         if self.saver.pending:
             self.saver.finish()
-        found = None if self.rewound else newest_checkpoint(self.checkpoints)
+        found = None if self.rewound else newest_checkpoint(self.saver.folder)
         if found is None:
-            raise TrainingFailed(self._report(loss, keys))
+            raise TrainingFailed(failure_report(self.engine, self.output_dir, self.step, loss, keys, self.rewound))
         self._go_back(*found)
         self.rewound, self.skipped_in_a_row = True, 0
-        self.feed = self._open_feed()
+        self.batches.close()  # type: ignore[attr-defined]
+        self._open_feed()
         self.recorder = self._start_recorder()
-
-    def _report(self, loss: float, keys: list[str]) -> str:
-        """What is known of a failure, also written to `failure.json`. Collective."""
-        squares = {f.name: float(f.master().double().square().sum()) for f in fragments(self.engine.deepspeed) if f.owned}
-        names = sorted({name for part in distributed.gather_objects(sorted(squares)) for name in part})
-        norms = distributed.all_reduce_sum({name: squares.get(name, 0.0) for name in names})
-        largest = sorted(norms, key=lambda n: -norms[n] if math.isfinite(norms[n]) else -math.inf)[:8]
-        report = {
-            "step": self.step,
-            "loss": loss,
-            "skipped_in_a_row": self.skipped_in_a_row,
-            "largest_weight_norms": {name: math.sqrt(norms[name]) for name in largest},
-            "sample_keys": [key for part in distributed.gather_objects(keys) for key in part],
-        }
-        path = self.output_dir / "failure.json"
-        if distributed.is_main():
-            path.write_text(json.dumps(report, indent=1), encoding="utf-8")
-        again = "also after going back to the last checkpoint" if self.rewound else "and there is no checkpoint to go back to"
-        return (
-            f"{self.skipped_in_a_row} steps in a row up to step {self.step} were not finite (loss {loss}), {again}. Largest "
-            f"weight norms: {', '.join(f'{n} {math.sqrt(norms[n]):.3g}' for n in largest[:3])}. Sample keys and more: {path}"
-        )
 
     # --- beginnings and ends --------------------------------------------------------------------------------------------
 
@@ -285,29 +300,13 @@ class Trainer:
         )
 
     def _draw(self) -> None:
-        """Class samples of the averaged weights, from rank 0."""
+        """Class samples, while pre-training."""
         if self.config.task != "class":
             return
-        state = next(iter(self.engine.optimizer.ema_decays), "master")
-        weights = gather_weights(self.engine.deepspeed, self.engine.optimizer, state)
-        if distributed.is_main():
-            path = self.output_dir / "pictures" / f"classes_{self.step:08d}.png"
-            try:
-                vae = self._vae()
-                draw_classes(self.config, weights, vae, path, device=self.engine.device, size=self.feed.latent_size)
-                self.tracking.log_picture(path, "classes", self.step)
-                distributed.log(f"Class samples: {path}")
-            except UserError as error:
-                distributed.log(f"No class samples were drawn: {error}")
-        distributed.barrier()
-
-    def _vae(self) -> VAECodec:
-        vae = load_vae(self.config.data.vae, latent_channels=self.config.model.in_channels).to(self.engine.device)
-        if vae.sha256 != self.feed.vae.sha256:
-            raise UserError(
-                f'dpt.data.vae "{self.config.data.vae}" is not the VAE "{self.feed.vae.name}" that made the shards; set it.'
-            )
-        return vae
+        path = self.output_dir / "pictures" / f"classes_{self.step:08d}.png"
+        if draw_classes(self.engine, self.config, self.feed.vae, self.feed.latent_size, path):
+            self.tracking.log_picture(path, "classes", self.step)
+            distributed.log(f"Class samples: {path}")
 
     def _leave(self) -> None:
         """A signal asked for it: save and stop, to be continued by the same command."""
@@ -320,7 +319,7 @@ class Trainer:
 
     def _finish(self) -> None:
         """The last checkpoint, pictures and exported weights."""
-        last = self.checkpoints / f"step_{self.step:08d}"
+        last = self.saver.folder / checkpoint_name(self.step)
         if self.saver.pending:
             self.saver.finish()
         if not last.exists():
@@ -328,7 +327,7 @@ class Trainer:
             if not self.saver.finish():
                 raise TrainingFailed("the last checkpoint could not be written; make room and start the same command again.")
             self._draw()
-        weights = self.output_dir / "weights"
+        weights = self.output_dir / WEIGHTS
         if distributed.is_main():
             export(last, weights)
             distributed.log(f"Weights: {weights}")

@@ -1,11 +1,11 @@
 """Before any work: can this recipe run on these ranks with this memory, and if not, which shipped recipe can?"""
 
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
+from dpt import distributed
 from dpt.config.checks import batch_split, check_recipe, trained_model
 from dpt.config.recipe import Recipe, load_recipe
 from dpt.errors import UserError
@@ -55,8 +55,7 @@ def available_bytes() -> int:
         return torch.cuda.mem_get_info()[1]
     import psutil
 
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", os.environ.get("WORLD_SIZE", "1"))))
-    return psutil.virtual_memory().available // local_ranks
+    return psutil.virtual_memory().available // distributed.local_world_size()
 
 
 def preflight(recipe: Recipe, stage: str, world_size: int) -> None:

@@ -108,7 +108,7 @@ class Recorder:
         """Count time spent waiting for data."""
         self.waited += seconds
 
-    def step_done(self, step: int, result: StepResult, lr: float, skipped: int) -> None:
+    def step_done(self, step: int, result: StepResult, lr: float, *, skipped: int, samples_seen: int) -> None:
         """After optimizer step number `step` (1 is the first): write a record if it is time. Collective."""
         self.done += 1
         if step % self.every and step != self.steps and step != 1:
@@ -122,13 +122,13 @@ class Recorder:
             "train/grad_norm": result.grad_norm,
             "train/learning_rate": lr,
             "train/skipped_steps": float(skipped),
-            "train/samples_seen": float(step * self.global_batch_size),
+            "train/samples_seen": float(samples_seen),
             "perf/samples_per_second": rate,
             "perf/mfu": flops / (self.peak_flops * distributed.world_size()),
             "perf/data_wait": means["wait"],
             "perf/memory_gib": _peak_memory() / 2**30,
             "compute/forward_macs": float(self.macs["forward"]),
-            "compute/train_macs": float(self.macs["training"]) * step * self.global_batch_size,
+            "compute/train_macs": float(self.macs["training"]) * samples_seen,
             **self.sums.expert_loads(),
         }
         if self.dense:

@@ -14,10 +14,11 @@ def run_stage(recipe: Recipe, stage: str) -> None:
 
     preflight(recipe, stage, int(os.environ["WORLD_SIZE"]))
     distributed.init(recipe.dpt.training.timeout_s)
-    from dpt.training.loop import Trainer, TrainingFailed
+    from dpt.training.failure import TrainingFailed
+    from dpt.training.loop import train
 
     try:
-        Trainer(recipe, stage).run()
+        train(recipe, stage)
     except TrainingFailed as error:
         distributed.log(f"{stage}: failed: {error}")
         distributed.shutdown()

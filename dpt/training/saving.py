@@ -23,7 +23,7 @@ from dpt.training.checkpoint import (
     write_tensors,
 )
 from dpt.training.engine import Engine
-from dpt.training.fragments import parameter_layout
+from dpt.training.fragments import parameter_shapes
 
 
 class Saver:
@@ -59,11 +59,10 @@ class Saver:
         if self.pending:
             self.finish()
         tensors, placed = snapshot(engine)
-        shapes = {name: list(shape) for name, (_, shape, _) in parameter_layout(engine.module).items()}
         self._state = {
             "format_version": FORMAT_VERSION,
             "step": step,
-            "parameters": shapes,
+            "parameters": parameter_shapes(engine.module),
             "buffers": [name.removeprefix("buffer/") for name in tensors if name.startswith("buffer/")],
             "states": ["master", *engine.optimizer.state_names()],
             "engine": engine_state(engine),

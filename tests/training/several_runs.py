@@ -1,8 +1,8 @@
 """Several training runs in one set of processes, for tests: started by a launcher with the path of a JSON list of runs.
 
-A run: {"stage", "recipe" (path), "fields" (dotted name -> value), and what shall happen to it: "sigterm_at": step (the last
-rank gets the signal), "poison": steps at which the last rank's latents are not a number}. How each ended goes to
-LIST.results.json. No pictures are drawn: a VAE takes longer to load than these runs take.
+A run: {"stage", "recipe" (path), "fields" (dotted name -> value), and what shall happen to it: "sigterm_at" (step at which
+the last rank gets the signal; -1: none), "poison" (steps at which the last rank's latents are not a number)}. How each ended
+goes to LIST.results.json. No pictures are drawn: a VAE takes longer to load than these runs take.
 """
 
 import json
@@ -19,9 +19,10 @@ def main(path: Path) -> None:
     distributed.init(timeout_s=300)
     import deepspeed
 
-    from dpt.training.watchdog import Watchdog
+    from dpt.training import loop
 
-    Watchdog.__init__.__kwdefaults__["interval_s"] = 0.1  # type: ignore[index]
+    loop.measure_peak_flops = lambda *_: 1e12  # the same for all runs, and known
+    loop.Watchdog.__init__.__kwdefaults__["interval_s"] = 0.1  # type: ignore[index]
     deepspeed.get_accelerator().is_fp16_supported = lambda: True  # slow on a CPU, but the same mathematics
     results = []
     for run in json.loads(path.read_text()):
@@ -35,21 +36,24 @@ def train(run: dict[str, Any]) -> str:
     """ "finished", "stopped" (by the signal), or the report of a failure or refusal."""
     from dpt.config.recipe import load_recipe
     from dpt.errors import UserError
-    from dpt.training.loop import Trainer, TrainingFailed
+    from dpt.training.failure import TrainingFailed
+    from dpt.training.loop import Trainer, _find_checkpoint
 
     last = distributed.rank() == distributed.world_size() - 1
     try:
-        trainer = Trainer(load_recipe(run["recipe"], run["fields"]), run["stage"])
+        recipe = load_recipe(run["recipe"], run["fields"])
+        found = _find_checkpoint(Path(recipe.dpt.training.output_dir) / "checkpoints", resume=True)
+        trainer = Trainer(recipe, run["stage"], found)
         step_done, prepare = trainer.recorder.step_done, trainer.prepare
 
-        def observed(step: int, *rest: Any) -> None:
-            if last and step == run.get("sigterm_at"):
+        def observed(step: int, *rest: Any, **more: Any) -> None:
+            if last and step == run["sigterm_at"]:
                 os.kill(os.getpid(), signal.SIGTERM)
-            step_done(step, *rest)
+            step_done(step, *rest, **more)
 
         def poisoned(batch: dict[str, Any]) -> Any:
             inputs = prepare(batch)
-            bad = last and trainer.step in run.get("poison", [])
+            bad = last and trainer.step in run["poison"]
             return inputs._replace(latents=inputs.latents * float("nan")) if bad else inputs
 
         trainer.recorder.step_done, trainer.prepare = observed, poisoned  # type: ignore[method-assign, assignment]

@@ -91,7 +91,7 @@ def _saver(folder: Path, monkeypatch: pytest.MonkeyPatch | None = None, size: in
     patches = {
         "snapshot": snapshot,
         "engine_state": lambda engine: {"updates": engine.number, "loss_scaler": {}},
-        "parameter_layout": lambda module: {"w": (None, (size,), 0)},
+        "parameter_shapes": lambda module: {"w": [size]},
     }
     for name, value in patches.items():
         if monkeypatch is None:

@@ -5,7 +5,8 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -110,22 +111,57 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def launch(ranks: int, *arguments: str, timeout_s: float = 600) -> subprocess.CompletedProcess[str]:
-    """Run a script on `ranks` processes with DeepSpeed's launcher."""
-    command = ["deepspeed", "--num_accelerators", str(ranks), "--master_port", str(free_port()), *arguments]
+LAUNCHERS = {
+    "deepspeed": ["deepspeed", "--num_accelerators"],
+    "torchrun": ["torchrun", "--nproc_per_node"],  # starts faster
+}
+
+
+def launch(launcher: str, ranks: int, *arguments: str, timeout_s: float = 1200) -> subprocess.CompletedProcess[str]:
+    """Run a script on `ranks` processes; its output is in `stdout`."""
+    command = [*LAUNCHERS[launcher], str(ranks), "--master_port", str(free_port()), *arguments]
     return subprocess.run(
         command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout_s
     )
 
 
-def train_several(ranks: int, path: Path, runs: Sequence[dict[str, Any]]) -> list[str]:
-    """Do the runs one after the other in one launch; how each ended (see `several_runs.py`)."""
-    path.write_text(json.dumps(list(runs)))
-    done = launch(ranks, str(ROOT / "tests" / "training" / "several_runs.py"), str(path))
+@dataclass(frozen=True, kw_only=True)
+class ToyRun:
+    """One run of a launch (see `several_runs.py`)."""
+
+    output: Path
+    recipe: Path
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    stage: str = "pretrain"
+    ends: str = "finished"
+    """How it must end; empty: anyhow."""
+    sigterm_at: int = -1
+    poison: Sequence[int] = ()
+
+
+def train_several(launcher: str, ranks: int, path: Path, runs: Sequence[ToyRun]) -> list[str]:
+    """Do the runs one after the other in one launch; how each ended."""
+    path.write_text(
+        json.dumps(
+            [
+                {
+                    "stage": run.stage,
+                    "recipe": str(run.recipe),
+                    "fields": {**run.fields, "training.output_dir": str(run.output)},
+                    "sigterm_at": run.sigterm_at,
+                    "poison": list(run.poison),
+                }
+                for run in runs
+            ]
+        )
+    )
+    done = launch(launcher, ranks, str(ROOT / "tests" / "training" / "several_runs.py"), str(path))
     results = path.with_suffix(".results.json")
     ended: list[str] = json.loads(results.read_text()) if results.exists() else []
     assert done.returncode == 0, done.stdout[-6000:]
     assert len(ended) == len(runs), done.stdout[-6000:]
+    for run, end in zip(runs, ended, strict=True):
+        assert run.ends in ("", end), f"{run.output.name}: {end}"
     return ended
 
 

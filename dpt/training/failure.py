@@ -1,0 +1,38 @@
+"""The end of a run that cannot go on, with what is known of its cause."""
+
+import json
+import math
+from pathlib import Path
+
+from dpt import distributed
+from dpt.training.engine import Engine
+from dpt.training.fragments import fragments
+
+
+class TrainingFailed(Exception):
+    """Training cannot go on, on all ranks; the text is the report."""
+
+
+def failure_report(engine: Engine, output_dir: Path, step: int, loss: float, keys: list[str], rewound: bool) -> str:
+    """Why steps up to `step` were not finite, as far as known; more of it in `output_dir`/failure.json. Collective.
+
+    `loss`: the last one; `keys`: this rank's samples in it; `rewound`: whether the run had gone back to a checkpoint before.
+    """
+    squares = {f.name: float(f.master().double().square().sum()) for f in fragments(engine.deepspeed) if f.owned}
+    names = sorted({name for part in distributed.gather_objects(sorted(squares)) for name in part})
+    norms = {n: math.sqrt(v) for n, v in distributed.all_reduce_sum({name: squares.get(name, 0.0) for name in names}).items()}
+    largest = sorted(norms, key=lambda n: norms[n] if math.isfinite(norms[n]) else math.inf, reverse=True)[:8]
+    report = {
+        "step": step,
+        "loss": loss,
+        "largest_weight_norms": {name: norms[name] for name in largest},
+        "sample_keys": [key for part in distributed.gather_objects(keys) for key in part],
+    }
+    path = output_dir / "failure.json"
+    if distributed.is_main():
+        path.write_text(json.dumps(report, indent=1), encoding="utf-8")
+    again = "also after going back to the last checkpoint" if rewound else "and there is no checkpoint to go back to"
+    return (
+        f"too many steps in a row up to step {step} were not finite (loss {loss}), {again}. Largest weight norms: "
+        f"{', '.join(f'{name} {norms[name]:.3g}' for name in largest[:3])}. Sample keys and more: {path}"
+    )

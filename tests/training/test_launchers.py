@@ -1,0 +1,189 @@
+"""The launchers as users start them: the command of the mission, bad input, several nodes, SLURM, kills."""
+
+import contextlib
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+from training_toys import LAUNCHERS, ROOT, environment, free_port, launch, make_recipe, make_shards, records
+
+from dpt.training.checkpoint import find_checkpoints, newest_checkpoint
+
+PRETRAIN = str(ROOT / "launchers" / "pretrain.py")
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    return make_recipe(tmp_path / "run.json", [make_shards(tmp_path / "shards")])
+
+
+def _plain(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, PRETRAIN, *arguments], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600
+    )
+
+
+def test_deepspeed_with_a_recipe_and_nothing_else(recipe: Path) -> None:
+    done = launch("deepspeed", 1, PRETRAIN, "--ds_config", str(recipe), "--steps", "3", "--log_every", "2")
+    run = recipe.with_suffix("")
+    assert done.returncode == 0, done.stdout
+    assert [record["step"] for record in records(run)] == [1, 2, 3]
+    assert "pretrain: class, 0.05M parameters" in done.stdout
+    assert "step 3/3 | loss " in done.stdout
+    assert f"Weights: {run / 'weights'}" in done.stdout
+    noise = [line for line in done.stdout.splitlines() if "Warning" in line or "[Rank" in line or "MA 0." in line]
+    assert noise == []
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (["--training.stepz", "3"], 'there is no field "training.stepz"; did you mean "steps"?'),
+        (["--train_batch_size", "7", "--gradient_accumulation_steps", "2"], "train_batch_size 7 is not"),
+        (["--data.shards", "/nowhere"], "/nowhere: there is no such shard folder"),
+        (["--scheduler.type", "WarmupLR"], '"scheduler" is not used; set dpt.training.lr_schedule'),
+        (["--optimizer.params.momentum", "0.9"], "optimizer.params.momentum is unknown"),
+        (["--training.weights", "/nowhere.pt"], "/nowhere.pt: there is no such file"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(recipe: Path, change: list[str], words: str) -> None:
+    done = _plain("--ds_config", str(recipe), *change)
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("pretrain: error: ")
+    assert words in line
+    assert not recipe.with_suffix("").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("nodes", ["torchrun", "slurm"])
+def test_two_nodes_on_loopback(recipe: Path, tmp_path: Path, nodes: str) -> None:
+    fields = ["--steps", "4", "--model.num_experts", "4", "--training.ep_size", "2"]
+    if nodes == "torchrun":
+        port = str(free_port())
+        command = ["torchrun", "--nnodes", "2", "--nproc_per_node", "2", "--master_addr", "127.0.0.1", "--master_port", port]
+        started = [
+            subprocess.Popen(
+                [*command, "--node_rank", str(node), PRETRAIN, "--ds_config", str(recipe), *fields], env=environment(), cwd=ROOT
+            )
+            for node in range(2)
+        ]
+        assert [process.wait(900) for process in started] == [0, 0]
+    else:
+        _make_slurm(tmp_path / "bin")
+        variables = environment() | {
+            "PATH": f"{tmp_path / 'bin'}{os.pathsep}{environment()['PATH']}",
+            "SLURM_JOB_ID": "12345",
+            "SLURM_JOB_NODELIST": "node[1-2]",
+            "SLURM_SUBMIT_DIR": str(ROOT),
+            "DPT_PYTHON": sys.executable,
+            "FAKE_TASKS": "4",
+            "FAKE_NODES": "2",
+            "FAKE_LOG": str(tmp_path / "slurm.log"),
+        }
+        script = ["bash", str(ROOT / "launchers" / "slurm.sh"), "pretrain", str(recipe), *fields]
+        # A first job that is asked to stop is queued again; the second one finishes.
+        first = subprocess.Popen([*script, "--training.checkpoint_every", "1"], env=variables | {"FAKE_USR1_AFTER": "1"})
+        assert first.wait(900) == 0
+        assert (tmp_path / "slurm.log").read_text() == "requeue 12345\n"
+        assert subprocess.run(script, env=variables, timeout=900).returncode == 0
+        assert (tmp_path / "slurm.log").read_text() == "requeue 12345\n"
+    assert [record["step"] for record in records(recipe.with_suffix(""))] == [1, 2, 3, 4]
+    found = newest_checkpoint(recipe.with_suffix("") / "checkpoints")
+    assert found is not None
+    assert found[1]["layout"]["world_size"] == 4
+
+
+def _make_slurm(folder: Path) -> None:
+    """`srun` and `scontrol` as far as launchers/slurm.sh uses them: tasks on "nodes" that are all this machine."""
+    folder.mkdir()
+    srun = """
+import os, signal, subprocess, sys, time
+tasks, nodes = int(os.environ["FAKE_TASKS"]), int(os.environ["FAKE_NODES"])
+command = [argument for argument in sys.argv[1:] if not argument.startswith("--kill-on-bad-exit")]
+each = tasks // nodes
+started = []
+for task in range(tasks):
+    step = {"SLURM_PROCID": task, "SLURM_LOCALID": task % each, "SLURM_STEP_NUM_TASKS": tasks}
+    step["SLURM_STEP_TASKS_PER_NODE"] = f"{each}(x{nodes})"
+    started.append(subprocess.Popen(command, env=os.environ | {name: str(value) for name, value in step.items()}))
+if "FAKE_USR1_AFTER" in os.environ:
+    output = os.path.splitext(command[command.index("--ds_config") + 1])[0]
+    while not os.path.exists(os.path.join(output, "records.jsonl")):
+        time.sleep(0.02)
+    started[-1].send_signal(signal.SIGUSR1)
+sys.exit(max(process.wait() for process in started))
+"""
+    scontrol = """
+import os, sys
+if sys.argv[1] == "show":
+    print("127.0.0.1")
+else:
+    with open(os.environ["FAKE_LOG"], "a") as file:
+        file.write(" ".join(sys.argv[1:]) + chr(10))
+"""
+    for name, text in (("srun", srun), ("scontrol", scontrol)):
+        (folder / name).write_text(f"#!{sys.executable}{text}")
+        (folder / name).chmod(0o755)
+
+
+@pytest.mark.slow
+def test_runs_killed_at_random_moments_end_as_if_they_had_not_been(recipe: Path, tmp_path: Path) -> None:
+    """kill -9 of all processes, 20 times, while a checkpoint is written at every step."""
+    fields = ["--steps", "60", "--training.checkpoint_every", "1"]
+    whole = launch("torchrun", 2, PRETRAIN, "--ds_config", str(recipe), *fields, "--output_dir", str(tmp_path / "whole"))
+    assert whole.returncode == 0, whole.stdout
+    run = tmp_path / "killed"
+    moments = random.Random(1)
+    for _ in range(20):
+        before = _newest_step(run)
+        command = [*LAUNCHERS["torchrun"], "2", "--master_port", str(free_port()), PRETRAIN, "--ds_config", str(recipe)]
+        process = subprocess.Popen([*command, *fields, "--output_dir", str(run)], cwd=ROOT, env=environment())
+        deadline = time.monotonic() + 300
+        while _newest_step(run) < before + 1 and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(moments.uniform(0.0, 0.3))
+        _kill_all(process)
+        found = newest_checkpoint(run / "checkpoints")
+        assert found is not None
+        assert found[1]["step"] >= before
+    done = launch("torchrun", 2, PRETRAIN, "--ds_config", str(recipe), *fields, "--output_dir", str(run))
+    assert done.returncode == 0, done.stdout
+    expected, weights = (load_file(folder / "weights" / "weights.safetensors") for folder in (tmp_path / "whole", run))
+    assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
+    assert [record["step"] for record in records(run)] == list(range(1, 61))
+
+
+def _kill_all(process: subprocess.Popen[bytes]) -> None:
+    """kill -9 of a launcher and all that it started."""
+    started = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.wait()
+    for worker in started:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            worker.kill()
+    psutil.wait_procs(started)
+
+
+def _newest_step(run: Path) -> int:
+    found = find_checkpoints(run / "checkpoints")
+    return int(found[0].name.removeprefix("step_")) if found else 0
+
+
+@pytest.mark.slow
+def test_compiled_blocks_train_alike(recipe: Path, tmp_path: Path) -> None:
+    fields = ["--ds_config", str(recipe), "--steps", "3", "--model.num_experts", "4"]
+    for name, compiled in (("plain", "false"), ("compiled", "true")):
+        done = _plain(*fields, "--training.compile", compiled, "--output_dir", str(tmp_path / name))
+        assert done.returncode == 0, done.stderr
+    losses = [[record["train/loss"] for record in records(tmp_path / name)] for name in ("plain", "compiled")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert json.loads((tmp_path / "compiled" / "weights" / "config.json").read_text())["model"]["num_experts"] == 4
