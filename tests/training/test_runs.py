@@ -177,7 +177,7 @@ def test_fine_tuning_starts_from_pretrained_weights(runs: Runs, task: str) -> No
     assert weights.sections["task"] == task
     assert weights.config.num_conditions == (1 if task == "depth" else 2)
     before = read_weights(runs("straight_dense") / "weights").state
-    for name in ("blocks.0.attn.qkv.weight", "final_layer.linear.weight"):
+    for name in ("blocks.0.attn.qkv.weight", "blocks.1.attn.qkv.weight"):  # random at first, so others would be far from these
         assert (weights.state[name] - before[name]).abs().max() < 0.05 < before[name].abs().max()
 
 
