@@ -4,6 +4,7 @@ python -m benchmarks.encode [--vae embedded] [--resolution 128] [--images 512] [
 """
 
 import argparse
+import resource
 import tempfile
 import time
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from PIL import Image
 
 from data_tools import encode
-from data_tools.encoding.job import EncodingJob, run
+from data_tools.encoding.job import run
 from data_tools.encoding.pipeline import BatchEncoder
 
 
@@ -26,53 +27,79 @@ def write_pictures(folder: Path, count: int) -> None:
         image.save(folder / f"{number:05d}.jpg", quality=90)
 
 
-def bare_rate(encoder: BatchEncoder, resolution: int, seconds: float) -> float:
-    """Images a second that the VAE alone encodes, its input lying ready on the device, for about `seconds`."""
+class Stopwatch:
+    """Wall time and processor time (of this process and of children that have ended) since it was made, in seconds."""
+
+    def __init__(self) -> None:
+        self._wall, self._cpu = time.perf_counter(), self._cpu_time()
+
+    @staticmethod
+    def _cpu_time() -> float:
+        used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+        return sum(one.ru_utime + one.ru_stime for one in used)
+
+    def read(self) -> tuple[float, float]:
+        return time.perf_counter() - self._wall, self._cpu_time() - self._cpu
+
+
+def bare(encoder: BatchEncoder, resolution: int, batches: int) -> tuple[float, float]:
+    """Wall and processor seconds per image of the VAE alone, its input lying ready on the device."""
     images = torch.rand(encoder.batch_size, 3, resolution, resolution, device=encoder.device) * 2 - 1
-
-    def synchronize() -> None:
-        if encoder.device.type == "cuda":
-            torch.cuda.synchronize()
-
-    encoder.codec.encode(images)
-    synchronize()
-    batches, started = 0, time.perf_counter()
-    while time.perf_counter() - started < seconds:
-        encoder.codec.encode(images)
-        synchronize()
-        batches += 1
-    return batches * encoder.batch_size / (time.perf_counter() - started)
-
-
-def job_rate(job: EncodingJob) -> float:
-    """Images a second of a whole job, start and end included."""
-    started = time.perf_counter()
-    manifest = run(job)
-    assert manifest is not None
-    return manifest.num_samples / (time.perf_counter() - started)
+    encoder.codec.encode(images).cpu()
+    watch = Stopwatch()
+    for _ in range(batches):
+        moments = encoder.codec.encode(images)
+    moments.cpu()
+    wall, cpu = watch.read()
+    return wall / (batches * encoder.batch_size), cpu / (batches * encoder.batch_size)
 
 
 def measure(vae: str, resolution: int, images: int, batch_size: int) -> dict[str, float]:
-    """The bare VAE's speed before and after the job's, since other programs share the machine."""
+    """The encoder between two measurements of the bare VAE.
+
+    Where other programs share the processor, wall times tell little; there, processor time and the share of the job in which
+    the VAE was at work tell what the encoder adds.
+    """
     with tempfile.TemporaryDirectory(prefix="dpt-encode-") as temporary:
         root = Path(temporary) / "pictures"
         root.mkdir()
         write_pictures(root, images)
         given = ["--dataset", "image_folder", "--root", str(root), "--out", str(Path(temporary) / "shards"), "--vae", vae]
-        sizes = [
-            "--resolution",
-            str(resolution),
-            "--batch-size",
-            str(batch_size),
-            "--samples-per-shard",
-            str(max(images // 4, 1)),
-        ]
-        job = encode.build_job(encode.parser().parse_args([*given, *sizes]))
-        before = bare_rate(job.encoder, resolution, 5.0)
-        encoded = job_rate(job)
-        after = bare_rate(job.encoder, resolution, 5.0)
-    bare = (before + after) / 2
-    return {"bare VAE, images/s": bare, "encoder, images/s": encoded, "encoder / bare VAE": encoded / bare}
+        sizes = ["--resolution", str(resolution), "--batch-size", str(batch_size)]
+        job = encode.build_job(encode.parser().parse_args([*given, *sizes, "--samples-per-shard", str(max(images // 4, 1))]))
+        batches = max(1, images // batch_size // 2)
+        before = bare(job.encoder, resolution, batches)
+        busy = _time_vae(job.encoder)
+        watch = Stopwatch()
+        manifest = run(job)
+        wall, cpu = watch.read()
+        busy_s = sum(busy)
+        after = bare(job.encoder, resolution, batches)
+    assert manifest is not None
+    bare_wall, bare_cpu = ((a + b) / 2 for a, b in zip(before, after, strict=True))
+    found = {
+        "bare VAE, images/s": 1 / bare_wall,
+        "encoder, images/s": images / wall,
+        "encoder / bare VAE": bare_wall * images / wall,
+    }
+    if job.encoder.device.type == "cpu":
+        found["the same in processor time"] = bare_cpu * images / cpu
+        found["VAE at work, share of the job"] = busy_s / wall
+    return found
+
+
+def _time_vae(encoder: BatchEncoder) -> list[float]:
+    """Let the VAE note how long each of its calls takes."""
+    original, times = encoder.codec.encode, []
+
+    def timed(images: torch.Tensor) -> torch.Tensor:
+        started = time.perf_counter()
+        moments = original(images)
+        times.append(time.perf_counter() - started)
+        return moments
+
+    encoder.codec.encode = timed  # type: ignore[method-assign]
+    return times
 
 
 def main() -> None:

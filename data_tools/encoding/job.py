@@ -135,7 +135,9 @@ def _make_shards(job: EncodingJob, records: Records, todo: dict[int, list[str]],
         progress = distributed.progress(total, f"encode {job.reader.name} {job.split}", "input")
     writer = _Writer(job, records, progress)
     encoder = SampleEncoder(job.encoder, writer)
-    inputs = read_ahead(job.reader, job.layout, [key for keys in todo.values() for key in keys], job.processes)
+    # Two batches and one more; evaluation sets have pictures of 100 MB.
+    ahead = 8 if job.layout.evaluation else 3 * job.encoder.batch_size
+    inputs = read_ahead(job.reader, job.layout, [key for keys in todo.values() for key in keys], job.processes, ahead)
     unreadable = 0
     try:
         for number, keys in todo.items():

@@ -11,8 +11,6 @@ from torch.utils.data import DataLoader, Dataset
 from data_tools.encoding.samples import Layout, Prepared, prepare
 from data_tools.readers import Excluded, Reader, ReadError
 
-_AHEAD = 8
-
 
 @dataclass(frozen=True, kw_only=True)
 class Unread:
@@ -55,17 +53,23 @@ def _converted(sample: Prepared, convert: Any) -> Prepared:
     )
 
 
-def read_ahead(reader: Reader, layout: Layout, keys: Sequence[str], processes: int) -> Generator[list[Prepared] | Unread]:
-    """For each key in order, its samples (two where mirrored) or why it has none; read by `processes` (0: here, when asked)."""
+def read_ahead(
+    reader: Reader, layout: Layout, keys: Sequence[str], processes: int, ahead: int
+) -> Generator[list[Prepared] | Unread]:
+    """For each key in order, its samples (two where mirrored) or why it has none.
+
+    Read by `processes`, which together are about `ahead` keys ahead; 0: read here, when asked.
+    """
     if processes == 0:
         dataset = _Keys(reader, layout, keys, shared=False)
         yield from (dataset[number] for number in range(len(keys)))
         return
+    processes = min(processes, len(keys))
     loader = DataLoader(
         _Keys(reader, layout, keys, shared=True),
         batch_size=None,
-        num_workers=min(processes, len(keys)),
-        prefetch_factor=_AHEAD,
+        num_workers=processes,
+        prefetch_factor=max(2, -(-ahead // processes)),
         multiprocessing_context="fork",
     )
 
