@@ -295,6 +295,16 @@ def test_kitti_skips_frames_without_truth(tmp_path: Path) -> None:
     check_depth(sample, DEPTH, 1 / 256)
 
 
+def test_kitti_frames_are_cut_at_the_bottom_in_the_middle(tmp_path: Path) -> None:
+    whole = np.arange(375 * 1242).reshape(375, 1242) % 20000 / 256 + 1
+    save(tmp_path / "a.png", np.zeros((375, 1242, 3), np.uint8))
+    depth_png(tmp_path / "d.png", whole.astype(np.float32), 256)
+    write(tmp_path / "eigen_test_files_with_gt.txt", "a.png d.png 721.5377\n")
+    sample = open_reader("kitti", tmp_path, "test").read("a")
+    assert sample.images[0].shape == (352, 1216, 3)
+    np.testing.assert_allclose(sample.depth, whole[375 - 352 :, 13 : 13 + 1216])
+
+
 @pytest.mark.parametrize("listed", [True, False])
 def test_diode(tmp_path: Path, listed: bool) -> None:
     stem = "indoors/scene_00019/scan_00183/00019_00183_indoors_000_010"
