@@ -1,7 +1,7 @@
 """Before any work: can this recipe run on these ranks with this memory, and if not, which shipped recipe can?"""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import cast
 
@@ -9,7 +9,7 @@ from dpt import distributed
 from dpt.config.checks import batch_split, check_recipe, trained_model
 from dpt.config.recipe import Recipe, load_recipe
 from dpt.errors import UserError
-from dpt.models.costs import Precision, memory
+from dpt.models.costs import Memory, Precision, memory
 
 OVERHEAD_BYTES = 600 * 2**20
 """What a training process holds beside its tensors: the interpreter, libraries, communication buffers."""
@@ -19,10 +19,25 @@ OVERHEAD_BYTES = 600 * 2**20
 class Needs:
     """What a recipe asks of a machine."""
 
-    bytes_per_rank: int
+    memory: Memory
+    """Of a rank's tensors, by the cost model."""
     ranks: int
     """The ranks it is counted for: those given, or as many as expert parallelism needs."""
     missing_shards: list[str]
+
+    @property
+    def bytes_per_rank(self) -> int:
+        """Of its tensors and its process."""
+        return self.memory.total + OVERHEAD_BYTES
+
+    @property
+    def plan(self) -> str:
+        """What the memory of a rank goes to, in one line."""
+        sizes = {field.name.replace("_", " "): getattr(self.memory, field.name) for field in fields(Memory)}
+        sizes["process"] = OVERHEAD_BYTES
+        parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in sizes.items() if size)
+        ranks = f"{self.ranks} rank{'s' * (self.ranks > 1)}"
+        return f"Memory plan, GiB on each of {ranks}: {parts}; {self.bytes_per_rank / 2**30:.2f} in all."
 
 
 def needs(recipe: Recipe, stage: str, world_size: int) -> Needs:
@@ -44,7 +59,7 @@ def needs(recipe: Recipe, stage: str, world_size: int) -> Needs:
         activation_checkpointing=training.activation_checkpointing,
     )
     missing = [s for s in recipe.dpt.data.shards if "://" not in s and ":" not in s and "{" not in s and not Path(s).is_dir()]
-    return Needs(bytes_per_rank=cost.total + OVERHEAD_BYTES, ranks=ranks, missing_shards=missing)
+    return Needs(memory=cost, ranks=ranks, missing_shards=missing)
 
 
 def available_bytes() -> int:
@@ -58,8 +73,8 @@ def available_bytes() -> int:
     return psutil.virtual_memory().available // distributed.local_world_size()
 
 
-def preflight(recipe: Recipe, stage: str, world_size: int) -> None:
-    """Raise a UserError that says what is needed, what is here, and which recipe fits instead, if this one cannot run here."""
+def preflight(recipe: Recipe, stage: str, world_size: int) -> Needs:
+    """What the recipe needs; a UserError that says it, what is here, and which recipe fits instead, if it cannot run here."""
     required, available = needs(recipe, stage, world_size), available_bytes()
     if required.ranks != world_size or required.bytes_per_rank > available:
         shards = ", ".join(recipe.dpt.data.shards) or "none"
@@ -72,6 +87,7 @@ def preflight(recipe: Recipe, stage: str, world_size: int) -> None:
             + _advice(recipe, stage, world_size, available)
         )
     check_recipe(recipe, world_size, stage)
+    return required
 
 
 def _advice(recipe: Recipe, stage: str, world_size: int, available: int) -> str:

@@ -12,8 +12,9 @@ def run_stage(recipe: Recipe, stage: str) -> None:
     distributed.set_environment()
     from dpt.training.preflight import preflight
 
-    preflight(recipe, stage, int(os.environ["WORLD_SIZE"]))
+    needs = preflight(recipe, stage, int(os.environ["WORLD_SIZE"]))
     distributed.init(recipe.dpt.training.timeout_s)
+    distributed.log(needs.plan)
     from dpt.training.failure import TrainingFailed
     from dpt.training.loop import train
 
