@@ -214,10 +214,10 @@ class UpcyclingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
-    """Class samples drawn while pre-training."""
+    """Pictures drawn while training: class samples in pre-training, and the experts' routing."""
 
     every: int = 0
-    """Draw a picture every this many steps; 0: only at the end."""
+    """Draw them every this many steps; 0: only at the end."""
     labels: list[int] = field(default_factory=list)
     """Class ids drawn, one a picture; empty: the first eight."""
     num_inference_steps: int = 50

@@ -27,7 +27,7 @@ from dpt.models.layers import (
     position_table,
     unpatchify,
 )
-from dpt.models.moe import MoE, Router, RouterStats, summarize
+from dpt.models.moe import EarlierRouting, MoE, Router, RouterStats, summarize
 
 
 class DiTOutput(NamedTuple):
@@ -41,6 +41,10 @@ class DiTOutput(NamedTuple):
     """float32 [], summed over layers, not yet weighted."""
     tokens_per_expert: Tensor
     """int64 [L, E]: slots routed to each expert."""
+    router_probs: Tensor
+    """float64 [L, E]: mean router probability of each expert."""
+    router_entropy: Tensor
+    """float64 [L]: mean entropy of a token's router probabilities, in nats (0: certain, log E: even)."""
     dropped_share: Tensor
     """float32 []: share of routed slots dropped for want of capacity."""
 
@@ -146,13 +150,15 @@ class DiT(nn.Module):
         labels: Tensor,
         embeddings: Tensor | None = None,
         task_labels: Tensor | None = None,
+        earlier: EarlierRouting | None = None,
     ) -> DiTOutput:
         """noisy_latents [B, C (1 + num_conditions), h, w], timesteps [B], labels int64 [B] in 0..num_classes.
 
         `embeddings` [B, clip_embedding_size]: CLIP image embeddings, zeros for samples without one; None is all zeros.
         `task_labels` int64 [B] choose the input convolution if there is one a task (the last patch_embed_tasks labels); None:
-        `labels`, which must then hold no null label. Raises UserError if h or w is no multiple of patch_size or the channels
-        are not the model's.
+        `labels`, which must then hold no null label. `earlier`: sums of `tokens_per_expert` and `router_probs` over the step's
+        earlier micro-batches, which the balance loss takes in (`dpt.models.moe.summarize`). Raises UserError if h or w is no
+        multiple of patch_size or the channels are not the model's.
         """
         x = self._embed(noisy_latents, labels if task_labels is None else task_labels)  # [B, T, D]
         conditioning = self.t_embedder(timesteps) + self.y_embedder(labels)  # [B, D]
@@ -171,9 +177,12 @@ class DiT(nn.Module):
         x = unpatchify(x, self.config.patch_size, *noisy_latents.shape[2:])  # [B, C_out, h, w]
         prediction = x.to(noisy_latents.dtype)
         if not self.config.num_experts:
-            zero = torch.zeros((), device=x.device)
-            return DiTOutput(prediction, zero, zero, torch.zeros(len(self.blocks), 0, dtype=torch.int64, device=x.device), zero)
-        return DiTOutput(prediction, *summarize(stats))
+            zero, none = (
+                torch.zeros((), device=x.device),
+                torch.zeros(len(self.blocks), 0, dtype=torch.float64, device=x.device),
+            )
+            return DiTOutput(prediction, zero, zero, none.long(), none, none.sum(dim=1), zero)
+        return DiTOutput(prediction, *summarize(stats, earlier))
 
     def _embed(self, latents: Tensor, task_labels: Tensor) -> Tensor:
         """Latents [B, C_in, h, w] -> tokens [B, T, D] with their positions added."""

@@ -5,6 +5,7 @@ Shape legend: T tokens, D hidden_size, E experts, K top-k, N routed slots. Token
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -27,6 +28,8 @@ class RouterStats(NamedTuple):
     """Mean router probability of each expert, float32 [E], with gradient."""
     z_loss: Tensor
     """Mean squared log-partition of the router's logits, float32 [], with gradient (Zoph et al., "ST-MoE", 2022, eq. 5)."""
+    entropy: Tensor
+    """Mean entropy of a token's router probabilities, in nats, float32 []."""
     counts: Tensor
     """Slots routed to each expert, int64 [E], dropped ones included."""
     dropped: Tensor
@@ -43,6 +46,9 @@ class Routing(NamedTuple):
     probs_TE: Tensor
     """Softmax of the logits, float32."""
     z_loss: Tensor
+    """As in RouterStats."""
+    entropy: Tensor
+    """As in RouterStats."""
 
 
 class Router(nn.Module):
@@ -72,7 +78,11 @@ class Router(nn.Module):
             weights_TK = probs_TE.gather(1, experts_TK)
             if self.normalize:
                 weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True)
-            return Routing(weights_TK, experts_TK, probs_TE, logits_TE.logsumexp(dim=-1).square().mean())
+            log_partition_T = logits_TE.logsumexp(dim=-1)
+            # -sum p log p = log-partition - sum p logit: one dot product.
+            mean_logit = probs_TE.detach().flatten().dot(logits_TE.detach().flatten()) / len(x_TD)
+            entropy = log_partition_T.detach().mean() - mean_logit
+            return Routing(weights_TK, experts_TK, probs_TE, log_partition_T.square().mean(), entropy)
 
 
 def within_capacity(routing: Routing, num_samples: int, num_experts: int, factor: float) -> Tensor:
@@ -99,12 +109,13 @@ def within_capacity(routing: Routing, num_samples: int, num_experts: int, factor
 class MoE(nn.Module):
     """Routed experts, and a shared one beside them if asked for: x [B, T, D] -> ([B, T, D], RouterStats).
 
-    train() and eval() compute the same function.
+    train() and eval() compute the same function. `observer`, if set, sees every routing.
     """
 
     def __init__(self, config: ModelConfig, num_local_experts: int | None = None) -> None:
         nn.Module.__init__(self)  # not super(): the expert-parallel subclass also derives from DeepSpeed's MoE
         self.num_experts = config.num_experts
+        self.observer: Callable[[Routing], None] | None = None
         self.capacity_factor = config.capacity_factor
         self.gate = Router(
             config.hidden_size,
@@ -129,11 +140,13 @@ class MoE(nn.Module):
         y = y_TD.view_as(x)
         if self.shared is not None:
             y = y + self.shared(x)
-        return y, RouterStats(routing.probs_TE.mean(dim=0), routing.z_loss, counts_E, dropped)
+        return y, RouterStats(routing.probs_TE.mean(dim=0), routing.z_loss, routing.entropy, counts_E, dropped)
 
     @torch.compiler.disable
     def _route(self, x_TD: Tensor, routing: Routing, num_samples: int) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens through their experts and back [T, D]; slots of each expert [E]; dropped slots []."""
+        if self.observer is not None:  # not a hook, which compiled blocks pass over
+            self.observer(routing)
         experts_TK, kept_TK = routing.experts_TK, None
         if self.capacity_factor:
             kept_TK = within_capacity(routing, num_samples, self.num_experts, self.capacity_factor)
@@ -156,36 +169,67 @@ class RoutingSummary(NamedTuple):
     load_balancing_loss: Tensor
     router_z_loss: Tensor
     tokens_per_expert: Tensor
+    router_probs: Tensor
+    router_entropy: Tensor
     dropped_share: Tensor
 
 
-def summarize(stats: list[RouterStats]) -> RoutingSummary:
-    """The layers' router statistics as losses (float32 [], summed over layers), counts int64 [L, E] and dropped share [].
+class EarlierRouting(NamedTuple):
+    """Sums, over a step's earlier micro-batches of equal size, of what `summarize` gave for each."""
+
+    tokens_per_expert: Tensor
+    router_probs: Tensor
+
+    def plus(self, tokens_per_expert: Tensor, router_probs: Tensor) -> "EarlierRouting":
+        """With one more micro-batch."""
+        return EarlierRouting(self.tokens_per_expert + tokens_per_expert, self.router_probs + router_probs)
+
+
+def summarize(stats: list[RouterStats], earlier: EarlierRouting | None = None) -> RoutingSummary:
+    """The layers' router statistics as losses (float32 [], summed over layers), counts int64 [L, E], mean probabilities
+    float64 [L, E], mean entropies of a token's probabilities float64 [L] (nats), and dropped share [].
 
     Balance loss of a layer: E f . P with f the fraction of slots routed to each expert and P the mean router probability
     (Fedus et al., "Switch Transformers", 2021, eq. 4 to 6, without alpha). With gradients enabled in a distributed run, f
     is that of all ranks' tokens; each rank's gradient is that of E f . P_rank, whose mean over ranks (what data parallelism
     takes) is exactly the gradient of the loss of the whole batch, and the values are those of the whole batch. Under
     no_grad nothing is exchanged, so that ranks may evaluate different numbers of batches.
+
+    With gradient accumulation f is that of the step's tokens up to and including this micro-batch (Qiu et al., "Demons in the
+    Detail", 2025, section 3; those to come cannot be known), and the value is what this micro-batch adds to the loss: the
+    mean over a step's micro-batches is exactly E f . P of the global batch, however it was split.
     """
     probs = torch.stack([s.mean_probs for s in stats])  # [L, E]
     z_loss = torch.stack([s.z_loss for s in stats]).sum()
+    entropy = torch.stack([s.entropy for s in stats])  # [L]
     counts = torch.stack([s.counts for s in stats])  # [L, E]
     dropped = torch.stack([s.dropped for s in stats]).sum()
-    means = torch.cat([probs.detach().flatten(), z_loss.detach()[None]]).double()
+    means = torch.cat([probs.detach().flatten(), entropy, z_loss.detach()[None]]).double()
     if torch.is_grad_enabled() and dist.is_initialized() and dist.get_world_size() > 1:
         shared = torch.cat([means / dist.get_world_size(), counts.flatten().double(), dropped[None].double()])
         dist.all_reduce(shared)  # one exchange for all layers; doubles hold the counts exactly
         means = shared[: means.numel()]
         counts = shared[means.numel() : -1].round().long().view_as(counts)
         dropped = shared[-1].round().long()
-    fractions = counts.float() / counts.sum(dim=1, keepdim=True)
-    scale = counts.shape[1]
-    local = scale * (fractions * probs).sum()
-    value = scale * (fractions * means[:-1].view_as(probs)).sum().float()
+    means_LE, entropy, z_value = means[: probs.numel()].view_as(probs), means[probs.numel() : -1], means[-1]
+    if earlier is None:
+        fractions, value = _balance(counts, means_LE)
+    else:
+        _, before = _balance(*earlier)
+        fractions, after = _balance(counts + earlier.tokens_per_expert, means_LE + earlier.router_probs)
+        value = after - before
+    local = counts.shape[1] * (fractions.float() * probs).sum()
     return RoutingSummary(
-        local + (value - local).detach(),
-        z_loss + (means[-1].float() - z_loss).detach(),
-        counts,
-        dropped / counts.sum(),
+        load_balancing_loss=local + (value.float() - local).detach(),
+        router_z_loss=z_loss + (z_value.float() - z_loss).detach(),
+        tokens_per_expert=counts,
+        router_probs=means_LE,
+        router_entropy=entropy,
+        dropped_share=dropped / counts.sum(),
     )
+
+
+def _balance(counts_LE: Tensor, probs_LE: Tensor) -> tuple[Tensor, Tensor]:
+    """Fractions of slots float64 [L, E]; balance loss [] times the number of micro-batches that `probs_LE` is summed over."""
+    fractions = counts_LE.double() / counts_LE.sum(dim=1, keepdim=True)
+    return fractions, counts_LE.shape[1] * (fractions * probs_LE).sum()

@@ -148,29 +148,3 @@ def build_parallel_moe(config: ModelConfig, ep_size: int) -> ParallelMoE:
     if not dist.is_initialized():
         raise UserError(f"dpt.training.ep_size {ep_size} needs that many processes; start them with the deepspeed launcher.")
     return ParallelMoE(config, ep_size)
-
-
-def gather_experts(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors by parameter name (weights, or any state of their shapes), those of experts joined over the ranks.
-
-    Every rank of an expert-parallel group calls it with the same names. The group's first rank gets [num_experts, ...] on the
-    CPU, in order of global id; the other ranks' results lack those names. Names without experts pass.
-    """
-    result = dict(tensors)
-    for layer_name, layer in model.named_modules():
-        if not isinstance(layer, ParallelMoE):
-            continue
-        for parameter_name, _ in layer.experts.named_parameters():
-            name = f"{layer_name}.experts.{parameter_name}"
-            if name in result:
-                joined = _gather(result.pop(name), layer)
-                if joined is not None:
-                    result[name] = joined
-    return result
-
-
-def _gather(local: Tensor, layer: ParallelMoE) -> Tensor | None:
-    first = dist.get_rank(layer.ep_group) == 0
-    parts = [torch.empty_like(local) for _ in range(layer.ep_size)] if first else None
-    dist.gather(local.contiguous(), parts, group=layer.ep_group, group_dst=0)
-    return torch.cat([part.cpu() for part in parts]) if parts else None

@@ -1,13 +1,15 @@
 """What the routers do: which experts get which tokens, by layer, timestep, class and patch position; as arrays and pictures."""
 
-from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -68,69 +70,94 @@ def trace_routing(
     Timesteps are sorted into equal bins of [0, num_train_timesteps). UserError if the model has no experts or there is no
     batch.
     """
-    gates = [block.moe.gate for block in model.blocks if block.moe is not None]
-    if not gates:
-        raise UserError("the model has no experts, so there is no routing to show; give weights of a Mixture-of-Experts.")
-    tally = _Tally(len(gates), model.config.num_experts, num_train_timesteps, timestep_bins)
-    routings: list[Routing] = []
-    hooks = [gate.register_forward_hook(lambda _module, _args, routing: routings.append(routing)) for gate in gates]
-    try:
-        for batch in batches:
-            routings.clear()
+    tally = RoutingTally(model, num_train_timesteps=num_train_timesteps, timestep_bins=timestep_bins)
+    for batch in batches:
+        with tally.watch(batch["timesteps"], batch["labels"], tuple(batch["noisy_latents"].shape[2:])):
             model(**batch)
-            grid = tuple(side // model.config.patch_size for side in batch["noisy_latents"].shape[2:])
-            tally.add(routings, batch["timesteps"], batch["labels"], grid)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return tally.report()
 
 
-class _Tally:
-    """Counts of slots by layer, and by what else is asked."""
+class RoutingTally:
+    """Counts of slots by layer, and by what else is asked, of the forward passes that it watches; kept on their device."""
 
-    def __init__(self, layers: int, experts: int, num_train_timesteps: int, bins: int) -> None:
-        self.layers, self.experts, self.bins, self.num_train_timesteps = layers, experts, bins, num_train_timesteps
-        self.by_timestep = np.zeros((layers, bins, experts), dtype=np.int64)
-        self.by_class: dict[int, NDArray[np.int64]] = defaultdict(lambda: np.zeros((layers, experts), dtype=np.int64))
-        self.by_position: NDArray[np.int64] | None = None
-        self.entropy, self.tokens = np.zeros(layers), 0
+    def __init__(self, model: DiT, *, num_train_timesteps: int = 1000, timestep_bins: int = 10) -> None:
+        """UserError if the model has no experts."""
+        self.layers = [block.moe for block in model.blocks if block.moe is not None]
+        if not self.layers:
+            raise UserError("the model has no experts, so there is no routing to show; give weights of a Mixture-of-Experts.")
+        self.config, self.num_train_timesteps = model.config, num_train_timesteps
+        device, experts = next(model.parameters()).device, model.config.num_experts
 
-    def add(self, routings: list[Routing], timesteps: Tensor, labels: Tensor, grid: tuple[int, ...]) -> None:
-        samples = len(labels)
-        chosen = torch.stack([r.experts_TK for r in routings])  # [L, B h w, K]
-        slots = nn.functional.one_hot(chosen, self.experts).sum(dim=2)
-        counts = slots.view(self.layers, samples, -1, self.experts).cpu().numpy()  # [L, B, h w, E]
-        bins = (timesteps.cpu().double() * self.bins / self.num_train_timesteps).long().clamp(0, self.bins - 1)
-        for sample, (bin_, label) in enumerate(zip(bins.tolist(), labels.tolist(), strict=True)):
-            mine = counts[:, sample].sum(axis=1)
-            self.by_timestep[:, bin_] += mine
-            self.by_class[label] += mine
-        by_position = counts.sum(axis=1).reshape(self.layers, *grid, self.experts)
-        if self.by_position is not None and self.by_position.shape != by_position.shape:
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(len(self.layers), *shape, dtype=torch.int64, device=device)
+
+        self.by_timestep = zeros(timestep_bins, experts)
+        self.by_class = zeros(model.config.num_classes + 1, experts)
+        self.by_position: Tensor | None = None
+        self.entropy, self.tokens = zeros().double(), zeros()
+
+    @contextmanager
+    def watch(self, timesteps: Tensor, labels: Tensor, size: tuple[int, ...]) -> Iterator[None]:
+        """Take in the forward pass in this context: its timesteps [B], labels [B], and (h, w) of its latents.
+
+        A backward pass may follow in the context; what it computes again is not counted twice.
+        """
+        seen: dict[int, Routing] = {}
+        try:
+            for number, layer in enumerate(self.layers):
+                layer.observer = partial(_keep_first, seen, number)
+            yield
+        finally:
+            for layer in self.layers:
+                layer.observer = None
+        self._add(seen, timesteps, labels, tuple(side // self.config.patch_size for side in size))
+
+    @torch.no_grad()
+    def _add(self, seen: Mapping[int, Routing], timesteps: Tensor, labels: Tensor, grid: tuple[int, ...]) -> None:
+        experts, bins = self.config.num_experts, self.by_timestep.shape[1]
+        if self.by_position is None:
+            self.by_position = self.by_timestep.new_zeros(len(self.layers), *grid, experts)
+        if self.by_position.shape[1:3] != grid:
             raise UserError("the batches hold latents of several sizes; shares by position need one.")
-        self.by_position = by_position if self.by_position is None else self.by_position + by_position
-        probs = torch.stack([r.probs_TE for r in routings])
-        self.entropy += torch.special.entr(probs).sum(dim=(1, 2)).cpu().double().numpy()
-        self.tokens += chosen.shape[1]
+        binned = (timesteps.double() * bins / self.num_train_timesteps).long().clamp(0, bins - 1)
+        for number, routing in seen.items():
+            slots = nn.functional.one_hot(routing.experts_TK, experts).sum(dim=1).view(len(labels), *grid, experts)
+            of_samples = slots.sum(dim=(1, 2))  # [B, E]
+            self.by_timestep[number].index_add_(0, binned, of_samples)
+            self.by_class[number].index_add_(0, labels, of_samples)
+            self.by_position[number] += slots.sum(dim=0)
+            self.entropy[number] += routing.entropy * len(routing.experts_TK)
+            self.tokens[number] += len(routing.experts_TK)
+
+    def all_reduce(self) -> None:
+        """Add up all ranks' counts. Collective."""
+        if self.by_position is not None and dist.is_initialized() and dist.get_world_size() > 1:
+            for counts in (self.by_timestep, self.by_class, self.by_position, self.entropy, self.tokens):
+                dist.all_reduce(counts)
 
     def report(self) -> RoutingReport:
+        """What was counted; UserError if nothing was."""
         if self.by_position is None:
             raise UserError("there is no batch to trace the routing of; give at least one sample.")
-        totals = self.by_timestep.sum(axis=1)
-        scale = np.log(self.experts) or 1.0
+        by_timestep, by_class, by_position = (c.cpu().numpy() for c in (self.by_timestep, self.by_class, self.by_position))
+        totals = by_timestep.sum(axis=1)
+        scale = np.log(self.config.num_experts) or 1.0
         fractions = totals / totals.sum(axis=1, keepdims=True)
-        classes = sorted(self.by_class)
+        classes = np.flatnonzero(by_class.sum(axis=(0, 2)))
         return RoutingReport(
             tokens_per_expert=totals,
             load_entropy=-(fractions * np.log(np.where(fractions > 0, fractions, 1.0))).sum(axis=1) / scale,
-            token_entropy=self.entropy / self.tokens / scale,
-            share_by_timestep=_shares(self.by_timestep),
-            timestep_edges=np.linspace(0, self.num_train_timesteps, self.bins + 1),
-            share_by_class=_shares(np.stack([self.by_class[c] for c in classes], axis=1)),
-            classes=np.array(classes),
-            share_by_position=_shares(self.by_position),
+            token_entropy=(self.entropy / self.tokens).cpu().numpy() / scale,
+            share_by_timestep=_shares(by_timestep),
+            timestep_edges=np.linspace(0, self.num_train_timesteps, by_timestep.shape[1] + 1),
+            share_by_class=_shares(by_class[:, classes]),
+            classes=classes,
+            share_by_position=_shares(by_position),
         )
+
+
+def _keep_first(seen: dict[int, Routing], number: int, routing: Routing) -> None:
+    seen.setdefault(number, Routing(*(tensor.detach() for tensor in routing)))
 
 
 def _shares(counts: NDArray[np.int64]) -> FloatArray:

@@ -10,11 +10,13 @@ from dpt.config.checks import batch_split
 from dpt.config.recipe import Recipe
 from dpt.errors import UserError
 from dpt.models.costs import macs, num_params
+from dpt.models.moe import EarlierRouting
 from dpt.tracking import Run, start_run
 from dpt.tracking.run import flatten
 from dpt.training.checkpoint import checkpoint_name, find_checkpoints, newest_checkpoint, restore
 from dpt.training.control import Control
 from dpt.training.engine import Engine, StepResult
+from dpt.training.expert_pictures import ExpertPictures
 from dpt.training.export import CHECKPOINTS, WEIGHTS, export, weights_sections
 from dpt.training.failure import TrainingFailed, failure_report
 from dpt.training.feed import open_feed
@@ -86,6 +88,7 @@ class Trainer:
         self.saver = Saver(
             self.output_dir / CHECKPOINTS, keep_last=self.training.keep_last, keep_every=self.training.keep_every
         )
+        self.expert_pictures = ExpertPictures(self.engine.module.network, self.config, self.output_dir / "routing")  # type: ignore[arg-type]
         self.tracking = self._start_tracking()
         self.recorder = self._start_recorder()
 
@@ -126,7 +129,8 @@ class Trainer:
     def _accumulate(self) -> tuple[Losses, list[str]]:
         """Forward and backward passes of a step's micro-batches: losses (the last one's; all tokens), and samples' keys."""
         keys: list[str] = []
-        tokens: Any = 0
+        earlier: EarlierRouting | None = None
+        self.expert_pictures.begin(self._is_drawn(self.step + 1))
         for number in range(self.engine.accumulation):
             self.watchdog.beat(self.step, "reading data")
             begin = time.perf_counter()
@@ -134,12 +138,16 @@ class Trainer:
             self.recorder.wait(time.perf_counter() - begin)
             self.watchdog.beat(self.step, "computing")
             keys += batch["key"]
-            losses = Losses(*self.engine.accumulate(*self.prepare(batch)))
+            inputs = self.prepare(batch)
+            with self.expert_pictures.watch(inputs):
+                losses = Losses(*self.engine.accumulate(*inputs, earlier))
             self.recorder.sums.add(losses)
-            tokens = tokens + losses.tokens_per_expert
+            routing = (losses.tokens_per_expert, losses.router_probs)
+            earlier = EarlierRouting(*routing) if earlier is None else earlier.plus(*routing)
             if number < self.engine.accumulation - 1:
                 self.engine.end_micro_batch()
-        return losses._replace(tokens_per_expert=tokens), keys
+        assert earlier is not None
+        return losses._replace(tokens_per_expert=earlier.tokens_per_expert), keys
 
     def _went_back(self, result: StepResult, losses: Losses, keys: list[str]) -> bool:
         """Balance the routers, or count a skipped step; True if too many of them put the run back to its last checkpoint."""
@@ -169,12 +177,16 @@ class Trainer:
 
     def _save_and_draw(self) -> None:
         begin = time.perf_counter()
-        every, pictures_every = self.training.checkpoint_every, self.config.sampling.every
+        every = self.training.checkpoint_every
         if every and self.step % every == 0 and self.step < self.training.steps:
             self._save()
-        if pictures_every and self.step % pictures_every == 0 and self.step < self.training.steps:
+        if self._is_drawn(self.step) and self.step < self.training.steps:
             self._draw()
         self.recorder.pause(time.perf_counter() - begin)
+
+    def _is_drawn(self, step: int) -> bool:
+        every = self.config.sampling.every
+        return step == self.training.steps or (every > 0 and step % every == 0)
 
     # --- states ---------------------------------------------------------------------------------------------------------
 
@@ -300,7 +312,8 @@ class Trainer:
         )
 
     def _draw(self) -> None:
-        """Class samples, while pre-training."""
+        """Routing, if there are experts; class samples, while pre-training."""
+        self.expert_pictures.draw(self.step, self.tracking)
         if self.config.task != "class":
             return
         path = self.output_dir / "pictures" / f"classes_{self.step:08d}.png"

@@ -43,14 +43,16 @@ class StepSums:
     def __init__(self) -> None:
         self.losses: Tensor | None = None
         self.tokens_per_expert: Tensor | None = None
+        self.router_entropy: Tensor | None = None
         self.micro_batches = 0
 
     def add(self, losses: Losses) -> None:
         """Take in a micro-batch's losses."""
         values = torch.stack([losses.loss, losses.mse, losses.vlb, losses.balance, losses.z, losses.dropped_share.float()])
         self.losses = values if self.losses is None else self.losses + values
-        tokens = losses.tokens_per_expert
+        tokens, entropy = losses.tokens_per_expert, losses.router_entropy
         self.tokens_per_expert = tokens if self.tokens_per_expert is None else self.tokens_per_expert + tokens
+        self.router_entropy = entropy if self.router_entropy is None else self.router_entropy + entropy
         self.micro_batches += 1
 
     def means(self) -> dict[str, float]:
@@ -60,13 +62,19 @@ class StepSums:
         values = (self.losses.double() / self.micro_batches).tolist()
         return {f"train/{name}": value for name, value in zip(names, values, strict=True)}
 
-    def expert_loads(self) -> dict[str, float]:
-        """Least and greatest load of an expert in any layer, in units of the mean; empty for dense models."""
-        if self.tokens_per_expert is None or not self.tokens_per_expert.numel():
+    def experts(self) -> dict[str, float]:
+        """Least and greatest load of an expert in any layer, in units of the mean, and each layer's mean entropy of a token's
+        router probabilities, over log E; empty for dense models."""
+        if self.tokens_per_expert is None or self.router_entropy is None or not self.tokens_per_expert.numel():
             return {}
-        loads = self.tokens_per_expert.double()
+        loads = self.tokens_per_expert.double().cpu()
         loads = loads / loads.mean(dim=1, keepdim=True)
-        return {"experts/min_load": float(loads.min()), "experts/max_load": float(loads.max())}
+        scale = self.micro_batches * (math.log(loads.shape[1]) or 1.0)
+        return {
+            "experts/min_load": float(loads.min()),
+            "experts/max_load": float(loads.max()),
+            **{f"experts/router_entropy/layer_{n:02d}": e / scale for n, e in enumerate(self.router_entropy.tolist())},
+        }
 
 
 class Recorder:
@@ -129,7 +137,7 @@ class Recorder:
             "perf/memory_gib": _peak_memory() / 2**30,
             "compute/forward_macs": float(self.macs["forward"]),
             "compute/train_macs": float(self.macs["training"]) * samples_seen,
-            **self.sums.expert_loads(),
+            **self.sums.experts(),
         }
         if self.dense:
             for name in ("train/load_balancing_loss", "train/router_z_loss", "train/dropped_share"):

@@ -15,6 +15,7 @@ from dpt.data.codec import mean_latents, sample_latents
 from dpt.diffusion.noise import Draws
 from dpt.diffusion.objective import DiffusionObjective
 from dpt.models.dit import DiT
+from dpt.models.moe import EarlierRouting
 from dpt.tasks import TASKS, label_id
 
 
@@ -51,16 +52,21 @@ class Losses(NamedTuple):
     mse: Tensor
     vlb: Tensor
     balance: Tensor
-    """Load-balancing loss summed over layers, unweighted, of all ranks' tokens."""
+    """Load-balancing loss summed over layers, unweighted, of all ranks' tokens: what this micro-batch adds to its mean."""
     z: Tensor
     """Router z-loss summed over layers, unweighted, of all ranks' tokens."""
     tokens_per_expert: Tensor
     """int64 [L, E], of all ranks' tokens."""
+    router_probs: Tensor
+    """float64 [L, E], mean probabilities of all ranks' tokens."""
+    router_entropy: Tensor
+    """float64 [L], mean entropy of a token's probabilities, in nats, of all ranks' tokens."""
     dropped_share: Tensor
 
 
 class LossModule(nn.Module):
-    """The network with its objective: what DeepSpeed sees as the model. `forward` takes `Inputs`, one by one."""
+    """The network with its objective: what DeepSpeed sees as the model. `forward` takes `Inputs`, one by one, and sums of the
+    step's earlier micro-batches' routing."""
 
     def __init__(self, network: DiT, config: DptConfig) -> None:
         super().__init__()
@@ -80,8 +86,9 @@ class LossModule(nn.Module):
         noise: Tensor,
         noisy_latents: Tensor,
         valid: Tensor | None,
+        earlier: EarlierRouting | None = None,
     ) -> Losses:
-        out = self.network(network_input, timesteps, labels, embeddings, task_labels)
+        out = self.network(network_input, timesteps, labels, embeddings, task_labels, earlier)
         losses = self.objective.loss(out.prediction, latents, noise, noisy_latents, timesteps, valid)
         loss, mse = losses["loss"], losses["mse"]
         total = loss + self.balance_weight * out.load_balancing_loss + self.z_weight * out.router_z_loss
@@ -93,6 +100,8 @@ class LossModule(nn.Module):
             balance=out.load_balancing_loss.detach(),
             z=out.router_z_loss.detach(),
             tokens_per_expert=out.tokens_per_expert,
+            router_probs=out.router_probs,
+            router_entropy=out.router_entropy,
             dropped_share=out.dropped_share,
         )
 

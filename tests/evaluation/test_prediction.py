@@ -14,6 +14,11 @@ from dpt.models.dit import DiTOutput
 from tests.evaluation.tiny import PoolingCodec, make_model
 
 
+def dense_output(prediction):
+    zero, none = torch.zeros(()), torch.zeros(0, 0)
+    return DiTOutput(prediction, zero, zero, none, none, none, zero)
+
+
 class Copying(nn.Module):
     """A network that predicts the clean latents to be one of the condition images, and remembers what it was asked."""
 
@@ -24,8 +29,7 @@ class Copying(nn.Module):
     def forward(self, inputs, timesteps, labels, embeddings=None, task_labels=None):
         self.calls.append((inputs, timesteps, labels, embeddings, task_labels))
         copied = inputs[:, 4 * self.condition : 4 * self.condition + 4]
-        zero = torch.zeros(())
-        return DiTOutput(torch.cat((copied, copied), 1), zero, zero, torch.zeros(0, 0), zero)
+        return dense_output(torch.cat((copied, copied), 1))
 
 
 def _copying(task: str, *, condition: int = 0, num_conditions: int = 2, **config) -> Predictor:
@@ -63,8 +67,7 @@ def test_seeds_change_and_targets_share_the_noise():
     class Noisy(Copying):
         def forward(self, inputs, *args):
             super().forward(inputs, *args)
-            zero = torch.zeros(())
-            return DiTOutput(inputs[:, -4:], zero, zero, torch.zeros(0, 0), zero)
+            return dense_output(inputs[:, -4:])
 
     model = dataclasses.replace(make_model("flow"), network=Noisy())
     first, second = (

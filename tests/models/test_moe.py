@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from dpt.config.sections import ModelConfig
 from dpt.models.dit import DiT
 from dpt.models.experts import Dispatch
-from dpt.models.moe import BIAS_STEP, MoE, Router, summarize, within_capacity
+from dpt.models.moe import BIAS_STEP, EarlierRouting, MoE, Router, summarize, within_capacity
 
 WIDTHS = {"hidden_size": 16, "num_heads": 2, "depth": 1}
 
@@ -130,6 +130,36 @@ def test_balance_loss_and_z_loss_by_hand():
     assert summary.tokens_per_expert.tolist() == [chosen.sum(0).long().tolist()] * 2
     even = summarize([stats._replace(mean_probs=torch.full((3,), 1 / 3), counts=torch.tensor([5, 5, 5]))])
     torch.testing.assert_close(even.load_balancing_loss, torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_micro_batches_share_the_balance_loss_of_their_step(parts):
+    layer = moe(num_experts=3, top_k=2)
+    x = torch.randn(8, 4, 16)
+    whole = summarize([layer(x)[1]])
+    values, gradients, expected, earlier = [], [], [], None
+    for part in range(parts):
+        out = summarize([layer(x.chunk(parts)[part])[1]], earlier)
+        values.append(out.load_balancing_loss)
+        gradients.append(torch.autograd.grad(out.load_balancing_loss, layer.gate.weight)[0])
+        routing = (out.tokens_per_expert, out.router_probs)
+        earlier = EarlierRouting(*routing) if earlier is None else earlier.plus(*routing)
+        seen = F.linear(torch.cat(x.chunk(parts)[: part + 1]), layer.gate.weight).softmax(-1)  # [B, T, E]
+        fractions = F.one_hot(seen.topk(2).indices, 3).float().mean(dim=(0, 1, 2))
+        last = seen[-8 // parts :].flatten(0, 1)
+        expected.append(torch.autograd.grad(3 * (fractions * last.mean(0)).sum(), layer.gate.weight)[0])
+    torch.testing.assert_close(torch.stack(values).mean(), whole.load_balancing_loss, rtol=1e-6, atol=1e-6)
+    for a, b in zip(gradients, expected, strict=True):  # with the fractions of all tokens so far
+        torch.testing.assert_close(a, b)
+    torch.testing.assert_close(earlier.router_probs / parts, whole.router_probs)
+
+
+def test_router_entropy_by_hand():
+    layer = moe(num_experts=3, top_k=2)
+    x = torch.randn(2, 4, 16)
+    probs = F.linear(x, layer.gate.weight).flatten(0, 1).softmax(-1)
+    entropy = summarize([layer(x)[1]]).router_entropy
+    torch.testing.assert_close(entropy, torch.special.entr(probs).sum(-1).mean()[None].double(), rtol=1e-5, atol=1e-6)
 
 
 def test_capacity_drops_the_lightest_of_each_sample_and_reports_the_share():

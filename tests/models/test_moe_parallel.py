@@ -11,6 +11,7 @@ import torch.distributed as dist
 from dpt.config.sections import ModelConfig
 from dpt.errors import UserError
 from dpt.models.dit import DiT
+from dpt.models.moe import EarlierRouting
 from tests.gloo import run_ranks
 
 CONFIG = ModelConfig(
@@ -47,15 +48,27 @@ def build(config, ep_size=1):
     return model
 
 
-def batch():
+def batch(size=4):
     generator = torch.Generator().manual_seed(2)
-    return torch.randn(4, 4, 4, 4, generator=generator), torch.arange(4), torch.arange(4)
+    return torch.randn(size, 4, 4, 4, generator=generator), torch.arange(size), torch.arange(size) % 4
+
+
+def join_experts(model, tensors):
+    """Tensors by parameter name, those of experts joined over the ranks that share them."""
+    from dpt.models.moe_parallel import ParallelMoE
+
+    joined = dict(tensors)
+    for layer_name, layer in model.named_modules():
+        if isinstance(layer, ParallelMoE):
+            for name in [f"{layer_name}.experts.{n}" for n, _ in layer.experts.named_parameters()]:
+                parts = [torch.empty_like(joined[name]) for _ in range(layer.ep_size)]
+                dist.all_gather(parts, joined[name].contiguous(), group=layer.ep_group)
+                joined[name] = torch.cat(parts)
+    return joined
 
 
 def step(config, ep_size, checkpointing=False):
     """This rank's part of the batch: outputs, losses, and gradients averaged as DeepSpeed does, experts joined."""
-    from dpt.models.moe_parallel import gather_experts
-
     rank, world = dist.get_rank(), dist.get_world_size()
     model = build(config, ep_size)
     model.set_activation_checkpointing(checkpointing)
@@ -71,9 +84,9 @@ def step(config, ep_size, checkpointing=False):
             replicas = [dist.new_group([r for r in range(world) if r % ep_size == e]) for e in range(ep_size)]
             dist.all_reduce(grad, group=replicas[rank % ep_size])
         gradients[name] = grad
-    weights = gather_experts(model, {n: p.detach() for n, p in model.named_parameters()})
+    weights = join_experts(model, {n: p.detach() for n, p in model.named_parameters()})
     losses = torch.stack([out.load_balancing_loss, out.router_z_loss]).detach()
-    return out.prediction.detach(), losses, out.tokens_per_expert, gather_experts(model, gradients), weights
+    return out.prediction.detach(), losses, out.tokens_per_expert, join_experts(model, gradients), weights
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +115,32 @@ def test_equal_to_one_device(one_device, config, world, ep_size, checkpointing):
     for name, parameter in model.named_parameters():
         assert torch.equal(weights[name], parameter), name
         torch.testing.assert_close(gradients[name], parameter.grad, atol=1e-6, rtol=1e-4)
+
+
+def mean_losses(splits):
+    """For each number of micro-batches, the means of the balance loss and z-loss over them, and the sums of the counts."""
+    model, world = build(CONFIG), dist.get_world_size()
+    results = []
+    for number in splits:
+        earlier, losses = EarlierRouting(torch.zeros(2, 4, dtype=torch.int64), torch.zeros(2, 4).double()), []
+        for part in range(number):  # a global micro-batch is a part of the global batch, each rank has its share of it
+            latents, timesteps, labels = (x.chunk(number)[part].chunk(world)[dist.get_rank()] for x in batch(16))
+            out = model(latents, timesteps, labels, earlier=earlier if part else None)
+            losses.append(torch.stack([out.load_balancing_loss, out.router_z_loss]).detach())
+            earlier = earlier.plus(out.tokens_per_expert, out.router_probs)
+        results.append((torch.stack(losses).mean(dim=0), earlier.tokens_per_expert))
+    return results
+
+
+def test_losses_of_the_global_batch_do_not_depend_on_how_it_is_split():
+    """Over 1, 2 or 4 ranks, and into 1, 2, 4 or 16 micro-batches."""
+    out = build(CONFIG)(*batch(16))
+    expected = torch.stack([out.load_balancing_loss, out.router_z_loss])
+    for world, splits in ((1, (1, 2, 4, 16)), (2, (1, 2, 8)), (4, (1, 4))):
+        for results in run_ranks(world, mean_losses, splits):
+            for losses, counts in results:
+                torch.testing.assert_close(losses, expected, rtol=1e-6, atol=1e-6)
+                assert torch.equal(counts, out.tokens_per_expert)
 
 
 def state_dicts(config):

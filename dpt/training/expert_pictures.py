@@ -1,0 +1,63 @@
+"""Pictures and arrays of a step's routing, drawn while a Mixture-of-Experts trains."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dpt import distributed
+from dpt.config.recipe import DptConfig
+from dpt.models.dit import DiT
+from dpt.tracking import Run
+from dpt.training.step import Inputs
+
+if TYPE_CHECKING:
+    from dpt.models.routing import RoutingTally
+
+
+class ExpertPictures:
+    """Watches the forward passes of the steps that are drawn; at all others it does nothing."""
+
+    def __init__(self, network: DiT, config: DptConfig, folder: Path) -> None:
+        self.network, self.config, self.folder = network, config, folder
+        self.tally: RoutingTally | None = None
+
+    def begin(self, drawn: bool) -> None:
+        """Before a step: count its routing if it is one that is drawn."""
+        self.tally = None
+        if drawn and self.config.model.num_experts:
+            from dpt.models.routing import RoutingTally  # loads matplotlib, which takes a second
+
+            self.tally = RoutingTally(self.network, num_train_timesteps=self.config.diffusion.num_train_timesteps)
+
+    @contextmanager
+    def watch(self, inputs: Inputs) -> Iterator[None]:
+        """Around a micro-batch's forward and backward pass."""
+        if self.tally is None:
+            yield
+            return
+        with self.tally.watch(inputs.timesteps, inputs.labels, tuple(inputs.latents.shape[2:])):
+            yield
+
+    def draw(self, step: int, run: Run) -> None:
+        """Save what was counted as `STEP/*.png` and `STEP/routing.npz`, and send it with all experts' tokens. Collective."""
+        if self.tally is None:
+            return
+        tally, self.tally = self.tally, None
+        tally.all_reduce()
+        if not distributed.is_main():
+            return
+        report = tally.report()
+        files = report.save(self.folder / f"{step:08d}")
+        for file in files:
+            if file.suffix == ".png":
+                run.log_picture(file, f"routing_{file.stem}", step)
+            else:
+                run.log_artifact(file, f"routing/{step:08d}")
+        tokens = {
+            f"experts/tokens/layer_{layer:02d}/expert_{expert:02d}": float(count)
+            for layer, counts in enumerate(report.tokens_per_expert.tolist())
+            for expert, count in enumerate(counts)
+        }
+        run.log_metrics(tokens, step)
+        distributed.log(f"Routing: {files[0].parent}")
