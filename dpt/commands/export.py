@@ -3,12 +3,14 @@
 import argparse
 from pathlib import Path
 
-from dpt.models.pretrained import export_diffusers
+from dpt.models.pretrained import export_weights
 from dpt.training.export import export, load_weights
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", type=Path, help="a step_... folder, or a run's folder: its newest")
+    parser.add_argument(
+        "checkpoint", type=Path, help="a step_... folder, or a run's folder: its newest; with --diffusers, any weights"
+    )
     parser.add_argument("out", type=Path, help="folder to write")
     parser.add_argument("--diffusers", action="store_true", help="write a diffusers DiTTransformer2DModel (dense networks)")
     parser.add_argument("--plain", action="store_true", help="with --diffusers: the plain weights, not their average")
@@ -16,6 +18,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     if arguments.diffusers:
-        print(export_diffusers(load_weights(arguments.checkpoint, ema=not arguments.plain), arguments.out))
+        print(export_weights(load_weights(arguments.checkpoint, ema=not arguments.plain), arguments.out, format="diffusers"))
     else:
         print(export(arguments.checkpoint, arguments.out))

@@ -1,7 +1,8 @@
-"""Model sizes by name: parameters, multiply-accumulates of one forward pass, and bytes per rank when training."""
+"""Model sizes by name: parameters, multiply-accumulates, and bytes per rank when training."""
 
 import argparse
 import json
+from typing import Any
 
 from dpt.models.costs import preset_table
 from dpt.scaling.results import format_cells, show_macs
@@ -27,27 +28,36 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json.dumps(rows, indent=1))
         return
+    header = ["preset", "params", "active", "forward 256 px", "512 px", "training 256 px", "512 px"]
+    print(format_cells(header, [[row["preset"], *_sizes(row)] for row in rows]))
+    print("\nMACs (multiply-accumulates) of one image: forward, and forward with backward.\n")
     header = [
         "preset",
-        "params",
-        "active",
-        "MACs 256 px",
-        "MACs 512 px",
-        "states GiB",
+        "weights",
+        "gradients",
+        "moments",
+        "EMA",
+        "buckets",
         "activations",
-        "checkpointed",
-        "total GiB",
+        "(checkpointed)",
+        "total",
+        "(ckpt.)",
     ]
-    cells = []
-    for row in rows:
-        states = sum(row[f"bytes_{name}"] for name in ("weights", "master_weights", "gradients", "moments", "ema"))
-        memory = [states, row["bytes_activations"], row["bytes_activations_checkpointed"], row["bytes_total"]]
-        macs = [show_macs(row[f"forward_macs_{size}px"]) for size in (256, 512)]
-        params = [f"{row[f'params_{kind}'] / 1e6:,.1f} M" for kind in ("total", "active")]
-        cells.append([row["preset"], *params, *macs, *(f"{value / 2**30:.2f}" for value in memory)])
-    print(format_cells(header, cells))
+    print(format_cells(header, [[row["preset"], *_memory(row)] for row in rows]))
     print(
-        f"\nMACs: one forward pass of one image. Memory: on each of {arguments.ranks} ranks, 256 px, {arguments.precision}, "
-        f"EP {arguments.ep}, ZeRO {arguments.zero}, micro batch {arguments.micro_batch};\n"
-        "activations without and with recomputing each block; communication buffers and the device's context come on top."
+        f"\nGiB on each of {arguments.ranks} rank{'s' * (arguments.ranks > 1)}: 256 px, {arguments.precision}, EP "
+        f"{arguments.ep} (dense networks: 1), ZeRO {arguments.zero}, micro batch {arguments.micro_batch}.\n"
+        "weights: with the optimizer's float32 copy; buckets: for exchanging gradients; (checkpointed): blocks are computed\n"
+        "again in the backward pass. The device's context comes on top."
     )
+
+
+def _sizes(row: dict[str, Any]) -> list[str]:
+    params = [f"{row[f'params_{kind}'] / 1e6:,.1f} M" for kind in ("total", "active")]
+    return [*params, *(show_macs(row[f"{kind}_macs_{size}px"]) for kind in ("forward", "training") for size in (256, 512))]
+
+
+def _memory(row: dict[str, Any]) -> list[str]:
+    weights = row["bytes_weights"] + row["bytes_master_weights"]
+    names = ("gradients", "moments", "ema", "buckets", "activations", "activations_checkpointed", "total", "total_checkpointed")
+    return [f"{value / 2**30:.2f}" for value in (weights, *(row[f"bytes_{name}"] for name in names))]

@@ -66,6 +66,12 @@ def _check_experts(recipe: Recipe, world_size: int, experts: int) -> None:
         _refuse(recipe, f"dpt.training.ep_size is {ep_size}, but the model is dense; set it to 1.")
     if world_size % ep_size:
         _refuse(recipe, f"dpt.training.ep_size {ep_size} does not divide the {world_size} ranks; choose a divisor.")
+    if recipe.deepspeed.get("use_data_before_expert_parallelism", False):
+        _refuse(
+            recipe,
+            "use_data_before_expert_parallelism is set; here the ranks that share a layer's experts are neighbours (they "
+            "exchange tokens in every layer), so remove it.",
+        )
     if experts % ep_size:
         _refuse(recipe, f"dpt.training.ep_size {ep_size} does not divide dpt.model.num_experts {experts}; choose a divisor.")
 

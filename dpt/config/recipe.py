@@ -49,6 +49,7 @@ DEEPSPEED_KEYS = frozenset(
         "torch_autocast",
         "train_batch_size",
         "train_micro_batch_size_per_gpu",
+        "use_data_before_expert_parallelism",
         "wall_clock_breakdown",
         "zero_allow_untested_optimizer",
         "zero_force_ds_cpu_optimizer",

@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from dpt.models.dit import DiT as DiT
     from dpt.models.dit import DiTOutput as DiTOutput
     from dpt.models.dit import build_model as build_model
-    from dpt.models.pretrained import export_diffusers as export_diffusers
     from dpt.models.pretrained import export_weights as export_weights
     from dpt.models.pretrained import import_weights as import_weights
     from dpt.models.pretrained import read_weights as read_weights
@@ -24,7 +23,6 @@ _HOMES = {
     "Weights": "weights",
     "adapt": "adapting",
     "build_model": "dit",
-    "export_diffusers": "pretrained",
     "export_weights": "pretrained",
     "import_weights": "pretrained",
     "read_weights": "pretrained",

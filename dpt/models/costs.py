@@ -124,8 +124,11 @@ def memory(
     """Bytes on each of `ranks` when training with AdamW and DeepSpeed's ZeRO stage (0 to 3); latents as in `macs`.
 
     ZeRO divides over all ranks: optimizer states (stage 1), gradients too (2), weights too (3); experts' ones over the ranks
-    that hold the same experts, which comes to the same.
+    that hold the same experts, which comes to the same. UserError for what cannot be.
     """
+    for name, value in (("ranks", ranks), ("ep_size", ep_size), ("micro_batch_size", micro_batch_size)):
+        if value < 1:
+            raise UserError(f"{name} is {value}; it must be at least 1.")
     if ranks % ep_size or (config.num_experts or 1) % ep_size:
         raise UserError(f"ep_size {ep_size} must divide the ranks ({ranks}) and num_experts ({config.num_experts}).")
     if zero_stage == 3 and ep_size > 1:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import logging
 import os
 import shutil
 import uuid
@@ -9,7 +10,7 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -35,6 +36,7 @@ FORMAT_VERSION = 1
 _WEIGHTS, _CONFIG = "weights.safetensors", "config.json"
 _DIFFUSERS_WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 _EMA = "ema."
+_log = logging.getLogger(__name__)
 
 
 # --- reading --------------------------------------------------------------------------------------------------------------
@@ -215,22 +217,32 @@ def export_weights(
     weights: Weights | DiT,
     path: str | Path,
     *,
+    format: Literal["dpt", "diffusers"] = "dpt",
     ema: Mapping[str, Tensor] | None = None,
     sections: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write the folder `path`: `weights.safetensors` and `config.json`, complete or not at all; an export there is replaced.
+    """Write the folder `path`, complete or not at all; an export there is replaced. Tensors keep their dtypes.
 
-    `weights`: a network on one device, or Weights (expert-parallel training joins its experts first: `gather_experts`).
-    `ema`: averaged weights under the same names, stored beside them. `sections`: what config.json says beside "model"
-    (diffusion, vae, task, lineage, as in docs/architecture.md), over what `weights` carries. Tensors keep their dtypes.
+    `weights`: a network on one device, or Weights. `ema`: averaged weights under the same names.
+
+    "dpt": `weights.safetensors`, in which averaged weights are beside the plain ones, and `config.json`. `sections`: what it
+    says beside "model" (diffusion, vae, task, lineage, as in docs/architecture.md), over what `weights` carries.
+
+    "diffusers": a DiTTransformer2DModel with the averaged weights, if they are given; UserError if diffusers has no such
+    network (experts, task convolutions, CLIP projection, qk-norm). It computes the same at the network's input_size (at others
+    diffusers squeezes the positions), unless timestep_features is "dit": diffusers' sines are at 10000^(-i/127), DiT's at
+    10000^(-i/128), and its config cannot say so. A warning then tells the line of code that mends the loaded model.
     """
     if isinstance(weights, DiT):
         weights = Weights(config=weights.config, state=weights.state_dict())
     path = Path(path)
     check_state(weights.config, weights.state, str(path))
-    tensors = dict(weights.state)
     if ema is not None:
         check_state(weights.config, {**weights.state, **ema}, f"{path}, averaged")
+    if format == "diffusers":
+        return _write_diffusers(weights.config, {**weights.state, **(ema or {})}, path)
+    tensors = dict(weights.state)
+    if ema is not None:
         tensors |= {_EMA + name: tensor for name, tensor in ema.items()}
     export_id = uuid.uuid4().hex
     config = {"format_version": FORMAT_VERSION, "export_id": export_id, "model": asdict(weights.config)}
@@ -238,22 +250,20 @@ def export_weights(
     return _write_folder(path, config, tensors, _WEIGHTS, {"export_id": export_id, "format": "pt"})
 
 
-def export_diffusers(weights: Weights | DiT, path: str | Path) -> Path:
-    """Write a dense network as the folder of a diffusers DiTTransformer2DModel; UserError if diffusers has no such network.
-
-    diffusers computes the timestep's sines at 10000^(-i/127), DiT at 10000^(-i/128). A network with timestep_features "dit"
-    is the same in diffusers only with `downscale_freq_shift = 0` set on each block's `norm1.emb.time_proj`.
-    """
-    if isinstance(weights, DiT):
-        weights = Weights(config=weights.config, state=weights.state_dict())
-    config = config_to_diffusers(weights.config)
-    check_state(weights.config, weights.state, str(path))
+def _write_diffusers(config: ModelConfig, state: Mapping[str, Tensor], path: Path) -> Path:
+    values = config_to_diffusers(config)
     tensors: dict[str, Tensor] = {}
-    for name, tensor in weights.state.items():
-        parts = diffusers_map(name, weights.config).split(tensor)
-        tensors |= parts
-        tensors |= {copy: tensor.clone() for copy in embedder_copies(name, weights.config)}
-    return _write_folder(Path(path), config, tensors, _DIFFUSERS_WEIGHTS[0], {"format": "pt"})
+    for name, tensor in state.items():
+        tensors |= diffusers_map(name, config).split(tensor)
+        tensors |= {copy: tensor.clone() for copy in embedder_copies(name, config)}
+    _write_folder(path, values, tensors, _DIFFUSERS_WEIGHTS[0], {"format": "pt"})
+    if config.timestep_features == "dit":
+        _log.warning(
+            "%s: diffusers computes the timestep's frequencies otherwise than DiT; after loading, run `for block in "
+            "model.transformer_blocks: block.norm1.emb.time_proj.downscale_freq_shift = 0`, or predictions differ.",
+            path,
+        )
+    return path
 
 
 def _write_folder(

@@ -76,10 +76,10 @@ slow = [pytest.mark.slow, pytest.mark.skipif(not shutil.which("g++"), reason="no
 
 @pytest.mark.parametrize(
     ("variant", "backend"),
-    [("dense", "eager"), ("swiglu", "eager"), *(pytest.param(v, "inductor", marks=slow) for v in VARIANTS)],
+    [*((v, "aot_eager") for v in VARIANTS), *(pytest.param(v, "inductor", marks=slow) for v in VARIANTS)],
 )
 def test_compiled_blocks_compute_the_same(variant, backend):
-    """Forward and backward; dense blocks compile without a graph break."""
+    """Forward and backward graphs, each block's; dense blocks compile without a graph break (`fullgraph`)."""
     results = []
     for compiled in (False, True):
         torch._dynamo.reset()

@@ -1,16 +1,20 @@
 """Imports and exports: every public format filled at random, against independent references and diffusers' own class."""
 
+import dataclasses
 import json
 
 import pytest
 import torch
 from diffusers import DiTTransformer2DModel
 
+from dpt.config.presets import preset_values
 from dpt.config.sections import ModelConfig
 from dpt.errors import UserError
-from dpt.models import build_model, export_diffusers, export_weights, import_weights, read_weights
-from dpt.models.pretrained import read_config
-from dpt.models.weight_maps import infer_public_config
+from dpt.models import build_model, export_weights, import_weights, read_weights
+from dpt.models.costs import num_params
+from dpt.models.pretrained import _convert, read_config
+from dpt.models.weight_maps import infer_public_config, public_map
+from dpt.models.weights import expected_shapes
 from tests.models import reference
 
 PUBLIC = {
@@ -63,6 +67,41 @@ def test_the_architecture_is_told_by_keys_and_shapes(tmp_path):
         shapes = reference.shapes(hidden=384, depth=12, experts=experts, shared=True)
         config = infer_public_config({name: torch.empty(shape, device="meta") for name, shape in shapes.items()})
         assert (config.num_heads, config.preset) == (6, preset)
+
+
+XL = {"hidden": 1152, "depth": 28, "classes": 1000, "size": 32}
+PUBLISHED = {  # key and shape lists at full size -> the preset, and what differs from it
+    "DiT-XL/2 256": (XL, "XL/2", {}),
+    "DiT-XL/2 512": (XL | {"size": 64}, "XL/2", {"input_size": 64}),
+    "DiT-MoE-S/2-8E2A": (XL | {"hidden": 384, "depth": 12, "experts": 8, "shared": True}, "S/2-8E2A", {}),
+    "DiT-MoE-XL/2-8E2A flash": (
+        XL | {"experts": 8, "shared": True, "flash": True, "heads": 16},
+        "XL/2-8E2A",
+        {"qk_norm": True},
+    ),
+    "DiT-MoE-G/2-16E2A": (XL | {"hidden": 1408, "depth": 40, "experts": 16, "shared": True}, "G/2-16E2A", {}),
+    "generalist": (
+        XL | {"experts": 8, "kind": "gelu", "channels": 12, "tasks": 4, "classes": 1004, "size": 64},
+        "XL/2",
+        {"num_experts": 8, "num_conditions": 2, "patch_embed_tasks": 4, "num_classes": 1004, "input_size": 64,
+         "normalize_top_k": False},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_published_networks_are_the_presets(name):
+    """Every tensor of the lists has its place, and none is left over; on the meta device."""
+    arguments, preset, fields = PUBLISHED[name]
+    state = {key: torch.empty(shape, device="meta") for key, shape in reference.shapes(**arguments).items()}
+    config = infer_public_config(state)
+    expected = ModelConfig(**preset_values(preset) | fields)
+    unused = {} if config.num_experts else {"expert_activation": "swiglu", "normalize_top_k": False}
+    assert config == dataclasses.replace(expected, **unused)
+    assert sum(tensor.numel() for tensor in state.values()) == num_params(config).total
+    del state["pos_embed"]
+    converted = _convert(state, config, public_map(arguments.get("flash", False)), name)
+    assert {key: tensor.shape for key, tensor in converted.items()} == expected_shapes(config)
 
 
 @pytest.mark.parametrize("ema", [True, False])
@@ -221,21 +260,34 @@ def test_diffusers_weights_compute_what_diffusers_computes(tmp_path, norm_eps, s
         torch.testing.assert_close(ours(x, t, y).prediction, theirs(x, t, y).sample, atol=1e-5, rtol=1e-5)
 
 
-def test_exports_to_diffusers_compute_the_same_there(tmp_path):
-    for features in ("diffusers", "dit"):
-        ours = random_model(timestep_features=features)
-        theirs = DiTTransformer2DModel.from_pretrained(export_diffusers(ours, tmp_path / features)).eval()
-        if features == "dit":  # the one difference, which diffusers' config cannot express
-            for block in theirs.transformer_blocks:
-                block.norm1.emb.time_proj.downscale_freq_shift = 0
-        x, t, y = inputs(ours)
-        with torch.no_grad():
-            torch.testing.assert_close(theirs(x, t, y).sample, ours(x, t, y).prediction, atol=1e-5, rtol=1e-5)
+@pytest.mark.parametrize("features", ["diffusers", "dit"])
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"num_conditions": 1, "learn_sigma": False}, {"patch_size": 4, "input_size": 16, "mlp_norm_eps": 1e-2}],
+    ids=str,
+)
+def test_exports_to_diffusers_compute_the_same_there(tmp_path, caplog, features, fields):
+    ours = random_model(timestep_features=features, **fields)
+    theirs = DiTTransformer2DModel.from_pretrained(export_weights(ours, tmp_path / "out", format="diffusers")).eval()
+    assert ("downscale_freq_shift = 0" in caplog.text) == (features == "dit")
+    if features == "dit":  # the one difference, which diffusers' config cannot express
+        for block in theirs.transformer_blocks:
+            block.norm1.emb.time_proj.downscale_freq_shift = 0
+    x, t, y = inputs(ours)
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(x, t, y).sample, ours(x, t, y).prediction, atol=1e-5, rtol=1e-5)
+
+
+def test_averaged_weights_go_to_diffusers_and_come_back(tmp_path):
+    ours, averaged = random_model(timestep_features="diffusers"), random_model(1).state_dict()
+    back = read_weights(export_weights(ours, tmp_path / "out", format="diffusers", ema=averaged))
+    assert dataclasses.replace(back.config, preset=ours.config.preset) == ours.config
+    assert all(torch.equal(back.state[name], tensor) for name, tensor in averaged.items())
 
 
 def test_networks_that_diffusers_cannot_hold_are_refused_both_ways(tmp_path):
     with pytest.raises(UserError, match="num_experts"):
-        export_diffusers(random_model(num_experts=4), tmp_path / "out")
+        export_weights(random_model(num_experts=4), tmp_path / "out", format="diffusers")
     theirs = diffusers_model()
     torch.nn.init.zeros_(theirs.transformer_blocks[2].norm1.emb.timestep_embedder.linear_1.bias)
     theirs.save_pretrained(tmp_path / "uneven")
