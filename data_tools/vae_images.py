@@ -8,7 +8,7 @@ from data_tools.synthesis import SceneTruth, make_scene, render
 from dpt.distributed import progress
 from dpt.tasks import encode_amodal, encode_depth, encode_flow, image_to_float, image_to_uint8, mask_image, resize_image
 
-KIND_WEIGHTS = {"photo": 1.04, "rgb": 0.3, "depth": 0.08, "flow": 0.035, "mask": 0.06, "whole": 0.07}
+KIND_WEIGHTS = {"photo": 3.0, "rgb": 0.3, "depth": 0.08, "flow": 0.035, "mask": 0.06, "whole": 0.07}
 """How often each kind of image is drawn, relative to the others; photos are the hardest and the fewest."""
 RESOLUTION = 128
 """Side of the synthetic images, pixels."""
