@@ -17,6 +17,7 @@ COMMANDS = {
     "plan": "split a budget between model size, training stages and test time",
     "study": "run a grid of launches and draw its figures",
     "presets": "model sizes: parameters, MACs, bytes per rank",
+    "cluster": "training on many GPUs, on paper: layouts, times, memory, recipes",
     "routing": "which experts get which tokens",
     "export": "weights of a checkpoint as a folder",
     "import": "public weights as a folder",
