@@ -5,18 +5,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from dpt.errors import UserError
 from dpt.models.dit import DiT
 from dpt.models.moe import Routing
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 FloatArray = NDArray[np.float64]
 
@@ -165,8 +167,14 @@ def _shares(counts: NDArray[np.int64]) -> FloatArray:
     return np.divide(counts, totals, out=np.full(counts.shape, np.nan), where=totals > 0)
 
 
-def _heat_map(values: FloatArray, x_label: str, y_label: str, title: str) -> Figure:
-    figure = Figure(figsize=(1.5 + 0.4 * values.shape[1], 1.5 + 0.25 * values.shape[0]), layout="constrained")
+def _figure(width: float, height: float) -> "Figure":
+    from matplotlib.figure import Figure  # takes a second to load, and training counts long before it draws
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _heat_map(values: FloatArray, x_label: str, y_label: str, title: str) -> "Figure":
+    figure = _figure(1.5 + 0.4 * values.shape[1], 1.5 + 0.25 * values.shape[0])
     axes = figure.subplots()
     image = axes.imshow(values, vmin=0, aspect="auto", interpolation="nearest")
     axes.set(xlabel=x_label, ylabel=y_label, title=title)
@@ -174,11 +182,11 @@ def _heat_map(values: FloatArray, x_label: str, y_label: str, title: str) -> Fig
     return figure
 
 
-def _per_layer(values: FloatArray, y_label: str, rows: list[str]) -> Figure:
+def _per_layer(values: FloatArray, y_label: str, rows: list[str]) -> "Figure":
     """[L, rows, E]: a heat map a layer, all on one scale."""
     columns = min(4, len(values))
     lines = -(-len(values) // columns)
-    figure = Figure(figsize=(3 * columns, 2.4 * lines), layout="constrained")
+    figure = _figure(3 * columns, 2.4 * lines)
     all_axes: Any = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True)
     ticks = np.unique(np.linspace(0, len(rows) - 1, min(len(rows), 10)).astype(int))
     for layer, axes in enumerate(all_axes.flat):
@@ -193,9 +201,9 @@ def _per_layer(values: FloatArray, y_label: str, rows: list[str]) -> Figure:
     return figure
 
 
-def _grid(values: FloatArray, layers: int, experts: int) -> Figure:
+def _grid(values: FloatArray, layers: int, experts: int) -> "Figure":
     """[L, E, h, w]: a map an expert and layer, all on one scale."""
-    figure = Figure(figsize=(0.8 * experts + 1.5, 0.8 * layers + 0.8), layout="constrained")
+    figure = _figure(0.8 * experts + 1.5, 0.8 * layers + 0.8)
     all_axes: Any = figure.subplots(layers, experts, squeeze=False)
     for (layer, expert), axes in np.ndenumerate(all_axes):
         image = axes.imshow(values[layer, expert], vmin=0, vmax=np.nanmax(values), interpolation="nearest")

@@ -3,16 +3,13 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from dpt import distributed
 from dpt.config.recipe import DptConfig
 from dpt.models.dit import DiT
+from dpt.models.routing import RoutingTally
 from dpt.tracking import Run
 from dpt.training.step import Inputs
-
-if TYPE_CHECKING:
-    from dpt.models.routing import RoutingTally
 
 
 class ExpertPictures:
@@ -26,8 +23,6 @@ class ExpertPictures:
         """Before a step: count its routing if it is one that is drawn."""
         self.tally = None
         if drawn and self.config.model.num_experts:
-            from dpt.models.routing import RoutingTally  # loads matplotlib, which takes a second
-
             self.tally = RoutingTally(self.network, num_train_timesteps=self.config.diffusion.num_train_timesteps)
 
     @contextmanager
@@ -48,7 +43,11 @@ class ExpertPictures:
         if not distributed.is_main():
             return
         report = tally.report()
-        files = report.save(self.folder / f"{step:08d}")
+        try:
+            files = report.save(self.folder / f"{step:08d}")
+        except OSError as error:  # a full disk costs pictures, not the run
+            distributed.log(f"No pictures of the routing were drawn: {error}")
+            return
         for file in files:
             if file.suffix == ".png":
                 run.log_picture(file, f"routing_{file.stem}", step)
