@@ -1,0 +1,93 @@
+"""Where the time of a training step goes: shares by kind of work, and the kernels that take longest.
+
+python -m benchmarks.profile [--cases S/2 S/2-8E2A] [--batch 16] [--kernels 15] [--json FILE]
+
+By torch.profiler, of the step that `benchmarks.train_step` measures, after one that is not looked at.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks import harness
+from benchmarks.train_step import model_config, ours
+from dpt.config.sections import ModelConfig
+
+KINDS = {
+    "matrix products": r"aten::(mm|addmm|bmm|baddbmm|linear|matmul|_grouped_mm|.*conv.*)$|gemm|cutlass|nvjet",
+    "attention": r"attention|flash",
+    "norms": r"layer_norm|LayerNorm",
+    "activations": r"gelu|silu|softmax",
+    "moving tokens": r"index|embedding|gather|scatter|sort|topk|repeat",
+    "optimizer": r"adam|_foreach|lerp",
+    "elementwise": (
+        r"aten::(add|sub|rsub|mul|div|neg|pow|exp|r?sqrt|addcmul|where|sum|mean|sin|cos|clamp|maximum|minimum|bitwise.*|__.*|"
+        r"eq|ne|lt|le|gt|ge|erf.*|log.*|sigmoid.*|tanh)(_.*)?$|elementwise|reduce_kernel"
+    ),
+    "copies and zeros": r"copy|zero|fill|cat|clone|contiguous|empty|to$|stack|memcpy|memset",
+    "communication": r"c10d|gloo|nccl",
+}
+"""The first whose pattern a kernel's name holds."""
+
+
+def kind_of(name: str) -> str:
+    """Kind of work of an operator or kernel."""
+    return next((kind for kind, pattern in KINDS.items() if re.search(pattern, name)), "other")
+
+
+def measure(case: str, config: ModelConfig, *, batch: int, precision: str, kernels: int) -> list[harness.Row]:
+    """Rows of kinds, then of the longest kernels: seconds and share of the whole."""
+    step = ours(config, batch, precision)
+    step()
+    cuda = torch.cuda.is_available()
+    with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as profiler:
+        step()
+        if cuda:
+            torch.cuda.synchronize()
+    spent: dict[str, float] = {}
+    events: list[Any] = list(profiler.key_averages())
+    for event in events:
+        microseconds = event.self_device_time_total if cuda else event.self_cpu_time_total
+        spent[event.key] = spent.get(event.key, 0.0) + microseconds / 1e6
+    calls = {event.key: event.count for event in events}
+    total = sum(spent.values())
+    by_kind: dict[str, float] = {}
+    for name, seconds in spent.items():
+        by_kind[kind_of(name)] = by_kind.get(kind_of(name), 0.0) + seconds
+    label = f"{case} {precision}"
+    results = [_row(label, kind, seconds, total) for kind, seconds in _longest(by_kind)]
+    for name, seconds in _longest(spent)[:kernels]:
+        results.append(_row(f"{label} kernels", name[:60], seconds, total) | {"calls": calls[name]})
+    return results
+
+
+def _longest(spent: dict[str, float]) -> list[tuple[str, float]]:
+    return sorted(spent.items(), key=lambda item: -item[1])
+
+
+def _row(case: str, what: str, seconds: float, total: float) -> harness.Row:
+    return {"case": case, "what": what, "median_s": seconds, "share": round(seconds / total, 4)}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print the tables."""
+    parser = harness.parser(__doc__, rounds=1)
+    parser.add_argument("--cases", nargs="+", default=["S/2", "S/2-8E2A"])
+    parser.add_argument("--batch", type=int, default=16, help="(default: %(default)s)")
+    parser.add_argument("--input-size", type=int, default=32, help="side of the latents (default: %(default)s)")
+    parser.add_argument("--precision", default="bf16" if torch.cuda.is_available() else "fp32", choices=list(harness.DTYPES))
+    parser.add_argument("--kernels", type=int, default=15, help="longest kernels listed (default: %(default)s)")
+    arguments = parser.parse_args(argv)
+    results: list[harness.Row] = []
+    for case in arguments.cases:
+        config = model_config(case, input_size=arguments.input_size)
+        settings = {"batch": arguments.batch, "precision": arguments.precision, "kernels": arguments.kernels}
+        results += measure(case, config, **settings)
+    harness.finish("profile", results, arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,187 @@
+"""A whole training step (forward, backward, AdamW, EMA) beside the textbook's loop, diffusers' network, and the matrix products
+that it is made of.
+
+python -m benchmarks.train_step [--cases a1 S/2 S/2-8E2A L/2:1] [--batch 16] [--precisions fp32 bf16] [--compile] [--json FILE]
+
+A case is a preset, with `:DEPTH` for that many of its blocks alone. `ours` is what the launchers run: the posterior sample,
+noise and timesteps of a batch, the network under DeepSpeed (ZeRO 1, one rank), AdamW with EMA. `bound` is the time that this
+machine takes for the step's multiply-accumulates at the speed of the network's own largest matrix products, each alone.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks import harness, textbook
+from dpt import distributed
+from dpt.config.presets import preset_values
+from dpt.config.recipe import DptConfig, Recipe
+from dpt.config.sections import DiffusionConfig, ModelConfig
+from dpt.diffusion.objective import DiffusionObjective
+from dpt.models.costs import macs
+
+Step = Callable[[], object]
+
+CPU_CASES = ("a1", "S/2", "S/2-8E2A", "L/2:1")
+GPU_CASES = (*CPU_CASES, "XL/2", "L/2-8E2A")
+
+
+def model_config(case: str, **fields: Any) -> ModelConfig:
+    """The architecture that "PRESET" or "PRESET:DEPTH" names, with further fields."""
+    preset, _, depth = case.partition(":")
+    values = preset_values(preset) | ({"depth": int(depth)} if depth else {})
+    return ModelConfig(**values | fields)
+
+
+def recipe(config: ModelConfig, batch: int, precision: str, *, compile: bool = False, **training: Any) -> Recipe:
+    """A pre-training recipe of one rank's batch, as the launchers take it."""
+    deepspeed: dict[str, Any] = {"train_batch_size": batch, "zero_optimization": {"stage": 1}}
+    if precision == "bf16":
+        deepspeed["bf16"] = {"enabled": True}
+    dpt = DptConfig(model=config)
+    settings: dict[str, Any] = {"output_dir": "", "compile": compile} | training
+    return Recipe(deepspeed=deepspeed, dpt=dataclasses.replace(dpt, training=dataclasses.replace(dpt.training, **settings)))
+
+
+def random_batch(config: ModelConfig, batch: int) -> dict[str, Any]:
+    """What the stream yields for class-conditional pre-training: moments, labels, positions in the stream."""
+    side = config.input_size
+    moments = torch.randn(batch, 2, config.in_channels, side, side)
+    moments[:, 1] -= 5.0
+    return {
+        "latents": moments.half(),
+        "label": torch.randint(0, config.num_classes, (batch,)),
+        "sample_index": torch.arange(batch),
+        "source": torch.zeros(batch, dtype=torch.int64),
+    }
+
+
+def ours(config: ModelConfig, batch: int, precision: str, *, compile: bool = False) -> Step:
+    """The training loop's own parts on a batch that lies ready."""
+    from dpt.training.engine import Engine
+    from dpt.training.stages import Stage
+    from dpt.training.step import LossModule, Preparation
+
+    distributed.init()
+    one = recipe(config, batch, precision, compile=compile)
+    network = Stage(name="pretrain", recipe=one, start=None, parents=[]).build()
+    engine = Engine(one, LossModule(network, one.dpt))
+    prepare = Preparation(one.dpt, tasks=["class"], scaling_factor=0.18215, device=engine.device, dtype=engine.dtype)
+    data = random_batch(config, batch)
+
+    def step() -> None:
+        engine.accumulate(*prepare(data))
+        engine.step(1e-4)
+
+    return step
+
+
+def plain(config: ModelConfig, batch: int, precision: str, *, network: str = "textbook") -> Step:
+    """The textbook's loop around the textbook's network or diffusers' one; bf16 by autocast."""
+    model: nn.Module = textbook.DiT(config) if network == "textbook" else _diffusers_network(config)
+    model = model.to(harness.device())
+    objective = DiffusionObjective(DiffusionConfig())
+    data = random_batch(config, batch)
+    device = harness.device()
+
+    def loss() -> Tensor:
+        mean, log_variance = data["latents"].to(device).float().unbind(1)
+        latents = 0.18215 * (mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean))
+        noise, timesteps = torch.randn_like(latents), torch.randint(0, 1000, (batch,), device=device)
+        labels = data["label"].to(device)
+        noisy = objective.add_noise(latents, noise, timesteps)
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            if network == "textbook":
+                prediction, balance = model(noisy, timesteps, labels)
+            else:
+                prediction, balance = model(noisy, timestep=timesteps, class_labels=labels).sample, 0.0
+        total: Tensor = objective.loss(prediction.float(), latents, noise, noisy, timesteps)["loss"] + 0.01 * balance
+        return total
+
+    return textbook.training_step(model, loss)
+
+
+def _diffusers_network(config: ModelConfig) -> nn.Module:
+    from diffusers import DiTTransformer2DModel
+
+    network: nn.Module = DiTTransformer2DModel(
+        num_attention_heads=config.num_heads,
+        attention_head_dim=config.hidden_size // config.num_heads,
+        in_channels=config.in_channels,
+        out_channels=2 * config.in_channels,
+        num_layers=config.depth,
+        sample_size=config.input_size,
+        patch_size=config.patch_size,
+        num_embeds_ada_norm=config.num_classes,
+    )
+    return network.train()
+
+
+def block_products(config: ModelConfig, rows: int) -> list[tuple[str, int, int, int]]:
+    """The matrix products of one block on so many tokens, forward and backward; experts evenly loaded."""
+    d, width = config.hidden_size, config.mlp_width
+    layers = [(rows, d, 3 * d), (rows, d, d)]
+    if config.num_experts:
+        first = width * (2 if config.expert_activation == "swiglu" else 1)
+        slots = max(1, rows * config.top_k // config.num_experts)
+        layers += [(slots, d, first), (slots, width, d)] * config.num_experts
+        if config.shared_expert_width:
+            layers += [(rows, d, 2 * config.shared_expert_width), (rows, config.shared_expert_width, d)]
+    else:
+        layers += [(rows, d, width), (rows, width, d)]
+    return [product for layer in layers for product in harness.linear_products(*layer)]
+
+
+def measure(
+    case: str, config: ModelConfig, *, batch: int, precision: str, rounds: int, compile: bool = False
+) -> list[harness.Row]:
+    """All ways of one case, in turn."""
+    builders: dict[str, Callable[[], Step]] = {
+        harness.OURS: lambda: ours(config, batch, precision, compile=compile),
+        "textbook": lambda: plain(config, batch, precision),
+    }
+    if not config.num_experts:
+        builders["diffusers"] = lambda: plain(config, batch, precision, network="diffusers")
+    peaks = {name: harness.peak_bytes(build) for name, build in builders.items()}
+    tokens = batch * (config.input_size // config.patch_size) ** 2
+    products = harness.MatrixProducts(block_products(config, tokens), harness.DTYPES[precision])
+    flops = 2.0 * batch * macs(config).training
+    actions: dict[str, Step] = {harness.BOUND: products, **{name: build() for name, build in builders.items()}}
+    timings = harness.interleave(actions, rounds)
+    timings[harness.BOUND] = timings[harness.BOUND].scaled(flops / products.flops)
+    results = harness.rows(f"{case} {precision}", timings, peak_bytes=peaks)
+    for row in results:
+        row["gflops_per_s"] = flops / row["median_s"] / 1e9
+        if torch.cuda.is_available():  # against the device's best large product in bf16, as `perf/mfu` of a training run
+            row["mfu"] = flops / row["median_s"] / harness.matrix_rate(torch.bfloat16, 8192)
+    return results
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print the figures."""
+    parser = harness.parser(__doc__)
+    parser.add_argument("--cases", nargs="+", default=GPU_CASES if torch.cuda.is_available() else CPU_CASES)
+    parser.add_argument("--precisions", nargs="+", default=list(harness.DTYPES), choices=list(harness.DTYPES))
+    parser.add_argument("--batch", type=int, default=16, help="(default: %(default)s)")
+    parser.add_argument("--input-size", type=int, default=32, help="side of the latents (default: %(default)s)")
+    parser.add_argument("--compile", action="store_true", help="compile our blocks")
+    arguments = parser.parse_args(argv)
+    results: list[harness.Row] = []
+    notes = []
+    for precision in arguments.precisions:
+        if reason := harness.unusable(precision):
+            notes.append(reason)
+            continue
+        for case in arguments.cases:
+            config = model_config(case, input_size=arguments.input_size)
+            results += measure(
+                case, config, batch=arguments.batch, precision=precision, rounds=arguments.rounds, compile=arguments.compile
+            )
+    harness.finish("train_step", results, arguments, notes=notes)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""Every benchmark runs, at sizes that take seconds, and writes the fields that it promises. Nothing is said about time."""
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.__main__ import NAMES
+
+ROOT = Path(__file__).resolve().parents[2]
+TIMED = {"case", "what", "median_s", "low_s", "high_s", "rounds"}
+
+TINY = {
+    "moe_layer": ["--precisions", "fp32", "--tokens", "64", "--hidden-size", "32", "--experts", "4", "--rounds", "1"],
+    "optimizer_ema": ["--preset", "a1", "--rounds", "1"],
+    "train_step": [
+        "--cases", "a1:1", "S/2-8E2A:1", "--precisions", "fp32", "--batch", "1", "--input-size", "4", "--rounds", "1"
+    ],
+    "sample": [
+        "--preset", "a1", "--depth", "1", "--resolution", "32", "--images", "1", "--steps", "2", "--ensemble", "2",
+        "--rounds", "1",
+    ],
+    "checkpoint": ["--preset", "a1", "--depth", "1", "--rounds", "1"],
+    "scaling": [
+        "--ranks", "1", "2", "--batch", "1", "--depth", "1", "--hidden-size", "64", "--input-size", "16", "--rounds", "1"
+    ],
+    "profile": ["--cases", "a1:1", "--precision", "fp32", "--batch", "1", "--input-size", "4", "--kernels", "3"],
+}  # fmt: skip
+WHAT = {
+    "moe_layer": {"bound", "ours", "boolean masks", "deepspeed"},
+    "optimizer_ema": {"bound", "ours", "loop over parameters"},
+    "train_step": {"bound", "ours", "textbook", "diffusers"},
+    "sample": {"bound", "ours", "one at a time", "encoding", "decoding", "merging", "merging by BFGS"},
+    "checkpoint": {"bound", "ours", "torch.save", "torch.load", "deepspeed"},
+    "scaling": {"bound", "ours"},
+}
+
+
+RUNNER = """
+import importlib, json, sys
+for name, arguments in json.loads(sys.argv[1]).items():
+    importlib.import_module(f"benchmarks.{name}").main(arguments)
+"""
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """What all of them wrote, by name; from one process, since loading the libraries takes longest."""
+    folder = tmp_path_factory.mktemp("benchmarks")
+    arguments = {name: [*words, "--json", str(folder / f"{name}.json")] for name, words in TINY.items()}
+    done = subprocess.run([sys.executable, "-c", RUNNER, json.dumps(arguments)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return {name: json.loads((folder / f"{name}.json").read_text()) for name in TINY}
+
+
+@pytest.mark.parametrize("name", WHAT)
+def test_it_measures_what_it_says(name, written):
+    assert written[name]["benchmark"] == name
+    assert written[name]["machine"]["torch"]
+    results = written[name]["results"]
+    assert {row["what"] for row in results} == WHAT[name]
+    for row in results:
+        assert set(row) >= TIMED
+        assert 0 <= row["low_s"] <= row["median_s"] <= row["high_s"]
+        if row["what"] != "bound" and any(r["what"] == "bound" and r["case"] == row["case"] for r in results):
+            assert row["share_of_bound"] > 0
+        if row["what"] not in ("ours", "bound") and row["case"] != "parts":
+            assert row["times_ours"] > 0
+    if name in ("train_step", "moe_layer"):
+        assert all(row["peak_bytes"] > 0 for row in results if row["what"] != "bound")
+    if name == "moe_layer":
+        assert sum("hot_over_balanced" in row for row in results) == 1
+    if name == "sample":
+        assert results[0]["abs_rel_apart"] < 1e-3
+    if name == "scaling":
+        for row in results:
+            if row["what"] == "ours" and ", 2 ranks" in row["case"]:
+                figures = {key: value for key, value in row.items() if key.endswith("_over_model")}
+                assert figures
+                assert all(value == pytest.approx(1.0, rel=0.05) for value in figures.values()), row
+                assert row["predicted_s"] > 0
+
+
+def test_the_profile_adds_up(written):
+    results = written["profile"]["results"]
+    kinds = [row for row in results if not row["case"].endswith("kernels")]
+    assert sum(row["share"] for row in kinds) == pytest.approx(1.0, abs=0.01)
+    assert {"matrix products", "attention", "optimizer"} <= {row["what"] for row in kinds}
+    assert sum(row["case"].endswith("kernels") for row in results) == 3
+
+
+def test_startup_finds_the_first_step(tmp_path, monkeypatch):
+    from benchmarks import startup
+
+    recipe = startup.write_recipe(tmp_path, "a1", 1)
+    fields = json.loads(recipe.read_text())
+    fields["dpt"]["model"] |= {"hidden_size": 32, "depth": 1, "num_heads": 2}
+    recipe.write_text(json.dumps(fields))
+    startup.first_step(tmp_path, recipe)()
+    startup.command("-m", "dpt.cli", "--help")()
+
+
+def test_make_bench_runs_every_benchmark():
+    for name in NAMES:
+        assert callable(importlib.import_module(f"benchmarks.{name}").main)
+    others = {p.stem for p in (ROOT / "benchmarks").glob("[a-z]*.py")} - set(NAMES)
+    assert others == {"harness", "textbook"}
