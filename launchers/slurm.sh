@@ -25,14 +25,15 @@ MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_ADDR
 export MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
 export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}  # which srun no longer takes from sbatch (since SLURM 22.05)
 
 # USR1, sent some minutes before the time is up (and SIGTERM at preemption), makes the run save and leave with code 0.
 srun --kill-on-bad-exit=1 "$python" "launchers/$stage.py" --ds_config "$recipe" "$@"
 
 # A run that was stopped has not exported its weights yet: queue it again, and it continues from its checkpoint.
-output=$("$python" -c 'import json, sys; print(json.load(open(sys.argv[1]))["dpt"]["training"]["output_dir"])' "$recipe")
-for argument in "$@"; do
-    [[ ${previous:-} =~ ^--(dpt\.)?(training\.)?output_dir$ ]] && output=$argument
-    previous=$argument
-done
+output=$("$python" -c '
+import sys
+from dpt.config.command import parse_command
+print(parse_command(sys.argv[1], "", "training", sys.argv[2:]).dpt.training.output_dir)
+' "$stage" --ds_config "$recipe" "$@")
 [[ -f $output/weights/config.json ]] || scontrol requeue "$SLURM_JOB_ID"

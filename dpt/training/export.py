@@ -15,9 +15,6 @@ from dpt.training.checkpoint import STATE_NAME, DamagedCheckpoint, Pieces, check
 CHECKPOINTS, WEIGHTS = "checkpoints", "weights"
 """Folders in a run's output folder."""
 
-EMA = "ema0"
-"""The optimizer state that is exported: the average with the first of `dpt.training.ema_decays`."""
-
 
 def weights_sections(config: DptConfig, vae: VAERecord, lineage: dict[str, Any]) -> dict[str, Any]:
     """What `config.json` says of exported weights beside the network: the objective, the VAE and the task that they need."""
@@ -29,14 +26,15 @@ def weights_sections(config: DptConfig, vae: VAERecord, lineage: dict[str, Any])
     }
 
 
-def export(checkpoint: str | Path, out: str | Path) -> Path:
+def export(checkpoint: str | Path, out: str | Path, *, ema_decay: float | None = None) -> Path:
     """Write a checkpoint's weights, plain and averaged, as the folder `out` that evaluation and the next stage load.
 
-    `checkpoint`: a `step_...` folder, or a folder of such (or of a run), whose newest is taken. UserError if it is damaged.
+    `checkpoint`: a `step_...` folder, or a folder of such (or of a run), whose newest is taken. `ema_decay`: the average to
+    export, one of its `dpt.training.ema_decays`; None: the first. UserError if it is damaged or keeps no such average.
     """
     folder = resolve_checkpoint(Path(checkpoint))
-    plain = checkpoint_weights(folder, ema=False)
-    averaged = checkpoint_weights(folder, ema=True, check=False)
+    averaged = checkpoint_weights(folder, ema=True, ema_decay=ema_decay)
+    plain = checkpoint_weights(folder, ema=False, check=False)
     return export_weights(plain, out, ema=averaged.state if averaged.averaged else None)
 
 
@@ -63,16 +61,21 @@ def resolve_checkpoint(folder: Path) -> Path:
     return found[0]
 
 
-def checkpoint_weights(checkpoint: Path, *, ema: bool, check: bool = True) -> Weights:
-    """All weights of a checkpoint, float32, experts stacked by global id. `check`: hash its files first."""
+def checkpoint_weights(checkpoint: Path, *, ema: bool, ema_decay: float | None = None, check: bool = True) -> Weights:
+    """All weights of a checkpoint, float32, experts stacked by global id. `check`: hash its files first.
+
+    `ema`: averaged ones, by the decay `ema_decay` (None: the first of `dpt.training.ema_decays`); plain ones if the run kept
+    none. UserError as for `export`.
+    """
     try:
         state = read_state(checkpoint)
         if check:
             for name, entry in state["files"].items():
                 check_file(checkpoint / name, entry)
         pieces = Pieces(checkpoint, state)
-        averaged = ema and EMA in state["states"]
-        kind = EMA if averaged else "master"
+        average = _average(checkpoint, state, ema_decay)
+        averaged = ema and average in state["states"]
+        kind = average if averaged else "master"
         tensors = {name: pieces.whole(kind, name, shape) for name, shape in state["parameters"].items()}
         tensors |= {name: pieces.buffer(name) for name in state["buffers"]}
         pieces.close()
@@ -80,3 +83,11 @@ def checkpoint_weights(checkpoint: Path, *, ema: bool, check: bool = True) -> We
         raise UserError(f"{error}; use another checkpoint beside it.") from error
     model = section_from_dict(ModelConfig, state["recipe"]["dpt"]["model"], str(checkpoint))
     return Weights(config=model, state=tensors, source="our checkpoint", averaged=averaged, sections=state["sections"])
+
+
+def _average(checkpoint: Path, state: dict[str, Any], decay: float | None) -> str:
+    """The optimizer state that holds the average of this decay."""
+    decays = state["recipe"]["dpt"]["training"]["ema_decays"]
+    if decay is not None and decay not in decays:
+        raise UserError(f"{checkpoint} keeps averages of the decays {decays}, none of {decay}; choose one of them.")
+    return f"ema{decays.index(decay) if decay is not None else 0}"

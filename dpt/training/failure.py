@@ -24,8 +24,8 @@ def failure_report(engine: Engine, output_dir: Path, step: int, loss: float, key
     largest = sorted(norms, key=lambda n: norms[n] if math.isfinite(norms[n]) else math.inf, reverse=True)[:8]
     report = {
         "step": step,
-        "loss": loss,
-        "largest_weight_norms": {name: norms[name] for name in largest},
+        "loss": _json(loss),
+        "largest_weight_norms": {name: _json(norms[name]) for name in largest},
         "sample_keys": [key for part in distributed.gather_objects(keys) for key in part],
     }
     path = output_dir / "failure.json"
@@ -36,3 +36,8 @@ def failure_report(engine: Engine, output_dir: Path, step: int, loss: float, key
         f"too many steps in a row up to step {step} were not finite (loss {loss}), {again}. Largest weight norms: "
         f"{', '.join(f'{name} {norms[name]:.3g}' for name in largest[:3])}. Sample keys and more: {path}"
     )
+
+
+def _json(value: float) -> float | str:
+    """JSON has no NaN and no infinity."""
+    return value if math.isfinite(value) else str(value)

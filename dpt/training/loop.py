@@ -66,6 +66,16 @@ class Trainer:
         self.step = self.samples_seen = self.skipped = self.skipped_in_a_row = 0
         self.rewound = False
         self.run_id = ""
+        self.control, self.watchdog = Control(), Watchdog(self.training.timeout_s)
+        self.control.listen()
+        try:
+            self._build(recipe, stage_name, found)
+        except UserError:  # on all ranks together
+            self.control.unlisten()
+            self.watchdog.close()
+            raise
+
+    def _build(self, recipe: Recipe, stage_name: str, found: Found | None) -> None:
         with distributed.together():
             self.stage = open_stage(recipe, stage_name, parents=found[1]["parents"] if found else None)
             self.recipe, self.config = self.stage.recipe, self.stage.recipe.dpt
@@ -84,7 +94,6 @@ class Trainer:
             device=self.engine.device,
             dtype=self.engine.dtype,
         )
-        self.control, self.watchdog = Control(), Watchdog(self.training.timeout_s)
         self.saver = Saver(
             self.output_dir / CHECKPOINTS, keep_last=self.training.keep_last, keep_every=self.training.keep_every
         )
@@ -108,7 +117,6 @@ class Trainer:
             raise
 
     def _train(self) -> None:
-        self.control.listen()
         self._announce()
         while self.step < self.training.steps:
             losses, keys = self._accumulate()
@@ -127,8 +135,10 @@ class Trainer:
         return self._finish()
 
     def _accumulate(self) -> tuple[Losses, list[str]]:
-        """Forward and backward passes of a step's micro-batches: losses (the last one's; all tokens), and samples' keys."""
+        """Forward and backward passes of a step's micro-batches: the last one's losses, but the mean `loss` and all tokens of
+        the step, and the samples' keys."""
         keys: list[str] = []
+        loss: Any = 0.0
         earlier: EarlierRouting | None = None
         self.expert_pictures.begin(self._is_drawn(self.step + 1))
         for number in range(self.engine.accumulation):
@@ -142,12 +152,13 @@ class Trainer:
             with self.expert_pictures.watch(inputs):
                 losses = Losses(*self.engine.accumulate(*inputs, earlier))
             self.recorder.sums.add(losses)
+            loss = loss + losses.loss / self.engine.accumulation
             routing = (losses.tokens_per_expert, losses.router_probs)
             earlier = EarlierRouting(*routing) if earlier is None else earlier.plus(*routing)
             if number < self.engine.accumulation - 1:
                 self.engine.end_micro_batch()
         assert earlier is not None
-        return losses._replace(tokens_per_expert=earlier.tokens_per_expert), keys
+        return losses._replace(loss=loss, tokens_per_expert=earlier.tokens_per_expert), keys
 
     def _went_back(self, result: StepResult, losses: Losses, keys: list[str]) -> bool:
         """Balance the routers, or count a skipped step; True if too many of them put the run back to its last checkpoint."""

@@ -148,10 +148,14 @@ class Recorder:
     def _write(self, step: int, metrics: dict[str, float], seconds_left: float) -> None:
         if not distributed.is_main():
             return
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **metrics}) + "\n")
-        self.run.log_metrics({n: v for n, v in metrics.items() if math.isfinite(v)}, step)
+        finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
+        self.run.log_metrics(finite, step)
         distributed.log(_line(step, self.steps, metrics, seconds_left))
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **dict.fromkeys(metrics), **finite}) + "\n")  # JSON has null, but no NaN
+        except OSError as error:  # a full disk costs records, not the run
+            distributed.log(f"{self.path}: the record of step {step} was not written ({error.strerror}).")
 
 
 def _line(step: int, steps: int, m: Mapping[str, float], seconds_left: float) -> str:

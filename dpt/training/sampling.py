@@ -41,7 +41,7 @@ def draw_classes(engine: Engine, config: DptConfig, vae: VAERecord, size: tuple[
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(_grid(images)).save(path)
             drawn = True
-        except UserError as error:
+        except (UserError, OSError) as error:  # a full disk costs pictures, not the run
             distributed.log(f"No class samples were drawn: {error}")
     distributed.barrier()
     return drawn

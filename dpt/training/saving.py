@@ -73,15 +73,22 @@ class Saver:
         nbytes = sum(t.numel() * t.element_size() for t in tensors.values())
         needed = int(distributed.all_reduce_sum({"bytes": nbytes})["bytes"])
         self._state["bytes"] = needed
-        free = distributed.broadcast_object(shutil.disk_usage(self.folder).free)
-        if free < needed:
-            self._error = "the disk is full"
+        self._error = distributed.broadcast_object(self._make_folder(target, needed) if distributed.is_main() else "")
+        if self._error:
             return
-        if distributed.is_main():
-            target.mkdir()
-        distributed.barrier()
         self._thread = threading.Thread(target=self._write, args=(target, tensors, placed), name="checkpoint")
         self._thread.start()
+
+    @staticmethod
+    def _make_folder(target: Path, needed: int) -> str:
+        """Make the folder of a checkpoint of `needed` bytes; why that cannot be, if so."""
+        try:
+            if shutil.disk_usage(target.parent).free < needed:
+                return "the disk is full"
+            target.mkdir(exist_ok=True)
+        except OSError as error:
+            return error.strerror or str(error)
+        return ""
 
     @property
     def _target(self) -> Path:
@@ -91,8 +98,8 @@ class Saver:
         name = rank_file(distributed.rank())
         try:
             self._entry = {name: {**write_tensors(target / name, tensors), "fragments": placed}}
-        except OSError as error:
-            self._error = f"rank {distributed.rank()}: {error.strerror or error}"
+        except Exception as error:  # whatever it was, the checkpoint must not be taken for a whole one
+            self._error = f"rank {distributed.rank()}: {getattr(error, 'strerror', None) or error!r}"
 
     def finish(self) -> bool:
         """Wait until all ranks have written, then make the checkpoint visible; False if it could not be written."""

@@ -1,8 +1,8 @@
 """Several training runs in one set of processes, for tests: started by a launcher with the path of a JSON list of runs.
 
 A run: {"stage", "recipe" (path), "fields" (dotted name -> value), and what shall happen to it: "sigterm_at" (step at which
-the last rank gets the signal; -1: none), "poison" (steps at which the last rank's latents are not a number)}. How each ended
-goes to LIST.results.json. No pictures are drawn: a VAE takes longer to load than these runs take.
+the last rank gets the signal; -1: none), "poison" (steps in whose first micro-batch the last rank's latents are not a
+number)}. How each ended goes to LIST.results.json. No pictures are drawn: a VAE takes longer to load than these runs take.
 """
 
 import json
@@ -44,7 +44,7 @@ def train(run: dict[str, Any]) -> str:
         recipe = load_recipe(run["recipe"], run["fields"])
         found = _find_checkpoint(Path(recipe.dpt.training.output_dir) / "checkpoints", resume=True)
         trainer = Trainer(recipe, run["stage"], found)
-        step_done, prepare = trainer.recorder.step_done, trainer.prepare
+        step_done, prepare, begun = trainer.recorder.step_done, trainer.prepare, -1
 
         def observed(step: int, *rest: Any, **more: Any) -> None:
             if last and step == run["sigterm_at"]:
@@ -52,8 +52,10 @@ def train(run: dict[str, Any]) -> str:
             step_done(step, *rest, **more)
 
         def poisoned(batch: dict[str, Any]) -> Any:
+            nonlocal begun
             inputs = prepare(batch)
-            bad = last and trainer.step in run["poison"]
+            bad = last and trainer.step in run["poison"] and trainer.step != begun
+            begun = trainer.step
             return inputs._replace(latents=inputs.latents * float("nan")) if bad else inputs
 
         trainer.recorder.step_done, trainer.prepare = observed, poisoned  # type: ignore[method-assign, assignment]

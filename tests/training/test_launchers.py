@@ -4,6 +4,9 @@ import contextlib
 import json
 import os
 import random
+import re
+import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,9 +15,12 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
-from training_toys import LAUNCHERS, ROOT, environment, free_port, launch, make_recipe, make_shards, records
+from training_toys import LAUNCHERS, MOE, ROOT, environment, free_port, launch, make_recipe, make_shards, records
 
+from dpt.data.codec import load_vae
+from dpt.data.manifest import VAERecord
 from dpt.training.checkpoint import find_checkpoints, newest_checkpoint
 
 PRETRAIN = str(ROOT / "launchers" / "pretrain.py")
@@ -36,6 +42,7 @@ def test_deepspeed_with_a_recipe_and_nothing_else(recipe: Path) -> None:
     run = recipe.with_suffix("")
     assert done.returncode == 0, done.stdout
     assert [record["step"] for record in records(run)] == [1, 2, 3]
+    assert "Memory plan, GiB on each of 1 rank: weights 0.00, master weights 0.00, " in done.stdout
     assert "pretrain: class, 0.05M parameters" in done.stdout
     assert "step 3/3 | loss " in done.stdout
     assert f"Weights: {run / 'weights'}" in done.stdout
@@ -64,12 +71,16 @@ def test_bad_input_is_one_sentence_and_exit_code_2(recipe: Path, change: list[st
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("nodes", ["torchrun", "slurm"])
+@pytest.mark.parametrize("nodes", ["torchrun", "hostfile", "slurm"])
 def test_two_nodes_on_loopback(recipe: Path, tmp_path: Path, nodes: str) -> None:
     fields = ["--steps", "4", "--model.num_experts", "4", "--training.ep_size", "2"]
-    if nodes == "torchrun":
-        port = str(free_port())
-        command = ["torchrun", "--nnodes", "2", "--nproc_per_node", "2", "--master_addr", "127.0.0.1", "--master_port", port]
+    if nodes != "slurm":
+        command = ["torchrun", "--nnodes", "2", "--nproc_per_node", "2"]
+        if nodes == "hostfile":
+            example = (ROOT / "launchers" / "hostfile.example").read_text()
+            (tmp_path / "hostfile").write_text(example.replace("slots=8", "slots=2"))
+            command = ["deepspeed", "--hostfile", str(tmp_path / "hostfile"), "--no_ssh"]
+        command += ["--master_addr", "127.0.0.1", "--master_port", str(free_port())]
         started = [
             subprocess.Popen(
                 [*command, "--node_rank", str(node), PRETRAIN, "--ds_config", str(recipe), *fields], env=environment(), cwd=ROOT
@@ -179,11 +190,102 @@ def _newest_step(run: Path) -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("number", "words"), [(signal.SIGKILL, "died"), (signal.SIGSTOP, "made no progress for 60 s")])
+def test_a_rank_that_dies_or_hangs_stops_the_others_and_is_named(recipe: Path, number: signal.Signals, words: str) -> None:
+    fields = ["--ds_config", str(recipe), "--steps", "1000000", "--training.timeout_s", "60"]
+    command = [*LAUNCHERS["torchrun"], "2", "--master_port", str(free_port()), PRETRAIN, *fields]
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert process.stdout is not None
+    started = iter(process.stdout)
+    assert any("step 1/1000000" in line for line in started)
+    workers = psutil.Process(process.pid).children(recursive=True)
+    victim = next(worker for worker in workers if worker.environ().get("RANK") == "1")
+    victim.send_signal(number)
+    begin = time.monotonic()
+    assert any(f"rank 1 ({socket.gethostname()}) {words}" in line for line in started)
+    assert time.monotonic() - begin < 60 + 20
+    process.communicate(timeout=120)  # torchrun gives a stopped process half a minute to end by itself
+    assert process.returncode == 1
+    assert not any(worker.is_running() for worker in workers)
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_up_costs_checkpoints_but_not_the_run(recipe: Path) -> None:
+    """Files over 400 kB cannot be written for a while: a checkpoint here has 1 MB."""
+    run = recipe.with_suffix("")
+    fields = ["--ds_config", str(recipe), "--training.checkpoint_every", "2"]
+    assert _plain(*fields, "--steps", "4").returncode == 0
+    limited = f"ulimit -f 400; exec {sys.executable} {PRETRAIN} {' '.join(fields)} --steps 8"
+    done = subprocess.run(["bash", "-c", limited], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600)
+    assert done.returncode == 1, done.stdout
+    assert "The checkpoint of step 6 was not written: rank 0: File too large. It needs 0.001 GB in" in done.stdout
+    assert "Training goes on; the newest is still step_00000004." in done.stdout
+    assert "step 8/8 | loss " in done.stdout
+    assert "the last checkpoint could not be written; make room and start the same command again" in done.stdout
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step_00000002", "step_00000004"]
+    done = _plain(*fields, "--steps", "8")
+    assert done.returncode == 0, done.stderr
+    assert "Continuing from" in done.stdout
+    assert "(step 4, written on 1 ranks)" in done.stdout
+    assert [record["step"] for record in records(run)] == list(range(1, 9))
+
+
+@pytest.mark.slow
+def test_records_and_pictures_reach_console_file_and_mlflow(tmp_path: Path) -> None:
+    from mlflow import MlflowClient
+
+    codec = load_vae()
+    vae = VAERecord(name="embedded", sha256=codec.sha256, scaling_factor=codec.scaling_factor, latent_channels=4)
+    recipe = make_recipe(tmp_path / "run.json", [make_shards(tmp_path / "shards", vae=vae)])
+    tracking = {"tracking.enabled": "true", "tracking.uri": f"sqlite:///{tmp_path}/mlflow.db"}
+    fields = {**MOE, **tracking, "sampling.every": 2, "sampling.labels": "0,1,2,3,4"}
+    options = [text for name, value in fields.items() for text in (f"--{name}", json.dumps(value).strip('"'))]
+    done = launch("torchrun", 2, PRETRAIN, "--ds_config", str(recipe), "--steps", "5", *options)
+    assert done.returncode == 0, done.stdout
+    pieces = [
+        r"step 5/5",
+        "loss #",
+        "balance #",
+        "grad norm #",
+        r"lr 3\.00e-03",
+        "# samples/s",
+        "MFU #%",
+        "data wait #%",
+        "# GiB",
+    ]
+    line = r" \| ".join([*pieces, "expert load #-#", "0:00:00 left"]).replace("#", r"[\d.e+-]+")
+    assert re.search(line, done.stdout), done.stdout
+
+    client = MlflowClient(tracking["tracking.uri"])
+    (run,) = client.search_runs([client.get_experiment_by_name("dpt").experiment_id])
+    lines = records(recipe.with_suffix(""))
+    for name in ("loss", "load_balancing_loss", "grad_norm", "learning_rate", "samples_seen"):
+        history = client.get_metric_history(run.info.run_id, f"train/{name}")
+        assert [(m.step, m.value) for m in history] == [(record["step"], record[f"train/{name}"]) for record in lines]
+    assert {
+        "perf/samples_per_second",
+        "perf/mfu",
+        "perf/data_wait",
+        "perf/memory_gib",
+        "experts/min_load",
+        "experts/max_load",
+    } < {*run.data.metrics}
+    pictures = sorted(Path(file.path).name for file in client.list_artifacts(run.info.run_id, "pictures"))
+    classes = [name for name in pictures if name.startswith("classes")]
+    assert classes == [f"classes_{step:08d}.png" for step in (2, 4, 5)]
+    with Image.open(recipe.with_suffix("") / "pictures" / classes[0]) as picture:
+        assert picture.size == (4 * 32, 2 * 32)  # five of 32 px in rows of four
+
+
+@pytest.mark.slow
 def test_compiled_blocks_train_alike(recipe: Path, tmp_path: Path) -> None:
-    fields = ["--ds_config", str(recipe), "--steps", "3", "--model.num_experts", "4"]
+    fields = ["--ds_config", str(recipe), "--steps", "3", "--model.num_experts", "4", "--training.ep_size", "2"]
     for name, compiled in (("plain", "false"), ("compiled", "true")):
-        done = _plain(*fields, "--training.compile", compiled, "--output_dir", str(tmp_path / name))
-        assert done.returncode == 0, done.stderr
+        output = ["--training.compile", compiled, "--output_dir", str(tmp_path / name)]
+        done = launch("torchrun", 2, PRETRAIN, *fields, *output)
+        assert done.returncode == 0, done.stdout
     losses = [[record["train/loss"] for record in records(tmp_path / name)] for name in ("plain", "compiled")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     assert json.loads((tmp_path / "compiled" / "weights" / "config.json").read_text())["model"]["num_experts"] == 4

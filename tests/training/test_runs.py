@@ -9,18 +9,29 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_runs import POISONED, RESUMED, ROADS, SPREAD, Runs
+from training_runs import OBJECTIVES, POISONED, RESUMED, ROADS, SLOW, SPREAD, Runs
 from training_toys import records
 
+from dpt.config.recipe import load_recipe
+from dpt.errors import UserError
+from dpt.models.dit import DiT
 from dpt.models.pretrained import read_weights
-from dpt.training.checkpoint import find_checkpoints, read_state
+from dpt.training.checkpoint import Pieces, find_checkpoints, read_state
 from dpt.training.export import checkpoint_weights, export
+from dpt.training.feed import open_feed
+from dpt.training.step import LossModule, Preparation
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    """All runs."""
-    return Runs(tmp_path_factory.mktemp("training"))
+def runs(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Runs:
+    """All runs, without the slow ones if none of their tests is asked for."""
+    slow = any(item.get_closest_marker("slow") for item in request.session.items)
+    return Runs(tmp_path_factory.mktemp("training"), slow=slow)
+
+
+def _marked(name: str, *values: object) -> object:
+    """A parameter set, marked slow if the run `name` is."""
+    return pytest.param(*values, marks=[pytest.mark.slow] if name in SLOW else [], id=name)
 
 
 # --- spread over ranks --------------------------------------------------------------------------------------------------
@@ -30,12 +41,14 @@ def _reference(name: str) -> str:
     """The run on one rank that `name` must equal."""
     if "biases" in name:
         return "moe_biases_accumulated" if "accumulated" in name else "moe_biases"
-    if name == "moe_accumulated":
+    if name == "moe_accumulated" or name.removeprefix("dense_") in OBJECTIVES:
         return name
     return f"{name.split('_')[0]}_zero0"
 
 
-@pytest.mark.parametrize(("ranks", "name"), [(ranks, name) for ranks, spread in SPREAD.items() for name in spread])
+@pytest.mark.parametrize(
+    ("ranks", "name"), [_marked(f"{ranks}_{name}", ranks, name) for ranks, spread in SPREAD.items() for name in spread]
+)
 def test_losses_and_weights_are_those_of_one_rank(runs: Runs, ranks: int, name: str) -> None:
     run, reference = runs(f"{ranks}_{name}"), runs(f"1_{_reference(name)}")
     half = name.endswith("16")
@@ -61,8 +74,43 @@ def test_losses_and_weights_are_those_of_one_rank(runs: Runs, ranks: int, name: 
         torch.testing.assert_close(tensor, wanted_weights[key], rtol=1e-3, atol=2e-4, msg=key)
 
 
+@pytest.mark.parametrize("name", ["dense", "moe"])
+def test_losses_weights_and_averages_are_those_of_a_plain_loop(runs: Runs, name: str) -> None:
+    """torch's own AdamW and clipping, without DeepSpeed, and averages kept by hand."""
+    run = runs(f"1_{name}_zero0")
+    config = load_recipe(runs.recipe, SPREAD[1][f"{name}_zero0"]).dpt
+    feed = open_feed(config, global_batch_size=8, micro_batch_size=8, start_sample=0, pin_memory=False)
+    prepare = Preparation(
+        config, tasks=feed.tasks, scaling_factor=feed.vae.scaling_factor, device=torch.device("cpu"), dtype=torch.float32
+    )
+    torch.manual_seed(config.training.seed)
+    module = LossModule(DiT(config.model), config)
+    optimizer = torch.optim.AdamW(module.parameters(), weight_decay=0.01)
+    averages = {decay: {n: p.detach().clone() for n, p in module.network.named_parameters()} for decay in (0.9, 0.5)}
+    batches = iter(feed.stream)
+    for number, expected in enumerate(records(run), 1):
+        optimizer.param_groups[0]["lr"] = 3e-3 * min(number / 3, 1.0)
+        optimizer.zero_grad()
+        losses = module(*prepare(next(batches)))
+        losses.total.backward()
+        norm = float(torch.nn.utils.clip_grad_norm_(module.parameters(), 0.5))
+        optimizer.step()
+        assert (float(losses.loss), norm) == pytest.approx((expected["train/loss"], expected["train/grad_norm"]), rel=2e-4)
+        for decay, average in averages.items():
+            now = min(decay, (1 + number) / (10 + number)) if config.training.ema_warmup else decay
+            for key, parameter in module.network.named_parameters():
+                average[key].lerp_(parameter.detach(), 1 - now)
+    batches.close()  # type: ignore[attr-defined]
+    checkpoint = find_checkpoints(run / "checkpoints")[0]
+    found = {decay: checkpoint_weights(checkpoint, ema=True, ema_decay=decay).state for decay in averages}
+    found[0.0], averages[0.0] = checkpoint_weights(checkpoint, ema=False).state, dict(module.network.named_parameters())
+    for decay, average in averages.items():
+        for key, tensor in average.items():
+            torch.testing.assert_close(found[decay][key], tensor.detach(), rtol=1e-3, atol=2e-4, msg=f"{decay} {key}")
+
+
 def test_training_learns_and_averages_lag(runs: Runs) -> None:
-    run = runs("1_dense_zero1")
+    run = runs("1_dense_zero0")
     losses = [record["train/loss"] for record in records(run)]
     assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
     weights = load_file(run / "weights" / "weights.safetensors")
@@ -92,7 +140,7 @@ def _tensors(run: Path) -> dict[str, torch.Tensor]:
     return {f"{file.name} {name}": tensor for file in files for name, tensor in load_file(file).items()}
 
 
-@pytest.mark.parametrize("name", RESUMED)
+@pytest.mark.parametrize("name", [_marked(name, name) for name in RESUMED])
 def test_on_the_same_layout_a_continued_run_is_the_same_bit_for_bit(runs: Runs, name: str) -> None:
     whole, parts = _tensors(runs(f"{name}_whole")), _tensors(runs(f"{name}_parts"))
     assert whole.keys() == parts.keys()
@@ -119,15 +167,23 @@ def test_on_other_layouts_a_continued_run_stays_close(runs: Runs, name: str) -> 
         torch.testing.assert_close(tensor, expected[key], rtol=1e-3, atol=2e-4, msg=key)
 
 
-def test_moments_are_carried_over(runs: Runs) -> None:
-    """The same step of the same run, held by two ranks with ZeRO 1 and by four with ZeRO 3: each leg stops at its own."""
-    road, straight = (read_state(find_checkpoints(runs(n) / "checkpoints")[0]) for n in ("road_dense", "straight_dense"))
+@pytest.mark.parametrize("name", ROADS)
+def test_moments_and_averages_are_carried_over(runs: Runs, name: str) -> None:
+    """After 20 steps on one rank, and on 1, 2, 4 and 2 with other stages."""
+    checkpoints = [find_checkpoints(runs(f"{kind}_{name}") / "checkpoints")[0] for kind in ("road", "straight")]
+    road, straight = (read_state(checkpoint) for checkpoint in checkpoints)
     assert road["states"] == straight["states"] == ["master", "exp_avg", "exp_avg_sq", "ema0", "ema1"]
     assert road["parameters"] == straight["parameters"]
     assert road["engine"]["updates"] == straight["engine"]["updates"] == 20
+    for kind in road["states"]:
+        found, expected = (
+            torch.cat([pieces.whole(kind, key, shape).flatten() for key, shape in road["parameters"].items()])
+            for pieces in (Pieces(checkpoints[0], road), Pieces(checkpoints[1], straight))
+        )
+        assert (found - expected).norm() < 1e-3 * expected.norm(), kind
 
 
-@pytest.mark.parametrize("name", POISONED)
+@pytest.mark.parametrize("name", [_marked(f"poisoned_{name}", name) for name in POISONED])
 def test_steps_that_are_not_finite_are_skipped_on_all_ranks(runs: Runs, name: str) -> None:
     found = records(runs(f"poisoned_{name}"))
     assert [record["step"] for record in found] == list(range(1, 21))
@@ -144,7 +200,7 @@ def test_too_many_in_a_row_go_back_once_and_then_stop_with_a_report(runs: Runs) 
         "too many steps in a row up to step 11 were not finite (loss nan), also after going back to the last checkpoint" in said
     )
     report = json.loads((runs("failing") / "failure.json").read_text())
-    assert report["step"] == 11
+    assert (report["step"], report["loss"]) == (11, "nan")
     assert len(report["sample_keys"]) == 8
     assert len(report["largest_weight_norms"]) == 8
     assert all(norm > 0 for norm in report["largest_weight_norms"].values())
@@ -166,6 +222,10 @@ def test_any_checkpoint_exports_and_is_a_start(runs: Runs, tmp_path: Path) -> No
     assert averaged.averaged
     assert all(torch.equal(averaged.state[key], plain.state[key]) for key in plain.state)
     averaged.build()
+    second = read_weights(export(run, tmp_path / "second", ema_decay=0.5))
+    assert any(not torch.equal(second.state[key], averaged.state[key]) for key in second.state)
+    with pytest.raises(UserError, match=r"decays \[0.9, 0.5\], none of 0.7"):
+        export(run, tmp_path / "third", ema_decay=0.7)
 
 
 # --- one stage after the other ------------------------------------------------------------------------------------------

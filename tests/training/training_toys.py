@@ -20,7 +20,13 @@ CLASSES = 8
 SIDE = 4
 
 
-def make_shards(folder: Path, task: str = "class", *, count: int = 64, shards: int = 2, seed: int = 0) -> Path:
+VAE = VAERecord(name="embedded", sha256="0" * 64, scaling_factor=1.0, latent_channels=4)
+"""Of no VAE that there is, so no class samples are drawn."""
+
+
+def make_shards(
+    folder: Path, task: str = "class", *, count: int = 64, shards: int = 2, seed: int = 0, vae: VAERecord = VAE
+) -> Path:
     """A shard folder of random moments."""
     folder.mkdir(parents=True)
     random = np.random.default_rng(seed)
@@ -39,7 +45,7 @@ def make_shards(folder: Path, task: str = "class", *, count: int = 64, shards: i
         num_samples=count,
         shards=tuple(records),
         members={name: MemberSpec(dtype=value.dtype.name, shape=value.shape) for name, value in members.items()},
-        vae=VAERecord(name="embedded", sha256="0" * 64, scaling_factor=1.0, latent_channels=4),
+        vae=vae,
         class_names=tuple(f"class {number}" for number in range(CLASSES)) if task == "class" else (),
     )
     write_manifest(folder, manifest)
@@ -96,7 +102,13 @@ def make_recipe(path: Path, shards: Sequence[Path], **fields: Any) -> Path:
     return path
 
 
-MOE = {"model.num_experts": 4, "model.top_k": 2, "model.shared_expert_width": 16, "training.router_z_loss_weight": 1e-3}
+MOE = {
+    "model.num_experts": 4,
+    "model.top_k": 2,
+    "model.shared_expert_width": 16,
+    "training.router_z_loss_weight": 1e-3,
+    "training.ema_warmup": True,
+}
 
 
 def environment() -> dict[str, str]:
