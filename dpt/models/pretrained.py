@@ -165,7 +165,8 @@ def _read_tensors(file: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise UserError(f"{file}: there is no such file; check the path.") from error
     except Exception as error:  # torch raises many kinds
-        raise UserError(f"{file}: not readable as plain tensors ({str(error).splitlines()[0]}).") from error
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(f"{file}: no file of plain tensors, as torch.save or safetensors write them ({reason}).") from error
     if not isinstance(loaded, Mapping):
         raise UserError(f"{file}: holds a {type(loaded).__name__}, not named tensors.")
     return dict(loaded)

@@ -178,6 +178,7 @@ def _heat_map(values: FloatArray, x_label: str, y_label: str, title: str) -> "Fi
     axes = figure.subplots()
     image = axes.imshow(values, vmin=0, aspect="auto", interpolation="nearest")
     axes.set(xlabel=x_label, ylabel=y_label, title=title)
+    axes.locator_params(integer=True)
     figure.colorbar(image)
     return figure
 

@@ -140,7 +140,7 @@ def _heads(hidden_size: int, depth: int) -> int:
     if len(heads) != 1:
         raise UserError(
             f"the weights do not tell the number of attention heads of a network of width {hidden_size} and depth {depth}; "
-            "give num_heads."
+            "give num_heads (dpt import: --heads)."
         )
     return heads.pop()
 
@@ -223,7 +223,7 @@ def config_from_diffusers(values: Mapping[str, Any]) -> ModelConfig:
         num_heads=heads,
         num_classes=values.get("num_embeds_ada_norm", 1000),
         mlp_norm_eps=values.get("norm_eps", 1e-5),
-        timestep_features="diffusers",
+        timestep_features=values.get("timestep_features", "diffusers"),
         **_channels(total_in, values.get("out_channels") or total_in),
     )
     return _named(config)
@@ -236,8 +236,11 @@ def config_to_diffusers(config: ModelConfig) -> dict[str, Any]:
             raise UserError(f"dpt.model.{name} is {getattr(config, name)}; diffusers' DiTTransformer2DModel has no such part.")
     if config.mlp_ratio != 4.0:
         raise UserError(f"dpt.model.mlp_ratio is {config.mlp_ratio}; diffusers' DiTTransformer2DModel has 4.0 only.")
+    # A key that diffusers reports and ignores, for our own way back.
+    features = {} if config.timestep_features == "diffusers" else {"timestep_features": config.timestep_features}
     return {
         "_class_name": "DiTTransformer2DModel",
+        **features,
         **_DIFFUSERS_FIXED,
         "num_attention_heads": config.num_heads,
         "attention_head_dim": config.hidden_size // config.num_heads,

@@ -278,8 +278,9 @@ def test_exports_to_diffusers_compute_the_same_there(tmp_path, caplog, features,
         torch.testing.assert_close(theirs(x, t, y).sample, ours(x, t, y).prediction, atol=1e-5, rtol=1e-5)
 
 
-def test_averaged_weights_go_to_diffusers_and_come_back(tmp_path):
-    ours, averaged = random_model(timestep_features="diffusers"), random_model(1).state_dict()
+@pytest.mark.parametrize("features", ["diffusers", "dit"])
+def test_averaged_weights_go_to_diffusers_and_come_back(tmp_path, features):
+    ours, averaged = random_model(timestep_features=features), random_model(1).state_dict()
     back = read_weights(export_weights(ours, tmp_path / "out", format="diffusers", ema=averaged))
     assert dataclasses.replace(back.config, preset=ours.config.preset) == ours.config
     assert all(torch.equal(back.state[name], tensor) for name, tensor in averaged.items())
