@@ -80,7 +80,9 @@ def checkpoint_weights(checkpoint: Path, *, ema: bool, ema_decay: float | None =
         tensors |= {name: pieces.buffer(name) for name in state["buffers"]}
         pieces.close()
     except DamagedCheckpoint as error:
-        raise UserError(f"{error}; use another checkpoint beside it.") from error
+        before = [path for path in find_checkpoints(checkpoint.parent) if path.name < checkpoint.name]
+        mend = f"the one before it is {before[0]}" if before else "there is none before it"
+        raise UserError(f"{error}; {mend}.") from error
     model = section_from_dict(ModelConfig, state["recipe"]["dpt"]["model"], str(checkpoint))
     return Weights(config=model, state=tensors, source="our checkpoint", averaged=averaged, sections=state["sections"])
 

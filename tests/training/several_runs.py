@@ -5,6 +5,7 @@ the last rank gets the signal; -1: none), "poison" (steps in whose first micro-b
 number)}. How each ended goes to LIST.results.json. No pictures are drawn: a VAE takes longer to load than these runs take.
 """
 
+import itertools
 import json
 import os
 import signal
@@ -44,7 +45,7 @@ def train(run: dict[str, Any]) -> str:
         recipe = load_recipe(run["recipe"], run["fields"])
         found = _find_checkpoint(Path(recipe.dpt.training.output_dir) / "checkpoints", resume=True)
         trainer = Trainer(recipe, run["stage"], found)
-        step_done, prepare, begun = trainer.recorder.step_done, trainer.prepare, -1
+        step_done, prepare, micro_batches = trainer.recorder.step_done, trainer.prepare, itertools.count()
 
         def observed(step: int, *rest: Any, **more: Any) -> None:
             if last and step == run["sigterm_at"]:
@@ -52,10 +53,9 @@ def train(run: dict[str, Any]) -> str:
             step_done(step, *rest, **more)
 
         def poisoned(batch: dict[str, Any]) -> Any:
-            nonlocal begun
             inputs = prepare(batch)
-            bad = last and trainer.step in run["poison"] and trainer.step != begun
-            begun = trainer.step
+            first = next(micro_batches) % trainer.engine.accumulation == 0
+            bad = last and first and trainer.step in run["poison"]
             return inputs._replace(latents=inputs.latents * float("nan")) if bad else inputs
 
         trainer.recorder.step_done, trainer.prepare = observed, poisoned  # type: ignore[method-assign, assignment]

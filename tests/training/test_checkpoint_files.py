@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import signal
 import time
 from pathlib import Path
@@ -32,6 +33,7 @@ from dpt.training.checkpoint import (
     write_state,
     write_tensors,
 )
+from dpt.training.export import checkpoint_weights
 from dpt.training.saving import Saver
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8, torch.bool]
@@ -163,6 +165,8 @@ def test_damage_is_found_named_and_passed_over(
         file.write_bytes(content[:-1] if harm == "cut" else content)
     assert _check_whole(tmp_path) == 1
     assert str(file) in capsys.readouterr().out
+    with pytest.raises(UserError, match=re.escape(f"the one before it is {tmp_path / checkpoint_name(1)}")):
+        checkpoint_weights(tmp_path / checkpoint_name(2), ema=True)
     (tmp_path / checkpoint_name(1) / STATE_NAME).write_text("{}")
     with pytest.raises(UserError, match="no checkpoint is whole"):
         newest_checkpoint(tmp_path)
