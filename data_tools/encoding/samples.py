@@ -137,6 +137,8 @@ def _prepare_perception(sample: Sample, layout: Layout) -> Prepared:
     arrays: dict[str, NDArray[Any]] = {"valid": tasks.latent_valid(frame.nearest(valid), factor=layout.downsampling)}
     if layout.evaluation:
         arrays |= {"image": sample.images[0], "truth": truth}
+        if sample.whole is not None:
+            arrays["code_mask"] = tasks.decode_amodal(tasks.image_to_float(sample.whole)).astype(np.uint8)
     visible = None
     if layout.clip:
         visible = np.where(sample.images[1] > 127, sample.images[0], np.uint8(255))

@@ -19,7 +19,7 @@ from dpt.errors import UserError
 
 log = logging.getLogger("dpt.data")
 
-EVALUATION_MEMBERS = ("image", "truth")
+EVALUATION_MEMBERS = ("image", "truth", "code_mask")
 
 Arrays = dict[str, np.ndarray]
 Place = tuple[int, int, int]

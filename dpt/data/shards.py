@@ -22,7 +22,18 @@ from dpt.data.manifest import Manifest, ShardRecord, read_manifest
 from dpt.data.reader import BLOCK, END, SampleError, ShardReader
 from dpt.errors import UserError
 
-MEMBER_ORDER = ("label", "valid", "clip", "latents", "latents_mirrored", "cond_latents", "target_latents", "image", "truth")
+MEMBER_ORDER = (
+    "label",
+    "valid",
+    "clip",
+    "latents",
+    "latents_mirrored",
+    "cond_latents",
+    "target_latents",
+    "image",
+    "truth",
+    "code_mask",
+)
 """Order of the arrays in a sample; `meta` follows. What only some readers want is last: the others skip it in one piece."""
 
 _DTYPES = ("float16", "float32", "int64", "uint8")

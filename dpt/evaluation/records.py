@@ -13,7 +13,8 @@ class Setting:
     """What was scored: the model with so many steps and members, or a reference that needs no sampling.
 
     kind: "model"; "baseline", the best prediction without looking at the image; "ceiling", the truth through the task's image
-    code and the VAE, which no model of these latents can be expected to pass; "given", a ready-made prediction.
+    code and the VAE, which no model of these latents can be expected to pass; "code", the same without the VAE, where the set
+    has the picture (amodal: thresholding the true whole object); "given", a ready-made prediction.
     """
 
     kind: str = "model"
@@ -33,7 +34,9 @@ class Record:
     """Multiply-accumulates of this prediction."""
 
 
-BASELINE, CEILING, GIVEN = Setting(kind="baseline"), Setting(kind="ceiling"), Setting(kind="given")
+BASELINE, CEILING, CODE, GIVEN = (Setting(kind=kind) for kind in ("baseline", "ceiling", "code", "given"))
+REFERENCES = (BASELINE, CEILING, CODE)
+"""What models are compared with."""
 
 
 class RecordLog:

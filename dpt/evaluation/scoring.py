@@ -11,7 +11,7 @@ from dpt.errors import UserError
 from dpt.evaluation.given import read_prediction, save_prediction
 from dpt.evaluation.prediction import Prediction, Predictor, merge_members
 from dpt.evaluation.protocols import score
-from dpt.evaluation.records import BASELINE, CEILING, GIVEN, Record, Setting
+from dpt.evaluation.records import BASELINE, CEILING, CODE, GIVEN, Record, Setting
 from dpt.evaluation.sets import EvaluationSet, Sample
 
 
@@ -27,9 +27,12 @@ class Scorer:
     def settings(self) -> list[Setting]:
         """All that is scored."""
         if self._predictor is None:
-            return [BASELINE, GIVEN]
+            return [BASELINE, *self._code(), GIVEN]
         steps, sizes = sorted(set(self._config.steps)), sorted(set(self._config.ensemble))
-        return [BASELINE, CEILING, *(Setting(steps=s, ensemble=n) for s in steps for n in sizes)]
+        return [BASELINE, CEILING, *self._code(), *(Setting(steps=s, ensemble=n) for s in steps for n in sizes)]
+
+    def _code(self) -> list[Setting]:
+        return [CODE] if "code_mask" in self._set.manifest.members else []
 
     def records(self, indices: Sequence[int], settings: frozenset[Setting]) -> Iterator[list[Record]]:
         """Each sample's records under `settings`; as many samples are predicted together as fill batches."""
@@ -81,6 +84,8 @@ class Scorer:
             value = self._baseline(sample)
         elif setting == CEILING:
             value = self._ceiling(sample)
+        elif setting == CODE:
+            value = sample.code_mask
         else:
             value = (prediction or self.prediction(sample, setting)).value
         if setting.kind == "model":

@@ -31,6 +31,8 @@ class Sample:
     """float32 `[M, C, h, w]`, scaled posterior means of the encoded truth, where the set has them."""
     embedding: np.ndarray | None
     """float32 `[D]`, CLIP image embedding, where the set has it."""
+    code_mask: np.ndarray | None = None
+    """amodal: bool `[H, W]`, the mask that the true picture of the whole object decodes to, where the set has one."""
 
     @property
     def size(self) -> tuple[int, int]:
@@ -73,6 +75,7 @@ class EvaluationSet:
             cond_latents=raw["cond_latents"][:, 0].astype(np.float32) * scale,
             target_latents=raw["target_latents"][:, 0].astype(np.float32) * scale if "target_latents" in raw else None,
             embedding=raw.get("clip"),
+            code_mask=raw["code_mask"] > 0 if "code_mask" in raw else None,
         )
 
     def passes(self) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from dpt.evaluation.protocols import average
-from dpt.evaluation.records import BASELINE, CEILING, Record, list_sha256
+from dpt.evaluation.records import REFERENCES, Record, list_sha256
 from dpt.evaluation.sets import EvaluationSet
 
 
@@ -36,8 +36,7 @@ def summarize(one: EvaluationSet, records: Iterable[Record]) -> dict[str, Any]:
         "list_sha256": list_sha256(records),
         "data_sha256": one.manifest.data_sha256,
         "results": results,
-        "baseline": figures.get(BASELINE) or None,
-        "ceiling": figures.get(CEILING) or None,
+        **{reference.kind: figures.get(reference) or None for reference in REFERENCES},
     }
 
 
@@ -65,8 +64,8 @@ def tracked_metrics(summary: dict[str, Any]) -> dict[str, float]:
             metrics |= {f"{place}/{m}": v for m, v in figures.items()}  # the last one stays: the main setting
             if "steps" in result:
                 metrics |= {f"{place}/{m}/s{result['steps']}_n{result['ensemble']}": v for m, v in figures.items()}
-        for kind in ("baseline", "ceiling"):
-            metrics |= {f"{place}/{kind}_{m}": v for m, v in (one[kind] or {}).items()}
+        for reference in REFERENCES:
+            metrics |= {f"{place}/{reference.kind}_{m}": v for m, v in (one[reference.kind] or {}).items()}
         metrics[f"{place}/num_samples"] = one["num_samples"]
     if "forward_macs" in summary["settings"]:
         metrics["compute/forward_macs"] = summary["settings"]["forward_macs"]
@@ -94,7 +93,7 @@ def _rows(one: dict[str, Any]) -> list[tuple[str, dict[str, float]]]:
         (f"{r['steps']} steps, {r['ensemble']} members" if "steps" in r else "given predictions", r["metrics"])
         for r in one["results"]
     ]
-    return rows + [(kind, one[kind]) for kind in ("baseline", "ceiling") if one[kind]]
+    return rows + [(reference.kind, one[reference.kind]) for reference in REFERENCES if one[reference.kind]]
 
 
 def _line(row: tuple[str, dict[str, float]]) -> str:

@@ -390,6 +390,25 @@ def test_amodal_with_clip_embeddings(made, tmp_path: Path, vae: str) -> None:
         np.testing.assert_allclose(sample["clip"], embedding.detach(), atol=1e-4)
 
 
+def test_amodal_evaluation_sets_keep_the_mask_that_the_true_picture_gives(tmp_path: Path, vae: str) -> None:
+    whole = np.full((24, 24, 3), 255, np.uint8)
+    whole[4:12, 4:12] = 90
+    whole[12:16, 4:12] = 252  # too bright to count as the object
+    mask = np.zeros((24, 24), np.uint8)
+    mask[4:16, 4:12] = 255
+    pictures = {"occlusion": whole // 2, "whole": whole, "whole_mask": mask, "visible_mask": mask}
+    for name, picture in pictures.items():
+        folder = tmp_path / "root" / ("visible_object_mask" if name == "visible_mask" else name)
+        folder.mkdir(parents=True)
+        Image.fromarray(picture).save(folder / f"7_{name}.png")
+    out = tmp_path / "out"
+    (tmp_path / "root" / "val.txt").write_text("7\n")
+    main(arguments(tmp_path / "root", out, vae, "--split", "val", "--evaluation", dataset="pix2gestalt"))
+    (sample,) = iter_samples(out)
+    assert sample["code_mask"].sum() == 64
+    np.testing.assert_array_equal(sample["code_mask"] > 0, (mask > 0) & (whole[..., 0] == 90))
+
+
 def test_a_job_in_the_way(pictures: Path, tmp_path: Path, vae: str, capsys: pytest.CaptureFixture) -> None:
     from dpt.data.shards import ShardWriter
 

@@ -17,6 +17,7 @@ from dpt.evaluation.protocols import PROTOCOLS, score
 from dpt.evaluation.records import Record, RecordLog, Setting
 from dpt.evaluation.runner import evaluate
 from dpt.evaluation.scoring import samples_at_once
+from dpt.evaluation.sets import EvaluationSet
 from dpt.evaluation.summary import pick_samples, tracked_metrics
 from tests.evaluation.tiny import make_model, make_set
 from tests.gloo import run_ranks
@@ -144,6 +145,11 @@ def test_saved_predictions_score_the_same_as_given_ones(task, tmp_path):
     assert tracked_metrics(again)[f"eval/{task}/{main}"] == second[main]
     if task == "amodal":
         assert {"miou", "iou_pooled"} == set(second)
+        one = again["sets"]["synthetic_val"]
+        masks = [sample.truth for sample in map(EvaluationSet(folder).__getitem__, range(one["num_samples"]))]
+        expected = np.mean([mask[:, 1:].sum() / mask.sum() for mask in masks])
+        assert one["code"]["miou"] == pytest.approx(expected)
+        assert tracked_metrics(again)["eval/amodal/code_miou"] == one["code"]["miou"]
     (Path(given.predictions) / f"scene_003{'.flo' if task == 'flow' else '.npy' if task == 'depth' else '.png'}").unlink()
     with pytest.raises(UserError, match="scene_003"):
         evaluate(given)
@@ -196,7 +202,6 @@ def test_bad_input_is_refused(depth_set, tmp_path):
 
 
 def test_picked_samples(depth_set):
-    from dpt.evaluation.sets import EvaluationSet
 
     one = EvaluationSet(depth_set)
     setting = Setting(steps=1, ensemble=1)

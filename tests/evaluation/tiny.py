@@ -86,6 +86,8 @@ def make_set(
             members = {"cond_latents": moments(conditions), "image": image, "truth": truth}
             if with_targets:
                 members["target_latents"] = moments(targets)
+            if task == "amodal":  # a threshold that loses the first column
+                members["code_mask"] = truth * (np.arange(size[1]) > 0).astype(np.uint8)
             writer.add(f"scene_{number:03d}", members, {"width": size[1], "height": size[0]})
         record = writer.commit()
     specs = {name: MemberSpec(dtype=array.dtype.name, shape=array.shape) for name, array in members.items()}
