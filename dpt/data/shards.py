@@ -22,7 +22,8 @@ from dpt.data.manifest import Manifest, ShardRecord, read_manifest
 from dpt.data.reader import BLOCK, END, SampleError, ShardReader
 from dpt.errors import UserError
 
-MEMBER_ORDER = (
+_CODED = ("label", "valid", "clip", "latents", "latents_mirrored", "cond_latents", "target_latents")
+MEMBER_ORDER = (*_CODED, "image", "truth", "code_mask")
     "label",
     "valid",
     "clip",
