@@ -24,17 +24,6 @@ from dpt.errors import UserError
 
 _CODED = ("label", "valid", "clip", "latents", "latents_mirrored", "cond_latents", "target_latents")
 MEMBER_ORDER = (*_CODED, "image", "truth", "code_mask")
-    "label",
-    "valid",
-    "clip",
-    "latents",
-    "latents_mirrored",
-    "cond_latents",
-    "target_latents",
-    "image",
-    "truth",
-    "code_mask",
-)
 """Order of the arrays in a sample; `meta` follows. What only some readers want is last: the others skip it in one piece."""
 
 _DTYPES = ("float16", "float32", "int64", "uint8")
