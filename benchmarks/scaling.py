@@ -111,8 +111,7 @@ def spread(config: ModelConfig, batch: int, *, zero_stage: int, ep_size: int) ->
     from dpt.training.engine import Engine
     from dpt.training.step import LossModule, Preparation
 
-    one = recipe(config, batch * distributed.world_size(), "fp32", ep_size=ep_size)
-    one.deepspeed["zero_optimization"] = {"stage": zero_stage}
+    one = recipe(config, batch * distributed.world_size(), "fp32", zero_stage=zero_stage, ep_size=ep_size)
     engine = Engine(one, LossModule(DiT(config, ep_size=ep_size), one.dpt))
     prepare = Preparation(one.dpt, tasks=["class"], scaling_factor=0.18215, device=engine.device, dtype=engine.dtype)
     data = random_batch(config, batch)

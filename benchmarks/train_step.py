@@ -4,8 +4,9 @@ that it is made of.
 python -m benchmarks.train_step [--cases a1 S/2 S/2-8E2A L/2:1] [--batch 16] [--precisions fp32 bf16] [--compile] [--json FILE]
 
 A case is a preset, with `:DEPTH` for that many of its blocks alone. `ours` is what the launchers run: the posterior sample,
-noise and timesteps of a batch, the network under DeepSpeed (ZeRO 1, one rank), AdamW with EMA. `bound` is the time that this
-machine takes for the step's multiply-accumulates at the speed of the network's own largest matrix products, each alone.
+noise and timesteps of a batch, the network under DeepSpeed, AdamW with EMA; on one rank, so without ZeRO in fp32 (and with it
+for comparison: it copies gradients and weights once more), with ZeRO 1 in bf16. `bound` is the time that this machine takes for
+the step's multiply-accumulates at the speed of the network's own largest matrix products, each alone.
 """
 
 import dataclasses
@@ -36,9 +37,11 @@ def model_config(case: str, **fields: Any) -> ModelConfig:
     return ModelConfig(**values | fields)
 
 
-def recipe(config: ModelConfig, batch: int, precision: str, *, compile: bool = False, **training: Any) -> Recipe:
-    """A pre-training recipe of one rank's batch, as the launchers take it."""
-    deepspeed: dict[str, Any] = {"train_batch_size": batch, "zero_optimization": {"stage": 1}}
+def recipe(
+    config: ModelConfig, batch: int, precision: str, *, zero_stage: int = 1, compile: bool = False, **training: Any
+) -> Recipe:
+    """A pre-training recipe, as the launchers take it."""
+    deepspeed: dict[str, Any] = {"train_batch_size": batch, "zero_optimization": {"stage": zero_stage}}
     if precision == "bf16":
         deepspeed["bf16"] = {"enabled": True}
     dpt = DptConfig(model=config)
@@ -59,14 +62,15 @@ def random_batch(config: ModelConfig, batch: int) -> dict[str, Any]:
     }
 
 
-def ours(config: ModelConfig, batch: int, precision: str, *, compile: bool = False) -> Step:
-    """The training loop's own parts on a batch that lies ready."""
+def ours(config: ModelConfig, batch: int, precision: str, *, zero_stage: int | None = None, compile: bool = False) -> Step:
+    """The training loop's own parts on a batch that lies ready. zero_stage None: 0 in fp32, 1 in bf16."""
     from dpt.training.engine import Engine
     from dpt.training.stages import Stage
     from dpt.training.step import LossModule, Preparation
 
     distributed.init()
-    one = recipe(config, batch, precision, compile=compile)
+    stage = (0 if precision == "fp32" else 1) if zero_stage is None else zero_stage
+    one = recipe(config, batch, precision, zero_stage=stage, compile=compile)
     network = Stage(name="pretrain", recipe=one, start=None, parents=[]).build()
     engine = Engine(one, LossModule(network, one.dpt))
     prepare = Preparation(one.dpt, tasks=["class"], scaling_factor=0.18215, device=engine.device, dtype=engine.dtype)
@@ -143,6 +147,8 @@ def measure(
         harness.OURS: lambda: ours(config, batch, precision, compile=compile),
         "textbook": lambda: plain(config, batch, precision),
     }
+    if precision == "fp32":
+        builders["ours, ZeRO 1"] = lambda: ours(config, batch, precision, zero_stage=1, compile=compile)
     if not config.num_experts:
         builders["diffusers"] = lambda: plain(config, batch, precision, network="diffusers")
     peaks = {name: harness.peak_bytes(build) for name, build in builders.items()}

@@ -32,7 +32,7 @@ TINY = {
 WHAT = {
     "moe_layer": {"bound", "ours", "boolean masks", "deepspeed"},
     "optimizer_ema": {"bound", "ours", "loop over parameters"},
-    "train_step": {"bound", "ours", "textbook", "diffusers"},
+    "train_step": {"bound", "ours", "ours, ZeRO 1", "textbook", "diffusers"},
     "sample": {"bound", "ours", "one at a time", "encoding", "decoding", "merging", "merging by BFGS"},
     "checkpoint": {"bound", "ours", "torch.save", "torch.load", "deepspeed"},
     "scaling": {"bound", "ours"},
