@@ -5,10 +5,20 @@ import torch
 from torch import Tensor
 
 from data_tools.synthesis import SceneTruth, make_scene, render
+from data_tools.vae_leaves import dead_leaves, noise_fields
 from dpt.distributed import progress
 from dpt.tasks import encode_amodal, encode_depth, encode_flow, image_to_float, image_to_uint8, mask_image, resize_image
 
-KIND_WEIGHTS = {"photo": 3.0, "rgb": 0.3, "depth": 0.08, "flow": 0.035, "mask": 0.06, "whole": 0.07}
+KIND_WEIGHTS = {
+    "photo": 2.0,
+    "leaves": 1.5,
+    "texture": 0.4,
+    "rgb": 0.3,
+    "depth": 0.08,
+    "flow": 0.035,
+    "mask": 0.06,
+    "whole": 0.07,
+}
 """How often each kind of image is drawn, relative to the others; photos are the hardest and the fewest."""
 RESOLUTION = 128
 """Side of the synthetic images, pixels."""
@@ -34,15 +44,28 @@ def synthetic_images(split: str, count: int, *, seed: int = 0) -> dict[str, list
     return images
 
 
-def bundled_photos() -> list[np.ndarray]:
-    """The training photos, uint8 [H, W, 3]; the astronaut is not among them."""
+def bundled_photos() -> dict[str, list[np.ndarray]]:
+    """The training photos, uint8 [H, W, 3], those of surfaces and samples apart; the astronaut is not among them."""
     from skimage import data
     from sklearn.datasets import load_sample_images
 
-    named = [data.coffee(), data.chelsea(), data.rocket(), *data.stereo_motorcycle()[:2]]
-    named += [data.retina(), data.hubble_deep_field(), data.immunohistochemistry()]
-    grey = [data.brick(), data.grass(), data.gravel(), data.camera(), data.coins()]
-    return [*named, *load_sample_images().images, *(np.repeat(image[..., None], 3, axis=-1) for image in grey)]
+    photos = [data.coffee(), data.chelsea(), data.rocket(), *data.stereo_motorcycle()[:2], *load_sample_images().images]
+    photos += [_grey(data.camera()), _grey(data.coins())]
+    textures = [data.retina(), data.hubble_deep_field(), data.immunohistochemistry()]
+    textures += [_grey(data.brick()), _grey(data.grass()), _grey(data.gravel())]
+    return {"photo": photos, "texture": textures}
+
+
+def _grey(image: np.ndarray) -> np.ndarray:
+    return np.repeat(image[..., None], 3, axis=-1)
+
+
+def leaf_images(count: int, *, seed: int = 0) -> list[np.ndarray]:
+    """Dead leaves of the photos' colours and textures, uint8 [H, W, 3]."""
+    photos = [photo for kind in bundled_photos().values() for photo in kind]
+    noises = noise_fields(np.random.default_rng(seed))
+    numbers = progress(range(count), "painting dead leaves", "image")
+    return [dead_leaves(np.random.default_rng([seed, number]), photos, noises) for number in numbers]
 
 
 def astronaut() -> np.ndarray:
@@ -64,7 +87,7 @@ def sample_batch(images: dict[str, list[np.ndarray]], rng: np.random.Generator, 
 def _augment(image: np.ndarray, rng: np.random.Generator, crop: int, kind: str) -> np.ndarray:
     """A crop at a random scale, mirrored and turned; colours vary too, except on white and in masks."""
     smallest, largest = min(crop, *image.shape[:2]), min(*image.shape[:2], 4 * crop)
-    side = round(smallest * (largest / smallest) ** rng.random())
+    side = int(rng.integers(smallest, largest + 1))
     top, left = (int(rng.integers(extent - side + 1)) for extent in image.shape[:2])
     cut = resize_image(image[top : top + side, left : left + side], (crop, crop))
     values = np.rot90(image_to_float(cut), int(rng.integers(4)), axes=(1, 2))
@@ -72,7 +95,7 @@ def _augment(image: np.ndarray, rng: np.random.Generator, crop: int, kind: str) 
         values = values[..., ::-1]
     if kind in ("depth", "flow"):
         values = values * rng.choice([-1.0, 1.0])
-    elif kind in ("photo", "rgb"):
+    elif kind in ("photo", "leaves", "texture", "rgb"):
         values = _vary_colors(values, rng)
     return np.ascontiguousarray(values, dtype=np.float32)
 

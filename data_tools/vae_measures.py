@@ -135,9 +135,10 @@ download; for research use `stabilityai/sd-vae-ft-ema`, which loads by the same 
 
     {command}
 
-from the synthetic scenes of `data_tools.synthesis` (training split) and the photos that scikit-image and scikit-learn bundle,
-without the astronaut. The loss is L1 + 4 x squared error + a light L1 on finite differences + a small KL term. After
-training the latents' channels were centred, which changes no reconstruction.
+from the synthetic scenes of `data_tools.synthesis` (training split), the photos that scikit-image and scikit-learn bundle,
+without the astronaut, and dead leaves in those photos' colours (`data_tools.vae_leaves`). The loss is the log of each crop's
+mean squared error (its PSNR), L1 and a small KL term, weighted as the command says. After training the latents' channels were
+centred, which changes no reconstruction.
 {note}
 ## Measured
 
