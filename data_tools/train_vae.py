@@ -4,8 +4,8 @@
     python -m data_tools.train_vae --evaluate dpt/assets/vae # measure again
 
 It learns from the synthetic scenes (pictures, depth, flow, masks, objects on white), from the photos that scikit-image and
-scikit-learn bundle, except the astronaut, which is for measuring, and from dead leaves in those photos' colours. Every batch is a function of (seed, step), so a run that
-was stopped goes on from its last checkpoint as if it had not been.
+scikit-learn bundle, except the astronaut, which is for measuring, and from dead leaves in those photos' colours. Every batch
+is a function of (seed, step), so a run that was stopped goes on from its last checkpoint as if it had not been.
 """
 
 import argparse
