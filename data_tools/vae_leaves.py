@@ -47,7 +47,7 @@ def _fill(
     rng: np.random.Generator, photos: Sequence[np.ndarray], noises: Sequence[np.ndarray], height: int, width: int
 ) -> np.ndarray:
     """What a leaf is covered with: uint8 [height, width, 3]."""
-    photo = photos[rng.integers(len(photos))]
+    photo = photos[int(rng.integers(len(photos)))]
     first, second = photo[rng.integers(photo.shape[0], size=2), rng.integers(photo.shape[1], size=2)].astype(np.float32)
     kind = rng.random()
     if kind < 0.3:
@@ -59,7 +59,7 @@ def _fill(
         ramp = (0.5 + np.cos(angle) * rows + np.sin(angle) * cols)[..., None].clip(0, 1)
         values = first + (second - first) * ramp * rng.random()
         if kind < 0.75:
-            values = values + _piece(rng, noises[rng.integers(len(noises))], height, width) * rng.uniform(2, 35)
+            values = values + _piece(rng, noises[int(rng.integers(len(noises)))], height, width) * rng.uniform(2, 35)
     return np.asarray(values.clip(0, 255), dtype=np.uint8)
 
 
