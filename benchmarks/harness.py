@@ -25,6 +25,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from dpt import distributed
+
+if not torch.cuda.is_available():
+    distributed.keep_freed_memory()  # likewise
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BOUND = "bound"
 """What cannot be beaten: the ceiling, timed like the rest."""

@@ -6,14 +6,14 @@ functions keep as little as the backward pass can do with: an expert MLP keeps i
 is computed again), permutations keep indices.
 """
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-aten = torch.ops.aten
+from dpt.models import activations
 
 
 def grouped_linear(x_ND: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
@@ -55,37 +55,16 @@ def _grouped_sum(y_NB: Tensor, counts: Tensor) -> Tensor:
     return torch.stack([part.sum(dim=0) for part in y_NB.split(counts.tolist())])
 
 
-def _activate(hidden: Tensor, kind: str) -> Tensor:
-    if kind == "gelu":
-        return F.gelu(hidden, approximate="tanh")
-    gate, up = hidden.chunk(2, dim=-1)
-    return F.silu(gate).mul_(up)
-
-
-def _activate_backward(grad: Tensor, hidden: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    """The activation of `hidden` again, and the gradient with respect to `hidden`."""
-    if kind == "gelu":
-        return F.gelu(hidden, approximate="tanh"), aten.gelu_backward(grad, hidden, approximate="tanh")
-    gate, up = hidden.chunk(2, dim=-1)
-    d_hidden = torch.empty_like(hidden)
-    d_gate, d_up = d_hidden.chunk(2, dim=-1)
-    torch.mul(grad, up, out=d_gate)
-    aten.silu_backward.grad_input(d_gate, gate, grad_input=d_gate)
-    silu = F.silu(gate)
-    torch.mul(grad, silu, out=d_up)
-    return silu.mul_(up), d_hidden
-
-
 class _ExpertMlp(torch.autograd.Function):
     """All experts' MLPs on their slices; x [N, D] -> [N, D]."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, w_in: Tensor, b_in: Tensor | None, w_out: Tensor, b_out: Tensor | None, counts: Tensor,
-                kind: str) -> Tensor:  # fmt: skip
+                kind: activations.Kind) -> Tensor:  # fmt: skip
         hidden = grouped_linear(x, w_in, counts)
         if b_in is not None:
             hidden += b_in[_row_experts(counts, x.shape[0])]
-        out = grouped_linear(_activate(hidden, kind), w_out, counts)
+        out = grouped_linear(activations.forward(hidden, kind), w_out, counts)
         if b_out is not None:
             out += b_out[_row_experts(counts, x.shape[0])]
         ctx.save_for_backward(x, w_in, w_out, counts, hidden)
@@ -98,7 +77,8 @@ class _ExpertMlp(torch.autograd.Function):
         x, w_in, w_out, counts, hidden = ctx.saved_tensors
         grad = grad.contiguous()
         d_active = grouped_linear(grad, w_out.transpose(1, 2), counts)
-        active, d_hidden = _activate_backward(d_active, hidden, ctx.kind)
+        d_hidden, active = activations.backward(d_active, hidden, ctx.kind, again=True)
+        assert active is not None
         del d_active
         d_w_out = grouped_outer(grad, active, counts)
         del active
@@ -184,7 +164,7 @@ class Experts(nn.Module):
     fc2_weight [E, D, F], fc2_bias [E, D].
     """
 
-    def __init__(self, num_experts: int, hidden_size: int, width: int, kind: Literal["swiglu", "gelu"]) -> None:
+    def __init__(self, num_experts: int, hidden_size: int, width: int, kind: activations.Kind) -> None:
         super().__init__()
         self.num_experts = num_experts
         self.kind = kind

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dpt.models.activations import activate
 from dpt.models.costs import FREQUENCY_EMBEDDING_SIZE
 
 
@@ -149,7 +150,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(width, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return self.fc2(activate(self.fc1(x), "gelu"))
 
 
 class SwiGLU(nn.Module):
@@ -169,8 +170,7 @@ class SwiGLU(nn.Module):
             nn.init.xavier_uniform_(weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
+        return self.down(activate(self.gate_up(x), "swiglu"))
 
 
 class FinalLayer(nn.Module):
