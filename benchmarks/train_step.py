@@ -6,7 +6,8 @@ python -m benchmarks.train_step [--cases a1 S/2 S/2-8E2A L/2:1] [--batch 16] [--
 A case is a preset, with `:DEPTH` for that many of its blocks alone. `ours` is what the launchers run: the posterior sample,
 noise and timesteps of a batch, the network under DeepSpeed, AdamW with EMA; on one rank, so without ZeRO in fp32 (and with it
 for comparison: it copies gradients and weights once more), with ZeRO 1 in bf16. `bound` is the time that this machine takes for
-the step's multiply-accumulates at the speed of the network's own largest matrix products, each alone.
+the step's multiply-accumulates at the speed of the network's own largest matrix products, each alone. Rows in
+micro-batches make the same step from a quarter of the batch at a time, for its memory.
 """
 
 import dataclasses
@@ -27,6 +28,7 @@ from dpt.models.costs import macs
 Step = Callable[[], object]
 
 CPU_CASES = ("a1", "S/2", "S/2-8E2A", "L/2:1")
+MICRO_BATCHES = 4
 GPU_CASES = (*CPU_CASES, "XL/2", "L/2-8E2A")
 
 
@@ -38,10 +40,18 @@ def model_config(case: str, **fields: Any) -> ModelConfig:
 
 
 def recipe(
-    config: ModelConfig, batch: int, precision: str, *, zero_stage: int = 1, compile: bool = False, **training: Any
+    config: ModelConfig,
+    batch: int,
+    precision: str,
+    *,
+    zero_stage: int = 1,
+    accumulation: int = 1,
+    compile: bool = False,
+    **training: Any,
 ) -> Recipe:
     """A pre-training recipe, as the launchers take it."""
-    deepspeed: dict[str, Any] = {"train_batch_size": batch, "zero_optimization": {"stage": zero_stage}}
+    deepspeed: dict[str, Any] = {"train_batch_size": batch, "gradient_accumulation_steps": accumulation}
+    deepspeed["zero_optimization"] = {"stage": zero_stage}
     if precision == "bf16":
         deepspeed["bf16"] = {"enabled": True}
     dpt = DptConfig(model=config)
@@ -62,7 +72,15 @@ def random_batch(config: ModelConfig, batch: int) -> dict[str, Any]:
     }
 
 
-def ours(config: ModelConfig, batch: int, precision: str, *, zero_stage: int | None = None, compile: bool = False) -> Step:
+def ours(
+    config: ModelConfig,
+    batch: int,
+    precision: str,
+    *,
+    zero_stage: int | None = None,
+    accumulation: int = 1,
+    compile: bool = False,
+) -> Step:
     """The training loop's own parts on a batch that lies ready. zero_stage None: 0 in fp32, 1 in bf16."""
     from dpt.training.engine import Engine
     from dpt.training.stages import Stage
@@ -70,14 +88,17 @@ def ours(config: ModelConfig, batch: int, precision: str, *, zero_stage: int | N
 
     distributed.init()
     stage = (0 if precision == "fp32" else 1) if zero_stage is None else zero_stage
-    one = recipe(config, batch, precision, zero_stage=stage, compile=compile)
+    one = recipe(config, batch, precision, zero_stage=stage, accumulation=accumulation, compile=compile)
     network = Stage(name="pretrain", recipe=one, start=None, parents=[]).build()
     engine = Engine(one, LossModule(network, one.dpt))
     prepare = Preparation(one.dpt, tasks=["class"], scaling_factor=0.18215, device=engine.device, dtype=engine.dtype)
-    data = random_batch(config, batch)
+    data = random_batch(config, batch // accumulation)
 
     def step() -> None:
-        engine.accumulate(*prepare(data))
+        for number in range(accumulation):
+            engine.accumulate(*prepare(data))
+            if number < accumulation - 1:
+                engine.end_micro_batch()
         engine.step(1e-4)
 
     return step
@@ -147,6 +168,8 @@ def measure(
         harness.OURS: lambda: ours(config, batch, precision, compile=compile),
         "textbook": lambda: plain(config, batch, precision),
     }
+    if batch % MICRO_BATCHES == 0:
+        builders["ours in micro-batches"] = lambda: ours(config, batch, precision, accumulation=MICRO_BATCHES, compile=compile)
     if precision == "fp32":
         builders["ours, ZeRO 1"] = lambda: ours(config, batch, precision, zero_stage=1, compile=compile)
     if not config.num_experts:
