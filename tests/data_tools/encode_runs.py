@@ -1,0 +1,19 @@
+"""What the tests of encoding share: command lines, and the VAE alone."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dpt.data.codec import load_vae
+
+SIDE = 32
+
+
+def arguments(root: Path, out: Path, vae: str, *more: str, dataset: str = "image_folder") -> list[str]:
+    base = ["--dataset", dataset, "--root", str(root), "--out", str(out), "--vae", vae, "--resolution", str(SIDE)]
+    return [*base, "--samples-per-shard", "4", "--batch-size", "3", "--processes", "0", *more]
+
+
+def encode_alone(vae: str, image: np.ndarray) -> np.ndarray:
+    return load_vae(vae).encode(torch.from_numpy(image)[None])[0].numpy()
