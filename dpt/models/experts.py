@@ -1,9 +1,8 @@
-"""Experts on contiguous slices: many small MLPs as grouped matrix products, and the moves of tokens to them and back.
+"""A layer's experts, and the moves of tokens to them and back.
 
 Shape legend: T tokens, K top-k, N routed slots (T K, fewer if some are dropped), D hidden_size, F expert width, E experts here.
-Rows of the slots' tensors are sorted by expert; `counts` [E] says how many rows each expert has, none included. The autograd
-functions keep as little as the backward pass can do with: an expert MLP keeps its input and the first product (the activation
-is computed again), permutations keep indices.
+Rows of the slots' tensors are sorted by expert; `counts` [E] says how many rows each expert has, none included. The moves keep
+indices for their backward passes, and gather in both.
 """
 
 from typing import Any
@@ -14,79 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from dpt.models import activations
-
-
-def grouped_linear(x_ND: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-    """Rows of expert e times weight[e]^T: x [N, A], weight [E, B, A] -> [N, B].
-
-    One grouped product on a GPU; on a CPU a loop over contiguous slices, which is faster there.
-    """
-    if x_ND.is_cuda and x_ND.shape[0]:  # the kernel takes no empty product
-        return F.grouped_mm(x_ND, weight.transpose(1, 2), offs=counts.cumsum(0, dtype=torch.int32))
-    out = x_ND.new_empty(x_ND.shape[0], weight.shape[1])
-    start = 0
-    for e, count in enumerate(counts.tolist()):
-        torch.mm(x_ND[start : start + count], weight[e].t(), out=out[start : start + count])
-        start += count
-    return out
-
-
-def grouped_outer(y_NB: Tensor, x_NA: Tensor, counts: Tensor) -> Tensor:
-    """For each expert, the sum over its rows of y x^T: y [N, B], x [N, A] -> [E, B, A]; zero for an empty expert."""
-    if x_NA.is_cuda and x_NA.shape[0]:
-        return F.grouped_mm(y_NB.t(), x_NA, offs=counts.cumsum(0, dtype=torch.int32))
-    out = x_NA.new_empty(counts.shape[0], y_NB.shape[1], x_NA.shape[1])
-    start = 0
-    for e, count in enumerate(counts.tolist()):
-        torch.mm(y_NB[start : start + count].t(), x_NA[start : start + count], out=out[e])  # zeros if there are no rows
-        start += count
-    return out
-
-
-def _row_experts(counts: Tensor, num_rows: int) -> Tensor:
-    """The expert of each row, int64 [N]."""
-    return torch.repeat_interleave(torch.arange(counts.shape[0], device=counts.device), counts, output_size=num_rows)
-
-
-def _grouped_sum(y_NB: Tensor, counts: Tensor) -> Tensor:
-    """For each expert, the sum of its rows: y [N, B] -> [E, B]."""
-    if y_NB.is_cuda:  # a product with a one-hot matrix: deterministic, and no host needs to know the counts
-        return F.one_hot(_row_experts(counts, y_NB.shape[0]), counts.shape[0]).to(y_NB.dtype).t() @ y_NB
-    return torch.stack([part.sum(dim=0) for part in y_NB.split(counts.tolist())])
-
-
-class _ExpertMlp(torch.autograd.Function):
-    """All experts' MLPs on their slices; x [N, D] -> [N, D]."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, w_in: Tensor, b_in: Tensor | None, w_out: Tensor, b_out: Tensor | None, counts: Tensor,
-                kind: activations.Kind) -> Tensor:  # fmt: skip
-        hidden = grouped_linear(x, w_in, counts)
-        if b_in is not None:
-            hidden += b_in[_row_experts(counts, x.shape[0])]
-        out = grouped_linear(activations.forward(hidden, kind), w_out, counts)
-        if b_out is not None:
-            out += b_out[_row_experts(counts, x.shape[0])]
-        ctx.save_for_backward(x, w_in, w_out, counts, hidden)
-        ctx.kind, ctx.biased = kind, b_in is not None
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, w_in, w_out, counts, hidden = ctx.saved_tensors
-        grad = grad.contiguous()
-        d_active = grouped_linear(grad, w_out.transpose(1, 2), counts)
-        d_hidden, active = activations.backward(d_active, hidden, ctx.kind, again=True)
-        assert active is not None
-        del d_active
-        d_w_out = grouped_outer(grad, active, counts)
-        del active
-        d_w_in = grouped_outer(d_hidden, x, counts)
-        d_x = grouped_linear(d_hidden, w_in.transpose(1, 2), counts)
-        d_b_in = _grouped_sum(d_hidden, counts) if ctx.biased else None
-        d_b_out = _grouped_sum(grad, counts) if ctx.biased else None
-        return d_x, d_w_in, d_b_in, d_w_out, d_b_out, None, None
+from dpt.models.mlp import Weights, sliced_mlps
 
 
 class _Permute(torch.autograd.Function):
@@ -198,11 +125,11 @@ class Experts(nn.Module):
     def forward(self, x_ND: Tensor, counts_E: Tensor) -> Tensor:
         """Rows sorted by expert [N, D], rows of each expert int64 [E] -> [N, D]. Autocast applies as to a linear layer."""
         if self.kind == "swiglu":
-            arguments = (x_ND, self.gate_up_weight, None, self.down_weight, None)
+            weights = Weights(self.gate_up_weight, None, self.down_weight, None)
         else:
-            arguments = (x_ND, self.fc1_weight, self.fc1_bias, self.fc2_weight, self.fc2_bias)  # type: ignore[assignment]
+            weights = Weights(self.fc1_weight, self.fc1_bias, self.fc2_weight, self.fc2_bias)
         device = x_ND.device.type
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
-            arguments = tuple(None if a is None else a.to(dtype) for a in arguments)  # type: ignore[assignment]
-        return _ExpertMlp.apply(*arguments, counts_E, self.kind)
+            x_ND, weights = x_ND.to(dtype), Weights(*(None if w is None else w.to(dtype) for w in weights))  # type: ignore[arg-type]
+        return sliced_mlps(x_ND, weights, counts_E, self.kind)

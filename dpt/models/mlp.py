@@ -1,0 +1,181 @@
+"""Many MLPs at once, each on its own contiguous slice of rows: what experts are, forward and backward.
+
+Shape legend: N rows, D hidden_size, F MLP width, H columns of the first product (2 F for SwiGLU), E MLPs. Rows are sorted by
+MLP; `counts` [E] says how many each one has, none included. Kept for the backward pass are the input and the first product;
+the activation is computed again.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from dpt.models import activations
+
+_PIECE = 1 << 20
+"""Numbers of a first product that a CPU works on at once: what follows it finds them in the cache."""
+
+
+class Weights(NamedTuple):
+    """Weights of E MLPs, in PyTorch's [out, in] orientation behind the first axis."""
+
+    w_in: Tensor
+    """[E, H, D]."""
+    b_in: Tensor | None
+    """[E, H]."""
+    w_out: Tensor
+    """[E, D, F]."""
+    b_out: Tensor | None
+    """[E, D]; there is one if there is a `b_in`."""
+
+
+def sliced_mlps(x_ND: Tensor, weights: Weights, counts: Tensor, kind: activations.Kind) -> Tensor:
+    """Rows sorted by MLP [N, D], rows of each int64 [E] -> [N, D], differentiable.
+
+    Grouped products on a GPU, where no host needs to know the counts; on a CPU a loop over pieces of slices, each with its
+    two products and the activation between while it is in the cache.
+    """
+    result: Tensor = _SlicedMlps.apply(x_ND, *weights, counts, kind)
+    return result
+
+
+class _SlicedMlps(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w_in: Tensor, b_in: Tensor | None, w_out: Tensor, b_out: Tensor | None, counts: Tensor,
+                kind: activations.Kind) -> Tensor:  # fmt: skip
+        weights = Weights(w_in, b_in, w_out, b_out)
+        hidden, out = (_forward_grouped if x.is_cuda else _forward_in_pieces)(x, weights, counts, kind)
+        ctx.save_for_backward(x, w_in, w_out, counts, hidden)
+        ctx.kind, ctx.biased = kind, b_in is not None
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, w_in, w_out, counts, hidden = ctx.saved_tensors
+        run = _backward_grouped if x.is_cuda else _backward_in_pieces
+        d_x, d_weights = run(grad.contiguous(), x, hidden, w_in, w_out, counts, ctx.kind, biased=ctx.biased)
+        return d_x, *d_weights, None, None
+
+
+# --- on a GPU -----------------------------------------------------------------------------------------------------------
+
+
+def _forward_grouped(x: Tensor, weights: Weights, counts: Tensor, kind: activations.Kind) -> tuple[Tensor, Tensor]:
+    """The first products [N, H] and the results [N, D]."""
+    w_in, b_in, w_out, b_out = weights
+    hidden = _product(x, w_in.transpose(1, 2), counts)
+    if b_in is not None:
+        hidden += b_in[_row_owners(counts, x.shape[0])]
+    out = _product(activations.forward(hidden, kind), w_out.transpose(1, 2), counts)
+    if b_out is not None:
+        out += b_out[_row_owners(counts, x.shape[0])]
+    return hidden, out
+
+
+def _backward_grouped(
+    grad: Tensor,
+    x: Tensor,
+    hidden: Tensor,
+    w_in: Tensor,
+    w_out: Tensor,
+    counts: Tensor,
+    kind: activations.Kind,
+    *,
+    biased: bool,
+) -> tuple[Tensor, Weights]:
+    """Gradients of the rows and of the weights."""
+    d_active = _product(grad, w_out, counts)
+    d_hidden, active = activations.backward(d_active, hidden, kind, again=True)
+    assert active is not None
+    del d_active
+    d_w_out = _outer(grad, active, counts)
+    del active
+    d_w_in = _outer(d_hidden, x, counts)
+    d_x = _product(d_hidden, w_in, counts)
+    d_b_in, d_b_out = (_sums(d_hidden, counts), _sums(grad, counts)) if biased else (None, None)
+    return d_x, Weights(d_w_in, d_b_in, d_w_out, d_b_out)
+
+
+def _product(x_NA: Tensor, w_EAB: Tensor, counts: Tensor) -> Tensor:
+    """Rows of slice e times w[e]: [N, B]."""
+    if not x_NA.shape[0]:  # which the kernel does not take
+        return x_NA.new_empty(0, w_EAB.shape[2])
+    return F.grouped_mm(x_NA, w_EAB, offs=counts.cumsum(0, dtype=torch.int32))
+
+
+def _outer(y_NB: Tensor, x_NA: Tensor, counts: Tensor) -> Tensor:
+    """For each slice, the sum over its rows of y x^T: [E, B, A]; zero for an empty one."""
+    if not x_NA.shape[0]:
+        return x_NA.new_zeros(counts.shape[0], y_NB.shape[1], x_NA.shape[1])
+    return F.grouped_mm(y_NB.t(), x_NA, offs=counts.cumsum(0, dtype=torch.int32))
+
+
+def _row_owners(counts: Tensor, num_rows: int) -> Tensor:
+    """The slice of each row, int64 [N]."""
+    return torch.repeat_interleave(torch.arange(counts.shape[0], device=counts.device), counts, output_size=num_rows)
+
+
+def _sums(y_NB: Tensor, counts: Tensor) -> Tensor:
+    """For each slice, the sum of its rows [E, B]: a product with a one-hot matrix, so deterministic."""
+    return F.one_hot(_row_owners(counts, y_NB.shape[0]), counts.shape[0]).to(y_NB.dtype).t() @ y_NB
+
+
+# --- on a CPU -----------------------------------------------------------------------------------------------------------
+
+
+def _pieces(counts: Tensor, width: int, dtype: torch.dtype) -> Iterator[tuple[int, slice, bool]]:
+    """MLP, rows and whether they are its first, of pieces of at most _PIECE numbers; at least one piece an MLP.
+
+    In less than float32 an MLP's rows are one piece: its weights' gradients are summed within one product, not rounded between.
+    """
+    rows = max(1, _PIECE // width)
+    start = 0
+    for number, count in enumerate(counts.tolist()):
+        step = rows if dtype in (torch.float32, torch.float64) else max(1, count)
+        for first in range(0, max(1, count), step):
+            yield number, slice(start + first, start + min(first + step, count)), first == 0
+        start += count
+
+
+def _forward_in_pieces(x: Tensor, weights: Weights, counts: Tensor, kind: activations.Kind) -> tuple[Tensor, Tensor]:
+    """As `_forward_grouped`."""
+    w_in, b_in, w_out, b_out = weights
+    hidden, out = x.new_empty(x.shape[0], w_in.shape[1]), x.new_empty(x.shape[0], w_out.shape[1])
+    for e, rows, _ in _pieces(counts, w_in.shape[1], x.dtype):
+        torch.mm(x[rows], w_in[e].t(), out=hidden[rows])
+        if b_in is not None:
+            hidden[rows] += b_in[e]
+        torch.mm(activations.forward(hidden[rows], kind), w_out[e].t(), out=out[rows])
+        if b_out is not None:
+            out[rows] += b_out[e]
+    return hidden, out
+
+
+def _backward_in_pieces(
+    grad: Tensor,
+    x: Tensor,
+    hidden: Tensor,
+    w_in: Tensor,
+    w_out: Tensor,
+    counts: Tensor,
+    kind: activations.Kind,
+    *,
+    biased: bool,
+) -> tuple[Tensor, Weights]:
+    """As `_backward_grouped`."""
+    d_x, d_w_in, d_w_out = torch.empty_like(x), torch.empty_like(w_in), torch.empty_like(w_out)
+    d_b_in, d_b_out = w_in.new_zeros(w_in.shape[:2]), w_out.new_zeros(w_out.shape[:2])
+    for e, rows, first in _pieces(counts, w_in.shape[1], x.dtype):
+        d_hidden, active = activations.backward(grad[rows] @ w_out[e], hidden[rows], kind, again=True)
+        assert active is not None
+        for total, y, inputs in ((d_w_out[e], grad[rows], active), (d_w_in[e], d_hidden, x[rows])):
+            torch.addmm(total, y.t(), inputs, beta=0 if first else 1, out=total)
+        torch.mm(d_hidden, w_in[e], out=d_x[rows])
+        if biased:
+            d_b_in[e] += d_hidden.sum(dim=0)
+            d_b_out[e] += grad[rows].sum(dim=0)
+    return d_x, Weights(d_w_in, d_b_in if biased else None, d_w_out, d_b_out if biased else None)

@@ -1,0 +1,71 @@
+"""MLPs on slices, in pieces and grouped, against one MLP after the other."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dpt.models import mlp
+from dpt.models.mlp import Weights, sliced_mlps
+
+D, WIDTH = 8, 16
+
+
+def reference(x, weights, counts, kind):
+    parts = []
+    for e, rows in enumerate(x.split(counts)):
+        hidden = F.linear(rows, weights.w_in[e], None if weights.b_in is None else weights.b_in[e])
+        if kind == "swiglu":
+            gate, up = hidden.chunk(2, dim=-1)
+            hidden = F.silu(gate) * up
+        else:
+            hidden = F.gelu(hidden, approximate="tanh")
+        parts.append(F.linear(hidden, weights.w_out[e], None if weights.b_out is None else weights.b_out[e]))
+    return torch.cat(parts)
+
+
+def make(num, kind, biased, dtype):
+    columns = 2 * WIDTH if kind == "swiglu" else WIDTH
+    shapes = [(num, columns, D), (num, columns), (num, D, WIDTH), (num, D)]
+    return Weights(*((0.3 * torch.randn(s, dtype=dtype)).requires_grad_() if len(s) == 3 or biased else None for s in shapes))
+
+
+@pytest.mark.parametrize("way", ["pieces", "small pieces", "grouped"])
+@pytest.mark.parametrize("kind", ["gelu", "swiglu"])
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("counts", [[3, 0, 7], [0, 0, 0], [12], [1, 9, 0]], ids=str)
+def test_equal_to_one_mlp_after_the_other(monkeypatch, way, kind, biased, counts):
+    """Values and all gradients; the grouped way is the one of GPUs, which PyTorch can also run here, in float32."""
+    torch.manual_seed(0)
+    dtype = torch.float32 if way == "grouped" else torch.float64
+    if way == "small pieces":
+        monkeypatch.setattr(mlp, "_PIECE", 40)
+    if way == "grouped":
+        monkeypatch.setattr(mlp, "_forward_in_pieces", mlp._forward_grouped)
+        monkeypatch.setattr(mlp, "_backward_in_pieces", mlp._backward_grouped)
+    weights = make(len(counts), kind, biased, dtype)
+    x = torch.randn(sum(counts), D, dtype=dtype, requires_grad=True)
+    leaves = [x, *(w for w in weights if w is not None)]
+    seed = torch.randn(sum(counts), D, dtype=dtype)
+    ours = sliced_mlps(x, weights, torch.tensor(counts), kind)
+    theirs = reference(x, weights, counts, kind)
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(torch.autograd.grad(ours, leaves, seed), torch.autograd.grad(theirs, leaves, seed))
+
+
+def test_in_bf16_gradients_of_weights_are_rounded_once(monkeypatch):
+    torch.manual_seed(0)
+    monkeypatch.setattr(mlp, "_PIECE", 40)
+    weights = Weights(*(None if w is None else w.detach().bfloat16().requires_grad_() for w in make(1, "swiglu", False, None)))
+    x = torch.randn(300, D).bfloat16()
+    (ours,) = torch.autograd.grad(sliced_mlps(x, weights, torch.tensor([300]), "swiglu").sum(), weights.w_out)
+    (theirs,) = torch.autograd.grad(reference(x, weights, [300], "swiglu").sum(), weights.w_out)
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_only_the_input_and_the_first_product_are_kept():
+    weights = make(2, "swiglu", False, torch.float32)
+    x = torch.randn(10, D, requires_grad=True)
+    kept: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        sliced_mlps(x, weights, torch.tensor([4, 6]), "swiglu")
+    assert sorted(kept) == sorted([10 * D, 10 * 2 * WIDTH, 2, 2 * D * 2 * WIDTH, 2 * D * WIDTH])
