@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 
 from dpt.errors import UserError
@@ -17,8 +18,15 @@ _JOBS = "jobs.json"
 
 
 def command(launch: Launch) -> list[str]:
-    """The command of a launch on this machine."""
-    return ["deepspeed", f"launchers/{launch.launcher}.py", *launch.arguments()]
+    """The command of a launch on this machine; with one device, DeepSpeed's launcher would only be one more interpreter."""
+    return ["deepspeed" if _num_devices() > 1 else "python", f"launchers/{launch.launcher}.py", *launch.arguments()]
+
+
+@cache
+def _num_devices() -> int:
+    import torch
+
+    return torch.cuda.device_count()
 
 
 def pending(study: Study) -> list[Launch]:
