@@ -99,7 +99,7 @@ class Saver:
         try:
             self._entry = {name: {**write_tensors(target / name, tensors), "fragments": placed}}
         except Exception as error:  # whatever it was, the checkpoint must not be taken for a whole one
-            self._error = f"rank {distributed.rank()}: {getattr(error, 'strerror', None) or error!r}"
+            self._error = f"rank {distributed.rank()}: {getattr(error, 'strerror', None) or repr(error)}"
 
     def finish(self) -> bool:
         """Wait until all ranks have written, then make the checkpoint visible; False if it could not be written."""

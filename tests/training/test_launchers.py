@@ -149,7 +149,7 @@ else:
 @pytest.mark.slow
 def test_runs_killed_at_random_moments_end_as_if_they_had_not_been(recipe: Path, tmp_path: Path) -> None:
     """kill -9 of all processes, 20 times, while a checkpoint is written at every step."""
-    fields = ["--steps", "60", "--training.checkpoint_every", "1"]
+    fields = ["--steps", "200", "--training.checkpoint_every", "1"]
     whole = launch("torchrun", 2, PRETRAIN, "--ds_config", str(recipe), *fields, "--output_dir", str(tmp_path / "whole"))
     assert whole.returncode == 0, whole.stdout
     run = tmp_path / "killed"
@@ -162,6 +162,7 @@ def test_runs_killed_at_random_moments_end_as_if_they_had_not_been(recipe: Path,
         while _newest_step(run) < before + 1 and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.01)
         time.sleep(moments.uniform(0.0, 0.3))
+        assert process.poll() is None, "the run ended before it could be killed"
         _kill_all(process)
         found = newest_checkpoint(run / "checkpoints")
         assert found is not None
@@ -170,7 +171,7 @@ def test_runs_killed_at_random_moments_end_as_if_they_had_not_been(recipe: Path,
     assert done.returncode == 0, done.stdout
     expected, weights = (load_file(folder / "weights" / "weights.safetensors") for folder in (tmp_path / "whole", run))
     assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
-    assert [record["step"] for record in records(run)] == list(range(1, 61))
+    assert [record["step"] for record in records(run)] == list(range(1, 201))
 
 
 def _kill_all(process: subprocess.Popen[bytes]) -> None:
