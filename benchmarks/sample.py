@@ -6,7 +6,7 @@ python -m benchmarks.sample [--images 2] [--steps 4] [--ensemble 5] [--resolutio
 member, the image is encoded, the network runs on that member alone (the textbook's network, diffusers' DDIM) and its result is
 decoded; scipy's BFGS then aligns the members (Marigold's procedure). The networks have XL/2's shape at small depth. Rows of
 `network` are the sampler's part alone, its `bound` the network's multiply-accumulates at the speed of its own matrix products;
-rows of `small` the same for a small network on small latents.
+rows of `small` the same for a small network on small latents; rows of `alignment` only the search for scales and shifts.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from dpt import tasks
 from dpt.config.sections import DiffusionConfig, EvaluationConfig, ModelConfig
 from dpt.data.codec import VAECodec, load_vae
 from dpt.diffusion import noise as noises
-from dpt.evaluation.ensembling import merge_depth
+from dpt.evaluation.ensembling import align_depth, merge_depth
 from dpt.evaluation.loading import LoadedModel
 from dpt.evaluation.prediction import Predictor
 from dpt.evaluation.protocols import PROTOCOLS, score
@@ -141,6 +141,20 @@ def differences(predictor: Predictor, plain: OneAtATime, images: Sequence[np.nda
     return {"abs_rel": one, "abs_rel_apart": abs(alike / one - 1), "abs_rel_apart_merged_by_bfgs": abs(each / one - 1)}
 
 
+def alignment(rounds: int, *, members: int, side: int) -> list[harness.Row]:
+    """Scales and shifts of an ensemble's depth maps, which differ by them and by noise."""
+    random = np.random.default_rng(0)
+    truth = tasks.resize_smooth(random.normal(size=(16, 16)).astype(np.float32), (side, side))
+    factors, noise = random.uniform(0.5, 1.5, (members, 1, 1)), random.normal(scale=0.05, size=(members, side, side))
+    maps = (factors * truth + random.normal(size=(members, 1, 1)) + noise).astype(np.float32)
+    on_device = torch.from_numpy(maps)[None].to(harness.device())
+    actions: dict[str, Callable[[], object]] = {
+        harness.OURS: lambda: align_depth(on_device)[0].cpu(),
+        "BFGS": lambda: textbook.align(maps),
+    }
+    return harness.rows(f"alignment of {members}", harness.interleave(actions, rounds))
+
+
 def network(case: str, predictor: Predictor, images: Sequence[np.ndarray], rounds: int) -> list[harness.Row]:
     """The sampler's part."""
     plain, config = OneAtATime(predictor), predictor.config
@@ -169,6 +183,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--images", type=int, default=2, help="(default: %(default)s)")
     parser.add_argument("--steps", type=int, default=4, help="sampler steps (default: %(default)s)")
     parser.add_argument("--ensemble", type=int, default=5, help="members (default: %(default)s)")
+    parser.add_argument("--aligned", type=int, default=10, help="depth maps that are aligned (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=10, help="predictions at once (default: %(default)s)")
     parser.add_argument("--vae", default="embedded", help="(default: %(default)s)")
     arguments = parser.parse_args(argv)
@@ -180,6 +195,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     images = pictures(arguments.images, arguments.resolution)
     results = evaluation(predictor, images, arguments.rounds)
     results += network("network", predictor, images, arguments.rounds)
+    results += alignment(arguments.rounds, members=arguments.aligned, side=arguments.resolution)
     results += network("small", _predictor(arguments, codec, small, 64), pictures(4, 128), arguments.rounds)
     harness.finish("sample", results, arguments)
 

@@ -181,7 +181,14 @@ def training_step(model: nn.Module, loss: Callable[[], Tensor], *, learning_rate
 
 
 def median_compilation(maps: np.ndarray) -> np.ndarray:
-    """Depth [N, H, W] of an ensemble -> its aligned median [H, W] in [0, 1], by numerical minimisation.
+    """Depth [N, H, W] of an ensemble -> its aligned median [H, W] in [0, 1] (see `align`)."""
+    scale, shift = align(maps)
+    median = np.median(scale[:, None, None] * maps + shift[:, None, None], axis=0)
+    return ((median - median.min()) / max(np.ptp(median), 1e-6)).astype(np.float32)
+
+
+def align(maps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Scales and shifts [N] that align depth [N, H, W] of an ensemble, by numerical minimisation.
 
     Minimised over each map's scale and shift is the sum over pairs of RMS differences plus 0.02 (|min| + |1 - max|) of the
     median, from every map scaled to [0, 1], in two iterations of BFGS (Ke et al. 2024, section 3.3, its code's settings).
@@ -202,5 +209,4 @@ def median_compilation(maps: np.ndarray) -> np.ndarray:
     start = np.concatenate([scale, -scale * low]).astype(np.float64)
     if count > 1:
         start = scipy.optimize.minimize(objective, start, method="BFGS", tol=1e-3, options={"maxiter": 2}).x
-    median = np.median(aligned(start), axis=0)
-    return ((median - median.min()) / max(np.ptp(median), 1e-6)).astype(np.float32)
+    return start[:count], start[count:]

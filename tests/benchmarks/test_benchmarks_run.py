@@ -21,7 +21,7 @@ TINY = {
     ],
     "sample": [
         "--preset", "a1", "--depth", "1", "--resolution", "32", "--images", "1", "--steps", "2", "--ensemble", "2",
-        "--rounds", "1",
+        "--aligned", "3", "--rounds", "1",
     ],
     "checkpoint": ["--preset", "a1", "--depth", "1", "--rounds", "1"],
     "scaling": [
@@ -33,7 +33,7 @@ WHAT = {
     "moe_layer": {"bound", "ours", "boolean masks", "deepspeed"},
     "optimizer_ema": {"bound", "ours", "loop over parameters"},
     "train_step": {"bound", "ours", "ours, ZeRO 1", "textbook", "diffusers"},
-    "sample": {"bound", "ours", "one at a time", "encoding", "decoding", "merging", "merging by BFGS"},
+    "sample": {"bound", "ours", "one at a time", "encoding", "decoding", "merging", "merging by BFGS", "BFGS"},
     "checkpoint": {"bound", "ours", "torch.save", "torch.load", "deepspeed"},
     "scaling": {"bound", "ours"},
 }

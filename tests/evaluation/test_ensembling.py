@@ -1,5 +1,3 @@
-import time
-
 import numpy as np
 import pytest
 import torch
@@ -137,14 +135,3 @@ def test_flow_and_masks():
     mask, dissent = ensembling.merge_masks(masks[None, :, None])
     assert mask[0, 0].tolist() == [True, False, False]  # a tie is outside
     assert dissent[0, 0].tolist() == [0.0, 0.5, 0.25]
-
-
-@pytest.mark.slow
-def test_alignment_is_ten_times_faster_than_bfgs():
-    maps = _members(0, 10, 512, 0.05)
-    start = time.perf_counter()
-    _bfgs(maps)
-    reference = time.perf_counter() - start
-    start = time.perf_counter()
-    ensembling.align_depth(maps[None])
-    assert time.perf_counter() - start < reference / 10
