@@ -1,18 +1,22 @@
 """How much of the bare VAE's speed the encoder keeps, from JPEG files to shards, on the same device in one run.
 
-python -m benchmarks.encode [--vae embedded] [--resolution 128] [--images 512] [--batch-size 32]
+python -m benchmarks.encode [--vae embedded] [--resolution 128] [--images 512] [--batch-size 32] [--json FILE]
+
+`bound` is the VAE on images that lie ready, before and after. On a CPU, reading images takes processor time from the VAE, and
+other programs may too: there the share in processor time, and `vae_at_work`, the VAE's share of the job's time, tell more.
 """
 
-import argparse
 import resource
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
+from benchmarks import harness
 from data_tools import encode
 from data_tools.encoding.job import run
 from data_tools.encoding.pipeline import BatchEncoder
@@ -54,12 +58,8 @@ def bare(encoder: BatchEncoder, resolution: int, batches: int) -> tuple[float, f
     return wall / (batches * encoder.batch_size), cpu / (batches * encoder.batch_size)
 
 
-def measure(vae: str, resolution: int, images: int, batch_size: int) -> dict[str, float]:
-    """The encoder between two measurements of the bare VAE.
-
-    Where other programs share the processor, wall times tell little; there, processor time and the share of the job in which
-    the VAE was at work tell what the encoder adds.
-    """
+def measure(vae: str, resolution: int, images: int, batch_size: int) -> list[harness.Row]:
+    """The encoder between two measurements of the bare VAE."""
     with tempfile.TemporaryDirectory(prefix="dpt-encode-") as temporary:
         root = Path(temporary) / "pictures"
         root.mkdir()
@@ -77,15 +77,14 @@ def measure(vae: str, resolution: int, images: int, batch_size: int) -> dict[str
         after = bare(job.encoder, resolution, batches)
     assert manifest is not None
     bare_wall, bare_cpu = ((a + b) / 2 for a, b in zip(before, after, strict=True))
-    found = {
-        "bare VAE, images/s": 1 / bare_wall,
-        "encoder, images/s": images / wall,
-        "encoder / bare VAE": bare_wall * images / wall,
-    }
+    case = f"{resolution} px, {job.encoder.device.type}"
+    ours = {"images_per_s": images / wall, "share_of_bound": bare_wall * images / wall}
     if job.encoder.device.type == "cpu":
-        found["the same in processor time"] = bare_cpu * images / cpu
-        found["VAE at work, share of the job"] = busy_s / wall
-    return found
+        ours |= {"share_of_bound_processor": bare_cpu * images / cpu, "vae_at_work": busy_s / wall}
+    return [
+        {"case": case, "what": harness.BOUND, "images_per_s": 1 / bare_wall},
+        {"case": case, "what": harness.OURS, **ours},
+    ]
 
 
 def _time_vae(encoder: BatchEncoder) -> list[float]:
@@ -102,15 +101,18 @@ def _time_vae(encoder: BatchEncoder) -> list[float]:
     return times
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Print the figures."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--vae", default="embedded")
-    parser.add_argument("--resolution", type=int, default=128)
-    parser.add_argument("--images", type=int, default=512)
-    parser.add_argument("--batch-size", type=int, default=32)
-    for name, value in measure(**vars(parser.parse_args())).items():
-        print(f"{name:32s} {value:12,.4g}")
+    parser = harness.parser(__doc__, rounds=1)
+    parser.add_argument("--vae", default="embedded", help="(default: %(default)s)")
+    parser.add_argument("--resolution", type=int, default=128, help="pixels (default: %(default)s)")
+    parser.add_argument("--images", type=int, default=512, help="(default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=32, help="(default: %(default)s)")
+    arguments = parser.parse_args(argv)
+    results: list[harness.Row] = []
+    for _ in range(arguments.rounds):
+        results += measure(arguments.vae, arguments.resolution, arguments.images, arguments.batch_size)
+    harness.finish("encode", results, arguments)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,16 @@
 """How fast one core fills batches from shards in the page cache, beside reading the same tars and copying them once.
 
-python -m benchmarks.loader [--megabytes 512] [--shards FOLDER]
+python -m benchmarks.loader [--megabytes 512] [--shards FOLDER] [--json FILE]
+
+Samples per second of processor time. `bound` reads whole tars into memory and copies them from there; in pieces that stay in
+the cache between the two, which no shuffled order can have, it is faster. `data_wait`: the share of a training loop's time in
+which it waits for batches of 256, if its steps compute for 50 ms (5120 samples/s).
 """
 
-import argparse
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
@@ -15,13 +18,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from benchmarks import harness
 from dpt.data.manifest import Manifest, MemberSpec, VAERecord, read_manifest, write_manifest
 from dpt.data.shards import ShardWriter
 from dpt.data.stream import LatentStream
 
 SAMPLES_PER_SHARD = 1024
 BATCH = 256
-REPEATS = 5
+STEP_S = 0.05
 
 
 def write_shards(folder: Path, megabytes: int) -> None:
@@ -76,7 +80,7 @@ def wait_share(folder: Path, step_s: float, workers: int) -> float:
     batches = iter(LatentStream([str(folder)], global_batch_size=BATCH, num_workers=workers))
     weights = torch.randn(512, 512)
     waited = started = 0.0
-    for step in range(60):
+    for step in range(40):
         if step == 10:
             waited, started = 0.0, time.perf_counter()
         before = time.perf_counter()
@@ -87,48 +91,51 @@ def wait_share(folder: Path, step_s: float, workers: int) -> float:
     return waited / (time.perf_counter() - started)
 
 
-def speed(folder: Path) -> dict[str, float]:
-    """Best of several rounds, in which all are measured in turn, on one core."""
+def speed(folder: Path, rounds: int) -> list[harness.Row]:
+    """Samples per second, best of several rounds, in which all are measured in turn, on one core."""
     batches = iter(LatentStream([str(folder)], global_batch_size=BATCH))
 
     def stream() -> int:
         return sum(len(batch["key"]) for batch in islice(batches, 256))
 
     measured = {
-        "tars read and copied, samples/s": lambda: read_and_copy(folder),
-        "the same in pieces of 4 MB": lambda: read_and_copy(folder, 4 << 20),
-        "stream, samples/s": stream,
+        harness.BOUND: lambda: read_and_copy(folder),
+        "bound in pieces of 4 MB": lambda: read_and_copy(folder, 4 << 20),
+        harness.OURS: stream,
     }
-    rounds = [{name: rate(action) for name, action in measured.items()} for _ in range(REPEATS + 1)][1:]
-    best = {name: max(figures[name] for figures in rounds) for name in measured}
-    whole, _, streamed = best.values()
-    return {**best, "stream / tars read and copied": streamed / whole}
-
-
-def measure(folder: Path) -> dict[str, float]:
-    """Speed on one core, then waiting shares of a loop that computes for 50 ms a step (5120 samples/s)."""
-    cores = os.sched_getaffinity(0)
-    torch.set_num_threads(1)
-    os.sched_setaffinity(0, {min(cores)})
-    found = speed(folder)
-    os.sched_setaffinity(0, cores)
-    for workers in (0, 1):
-        found[f"waiting share, {workers} workers"] = wait_share(folder, 0.05, workers)
+    rates = [{name: rate(action) for name, action in measured.items()} for _ in range(rounds + 1)][1:]
+    best = {name: max(figures[name] for figures in rates) for name in measured}
+    found = [{"case": "one core", "what": name, "samples_per_s": value} for name, value in best.items()]
+    found[-1]["share_of_bound"] = best[harness.OURS] / best[harness.BOUND]
     return found
 
 
-def main() -> None:
+def measure(folder: Path, rounds: int) -> list[harness.Row]:
+    """Speed on one core, then waiting shares of a loop that computes for STEP_S a step."""
+    cores, threads = os.sched_getaffinity(0), torch.get_num_threads()
+    torch.set_num_threads(1)
+    os.sched_setaffinity(0, {min(cores)})
+    found = speed(folder, rounds)
+    os.sched_setaffinity(0, cores)
+    for workers in (0, 1):
+        share = wait_share(folder, STEP_S, workers)
+        found.append({"case": f"steps of {1e3 * STEP_S:.0f} ms", "what": f"{workers} workers", "data_wait": share})
+    torch.set_num_threads(threads)
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     """Print the figures."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--megabytes", type=int, default=512, help="size of the shards made for the measurement (default: 512)")
+    parser = harness.parser(__doc__)
+    parser.add_argument("--megabytes", type=int, default=512, help="size of the shards made for it (default: %(default)s)")
     parser.add_argument("--shards", type=Path, help="measure with these shards instead")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="dpt-loader-") as temporary:
         folder = arguments.shards or Path(temporary)
         if arguments.shards is None:
             write_shards(folder, arguments.megabytes)
-        for name, value in measure(folder).items():
-            print(f"{name:32s} {value:12,.4g}" if value < 10 else f"{name:32s} {value:12,.0f}")
+        results = measure(folder, arguments.rounds)
+    harness.finish("loader", results, arguments)
 
 
 if __name__ == "__main__":

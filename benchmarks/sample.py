@@ -6,7 +6,7 @@ python -m benchmarks.sample [--images 2] [--steps 4] [--ensemble 5] [--resolutio
 member, the image is encoded, the network runs on that member alone (the textbook's network, diffusers' DDIM) and its result is
 decoded; scipy's BFGS then aligns the members (Marigold's procedure). The networks have XL/2's shape at small depth. Rows of
 `network` are the sampler's part alone, its `bound` the network's multiply-accumulates at the speed of its own matrix products;
-rows of `small` the same for a small network on small latents; rows of `alignment` only the search for scales and shifts.
+rows of `small WIDTH x DEPTH` the same for small networks and 128 px; rows of `alignment` only the search for scales and shifts.
 """
 
 import argparse
@@ -32,6 +32,7 @@ from dpt.models.dit import DiT
 
 TASK = "depth"
 DIFFUSION = DiffusionConfig(prediction_type="v_prediction")
+SMALL = ((128, 6), (64, 4))
 
 
 def make_predictor(config: ModelConfig, codec: VAECodec, *, steps: int, ensemble: int, batch_size: int) -> Predictor:
@@ -190,13 +191,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     codec = load_vae(arguments.vae)
     side = arguments.resolution // codec.downsampling
     large = {"depth": arguments.depth, "input_size": side}
-    small = {"hidden_size": 128, "depth": 6, "num_heads": 4, "input_size": 16}
     predictor = _predictor(arguments, codec, large, arguments.batch_size)
     images = pictures(arguments.images, arguments.resolution)
     results = evaluation(predictor, images, arguments.rounds)
     results += network("network", predictor, images, arguments.rounds)
     results += alignment(arguments.rounds, members=arguments.aligned, side=arguments.resolution)
-    results += network("small", _predictor(arguments, codec, small, 64), pictures(4, 128), arguments.rounds)
+    for width, blocks in SMALL:
+        small = {"hidden_size": width, "depth": blocks, "num_heads": 4, "input_size": 16}
+        case = f"small {width} x {blocks}"
+        results += network(case, _predictor(arguments, codec, small, 64), pictures(4, 128), arguments.rounds)
     harness.finish("sample", results, arguments)
 
 

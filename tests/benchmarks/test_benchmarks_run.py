@@ -27,6 +27,8 @@ TINY = {
     "scaling": [
         "--ranks", "1", "2", "--batch", "1", "--depth", "1", "--hidden-size", "64", "--input-size", "16", "--rounds", "1"
     ],
+    "loader": ["--megabytes", "1", "--rounds", "1"],
+    "encode": ["--resolution", "32", "--images", "8", "--batch-size", "4"],
     "profile": ["--cases", "a1:1", "--precision", "fp32", "--batch", "1", "--input-size", "4", "--kernels", "3"],
 }  # fmt: skip
 WHAT = {
@@ -90,6 +92,15 @@ def test_the_profile_adds_up(written):
     assert sum(row["share"] for row in kinds) == pytest.approx(1.0, abs=0.01)
     assert {"matrix products", "attention", "optimizer"} <= {row["what"] for row in kinds}
     assert sum(row["case"].endswith("kernels") for row in results) == 3
+
+
+def test_shards_are_read_and_written_at_a_share_of_a_bound(written):
+    for name in ("loader", "encode"):
+        (ours,) = (row for row in written[name]["results"] if row["what"] == "ours")
+        assert 0 < ours["share_of_bound"] < 2
+    waits = [row["data_wait"] for row in written["loader"]["results"] if "data_wait" in row]
+    assert len(waits) == 2
+    assert all(0 <= wait < 1 for wait in waits)
 
 
 def test_startup_finds_the_first_step(tmp_path, monkeypatch):
