@@ -18,8 +18,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the launchers do: on a shared machine, spinning threads cost all
-
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -28,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 from dpt import distributed
 
 if not torch.cuda.is_available():
-    distributed.keep_freed_memory()  # likewise
+    distributed.keep_freed_memory()  # as the launchers do
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BOUND = "bound"

@@ -48,8 +48,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(name: str, rest: Sequence[str]) -> int:
     """Parse a command's own arguments and run it."""
+    from dpt.distributed import limit_spinning
     from dpt.errors import reported
 
+    limit_spinning()
     module = importlib.import_module(module_name(name))
     parser = argparse.ArgumentParser(prog=f"dpt {name}", description=module.__doc__, allow_abbrev=False)
     module.configure(parser)

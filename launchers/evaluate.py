@@ -8,8 +8,9 @@ from dpt.errors import reported
 
 if __name__ == "__main__":
     with reported("evaluate"):
+        distributed.set_environment()
         recipe = parse_command("evaluate", __doc__ or "", "evaluation")
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if int(os.environ["WORLD_SIZE"]) > 1:
             distributed.init()
         from dpt.evaluation.runner import run_evaluation
         from dpt.evaluation.summary import format_summary

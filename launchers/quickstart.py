@@ -177,13 +177,9 @@ def _on_free_port(command: list[str]) -> list[str]:
 
 
 def _environment() -> dict[str, str]:
-    """This environment, with the interpreter's own folder first, so that `deepspeed` is the one beside it.
-
-    Threads that wait spin for microseconds only, then give their core away: on a machine with other work, longer spinning makes
-    a step several times slower.
-    """
+    """This environment, with the interpreter's own folder first, so that `deepspeed` is the one beside it."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return {"DS_ACCELERATOR": "cpu", "GOMP_SPINCOUNT": "2000", **os.environ, "PATH": path}
+    return {"DS_ACCELERATOR": "cpu", **os.environ, "PATH": path}
 
 
 def _remove(folder: Path, out: Path) -> None:

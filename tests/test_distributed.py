@@ -42,6 +42,13 @@ def test_a_batch_scripts_own_shell_is_one_process(monkeypatch):
     assert int(os.environ["MASTER_PORT"]) > 0
 
 
+def test_waiting_threads_do_not_spin_for_long_unless_the_user_says_how(monkeypatch):
+    for given, expected in (({}, "2000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None)):
+        monkeypatch.setattr(os, "environ", dict(given))
+        distributed.limit_spinning()
+        assert os.environ.get("GOMP_SPINCOUNT") == expected
+
+
 def test_progress_prints_lines_with_rate_and_time_left(capsys, monkeypatch):
     monkeypatch.setattr(distributed, "LINE_INTERVAL_S", 0.0)
     assert list(distributed.progress(range(3), "reading", "file")) == [0, 1, 2]
