@@ -1,6 +1,6 @@
 """How much of the bare VAE's speed the encoder keeps, from JPEG files to shards, on the same device in one run.
 
-python -m benchmarks.encode [--vae embedded] [--resolution 128] [--images 512] [--batch-size 32] [--json FILE]
+python -m benchmarks.encode [--vae embedded] [--resolution 256] [--images 256] [--batch-size 16] [--json FILE]
 
 `bound` is the VAE on images that lie ready, before and after. On a CPU, reading images takes processor time from the VAE, and
 other programs may too: there the share in processor time, and `vae_at_work`, the VAE's share of the job's time, tell more.
@@ -105,9 +105,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Print the figures."""
     parser = harness.parser(__doc__, rounds=1)
     parser.add_argument("--vae", default="embedded", help="(default: %(default)s)")
-    parser.add_argument("--resolution", type=int, default=128, help="pixels (default: %(default)s)")
-    parser.add_argument("--images", type=int, default=512, help="(default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=32, help="(default: %(default)s)")
+    parser.add_argument("--resolution", type=int, default=256, help="pixels (default: %(default)s)")
+    parser.add_argument("--images", type=int, default=256, help="(default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=16, help="(default: %(default)s)")
     arguments = parser.parse_args(argv)
     results: list[harness.Row] = []
     for _ in range(arguments.rounds):
