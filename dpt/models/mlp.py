@@ -15,8 +15,9 @@ from torch.autograd.function import once_differentiable
 
 from dpt.models import activations
 
-_PIECE = 1 << 20
-"""Numbers of a first product that a CPU works on at once: what follows it finds them in the cache."""
+_PIECE = 1 << 22
+"""Numbers of a first product that a CPU works on at once: the arrays between the two products are never larger. Smaller pieces are
+faster for one thread, but threads that share a machine with other work then wait for each other too often."""
 
 
 class Weights(NamedTuple):
@@ -35,8 +36,8 @@ class Weights(NamedTuple):
 def sliced_mlps(x_ND: Tensor, weights: Weights, counts: Tensor, kind: activations.Kind) -> Tensor:
     """Rows sorted by MLP [N, D], rows of each int64 [E] -> [N, D], differentiable.
 
-    Grouped products on a GPU, where no host needs to know the counts; on a CPU a loop over pieces of slices, each with its
-    two products and the activation between while it is in the cache.
+    Grouped products on a GPU, where no host needs to know the counts; on a CPU a loop over pieces of slices, so that only the
+    first products of all rows are in memory at once.
     """
     result: Tensor = _SlicedMlps.apply(x_ND, *weights, counts, kind)
     return result
