@@ -16,8 +16,8 @@ from torch.autograd.function import once_differentiable
 from dpt.models import activations
 
 _PIECE = 1 << 22
-"""Numbers of a first product that a CPU works on at once: the arrays between the two products are never larger. Smaller pieces are
-faster for one thread, but threads that share a machine with other work then wait for each other too often."""
+"""Numbers of a first product that a CPU works on at once: the arrays between the two products are never larger. Smaller pieces
+are faster for one thread, but threads that share a machine with other work then wait for each other too often."""
 
 
 class Weights(NamedTuple):
