@@ -9,7 +9,7 @@ from typing import Any
 from dpt.errors import UserError
 from dpt.scaling.laws import Fit, fit_power_law, frontier
 from dpt.scaling.plots import law_figure, save
-from dpt.scaling.points import Point, collect
+from dpt.scaling.points import X_NAMES, Point, collect
 from dpt.tracking.read import RunRecord
 
 
@@ -114,6 +114,6 @@ def draw(findings: Findings, path: Path) -> Path:
     pairs = {name: [(p.x, p.y) for p in group] for name, group in findings.groups().items()}
     ringed = [(p.x, p.y) for p in findings.chosen]
     joined = not spec.curve and (spec.frontier or not spec.law)
-    save(law_figure(pairs, findings.fits, spec.x, spec.y, chosen=ringed, join=joined), path)
+    save(law_figure(pairs, findings.fits, X_NAMES.get(spec.x, spec.x), spec.y, chosen=ringed, join=joined), path)
     path.with_suffix(".json").write_text(json.dumps(findings.as_json(), indent=1) + "\n", encoding="utf-8")
     return path
