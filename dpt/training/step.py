@@ -14,6 +14,7 @@ from dpt.config.recipe import DptConfig
 from dpt.data.codec import mean_latents, sample_latents
 from dpt.diffusion.noise import Draws
 from dpt.diffusion.objective import DiffusionObjective
+from dpt.errors import UserError
 from dpt.models.dit import DiT
 from dpt.models.moe import EarlierRouting
 from dpt.tasks import TASKS, label_id
@@ -120,6 +121,9 @@ class Preparation:
             self._targets = _target_labels(config, tasks, device)
 
     def __call__(self, batch: Mapping[str, Any]) -> Inputs:
+        """UserError if a sample's label is beyond the network's classes."""
+        if self.config.task == "class":
+            _check_labels(batch, self.config.model.num_classes)
         batch = {n: v.to(self.device, non_blocking=True) if isinstance(v, Tensor) else v for n, v in batch.items()}
         draws = Draws(self.config.training.seed, batch["sample_index"])
         if self.config.task == "class":
@@ -168,6 +172,16 @@ class Preparation:
         if not count:
             return []
         return [mean_latents(batch["cond_latents"][:, :count], self.scaling_factor).flatten(1, 2)]
+
+
+def _check_labels(batch: Mapping[str, Any], num_classes: int) -> None:
+    """Shards of other programs may not say their classes, so every batch is looked at, on the CPU."""
+    worst = int(batch["label"].argmax())
+    if batch["label"][worst] >= num_classes:
+        raise UserError(
+            f"sample {batch['key'][worst]} has label {int(batch['label'][worst])}, dpt.model.num_classes is {num_classes}; "
+            "raise it, or choose other shards."
+        )
 
 
 def _target_labels(config: DptConfig, tasks: Sequence[str], device: torch.device) -> tuple[Tensor, Tensor]:

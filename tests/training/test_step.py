@@ -8,6 +8,7 @@ from torch import Tensor
 
 from dpt.config.recipe import DptConfig
 from dpt.config.sections import DataConfig, DiffusionConfig, ModelConfig, TrainingConfig
+from dpt.errors import UserError
 from dpt.models.dit import DiT
 from dpt.training.step import Inputs, LossModule, Preparation
 
@@ -49,6 +50,14 @@ def test_a_batch_is_its_samples() -> None:
         for name, tensor in inputs._asdict().items():
             if tensor is not None:
                 torch.testing.assert_close(tensor, getattr(whole, name)[part], rtol=0, atol=1e-6)
+
+
+def test_a_label_beyond_the_classes_is_named() -> None:
+    batch: dict[str, Any] = {**_class_batch(), "key": [f"sample{i}" for i in range(BATCH)]}
+    batch["label"] = batch["label"].clone()
+    batch["label"][1] = _config().model.num_classes
+    with pytest.raises(UserError, match=r"sample sample1 has label \d+, dpt.model.num_classes is \d+; raise it"):
+        _prepare(_config(), batch)
 
 
 def test_class_latents_are_scaled_samples_half_of_them_mirrored() -> None:
