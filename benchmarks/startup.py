@@ -70,7 +70,7 @@ def first_step(folder: Path, recipe: Path) -> Callable[[], None]:
 
 def measure(preset: str, batch: int, rounds: int) -> list[harness.Row]:
     """All three, each with its bound in turn."""
-    with tempfile.TemporaryDirectory(prefix="dpt-startup-") as temporary:
+    with tempfile.TemporaryDirectory(prefix="dpt-startup-", ignore_cleanup_errors=True) as temporary:
         folder = Path(temporary)
         recipe = write_recipe(folder, preset, batch)
         bare, libraries = command("-c", "pass"), command("-c", "import torch, deepspeed")
