@@ -53,8 +53,9 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"\nFor comparison, the middle model with equal shares: {_expectation(naive, surface, metric)}.")
     if arguments.out is not None:
         experiment = f"{records[0].experiment}-plan"
+        newest = max((r for r in records if r.run_id in {o.evaluation_id for o in observations}), key=lambda r: r.start_time)
         for name, one in (("best", plan), ("naive", naive)) if arguments.naive else (("best", plan),):
-            path = write_plan(one, family, arguments.out / name, experiment=experiment)
+            path = write_plan(one, newest, family, arguments.out / name, experiment=experiment)
             print(f"Run the {name} plan with: dpt study {path}")
 
 

@@ -8,15 +8,16 @@ from typing import Any
 
 from dpt.errors import UserError
 from dpt.scaling.planner import Plan
-from dpt.tracking.read import RunRecord
+from dpt.tracking.read import RunRecord, ancestors
 
 _ARCHITECTURE = ("preset", "hidden_size", "depth", "num_heads", "patch_size", "mlp_ratio", "input_size")
 
 
-def write_plan(plan: Plan, family: Sequence[RunRecord], folder: Path, *, experiment: str) -> Path:
+def write_plan(plan: Plan, newest: RunRecord, family: Sequence[RunRecord], folder: Path, *, experiment: str) -> Path:
     """Write the recipes of every stage and `study.yaml` to `folder`; returns the study.
 
-    Raises UserError if `family` has no run of a stage to take the recipe from.
+    Recipes are those of the evaluation `newest` and of its ancestors; of a stage that these lack, that of the newest run in
+    `family` (sorted, oldest first). Raises UserError if there is none.
     """
     import yaml
 
@@ -24,10 +25,11 @@ def write_plan(plan: Plan, family: Sequence[RunRecord], folder: Path, *, experim
     samples = {"pretrain": plan.pretrain_samples, "finetune": plan.finetune_samples, "upcycle": plan.upcycle_samples}
     stages: dict[str, dict[str, Any]] = {}
     before = ""
+    examples = [newest, *ancestors(newest, family), *reversed(family)]
     for stage in ("pretrain", "finetune", "upcycle", "evaluate"):
         if samples.get(stage, 1) <= 0:
             continue
-        recipe = _template(family, stage)
+        recipe = _template(examples, stage)
         if stage == "evaluate":
             recipe["dpt"]["evaluation"] |= {"steps": [plan.steps], "ensemble": [plan.ensemble]}
         else:
@@ -47,9 +49,9 @@ def write_plan(plan: Plan, family: Sequence[RunRecord], folder: Path, *, experim
     return path
 
 
-def _template(family: Sequence[RunRecord], stage: str) -> dict[str, Any]:
-    """The recipe of the newest run of a stage."""
-    for record in reversed(family):
+def _template(examples: Sequence[RunRecord], stage: str) -> dict[str, Any]:
+    """The recipe of the first run of a stage that has kept it."""
+    for record in examples:
         if record.stage == stage:
             recipe = copy.deepcopy(record.recipe())
             if "dpt" in recipe:

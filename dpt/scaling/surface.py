@@ -45,12 +45,15 @@ class Observation:
     ensemble: int
     run_id: str
     """The trained run (several settings of one run are not independent)."""
+    evaluation_id: str
+    """The run that measured it."""
 
 
 def observe(
     records: Sequence[RunRecord], family: Sequence[RunRecord], task: str, metric: str, *, dataset: str = ""
 ) -> list[Observation]:
-    """What the evaluations of `task` among `records` say; models without pre-training are left out (they follow another law).
+    """What the evaluations of models trained for `task` say, of those among `records`; models without pre-training are left out
+    (they follow another law).
 
     Raises UserError if they are of several data sets and none is named.
     """
@@ -60,7 +63,7 @@ def observe(
         line = [r for r in ancestors(record, family) if r.stage != "evaluate"]
         samples = {stage: sum(_samples(r) for r in line if r.stage == stage) for stage in ("pretrain", "finetune", "upcycle")}
         config = section(line[0], "model", ModelConfig) if line else None
-        if config is None or not samples["pretrain"]:
+        if config is None or not samples["pretrain"] or line[0].params.get("task", task) != task:
             continue
         quantities = factor_values(config, samples["pretrain"], samples["finetune"] + samples["upcycle"])
         for row in rows:
@@ -76,6 +79,7 @@ def observe(
                         steps=row.steps or 0,
                         ensemble=row.ensemble or 0,
                         run_id=line[0].run_id,
+                        evaluation_id=record.run_id,
                     )
                 )
     if len(datasets) > 1:

@@ -1,5 +1,6 @@
 """A surface is learned from made runs, and a budget is spent where it pays."""
 
+import dataclasses
 import itertools
 import json
 
@@ -72,6 +73,16 @@ def study(folder=None, noise=0.01, widths=WIDTHS, lengths=(1e3, 4e3), upcycle=(F
 def surface():
     runs = study()
     return fit_surface(observe(runs, runs, "depth", "abs_rel"), samples=30)
+
+
+def test_models_of_another_task_are_no_observations():
+    runs = study()
+    generalist = [
+        dataclasses.replace(r, params={**r.params, "task": "generalist"}) if r.stage == "finetune" else r for r in runs
+    ]
+    of_depth = observe(generalist, generalist, "depth", "abs_rel")
+    trained = {r.run_id: r.stage for r in runs}
+    assert {trained[o.run_id] for o in of_depth} == {"upcycle"}
 
 
 def test_the_surface_predicts_what_it_has_not_seen(surface):
