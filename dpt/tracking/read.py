@@ -152,8 +152,8 @@ def with_ancestors(records: list[RunRecord], uri: str) -> list[RunRecord]:
     known = {r.run_id: r for r in records}
     missing = {p for r in records for p in r.parents} - known.keys()
     while missing:
-        wanted = ", ".join(f"'{run_id}'" for run_id in sorted(missing))
-        found = load_runs(uri, filter=f"tags.`dpt.run_id` IN ({wanted})")
+        # One search each: MLflow's conditions on tags know neither IN nor OR.
+        found = [r for run_id in sorted(missing) for r in load_runs(uri, filter=f"tags.`dpt.run_id` = '{run_id}'")]
         known |= {r.run_id: r for r in found}
         missing = {p for r in found for p in r.parents} - known.keys()
     return sorted(known.values(), key=lambda r: r.start_time)

@@ -110,16 +110,8 @@ def grouped_mm_flop(a_shape, b_shape, *args, out_shape=None, **kwargs):
 
 
 @pytest.mark.parametrize("family", ["swiglu", "gelu"])
-def test_grouped_products_count_the_same(family, monkeypatch):
+def test_grouped_products_count_the_same(family, request):
     """On a GPU the experts are grouped_mm, which runs here too: same results, same count."""
-    from dpt.models import experts
-
-    def linear(x, weight, counts):
-        return torch.nn.functional.grouped_mm(x, weight.transpose(1, 2), offs=counts.cumsum(0, dtype=torch.int32))
-
-    def outer(y, x, counts):
-        return torch.nn.functional.grouped_mm(y.t(), x, offs=counts.cumsum(0, dtype=torch.int32))
-
     config = ModelConfig(**TINY | FAMILIES[family])
     torch.manual_seed(0)
     layer = build_model(config).blocks[0].moe
@@ -127,8 +119,7 @@ def test_grouped_products_count_the_same(family, monkeypatch):
     layer(x)[0].square().sum().backward()
     slices = [p.grad for p in layer.experts.parameters()]
     layer.zero_grad()
-    monkeypatch.setattr(experts, "grouped_linear", linear)
-    monkeypatch.setattr(experts, "grouped_outer", outer)
+    request.getfixturevalue("grouped_products")
     with flop_counter.FlopCounterMode(display=False, custom_mapping={aten._grouped_mm: grouped_mm_flop}) as counter:
         layer(x)[0].square().sum().backward()
     for parameter, expected in zip(layer.experts.parameters(), slices, strict=True):
@@ -136,7 +127,9 @@ def test_grouped_products_count_the_same(family, monkeypatch):
     per_token = 32 * 4 + config.top_k * (2 + (family == "swiglu")) * 32 * int(32 * config.mlp_ratio)
     per_token += 3 * 32 * config.shared_expert_width
     router_and_shared_input = 32 * 4 + 2 * 32 * config.shared_expert_width  # x needs no gradient here
-    assert counter.get_total_flops() == 2 * 32 * (3 * per_token - router_and_shared_input)
+    # The gradients of biases are products with a one-hot matrix [E, N] there; the cost model leaves out what is that small.
+    sums = 4 * config.top_k * (int(32 * config.mlp_ratio) + 32) if family == "gelu" else 0
+    assert counter.get_total_flops() == 2 * 32 * (3 * per_token - router_and_shared_input + sums)
 
 
 class LiveBytes(TorchDispatchMode):
@@ -176,7 +169,8 @@ class LiveBytes(TorchDispatchMode):
     ],
     ids=str,
 )
-def test_activation_bytes_are_within_15_percent_of_the_measured_peak(fields, checkpointing):
+def test_activation_bytes_are_within_15_percent_of_the_measured_peak(fields, checkpointing, grouped_products):
+    """As on a GPU; on a CPU the experts need less."""
     batch = fields.get("batch", 6)
     fields = {k: v for k, v in fields.items() if k != "batch"}
     config = ModelConfig(**{"hidden_size": 96, "depth": 4, "num_heads": 6, "num_classes": 10, **fields})
@@ -194,7 +188,7 @@ def test_activation_bytes_are_within_15_percent_of_the_measured_peak(fields, che
 
 
 @pytest.mark.parametrize("fields", [{}, {"num_experts": 8, "expert_activation": "swiglu", "shared_expert_width": 128}], ids=str)
-def test_total_bytes_are_within_15_percent_of_a_training_steps_peak(fields):
+def test_total_bytes_are_within_15_percent_of_a_training_steps_peak(fields, grouped_products):
     config = ModelConfig(**{"hidden_size": 64, "depth": 3, "num_heads": 4, "num_classes": 10, "input_size": 16, **fields})
     latents, labels = torch.randn(4, 4, 16, 16), torch.arange(4)
     with LiveBytes([latents, labels]) as live:

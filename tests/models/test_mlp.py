@@ -33,15 +33,14 @@ def make(num, kind, biased, dtype):
 @pytest.mark.parametrize("kind", ["gelu", "swiglu"])
 @pytest.mark.parametrize("biased", [True, False])
 @pytest.mark.parametrize("counts", [[3, 0, 7], [0, 0, 0], [12], [1, 9, 0]], ids=str)
-def test_equal_to_one_mlp_after_the_other(monkeypatch, way, kind, biased, counts):
+def test_equal_to_one_mlp_after_the_other(monkeypatch, request, way, kind, biased, counts):
     """Values and all gradients; the grouped way is the one of GPUs, which PyTorch can also run here, in float32."""
     torch.manual_seed(0)
     dtype = torch.float32 if way == "grouped" else torch.float64
     if way == "small pieces":
         monkeypatch.setattr(mlp, "_PIECE", 40)
     if way == "grouped":
-        monkeypatch.setattr(mlp, "_forward_in_pieces", mlp._forward_grouped)
-        monkeypatch.setattr(mlp, "_backward_in_pieces", mlp._backward_grouped)
+        request.getfixturevalue("grouped_products")
     weights = make(len(counts), kind, biased, dtype)
     x = torch.randn(sum(counts), D, dtype=dtype, requires_grad=True)
     leaves = [x, *(w for w in weights if w is not None)]

@@ -15,7 +15,7 @@ import pytest
 from dpt.config.sections import TrackingConfig
 from dpt.errors import UserError
 from dpt.tracking import Run, start_run
-from dpt.tracking.read import ancestors, load_runs
+from dpt.tracking.read import ancestors, load_runs, with_ancestors
 from dpt.tracking.sender import sync
 from dpt.tracking.spool import Spool
 
@@ -114,6 +114,7 @@ def test_a_run_its_resumption_and_its_child_are_read_back(tmp_path, uri, without
     assert (tmp_path / "mlruns" / "t").is_dir()
     assert evaluation.tags["mlflow.parentRunId"] == parent.mlflow_run_id
     assert ancestors(evaluation, runs) == [parent]
+    assert with_ancestors([evaluation], uri) == [parent, evaluation]
     assert load_runs(uri, run_ids=[parent.run_id[:8]]) == [parent]
     assert load_runs(uri, filter="metrics.`eval/depth/abs_rel` < 0.2") == [evaluation]
     with pytest.raises(UserError, match="no run with this id"):
