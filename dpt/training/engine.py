@@ -53,6 +53,8 @@ class Engine:
         )
         with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints memory tables
             self.deepspeed, *_ = deepspeed.initialize(model=module, optimizer=self.optimizer, config=config)
+        if recipe.zero_stage == 0 and recipe.precision == "fp32" and distributed.world_size() == 1:
+            self.deepspeed.enable_backward_allreduce = False  # it would copy all gradients into buckets and back, for nobody
         self.optimizer.state.clear()
         self.module = module
         self.device: torch.device = self.deepspeed.device
