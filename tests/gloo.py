@@ -59,4 +59,4 @@ def run_ranks(world_size: int, fn: Callable[..., Any], *args: Any, timeout_s: fl
             for process in processes:
                 process.kill()
                 process.join()
-        return [torch.load(f"{folder}/result-{rank}.pt", weights_only=False) for rank in range(world_size)]
+        return [torch.load(f"{folder}/result-{rank}.pt", weights_only=True) for rank in range(world_size)]

@@ -85,10 +85,10 @@ def run(job: EncodingJob, part: int = 0, num_parts: int = 1) -> Manifest | None:
         return _finished(job, records)
     size = job.samples_per_shard
     shards = {number: keys[start : start + size] for number, start in enumerate(range(0, len(keys), size))}
-    todo = {number: inputs for number, inputs in shards.items() if number % num_parts == part and not records.done(number)}
+    missing = {number: inputs for number, inputs in shards.items() if number % num_parts == part and not records.done(number)}
     try:
-        if todo:
-            _make_shards(job, records, todo, len(keys))
+        if missing:
+            _make_shards(job, records, missing, len(keys))
     except UserError:
         records.remove_if_unused()
         raise
@@ -128,8 +128,8 @@ def _finished(job: EncodingJob, records: Records) -> Manifest:
     return read_manifest(job.out)
 
 
-def _make_shards(job: EncodingJob, records: Records, todo: dict[int, list[str]], num_inputs: int) -> None:
-    total = sum(map(len, todo.values()))
+def _make_shards(job: EncodingJob, records: Records, missing: dict[int, list[str]], num_inputs: int) -> None:
+    total = sum(map(len, missing.values()))
     progress: distributed.Progress[Any] | None = None
     if os.environ.get("RANK", "0") == "0":
         progress = distributed.progress(total, f"encode {job.reader.name} {job.split}", "input")
@@ -137,10 +137,10 @@ def _make_shards(job: EncodingJob, records: Records, todo: dict[int, list[str]],
     encoder = SampleEncoder(job.encoder, writer)
     # Two batches and one more; evaluation sets have pictures of 100 MB.
     ahead = 8 if job.layout.evaluation else 3 * job.encoder.batch_size
-    inputs = read_ahead(job.reader, job.layout, [key for keys in todo.values() for key in keys], job.processes, ahead)
+    inputs = read_ahead(job.reader, job.layout, [key for keys in missing.values() for key in keys], job.processes, ahead)
     unreadable = 0
     try:
-        for number, keys in todo.items():
+        for number, keys in missing.items():
             encoder.end(_Begin(number=number))
             unread: list[Unread] = []
             for _, found in zip(keys, inputs, strict=False):

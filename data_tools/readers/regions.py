@@ -1,5 +1,6 @@
 """Amodal sets in COCO-A's structure: parallel `images` and `annotations`, each annotation with `regions`."""
 
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from data_tools.readers.rle import decode_polygons, decode_rle
 from dpt.errors import UserError
 
 
-class AmodalRegions:
+class AmodalRegions(ABC):
     """One sample for each object (`isStuff` false) that something hides partly (it has a `visible_mask`).
 
     Args:
@@ -50,13 +51,13 @@ class AmodalRegions:
                 f"{path} is not in COCO-A's structure ({type(error).__name__}: {error}); give another one."
             ) from error
 
+    @abstractmethod
     def load(self, path: Path) -> Any:
         """The annotation file's content.
 
         Raises:
             UserError: it does not load.
         """
-        raise NotImplementedError
 
     def keys(self) -> list[str]:
         return list(self._regions)

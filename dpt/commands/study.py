@@ -44,22 +44,22 @@ def _say(text: str) -> None:
 
 def _show(study: Study, peak_flops: float, mfu: float) -> None:
     """Every launch with what it costs, and the commands that are left to run."""
-    todo = {launch.name for launch in pending(study)}
+    unfinished = {launch.name for launch in pending(study)}
     cells, total = [], 0.0
     for launch in study.launches:
         macs = expected_macs(study, launch)
         training = launch.launcher != "evaluate"
-        total += macs if training and launch.name in todo else 0.0
+        total += macs if training and launch.name in unfinished else 0.0
         hours = f"{device_hours(macs, peak_flops, mfu):,.1f}" if training else "–"
-        cells.append([launch.name, launch.launcher, show_macs(macs), hours, "to do" if launch.name in todo else "done"])
+        cells.append([launch.name, launch.launcher, show_macs(macs), hours, "to do" if launch.name in unfinished else "done"])
     print(
-        f"{study.title}: {len(todo)} of {len(study.launches)} launches to do, {show_macs(total)}MACs of training, "
+        f"{study.title}: {len(unfinished)} of {len(study.launches)} launches to do, {show_macs(total)}MACs of training, "
         f"{device_hours(total, peak_flops, mfu):,.1f} device-hours at {mfu:.0%} of {peak_flops / 1e12:g} TFLOP/s\n"
     )
     if absent := missing(study):
         print(f"To be made first: {', '.join(absent)}\n")
     print(format_cells(["launch", "launcher", "MACs (evaluation: an image)", "device-hours", "state"], cells))
-    print("\n" + "\n".join(shlex.join(command(launch)) for launch in study.launches if launch.name in todo))
+    print("\n" + "\n".join(shlex.join(command(launch)) for launch in study.launches if launch.name in unfinished))
 
 
 def device_hours(macs: float, peak_flops: float, mfu: float) -> float:

@@ -49,17 +49,29 @@ class _SlicedMlps(torch.autograd.Function):
                 kind: activations.Kind) -> Tensor:  # fmt: skip
         weights = Weights(w_in, b_in, w_out, b_out)
         hidden, out = (_forward_grouped if x.is_cuda else _forward_in_pieces)(x, weights, counts, kind)
-        ctx.save_for_backward(x, w_in, w_out, counts, hidden)
+        ctx.save_for_backward(x, hidden, w_in, w_out, counts)
         ctx.kind, ctx.biased = kind, b_in is not None
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, w_in, w_out, counts, hidden = ctx.saved_tensors
-        run = _backward_grouped if x.is_cuda else _backward_in_pieces
-        d_x, d_weights = run(grad.contiguous(), x, hidden, w_in, w_out, counts, ctx.kind, biased=ctx.biased)
+        x, hidden, w_in, w_out, counts = ctx.saved_tensors
+        kept = _Kept(x, hidden, w_in, w_out, counts, ctx.kind, ctx.biased)
+        d_x, d_weights = (_backward_grouped if grad.is_cuda else _backward_in_pieces)(grad.contiguous(), kept)
         return d_x, *d_weights, None, None
+
+
+class _Kept(NamedTuple):
+    """What the backward pass works from."""
+
+    x: Tensor
+    hidden: Tensor
+    w_in: Tensor
+    w_out: Tensor
+    counts: Tensor
+    kind: activations.Kind
+    biased: bool
 
 
 # --- on a GPU -----------------------------------------------------------------------------------------------------------
@@ -77,18 +89,9 @@ def _forward_grouped(x: Tensor, weights: Weights, counts: Tensor, kind: activati
     return hidden, out
 
 
-def _backward_grouped(
-    grad: Tensor,
-    x: Tensor,
-    hidden: Tensor,
-    w_in: Tensor,
-    w_out: Tensor,
-    counts: Tensor,
-    kind: activations.Kind,
-    *,
-    biased: bool,
-) -> tuple[Tensor, Weights]:
+def _backward_grouped(grad: Tensor, kept: _Kept) -> tuple[Tensor, Weights]:
     """Gradients of the rows and of the weights."""
+    x, hidden, w_in, w_out, counts, kind, biased = kept
     d_active = _product(grad, w_out, counts)
     d_hidden, active = activations.backward(d_active, hidden, kind, again=True)
     assert active is not None
@@ -156,18 +159,9 @@ def _forward_in_pieces(x: Tensor, weights: Weights, counts: Tensor, kind: activa
     return hidden, out
 
 
-def _backward_in_pieces(
-    grad: Tensor,
-    x: Tensor,
-    hidden: Tensor,
-    w_in: Tensor,
-    w_out: Tensor,
-    counts: Tensor,
-    kind: activations.Kind,
-    *,
-    biased: bool,
-) -> tuple[Tensor, Weights]:
+def _backward_in_pieces(grad: Tensor, kept: _Kept) -> tuple[Tensor, Weights]:
     """As `_backward_grouped`."""
+    x, hidden, w_in, w_out, counts, kind, biased = kept
     d_x, d_w_in, d_w_out = torch.empty_like(x), torch.empty_like(w_in), torch.empty_like(w_out)
     d_b_in, d_b_out = w_in.new_zeros(w_in.shape[:2]), w_out.new_zeros(w_out.shape[:2])
     for e, rows, first in _pieces(counts, w_in.shape[1], x.dtype):

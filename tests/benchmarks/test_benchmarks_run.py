@@ -103,7 +103,7 @@ def test_shards_are_read_and_written_at_a_share_of_a_bound(written):
     assert all(0 <= wait <= 1 for wait in waits)
 
 
-def test_startup_finds_the_first_step(tmp_path, monkeypatch):
+def test_startup_finds_the_first_step(tmp_path):
     from benchmarks import startup
 
     recipe = startup.write_recipe(tmp_path, "a1", 1)
@@ -112,6 +112,11 @@ def test_startup_finds_the_first_step(tmp_path, monkeypatch):
     recipe.write_text(json.dumps(fields))
     startup.first_step(tmp_path, recipe)()
     startup.command("-m", "dpt.cli", "--help")()
+    with pytest.raises(subprocess.CalledProcessError):
+        startup.command("-m", "dpt.cli", "nothing")()
+    recipe.write_text("{}")
+    with pytest.raises(RuntimeError, match="ended without a step"):
+        startup.first_step(tmp_path, recipe)()
 
 
 def test_make_bench_runs_every_benchmark():
