@@ -1,4 +1,4 @@
-"""Run a study: the grid of launches that a YAML file describes, and its figures. Called again, it does only what is missing."""
+"""Run studies, grids of launches from YAML files, and draw their figures; called again, it does only what is missing."""
 
 import argparse
 import shlex
@@ -7,14 +7,18 @@ from pathlib import Path
 from dpt.config.sections import TrackingConfig
 from dpt.errors import UserError
 from dpt.scaling.figures import draw, find
-from dpt.scaling.launching import command, missing, pending, run_here, submit
+from dpt.scaling.launching import command, missing, pending, submit
 from dpt.scaling.results import format_cells, show_macs
+from dpt.scaling.running import run_here
 from dpt.scaling.study import Study, expected_macs, read_study
 from dpt.tracking.read import RunRecord, load_runs, with_ancestors
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("study", type=Path, help="YAML file, e.g. studies/small_model_size.yaml")
+    parser.add_argument("study", type=Path, nargs="+", help="YAML file, e.g. studies/small_model_size.yaml; several run as one")
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="launches at a time, sharing the devices or CPU threads (default: 1)"
+    )
     parser.add_argument("--uri", default=TrackingConfig.uri, help="MLflow store of the runs (default: %(default)s)")
     parser.add_argument("--dry-run", action="store_true", help="show launches, expected MACs and commands; start nothing")
     parser.add_argument("--peak-flops", type=float, default=989e12, help="--dry-run: of a device (default: H100, bf16 dense)")
@@ -25,17 +29,20 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    study = read_study(arguments.study, uri=arguments.uri)
+    studies = [read_study(path, uri=arguments.uri) for path in arguments.study]
     if arguments.dry_run:
-        _show(study, arguments.peak_flops, arguments.mfu)
+        for study in studies:
+            _show(study, arguments.peak_flops, arguments.mfu)
         return
     if arguments.slurm is not None:
-        submit(study, shlex.split(arguments.slurm), script=arguments.slurm_script, say=_say)
+        for study in studies:
+            submit(study, shlex.split(arguments.slurm), script=arguments.slurm_script, say=_say)
         print("When the jobs are done, `dpt study --figures` draws the figures.")
         return
     if not arguments.figures:
-        run_here(study, say=_say)
-    _draw(study, arguments.uri)
+        run_here(studies, jobs=arguments.jobs, say=_say)
+    if problems := [problem for study in studies for problem in _draw(study, arguments.uri)]:
+        raise UserError(" ".join(problems))
 
 
 def _say(text: str) -> None:
@@ -67,8 +74,8 @@ def device_hours(macs: float, peak_flops: float, mfu: float) -> float:
     return 2 * macs / (peak_flops * mfu) / 3600
 
 
-def _draw(study: Study, uri: str) -> None:
-    """Every figure, from the newest run of each launch."""
+def _draw(study: Study, uri: str) -> list[str]:
+    """Every figure, from the newest run of each launch; returns a sentence for each that cannot be drawn."""
     newest: dict[str, RunRecord] = {r.name: r for r in load_runs(uri, study.experiment)}
     family = with_ancestors(list(newest.values()), uri)
     problems = []
@@ -77,11 +84,10 @@ def _draw(study: Study, uri: str) -> None:
         try:
             findings = find(records, family, figure)
         except UserError as error:
-            problems.append(f"figure {figure.name}: {error}")
+            problems.append(f"{study.path}: figure {figure.name}: {error}")
             continue
         path = draw(findings, study.output / "figures" / f"{study.path.stem}_{figure.name}.svg")
         _say(f"{path}: {figure.title or figure.name}")
         for sentence in findings.sentences() + findings.refusals:
             _say(f"  {sentence}")
-    if problems:
-        raise UserError(" ".join(problems))
+    return problems

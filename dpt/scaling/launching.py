@@ -1,13 +1,9 @@
-"""Runs the launches of a study: what is not done yet, one at a time here or as dependent jobs of SLURM."""
+"""What a study has still to launch, with which commands, and as dependent jobs of SLURM (`running` runs it here)."""
 
+import functools
 import json
-import os
-import shlex
 import subprocess
-import sys
-import time
 from collections.abc import Callable, Sequence
-from functools import cache
 from pathlib import Path
 
 from dpt.errors import UserError
@@ -17,13 +13,21 @@ _RECORD = "launches.json"
 _JOBS = "jobs.json"
 
 
-def command(launch: Launch) -> list[str]:
-    """The command of a launch on this machine; with one device, DeepSpeed's launcher would only be one more interpreter."""
-    return ["deepspeed" if _num_devices() > 1 else "python", f"launchers/{launch.launcher}.py", *launch.arguments()]
+def command(launch: Launch, *, num_devices: int | None = None, port: int | None = None) -> list[str]:
+    """The command of a launch on so many devices (None: all of this machine).
+
+    With one device, DeepSpeed's launcher would only be one more interpreter. `port`: where ranks meet, if not as usual.
+    """
+    if (count_devices() if num_devices is None else num_devices) <= 1:
+        words = ["python"]
+    else:
+        words = ["deepspeed", *(["--master_port", str(port)] if port else [])]
+    return [*words, f"launchers/{launch.launcher}.py", *launch.arguments()]
 
 
-@cache
-def _num_devices() -> int:
+@functools.cache
+def count_devices() -> int:
+    """CUDA devices that this process may use."""
     import torch
 
     return torch.cuda.device_count()
@@ -34,7 +38,7 @@ def pending(study: Study) -> list[Launch]:
     made = _read_record(study)
     for launch in study.launches:
         _ = launch.resolved
-        if launch.folder.exists() and launch.name in made and made[launch.name] != _identity(launch):
+        if launch.folder.exists() and launch.name in made and made[launch.name] != identity(launch):
             raise UserError(
                 f"{launch.folder} was made by another command than {study.path} now asks for; remove it, or change output."
             )
@@ -46,14 +50,14 @@ def missing(study: Study) -> list[str]:
     return [needed for needed in study.needs if not Path(needed).exists()]
 
 
-def _startable(study: Study) -> list[Launch]:
+def startable(study: Study) -> list[Launch]:
     """The pending launches, if all that the study needs is there."""
     if absent := missing(study):
         raise UserError(f"{study.path}: {', '.join(absent)} must be made first (docs/reproduce.md says how).")
     return pending(study)
 
 
-def _identity(launch: Launch) -> list[str]:
+def identity(launch: Launch) -> list[str]:
     """What makes a launch the same one: its command, but for where its run is recorded."""
     fields = {name: value for name, value in launch.fields.items() if not name.startswith("tracking.")}
     return [launch.launcher, launch.recipe, json.dumps(fields, sort_keys=True)]
@@ -64,32 +68,12 @@ def _read_record(study: Study) -> dict[str, list[str]]:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
-def _record(study: Study, launch: Launch) -> None:
+def record(study: Study, launch: Launch) -> None:
     study.output.mkdir(parents=True, exist_ok=True)
     path = study.output / _RECORD
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps({**_read_record(study), launch.name: _identity(launch)}, indent=1), encoding="utf-8")
+    temporary.write_text(json.dumps({**_read_record(study), launch.name: identity(launch)}, indent=1), encoding="utf-8")
     temporary.replace(path)
-
-
-def run_here(study: Study, *, say: Callable[[str], None]) -> None:
-    """Run what is pending, one launch at a time; an interrupted one continues from its last checkpoint.
-
-    The output of a launch goes to `log.txt` in its folder. UserError if one fails.
-    """
-    todo = _startable(study)
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    for number, launch in enumerate(todo, 1):
-        say(f"[{number}/{len(todo)}] {launch.name}\n  $ {shlex.join(command(launch))}")
-        _record(study, launch)
-        launch.folder.mkdir(parents=True, exist_ok=True)
-        log = launch.folder / "log.txt"
-        begun = time.monotonic()
-        with log.open("a", encoding="utf-8") as file:
-            process = subprocess.run(command(launch), stdout=file, stderr=subprocess.STDOUT, env={**os.environ, "PATH": path})
-        if process.returncode != 0 or not launch.result.exists():
-            raise UserError(f"{launch.name} ended with exit code {process.returncode}; {log} says why. Call again to go on.")
-        say(f"  done in {time.monotonic() - begun:.0f} s")
 
 
 def submit(study: Study, options: Sequence[str], *, script: str, say: Callable[[str], None]) -> None:
@@ -99,11 +83,11 @@ def submit(study: Study, options: Sequence[str], *, script: str, say: Callable[[
     """
     path = study.output / _JOBS
     jobs: dict[str, str] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    for launch in _startable(study):
+    for launch in startable(study):
         if launch.name in jobs and _is_queued(jobs[launch.name]):
             say(f"{launch.name}: job {jobs[launch.name]} is still there")
             continue
-        _record(study, launch)
+        record(study, launch)
         launch.folder.mkdir(parents=True, exist_ok=True)
         waits = launch.parent in jobs and _is_queued(jobs[launch.parent])
         after = [f"--dependency=afterok:{jobs[launch.parent]}"] if waits else []

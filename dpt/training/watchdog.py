@@ -77,7 +77,7 @@ class Watchdog:
     def fail(self, reason: str, exit_code: int) -> None:
         """This rank is about to end with an error: let the others know why."""
         self._failure = {"reason": reason, "code": exit_code}
-        self._thread.join(timeout=5 * self.interval_s)
+        self._thread.join(timeout=5 + 5 * self.interval_s)
 
     def close(self) -> None:
         """Leave in peace; all ranks do."""
@@ -92,15 +92,19 @@ class Watchdog:
                 connection.settimeout(self.interval_s)
                 _send(connection, {"token": self._token, "rank": self._own.number, "host": self._own.host})
                 while not (self._closing.is_set() or self._failure):
-                    _send(connection, {"beat": [self._own.step, self._own.phase, self._own.beats]})
+                    self._tell_place(connection)
                     with contextlib.suppress(TimeoutError):
                         verdict = json.loads(connection.recv(65536) or b"{}")
                         reason = verdict.get("reason", f"rank 0 ({host}) died")
                         return self._stop(reason, verdict.get("code", 1))
+                self._tell_place(connection)  # which may have changed since the last interval began
                 _send(connection, self._failure or {"left": True})
         except OSError:
             self._stop(f"rank 0 ({host}) died or is out of reach", 1)
         return None
+
+    def _tell_place(self, connection: socket.socket) -> None:
+        _send(connection, {"beat": [self._own.step, self._own.phase, self._own.beats]})
 
     def _stop(self, reason: str, exit_code: int) -> None:
         if not (self._closing.is_set() or self._failure):

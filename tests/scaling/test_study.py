@@ -2,62 +2,20 @@
 
 import json
 import os
-import sys
 from pathlib import Path
 
 import pytest
 
 from dpt.errors import UserError
-from dpt.scaling import launching
-from dpt.scaling.launching import pending, run_here, submit
+from dpt.scaling.launching import pending, submit
+from dpt.scaling.running import run_here
 from dpt.scaling.study import expected_macs, read_study
 
 ROOT = Path(__file__).resolve().parents[2]
-STUDY = """
-title: Size and length
-output: {output}
-experiment: e
-axes:
-  size:
-    w64: {{model.hidden_size: 64, model.num_heads: 4}}
-    w96: {{model.hidden_size: 96}}
-  length:
-    stages: [depth]
-    values:
-      short: {{training.steps: 5}}
-      long: {{training.steps: 50}}
-stages:
-  pretrain:
-    launcher: pretrain
-    recipe: {recipe}
-    axes: [size]
-    fields: {{training.steps: 7, train_batch_size: 2, model.depth: 1, model.patch_size: 2}}
-  depth: {{launcher: finetune, recipe: {recipe}, axes: [size, length], weights: pretrain}}
-  evaluate:
-    launcher: evaluate
-    recipe: {recipe}
-    axes: [size, length]
-    weights: depth
-    fields: {{evaluation.steps: [1, 2]}}
-figures:
-  - {{name: f, x: macs, y: eval/depth/abs_rel}}
-"""
 
 
-@pytest.fixture
-def write(tmp_path):
-    def write(old="", new=""):
-        text = STUDY.format(output=tmp_path / "out", recipe=ROOT / "ds_configs" / "dense_a1.json")
-        assert old in text
-        path = tmp_path / "study.yaml"
-        path.write_text(text.replace(old, new))
-        return read_study(path, uri="sqlite:///x.db")
-
-    return write
-
-
-def test_the_grid_unfolds_in_order_with_weights_and_names(write):
-    study = write()
+def test_the_grid_unfolds_in_order_with_weights_and_names(write_study):
+    study = write_study()
     names = [launch.name for launch in study.launches]
     assert names[:4] == ["pretrain_w64", "pretrain_w96", "depth_w64_short", "depth_w64_long"]
     assert len(names) == 2 + 4 + 4
@@ -75,19 +33,19 @@ def test_the_grid_unfolds_in_order_with_weights_and_names(write):
     assert [launch.stage for launch in study.of_stages(["depth"])] == ["depth"] * 4
 
 
-def test_the_command_line_resolves_to_the_same_recipe(write):
+def test_the_command_line_resolves_to_the_same_recipe(write_study):
     from dpt.config.command import parse_command
 
-    for launch in write().launches:
+    for launch in write_study().launches:
         section = "evaluation" if launch.launcher == "evaluate" else "training"
         parsed = parse_command(launch.launcher, "", section, launch.arguments())
         assert parsed.to_dict() == launch.resolved.to_dict()
 
 
-def test_expected_compute_is_that_of_the_cost_model(write):
+def test_expected_compute_is_that_of_the_cost_model(write_study):
     from dpt.models.costs import macs
 
-    study = write()
+    study = write_study()
     launch, evaluation = study.launches[0], study.launches[-1]
     assert expected_macs(study, launch) == macs(launch.resolved.dpt.model).training * 7 * 2
     parent = next(other for other in study.launches if other.name == evaluation.parent)
@@ -107,54 +65,21 @@ def test_expected_compute_is_that_of_the_cost_model(write):
         ("title: Size and length", "title: [", "cannot be read"),
     ],
 )
-def test_a_wrong_study_is_one_sentence(write, old, new, words):
+def test_a_wrong_study_is_one_sentence(write_study, old, new, words):
     with pytest.raises(UserError, match=words.replace("(", r"\(")):
-        write(old, new)
+        write_study(old, new)
 
 
-def test_a_wrong_field_or_a_missing_need_stops_before_any_launch(write):
+def test_a_wrong_field_or_a_missing_need_stops_before_any_launch(write_study):
     with pytest.raises(UserError, match=r"hidden_sise"):
-        pending(write("model.hidden_size: 96", "model.hidden_sise: 96"))
-    needy = write("figures:", "needs: [nowhere]\nfigures:")
+        pending(write_study("model.hidden_size: 96", "model.hidden_sise: 96"))
+    needy = write_study("figures:", "needs: [nowhere]\nfigures:")
     assert len(pending(needy)) == 10
     with pytest.raises(UserError, match="nowhere must be made first"):
-        run_here(needy, say=lambda text: None)
+        run_here([needy], say=lambda text: None)
 
 
-def fake_command(launch):
-    """Leaves the result of a launch, and counts how often it ran."""
-    code = (
-        "import sys, pathlib; r = pathlib.Path(sys.argv[1]); r.parent.mkdir(exist_ok=True, parents=True);"
-        "open(r.parent / 'count', 'a').write('x'); r.touch()"
-    )
-    return [sys.executable, "-c", code, str(launch.result)]
-
-
-def test_only_what_is_missing_runs_and_changed_commands_are_refused(write, monkeypatch):
-    study, lines = write(), []
-    monkeypatch.setattr(launching, "command", fake_command)
-    run_here(study, say=lines.append)
-    assert pending(study) == []
-    study.launches[3].result.unlink()
-    run_here(study, say=lines.append)
-    counts = [len((launch.result.parent / "count").read_text()) for launch in study.launches]
-    assert counts == [1, 1, 1, 2, 1, 1, 1, 1, 1, 1]
-    assert "[1/1] depth_w64_long" in lines[-2]
-    with pytest.raises(UserError, match="made by another command"):
-        pending(write("training.steps: 50", "training.steps: 60"))
-
-
-def test_a_failure_is_said_and_the_rest_waits(write, monkeypatch):
-    study = write()
-    fail = [sys.executable, "-c", "print('the reason'); raise SystemExit(3)"]
-    monkeypatch.setattr(launching, "command", lambda launch: fail if launch.name == "pretrain_w96" else fake_command(launch))
-    with pytest.raises(UserError, match="pretrain_w96 ended with exit code 3"):
-        run_here(study, say=lambda text: None)
-    assert (study.launches[1].folder / "log.txt").read_text() == "the reason\n"
-    assert len(pending(study)) == 9
-
-
-def test_slurm_jobs_wait_for_their_parents_and_are_not_submitted_twice(write, monkeypatch, tmp_path):
+def test_slurm_jobs_wait_for_their_parents_and_are_not_submitted_twice(write_study, monkeypatch, tmp_path):
     tools = tmp_path / "tools"
     tools.mkdir()
     (tools / "sbatch").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\nwc -l < {tmp_path}/calls\n')
@@ -162,7 +87,7 @@ def test_slurm_jobs_wait_for_their_parents_and_are_not_submitted_twice(write, mo
     for tool in tools.iterdir():
         tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tools}{os.pathsep}{os.environ['PATH']}")
-    study = write()
+    study = write_study()
     submit(study, ["--gpus", "8"], script="launchers/slurm.sh", say=lambda text: None)
     calls = (tmp_path / "calls").read_text().splitlines()
     assert len(calls) == 10

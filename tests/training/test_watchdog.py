@@ -85,6 +85,29 @@ def test_a_killed_rank_is_named_at_once(tmp_path: Path, victim: int) -> None:
     assert "died" in said
 
 
+def test_a_failure_is_told_with_where_it_happened(tmp_path: Path) -> None:
+    """Even within the interval at whose beginning the rank last said where it was."""
+    context = multiprocessing.get_context("fork")
+    ranks = [context.Process(target=_fail_at_once, args=(rank, tmp_path)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    assert _join(ranks) == [2, 2]
+    said = f"rank 1 ({HOST}) failed at step 9 while saving: the disk is gone; all ranks stop."
+    assert (tmp_path / "said-0").read_text().strip() == said
+
+
+def _fail_at_once(rank: int, folder: Path) -> None:
+    sys.stderr = (folder / f"said-{rank}").open("w")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    dog = Watchdog(60.0, interval_s=5.0)
+    time.sleep(1)  # the first beat has been sent; the next one would be in four seconds
+    dog.beat(9, "saving")
+    if rank == 1:
+        dog.fail("the disk is gone", 2)
+        os._exit(2)
+    time.sleep(60)
+
+
 def test_only_the_ranks_behind_count() -> None:
     now = time.monotonic()
     waiting = [_Rank(number=n, host="h", step=7, phase=3, changed=now - 100) for n in (0, 2)]
