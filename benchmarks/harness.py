@@ -5,6 +5,7 @@ speed-ups are medians over rounds of the ratio within a round.
 """
 
 import argparse
+import gc
 import json
 import math
 import os
@@ -228,6 +229,9 @@ def peak_bytes(build: Callable[[], Callable[[], object]]) -> float:
         action()
         live.peak = live.now
         action()
+    del action
+    gc.collect()
+    distributed.return_freed_memory()
     return float(live.peak)
 
 

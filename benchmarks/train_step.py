@@ -1,13 +1,15 @@
 """A whole training step (forward, backward, AdamW, EMA) beside the textbook's loop, diffusers' network, and the matrix products
 that it is made of.
 
-python -m benchmarks.train_step [--cases a1 S/2 S/2-8E2A L/2:1] [--batch 16] [--precisions fp32 bf16] [--compile] [--json FILE]
+python -m benchmarks.train_step [--cases a1 S/2 S/2-8E2A L/2:1] [--batch 16] [--precisions fp32 bf16] [--ways ours textbook]
+    [--compile] [--json FILE]
 
 A case is a preset, with `:DEPTH` for that many of its blocks alone. `ours` is what the launchers run: the posterior sample,
 noise and timesteps of a batch, the network under DeepSpeed, AdamW with EMA; on one rank, so without ZeRO in fp32 (and with it
 for comparison: it copies gradients and weights once more), with ZeRO 1 in bf16. `bound` is the time that this machine takes for
 the step's multiply-accumulates at the speed of the network's own largest matrix products, each alone. Rows in
-micro-batches make the same step from a quarter of the batch at a time, for its memory.
+micro-batches make the same step from a quarter of the batch at a time, for its memory. All ways that are compared are in memory
+together; a large model with experts fits two of them (`--ways`) in 24 GB.
 """
 
 import dataclasses
@@ -26,6 +28,11 @@ from dpt.diffusion.objective import DiffusionObjective
 from dpt.models.costs import macs
 
 Step = Callable[[], object]
+
+MICRO = "ours in micro-batches"
+ZERO_1 = "ours, ZeRO 1"
+WAYS = (harness.OURS, "textbook", MICRO, ZERO_1, "diffusers")
+"""What is compared, as far as it exists for a case."""
 
 CPU_CASES = ("a1", "S/2", "S/2-8E2A", "L/2:1")
 MICRO_BATCHES = 4
@@ -161,19 +168,27 @@ def block_products(config: ModelConfig, rows: int) -> list[tuple[str, int, int, 
 
 
 def measure(
-    case: str, config: ModelConfig, *, batch: int, precision: str, rounds: int, compile: bool = False
+    case: str,
+    config: ModelConfig,
+    *,
+    batch: int,
+    precision: str,
+    rounds: int,
+    ways: Sequence[str] = WAYS,
+    compile: bool = False,
 ) -> list[harness.Row]:
-    """All ways of one case, in turn."""
+    """These ways of one case, in turn."""
     builders: dict[str, Callable[[], Step]] = {
         harness.OURS: lambda: ours(config, batch, precision, compile=compile),
         "textbook": lambda: plain(config, batch, precision),
     }
     if batch % MICRO_BATCHES == 0:
-        builders["ours in micro-batches"] = lambda: ours(config, batch, precision, accumulation=MICRO_BATCHES, compile=compile)
+        builders[MICRO] = lambda: ours(config, batch, precision, accumulation=MICRO_BATCHES, compile=compile)
     if precision == "fp32":
-        builders["ours, ZeRO 1"] = lambda: ours(config, batch, precision, zero_stage=1, compile=compile)
+        builders[ZERO_1] = lambda: ours(config, batch, precision, zero_stage=1, compile=compile)
     if not config.num_experts:
         builders["diffusers"] = lambda: plain(config, batch, precision, network="diffusers")
+    builders = {name: build for name, build in builders.items() if name in ways}
     peaks = {name: harness.peak_bytes(build) for name, build in builders.items()}
     tokens = batch * (config.input_size // config.patch_size) ** 2
     products = harness.MatrixProducts(block_products(config, tokens), harness.DTYPES[precision])
@@ -196,6 +211,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--precisions", nargs="+", default=list(harness.DTYPES), choices=list(harness.DTYPES))
     parser.add_argument("--batch", type=int, default=16, help="(default: %(default)s)")
     parser.add_argument("--input-size", type=int, default=32, help="side of the latents (default: %(default)s)")
+    parser.add_argument("--ways", nargs="+", default=WAYS, choices=WAYS, help="what to compare (default: all)")
     parser.add_argument("--compile", action="store_true", help="compile our blocks")
     arguments = parser.parse_args(argv)
     results: list[harness.Row] = []
@@ -207,7 +223,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         for case in arguments.cases:
             config = model_config(case, input_size=arguments.input_size)
             results += measure(
-                case, config, batch=arguments.batch, precision=precision, rounds=arguments.rounds, compile=arguments.compile
+                case,
+                config,
+                batch=arguments.batch,
+                precision=precision,
+                rounds=arguments.rounds,
+                ways=arguments.ways,
+                compile=arguments.compile,
             )
     harness.finish("train_step", results, arguments, notes=notes)
 

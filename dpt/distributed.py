@@ -101,6 +101,12 @@ def keep_freed_memory() -> None:
         mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD: free bytes from which the heap shrinks
 
 
+def return_freed_memory() -> None:
+    """Give back once what `keep_freed_memory` kept, where the C library is glibc: after a model that is not needed any more."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 @contextlib.contextmanager
 def _unneeded(package: str) -> Iterator[None]:
     """Let `package` seem absent: DeepSpeed's autotuner, which nobody calls, would load MLflow for seconds if it is there."""
