@@ -8,8 +8,8 @@ A case is a preset, with `:DEPTH` for that many of its blocks alone. `ours` is w
 noise and timesteps of a batch, the network under DeepSpeed, AdamW with EMA; on one rank, so without ZeRO in fp32 (and with it
 for comparison: it copies gradients and weights once more), with ZeRO 1 in bf16. `bound` is the time that this machine takes for
 the step's multiply-accumulates at the speed of the network's own largest matrix products, each alone. Rows in
-micro-batches make the same step from a quarter of the batch at a time, for its memory. All ways that are compared are in memory
-together; a large model with experts fits two of them (`--ways`) in 24 GB.
+micro-batches make the same step from a part of the batch at a time (`--micro-batches`), for its memory. All ways that are
+compared are in memory together; a large model with experts fits two of them (`--ways`) in 24 GB.
 """
 
 import dataclasses
@@ -35,7 +35,6 @@ WAYS = (harness.OURS, "textbook", MICRO, ZERO_1, "diffusers")
 """What is compared, as far as it exists for a case."""
 
 CPU_CASES = ("a1", "S/2", "S/2-8E2A", "L/2:1")
-MICRO_BATCHES = 4
 GPU_CASES = (*CPU_CASES, "XL/2", "L/2-8E2A")
 
 
@@ -175,6 +174,7 @@ def measure(
     precision: str,
     rounds: int,
     ways: Sequence[str] = WAYS,
+    micro_batches: int = 4,
     compile: bool = False,
 ) -> list[harness.Row]:
     """These ways of one case, in turn."""
@@ -182,8 +182,8 @@ def measure(
         harness.OURS: lambda: ours(config, batch, precision, compile=compile),
         "textbook": lambda: plain(config, batch, precision),
     }
-    if batch % MICRO_BATCHES == 0:
-        builders[MICRO] = lambda: ours(config, batch, precision, accumulation=MICRO_BATCHES, compile=compile)
+    if batch % micro_batches == 0:
+        builders[MICRO] = lambda: ours(config, batch, precision, accumulation=micro_batches, compile=compile)
     if precision == "fp32":
         builders[ZERO_1] = lambda: ours(config, batch, precision, zero_stage=1, compile=compile)
     if not config.num_experts:
@@ -212,6 +212,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=16, help="(default: %(default)s)")
     parser.add_argument("--input-size", type=int, default=32, help="side of the latents (default: %(default)s)")
     parser.add_argument("--ways", nargs="+", default=WAYS, choices=WAYS, help="what to compare (default: all)")
+    parser.add_argument("--micro-batches", type=int, default=4, help="a step is split into, where it is (default: %(default)s)")
     parser.add_argument("--compile", action="store_true", help="compile our blocks")
     arguments = parser.parse_args(argv)
     results: list[harness.Row] = []
@@ -229,6 +230,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 precision=precision,
                 rounds=arguments.rounds,
                 ways=arguments.ways,
+                micro_batches=arguments.micro_batches,
                 compile=arguments.compile,
             )
     harness.finish("train_step", results, arguments, notes=notes)

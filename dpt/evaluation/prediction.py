@@ -201,9 +201,12 @@ class Predictor:
         if embeddings is not None:
             embeddings = (torch.cat((embeddings, embeddings)) if guided else embeddings).to(self.dtype)
 
+        if bool((labels == labels[0]).all()):  # as the timesteps are: one conditioning for all
+            labels = labels[:1]
+
         def predict(noisy: Tensor, timesteps: Tensor) -> Tensor:
             inputs = torch.cat((conditions, noisy), dim=1).to(self.dtype)
-            return self.network(inputs, timesteps, labels, embeddings, task_labels).prediction
+            return self.network(inputs, timesteps[: len(labels)], labels, embeddings, task_labels).prediction
 
         channels = self.model.in_channels
         denoise = (

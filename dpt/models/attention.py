@@ -84,6 +84,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)  # [B, heads, T, d]
+        # Unbound before they are transposed: the three gradients then come together in one pass.
+        q, k, v = (part.transpose(1, 2) for part in self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2))
         out = attention(self.q_norm(q), self.k_norm(k), v, self.backend)
         return self.proj(out.transpose(1, 2).flatten(2))

@@ -23,7 +23,7 @@ from dpt.models.layers import (
     PatchEmbedRouter,
     SwiGLU,
     TimestepEmbedder,
-    modulate,
+    modulated_norm,
     position_table,
     unpatchify,
 )
@@ -55,20 +55,19 @@ class DiTBlock(nn.Module):
     def __init__(self, config: ModelConfig, ep_size: int) -> None:
         super().__init__()
         size = config.hidden_size
-        self.norm1 = nn.LayerNorm(size, elementwise_affine=False, eps=1e-6)
         self.attn = Attention(size, config.num_heads, qk_norm=config.qk_norm, backend=config.attention_backend)
-        self.norm2 = nn.LayerNorm(size, elementwise_affine=False, eps=config.mlp_norm_eps)
+        self.mlp_norm_eps = config.mlp_norm_eps
         self.mlp = None if config.num_experts else Mlp(size, config.mlp_width)
         self.moe = _build_moe(config, ep_size) if config.num_experts else None
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(size, 6 * size))
 
     def forward(self, x: Tensor, conditioning: Tensor) -> tuple[Tensor, RouterStats | None]:
-        """x [B, T, D], conditioning [B, D] -> x [B, T, D] and the router's statistics."""
-        modulation = self.adaLN_modulation(conditioning).chunk(6, dim=1)  # 6 x [B, D]
+        """x [B, T, D], conditioning [B or 1, D] -> x [B, T, D] and the router's statistics."""
+        modulation = self.adaLN_modulation(conditioning).chunk(6, dim=1)  # 6 x [B or 1, D]
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation
-        y = self.attn(modulate(self.norm1(x), shift_attn, scale_attn))  # [B, T, D]
+        y = self.attn(modulated_norm(x, shift_attn, scale_attn))  # [B, T, D]
         x = torch.addcmul(x, gate_attn.unsqueeze(1), y)
-        y = modulate(self.norm2(x), shift_mlp, scale_mlp)
+        y = modulated_norm(x, shift_mlp, scale_mlp, self.mlp_norm_eps)
         stats = None
         if self.moe is not None:
             y, stats = self.moe(y)
@@ -154,6 +153,7 @@ class DiT(nn.Module):
     ) -> DiTOutput:
         """noisy_latents [B, C (1 + num_conditions), h, w], timesteps [B], labels int64 [B] in 0..num_classes.
 
+        Samples that share their timestep and label may give both as [1]: the conditioning is then computed once.
         `embeddings` [B, clip_embedding_size]: CLIP image embeddings, zeros for samples without one; None is all zeros.
         `task_labels` int64 [B] choose the input convolution if there is one a task (the last patch_embed_tasks labels); None:
         `labels`, which must then hold no null label. `earlier`: sums of `tokens_per_expert` and `router_probs` over the step's
@@ -161,7 +161,7 @@ class DiT(nn.Module):
         multiple of patch_size or the channels are not the model's.
         """
         x = self._embed(noisy_latents, labels if task_labels is None else task_labels)  # [B, T, D]
-        conditioning = self.t_embedder(timesteps) + self.y_embedder(labels)  # [B, D]
+        conditioning = self.t_embedder(timesteps) + self.y_embedder(labels)  # [B or 1, D]
         if self.clip_embedder is not None:
             if embeddings is None:  # the projection takes part in every step: its gradient must exist on every rank
                 embeddings = conditioning.new_zeros(labels.shape[0], self.config.clip_embedding_size)

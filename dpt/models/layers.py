@@ -16,9 +16,11 @@ from dpt.models.activations import activate
 from dpt.models.costs import FREQUENCY_EMBEDDING_SIZE
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x [B, T, D] times (1 + scale [B, D]) plus shift [B, D] (adaLN, DiT section 3.2)."""
-    return torch.addcmul(shift.unsqueeze(1), x, 1 + scale.unsqueeze(1))
+def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
+    """LayerNorm of x [B, T, D] times (1 + scale) plus shift, [B, D] both or [1, D] for all samples (adaLN, DiT section 3.2)."""
+    if len(shift) == 1:  # then they are a norm's own weight and bias: one pass
+        return F.layer_norm(x, x.shape[-1:], 1 + scale[0], shift[0], eps)
+    return torch.addcmul(shift.unsqueeze(1), F.layer_norm(x, x.shape[-1:], eps=eps), 1 + scale.unsqueeze(1))
 
 
 def sinusoidal_features(positions: Tensor, count: int, denominator: int) -> tuple[Tensor, Tensor]:
@@ -174,14 +176,13 @@ class SwiGLU(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Modulated norm and a linear layer to patches: x [B, T, D], conditioning [B, D] -> [B, T, p p C_out]."""
+    """Modulated norm and a linear layer to patches: x [B, T, D], conditioning [B or 1, D] -> [B, T, p p C_out]."""
 
     def __init__(self, hidden_size: int, patch_size: int, out_channels: int) -> None:
         super().__init__()
-        self.norm_final = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
 
     def forward(self, x: Tensor, conditioning: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(conditioning).chunk(2, dim=1)
-        return self.linear(modulate(self.norm_final(x), shift, scale))
+        return self.linear(modulated_norm(x, shift, scale))

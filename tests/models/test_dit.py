@@ -7,7 +7,7 @@ import torch
 from dpt.config.sections import ModelConfig
 from dpt.errors import UserError
 from dpt.models import build_model
-from dpt.models.layers import PatchEmbedRouter, modulate, position_table
+from dpt.models.layers import PatchEmbedRouter, modulated_norm, position_table
 
 PARAMS = {  # "Scaling Properties of Diffusion Models for Perceptual Tasks", Tables 1 and 2
     "a1": 14_799_392,
@@ -110,9 +110,31 @@ def test_positions_of_a_small_grid_are_part_of_those_of_a_large_one():
     assert torch.equal(position_table(16, 8, 64).view(16, 8, 64), large[:16, :8])
 
 
-def test_modulate():
-    x, shift, scale = torch.randn(2, 3, 4), torch.randn(2, 4), torch.randn(2, 4)
-    torch.testing.assert_close(modulate(x, shift, scale), x * (1 + scale[:, None]) + shift[:, None])
+@pytest.mark.parametrize("rows", [3, 1])
+def test_a_modulated_norm_and_its_gradients_are_the_formula(rows):
+    torch.manual_seed(0)
+    sizes = [(3, 5, 8), (rows, 8), (rows, 8)]
+    x, shift, scale = inputs = [torch.randn(size, dtype=torch.float64, requires_grad=True) for size in sizes]
+    centred = x - x.mean(dim=-1, keepdim=True)
+    normed = centred / (centred.square().mean(dim=-1, keepdim=True) + 1e-3).sqrt()
+    formula, ours = normed * (1 + scale[:, None]) + shift[:, None], modulated_norm(x, shift, scale, 1e-3)
+    torch.testing.assert_close(ours, formula)
+    weights = torch.randn(3, 5, 8, dtype=torch.float64)
+    found, expected = (torch.autograd.grad((result * weights).sum(), inputs) for result in (ours, formula))
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("preset", ["S/2", "S/2-8E2A"])
+def test_a_shared_conditioning_is_given_once(preset):
+    torch.manual_seed(0)
+    model = build_model(preset, hidden_size=32, num_heads=2, depth=2, mlp_ratio=2.0, input_size=8)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        noisy = torch.randn(3, 4, 8, 8)
+        each = model(noisy, torch.full((3,), 7), torch.full((3,), 2)).prediction
+        shared = model(noisy, torch.tensor([7]), torch.tensor([2])).prediction
+    torch.testing.assert_close(shared, each, rtol=1e-5, atol=1e-5)
 
 
 def test_patch_embed_router_is_one_convolution_a_task():
