@@ -19,6 +19,7 @@ from dpt.data.manifest import Manifest
 from dpt.data.reader import SampleError
 from dpt.data.shards import ShardFolder, file_sha256
 from dpt.errors import UserError, reported
+from dpt.progress import progress
 
 CELL = 160
 """Width of a picture on the sheet, pixels."""
@@ -45,7 +46,7 @@ def verify(samples: ShardFolder, *, hashes: bool) -> list[str]:
     for path in sorted(samples.folder.glob("*.tar")):
         if path.name not in listed:
             problems.append(f"{path.name} is not in the manifest")
-    for shard in distributed.progress(samples.manifest.shards, "verify", "shard"):
+    for shard in progress(samples.manifest.shards, "verify", "shard"):
         path = samples.folder / shard.name
         if not path.is_file():
             problems.append(f"{shard.name} is missing")
@@ -128,7 +129,7 @@ def contact_sheet(samples: ShardFolder, numbers: Sequence[int], codec: VAECodec)
     """A row for each sample: its picture if kept, decoded conditions, decoded targets; class samples share rows."""
     spec = tasks.task_spec(samples.manifest.task)
     rows = []
-    for number in distributed.progress(list(numbers), "draw", "sample"):
+    for number in progress(list(numbers), "draw", "sample"):
         sample = samples[number]
         cells: list[tuple[str, NDArray[np.uint8]]] = []
         if "image" in sample:

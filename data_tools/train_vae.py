@@ -22,8 +22,9 @@ from torch import Tensor
 from data_tools.vae_images import RESOLUTION, bundled_photos, leaf_images, sample_batch, synthetic_images
 from data_tools.vae_measures import figures_table, measure, measure_speed, save_vae, write_card
 from dpt.data.codec import load_vae
-from dpt.distributed import Progress, log, progress
+from dpt.distributed import log
 from dpt.errors import UserError
+from dpt.progress import Progress, progress
 from dpt.tasks import image_to_float
 
 BLOCK_OUT_CHANNELS = (16, 32, 64, 112)

@@ -1,4 +1,4 @@
-"""Ranks, reductions and progress, alone and with two gloo processes."""
+"""Ranks and reductions, alone and with two gloo processes."""
 
 import os
 import subprocess
@@ -47,16 +47,6 @@ def test_waiting_threads_do_not_spin_for_long_unless_the_user_says_how(monkeypat
         monkeypatch.setattr(os, "environ", dict(given))
         distributed.limit_spinning()
         assert os.environ.get("GOMP_SPINCOUNT") == expected
-
-
-def test_progress_prints_lines_with_rate_and_time_left(capsys, monkeypatch):
-    monkeypatch.setattr(distributed, "LINE_INTERVAL_S", 0.0)
-    assert list(distributed.progress(range(3), "reading", "file")) == [0, 1, 2]
-    with distributed.progress(2, "steps", "step") as bar:
-        bar.update(text="loss 0.5")
-    lines = capsys.readouterr().err.splitlines()
-    assert any(line.startswith("reading: 3/3 [") and "file/s" in line for line in lines)
-    assert any(line.startswith("steps: 1/2 [") and line.endswith("loss 0.5]") for line in lines)
 
 
 @pytest.mark.parametrize("world_size", [2])

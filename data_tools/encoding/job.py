@@ -16,11 +16,11 @@ from data_tools.encoding.reading import Unread, read_ahead
 from data_tools.encoding.records import Description, Records
 from data_tools.encoding.samples import Layout
 from data_tools.readers import Reader
-from dpt import distributed
 from dpt.data.manifest import Manifest, Skipped, VAERecord, read_manifest, write_manifest
 from dpt.data.order import permutation
 from dpt.data.shards import ShardWriter, shard_key
 from dpt.errors import UserError
+from dpt.progress import Progress, progress
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,10 +130,10 @@ def _finished(job: EncodingJob, records: Records) -> Manifest:
 
 def _make_shards(job: EncodingJob, records: Records, missing: dict[int, list[str]], num_inputs: int) -> None:
     total = sum(map(len, missing.values()))
-    progress: distributed.Progress[Any] | None = None
+    bar: Progress[Any] | None = None
     if os.environ.get("RANK", "0") == "0":
-        progress = distributed.progress(total, f"encode {job.reader.name} {job.split}", "input")
-    writer = _Writer(job, records, progress)
+        bar = progress(total, f"encode {job.reader.name} {job.split}", "input")
+    writer = _Writer(job, records, bar)
     encoder = SampleEncoder(job.encoder, writer)
     # Two batches and one more; evaluation sets have pictures of 100 MB.
     ahead = 8 if job.layout.evaluation else 3 * job.encoder.batch_size
@@ -159,8 +159,8 @@ def _make_shards(job: EncodingJob, records: Records, missing: dict[int, list[str
         raise
     finally:
         inputs.close()
-        if progress is not None:
-            progress.close()
+        if bar is not None:
+            bar.close()
 
 
 def _check_unreadable(job: EncodingJob, unreadable: int, total: int, last: Unread | None) -> None:
@@ -186,8 +186,8 @@ class _End:
 class _Writer:
     """Writes encoded samples into the shard that was begun; runs in the encoder's thread."""
 
-    def __init__(self, job: EncodingJob, records: Records, progress: distributed.Progress[Any] | None) -> None:
-        self._job, self._records, self._progress = job, records, progress
+    def __init__(self, job: EncodingJob, records: Records, bar: Progress[Any] | None) -> None:
+        self._job, self._records, self._bar = job, records, bar
         self._shard: ShardWriter | None = None
         self._description = Description()
 
@@ -217,8 +217,8 @@ class _Writer:
         self._advance(len(end.unread))
 
     def _advance(self, inputs: int) -> None:
-        if self._progress is not None:
-            self._progress.update(inputs)
+        if self._bar is not None:
+            self._bar.update(inputs)
 
     def abort(self) -> None:
         """Leave no unfinished shard."""

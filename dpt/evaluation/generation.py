@@ -16,6 +16,7 @@ from torch import Tensor
 from dpt import distributed
 from dpt.errors import UserError
 from dpt.evaluation.prediction import Predictor
+from dpt.progress import progress
 from dpt.tasks import resize_image
 
 INCEPTION = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
@@ -83,12 +84,12 @@ def image_features(source: str | Path, network: FeatureNetwork, batch_size: int)
     images = ImageSource(Path(source))
     numbers = range(distributed.rank(), len(images), distributed.world_size())
     found: list[np.ndarray] = []
-    with distributed.progress(numbers, f"features of {Path(source).name}", "image") as progress:
+    with progress(numbers, f"features of {Path(source).name}", "image") as bar:
         for start in range(0, len(numbers), batch_size):
             part = numbers[start : start + batch_size]
             batch = np.stack([images[i] for i in part])
             found.append(network(torch.from_numpy(batch).permute(0, 3, 1, 2).contiguous()).numpy())
-            progress.update(len(part))
+            bar.update(len(part))
     gathered = distributed.gather_objects(np.concatenate(found) if found else None)
     width = next(g.shape[1] for g in gathered if g is not None)
     features = np.empty((len(images), width), dtype=np.float32)
@@ -210,7 +211,7 @@ def write_samples(
     numbers = range(distributed.rank(), count, distributed.world_size())
     missing = [i for i in numbers if not (folder / f"{i:06d}.png").exists()]
     size = predictor.config.batch_size
-    with distributed.progress(missing, "generate", "image") as progress:
+    with progress(missing, "generate", "image") as bar:
         for start in range(0, len(missing), size):
             part = missing[start : start + size]
             images = predictor.generate(
@@ -223,5 +224,5 @@ def write_samples(
                 temporary = folder / f".{i:06d}.part"
                 Image.fromarray(image).save(temporary, format="png")
                 temporary.replace(folder / f"{i:06d}.png")
-            progress.update(len(part))
+            bar.update(len(part))
     distributed.barrier()

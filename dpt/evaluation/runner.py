@@ -16,6 +16,7 @@ from dpt.evaluation.scoring import Scorer
 from dpt.evaluation.sets import EvaluationSet, open_sets
 from dpt.evaluation.summary import pick_samples, protocol_line, summarize, tracked_metrics
 from dpt.models.costs import macs
+from dpt.progress import progress
 
 SUMMARY_VERSION = 1
 
@@ -69,12 +70,12 @@ def _evaluate_set(one: EvaluationSet, config: EvaluationConfig, predictor: Predi
     missing = {i: frozenset(s for s in wanted if (i, s) not in done) for i in range(len(one))}
     mine = [i for i in missing if missing[i]][distributed.rank() :: distributed.world_size()]
     scored: list[Record] = []
-    with distributed.progress(mine, f"evaluate {one.name}", "sample") as progress:
+    with progress(mine, f"evaluate {one.name}", "sample") as bar:
         for settings, group in itertools.groupby(mine, key=missing.__getitem__):
             for records in scorer.records(list(group), settings):
                 log.add(records)
                 scored += records
-                progress.update()
+                bar.update()
     log.close()
     done |= {(r.index, r.setting): r for part in distributed.gather_objects(scored) for r in part}
     records = [done[i, s] for i in range(len(one)) for s in wanted]
