@@ -231,6 +231,7 @@ def _provenance() -> dict[str, str]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
     tags = {"dpt.version": __version__, "dpt.versions": json.dumps(versions), "dpt.command": " ".join(sys.argv)}
+    tags |= {"mlflow.source.name": sys.argv[0], "mlflow.source.type": "LOCAL"}  # what MLflow's pages show
     root = Path(__file__).resolve().parents[2]
     if (root / ".git").exists():
         with contextlib.suppress(OSError, subprocess.SubprocessError):

@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
@@ -18,18 +17,9 @@ from dpt.tracking import Run, start_run
 from dpt.tracking.read import ancestors, load_runs, with_ancestors
 from dpt.tracking.sender import sync
 from dpt.tracking.spool import Spool
+from tests.tracking.server import serve, stop, wait_for
 
 RECIPE = {"train_batch_size": 8, "dpt": {"task": "depth", "model": {"preset": "a1"}, "evaluation": {"steps": [1, 5]}}}
-
-
-@pytest.fixture(scope="module")
-def empty_store(tmp_path_factory):
-    """An SQLite file with MLflow's tables, made once and copied."""
-    from dpt.tracking.store import connect
-
-    path = tmp_path_factory.mktemp("store") / "mlflow.db"
-    connect(f"sqlite:///{path}").search_experiments()
-    return path
 
 
 @pytest.fixture
@@ -160,39 +150,6 @@ def test_an_exception_marks_the_run_and_sync_sends_to_another_store(tmp_path, ur
     assert (spool.run_id, left) == (run.run_id, "")
     (record,) = load_runs(other, "t")
     assert record.history("a") == [(1, 1.0)]  # sent a second time, stored once
-
-
-def wait_for(condition, seconds=60.0):
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        value = condition()
-        if value:
-            return value
-        time.sleep(0.3)
-    raise AssertionError("it did not happen in time")
-
-
-def serve(port: int, folder: Path) -> subprocess.Popen:
-    command = [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1"]
-    command += [
-        "--backend-store-uri",
-        f"sqlite:///{folder / 'mlflow.db'}",
-        "--artifacts-destination",
-        str(folder / "artifacts"),
-    ]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-    wait_for(lambda: answers(port), 120)
-    return process
-
-
-def answers(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
-def stop(process: subprocess.Popen) -> None:
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
 
 
 @pytest.mark.slow
