@@ -62,7 +62,7 @@ def site(empty_store, tmp_path_factory):
 
 def look(address, folder, expected):
     """What a browser shows there: its words, its picture uint8 [H, W, 3]. A page slow to show `expected` is loaded again."""
-    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'profile'}", "--window-size=1500,2400"]
+    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'profile'}", "--window-size=1400,900"]
     command = ["chromium", *options, "--virtual-time-budget=60000"]
     for _ in range(4):
         page = subprocess.run([*command, "--dump-dom", address], capture_output=True, text=True, timeout=180, check=True).stdout
