@@ -20,20 +20,24 @@ from dpt.training.step import Losses
 def measure_peak_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.2) -> float:
     """FLOP/s of this device's best large matrix product in `dtype`: what model FLOP/s are a share of (MFU).
 
-    Measured, not taken from a data sheet; on a CPU all ranks measure at the same time, so each gets its part of the machine.
+    Measured, not taken from a data sheet; on a CPU by its threads' processor time, which other programs change less, and by all
+    ranks at the same time, so each gets its part of the machine.
     """
-    size = 8192 if device.type == "cuda" else 1024 if dtype == torch.float32 else 256
+    on_gpu = device.type == "cuda"
+    size = 8192 if on_gpu else 1024 if dtype == torch.float32 else 256
     a, b = torch.randn(2, size, size, device=device).to(dtype)
-    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    clock, threads = (time.perf_counter, 1) if on_gpu else (time.process_time, torch.get_num_threads())
     best = math.inf
     a @ b
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or best == math.inf:
-        synchronize()
-        begin = time.perf_counter()
+        if on_gpu:
+            torch.cuda.synchronize()
+        begin = clock()
         a @ b
-        synchronize()
-        best = min(best, time.perf_counter() - begin)
+        if on_gpu:
+            torch.cuda.synchronize()
+        best = min(best, (clock() - begin) / threads)
     return 2 * size**3 / best
 
 
