@@ -160,7 +160,8 @@ class DiT(nn.Module):
         earlier micro-batches, which the balance loss takes in (`dpt.models.moe.summarize`). Raises UserError if h or w is no
         multiple of patch_size or the channels are not the model's.
         """
-        x = self._embed(noisy_latents, labels if task_labels is None else task_labels)  # [B, T, D]
+        tasks = labels if task_labels is None else task_labels
+        x = self._embed(noisy_latents, tasks.expand(len(noisy_latents)))  # [B, T, D]
         conditioning = self.t_embedder(timesteps) + self.y_embedder(labels)  # [B or 1, D]
         if self.clip_embedder is not None:
             if embeddings is None:  # the projection takes part in every step: its gradient must exist on every rank

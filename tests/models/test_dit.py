@@ -124,10 +124,11 @@ def test_a_modulated_norm_and_its_gradients_are_the_formula(rows):
     torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.parametrize("preset", ["S/2", "S/2-8E2A"])
-def test_a_shared_conditioning_is_given_once(preset):
+@pytest.mark.parametrize(("preset", "tasks"), [("S/2", 0), ("S/2-8E2A", 0), ("S/2", 1000)])
+def test_a_shared_conditioning_is_given_once(preset, tasks):
     torch.manual_seed(0)
-    model = build_model(preset, hidden_size=32, num_heads=2, depth=2, mlp_ratio=2.0, input_size=8)
+    fields = {"hidden_size": 32, "num_heads": 2, "depth": 2, "mlp_ratio": 2.0, "input_size": 8, "patch_embed_tasks": tasks}
+    model = build_model(preset, **fields)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
