@@ -154,7 +154,7 @@ def clean_latents(
         return alpha * noisy - sigma * prediction
     if prediction_type == "rectified_flow":
         return noisy - sigma * prediction
-    raise UserError(f"prediction_type {prediction_type!r} is not implemented; these weights cannot be sampled.")
+    raise UserError(f"prediction_type {prediction_type!r} is unknown to dpt; these weights cannot be sampled.")
 
 
 @torch.no_grad()

@@ -72,10 +72,10 @@ def load_model(weights: str | Path, *, vae: str = "", use_ema: bool = True) -> L
 
 
 def _read_diffusion(values: dict[str, Any], source: str) -> DiffusionConfig:
-    """The objective that the weights were trained for; UserError for one that is not implemented."""
+    """The objective that the weights were trained for; UserError for one that dpt does not know."""
     hints = get_type_hints(DiffusionConfig)
     for name, value in values.items():
         choices = get_args(hints.get(name))
         if name not in hints or (choices and value not in choices):
-            raise UserError(f"{source}: diffusion.{name} = {value!r} is not implemented here; these weights cannot be sampled.")
+            raise UserError(f"{source}: diffusion.{name} = {value!r} is unknown to dpt; these weights cannot be sampled.")
     return DiffusionConfig(**values)

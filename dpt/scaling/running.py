@@ -24,18 +24,18 @@ def run_here(studies: Sequence[Study], *, jobs: int = 1, say: Callable[[str], No
     `log.txt` in its folder. An interrupted one continues from its last checkpoint. UserError if one fails: no further one
     starts then, and those that run beside it end first.
     """
-    todo = _join(studies)
-    total, seconds = len(todo), list[float]()
+    waiting = _join(studies)
+    total, seconds = len(waiting), list[float]()
     free, running, failures = _shares(jobs), list[_Running](), list[str]()
     try:
-        while running or (todo and not failures):
-            unfinished = {launch.folder for _, launch in todo} | {one.launch.folder for one in running}
-            ready = [pair for pair in todo if pair[1].folder.parent / pair[1].parent not in unfinished]
+        while running or (waiting and not failures):
+            unfinished = {launch.folder for _, launch in waiting} | {one.launch.folder for one in running}
+            ready = [pair for pair in waiting if pair[1].folder.parent / pair[1].parent not in unfinished]
             for study, launch in ready[: 0 if failures else len(free)]:
-                todo.remove((study, launch))
+                waiting.remove((study, launch))
                 record(study, launch)
                 running.append(_Running.start(launch, free.pop(0)))
-                say(f"[{total - len(todo)}/{total}] {launch.name}\n  $ {shlex.join(running[-1].words)}")
+                say(f"[{total - len(waiting)}/{total}] {launch.name}\n  $ {shlex.join(running[-1].words)}")
             time.sleep(_POLL_S)
             for one in [one for one in running if one.process.poll() is not None]:
                 running.remove(one)

@@ -46,8 +46,8 @@ def test_exported_weights_predict_as_the_network_they_are_of(tmp_path):
         ({"diffusion": None}, "nothing says what"),
         ({"vae": None}, "which VAE"),
         ({"vae": {"name": "pooling", "sha256": "other"}}, "another VAE"),
-        ({"diffusion": {"prediction_type": "score"}}, "prediction_type = 'score' is not implemented"),
-        ({"diffusion": {"noise_offset": 0.1}}, "noise_offset = 0.1 is not implemented"),
+        ({"diffusion": {"prediction_type": "score"}}, "prediction_type = 'score' is unknown to dpt"),
+        ({"diffusion": {"noise_offset": 0.1}}, "noise_offset = 0.1 is unknown to dpt"),
     ],
 )
 def test_what_cannot_be_sampled_is_refused(tmp_path, sections, words):
