@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dpt import distributed
+from dpt.models.products import is_widened
 
 if not torch.cuda.is_available():
     distributed.keep_freed_memory()  # as the launchers do
@@ -131,10 +132,15 @@ def linear_products(rows: int, inputs: int, outputs: int) -> list[tuple[str, int
 
 
 class MatrixProducts:
-    """The given products one after the other, into memory that lies ready: what this machine can do at these shapes."""
+    """The given products one after the other, into memory that lies ready: what this machine can do at these shapes.
+
+    Of bf16 numbers on a processor without units for them, the products are those of fp32 numbers, which it multiplies faster.
+    """
 
     def __init__(self, products: Iterable[tuple[str, int, int, int]], dtype: torch.dtype) -> None:
         products = list(products)
+        if is_widened(torch.empty(0, dtype=dtype, device=device())):
+            dtype = torch.float32
         self.flops = sum(2.0 * m * k * n for _, m, k, n in products)
         self._operands = [self._allocate(product, dtype) for product in products]
 
@@ -173,15 +179,22 @@ def matrix_rate(dtype: torch.dtype, size: int = 256, seconds: float = 0.3) -> fl
     return 2.0 * size**3 / best
 
 
-def unusable(precision: str) -> str:
-    """Why figures in this precision would mean nothing on this machine; empty if they do mean something."""
+def crawls(precision: str) -> str:
+    """Why plain PyTorch takes minutes in this precision on this machine; empty if it does not."""
     rates = {name: matrix_rate(dtype) / 1e9 for name, dtype in DTYPES.items()}
     if rates[precision] >= 0.1 * rates["fp32"]:
         return ""
     return (
-        f"{precision} skipped: this processor has no units for it ({rates[precision]:.2g} GFLOP/s in small products, "
-        f"{rates['fp32']:.3g} in fp32)"
+        f"{precision}: this processor has no units for it, and PyTorch's own small products reach {rates[precision]:.2g} "
+        f"GFLOP/s ({rates['fp32']:.3g} in fp32). Ours convert to fp32, and the bound is that of fp32 without converting"
     )
+
+
+def ways_to_measure(precision: str, asked: Sequence[str] | None, ways: Sequence[str], own: Sequence[str]) -> Sequence[str]:
+    """The ways that were asked for; else all, or our `own` where the others would take minutes a step."""
+    if asked is not None:
+        return asked
+    return own if crawls(precision) else ways
 
 
 # --- memory -------------------------------------------------------------------------------------------------------------

@@ -80,13 +80,22 @@ def forward_backward(layer: nn.Module, x: Tensor) -> Callable[[], None]:
     return action
 
 
-def measure(config: ModelConfig, *, count: int, precision: str, rounds: int) -> list[harness.Row]:
-    """All layers under both loads, in turn."""
+WAYS: dict[str, Callable[[ModelConfig], nn.Module]] = {
+    harness.OURS: ours,
+    "boolean masks": masks,
+    "deepspeed": deepspeed_layer,
+}
+
+
+def measure(
+    config: ModelConfig, *, count: int, precision: str, rounds: int, ways: Sequence[str] = tuple(WAYS)
+) -> list[harness.Row]:
+    """These layers under both loads, in turn."""
     dtype, d, width = harness.DTYPES[precision], config.hidden_size, config.mlp_width
     slots = count * TOP_K // config.num_experts
     layers = [(slots, d, width), (slots, width, d)] * config.num_experts
     bound = harness.MatrixProducts([p for layer in layers for p in harness.linear_products(*layer)], dtype)
-    builders = {harness.OURS: ours, "boolean masks": masks, "deepspeed": deepspeed_layer}
+    builders = {name: WAYS[name] for name in ways}
     actions: dict[str, Callable[[], object]] = {harness.BOUND: bound}
     peaks: dict[str, float] = {}
     for hot in (False, True):
@@ -101,8 +110,10 @@ def measure(config: ModelConfig, *, count: int, precision: str, rounds: int) -> 
         case = f"{precision} {'hot' if hot else 'balanced'}"
         chosen = {harness.BOUND: timings[harness.BOUND], **{name: timings[label] for name, label in names.items()}}
         results += harness.rows(case, chosen, peak_bytes={name: peaks[label] for name, label in names.items()})
-    skew = harness.ratio(timings[_label(harness.OURS, True)].wall, timings[_label(harness.OURS, False)].wall)
-    next(r for r in results if r["what"] == harness.OURS and "hot" in r["case"])["hot_over_balanced"] = skew
+    for row in results:
+        if "hot" in row["case"] and row["what"] in builders:
+            hot, even = (timings[_label(row["what"], hot)].wall for hot in (True, False))
+            row["hot_over_balanced"] = harness.ratio(hot, even)
     return results
 
 
@@ -114,6 +125,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Print the figures."""
     parser = harness.parser(__doc__, rounds=9)
     parser.add_argument("--precisions", nargs="+", default=list(harness.DTYPES), choices=list(harness.DTYPES))
+    parser.add_argument("--ways", nargs="+", choices=WAYS, help="what to compare (default: all that do not take minutes)")
     parser.add_argument("--tokens", type=int, default=8192, help="(default: %(default)s)")
     parser.add_argument("--hidden-size", type=int, default=384, help="(default: %(default)s)")
     parser.add_argument("--experts", type=int, default=8, help="(default: %(default)s)")
@@ -125,10 +137,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     results: list[harness.Row] = []
     notes = []
     for precision in arguments.precisions:
-        if reason := harness.unusable(precision):
-            notes.append(reason)
-        else:
-            results += measure(config, count=arguments.tokens, precision=precision, rounds=arguments.rounds)
+        notes += filter(None, [harness.crawls(precision)])
+        ways = harness.ways_to_measure(precision, arguments.ways, tuple(WAYS), (harness.OURS,))
+        results += measure(config, count=arguments.tokens, precision=precision, rounds=arguments.rounds, ways=ways)
     harness.finish("moe_layer", results, arguments, notes=notes)
 
 

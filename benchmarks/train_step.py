@@ -211,16 +211,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--precisions", nargs="+", default=list(harness.DTYPES), choices=list(harness.DTYPES))
     parser.add_argument("--batch", type=int, default=16, help="(default: %(default)s)")
     parser.add_argument("--input-size", type=int, default=32, help="side of the latents (default: %(default)s)")
-    parser.add_argument("--ways", nargs="+", default=WAYS, choices=WAYS, help="what to compare (default: all)")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, help="what to compare (default: all that do not take minutes)")
     parser.add_argument("--micro-batches", type=int, default=4, help="a step is split into, where it is (default: %(default)s)")
     parser.add_argument("--compile", action="store_true", help="compile our blocks")
     arguments = parser.parse_args(argv)
     results: list[harness.Row] = []
     notes = []
     for precision in arguments.precisions:
-        if reason := harness.unusable(precision):
-            notes.append(reason)
-            continue
+        notes += filter(None, [harness.crawls(precision)])
+        ways = harness.ways_to_measure(precision, arguments.ways, WAYS, (harness.OURS, MICRO))
         for case in arguments.cases:
             config = model_config(case, input_size=arguments.input_size)
             results += measure(
@@ -229,7 +228,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 batch=arguments.batch,
                 precision=precision,
                 rounds=arguments.rounds,
-                ways=arguments.ways,
+                ways=ways,
                 micro_batches=arguments.micro_batches,
                 compile=arguments.compile,
             )

@@ -59,9 +59,11 @@ def forward(hidden: Tensor, kind: Kind) -> Tensor:
     if not _has_slow_tanh(hidden):
         return F.gelu(hidden, approximate="tanh")
     result = torch.empty_like(hidden)
-    for x, out in _chunks(hidden, result):
-        torch.mul(x, x, out=out)
-        out.mul_(_CUBIC).add_(_LINEAR).mul_(x).sigmoid_().mul_(x)
+    for narrow_x, out in _chunks(hidden, result):
+        x, y = narrow_x.float(), _float_space(out)
+        torch.mul(x, x, out=y)
+        y.mul_(_CUBIC).add_(_LINEAR).mul_(x).sigmoid_().mul_(x)
+        _store(y, out)
     return result
 
 
@@ -80,21 +82,33 @@ def backward(grad: Tensor, hidden: Tensor, kind: Kind, *, again: bool = False) -
         aten.gelu_backward.grad_input(grad, hidden, approximate="tanh", grad_input=d_hidden)
         return d_hidden, F.gelu(hidden, approximate="tanh") if again else None
     active = torch.empty_like(hidden) if again else None
-    for x, d_y, d_x, y in _chunks(hidden, grad.contiguous(), d_hidden, d_hidden if active is None else active):
+    for narrow_x, d_y, out, again_out in _chunks(hidden, grad.contiguous(), d_hidden, d_hidden if active is None else active):
+        x, d_x = narrow_x.float(), _float_space(out)
         torch.mul(x, x, out=d_x).mul_(_CUBIC).add_(_LINEAR)  # l + c x^2
         share = torch.mul(d_x, x).sigmoid_()
         d_x.mul_(3.0).sub_(2.0 * _LINEAR).mul_(x)  # x (l + 3 c x^2)
         d_x.addcmul_(d_x, share, value=-1.0)
         if again:
-            torch.mul(x, share, out=y)
-        torch.addcmul(share, share, d_x, out=d_x).mul_(d_y)  # sigmoid (1 + (1 - sigmoid) x (l + 3 c x^2))
+            torch.mul(x, share, out=again_out)
+        torch.addcmul(share, share, d_x, out=d_x).mul_(d_y.float())  # sigmoid (1 + (1 - sigmoid) x (l + 3 c x^2))
+        _store(d_x, out)
     return d_hidden, active
 
 
 def _has_slow_tanh(x: Tensor) -> bool:
     """Whether to compute GELU as x sigmoid(x (l + c x^2)), the same function: on CPUs tanh takes four times as long."""
-    return x.device.type == "cpu" and x.dtype == torch.float32 and x.is_contiguous()
+    return x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16, torch.float16) and x.is_contiguous()
 
 
 def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     return zip(*(t.view(-1).split(_CHUNK) for t in tensors), strict=True)
+
+
+def _float_space(out: Tensor) -> Tensor:
+    """Where to compute what `out` shall hold, in float32: there itself if it is of that type."""
+    return out if out.dtype == torch.float32 else torch.empty_like(out, dtype=torch.float32)
+
+
+def _store(values: Tensor, out: Tensor) -> None:
+    if values is not out:
+        out.copy_(values)

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, activate_flash_attention_impl, sdpa_kernel
 
 from dpt.errors import UserError
+from dpt.models import products
+from dpt.models.products import Linear
 
 Backend = Literal["sdpa", "flash2", "flash3", "flash4"]
 
@@ -59,7 +61,7 @@ def _missing(name: str) -> str | None:
 def attention(q: Tensor, k: Tensor, v: Tensor, backend: Backend = "sdpa") -> Tensor:
     """softmax(q k^T / sqrt(d)) v; q, k, v and the result [B, heads, T, d]. FlashAttention takes bf16 and fp16 only."""
     if backend == "sdpa" or not q.is_cuda:
-        return F.scaled_dot_product_attention(q, k, v)
+        return products.attention(q, k, v)
     if q.dtype not in (torch.bfloat16, torch.float16):
         raise UserError(f'dpt.model.attention_backend "{backend}" takes bf16 or fp16, not {q.dtype}; choose "sdpa" for fp32.')
     if backend == "flash2":
@@ -78,10 +80,10 @@ class Attention(nn.Module):
         head_size = hidden_size // num_heads
         self.num_heads = num_heads
         self.backend = resolve_backend(backend)
-        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.qkv = Linear(hidden_size, 3 * hidden_size)
         self.q_norm = nn.LayerNorm(head_size, eps=1e-6) if qk_norm else nn.Identity()
         self.k_norm = nn.LayerNorm(head_size, eps=1e-6) if qk_norm else nn.Identity()
-        self.proj = nn.Linear(hidden_size, hidden_size)
+        self.proj = Linear(hidden_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         # Unbound before they are transposed: the three gradients then come together in one pass.

@@ -28,6 +28,7 @@ from dpt.models.layers import (
     unpatchify,
 )
 from dpt.models.moe import EarlierRouting, MoE, Router, RouterStats, summarize
+from dpt.models.products import Linear
 
 
 class DiTOutput(NamedTuple):
@@ -59,7 +60,7 @@ class DiTBlock(nn.Module):
         self.mlp_norm_eps = config.mlp_norm_eps
         self.mlp = None if config.num_experts else Mlp(size, config.mlp_width)
         self.moe = _build_moe(config, ep_size) if config.num_experts else None
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(size, 6 * size))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(size, 6 * size))
 
     def forward(self, x: Tensor, conditioning: Tensor) -> tuple[Tensor, RouterStats | None]:
         """x [B, T, D], conditioning [B or 1, D] -> x [B, T, D] and the router's statistics."""
@@ -107,7 +108,7 @@ class DiT(nn.Module):
             self.x_embedder = PatchEmbed(config.patch_size, self.in_channels, size)
         self.t_embedder = TimestepEmbedder(size, config.timestep_features)
         self.y_embedder = LabelEmbedder(config.num_classes, size)
-        self.clip_embedder = nn.Linear(config.clip_embedding_size, size, bias=False) if config.clip_embedding_size else None
+        self.clip_embedder = Linear(config.clip_embedding_size, size, bias=False) if config.clip_embedding_size else None
         blocks = nn.ModuleList(DiTBlock(config, ep_size) for _ in range(config.depth))
         self.blocks: Sequence[DiTBlock] = blocks  # type: ignore[assignment]
         self.final_layer = FinalLayer(size, config.patch_size, self.out_channels)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dpt.models.activations import activate
 from dpt.models.costs import FREQUENCY_EMBEDDING_SIZE
+from dpt.models.products import Linear, baddbmm, is_widened, linear
 
 
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
@@ -59,6 +60,8 @@ class PatchEmbed(nn.Module):
         nn.init.zeros_(self.proj.bias)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
+        if is_widened(x):
+            return linear(patchify(x, self.proj.kernel_size[0]), self.proj.weight.flatten(1), self.proj.bias)
         # Contiguous, or every later sum would keep the convolution's channel-first strides, which norms are slow on.
         return self.proj(x).flatten(2).transpose(1, 2).contiguous()  # [B, T, D]
 
@@ -87,7 +90,7 @@ class PatchEmbedRouter(nn.Module):
         """x [B, C, h, w], tasks [B] in 0..num_tasks-1 -> tokens [B, T, D]."""
         patches = patchify(x, self.patch_size)  # [B, T, C p p]
         weight = F.embedding(tasks, self.weight.flatten(1)).unflatten(1, (self.weight.shape[1], -1))  # [B, D, C p p]
-        return torch.baddbmm(F.embedding(tasks, self.bias).unsqueeze(1), patches, weight.transpose(1, 2))
+        return baddbmm(F.embedding(tasks, self.bias).unsqueeze(1), patches, weight.transpose(1, 2))
 
 
 def patchify(x: Tensor, patch_size: int) -> Tensor:
@@ -111,9 +114,7 @@ class TimestepEmbedder(nn.Module):
         super().__init__()
         self.count = FREQUENCY_EMBEDDING_SIZE // 2
         self.denominator = self.count if features == "dit" else self.count - 1
-        self.mlp = nn.Sequential(
-            nn.Linear(FREQUENCY_EMBEDDING_SIZE, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
-        )
+        self.mlp = nn.Sequential(Linear(FREQUENCY_EMBEDDING_SIZE, hidden_size), nn.SiLU(), Linear(hidden_size, hidden_size))
 
     def reset_parameters(self) -> None:
         """Normal weights of deviation 0.02 (DiT), zero biases."""
@@ -148,8 +149,8 @@ class Mlp(nn.Module):
 
     def __init__(self, hidden_size: int, width: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(hidden_size, width)
-        self.fc2 = nn.Linear(width, hidden_size)
+        self.fc1 = Linear(hidden_size, width)
+        self.fc2 = Linear(width, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(activate(self.fc1(x), "gelu"))
@@ -163,8 +164,8 @@ class SwiGLU(nn.Module):
 
     def __init__(self, hidden_size: int, width: int) -> None:
         super().__init__()
-        self.gate_up = nn.Linear(hidden_size, 2 * width, bias=False)
-        self.down = nn.Linear(width, hidden_size, bias=False)
+        self.gate_up = Linear(hidden_size, 2 * width, bias=False)
+        self.down = Linear(width, hidden_size, bias=False)
 
     def reset_parameters(self) -> None:
         """Xavier-uniform, each of the three matrices by its own fan."""
@@ -180,8 +181,8 @@ class FinalLayer(nn.Module):
 
     def __init__(self, hidden_size: int, patch_size: int, out_channels: int) -> None:
         super().__init__()
-        self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
+        self.linear = Linear(hidden_size, patch_size * patch_size * out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(hidden_size, 2 * hidden_size))
 
     def forward(self, x: Tensor, conditioning: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(conditioning).chunk(2, dim=1)

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dpt.models import activations
+from dpt.models.products import mm
 
 _PIECE = 1 << 22
 """Numbers of a first product that a CPU works on at once: the arrays between the two products are never larger. Smaller pieces
@@ -150,10 +151,10 @@ def _forward_in_pieces(x: Tensor, weights: Weights, counts: Tensor, kind: activa
     w_in, b_in, w_out, b_out = weights
     hidden, out = x.new_empty(x.shape[0], w_in.shape[1]), x.new_empty(x.shape[0], w_out.shape[1])
     for e, rows, _ in _pieces(counts, w_in.shape[1], x.dtype):
-        torch.mm(x[rows], w_in[e].t(), out=hidden[rows])
+        mm(x[rows], w_in[e].t(), out=hidden[rows])
         if b_in is not None:
             hidden[rows] += b_in[e]
-        torch.mm(activations.forward(hidden[rows], kind), w_out[e].t(), out=out[rows])
+        mm(activations.forward(hidden[rows], kind), w_out[e].t(), out=out[rows])
         if b_out is not None:
             out[rows] += b_out[e]
     return hidden, out
@@ -165,11 +166,16 @@ def _backward_in_pieces(grad: Tensor, kept: _Kept) -> tuple[Tensor, Weights]:
     d_x, d_w_in, d_w_out = torch.empty_like(x), torch.empty_like(w_in), torch.empty_like(w_out)
     d_b_in, d_b_out = w_in.new_zeros(w_in.shape[:2]), w_out.new_zeros(w_out.shape[:2])
     for e, rows, first in _pieces(counts, w_in.shape[1], x.dtype):
-        d_hidden, active = activations.backward(grad[rows] @ w_out[e], hidden[rows], kind, again=True)
+        d_active = torch.empty_like(hidden[rows, : w_out.shape[2]])
+        mm(grad[rows], w_out[e], out=d_active)
+        d_hidden, active = activations.backward(d_active, hidden[rows], kind, again=True)
         assert active is not None
         for total, y, inputs in ((d_w_out[e], grad[rows], active), (d_w_in[e], d_hidden, x[rows])):
-            torch.addmm(total, y.t(), inputs, beta=0 if first else 1, out=total)
-        torch.mm(d_hidden, w_in[e], out=d_x[rows])
+            if first:
+                mm(y.t(), inputs, out=total)
+            else:
+                total.addmm_(y.t(), inputs)
+        mm(d_hidden, w_in[e], out=d_x[rows])
         if biased:
             d_b_in[e] += d_hidden.sum(dim=0)
             d_b_out[e] += grad[rows].sum(dim=0)

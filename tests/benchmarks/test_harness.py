@@ -48,12 +48,25 @@ def test_the_products_are_those_of_a_linear_layer():
         torch.testing.assert_close(out, a @ b)
 
 
-def test_precisions_without_units_are_skipped_with_a_reason(monkeypatch):
+def test_plain_ways_that_take_minutes_are_left_out_unless_asked_for(monkeypatch):
     monkeypatch.setattr(harness, "matrix_rate", lambda dtype: 1e9 if dtype == torch.bfloat16 else 1e11)
-    assert harness.unusable("bf16").startswith("bf16 skipped")
-    assert harness.unusable("fp32") == ""
+    assert harness.crawls("bf16").startswith("bf16: this processor has no units")
+    assert harness.crawls("fp32") == ""
+    choices = {"ways": ["ours", "plain"], "own": ["ours"]}
+    assert harness.ways_to_measure("bf16", None, **choices) == ["ours"]
+    assert harness.ways_to_measure("fp32", None, **choices) == ["ours", "plain"]
+    assert harness.ways_to_measure("bf16", ["plain"], **choices) == ["plain"]
     monkeypatch.setattr(harness, "matrix_rate", lambda dtype: 1e11)
-    assert harness.unusable("bf16") == ""
+    assert harness.crawls("bf16") == ""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="GPUs have units for bf16")
+def test_the_bound_of_bf16_without_units_is_that_of_fp32(monkeypatch):
+    products = harness.linear_products(3, 4, 5)
+    for narrow, expected in ((frozenset([torch.bfloat16]), torch.float32), (frozenset(), torch.bfloat16)):
+        monkeypatch.setattr("dpt.models.products._WIDENED", narrow)
+        bound = harness.MatrixProducts(products, torch.bfloat16)
+        assert {t.dtype for operands in bound._operands for t in operands} == {expected}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="counted by the allocator there")

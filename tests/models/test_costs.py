@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from dpt.config.presets import PRESETS, preset_values
 from dpt.config.sections import ModelConfig
 from dpt.errors import UserError
-from dpt.models import build_model
+from dpt.models import activations, build_model, products
 from dpt.models.costs import macs, memory, num_params, num_tokens, preset_table
 from tests.gloo import run_ranks
 
@@ -252,7 +252,10 @@ UNDER_DEEPSPEED = {
     ("network", "ep_size", "stage"), [("dense", 1, 1), ("dense", 1, 2), ("dense", 1, 3), ("experts", 2, 1), ("experts", 2, 2)]
 )
 def test_total_bytes_are_within_15_percent_of_deepspeeds_peak(network, ep_size, stage, precision, monkeypatch):
-    """Dense on one rank; experts spread over two."""
+    """Dense on one rank; experts spread over two; with units for bf16, and the activation's pieces small beside a
+    layer, as those of large networks are."""
+    monkeypatch.setattr(products, "_WIDENED", frozenset())
+    monkeypatch.setattr(activations, "_CHUNK", 1024)
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     config = UNDER_DEEPSPEED[network]
     estimate = memory(

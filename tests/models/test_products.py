@@ -1,0 +1,129 @@
+"""Products of bf16 numbers through float32: rounded once, kept narrow, and none left out of the network."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from benchmarks.harness import LiveBytes
+from dpt.models import products
+from dpt.models.layers import PatchEmbed
+from tests.models.test_attention import formula
+from tests.models.test_dit import VARIANTS, batch, tiny
+
+NARROW = [torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(autouse=True)
+def no_units(monkeypatch):
+    """Whatever this processor has."""
+    monkeypatch.setattr(products, "_WIDENED", frozenset(NARROW))
+
+
+def rounded_once(exact, dtype):
+    """Tolerance of one rounding, of a sum in float32 whose order is free."""
+    return {"rtol": torch.finfo(dtype).eps, "atol": 1e-5 * float(exact.detach().abs().max())}
+
+
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("shape", [(5, 24), (2, 7, 24)], ids=str)
+def test_linear_rounds_once(dtype, biased, shape):
+    torch.manual_seed(0)
+    x, weight = torch.randn(shape).to(dtype).requires_grad_(), torch.randn(16, 24).to(dtype).requires_grad_()
+    bias = torch.randn(16).to(dtype).requires_grad_() if biased else None
+    leaves = [t for t in (x, weight, bias) if t is not None]
+    ours, seed = products.linear(x, weight, bias), torch.randn(*shape[:-1], 16).to(dtype)
+    assert ours.dtype == dtype
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    exact = torch.nn.functional.linear(*wide)
+    torch.testing.assert_close(ours.double(), exact, **rounded_once(exact, dtype))
+    gradients = torch.autograd.grad(ours, leaves, seed)
+    for leaf, one, expected in zip(leaves, gradients, torch.autograd.grad(exact, wide, seed.double()), strict=True):
+        assert one.dtype == dtype
+        assert one.shape == leaf.shape
+        torch.testing.assert_close(one.double(), expected, **rounded_once(expected, dtype))
+
+
+def test_only_wanted_gradients_are_computed():
+    x, weight = torch.randn(3, 4).bfloat16(), torch.randn(5, 4).bfloat16().requires_grad_()
+    (d_weight,) = torch.autograd.grad(products.linear(x, weight, None).sum(), weight)
+    torch.testing.assert_close(d_weight, x.float().sum(0).expand(5, 4).bfloat16())
+
+
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+def test_attention_is_the_formula(dtype):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 10, 16).to(dtype).requires_grad_() for _ in range(3))
+    out, seed = products.attention(q, k, v), torch.randn(2, 3, 10, 16).to(dtype)
+    wide = [t.detach().double().requires_grad_() for t in (q, k, v)]
+    exact = formula(*wide)
+    torch.testing.assert_close(out.double(), exact, **rounded_once(exact, dtype))
+    expected = torch.autograd.grad(exact, wide, seed.double())
+    for one, other in zip(torch.autograd.grad(out, (q, k, v), seed), expected, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=2e-2, atol=2e-2)  # the result is kept rounded too
+
+
+def test_what_is_kept_for_the_backward_pass_is_narrow():
+    q, k, v = (torch.randn(1, 2, 64, 16, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    linear, x = products.Linear(16, 16).bfloat16(), torch.randn(64, 16, dtype=torch.bfloat16, requires_grad=True)
+    with LiveBytes() as live:
+        out = products.attention(q, k, v)
+        kept = live.now
+        linear(x).sum()
+    one = q.numel() * 2
+    assert kept <= 6 * one  # queries, keys, values and the result, that which is returned, and the softmax's sums
+    assert live.now <= kept + 16  # x and the weight are there anyway
+    assert out.dtype == torch.bfloat16
+
+
+class NoNarrowProducts(TorchDispatchMode):
+    """Fails at a matrix product, convolution or attention of numbers of 16 bits."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name()
+        multiplies = any(part in name for part in ("mm", "conv", "attention", "linear", "dot", "matmul"))
+        if multiplies and any(isinstance(t, torch.Tensor) and t.dtype in NARROW for t in tree_leaves((args, kwargs))):
+            raise AssertionError(f"{name} of narrow numbers")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_all_products_of_a_network_are_widened(name, monkeypatch):
+    """Training in bf16: the same as with units for it, up to rounding, and no product in bf16 at all."""
+    torch.manual_seed(0)
+    network = tiny(**VARIANTS[name])
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    network.bfloat16()
+    inputs = batch(network)
+
+    def gradients():
+        network.zero_grad()
+        network(*inputs).prediction.float().square().mean().backward()
+        return {n: p.grad.float() for n, p in network.named_parameters() if p.grad is not None}
+
+    with NoNarrowProducts():
+        ours = gradients()
+    monkeypatch.setattr(products, "_WIDENED", frozenset())
+    theirs = gradients()
+    assert ours.keys() == theirs.keys()
+    largest = max(float(g.abs().max()) for g in theirs.values())  # a bias of keys changes nothing: its gradient is rounding
+    for key, gradient in ours.items():
+        scale = max(float(theirs[key].abs().max()), 1e-3 * largest)
+        assert float((gradient - theirs[key]).abs().max()) <= 0.1 * scale, key
+
+
+def test_the_patch_embedding_is_its_convolution(monkeypatch):
+    torch.manual_seed(0)
+    embed, x = PatchEmbed(2, 4, 16).bfloat16(), torch.randn(2, 4, 6, 8).bfloat16()
+    ours = embed(x)
+    monkeypatch.setattr(products, "_WIDENED", frozenset())
+    torch.testing.assert_close(ours, embed(x), rtol=2e-2, atol=2e-2)
+
+
+def test_float32_is_left_to_pytorch():
+    x, weight, bias = torch.randn(3, 4), torch.randn(5, 4), torch.randn(5)
+    assert torch.equal(products.linear(x, weight, bias), torch.nn.functional.linear(x, weight, bias))
+    assert not products.is_widened(x)
