@@ -79,6 +79,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(d)) v by PyTorch's kernels; q, k, v and the result [B, heads, T, d]."""
     if not is_widened(q):
         return F.scaled_dot_product_attention(q, k, v)
+    if torch.compiler.is_compiling():  # the compiler decides what is kept
+        return F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(q.dtype)
     narrow = q.dtype
     with torch.autograd.graph.saved_tensors_hooks(
         lambda t: t.to(narrow) if t.dim() == 4 else t,  # queries, keys, values and the result, but not the softmax's sums

@@ -1,5 +1,6 @@
 """Points (x, y) out of runs: what a law is fitted on and a figure shows."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,6 +22,8 @@ X_NAMES = {
     "samples": "samples seen by the last training",
 }
 """What `x` may be, besides a metric or a numeric field of the recipe."""
+_BEGINNING = 0.1
+_STRETCH, _STRETCH_VALUES = 1.1, 5
 _HISTORIES = {"macs": "compute/train_macs", "own_macs": "compute/train_macs", "samples": "train/samples_seen"}
 
 
@@ -49,8 +52,8 @@ def collect(
 
     `y` is a metric, or "1-METRIC" for the error of a share. A metric "eval/TASK/[SET/]NAME" gives a point for each evaluation
     (its main setting, or the one with these `steps` and `ensemble`), and for each of its settings if `x` is a test-time
-    quantity. Another metric gives each training's last value, or with `curve` all that was recorded. Raises UserError if
-    nothing fits.
+    quantity. Another metric gives each training's last value, or with `curve` what was recorded all along: without the
+    beginning (`settled`), in means over stretches (`stretches`). Raises UserError if nothing fits.
     """
     name, complement = (y[2:], True) if y.startswith("1-") else (y, False)
     if name.startswith("eval/"):
@@ -101,7 +104,7 @@ def _trained(
         group = text_value(record, family, group_by)
         history = record.history(name)
         if curve:
-            pairs = along(record, family, x, history)
+            pairs = stretches(along(record, family, x, settled(record, history)))
         else:
             value = run_value(record, family, x)
             pairs = [] if value is None else [(value, final_value(history))]
@@ -120,6 +123,37 @@ def along(
     at = dict(record.history(_HISTORIES[x]))
     before = total_train_macs(record, family) - train_macs(record) if x == "macs" else 0.0
     return [(before + at[step], value) for step, value in history if at.get(step, 0) > 0]
+
+
+def settled(record: RunRecord, history: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+    """A history without the training's first tenth and its warm-up, where the loss falls from its start whatever is trained.
+
+    There a frontier would stand on the smallest network alone, and on what a still smaller one would do for less.
+    """
+    warmup = float(record.params.get("training.warmup_steps", 0))
+    first = max(_BEGINNING * history[-1][0], warmup) if history else 0.0
+    return [(step, value) for step, value in history if step > first]
+
+
+def stretches(pairs: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """A noisy curve in fewer points: (geometric mean of x, mean of y) over stretches that do not overlap.
+
+    A stretch spans 10% of x and holds 5 values at least (a tenth of a curve of less than 50; a curve of less than 20 is left
+    as it is). The least values of a raw curve, which a frontier looks for, would be the luckiest ones, and early on the rarest.
+    """
+    pairs = sorted(pairs)
+    least = min(_STRETCH_VALUES, len(pairs) // 10)
+    if least < 2:
+        return pairs
+    groups = [[pairs[0]]]
+    for pair in pairs[1:]:
+        if len(groups[-1]) >= least and pair[0] >= _STRETCH * groups[-1][0][0]:
+            groups.append([])
+        groups[-1].append(pair)
+    if len(groups) > 1 and len(groups[-1]) < least:
+        last = groups.pop()
+        groups[-1] += last
+    return [(math.exp(sum(math.log(x) for x, _ in g) / len(g)), sum(y for _, y in g) / len(g)) for g in groups]
 
 
 def final_value(history: Sequence[tuple[int, float]]) -> float:

@@ -127,3 +127,14 @@ def test_float32_is_left_to_pytorch():
     x, weight, bias = torch.randn(3, 4), torch.randn(5, 4), torch.randn(5)
     assert torch.equal(products.linear(x, weight, bias), torch.nn.functional.linear(x, weight, bias))
     assert not products.is_widened(x)
+
+
+@pytest.mark.parametrize("widened", [True, False])
+def test_blocks_compile_into_one_graph(widened, monkeypatch):
+    if not widened:
+        monkeypatch.setattr(products, "_WIDENED", frozenset())
+    block = tiny().bfloat16().blocks[0]
+    x, conditioning = torch.randn(2, 16, 32).bfloat16(), torch.randn(2, 32).bfloat16()
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    compiled(x, conditioning)[0].sum().backward()
+    torch.testing.assert_close(compiled(x, conditioning)[0], block(x, conditioning)[0], rtol=5e-2, atol=5e-2)
