@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dpt import distributed
-from dpt.models.products import is_widened
+from dpt.models.products import product_dtype
 
 if not torch.cuda.is_available():
     distributed.keep_freed_memory()  # as the launchers do
@@ -139,8 +139,7 @@ class MatrixProducts:
 
     def __init__(self, products: Iterable[tuple[str, int, int, int]], dtype: torch.dtype) -> None:
         products = list(products)
-        if is_widened(torch.empty(0, dtype=dtype, device=device())):
-            dtype = torch.float32
+        dtype = product_dtype(dtype, device())
         self.flops = sum(2.0 * m * k * n for _, m, k, n in products)
         self._operands = [self._allocate(product, dtype) for product in products]
 

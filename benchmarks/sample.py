@@ -10,6 +10,7 @@ rows of `small WIDTH x DEPTH` the same for small networks and 128 px; rows of `a
 """
 
 import argparse
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -53,10 +54,12 @@ class OneAtATime:
         self.predictor, self.config = predictor, predictor.config
         self.network = textbook.DiT(predictor.model).to(predictor.device).eval()
         self.network.load_state_dict(predictor.network.state_dict())
+        self.codec = copy.deepcopy(predictor.codec)
+        self.codec.vae.to(memory_format=torch.contiguous_format)  # as diffusers loads it
 
     def conditions(self, image: np.ndarray) -> Tensor:
         """Scaled condition latents [1, K C, h, w] of one image."""
-        codec, count = self.predictor.codec, self.predictor.model.num_conditions
+        codec, count = self.codec, self.predictor.model.num_conditions
         pictures = [tasks.image_to_float(image), tasks.all_valid_prompt(*image.shape[:2])][:count]
         latents = [codec.encode(torch.from_numpy(p)[None].to(self.predictor.device))[:, 0] for p in pictures]
         return torch.cat(latents, dim=1) * codec.scaling_factor
@@ -87,7 +90,7 @@ class OneAtATime:
         decoded = []
         for number in range(self.config.ensemble[-1]):
             latents = self.member(self.conditions(image), key, number)
-            decoded.append(self.predictor.codec.decode(latents))
+            decoded.append(self.codec.decode(latents))
         return tasks.decode_depth(torch.cat(decoded))
 
     def __call__(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:

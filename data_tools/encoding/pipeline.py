@@ -36,7 +36,6 @@ class BatchEncoder:
         self._prompts: dict[tuple[int, ...], NDArray[np.float16]] = {}
         if self.device.type == "cuda":
             torch.backends.cudnn.deterministic = True
-            codec.vae.to(memory_format=torch.channels_last)
 
     def encode(self, images: Sequence[NDArray[Any]]) -> "Pending":
         """uint8 `[H, W, 3]` or float32 `[3, H, W]` in [-1, 1], all of one size -> moments, float16 `[B, 2, C, h, w]`."""

@@ -28,6 +28,11 @@ def is_widened(x: Tensor) -> bool:
     return x.dtype in _WIDENED and x.device.type == "cpu"
 
 
+def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The type in which products of `dtype` are computed on a device: what its speed is to be measured in."""
+    return torch.float32 if is_widened(torch.empty(0, dtype=dtype, device=device)) else dtype
+
+
 class Linear(nn.Linear):
     """nn.Linear, by `linear`."""
 

@@ -12,18 +12,19 @@ import torch
 from torch import Tensor
 
 from dpt import distributed
+from dpt.models.products import product_dtype
 from dpt.tracking import Run
 from dpt.training.engine import StepResult
 from dpt.training.step import Losses
 
 
 def measure_peak_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.2) -> float:
-    """FLOP/s of this device's best large matrix product in `dtype`: what model FLOP/s are a share of (MFU).
+    """FLOP/s of this device's best large matrix product of numbers in `dtype`: what model FLOP/s are a share of (MFU).
 
     Measured, not taken from a data sheet; on a CPU by its threads' processor time, which other programs change less, and by all
     ranks at the same time, so each gets its part of the machine.
     """
-    on_gpu = device.type == "cuda"
+    on_gpu, dtype = device.type == "cuda", product_dtype(dtype, device)
     size = 8192 if on_gpu else 1024 if dtype == torch.float32 else 256
     a, b = torch.randn(2, size, size, device=device).to(dtype)
     clock, threads = (time.perf_counter, 1) if on_gpu else (time.process_time, torch.get_num_threads())

@@ -138,3 +138,10 @@ def test_blocks_compile_into_one_graph(widened, monkeypatch):
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
     compiled(x, conditioning)[0].sum().backward()
     torch.testing.assert_close(compiled(x, conditioning)[0], block(x, conditioning)[0], rtol=5e-2, atol=5e-2)
+
+
+def test_the_speed_of_narrow_products_is_that_of_float32(monkeypatch):
+    cpu = torch.device("cpu")
+    assert products.product_dtype(torch.bfloat16, cpu) == torch.float32
+    monkeypatch.setattr(products, "_WIDENED", frozenset())
+    assert products.product_dtype(torch.bfloat16, cpu) == torch.bfloat16
