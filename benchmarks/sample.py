@@ -7,6 +7,10 @@ member, the image is encoded, the network runs on that member alone (the textboo
 decoded; scipy's BFGS then aligns the members (Marigold's procedure). The networks have XL/2's shape at small depth. Rows of
 `network` are the sampler's part alone, its `bound` the network's multiply-accumulates at the speed of its own matrix products;
 rows of `small WIDTH x DEPTH` the same for small networks and 128 px; rows of `alignment` only the search for scales and shifts.
+
+python -m benchmarks.sample --weights runs/quickstart/depth/weights --shards runs/quickstart/shards/depth_val --images 12
+
+measures a trained network on true images instead, and how far the two ways' AbsRel are apart there.
 """
 
 import argparse
@@ -28,6 +32,7 @@ from dpt.evaluation.ensembling import align_depth, merge_depth
 from dpt.evaluation.loading import LoadedModel
 from dpt.evaluation.prediction import Predictor
 from dpt.evaluation.protocols import PROTOCOLS, score
+from dpt.evaluation.sets import EvaluationSet
 from dpt.models.costs import macs
 from dpt.models.dit import DiT
 
@@ -69,9 +74,10 @@ class OneAtATime:
         """Latents [1, C, h, w] of one member."""
         from diffusers import DDIMScheduler
 
+        diffusion = self.predictor.diffusion
         scheduler = DDIMScheduler(
-            prediction_type=DIFFUSION.prediction_type, timestep_spacing="trailing", beta_schedule=DIFFUSION.beta_schedule,
-            beta_start=DIFFUSION.beta_start, beta_end=DIFFUSION.beta_end, clip_sample=False,
+            prediction_type=diffusion.prediction_type, timestep_spacing="trailing", beta_schedule=diffusion.beta_schedule,
+            beta_start=diffusion.beta_start, beta_end=diffusion.beta_end, clip_sample=False,
         )  # fmt: skip
         scheduler.set_timesteps(self.config.steps[-1])
         model, device = self.predictor.model, self.predictor.device
@@ -103,7 +109,9 @@ def pictures(count: int, side: int) -> list[np.ndarray]:
     return [tasks.resize_image(random.integers(0, 256, (16, 16, 3), np.uint8), (side, side)) for _ in range(count)]
 
 
-def evaluation(predictor: Predictor, images: Sequence[np.ndarray], rounds: int) -> list[harness.Row]:
+def evaluation(
+    predictor: Predictor, images: Sequence[np.ndarray], rounds: int, truths: Sequence[np.ndarray] | None = None
+) -> list[harness.Row]:
     """The whole way, and our parts of it."""
     plain = OneAtATime(predictor)
     actions: dict[str, Callable[[], object]] = {harness.OURS: lambda: predictor(images), "one at a time": lambda: plain(images)}
@@ -116,7 +124,7 @@ def evaluation(predictor: Predictor, images: Sequence[np.ndarray], rounds: int) 
         "merging by BFGS": lambda: [textbook.median_compilation(m.numpy(force=True)) for m in maps],
     }
     results = harness.rows("evaluation", harness.interleave(actions, rounds))
-    results[0] |= differences(predictor, plain, images)
+    results[0] |= differences(predictor, plain, images, truths)
     return results + harness.rows("parts", harness.interleave(parts, rounds))
 
 
@@ -125,18 +133,23 @@ def _inputs(predictor: Predictor, images: Sequence[np.ndarray]) -> tuple[Tensor,
     return conditions, [str(i) for i in range(len(images))], range(predictor.config.ensemble[-1])
 
 
-def differences(predictor: Predictor, plain: OneAtATime, images: Sequence[np.ndarray]) -> dict[str, float]:
+def differences(
+    predictor: Predictor, plain: OneAtATime, images: Sequence[np.ndarray], truths: Sequence[np.ndarray] | None
+) -> dict[str, float]:
     """How far the two ways' AbsRel are apart, as shares: from the same members merged alike, and as each merges them.
 
-    The truth is made up: the members' own mean, as metres, with smooth noise upon it.
+    Without truths (float32 [H, W] metres) they are made up: the members' own mean, as metres, with smooth noise upon it.
     """
     random = np.random.default_rng(1)
     ours, members = predictor(images), [plain.members(image, str(i)) for i, image in enumerate(images)]
     errors: dict[str, list[float]] = {"ours": [], "alike": [], "each": []}
-    for prediction, maps in zip(ours, members, strict=True):
-        mean = maps.mean(0).numpy(force=True)
-        noise = tasks.resize_smooth(random.normal(size=(16, 16)).astype(np.float32), mean.shape)
-        truth = ((1 + 4 * mean) * np.exp(0.2 * noise)).astype(np.float32)
+    for number, (prediction, maps) in enumerate(zip(ours, members, strict=True)):
+        if truths is None:
+            mean = maps.mean(0).numpy(force=True)
+            noise = tasks.resize_smooth(random.normal(size=(16, 16)).astype(np.float32), mean.shape)
+            truth = ((1 + 4 * mean) * np.exp(0.2 * noise)).astype(np.float32)
+        else:
+            truth = truths[number]
         merged = merge_depth(maps[None], "compile")[0][0].numpy(force=True)
         values = (prediction.value, merged, textbook.median_compilation(maps.numpy(force=True)))
         for name, value in zip(errors, values, strict=True):
@@ -190,7 +203,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--aligned", type=int, default=10, help="depth maps that are aligned (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=10, help="predictions at once (default: %(default)s)")
     parser.add_argument("--vae", default="embedded", help="(default: %(default)s)")
+    parser.add_argument("--weights", help="a trained network for depth, instead of random ones")
+    parser.add_argument("--shards", help="the shards of an evaluation set, for --weights")
     arguments = parser.parse_args(argv)
+    if (arguments.weights is None) != (arguments.shards is None):
+        parser.error("--weights and --shards go together: a trained network, and images with their true depth.")
+    results = _of_random_networks(arguments) if arguments.weights is None else _of_a_trained_network(arguments)
+    harness.finish("sample", results, arguments)
+
+
+def _of_random_networks(arguments: argparse.Namespace) -> list[harness.Row]:
     codec = load_vae(arguments.vae)
     side = arguments.resolution // codec.downsampling
     large = {"depth": arguments.depth, "input_size": side}
@@ -203,7 +225,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         small = {"hidden_size": width, "depth": blocks, "num_heads": 4, "input_size": 16}
         case = f"small {width} x {blocks}"
         results += network(case, _predictor(arguments, codec, small, 64), pictures(4, 128), arguments.rounds)
-    harness.finish("sample", results, arguments)
+    return results
+
+
+def _of_a_trained_network(arguments: argparse.Namespace) -> list[harness.Row]:
+    settings = EvaluationConfig(steps=[arguments.steps], ensemble=[arguments.ensemble], batch_size=arguments.batch_size)
+    predictor, data = Predictor(arguments.weights, config=settings), EvaluationSet(arguments.shards)
+    samples = [data[i] for i in range(min(arguments.images, len(data)))]
+    return evaluation(predictor, [s.image for s in samples], arguments.rounds, [s.truth for s in samples])
 
 
 def _predictor(arguments: argparse.Namespace, codec: VAECodec, fields: dict[str, Any], batch_size: int) -> Predictor:
