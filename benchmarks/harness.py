@@ -1,18 +1,16 @@
-"""What the benchmarks share: interleaved timing, this machine's own ceilings, peak memory, one table and JSON.
+"""What the benchmarks share: interleaved timing, this machine's own ceilings, one table and JSON.
 
 Everything that is compared is measured in turn (A B C A B C ...), so that a slow spell of the machine falls on all; shares and
 speed-ups are medians over rounds of the ratio within a round.
 """
 
 import argparse
-import gc
 import json
 import math
 import os
 import platform
 import statistics
 import time
-import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -21,8 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from dpt import distributed
 from dpt.models.products import product_dtype
@@ -194,57 +190,6 @@ def ways_to_measure(precision: str, asked: Sequence[str] | None, ways: Sequence[
     if asked is not None:
         return asked
     return own if crawls(precision) else ways
-
-
-# --- memory -------------------------------------------------------------------------------------------------------------
-
-
-class LiveBytes(TorchDispatchMode):
-    """Bytes of the tensors made under this mode that are alive (`now`), and the most that were at once (`peak`)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._live: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in self._live:
-                storage = tensor.untyped_storage()
-                self._live.add(storage._cdata)
-                self.now += storage.nbytes()
-                self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self._free, storage._cdata, storage.nbytes())
-        return out
-
-    def _free(self, key: int, size: int) -> None:
-        self._live.discard(key)
-        self.now -= size
-
-
-def peak_bytes(build: Callable[[], Callable[[], object]]) -> float:
-    """The most bytes that tensors hold in the second call of what `build` makes, all that it made before included.
-
-    Counted at the tensors on a CPU, by the allocator on a GPU. The first call does not count: optimizers make states in it.
-    """
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        before = torch.cuda.memory_allocated()
-        action = build()
-        action()
-        torch.cuda.reset_peak_memory_stats()
-        action()
-        return float(torch.cuda.max_memory_allocated() - before)
-    with LiveBytes() as live:
-        action = build()
-        action()
-        live.peak = live.now
-        action()
-    del action
-    gc.collect()
-    distributed.return_freed_memory()
-    return float(live.peak)
 
 
 # --- results ------------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from benchmarks import harness, textbook
+from benchmarks import harness, memory, textbook
 from dpt import distributed
 from dpt.config.sections import ModelConfig
 from dpt.models.moe import MoE
@@ -102,7 +102,7 @@ def measure(
         x = tokens(count, config, hot=hot, dtype=dtype)
         for name, build in builders.items():
             actions[_label(name, hot)] = forward_backward(build(config).to(x.device, dtype), x)
-            peaks[_label(name, hot)] = harness.peak_bytes(partial(forward_backward, build(config).to(x.device, dtype), x))
+            peaks[_label(name, hot)] = memory.peak_bytes(partial(forward_backward, build(config).to(x.device, dtype), x))
     timings = harness.interleave(actions, rounds)
     results = []
     for hot in (False, True):

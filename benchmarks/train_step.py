@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks import harness, textbook
+from benchmarks import harness, memory, textbook
 from dpt import distributed
 from dpt.config.presets import preset_values
 from dpt.config.recipe import DptConfig, Recipe
@@ -189,7 +189,7 @@ def measure(
     if not config.num_experts:
         builders["diffusers"] = lambda: plain(config, batch, precision, network="diffusers")
     builders = {name: build for name, build in builders.items() if name in ways}
-    peaks = {name: harness.peak_bytes(build) for name, build in builders.items()}
+    peaks = {name: memory.peak_bytes(build) for name, build in builders.items()}
     tokens = batch * (config.input_size // config.patch_size) ** 2
     products = harness.MatrixProducts(block_products(config, tokens), harness.DTYPES[precision])
     flops = 2.0 * batch * macs(config).training

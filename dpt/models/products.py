@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+aten = torch.ops.aten
+
 
 def _lacks_units() -> frozenset[torch.dtype]:
     """The types of 16 bits that this processor cannot multiply itself."""
@@ -84,12 +86,24 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(d)) v by PyTorch's kernels; q, k, v and the result [B, heads, T, d]."""
     if not is_widened(q):
         return F.scaled_dot_product_attention(q, k, v)
-    if torch.compiler.is_compiling():  # the compiler decides what is kept
-        return F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(q.dtype)
-    narrow = q.dtype
-    with torch.autograd.graph.saved_tensors_hooks(
-        lambda t: t.to(narrow) if t.dim() == 4 else t,  # queries, keys, values and the result, but not the softmax's sums
-        lambda t: t.float(),
-    ):
-        out = F.scaled_dot_product_attention(q.float(), k.float(), v.float())
-    return out.to(narrow)
+    result: Tensor = _WidenedAttention.apply(q, k, v)
+    return result
+
+
+class _WidenedAttention(torch.autograd.Function):
+    """A function of its own rather than hooks on what is saved, which would hide it from activation checkpointing."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        wide, log_sums = aten._scaled_dot_product_flash_attention_for_cpu(q.float(), k.float(), v.float())
+        out: Tensor = wide.to(q.dtype)
+        ctx.save_for_backward(q, k, v, out, log_sums)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        *narrow, log_sums = ctx.saved_tensors
+        wide = [t.float() for t in (grad, *narrow)]
+        gradients = aten._scaled_dot_product_flash_attention_for_cpu_backward(*wide, log_sums, 0.0, False)
+        return tuple(t.to(grad.dtype) for t in gradients)

@@ -130,8 +130,8 @@ def settled(record: RunRecord, history: Sequence[tuple[int, float]]) -> list[tup
 
     There a frontier would stand on the smallest network alone, and on what a still smaller one would do for less.
     """
-    warmup = float(record.params.get("training.warmup_steps", 0))
-    first = max(_BEGINNING * history[-1][0], warmup) if history else 0.0
+    warmup = int(record.params.get("training.warmup_steps", 0))
+    first = max(_BEGINNING * history[-1][0], min(warmup, history[-1][0] - 1)) if history else 0
     return [(step, value) for step, value in history if step > first]
 
 

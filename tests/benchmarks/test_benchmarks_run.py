@@ -123,4 +123,4 @@ def test_make_bench_runs_every_benchmark():
     for name in NAMES:
         assert callable(importlib.import_module(f"benchmarks.{name}").main)
     others = {p.stem for p in (ROOT / "benchmarks").glob("[a-z]*.py")} - set(NAMES)
-    assert others == {"harness", "textbook"}
+    assert others == {"harness", "memory", "textbook"}

@@ -2,14 +2,12 @@
 
 import subprocess
 import sys
-import weakref
 
 import pytest
 import torch
 from torch.utils import flop_counter
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from benchmarks.memory import LiveBytes
 from dpt.config.presets import PRESETS, preset_values
 from dpt.config.sections import ModelConfig
 from dpt.errors import UserError
@@ -130,30 +128,6 @@ def test_grouped_products_count_the_same(family, request):
     # The gradients of biases are products with a one-hot matrix [E, N] there; the cost model leaves out what is that small.
     sums = 4 * config.top_k * (int(32 * config.mlp_ratio) + 32) if family == "gelu" else 0
     assert counter.get_total_flops() == 2 * 32 * (3 * per_token - router_and_shared_input + sums)
-
-
-class LiveBytes(TorchDispatchMode):
-    """The most bytes that tensors made under this mode held at once."""
-
-    def __init__(self, existing):
-        super().__init__()
-        self.now, self.peak = 0, 0
-        self.live = {t.untyped_storage()._cdata for t in existing}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self.live:
-                storage = tensor.untyped_storage()
-                self.live.add(storage._cdata)
-                self.now += storage.nbytes()
-                self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self.free, storage._cdata, storage.nbytes())
-        return out
-
-    def free(self, key, size):
-        self.live.discard(key)
-        self.now -= size
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

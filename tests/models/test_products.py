@@ -5,7 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.harness import LiveBytes
+from benchmarks.memory import LiveBytes
 from dpt.models import products
 from dpt.models.layers import PatchEmbed
 from tests.models.test_attention import formula
@@ -75,6 +75,23 @@ def test_what_is_kept_for_the_backward_pass_is_narrow():
     assert kept <= 6 * one  # queries, keys, values and the result, that which is returned, and the softmax's sums
     assert live.now <= kept + 16  # x and the weight are there anyway
     assert out.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(("name", "share"), [("dense", 0.25), ("swiglu", 0.43)])
+def test_activation_checkpointing_keeps_nothing_of_attention(name, share):
+    network = tiny(**VARIANTS[name]).bfloat16()
+    inputs = batch(network)
+    kept, gradients = {}, {}
+    for enabled in (False, True):
+        network.set_activation_checkpointing(enabled)
+        network.zero_grad()
+        with LiveBytes() as live:
+            out = network(*inputs)
+            kept[enabled] = live.now
+            out.prediction.square().mean().backward()
+        gradients[enabled] = [p.grad.clone() for p in network.parameters() if p.grad is not None]
+    assert kept[True] < share * kept[False]  # with what attention keeps: 0.34 and 0.46
+    torch.testing.assert_close(gradients[True], gradients[False], rtol=0, atol=0)
 
 
 class NoNarrowProducts(TorchDispatchMode):
