@@ -61,7 +61,7 @@ class Watchdog:
         self._end = end or _print_and_exit
         self._own = _Rank(number=distributed.rank(), host=socket.gethostname())
         self._world_size = distributed.world_size()
-        self._closing = threading.Event()
+        self._closing, self._greeted = threading.Event(), threading.Event()
         self._failure: dict[str, Any] = {}
         server = socket.create_server(("", 0)) if self._own.number == 0 else None
         where = (os.environ.get("MASTER_ADDR", "127.0.0.1"), server.getsockname()[1] if server else 0, secrets.token_hex(16))
@@ -69,6 +69,8 @@ class Watchdog:
         target, arguments = (self._serve, (server,)) if server else (self._report, (host, port))
         self._thread = threading.Thread(target=target, args=arguments, name="watchdog", daemon=True)
         self._thread.start()
+        if server is None:
+            self._greeted.wait()  # rank 0 would never miss a rank that dies before it has said who it is
 
     def beat(self, step: int, phase: str) -> None:
         """This rank is at `step` and begins `phase` (one of PHASES), or goes on with it."""
@@ -91,6 +93,7 @@ class Watchdog:
             with socket.create_connection((host, port), timeout=60) as connection:
                 connection.settimeout(self.interval_s)
                 _send(connection, {"token": self._token, "rank": self._own.number, "host": self._own.host})
+                self._greeted.set()
                 while not (self._closing.is_set() or self._failure):
                     self._tell_place(connection)
                     with contextlib.suppress(TimeoutError):
@@ -101,6 +104,8 @@ class Watchdog:
                 _send(connection, self._failure or {"left": True})
         except OSError:
             self._stop(f"rank 0 ({host}) died or is out of reach", 1)
+        finally:
+            self._greeted.set()
         return None
 
     def _tell_place(self, connection: socket.socket) -> None:

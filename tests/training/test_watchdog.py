@@ -22,6 +22,9 @@ def _rank(rank: int, world_size: int, folder: Path, timeout_s: float, what: str)
     """A rank that takes a step every 20 ms; rank 1 has the trouble."""
     sys.stderr = (folder / f"said-{rank}").open("w")
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
+    if rank == 1 and what == "late":
+        connect = socket.create_connection
+        socket.create_connection = lambda *args, **options: (time.sleep(0.5), connect(*args, **options))[1]
     dog = Watchdog(timeout_s, interval_s=0.1)
     distributed.barrier()
     (folder / f"ready-{rank}").touch()
@@ -72,9 +75,10 @@ def test_hangs_failures_and_peace(tmp_path: Path, what: str, codes: list[int], w
     assert ((tmp_path / "said-0").read_text().strip(), found) == (words, codes)
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_rank_is_named_at_once(tmp_path: Path, victim: int) -> None:
-    ranks = _start(tmp_path, 60.0, "run")
+@pytest.mark.parametrize(("victim", "what"), [(0, "run"), (1, "run"), (1, "late")])
+def test_a_killed_rank_is_named_at_once(tmp_path: Path, victim: int, what: str) -> None:
+    """Also one that is slow to connect, and dies as soon as it can."""
+    ranks = _start(tmp_path, 60.0, what)
     begin = time.monotonic()
     os.kill(ranks[victim].pid or 0, signal.SIGKILL)
     codes = _join(ranks)
