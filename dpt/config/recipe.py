@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_origin, get_type_hints
+from typing import Any, Literal, get_origin, get_type_hints
 
 from dpt.config.presets import preset_values
 from dpt.config.sections import (
@@ -66,6 +66,8 @@ class DptConfig:
     """What is learned: class-conditional images, one perception task, or all of them (generalist)."""
     hardware: str = ""
     """The hardware that the recipe is meant for, in words."""
+    attention_backend: Literal["auto", "sdpa", "flash2", "flash3", "flash4"] = "auto"
+    """Attention kernel of this run on GPUs; a named one that is missing is an error. Weights do not depend on it."""
     model: ModelConfig = field(default_factory=ModelConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -50,8 +50,6 @@ class ModelConfig:
     """Epsilon of the norm before each MLP (diffusers' DiT runs with 1e-5; all other norms have 1e-6)."""
     timestep_features: Literal["dit", "diffusers"] = "dit"
     """Frequencies of the timestep's sines, i = 0..127: DiT's 10000^(-i/128), or diffusers' 10000^(-i/127)."""
-    attention_backend: Literal["auto", "sdpa", "flash2", "flash3", "flash4"] = "auto"
-    """Attention kernel; a named one that is missing is an error."""
     patch_embed_tasks: int = 0
     """Input convolutions, one a task, chosen by the task label (PatchEmbedRouter); 0: one for all."""
     clip_embedding_size: int = 0

@@ -15,6 +15,7 @@ from dpt.evaluation.records import Record, RecordLog, write_parquet
 from dpt.evaluation.scoring import Scorer
 from dpt.evaluation.sets import EvaluationSet, open_sets
 from dpt.evaluation.summary import pick_samples, protocol_line, summarize, tracked_metrics
+from dpt.models.attention import use_backend
 from dpt.models.costs import macs
 from dpt.progress import progress
 
@@ -152,6 +153,7 @@ def run_evaluation(recipe: Recipe) -> dict[str, Any]:
     from dpt.tracking import start_run
 
     config = recipe.dpt.evaluation
+    distributed.log(use_backend(recipe.dpt.attention_backend))
     output = Path(config.output_dir)
     vae = recipe.dpt.data.vae if recipe.dpt.data.vae != DataConfig().vae else ""  # the default: the one that the weights name
     predictor = Predictor(config.weights, config=config, vae=vae) if config.weights and not config.predictions else None

@@ -37,6 +37,13 @@ def _plain(hidden: Tensor, kind: Kind) -> Tensor:
     return F.silu(gate) * up
 
 
+def _plain_backward(grad: Tensor, hidden: Tensor, kind: Kind) -> Tensor:
+    if kind == "gelu":
+        return aten.gelu_backward(grad, hidden, approximate="tanh")
+    gate, up = hidden.chunk(2, dim=-1)
+    return torch.cat([aten.silu_backward(grad * up, gate), grad * F.silu(gate)], dim=-1)
+
+
 class _Activation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, kind: Kind) -> Tensor:
@@ -53,6 +60,8 @@ class _Activation(torch.autograd.Function):
 
 def forward(hidden: Tensor, kind: Kind) -> Tensor:
     """The activation, not differentiable."""
+    if torch.compiler.is_compiling():
+        return _plain(hidden, kind)
     if kind == "swiglu":
         gate, up = hidden.chunk(2, dim=-1)
         return F.silu(gate).mul_(up)
@@ -69,6 +78,8 @@ def forward(hidden: Tensor, kind: Kind) -> Tensor:
 
 def backward(grad: Tensor, hidden: Tensor, kind: Kind, *, again: bool = False) -> tuple[Tensor, Tensor | None]:
     """The gradient with respect to `hidden`; and, if it is asked for, the activation of `hidden` `again`."""
+    if torch.compiler.is_compiling():
+        return _plain_backward(grad, hidden, kind), _plain(hidden, kind) if again else None
     d_hidden = torch.empty_like(hidden)
     if kind == "swiglu":
         gate, up = hidden.chunk(2, dim=-1)

@@ -1,8 +1,10 @@
-"""Attention behind one function: PyTorch's scaled_dot_product_attention, or a FlashAttention release by name."""
+"""Attention behind one function: PyTorch's scaled_dot_product_attention, or a FlashAttention release by name.
 
-import functools
+The kernel is a choice of the run, never of the architecture: `use_backend` sets it once for the process, and `attention` picks
+by dtype and device at each call, so weights trained with one kernel are read and evaluated with any other.
+"""
+
 import importlib
-import logging
 from typing import Literal
 
 import torch
@@ -17,31 +19,37 @@ from dpt.models.products import Linear
 Backend = Literal["sdpa", "flash2", "flash3", "flash4"]
 
 _PACKAGES = {"flash2": "flash_attn", "flash3": "flash_attn_interface", "flash4": "flash_attn.cute"}
-_log = logging.getLogger(__name__)
+_HALF = (torch.bfloat16, torch.float16)
+# On Hopper, forward and backward at 256 tokens and 72 channels a head: cuDNN 0.97 ms, FlashAttention-2 1.57 ms
+# (docs/performance.md). PyTorch takes the first that supports the shapes.
+_ORDER = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+
+_chosen: Backend = "sdpa"
 
 
-@functools.cache
-def resolve_backend(name: str) -> Backend:
-    """The kernel that `name` (ModelConfig.attention_backend) stands for; "auto" logs its choice.
+def use_backend(name: str) -> str:
+    """Set the process's attention kernel ("auto", "sdpa", "flash2", "flash3" or "flash4"); returns a line that says it.
 
     "auto" is PyTorch's own kernels unless this machine's GPU has a newer FlashAttention installed for it: 4 on Blackwell
     (compute capability 10), 3 on Hopper (9). FlashAttention 3 and 4 take the place of the flash kernel inside
     scaled_dot_product_attention, for the whole process. Raises UserError if a named one cannot be used.
     """
+    global _chosen
     if name == "auto":
-        choice: Backend = "sdpa"
         major = torch.cuda.get_device_capability()[0] if torch.cuda.is_available() else 0
         newer: Backend | None = "flash4" if major == 10 else "flash3" if major == 9 else None
-        if newer and _missing(newer) is None:
-            choice = newer
-        _log.info("attention backend: %s (chosen by auto)", choice)
-        return choice
-    if name == "sdpa":
-        return "sdpa"
-    reason = _missing(name)
-    if reason is not None:
-        raise UserError(f'dpt.model.attention_backend "{name}" cannot be used ({reason}); install it or choose "sdpa".')
-    return name  # type: ignore[return-value]
+        _chosen = newer if newer and _missing(newer) is None else "sdpa"
+    elif name == "sdpa" or (reason := _missing(name)) is None:
+        _chosen = name  # type: ignore[assignment]
+    else:
+        raise UserError(f'dpt.attention_backend "{name}" cannot be used ({reason}); install it or choose "sdpa".')
+    kernel = "PyTorch's scaled_dot_product_attention" if _chosen == "sdpa" else f"FlashAttention {_chosen[-1]} in bf16 and fp16"
+    return f"Attention: {kernel}{' (chosen by auto)' if name == 'auto' else ''}."
 
 
 def _missing(name: str) -> str | None:
@@ -58,28 +66,26 @@ def _missing(name: str) -> str | None:
     return None
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, backend: Backend = "sdpa") -> Tensor:
-    """softmax(q k^T / sqrt(d)) v; q, k, v and the result [B, heads, T, d]. FlashAttention takes bf16 and fp16 only."""
-    if backend == "sdpa" or not q.is_cuda:
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v; q, k, v and the result [B, heads, T, d]. FlashAttention is used in bf16 and fp16 on GPUs."""
+    if not q.is_cuda or q.dtype not in _HALF:
         return products.attention(q, k, v)
-    if q.dtype not in (torch.bfloat16, torch.float16):
-        raise UserError(f'dpt.model.attention_backend "{backend}" takes bf16 or fp16, not {q.dtype}; choose "sdpa" for fp32.')
-    if backend == "flash2":
+    if _chosen == "flash2":
         from flash_attn import flash_attn_func  # an optional package, there only if it was named
 
         return flash_attn_func(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # no silent fall back to another kernel
+    order = _ORDER if _chosen == "sdpa" else [SDPBackend.FLASH_ATTENTION]  # no silent fall back from a named kernel
+    with sdpa_kernel(order, set_priority=True):
         return F.scaled_dot_product_attention(q, k, v)
 
 
 class Attention(nn.Module):
     """Multi-head self-attention with biases and optional per-head LayerNorm of queries and keys: [B, T, D] -> [B, T, D]."""
 
-    def __init__(self, hidden_size: int, num_heads: int, *, qk_norm: bool = False, backend: str = "sdpa") -> None:
+    def __init__(self, hidden_size: int, num_heads: int, *, qk_norm: bool = False) -> None:
         super().__init__()
         head_size = hidden_size // num_heads
         self.num_heads = num_heads
-        self.backend = resolve_backend(backend)
         self.qkv = Linear(hidden_size, 3 * hidden_size)
         self.q_norm = nn.LayerNorm(head_size, eps=1e-6) if qk_norm else nn.Identity()
         self.k_norm = nn.LayerNorm(head_size, eps=1e-6) if qk_norm else nn.Identity()
@@ -88,5 +94,5 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         # Unbound before they are transposed: the three gradients then come together in one pass.
         q, k, v = (part.transpose(1, 2) for part in self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2))
-        out = attention(self.q_norm(q), self.k_norm(k), v, self.backend)
+        out = attention(self.q_norm(q), self.k_norm(k), v)
         return self.proj(out.transpose(1, 2).flatten(2))

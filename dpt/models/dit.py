@@ -56,7 +56,7 @@ class DiTBlock(nn.Module):
     def __init__(self, config: ModelConfig, ep_size: int) -> None:
         super().__init__()
         size = config.hidden_size
-        self.attn = Attention(size, config.num_heads, qk_norm=config.qk_norm, backend=config.attention_backend)
+        self.attn = Attention(size, config.num_heads, qk_norm=config.qk_norm)
         self.mlp_norm_eps = config.mlp_norm_eps
         self.mlp = None if config.num_experts else Mlp(size, config.mlp_width)
         self.moe = _build_moe(config, ep_size) if config.num_experts else None

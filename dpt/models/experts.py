@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from dpt.models import activations
-from dpt.models.mlp import Weights, sliced_mlps
+from dpt.models.grouped_mlp import Weights, grouped_mlp
 
 
 class _Permute(torch.autograd.Function):
@@ -28,27 +28,39 @@ class _Permute(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         slots, kept = ctx.saved_tensors
-        weights = None if kept is None else kept.to(grad.dtype)
-        return F.embedding_bag(slots, grad.contiguous(), mode="sum", per_sample_weights=weights), None, None, None
+        return _sum_of_slots(grad.contiguous(), slots, kept), None, None, None
 
 
 class _Combine(torch.autograd.Function):
-    """y [N, D], weights [T, K] -> [T, D]: each token's weighted sum over its slots, without a copy of y."""
+    """y [N, D], weights [T, K] -> [T, D]: each token's weighted sum over its slots. Saves y itself, no copy of it."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, weights: Tensor, tokens: Tensor, slots: Tensor, order: Tensor) -> Tensor:
-        ctx.save_for_backward(y, weights, tokens, order)
-        return F.embedding_bag(slots, y, mode="sum", per_sample_weights=weights.to(y.dtype))
+        ctx.save_for_backward(y, weights, tokens, slots, order)
+        return _sum_of_slots(y, slots, weights)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        y, weights, tokens, order = ctx.saved_tensors
+        y, weights, tokens, slots, order = ctx.saved_tensors
         d_y = grad.index_select(0, tokens)
-        products = (d_y * y).sum(dim=-1, dtype=weights.dtype)
-        d_weights = torch.zeros_like(weights).view(-1).index_copy_(0, order, products).view_as(weights)
-        d_y *= weights.view(-1).index_select(0, order).to(d_y.dtype)[:, None]
+        if y.is_cuda or torch.compiler.is_compiling():
+            of_slots = y.index_select(0, slots.flatten()).view(*slots.shape, -1)
+            d_weights = (grad.unsqueeze(1) * of_slots).sum(dim=-1, dtype=weights.dtype)
+        else:
+            products = (d_y * y).sum(dim=-1, dtype=weights.dtype)
+            d_weights = torch.zeros_like(weights).view(-1).index_copy_(0, order, products).view_as(weights)
+        d_y = d_y * weights.reshape(-1).index_select(0, order).to(d_y.dtype)[:, None]
         return d_y, d_weights, None, None, None
+
+
+def _sum_of_slots(rows_ND: Tensor, slots_TK: Tensor, weights_TK: Tensor | None) -> Tensor:
+    """Each token's sum over its slots' rows, weighted: [T, D]. Compiled, it is one kernel; on CPUs embedding_bag is."""
+    weights = None if weights_TK is None else weights_TK.to(rows_ND.dtype)
+    if not rows_ND.is_cuda and not torch.compiler.is_compiling():
+        return F.embedding_bag(slots_TK, rows_ND, mode="sum", per_sample_weights=weights)
+    rows_TKD = rows_ND.index_select(0, slots_TK.flatten()).view(*slots_TK.shape, -1)
+    return (rows_TKD if weights is None else rows_TKD * weights.unsqueeze(-1)).sum(dim=1)
 
 
 class Dispatch:
@@ -62,14 +74,14 @@ class Dispatch:
         flat = experts_TK.flatten()
         if kept_TK is not None:
             flat = torch.where(kept_TK.flatten(), flat, num_experts)  # dropped slots are sorted behind the last expert
-        order = flat.argsort(stable=True)
-        slots = torch.empty_like(order)
-        slots[order] = torch.arange(order.shape[0], device=order.device)
-        self.counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=flat.device)
-        self.counts = self.counts.index_add_(0, flat, torch.ones_like(flat))[:num_experts]
+        # 16 bits are enough for any number of experts, and a GPU sorts them in a quarter of the passes.
+        by_expert, order = flat.to(torch.int16).sort(stable=True)
+        slots = torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0], device=order.device))
+        ends = torch.searchsorted(by_expert, torch.arange(num_experts, device=flat.device, dtype=torch.int16), right=True)
+        self.counts = torch.diff(ends, prepend=ends.new_zeros(1))
         self.kept = kept_TK
         if kept_TK is not None:
-            order = order[: int(self.counts.sum())]
+            order = order[: int(ends[-1])]
             slots.clamp_(max=order.shape[0] - 1)  # any row will do: its weight is 0
         self.order = order  # [N], position of each row in the flattened [T, K]
         self.tokens = order // experts_TK.shape[1]  # [N]
@@ -132,4 +144,4 @@ class Experts(nn.Module):
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
             x_ND, weights = x_ND.to(dtype), Weights(*(None if w is None else w.to(dtype) for w in weights))  # type: ignore[arg-type]
-        return sliced_mlps(x_ND, weights, counts_E, self.kind)
+        return grouped_mlp(x_ND, weights, counts_E, self.kind)

@@ -142,25 +142,36 @@ class MoE(nn.Module):
             y = y + self.shared(x)
         return y, RouterStats(routing.probs_TE.mean(dim=0), routing.z_loss, routing.entropy, counts_E, dropped)
 
-    @torch.compiler.disable
     def _route(self, x_TD: Tensor, routing: Routing, num_samples: int) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens through their experts and back [T, D]; slots of each expert [E]; dropped slots []."""
         if self.observer is not None:  # not a hook, which compiled blocks pass over
-            self.observer(routing)
-        experts_TK, kept_TK = routing.experts_TK, None
+            _show(self.observer, routing)
+        experts_TK = routing.experts_TK
         if self.capacity_factor:
-            kept_TK = within_capacity(routing, num_samples, self.num_experts, self.capacity_factor)
+            return self._route_within_capacity(x_TD, routing, num_samples)
+        dispatch = Dispatch(experts_TK, self.num_experts)
+        y_ND = self._run_experts(dispatch.permute(x_TD), dispatch.counts)
+        return dispatch.combine(y_ND, routing.weights_TK), dispatch.counts, dispatch.counts.new_zeros(())
+
+    @torch.compiler.disable
+    def _route_within_capacity(self, x_TD: Tensor, routing: Routing, num_samples: int) -> tuple[Tensor, Tensor, Tensor]:
+        """`_route` where some slots are dropped, so that shapes depend on the routing."""
+        experts_TK = routing.experts_TK
+        kept_TK = within_capacity(routing, num_samples, self.num_experts, self.capacity_factor)
         dispatch = Dispatch(experts_TK, self.num_experts, kept_TK)
         y_ND = self._run_experts(dispatch.permute(x_TD), dispatch.counts)
         y_TD = dispatch.combine(y_ND, routing.weights_TK)
-        if kept_TK is None:
-            return y_TD, dispatch.counts, dispatch.counts.new_zeros(())
         routed = torch.zeros_like(dispatch.counts).index_add_(0, experts_TK.flatten(), torch.ones_like(experts_TK.flatten()))
         return y_TD, routed, routed.sum() - dispatch.counts.sum()
 
     def _run_experts(self, x_ND: Tensor, counts_E: Tensor) -> Tensor:
         """Slots sorted by expert [N, D] through the experts; expert parallelism overrides this."""
         return self.experts(x_ND, counts_E)
+
+
+@torch.compiler.disable
+def _show(observer: Callable[[Routing], None], routing: Routing) -> None:
+    observer(routing)
 
 
 class RoutingSummary(NamedTuple):

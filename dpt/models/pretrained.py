@@ -92,6 +92,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
     if config.pop("format_version", None) != FORMAT_VERSION:
         raise UserError(f"{file}: format_version is not {FORMAT_VERSION}; export the weights with this version of dpt.")
     known = {f.name for f in fields(ModelConfig)}
+    config.get("model", {}).pop("attention_backend", None)  # which older exports stored; any kernel reads any weights
     unknown = config.get("model", {}).keys() - known
     if "model" not in config or unknown:
         raise UserError(

@@ -10,6 +10,7 @@ from dpt.config.checks import trained_model
 from dpt.config.recipe import Recipe
 from dpt.errors import UserError
 from dpt.models.adapting import adapt
+from dpt.models.attention import use_backend
 from dpt.models.dit import DiT
 from dpt.models.upcycling import upcycle
 from dpt.models.weights import Weights
@@ -32,6 +33,7 @@ class Stage:
     def build(self) -> DiT:
         """The network with its first weights; with expert parallelism, this rank's experts."""
         config = self.recipe.dpt
+        distributed.log(use_backend(config.attention_backend))
         torch.manual_seed(config.training.seed)
         network = DiT(config.model, ep_size=config.training.ep_size)
         if self.start is not None:

@@ -1,0 +1,162 @@
+"""Accepts a machine with a GPU, within ten minutes: does it compute what the definitions say, and how fast.
+
+python -m benchmarks.gpu [--parts dense moe ...] [--json FILE] [--markdown FILE] [--toy] [--without-quickstart]
+
+Each part runs in a process of its own: parity (experts, attention, bf16 losses), dense and moe (whole training steps, eager and
+compiled: images a second, MFU against the data sheet's peak, the share of the measured matrix peak, memory against the plan,
+the share of the time that the GPU works), sampling, evaluation, encoding, checkpoints, loading, quickstart. It needs torch >= 2.11
+and no MLflow. `--toy` runs the same in small on a CPU.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import harness
+
+PARTS = ("parity", "dense", "moe", "sampling", "evaluation", "encoding", "checkpoints", "loading", "quickstart")
+LIMIT_S = {"quickstart": 300.0}
+"""Seconds that a part may take; 150 where nothing is said."""
+
+
+def run_part(name: str, demand: float | None) -> list[harness.Row]:
+    """The rows of one part, measured in this process."""
+    from benchmarks.gpu import parity, pipeline, training
+
+    parts: dict[str, Callable[[], list[harness.Row]]] = {
+        "parity": parity.measure,
+        "dense": lambda: training.measure("dense"),
+        "moe": lambda: training.measure("moe"),
+        "sampling": pipeline.sampling,
+        "evaluation": pipeline.evaluation,
+        "encoding": pipeline.encoding,
+        "checkpoints": pipeline.checkpoints,
+        "loading": lambda: pipeline.loading(demand),
+        "quickstart": quickstart,
+    }
+    return parts[name]()
+
+
+def quickstart() -> list[harness.Row]:
+    """The quickstart as it is shipped, into a temporary folder; its depth's AbsRel (five members) after pre-training."""
+    with tempfile.TemporaryDirectory(prefix="dpt-quickstart-") as folder:
+        begin = time.perf_counter()
+        command = [sys.executable, "launchers/quickstart.py", "--out", folder]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S["quickstart"])
+        seconds = time.perf_counter() - begin
+        if done.returncode:
+            raise RuntimeError(done.stdout[-1500:] + done.stderr[-1500:])
+        summary = json.loads((Path(folder) / "evaluate" / "depth" / "summary.json").read_text())
+    (one,) = summary["sets"].values()
+    best = max(one["settings"].items(), key=lambda item: item[0]) if "settings" in one else ("", {})
+    return [{"case": "quickstart", "what": harness.OURS, "median_s": seconds, "abs_rel": _find(best, "abs_rel")}]
+
+
+def _find(found: Any, name: str) -> float | None:
+    """The first number of this name in nested objects."""
+    if isinstance(found, dict):
+        if isinstance(found.get(name), float):
+            return float(found[name])
+        found = tuple(found.values())
+    if isinstance(found, list | tuple):
+        return next((value for value in (_find(one, name) for one in found) if value is not None), None)
+    return None
+
+
+def run_in_process(name: str, demand: float | None) -> list[harness.Row]:
+    """The rows of one part from a process of its own; a row that says why, if it fails or takes too long."""
+    with tempfile.TemporaryDirectory(prefix="dpt-gpu-") as folder:
+        result = Path(folder) / "rows.json"
+        command = [sys.executable, "-m", "benchmarks.gpu", "--only", name, "--json", str(result)]
+        command += ["--demand", str(demand)] if demand else []
+        begin = time.perf_counter()
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S.get(name, 150.0))
+        except subprocess.TimeoutExpired:
+            return [{"case": name, "what": f"failed: not done after {LIMIT_S.get(name, 150.0):.0f} s"}]
+        if done.returncode:
+            print(done.stdout[-3000:] + done.stderr[-6000:], file=sys.stderr)
+            reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            return [{"case": name, "what": f"failed: {reason[:160]}"}]
+        rows: list[harness.Row] = json.loads(result.read_text())
+        print(f"{name}: {time.perf_counter() - begin:.0f} s", flush=True)
+        return rows
+
+
+def markdown(rows: Sequence[harness.Row], machine: dict[str, Any]) -> str:
+    """A table for docs/performance.md."""
+    names = {
+        "median_s": "seconds", "images_per_s": "images/s", "mfu": "MFU (data sheet)",
+        "matrix_peak_share": "of the measured peak",
+        "gpu_busy": "GPU busy", "dispatch_share": "dispatch", "peak_gib": "peak GiB", "plan_gib": "plan GiB",
+        "share_of_bound": "of the bare VAE", "difference": "difference", "limit": "limit",
+        "times_the_step": "of the step's demand", "abs_rel": "AbsRel",
+    }  # fmt: skip
+    used = [key for key in names if any(row.get(key) is not None for row in rows)]
+    lines = [", ".join(f"{key} {value}" for key, value in machine.items()), ""]
+    lines += ["| case | what | " + " | ".join(names[key] for key in used) + " |", "|---" * (len(used) + 2) + "|"]
+    for row in rows:
+        cells = [f"{row[key]:.4g}" if isinstance(row.get(key), int | float) else "" for key in used]
+        lines.append("| " + " | ".join([str(row["case"]), str(row["what"]), *cells]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def failures(rows: Sequence[harness.Row]) -> list[str]:
+    """What did not pass, or did not run."""
+    failed = [f"{row['case']}: {row['what']}" for row in rows if str(row["what"]).startswith("failed")]
+    return failed + [
+        f"{row['what']}: {row['difference']:.2g} > {row['limit']:.2g}" for row in rows if not row.get("passed", True)
+    ]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the parts, print the table, write JSON and Markdown; exit code 1 if a part failed or a parity check did not pass."""
+    parser = argparse.ArgumentParser(
+        prog="benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="(default: all)")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--markdown", type=Path, help="write a table for docs/performance.md here")
+    parser.add_argument("--toy", action="store_true", help="on a CPU, at sizes that take seconds")
+    parser.add_argument("--without-quickstart", action="store_true", help="leave out the part that takes longest")
+    parser.add_argument("--only", choices=PARTS, help=argparse.SUPPRESS)
+    parser.add_argument("--demand", type=float, help=argparse.SUPPRESS)
+    arguments = parser.parse_args(argv)
+    if arguments.only:
+        arguments.json.write_text(json.dumps(run_part(arguments.only, arguments.demand)))
+        sys.stdout.flush()
+        os._exit(0)  # NCCL's and compilers' threads have nothing left to say
+    if not torch.cuda.is_available() and not arguments.toy:
+        print("benchmarks.gpu: there is no CUDA GPU here; --toy runs the same parts in small on the CPU.", file=sys.stderr)
+        sys.exit(2)
+    rows: list[harness.Row] = []
+    demand: float | None = None
+    for name in arguments.parts:
+        if name == "quickstart" and (arguments.toy or arguments.without_quickstart):
+            continue
+        rows += run_in_process(name, demand)
+        rates = [row["images_per_s"] for row in rows if "XL/2," in row["case"] and "images_per_s" in row]
+        demand = max(rates, default=None)
+    found = harness.machine()
+    print(", ".join(f"{key} {value}" for key, value in found.items()))
+    print(harness.table(rows))
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps({"benchmark": "gpu", "machine": found, "results": rows}, indent=1) + "\n")
+    if arguments.markdown is not None:
+        arguments.markdown.write_text(markdown(rows, found))
+    if failed := failures(rows):
+        print("\n".join(["not passed:", *failed]), file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""What surrounds the training step on a GPU: sampling, evaluation, encoding, checkpoints, the data loader."""
+
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import checkpoint, encode, harness, loader, sample
+from benchmarks.gpu.training import kernel_seconds, speed
+from benchmarks.train_step import model_config
+from dpt import tasks
+from dpt.config.sections import ModelConfig
+from dpt.data.codec import load_vae
+from dpt.data.stream import LatentStream
+from dpt.models.costs import macs
+
+
+def sampling(rounds: int = 3) -> list[harness.Row]:
+    """A sampler's steps of the class-conditional network: latents a second, and the share of the time that the GPU works."""
+    from dpt.models.dit import DiT
+
+    cuda = torch.cuda.is_available()
+    config = model_config("XL/2") if cuda else model_config("a1:1", input_size=8)
+    batch = 64 if cuda else 2
+    network = DiT(config).to(harness.device(), torch.bfloat16 if cuda else torch.float32).eval()
+    device, dtype = harness.device(), next(network.parameters()).dtype
+    x = torch.randn(batch, config.in_channels, config.input_size, config.input_size, device=device, dtype=dtype)
+    timesteps, labels = torch.full((1,), 500, device=device), torch.zeros(batch, dtype=torch.int64, device=device)
+    rows = []
+    for name in ("eager", "compiled") if cuda else ("eager",):
+        if name == "compiled":
+            network.compile_blocks()
+
+        def action() -> None:
+            with torch.no_grad():
+                network(x, timesteps, labels)
+
+        timing = harness.interleave({name: action}, rounds, warmup=3)
+        row = harness.rows(f"sampler's step, batch {batch}", timing)[0]
+        flops = 2.0 * batch * macs(config).forward
+        row |= speed(flops, batch, row["median_s"])
+        if cuda:
+            row["gpu_busy"] = kernel_seconds(action) / row["median_s"]
+        rows.append(row)
+    return rows
+
+
+def evaluation(rounds: int = 2) -> list[harness.Row]:
+    """Depth of 512 px images by an XL/2-shaped network, five members of ten steps, from pictures to merged maps."""
+    cuda = torch.cuda.is_available()
+    side, images, steps = (512, 4, 10) if cuda else (32, 1, 2)
+    codec = load_vae("embedded")
+    fields: dict[str, Any] = {"num_conditions": 2, "num_classes": tasks.num_task_labels("depth") + 10}
+    fields |= {"input_size": side // codec.downsampling}
+    config: ModelConfig = model_config("XL/2" if cuda else "a1:1", **fields)
+    predictor = sample.make_predictor(config, codec, steps=steps, ensemble=5, batch_size=20)
+    pictures = sample.pictures(images, side)
+    timing = harness.interleave({harness.OURS: lambda: predictor(pictures)}, rounds)
+    row = harness.rows(f"evaluation, {side} px, N=5, {steps} steps", timing)[0]
+    row["images_per_s"] = images / row["median_s"]
+    return [row]
+
+
+def encoding() -> list[harness.Row]:
+    """The encoder with a VAE of Stable Diffusion's size (random weights), from JPEG files to shards."""
+    from diffusers import AutoencoderKL
+
+    cuda = torch.cuda.is_available()
+    channels = (128, 256, 512, 512) if cuda else (8, 8, 8, 8)
+    blocks = len(channels)
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * blocks, up_block_types=("UpDecoderBlock2D",) * blocks,
+        block_out_channels=channels, layers_per_block=2 if cuda else 1, latent_channels=4, norm_num_groups=32 if cuda else 4,
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory(prefix="dpt-vae-") as folder:
+        vae.save_pretrained(folder)
+        rows = encode.measure(folder, 256 if cuda else 32, 768 if cuda else 8, 64 if cuda else 4)
+    return [row | {"case": f"encoding, SD-sized VAE, {row['case']}"} for row in rows]
+
+
+def checkpoints() -> list[harness.Row]:
+    """How long training stands still for a checkpoint, beside `torch.save`."""
+    config = model_config("a3" if torch.cuda.is_available() else "a1:1")
+    with tempfile.TemporaryDirectory(prefix="dpt-checkpoint-") as temporary:
+        run = checkpoint.Run(config, Path(temporary))
+        for _ in range(2):
+            run.save()
+            run.torch_save()
+        size = sum(p.stat().st_size for p in (run.folder / "ours").rglob("*.safetensors"))
+    return [
+        {"case": f"checkpoint's pause, {size / 1e9:.1f} GB", "what": name, "median_s": pauses[-1]}
+        for name, pauses in run.pauses.items()
+    ]
+
+
+def loading(demand: float | None) -> list[harness.Row]:
+    """The data loader's rate from shards in the page cache, beside what the training step takes (images a second)."""
+    with tempfile.TemporaryDirectory(prefix="dpt-loader-") as temporary:
+        folder = Path(temporary)
+        loader.write_shards(folder, 256 if torch.cuda.is_available() else 1)
+        cuda = torch.cuda.is_available()
+        stream = LatentStream([str(folder)], global_batch_size=256 if cuda else 8, num_workers=4, pin_memory=cuda)
+        batches = iter(stream)
+        next(batches)
+        begin, seen, seconds = time.perf_counter(), stream.samples_seen, 3.0 if cuda else 0.2
+        while time.perf_counter() - begin < seconds:
+            next(batches)
+        rate = (stream.samples_seen - seen) / (time.perf_counter() - begin)
+        batches.close()  # type: ignore[attr-defined]
+    row: harness.Row = {"case": "data loader, 4 threads, pinned", "what": "ours", "images_per_s": rate}
+    return [row | ({"times_the_step": rate / demand} if demand else {})]

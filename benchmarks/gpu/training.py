@@ -1,0 +1,186 @@
+"""Whole training steps on one GPU: images a second, MFU, memory against the plan, and where the GPU waits for the host."""
+
+import gc
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import harness
+from benchmarks.train_step import model_config, random_batch, recipe
+from dpt import distributed
+from dpt.config.devices import data_sheet_peak
+from dpt.config.sections import ModelConfig
+from dpt.models.costs import macs
+from dpt.models.dit import DiT
+from dpt.models.experts import Dispatch
+
+GLOBAL_BATCH = 256
+MICRO_BATCHES = (256, 128, 64, 32, 16, 8)
+CASES = {"dense": ("XL/2",), "moe": ("S/2-8E2A", "L/2-8E2A", "L/2-8E2A:16", "L/2-8E2A:12", "L/2-8E2A:8")}
+TOY = {"dense": ("a1:1",), "moe": ("S/2-8E2A:1",)}
+
+
+class Training:
+    """A network under the training loop's own engine, with a batch that lies ready in page-locked memory."""
+
+    def __init__(self, config: ModelConfig, *, batch: int, micro: int, precision: str, compile: bool) -> None:
+        from dpt.training.engine import Engine
+        from dpt.training.preflight import needs
+        from dpt.training.stages import Stage
+        from dpt.training.step import LossModule, Preparation
+
+        distributed.init()
+        self.recipe = recipe(config, batch, precision, zero_stage=2, accumulation=batch // micro, compile=compile)
+        self.plan_bytes = needs(self.recipe, "pretrain", 1).memory.total
+        self.network: DiT = Stage(name="pretrain", recipe=self.recipe, start=None, parents=[]).build()
+        self.engine = Engine(self.recipe, LossModule(self.network, self.recipe.dpt))
+        device, dtype = self.engine.device, self.engine.dtype
+        self.prepare = Preparation(self.recipe.dpt, tasks=["class"], scaling_factor=0.18215, device=device, dtype=dtype)
+        data = random_batch(config, micro)
+        self.data = {name: value.pin_memory() if device.type == "cuda" else value for name, value in data.items()}
+        self.accumulation = batch // micro
+
+    def step(self) -> None:
+        """One optimizer step."""
+        for number in range(self.accumulation):
+            self.engine.accumulate(*self.prepare(self.data))
+            if number < self.accumulation - 1:
+                self.engine.end_micro_batch()
+        self.engine.step(1e-4)
+
+    def close(self) -> None:
+        """Let go of the GPU's memory."""
+        self.engine.deepspeed.destroy()
+        del self.engine, self.network
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def measure(kind: str, *, cases: Sequence[str] = (), rounds: int = 5) -> list[harness.Row]:
+    """Rows of the dense or the MoE cases that fit, eager and compiled; of MoE ones also with all tokens on two experts."""
+    cuda = torch.cuda.is_available()
+    rows: list[harness.Row] = []
+    done: set[str] = set()
+    for case in cases or (CASES if cuda else TOY)[kind]:
+        preset = case.partition(":")[0]
+        if preset in done:  # a smaller one of those that are there in case the larger does not fit
+            continue
+        config = model_config(case) if cuda else model_config(case, input_size=8)
+        precision, batch = ("bf16", GLOBAL_BATCH) if cuda else ("fp32", 4)
+        micro = fitting_micro_batch(config, batch, precision) if cuda else 2
+        if micro is None:
+            rows.append({"case": case, "what": "skipped: it needs more memory than this GPU has free"})
+            continue
+        done.add(preset)
+        for compile in (False, True) if cuda else (False,):
+            rows += _measure_one(case, config, batch, micro, precision, compile, rounds)
+    return rows
+
+
+def fitting_micro_batch(config: ModelConfig, batch: int, precision: str) -> int | None:
+    """The largest micro-batch whose plan fits into the free memory; None if none does."""
+    from dpt.training.preflight import needs
+
+    free = torch.cuda.mem_get_info()[0]
+    for micro in MICRO_BATCHES:
+        one = recipe(config, batch, precision, zero_stage=2, accumulation=batch // micro)
+        if needs(one, "pretrain", 1).memory.total < 0.92 * free:
+            return micro
+    return None
+
+
+def _measure_one(
+    case: str, config: ModelConfig, batch: int, micro: int, precision: str, compile: bool, rounds: int
+) -> list[harness.Row]:
+    training = Training(config, batch=batch, micro=micro, precision=precision, compile=compile)
+    flops = 2.0 * batch * macs(config).training
+    name = "compiled" if compile else "eager"
+    label = f"{case}, {precision}, micro-batch {micro}"
+    rows = [_row(label, name, training, flops, rounds)]
+    rows[0]["plan_gib"] = training.plan_bytes / 2**30
+    if config.num_experts and (compile or not torch.cuda.is_available()):
+        with torch.no_grad():
+            for block in training.network.blocks:
+                assert block.moe is not None
+                block.moe.gate.weight.zero_()  # then the first two experts take all tokens
+        rows.append(_row(label, f"{name}, two experts take all", training, flops, rounds))
+        tokens = micro * (config.input_size // config.patch_size) ** 2
+        dispatch = _dispatch_seconds(config, tokens, training.engine.dtype, rounds) * config.depth * training.accumulation
+        rows[0]["dispatch_share"] = dispatch / rows[0]["median_s"]
+    training.close()
+    return rows
+
+
+def _row(case: str, what: str, training: Training, flops: float, rounds: int) -> harness.Row:
+    for _ in range(3):
+        training.step()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    timing = harness.interleave({what: training.step}, rounds)
+    row = harness.rows(case, timing)[0]
+    row |= speed(flops, training.engine.global_batch_size, row["median_s"])
+    if torch.cuda.is_available():
+        row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        row["gpu_busy"] = kernel_seconds(training.step) / row["median_s"]
+    return row
+
+
+def speed(flops: float, images: int, seconds: float) -> harness.Row:
+    """Images a second, MFU against the data sheet's peak where it is known, and the share of the measured matrix peak."""
+    row: harness.Row = {"images_per_s": images / seconds}
+    if torch.cuda.is_available():
+        peak = data_sheet_peak(torch.cuda.get_device_name())
+        row |= {"mfu": flops / seconds / peak} if peak else {}
+        row["matrix_peak_share"] = flops / seconds / harness.matrix_rate(torch.bfloat16, 8192)
+    return row
+
+
+def kernel_seconds(action: Callable[[], object]) -> float:
+    """Seconds in which some kernel runs on the GPU during one call: its wall time less the gaps."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        action()
+        torch.cuda.synchronize()
+    return _union(_intervals(profiler)) / 1e6
+
+
+def _intervals(profiler: Any) -> Iterator[tuple[float, float]]:
+    for event in profiler.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            yield event.time_range.start, event.time_range.end
+
+
+def _union(intervals: Iterator[tuple[float, float]]) -> float:
+    """Length of the union of intervals."""
+    total, reached = 0.0, float("-inf")
+    for start, end in sorted(intervals):
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total
+
+
+def _dispatch_seconds(config: ModelConfig, tokens: int, dtype: torch.dtype, rounds: int) -> float:
+    """Seconds of one layer's dispatch alone, forward and backward: sorting, and moving tokens to their experts and back."""
+    device = harness.device()
+    x = torch.randn(tokens, config.hidden_size, device=device, dtype=dtype, requires_grad=True)
+    experts = torch.rand(tokens, config.num_experts, device=device).topk(config.top_k).indices
+    weights = torch.rand(tokens, config.top_k, device=device)
+
+    def moves(x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+        dispatch = Dispatch(experts, config.num_experts)
+        return dispatch.combine(dispatch.permute(x), weights)
+
+    function = torch.compile(moves) if torch.cuda.is_available() else moves
+    seed = torch.randn_like(x)
+
+    def action() -> None:
+        function(x, experts, weights).backward(seed)
+        x.grad = None
+
+    return statistics.median(harness.interleave({"dispatch": action}, rounds, warmup=3)["dispatch"].wall)

@@ -1,0 +1,203 @@
+"""Grouped MLP: the experts of a layer at once, each on its own contiguous rows, forward and backward.
+
+Shape legend: N rows, D hidden_size, F MLP width, H columns of the first product (2 F for SwiGLU), E experts. Rows are sorted by
+expert; `counts` [E] says how many each one has, none included. Saved for the backward pass are the input and the first product;
+the activation is recomputed.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from dpt.models import activations
+from dpt.models.products import mm
+
+_CHUNK = 1 << 22
+"""Numbers of a first product that a CPU works on at once: the arrays between the two products are never larger. Smaller chunks
+are faster for one thread, but threads that share a machine with other work then wait for each other too often."""
+
+
+class Weights(NamedTuple):
+    """Weights of E MLPs, in PyTorch's [out, in] orientation behind the first axis."""
+
+    w_in: Tensor
+    """[E, H, D]."""
+    b_in: Tensor | None
+    """[E, H]."""
+    w_out: Tensor
+    """[E, D, F]."""
+    b_out: Tensor | None
+    """[E, D]; there is one if there is a `b_in`."""
+
+
+def grouped_mlp(x_ND: Tensor, weights: Weights, counts: Tensor, kind: activations.Kind) -> Tensor:
+    """Rows sorted by expert [N, D], rows of each int64 [E] -> [N, D], differentiable.
+
+    Grouped products where the device has a kernel for them (`has_grouped_products`): no host needs to know the counts, and
+    torch.compile traces them. Elsewhere a loop over slices, which waits for the counts once, forward and backward together; on
+    a CPU in chunks, so that only the first products of all rows are in memory at once.
+    """
+    if has_grouped_products(x_ND):
+        out: Tensor = _GroupedMlp.apply(x_ND, *weights, counts, kind)
+        return out
+    return _sliced_mlp(x_ND, weights, counts, kind)
+
+
+def has_grouped_products(x: Tensor) -> bool:
+    """Whether `F.grouped_mm` has a kernel of its own for x: bf16 on Hopper and Blackwell; elsewhere it loops, waiting."""
+    return x.is_cuda and x.dtype == torch.bfloat16 and torch.cuda.get_device_capability(x.device)[0] in (9, 10)
+
+
+class _GroupedMlp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w_in: Tensor, b_in: Tensor | None, w_out: Tensor, b_out: Tensor | None, counts: Tensor,
+                kind: activations.Kind) -> Tensor:  # fmt: skip
+        hidden, out = _forward_grouped(x, Weights(w_in, b_in, w_out, b_out), counts, kind)
+        ctx.save_for_backward(x, hidden, w_in, w_out, counts)
+        ctx.kind, ctx.biased = kind, b_in is not None
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, hidden, w_in, w_out, counts = ctx.saved_tensors
+        d_x, d_weights = _backward_grouped(grad.contiguous(), x, hidden, w_in, w_out, counts, ctx.kind, ctx.biased)
+        return d_x, *d_weights, None, None
+
+
+@torch.compiler.disable
+def _sliced_mlp(x_ND: Tensor, weights: Weights, counts: Tensor, kind: activations.Kind) -> Tensor:
+    result: Tensor = _SlicedMlp.apply(x_ND, *weights, counts.tolist(), kind)
+    return result
+
+
+class _SlicedMlp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w_in: Tensor, b_in: Tensor | None, w_out: Tensor, b_out: Tensor | None, counts: list[int],
+                kind: activations.Kind) -> Tensor:  # fmt: skip
+        hidden, out = _forward_sliced(x, Weights(w_in, b_in, w_out, b_out), counts, kind)
+        ctx.save_for_backward(x, hidden, w_in, w_out)
+        ctx.counts, ctx.kind, ctx.biased = counts, kind, b_in is not None
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, hidden, w_in, w_out = ctx.saved_tensors
+        d_x, d_weights = _backward_sliced(grad.contiguous(), x, hidden, w_in, w_out, ctx.counts, ctx.kind, ctx.biased)
+        return d_x, *d_weights, None, None
+
+
+# --- grouped ------------------------------------------------------------------------------------------------------------
+
+
+def _forward_grouped(x: Tensor, weights: Weights, counts: Tensor, kind: activations.Kind) -> tuple[Tensor, Tensor]:
+    """The first products [N, H] and the results [N, D]."""
+    w_in, b_in, w_out, b_out = weights
+    hidden = _product(x, w_in.transpose(1, 2), counts)
+    if b_in is not None:
+        hidden = hidden + b_in[_row_owners(counts, x.shape[0])]
+    out = _product(activations.forward(hidden, kind), w_out.transpose(1, 2), counts)
+    if b_out is not None:
+        out = out + b_out[_row_owners(counts, x.shape[0])]
+    return hidden, out
+
+
+def _backward_grouped(grad: Tensor, x: Tensor, hidden: Tensor, w_in: Tensor, w_out: Tensor, counts: Tensor,
+                      kind: activations.Kind, biased: bool) -> tuple[Tensor, Weights]:  # fmt: skip
+    """Gradients of the rows and of the weights."""
+    d_active = _product(grad, w_out, counts)
+    d_hidden, active = activations.backward(d_active, hidden, kind, again=True)
+    assert active is not None
+    del d_active
+    d_w_out = _outer(grad, active, counts)
+    del active
+    d_w_in = _outer(d_hidden, x, counts)
+    d_x = _product(d_hidden, w_in, counts)
+    d_b_in, d_b_out = (_sums(d_hidden, counts), _sums(grad, counts)) if biased else (None, None)
+    return d_x, Weights(d_w_in, d_b_in, d_w_out, d_b_out)
+
+
+def _product(x_NA: Tensor, w_EAB: Tensor, counts: Tensor) -> Tensor:
+    """Rows of slice e times w[e]: [N, B]."""
+    if not x_NA.shape[0]:  # which the kernel does not take
+        return x_NA.new_empty(0, w_EAB.shape[2])
+    return F.grouped_mm(x_NA, w_EAB, offs=counts.cumsum(0, dtype=torch.int32))
+
+
+def _outer(y_NB: Tensor, x_NA: Tensor, counts: Tensor) -> Tensor:
+    """For each slice, the sum over its rows of y x^T: [E, B, A]; zero for an empty one, which the kernel may not write."""
+    if not x_NA.shape[0]:
+        return x_NA.new_zeros(counts.shape[0], y_NB.shape[1], x_NA.shape[1])
+    products = F.grouped_mm(y_NB.t(), x_NA, offs=counts.cumsum(0, dtype=torch.int32))
+    return products.masked_fill_((counts == 0)[:, None, None], 0.0)
+
+
+def _row_owners(counts: Tensor, num_rows: int) -> Tensor:
+    """The slice of each row, int64 [N]."""
+    return torch.searchsorted(counts.cumsum(0), torch.arange(num_rows, device=counts.device), right=True)
+
+
+def _sums(y_NB: Tensor, counts: Tensor) -> Tensor:
+    """For each slice, the sum of its rows [E, B]: a product with a one-hot matrix, so deterministic."""
+    experts = torch.arange(counts.shape[0], device=counts.device)
+    return (experts[:, None] == _row_owners(counts, y_NB.shape[0])).to(y_NB.dtype) @ y_NB
+
+
+# --- sliced -------------------------------------------------------------------------------------------------------------
+
+
+def _chunks(counts: list[int], width: int, x: Tensor) -> Iterator[tuple[int, slice, bool]]:
+    """Expert, rows and whether they are its first, of chunks of at most _CHUNK numbers on a CPU; at least one chunk an expert.
+
+    In less than float32 an expert's rows are one chunk: its weights' gradients are summed within one product, not rounded
+    between.
+    """
+    rows = max(1, _CHUNK // width)
+    in_chunks = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
+    start = 0
+    for number, count in enumerate(counts):
+        step = rows if in_chunks else max(1, count)
+        for first in range(0, max(1, count), step):
+            yield number, slice(start + first, start + min(first + step, count)), first == 0
+        start += count
+
+
+def _forward_sliced(x: Tensor, weights: Weights, counts: list[int], kind: activations.Kind) -> tuple[Tensor, Tensor]:
+    """As `_forward_grouped`."""
+    w_in, b_in, w_out, b_out = weights
+    hidden, out = x.new_empty(x.shape[0], w_in.shape[1]), x.new_empty(x.shape[0], w_out.shape[1])
+    for e, rows, _ in _chunks(counts, w_in.shape[1], x):
+        mm(x[rows], w_in[e].t(), out=hidden[rows])
+        if b_in is not None:
+            hidden[rows] += b_in[e]
+        mm(activations.forward(hidden[rows], kind), w_out[e].t(), out=out[rows])
+        if b_out is not None:
+            out[rows] += b_out[e]
+    return hidden, out
+
+
+def _backward_sliced(grad: Tensor, x: Tensor, hidden: Tensor, w_in: Tensor, w_out: Tensor, counts: list[int],
+                     kind: activations.Kind, biased: bool) -> tuple[Tensor, Weights]:  # fmt: skip
+    """As `_backward_grouped`."""
+    d_x, d_w_in, d_w_out = torch.empty_like(x), torch.empty_like(w_in), torch.empty_like(w_out)
+    d_b_in, d_b_out = w_in.new_zeros(w_in.shape[:2]), w_out.new_zeros(w_out.shape[:2])
+    for e, rows, first in _chunks(counts, w_in.shape[1], x):
+        d_active = torch.empty_like(hidden[rows, : w_out.shape[2]])
+        mm(grad[rows], w_out[e], out=d_active)
+        d_hidden, active = activations.backward(d_active, hidden[rows], kind, again=True)
+        assert active is not None
+        for total, y, inputs in ((d_w_out[e], grad[rows], active), (d_w_in[e], d_hidden, x[rows])):
+            if first:
+                mm(y.t(), inputs, out=total)
+            else:
+                total.addmm_(y.t(), inputs)
+        mm(d_hidden, w_in[e], out=d_x[rows])
+        if biased:
+            d_b_in[e] += d_hidden.sum(dim=0)
+            d_b_out[e] += grad[rows].sum(dim=0)
+    return d_x, Weights(d_w_in, d_b_in if biased else None, d_w_out, d_b_out if biased else None)
