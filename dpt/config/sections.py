@@ -276,6 +276,8 @@ class TrainingConfig:
     """Non-finite steps in a row before the run goes back to its last checkpoint."""
     timeout_s: float = 1800.0
     """Seconds without progress on a rank before all ranks stop."""
+    check_memory: Literal["refuse", "warn"] = "refuse"
+    """What to do when the memory plan is above what is free: refuse to start, or say so and try."""
 
     def __post_init__(self) -> None:
         _check(self.steps >= 0, f"dpt.training.steps is {self.steps}; it cannot be negative.")
