@@ -329,8 +329,8 @@ class EvaluationConfig:
     """Classifier-free guidance; 1: none."""
     batch_size: int = 16
     """Predictions (samples x members) computed at once on a rank."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Number format of the network's products; the sampler itself always works in fp32."""
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    """Number format of the network's products (tf32: float32 rounded to 10 bits, on GPUs only); the sampler works in fp32."""
     max_samples: int = 0
     """Score only the first samples; 0: all."""
     seed: int = 0
