@@ -56,14 +56,11 @@ class Available:
 
 
 def needs(recipe: Recipe, stage: str, world_size: int) -> Needs:
-    """Memory of a rank by the cost model (`dpt.models.costs.memory`), ranks and shards."""
+    """Memory of a rank by the cost model (`dpt.models.costs.memory`), and shards. UserError if the batch cannot be split."""
     config = recipe.dpt
     training, model, precision = config.training, trained_model(recipe, stage), cast(Precision, recipe.precision)
     ranks = -(-world_size // training.ep_size) * training.ep_size
-    try:
-        _, micro, _ = batch_split(recipe, ranks)
-    except UserError:  # reported by check_recipe; the memory of one sample a rank is the least that is needed
-        micro = 1
+    _, micro, _ = batch_split(recipe, ranks)
     pictures = 0
     if config.task == "class":
         params, channels = _VAES.get(config.data.vae, (VAE_PARAMS, VAE_CHANNELS))
@@ -101,6 +98,7 @@ def available() -> Available:
 
 def check_ranks(recipe: Recipe, stage: str, world_size: int) -> Needs:
     """What the recipe needs; a UserError if it cannot run as `stage` on `world_size` ranks, the same on all of them."""
+    check_recipe(recipe, max(world_size, recipe.dpt.training.ep_size), stage)
     required = needs(recipe, stage, world_size)
     if world_size < recipe.dpt.training.ep_size:
         free = available()
@@ -108,7 +106,6 @@ def check_ranks(recipe: Recipe, stage: str, world_size: int) -> Needs:
             f"{_short(recipe, required)}, and here {'is' if world_size == 1 else 'are'} {ranks_in_words(world_size)} with "
             f"{free.device / 2**30:.1f} GiB free; {_advice(recipe, stage, world_size, free)}."
         )
-    check_recipe(recipe, world_size, stage)
     return required
 
 

@@ -46,6 +46,8 @@ def test_a_recipe_for_a_cluster_is_refused_with_one_that_fits(monkeypatch: pytes
 def test_ranks_that_do_not_divide_are_no_question_of_memory() -> None:
     with pytest.raises(UserError, match="ep_size 8 does not divide 12 ranks"):
         preflight.check_ranks(load_recipe(RECIPES / "moe_l2.json", {"train_batch_size": 240}), "pretrain", 12)
+    with pytest.raises(UserError, match="model is dense"):
+        preflight.check_ranks(load_recipe(RECIPES / "dense_a1.json", {"training.ep_size": 2}), "pretrain", 1)
     with pytest.raises(UserError, match="train_batch_size 256 is not a multiple of 24 ranks"):
         preflight.check_ranks(load_recipe(RECIPES / "moe_l2.json"), "pretrain", 24)
 

@@ -101,7 +101,10 @@ def test_pictures_are_spread_over_ranks_and_the_same_on_any_number(tmp_path: Pat
     load_vae()  # imports diffusers, which the ranks then need not
     fields: dict[str, Any] = {"train_batch_size": 4, "zero_optimization.stage": 1, "training.ema_decays": [0.9]}
     model = {"input_size": 4, "hidden_size": 32, "depth": 1, "num_heads": 2, "num_classes": 8, "num_experts": 4}
-    fields |= {f"model.{name}": value for name, value in model.items()} | {"model.capacity_factor": 1.0}
+    fields |= {f"model.{name}": value for name, value in model.items()} | {
+        "model.capacity_factor": 1.0,
+        "model.router_bias_balancing": True,
+    }
     fields |= {"sampling.labels": [3, 0, 7], "sampling.num_inference_steps": 2}
     shares = {1: [[3, 0, 7]], 2: [[3, 7], [0]]}
     for ranks, expected in shares.items():
