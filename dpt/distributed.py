@@ -58,19 +58,30 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def set_device() -> None:
+    """Make this process's GPU the current one, where there are GPUs.
+
+    Call it before anything else asks CUDA for something (`torch.cuda.is_available` does not): whatever does opens a context of
+    some hundred MiB on the current GPU, which is the first one for all ranks until this is done, and for every thread anew.
+    """
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank())
+
+
 def init(timeout_s: float = 1800.0) -> None:
     """Start `torch.distributed` through DeepSpeed, on NCCL with GPUs and on gloo without. Calling it again does nothing.
 
-    `timeout_s`: seconds after which a collective that some rank never joins becomes an error.
+    `timeout_s`: seconds after which a collective that some rank never joins becomes an error, in every group of processes.
     """
     set_environment()
     import torch
 
     if torch.distributed.is_initialized():
         return
-    if torch.cuda.is_available():
-        torch.cuda.set_device(local_rank())
-    else:
+    set_device()
+    if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         keep_freed_memory()
     with _unneeded("mlflow"):
@@ -82,7 +93,17 @@ def init(timeout_s: float = 1800.0) -> None:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world_size()))
     # DeepSpeed would compile a shared-memory collective at first use: half a minute, and a crash without a compiler.
     __compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=timedelta(seconds=timeout_s))
+    timeout = timedelta(seconds=timeout_s)
+    _set_default_timeout(timeout)
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=timeout)
+
+
+def _set_default_timeout(timeout: timedelta) -> None:
+    """Give it to groups made without one, as DeepSpeed makes those of experts and of data parallelism."""
+    from torch.distributed import distributed_c10d
+
+    distributed_c10d.default_pg_timeout = timeout
+    distributed_c10d.default_pg_nccl_timeout = timeout
 
 
 def keep_freed_memory() -> None:

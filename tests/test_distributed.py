@@ -49,20 +49,8 @@ def test_waiting_threads_do_not_spin_for_long_unless_the_user_says_how(monkeypat
         assert os.environ.get("GOMP_SPINCOUNT") == expected
 
 
-@pytest.mark.parametrize("world_size", [2])
-def test_collectives_between_processes(world_size):
-    code = """
-from dpt import distributed as d
-d.init(timeout_s=60)
-r = d.rank()
-assert d.world_size() == 2
-assert d.all_reduce_sum({"b": r, "a": 1.5}) == {"a": 3.0, "b": 1.0}
-assert d.all_reduce_mean({"a": r}) == {"a": 0.5}
-assert d.gather_objects({"rank": r}) == [{"rank": 0}, {"rank": 1}]
-assert d.broadcast_object(r, source=1) == 1
-d.log(f"from rank {r}")
-d.shutdown()
-"""
+def run_code(code: str, world_size: int = 2) -> list[str]:
+    """What each of the processes prints, which must all end well."""
     port = str(distributed._free_port())
     ranks = []
     for rank in range(world_size):
@@ -76,9 +64,55 @@ d.shutdown()
         ranks.append(
             subprocess.Popen([sys.executable, "-c", code], env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True)
         )
-    outputs = [process.communicate(timeout=120)[0] for process in ranks]
-    assert [process.returncode for process in ranks] == [0, 0]
-    assert [output.strip() for output in outputs] == ["from rank 0", ""]
+    outputs = [process.communicate(timeout=300)[0] for process in ranks]
+    assert [process.returncode for process in ranks] == [0] * world_size
+    return [output.strip() for output in outputs]
+
+
+def test_collectives_between_processes():
+    code = """
+from dpt import distributed as d
+d.init(timeout_s=60)
+r = d.rank()
+assert d.world_size() == 2
+assert d.all_reduce_sum({"b": r, "a": 1.5}) == {"a": 3.0, "b": 1.0}
+assert d.all_reduce_mean({"a": r}) == {"a": 0.5}
+assert d.gather_objects({"rank": r}) == [{"rank": 0}, {"rank": 1}]
+assert d.broadcast_object(r, source=1) == 1
+d.log(f"from rank {r}")
+d.shutdown()
+"""
+    assert run_code(code) == ["from rank 0", ""]
+
+
+def test_the_time_limit_holds_for_every_group_that_training_makes():
+    """DeepSpeed's for experts and for those who share them, and our own for signals, as well as the first one."""
+    code = """
+from dpt import distributed as d
+d.init(timeout_s=77)
+import torch
+from deepspeed.utils import groups
+from dpt.config.recipe import load_recipe
+from dpt.models.dit import DiT
+from dpt.training.control import Control
+from dpt.training.engine import Engine
+from dpt.training.step import LossModule
+
+model = {"input_size": 4, "hidden_size": 32, "depth": 1, "num_heads": 2, "num_classes": 8, "num_experts": 4}
+fields = {"train_batch_size": 4, "zero_optimization.stage": 1, "training.ep_size": 2}
+recipe = load_recipe(None, fields | {f"model.{name}": value for name, value in model.items()})
+engine = Engine(recipe, LossModule(DiT(recipe.dpt.model, ep_size=2), recipe.dpt))
+control = Control()
+made = list(torch.distributed.distributed_c10d._world.pg_map)
+assert {groups._get_expert_parallel_group("ep_size_2"), groups._get_expert_data_parallel_group("ep_size_2")} <= set(made)
+seconds = {group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in made}
+print(len(made), seconds)
+d.shutdown()
+"""
+    for output in run_code(code):
+        number, seconds = output.splitlines()[-1].split(maxsplit=1)
+        assert int(number) >= 4
+        assert seconds == "{77.0}"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="of glibc")

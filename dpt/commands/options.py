@@ -36,7 +36,8 @@ def add_sampling_options(parser: argparse.ArgumentParser, *, steps: int, guidanc
     parser.add_argument("--guidance", type=float, default=guidance, help="guidance scale; 1: none (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the initial noise (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=16, help="predictions computed at once (default: %(default)s)")
-    parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"), help="(default: %(default)s)")
+    parser.add_argument("--precision", default="fp32", choices=("fp32", "tf32", "bf16"),
+                        help="of the network's products; tf32 is for GPUs (default: %(default)s)")  # fmt: skip
     parser.add_argument("--device", help="e.g. cuda:0 or cpu (default: the accelerator, if there is one)")
 
 

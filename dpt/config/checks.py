@@ -17,7 +17,7 @@ def trained_model(recipe: Recipe, stage: str) -> ModelConfig:
 
 def check_recipe(recipe: Recipe, world_size: int, stage: str = "pretrain") -> None:
     """Raise a UserError naming the key, its value and a mend if the recipe cannot run as `stage` on `world_size` ranks."""
-    _check_batch(recipe, world_size)
+    batch_split(recipe, world_size)
     _check_experts(recipe, world_size, trained_model(recipe, stage).num_experts)
     _check_task(recipe)
     if all(recipe.deepspeed.get(name, {}).get("enabled", False) for name in ("bf16", "fp16")):
@@ -28,34 +28,66 @@ def check_recipe(recipe: Recipe, world_size: int, stage: str = "pretrain") -> No
 
 
 def batch_split(recipe: Recipe, world_size: int) -> tuple[int, int, int]:
-    """(train_batch_size, micro batch per rank, accumulation steps), whichever of the three are given, in DeepSpeed's manner."""
+    """(train_batch_size, micro-batch of a rank, accumulation steps) on `world_size` ranks; their product with the ranks fits.
+
+    `train_micro_batch_size_per_gpu` is the largest micro-batch allowed: taken is the largest one up to it that divides a rank's
+    share of the batch, unless `gradient_accumulation_steps` is given. Without `train_batch_size` it is that of DeepSpeed, the
+    product of the other two and the ranks. Raises UserError if nothing of the kind is possible.
+    """
     given = recipe.deepspeed
+    for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
+        value = given.get(key, 1)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            _refuse(recipe, f"{key} is {value!r}; it must be a whole number of at least 1.")
     total = given.get("train_batch_size")
-    micro = given.get("train_micro_batch_size_per_gpu")
+    limit = given.get("train_micro_batch_size_per_gpu")
     accumulation = given.get("gradient_accumulation_steps")
     if total is None:
-        if micro is None:
+        if limit is None:
             _refuse(recipe, "train_batch_size is missing; give the global batch size.")
-        return micro * (accumulation or 1) * world_size, micro, accumulation or 1
-    if micro is None:
-        micro = total // (world_size * (accumulation or 1))
-    if accumulation is None:
-        accumulation = total // (world_size * micro) if micro else 0
-    if micro * accumulation * world_size != total:
+        return limit * (accumulation or 1) * world_size, limit, accumulation or 1
+    parts = (accumulation or 1) * world_size
+    if total % parts:
+        times = f" x gradient_accumulation_steps {accumulation}" if accumulation else ""
+        near = [str(n) for n in (total // parts * parts, (total // parts + 1) * parts) if n]
         _refuse(
             recipe,
-            f"train_batch_size {total} is not train_micro_batch_size_per_gpu {micro} x gradient_accumulation_steps "
-            f"{accumulation} x {world_size} ranks; change one of them.",
+            f"train_batch_size {total} is not a multiple of {ranks_in_words(world_size)}{times}; change one of them "
+            f"({' or '.join(near)} samples would do).",
+        )
+    if accumulation is None:
+        micro = largest_micro_batch(total // world_size, limit)
+        return total, micro, total // world_size // micro
+    micro = total // parts
+    if limit is not None and micro > limit:
+        _refuse(
+            recipe,
+            f"gradient_accumulation_steps {accumulation} makes micro-batches of {micro} on {ranks_in_words(world_size)}, above "
+            f"train_micro_batch_size_per_gpu {limit}; raise one of them, or leave gradient_accumulation_steps out.",
         )
     return total, micro, accumulation
 
 
-def _check_batch(recipe: Recipe, world_size: int) -> None:
-    for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
-        value = recipe.deepspeed.get(key, 1)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            _refuse(recipe, f"{key} is {value!r}; it must be a whole number of at least 1.")
-    batch_split(recipe, world_size)
+def largest_micro_batch(share: int, limit: int | None) -> int:
+    """The largest divisor of a rank's `share` of the batch that is at most `limit` (None: no limit)."""
+    return next(n for n in range(min(share, limit or share), 0, -1) if share % n == 0)
+
+
+def split_note(recipe: Recipe, world_size: int) -> str:
+    """One line for the user where the micro-batch is not the one that the recipe names; else empty."""
+    total, micro, accumulation = batch_split(recipe, world_size)
+    limit = recipe.deepspeed.get("train_micro_batch_size_per_gpu", micro)
+    if micro == limit:
+        return ""
+    return (
+        f"Micro-batches of {micro} instead of {limit} (train_micro_batch_size_per_gpu, the most allowed): {total} samples on "
+        f"{ranks_in_words(world_size)} are {total // world_size} each, {accumulation} x {micro}."
+    )
+
+
+def ranks_in_words(world_size: int) -> str:
+    """ "1 rank", "8 ranks"."""
+    return f"{world_size} rank{'s' * (world_size != 1)}"
 
 
 def _check_experts(recipe: Recipe, world_size: int, experts: int) -> None:
@@ -65,7 +97,7 @@ def _check_experts(recipe: Recipe, world_size: int, experts: int) -> None:
     if ep_size > 1 and experts == 0:
         _refuse(recipe, f"dpt.training.ep_size is {ep_size}, but the model is dense; set it to 1.")
     if world_size % ep_size:
-        _refuse(recipe, f"dpt.training.ep_size {ep_size} does not divide the {world_size} ranks; choose a divisor.")
+        _refuse(recipe, f"dpt.training.ep_size {ep_size} does not divide {ranks_in_words(world_size)}; choose a divisor.")
     if recipe.deepspeed.get("use_data_before_expert_parallelism", False):
         _refuse(
             recipe,

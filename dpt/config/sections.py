@@ -274,6 +274,8 @@ class TrainingConfig:
     """Non-finite steps in a row before the run goes back to its last checkpoint."""
     timeout_s: float = 1800.0
     """Seconds without progress on a rank before all ranks stop."""
+    check_memory: Literal["refuse", "warn"] = "refuse"
+    """What to do when the memory plan is above what is free: refuse to start, or say so and try."""
 
     def __post_init__(self) -> None:
         _check(self.steps >= 0, f"dpt.training.steps is {self.steps}; it cannot be negative.")
@@ -325,8 +327,8 @@ class EvaluationConfig:
     """Classifier-free guidance; 1: none."""
     batch_size: int = 16
     """Predictions (samples x members) computed at once on a rank."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Number format of the network's products; the sampler itself always works in fp32."""
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    """Number format of the network's products (tf32: float32 rounded to 10 bits, on GPUs only); the sampler works in fp32."""
     max_samples: int = 0
     """Score only the first samples; 0: all."""
     seed: int = 0

@@ -1,7 +1,8 @@
 """Predictions with trained weights: images of any size in, depth, flow or amodal masks out, at the images' own size."""
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,7 +48,7 @@ class Predictor:
         self.config = config or EvaluationConfig()
         self.device = torch.device(device) if device is not None else distributed.device()
         loaded = weights if isinstance(weights, LoadedModel) else load_model(weights, vae=vae, use_ema=self.config.use_ema)
-        self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[self.config.precision]
+        self.dtype = torch.bfloat16 if self.config.precision == "bf16" else torch.float32
         self.network = loaded.network.to(self.device, self.dtype).eval()
         self.model, self.task, self.codec, self.lineage = loaded.model, loaded.task, loaded.codec, loaded.lineage
         self.codec.to(self.device)
@@ -206,7 +207,8 @@ class Predictor:
 
         def predict(noisy: Tensor, timesteps: Tensor) -> Tensor:
             inputs = torch.cat((conditions, noisy), dim=1).to(self.dtype)
-            return self.network(inputs, timesteps[: len(labels)], labels, embeddings, task_labels).prediction
+            with float32_products(self.config.precision, self.device):
+                return self.network(inputs, timesteps[: len(labels)], labels, embeddings, task_labels).prediction
 
         channels = self.model.in_channels
         denoise = (
@@ -268,6 +270,22 @@ class Predictor:
             )
             images += [tasks.image_to_uint8(image) for image in self.codec.decode(latents).cpu().numpy()]
         return images
+
+
+@contextlib.contextmanager
+def float32_products(precision: str, device: torch.device) -> Iterator[None]:
+    """Let a GPU's float32 matrix products and convolutions be TF32 ("tf32") or not (else); a CPU's are not touched."""
+    if device.type != "cuda":
+        yield
+        return
+    products, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(products)
+        torch.backends.cudnn.allow_tf32 = convolutions
 
 
 def merge_members(task: str, values: Tensor, size: tuple[int, int], aggregation: str) -> Prediction:

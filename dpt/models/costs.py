@@ -5,7 +5,7 @@ matrix products, convolutions and attention, as torch's FlopCounterMode does.
 """
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 from dpt.config.presets import PRESETS, preset_values
@@ -18,6 +18,8 @@ FREQUENCY_EMBEDDING_SIZE = 256
 """Width of the sinusoidal timestep features in DiT."""
 REDUCE_BUCKET_SIZE = 500_000_000
 """DeepSpeed's default zero_optimization.reduce_bucket_size, in elements."""
+VAE_PARAMS, VAE_CHANNELS = 83_653_863, 256
+"""Of Stable Diffusion's VAE: its parameters, and the channels of its decoder's widest layers at the picture's full size."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,10 +62,15 @@ class Memory:
     """Averaged weights, float32."""
     activations: int
     """Kept for the backward pass, and its largest temporaries."""
+    pictures: int = 0
+    """Drawing class pictures, as far as the activations, which are free by then, leave no room for it."""
+    host: int = 0
+    """In the host's memory, where offloading keeps it; not in `total`."""
 
     @property
     def total(self) -> int:
-        return sum(getattr(self, f.name) for f in fields(self))
+        """On the device."""
+        return sum(getattr(self, f.name) for f in fields(self)) - self.host
 
 
 def num_tokens(config: ModelConfig, height: int = 0, width: int = 0) -> int:
@@ -120,11 +127,15 @@ def memory(
     height: int = 0,
     width: int = 0,
     activation_checkpointing: bool = False,
+    offload_optimizer: bool = False,
+    offload_param: bool = False,
+    pictures: int = 0,
 ) -> Memory:
     """Bytes on each of `ranks` when training with AdamW and DeepSpeed's ZeRO stage (0 to 3); latents as in `macs`.
 
     ZeRO divides over all ranks: optimizer states (stage 1), gradients too (2), weights too (3); experts' ones over the ranks
-    that hold the same experts, which comes to the same. UserError for what cannot be.
+    that hold the same experts, which comes to the same. `offload_optimizer` (stages 1 to 3) and `offload_param` (stage 3) are
+    DeepSpeed's, to the CPU. `pictures`: of drawing class pictures (`picture_bytes`). UserError for what cannot be.
     """
     for name, value in (("ranks", ranks), ("ep_size", ep_size), ("micro_batch_size", micro_batch_size)):
         if value < 1:
@@ -141,7 +152,7 @@ def memory(
     keeps_master = precision != "fp32" or zero_stage >= 1  # ZeRO's partitions are copies in any precision
     accumulates_fp32 = precision == "bf16" and zero_stage >= 1
     tokens = micro_batch_size * num_tokens(config, height, width)
-    return Memory(
+    plan = Memory(
         weights=size * (share if zero_stage == 3 else held),
         master_weights=4 * optimizer if keeps_master else 0,
         gradients=(4 if accumulates_fp32 else size) * (share if zero_stage >= 2 else held),
@@ -150,6 +161,44 @@ def memory(
         ema=4 * num_emas * optimizer,
         activations=_activation_bytes(config, tokens, size, ep_size, activation_checkpointing),
     )
+    plan = replace(plan, pictures=max(0, pictures - plan.activations))
+    return _offloaded(plan, zero_stage, size * share, optimizer=offload_optimizer, param=offload_param)
+
+
+def _offloaded(plan: Memory, zero_stage: int, share: int, *, optimizer: bool, param: bool) -> Memory:
+    """The plan with what DeepSpeed offloads in the host's memory.
+
+    `share`: bytes of a rank's part of the weights, of which the optimizer keeps a copy on the host (stages 1 and 2). The host
+    gets a rank's part of the gradients, in float32; before that stage 1 collects all of them on the device.
+    """
+    if optimizer and zero_stage >= 1:
+        part = plan.master_weights
+        moved = plan.master_weights + plan.moments + plan.ema + part + (share if zero_stage < 3 else 0)
+        gradients = plan.gradients if zero_stage == 1 else 0
+        plan = replace(plan, master_weights=0, moments=0, ema=0, gradients=gradients, host=plan.host + moved)
+    if param and zero_stage == 3:
+        plan = replace(plan, weights=0, host=plan.host + plan.weights)
+    return plan
+
+
+def picture_bytes(
+    config: ModelConfig,
+    *,
+    guided: bool = True,
+    precision: Precision = "bf16",
+    vae_params: int = VAE_PARAMS,
+    vae_channels: int = VAE_CHANNELS,
+    height: int = 0,
+    width: int = 0,
+) -> int:
+    """Bytes for drawing class pictures one at a time (`dpt.training.sampling`); latents as in `macs`.
+
+    A whole copy of the network, the VAE in float32, and the larger of a forward pass (of two latents if `guided`) and decoding.
+    """
+    size, pixels = 4 if precision == "fp32" else 2, 64 * (height or config.input_size) * (width or config.input_size)
+    tokens = (1 + guided) * num_tokens(config, height, width)
+    forward = tokens * (_kept_per_token(config, size) + 2 * config.hidden_size * size)
+    return size * num_params(config).total + 4 * vae_params + max(forward, 4 * 4 * vae_channels * pixels)
 
 
 def preset_table(

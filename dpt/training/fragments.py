@@ -144,21 +144,17 @@ def refresh_weights(engine: Any) -> None:
 
 
 @torch.no_grad()
-def gather_weights(engine: Any, optimizer: Any, state: str) -> dict[str, Tensor]:
-    """All weights (`state` "master") or an optimizer state of their shapes ("ema0"), whole, float32 on the CPU of rank 0.
+def whole_weights(engine: Any, optimizer: Any, state: str) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter's name and weights (`state` "master") or optimizer state of its shape ("ema0"), whole, float32.
 
-    Other ranks get an empty dict. Collective; one parameter at a time, so that no device holds more than one whole copy of it.
+    On every rank, on its device, one parameter at a time. Collective: all ranks go through all of them.
     """
     here = {f.name: f for f in fragments(engine)}
-    main = torch.distributed.get_rank() == 0
-    result = {}
     for name, (_, shape, _) in parameter_layout(engine.module).items():
         whole = torch.zeros(torch.Size(shape).numel(), device=engine.device)
         fragment = here.get(name)
         if fragment is not None and fragment.owned:
             values = fragment.master() if state == "master" else fragment.state(optimizer, state)
             whole.narrow(0, fragment.offset, fragment.numel).copy_(values)
-        torch.distributed.reduce(whole, dst=0)
-        if main:
-            result[name] = whole.view(shape).cpu()
-    return result
+        torch.distributed.all_reduce(whole)  # one rank's numbers, and zeros
+        yield name, whole.view(shape)

@@ -1,18 +1,21 @@
 """Before any work: can this recipe run on these ranks with this memory, and if not, which shipped recipe can?"""
 
 import re
+import socket
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import cast
 
 from dpt import distributed
-from dpt.config.checks import batch_split, check_recipe, trained_model
+from dpt.config.checks import batch_split, check_recipe, ranks_in_words, trained_model
 from dpt.config.recipe import Recipe, load_recipe
 from dpt.errors import UserError
-from dpt.models.costs import Memory, Precision, memory
+from dpt.models.costs import VAE_CHANNELS, VAE_PARAMS, Memory, Precision, memory, picture_bytes
 
 OVERHEAD_BYTES = 600 * 2**20
 """What a training process holds beside its tensors: the interpreter, libraries, communication buffers."""
+_VAES = {"embedded": (2_086_215, 32)}
+"""Parameters and widest channels at full size, as `dpt.models.costs` has them for Stable Diffusion's, which others count as."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,73 +30,132 @@ class Needs:
 
     @property
     def bytes_per_rank(self) -> int:
-        """Of its tensors and its process."""
+        """Of its tensors on the device and its process."""
         return self.memory.total + OVERHEAD_BYTES
 
     @property
     def plan(self) -> str:
         """What the memory of a rank goes to, in one line."""
         sizes = {field.name.replace("_", " "): getattr(self.memory, field.name) for field in fields(Memory)}
+        host = sizes.pop("host")
         sizes["process"] = OVERHEAD_BYTES
         parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in sizes.items() if size)
-        ranks = f"{self.ranks} rank{'s' * (self.ranks > 1)}"
-        return f"Memory plan, GiB on each of {ranks}: {parts}; {self.bytes_per_rank / 2**30:.2f} in all."
+        offloaded = f" and {host / 2**30:.2f} offloaded to the host" if host else ""
+        line = f"Memory plan, GiB on each of {ranks_in_words(self.ranks)}: {parts}"
+        return f"{line}; {self.bytes_per_rank / 2**30:.2f} in all{offloaded}."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Available:
+    """Memory that one rank can have, in bytes."""
+
+    device: int
+    """Free on its GPU; without GPUs, its share of what is free on this machine."""
+    host: int | None
+    """Its share of what is free on this machine beside its GPU; None without GPUs."""
 
 
 def needs(recipe: Recipe, stage: str, world_size: int) -> Needs:
-    """Memory of a rank by the cost model (`dpt.models.costs.memory`), ranks and shards."""
-    training = recipe.dpt.training
+    """Memory of a rank by the cost model (`dpt.models.costs.memory`), and shards. UserError if the batch cannot be split."""
+    config = recipe.dpt
+    training, model, precision = config.training, trained_model(recipe, stage), cast(Precision, recipe.precision)
     ranks = -(-world_size // training.ep_size) * training.ep_size
-    try:
-        _, micro, _ = batch_split(recipe, ranks)
-    except UserError:  # reported by check_recipe; the memory of one sample a rank is the least that is needed
-        micro = 1
+    _, micro, _ = batch_split(recipe, ranks)
+    pictures = 0
+    if config.task == "class":
+        params, channels = _VAES.get(config.data.vae, (VAE_PARAMS, VAE_CHANNELS))
+        guided = config.sampling.guidance_scale != 1.0
+        pictures = picture_bytes(model, guided=guided, precision=precision, vae_params=params, vae_channels=channels)
+    zero = recipe.deepspeed.get("zero_optimization", {})
+    offload = {part: zero.get(part, {}).get("device") == "cpu" for part in ("offload_optimizer", "offload_param")}
     cost = memory(
-        trained_model(recipe, stage),
+        model,
         ranks=ranks,
         ep_size=training.ep_size,
         zero_stage=recipe.zero_stage,
         micro_batch_size=micro,
-        precision=cast(Precision, recipe.precision),
+        precision=precision,
         num_emas=sum(decay > 0 for decay in training.ema_decays),
         activation_checkpointing=training.activation_checkpointing,
+        pictures=pictures,
+        **offload,
     )
-    missing = [s for s in recipe.dpt.data.shards if "://" not in s and ":" not in s and "{" not in s and not Path(s).is_dir()]
+    missing = [s for s in config.data.shards if "://" not in s and ":" not in s and "{" not in s and not Path(s).is_dir()]
     return Needs(memory=cost, ranks=ranks, missing_shards=missing)
 
 
-def available_bytes() -> int:
-    """Memory that one rank can have: of its GPU, or its share of this machine's free memory."""
+def available() -> Available:
+    """Memory that one rank can have. Opens a CUDA context where there are GPUs, so `distributed.set_device` comes first."""
+    import psutil
     import torch
 
-    if torch.cuda.is_available():
-        return torch.cuda.mem_get_info()[1]
-    import psutil
+    host = psutil.virtual_memory().available // distributed.local_world_size()
+    if not torch.cuda.is_available():
+        return Available(device=host, host=None)
+    free, _ = torch.cuda.mem_get_info()
+    return Available(device=free, host=host)
 
-    return psutil.virtual_memory().available // distributed.local_world_size()
 
-
-def preflight(recipe: Recipe, stage: str, world_size: int) -> Needs:
-    """What the recipe needs; a UserError that says it, what is here, and which recipe fits instead, if it cannot run here."""
-    required, available = needs(recipe, stage, world_size), available_bytes()
-    if required.ranks != world_size or required.bytes_per_rank > available:
-        shards = ", ".join(recipe.dpt.data.shards) or "none"
-        state = f" (missing: {', '.join(required.missing_shards)})" if required.missing_shards else ""
+def check_ranks(recipe: Recipe, stage: str, world_size: int) -> Needs:
+    """What the recipe needs; a UserError if it cannot run as `stage` on `world_size` ranks, the same on all of them."""
+    check_recipe(recipe, max(world_size, recipe.dpt.training.ep_size), stage)
+    required = needs(recipe, stage, world_size)
+    if world_size < recipe.dpt.training.ep_size:
+        free = available()
         raise UserError(
-            f"{recipe.path}: this machine cannot hold it: it needs {required.bytes_per_rank / 2**30:.1f} GiB on each of "
-            f"{required.ranks} rank{'s' if required.ranks > 1 else ''} and the shards {shards}{state}, is meant for "
-            f"{recipe.dpt.hardware or 'hardware that it does not name'}, and here are {world_size} "
-            f"rank{'s' if world_size > 1 else ''} with {available / 2**30:.1f} GiB each; "
-            + _advice(recipe, stage, world_size, available)
+            f"{_short(recipe, required)}, and here {'is' if world_size == 1 else 'are'} {ranks_in_words(world_size)} with "
+            f"{free.device / 2**30:.1f} GiB free; {_advice(recipe, stage, world_size, free)}."
         )
-    check_recipe(recipe, world_size, stage)
     return required
 
 
-def _advice(recipe: Recipe, stage: str, world_size: int, available: int) -> str:
-    """The largest recipe beside this one that fits: same task, made for such a device and number of ranks."""
-    import torch
+def check_memory(recipe: Recipe, stage: str, required: Needs, free: Available) -> None:
+    """A UserError (with `dpt.training.check_memory` "warn": one line) if some rank has less free memory than it needs.
 
+    `free`: this rank's, from before it met the others. The message says what is needed, what is free and where, and which
+    recipe fits instead. Collective.
+    """
+    problems = [text for text in distributed.gather_objects(_shortage(recipe, stage, required, free)) if text]
+    if not problems:
+        return
+    if recipe.dpt.training.check_memory == "warn":
+        distributed.log(f'Warning: {problems[0]}; going on, since dpt.training.check_memory is "warn".')
+        return
+    raise UserError(f'{problems[0]}; set dpt.training.check_memory to "warn" to try all the same.')
+
+
+def _shortage(recipe: Recipe, stage: str, required: Needs, free: Available) -> str:
+    """What this rank lacks, in words; empty if nothing."""
+    ranks, rank = distributed.world_size(), distributed.rank()
+    where = f"rank {rank} on {socket.gethostname()} has" if ranks > 1 else "here is 1 rank with"
+    device, host = required.bytes_per_rank, required.memory.host
+    if free.host is None:
+        device, host = device + host, 0
+    if device > free.device:
+        advice = _advice(recipe, stage, ranks, free)
+        return f"{_short(recipe, required)}, and {where} {free.device / 2**30:.1f} GiB free; {advice}"
+    if host > (free.host or 0):
+        return (
+            f"{recipe.path}: offloading needs {host / 2**30:.1f} GiB of the host's memory for each rank, and {where} "
+            f"{(free.host or 0) / 2**30:.1f} GiB free"
+        )
+    return ""
+
+
+def _short(recipe: Recipe, required: Needs) -> str:
+    """The beginning of a refusal."""
+    shards = ", ".join(recipe.dpt.data.shards) or "none"
+    state = f" (missing: {', '.join(required.missing_shards)})" if required.missing_shards else ""
+    offloaded = f" and {required.memory.host / 2**30:.1f} GiB of host memory" if required.memory.host else ""
+    return (
+        f"{recipe.path}: this machine cannot hold it: it needs {required.bytes_per_rank / 2**30:.1f} GiB{offloaded} on each of "
+        f"{ranks_in_words(required.ranks)} and the shards {shards}{state}, is meant for "
+        f"{recipe.dpt.hardware or 'hardware that it does not name'}"
+    )
+
+
+def _advice(recipe: Recipe, stage: str, world_size: int, free: Available) -> str:
+    """The largest recipe beside this one that fits: same task, made for such a device and number of ranks."""
     fitting: list[tuple[int, str]] = []
     for path in sorted(Path(recipe.path).parent.glob("*.json")):
         try:
@@ -102,11 +164,11 @@ def _advice(recipe: Recipe, stage: str, world_size: int, available: int) -> str:
         except UserError:
             continue
         required, hardware = needs(other, stage, world_size), other.dpt.hardware
-        same_device = ("CPU" in hardware) != torch.cuda.is_available()
+        same_device = ("CPU" in hardware) == (free.host is None)
         same_ranks = str(world_size) in re.findall(r"\d+", hardware)[:1]
-        fits = required.ranks == world_size and required.bytes_per_rank <= available
+        fits = required.ranks == world_size and required.bytes_per_rank <= free.device
         if fits and same_device and same_ranks and other.dpt.task == recipe.dpt.task:
             fitting.append((required.bytes_per_rank, str(path)))
     if not fitting:
-        return f'no recipe beside it for the task "{recipe.dpt.task}" fits.'
-    return f"{max(fitting)[1]} fits."
+        return f'no recipe beside it for the task "{recipe.dpt.task}" fits'
+    return f"{max(fitting)[1]} fits"

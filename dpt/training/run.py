@@ -4,17 +4,28 @@ import os
 import sys
 
 from dpt import distributed
+from dpt.config.checks import split_note
 from dpt.config.recipe import Recipe
+from dpt.errors import UserError
 
 
 def run_stage(recipe: Recipe, stage: str) -> None:
     """Train `recipe` as `stage` ("pretrain", "finetune" or "upcycle"). UserError for bad input; exits 1 when training fails."""
     distributed.set_environment()
-    from dpt.training.preflight import preflight
+    distributed.set_device()
+    from dpt.training.preflight import available, check_memory, check_ranks
 
-    needs = preflight(recipe, stage, int(os.environ["WORLD_SIZE"]))
+    ranks = int(os.environ["WORLD_SIZE"])
+    required, free = check_ranks(recipe, stage, ranks), available()
     distributed.init(recipe.dpt.training.timeout_s)
-    distributed.log(needs.plan)
+    try:
+        check_memory(recipe, stage, required, free)
+    except UserError:  # on all ranks together
+        distributed.shutdown()
+        raise
+    distributed.log(required.plan)
+    if note := split_note(recipe, ranks):
+        distributed.log(note)
     from dpt.training.failure import TrainingFailed
     from dpt.training.loop import train
 

@@ -1,5 +1,7 @@
 """Pictures drawn while pre-training: one sample a class, with classifier-free guidance, in a grid."""
 
+import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,7 @@ from torch import Tensor
 
 from dpt import distributed
 from dpt.config.recipe import DptConfig
-from dpt.data.codec import load_vae
+from dpt.data.codec import VAECodec, load_vae
 from dpt.data.manifest import VAERecord
 from dpt.diffusion.noise import key_seeds, normal
 from dpt.diffusion.samplers import Denoise, guide, make_plan, sample
@@ -17,51 +19,92 @@ from dpt.errors import UserError
 from dpt.models.dit import DiT
 from dpt.tasks import image_to_uint8
 from dpt.training.engine import Engine
-from dpt.training.fragments import gather_weights, persistent_buffers
+from dpt.training.fragments import persistent_buffers, whole_weights
 
 
 def draw_classes(engine: Engine, config: DptConfig, vae: VAERecord, size: tuple[int, int], path: Path) -> bool:
-    """Sample the classes of `config.sampling` from the averaged weights, and save them as one PNG. Collective; rank 0 draws.
+    """Sample the classes of `config.sampling` from the averaged weights, and save them as one PNG. Collective.
 
-    `vae`: the one that made the shards, which `config.data.vae` must be; `size`: (h, w) of the latents. Returns whether a
-    picture was drawn (on rank 0); without the VAE there is none, and training goes on.
+    Each rank draws its share, one picture at a time, so they are the same on any number of ranks; rank 0 saves them. `vae`: the
+    one that made the shards, which `config.data.vae` must be; `size`: (h, w) of the latents. Returns whether there is a picture
+    (on rank 0); without the VAE there is none, and training goes on.
     """
+    labels = class_labels(config)
+    mine = list(enumerate(labels))[distributed.rank() :: distributed.world_size()]
+    try:
+        with distributed.together():
+            codec = _load_codec(config, vae) if mine else None
+    except UserError as error:
+        distributed.log(f"No class samples were drawn: {error}")
+        return False
+    network = averaged_network(engine, config)
+    images: dict[int, np.ndarray] = {}
+    if codec is not None:
+        codec.to(engine.device)
+        for place, label in mine:
+            latents = sample_classes(config, network, size, [label])
+            images[place] = image_to_uint8(codec.decode(latents)[0].cpu().numpy())
+    del network, codec
+    drawn = {place: image for part in distributed.gather_objects(images) for place, image in part.items()}
+    if not distributed.is_main():
+        return False
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(_grid([drawn[place] for place in range(len(labels))])).save(path)
+    except OSError as error:  # a full disk costs pictures, not the run
+        distributed.log(f"No class samples were drawn: {error}")
+        return False
+    return True
+
+
+def class_labels(config: DptConfig) -> list[int]:
+    """The class ids that are drawn."""
+    return config.sampling.labels or list(range(min(8, config.model.num_classes)))
+
+
+def _load_codec(config: DptConfig, vae: VAERecord) -> VAECodec:
+    codec = load_vae(config.data.vae, latent_channels=config.model.in_channels)
+    if codec.sha256 != vae.sha256:
+        raise UserError(f'dpt.data.vae "{config.data.vae}" is not the VAE "{vae.name}" that made the shards; set it.')
+    return codec
+
+
+@torch.no_grad()
+def averaged_network(engine: Engine, config: DptConfig) -> DiT:
+    """The whole network with the averaged weights (the first decay's; without any, the weights), on the engine's device.
+
+    In bf16 on GPUs, in float32 elsewhere. No token is dropped, so that a picture does not depend on its batch. Collective.
+    """
+    dtype = torch.bfloat16 if engine.device.type == "cuda" else torch.float32
+    with torch.device("meta"):
+        network = DiT(dataclasses.replace(config.model, capacity_factor=0.0))
+    network.to(dtype).to_empty(device=engine.device).eval()
     state = next(iter(engine.optimizer.ema_decays), "master")
-    weights = gather_weights(engine.deepspeed, engine.optimizer, state)
-    drawn = False
-    if distributed.is_main():
-        network = DiT(config.model)
-        network.load_state_dict({**weights, **persistent_buffers(engine.module)})
-        try:
-            codec = load_vae(config.data.vae, latent_channels=config.model.in_channels).to(engine.device)
-            if codec.sha256 != vae.sha256:
-                raise UserError(f'dpt.data.vae "{config.data.vae}" is not the VAE "{vae.name}" that made the shards; set it.')
-            latents = sample_classes(config, network.to(engine.device).eval(), size)
-            images = [image_to_uint8(image) for image in codec.decode(latents).cpu().numpy()]
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(_grid(images)).save(path)
-            drawn = True
-        except (UserError, OSError) as error:  # a full disk costs pictures, not the run
-            distributed.log(f"No class samples were drawn: {error}")
-    distributed.barrier()
-    return drawn
+    waiting = network.state_dict()  # shares the network's memory
+    for name, whole in whole_weights(engine.deepspeed, engine.optimizer, state):
+        waiting.pop(name).copy_(whole)
+    for name, buffer in persistent_buffers(engine.module).items():
+        waiting.pop(name).copy_(buffer)
+    assert not waiting, f"no values for {', '.join(waiting)}"
+    return network
 
 
-def sample_classes(config: DptConfig, network: DiT, size: tuple[int, int]) -> Tensor:
-    """Latents float32 [B, C, h, w] of the classes of `config.sampling`, DDIM with guidance, on the network's device.
+@torch.no_grad()
+def sample_classes(config: DptConfig, network: DiT, size: tuple[int, int], labels: Sequence[int]) -> Tensor:
+    """Latents float32 [B, C, h, w] of the classes `labels`, DDIM with guidance, on the network's device, in its precision.
 
     The initial noise belongs to the class, so that pictures of different steps compare.
     """
-    sampling, num_classes = config.sampling, config.model.num_classes
-    labels = sampling.labels or list(range(min(8, num_classes)))
-    device = next(network.parameters()).device
+    sampling = config.sampling
+    parameter = next(network.parameters())
+    device, dtype = parameter.device, parameter.dtype
     keys = [str(label) for label in labels]
     seeds = key_seeds(config.training.seed, keys, [0] * len(keys), purpose="class samples").to(device)
     noise = normal(seeds, (config.model.in_channels, *size))
-    both = torch.tensor([*labels, *[num_classes] * len(labels)], device=device)
+    both = torch.tensor([*labels, *[config.model.num_classes] * len(labels)], device=device)
 
     def predict(noisy: Tensor, timesteps: Tensor) -> Tensor:
-        return network(noisy, timesteps, both[: len(noisy)]).prediction
+        return network(noisy.to(dtype), timesteps, both[: len(noisy)]).prediction.float()
 
     denoise: Denoise = predict
     if sampling.guidance_scale != 1.0:

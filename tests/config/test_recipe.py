@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dpt.config.checks import batch_split, check_recipe
+from dpt.config.checks import check_recipe
 from dpt.config.command import parse_command
 from dpt.config.presets import PRESETS
 from dpt.config.recipe import load_recipe, section_from_dict
@@ -106,19 +106,6 @@ def test_help_lists_every_field(capsys: pytest.CaptureFixture[str]) -> None:
         "default: 384",
     ):
         assert option in text
-
-
-@pytest.mark.parametrize(
-    ("keys", "world_size", "split"),
-    [
-        ({"train_batch_size": 8}, 2, (8, 4, 1)),
-        ({"train_batch_size": 8, "train_micro_batch_size_per_gpu": 2}, 2, (8, 2, 2)),
-        ({"train_micro_batch_size_per_gpu": 3}, 4, (12, 3, 1)),
-        ({"train_batch_size": 8, "gradient_accumulation_steps": 4}, 1, (8, 2, 4)),
-    ],
-)
-def test_batch_split(keys: dict[str, int], world_size: int, split: tuple[int, int, int]) -> None:
-    assert batch_split(load_recipe(None, keys), world_size) == split
 
 
 @pytest.mark.parametrize(

@@ -85,6 +85,13 @@ def test_recipe_is_possible_on_its_hardware(path: Path) -> None:
     assert required.bytes_per_rank < 0.95 * int(size[1]) * 1e9
 
 
+def test_gpus_evaluate_in_tf32_and_cpus_in_fp32() -> None:
+    for path in RECIPES:
+        recipe = load_recipe(path).dpt
+        if recipe.task != "class":
+            assert recipe.evaluation.precision == ("fp32" if "CPU" in recipe.hardware else "tf32"), path.stem
+
+
 def test_every_run_of_the_paper_has_a_recipe() -> None:
     assert {path.stem for path in RECIPES} == {*PRETRAINING, *FINE_TUNING, *(path.stem for path in SMALL)}
 

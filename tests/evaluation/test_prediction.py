@@ -8,7 +8,7 @@ from torch import nn
 from dpt import tasks
 from dpt.config.sections import EvaluationConfig
 from dpt.errors import UserError
-from dpt.evaluation.prediction import Predictor
+from dpt.evaluation.prediction import Predictor, float32_products
 from dpt.models.costs import macs
 from dpt.models.dit import DiTOutput
 from tests.evaluation.tiny import PoolingCodec, make_model
@@ -61,6 +61,29 @@ def test_latents_do_not_depend_on_batches_members_or_company(task, sampler, eta)
     alone = predict[64](_conditions(3)[1:2], ["b"], [2], task=task, steps=4)
     assert torch.allclose(alone[0, 0], whole[1, 2], atol=1e-5)
     assert (whole[0, 0] - whole[0, 1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(("precision", "products", "convolutions"), [("tf32", "high", True), ("fp32", "highest", False)])
+def test_tf32_is_of_gpus_and_of_the_network_alone(precision, products, convolutions):
+    def flags():
+        return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+
+    before = flags()
+    with float32_products(precision, torch.device("cpu")):
+        assert flags() == before
+    with float32_products(precision, torch.device("cuda")):
+        assert flags() == (products, convolutions)
+    assert flags() == before
+
+
+def test_on_a_cpu_tf32_is_fp32():
+    fp32, tf32 = (
+        Predictor(make_model(), config=EvaluationConfig(precision=precision), device="cpu").predict_latents(
+            _conditions(2), ["a", "b"], [0], task="depth", steps=3
+        )
+        for precision in ("fp32", "tf32")
+    )
+    assert torch.equal(fp32, tf32)
 
 
 def test_seeds_change_and_targets_share_the_noise():

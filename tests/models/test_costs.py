@@ -10,9 +10,11 @@ from torch.utils import flop_counter
 from benchmarks.memory import LiveBytes
 from dpt.config.presets import PRESETS, preset_values
 from dpt.config.sections import ModelConfig
+from dpt.data.codec import load_vae
 from dpt.errors import UserError
 from dpt.models import activations, build_model, products
-from dpt.models.costs import macs, memory, num_params, num_tokens, preset_table
+from dpt.models.costs import macs, memory, num_params, num_tokens, picture_bytes, preset_table
+from dpt.training import preflight
 from tests.gloo import run_ranks
 
 aten = torch.ops.aten
@@ -237,6 +239,62 @@ def test_total_bytes_are_within_15_percent_of_deepspeeds_peak(network, ep_size, 
     )
     for peak in run_ranks(ep_size, deepspeed_peak, config, ep_size, stage, precision):
         assert estimate.total == pytest.approx(peak, rel=0.15)
+
+
+@pytest.mark.parametrize("fields", [{}, {"num_experts": 8, "shared_expert_width": 192}, {"num_experts": 8}], ids=str)
+def test_a_pictures_forward_pass_stays_within_its_estimate(fields):
+    """Beside the weights; of two latents, as guidance takes."""
+    config = ModelConfig(**{"hidden_size": 96, "depth": 4, "num_heads": 6, "num_classes": 10, **fields})
+    model = build_model(config)
+    latents, ones = torch.randn(2, 4, 32, 32), torch.ones(2, dtype=torch.int64)
+    with LiveBytes([latents, ones, *model.parameters()]) as live, torch.no_grad():
+        model(latents, ones, ones)
+    weights = 4 * num_params(config).total
+    estimate = picture_bytes(config, precision="fp32", vae_params=0, vae_channels=0) - weights
+    assert 0.5 * estimate < live.peak <= estimate
+    assert picture_bytes(config, precision="fp32", vae_params=0, vae_channels=0, guided=False) - weights == estimate / 2
+
+
+def test_decoding_a_picture_stays_within_its_estimate():
+    codec = load_vae()
+    params = sum(p.numel() for p in codec.vae.parameters())
+    latents = torch.randn(1, 4, 16, 16)
+    with LiveBytes([latents, *codec.vae.parameters()]) as live:
+        codec.decode(latents)
+    config = ModelConfig(**TINY)
+    shared = picture_bytes(
+        config, vae_params=0, vae_channels=0, height=2, width=2
+    )  # the copy of the network, next to nothing more
+    estimate = picture_bytes(config, vae_params=params, vae_channels=32, height=16, width=16) - shared - 4 * params
+    assert 0.5 * estimate < live.peak <= estimate
+    assert preflight._VAES["embedded"] == (params, 32)
+
+
+def test_pictures_count_as_far_as_activations_leave_no_room():
+    config = ModelConfig(**TINY)
+    without = memory(config)
+    assert memory(config, pictures=without.activations).total == without.total
+    assert memory(config, pictures=without.activations + 7).total == without.total + 7
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_offloading_moves_what_deepspeed_moves(stage):
+    """All but device and host: the same bytes, the optimizer's copy of the weights (stages 1 and 2) and stage 1's gradients."""
+    config = ModelConfig(**preset_values("S/2"))
+    plain = memory(config, ranks=4, zero_stage=stage)
+    moved = memory(config, ranks=4, zero_stage=stage, offload_optimizer=True)
+    if stage == 0:
+        assert moved == plain
+        return
+    assert moved.master_weights == moved.moments == moved.ema == 0
+    assert (moved.weights, moved.activations, moved.buckets) == (plain.weights, plain.activations, plain.buckets)
+    assert (moved.gradients > 0) == (stage == 1)
+    share = num_params(config).total // 4
+    copies = 2 * share if stage < 3 else 0
+    assert moved.host == plain.master_weights + plain.moments + plain.ema + 4 * share + copies
+    both = memory(config, ranks=4, zero_stage=stage, offload_optimizer=True, offload_param=True)
+    assert both.weights == (0 if stage == 3 else plain.weights)
+    assert both.total + both.host == moved.total + moved.host
 
 
 def test_bytes_of_states():

@@ -38,11 +38,15 @@ def _plain(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_deepspeed_with_a_recipe_and_nothing_else(recipe: Path) -> None:
-    done = launch("deepspeed", 1, PRETRAIN, "--ds_config", str(recipe), "--steps", "3", "--log_every", "2")
+    done = launch("deepspeed", 1, PRETRAIN, "--ds_config", str(recipe), "--steps", "3", "--log_every", "2",
+                  "--train_micro_batch_size_per_gpu", "3")  # fmt: skip
     run = recipe.with_suffix("")
     assert done.returncode == 0, done.stdout
     assert [record["step"] for record in records(run)] == [1, 2, 3]
     assert "Memory plan, GiB on each of 1 rank: weights 0.00, master weights 0.00, " in done.stdout
+    assert (
+        "Micro-batches of 2 instead of 3 (train_micro_batch_size_per_gpu, the most allowed): 8 samples on 1 rank" in done.stdout
+    )
     assert "pretrain: class, 0.05M parameters" in done.stdout
     assert "step 3/3 | loss " in done.stdout
     assert f"Weights: {run / 'weights'}" in done.stdout
