@@ -22,7 +22,7 @@ setup(
     package_data={"dpt": ["assets/**/*"]},
     install_requires=[
         "torch>=2.8",
-        "deepspeed>=0.19",
+        "deepspeed>=0.19,<0.20",
         "diffusers>=0.36",
         "webdataset>=1.0.2",
         "mlflow>=3.0",

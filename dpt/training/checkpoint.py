@@ -21,6 +21,7 @@ from torch import Tensor
 
 from dpt import distributed
 from dpt.errors import UserError
+from dpt.training.deepspeed_internals import scaler_state, set_scaler_state
 from dpt.training.engine import Engine
 from dpt.training.fragments import fragments, persistent_buffers, refresh_weights
 
@@ -36,10 +37,6 @@ _DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-
-
-_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-"""State of DeepSpeed's dynamic loss scaler."""
 
 
 class DamagedCheckpoint(UserError):
@@ -176,9 +173,7 @@ def _copy(tensor: Tensor) -> Tensor:
 
 def engine_state(engine: Engine) -> dict[str, Any]:
     """What else the engine needs to go on exactly: the count of updates, and where the search for a loss scale stands."""
-    scaler = engine.loss_scaler
-    dynamic = scaler is not None and scaler.dynamic
-    return {"updates": engine.optimizer.updates, "loss_scaler": {n: getattr(scaler, n) for n in _SCALER if dynamic}}
+    return {"updates": engine.optimizer.updates, "loss_scaler": scaler_state(engine.loss_scaler)}
 
 
 def kept_averages(state: Mapping[str, Any]) -> dict[float, str]:
@@ -212,10 +207,7 @@ def restore(engine: Engine, checkpoint: Path, state: Mapping[str, Any]) -> None:
                 pieces.read_into(fragment.state(optimizer, name), source, fragment.name, fragment.offset)
     for name, buffer in persistent_buffers(engine.module).items():
         buffer.copy_(pieces.buffer(name))
-    scaler = engine.loss_scaler
-    if scaler is not None and scaler.dynamic:
-        for name, value in state["engine"]["loss_scaler"].items():
-            setattr(scaler, name, value)
+    set_scaler_state(engine.loss_scaler, state["engine"]["loss_scaler"])
     refresh_weights(engine.deepspeed)
     pieces.close()
 
