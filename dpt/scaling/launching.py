@@ -94,8 +94,8 @@ def _check_store(study: Study) -> None:
         if tracking.enabled and sqlite_path(tracking.uri) is not None:
             raise UserError(
                 f'{study.path}: its jobs cannot share "{tracking.uri}", for SQLite cannot be written from several nodes; run '
-                "`mlflow server --host 0.0.0.0 --allowed-hosts NODE:5000` on a NODE that all of them reach, and give its address: "
-                "--uri http://NODE:5000."
+                "`mlflow server --host 0.0.0.0 --allowed-hosts NODE:5000` on a NODE that all of them reach, and give its "
+                "address: --uri http://NODE:5000."
             )
 
 
