@@ -1,5 +1,6 @@
 """Which checkpoint a run goes on from, which samples it leaves out, and what it says."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from training_toys import make_recipe
 
 from dpt.config.recipe import Recipe, load_recipe
 from dpt.errors import UserError
+from dpt.training import loop
 from dpt.training.checkpoint import checkpoint_name, kept_averages, rank_file, read_state
 from dpt.training.resume import SkippedSamples, find_checkpoint, position_of, remarks, rewind_target
 
@@ -60,6 +62,22 @@ def test_checkpoints_that_must_not_be_resumed_are_not_written_over(tmp_path: Pat
     found = find_checkpoint(tmp_path, resume=True)
     assert found is not None
     assert found[1] == read_state(found[0])
+
+
+@pytest.mark.parametrize(("exported", "again"), [(-1, True), (10, True), (20, False)])
+def test_weights_of_an_earlier_end_are_exported_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exported: int, again: bool
+) -> None:
+    """A run to step 20, killed before it exported; it had been one to step 10 before."""
+    recipe = load_recipe(make_recipe(tmp_path / "run.json", []), {})
+    folder, done = tmp_path / "run", list[Path]()
+    save(make_saver(folder / "checkpoints", monkeypatch), 20)
+    if exported >= 0:
+        (folder / "weights").mkdir()
+        (folder / "weights" / "config.json").write_text(json.dumps({"lineage": {"step": exported}}))
+    monkeypatch.setattr(loop, "export", lambda checkpoint, weights: done.append(weights))
+    loop.train(recipe, "pretrain")
+    assert done == [folder / "weights"] * again
 
 
 def _state(recipe: Recipe, **more: Any) -> dict[str, Any]:
