@@ -22,7 +22,7 @@ setup(
     package_data={"dpt": ["assets/**/*"]},
     install_requires=[
         "torch>=2.10",  # the first with torch.nn.attention.activate_flash_attention_impl and torch.nn.functional.grouped_mm
-        "deepspeed>=0.19,<0.20",  # 0.19 routes top-k experts rightly; dpt/training/deepspeed_internals.py relies on its insides
+        "deepspeed>=0.19,<0.20",  # dpt/training/deepspeed_internals.py lists what it relies on inside
         "diffusers>=0.36",
         "webdataset>=1.0.2",
         "mlflow>=3.0",
