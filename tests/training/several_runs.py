@@ -3,8 +3,8 @@
 A run: {"stage", "recipe" (path), "fields" (dotted name -> value), and what shall happen to it: "sigterm_at" (step at which
 the last rank gets the signal; -1: none), "poison" (steps in whose first micro-batch the last rank's latents are not a
 number), "poisoned_samples" (positions in the stream whose batches are not numbers), "damage" (whether the newest checkpoint is
-damaged before)}. How each ended goes to LIST.results.json. No pictures are drawn: a VAE takes longer to load than these runs
-take.
+damaged before)}. How each ended goes to LIST.results.json, tags for MLflow to the run's tags.json. No pictures are drawn: a VAE
+takes longer to load than these runs take.
 """
 
 import itertools
@@ -65,6 +65,8 @@ def train(run: dict[str, Any]) -> str:
             return inputs._replace(latents=inputs.latents * float("nan")) if bad else inputs
 
         trainer._agree_to_stop, trainer.prepare = asked_to_stop, poisoned  # type: ignore[method-assign, assignment]
+        tags = checkpoints.parent / "tags.json"
+        trainer.tracking.set_tags = lambda values: tags.write_text(json.dumps(values))  # type: ignore[method-assign, assignment]
         trainer._draw = lambda: None  # type: ignore[method-assign]
         trainer.run()
     except TrainingFailed as error:

@@ -215,6 +215,7 @@ def test_a_rewind_leaves_out_the_samples_that_led_to_it(runs: Runs) -> None:
     state = read_state(find_checkpoints(runs("rewound_whole") / "checkpoints")[0])
     assert (state["step"], state["samples_seen"], state["skipped_samples"]) == (20, 160, [[32, 64]])
     assert (state["skipped_in_a_row"], state["engine"]["updates"]) == (0, 19)
+    assert json.loads((runs("rewound_whole") / "tags.json").read_text()) == {"dpt.skipped_samples": "32 to 63"}
 
 
 def test_a_rewound_run_that_was_interrupted_is_the_same_bit_for_bit(runs: Runs) -> None:
