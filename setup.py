@@ -21,8 +21,8 @@ setup(
     packages=find_packages(include=["dpt", "dpt.*", "data_tools", "data_tools.*"]),
     package_data={"dpt": ["assets/**/*"]},
     install_requires=[
-        "torch>=2.8",
-        "deepspeed>=0.19",
+        "torch>=2.10",  # the first with torch.nn.attention.activate_flash_attention_impl and torch.nn.functional.grouped_mm
+        "deepspeed>=0.19,<0.20",  # dpt/training/deepspeed_internals.py lists what it relies on inside
         "diffusers>=0.36",
         "webdataset>=1.0.2",
         "mlflow>=3.0",

@@ -27,13 +27,27 @@ export MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
 export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}  # which srun no longer takes from sbatch (since SLURM 22.05)
 
-# USR1, sent some minutes before the time is up (and SIGTERM at preemption), makes the run save and leave with code 0.
-srun --kill-on-bad-exit=1 "$python" "launchers/$stage.py" --ds_config "$recipe" "$@"
+# USR1, sent some minutes before the time is up (and SIGTERM at preemption), makes training save and leave with code 0. It ends an
+# evaluation, and training that has not begun yet; srun then returns 128 + the signal's number.
+code=0
+srun --kill-on-bad-exit=1 "$python" "launchers/$stage.py" --ds_config "$recipe" "$@" || code=$?
 
-# A run that was stopped has not exported its weights yet: queue it again, and it continues from its checkpoint.
-output=$("$python" -c '
+state=finished
+if ((code == 128 + 10 || code == 128 + 15)); then
+    state=stopped
+elif ((code)); then
+    exit "$code"
+elif [[ $stage != evaluate ]]; then
+    # Training that was stopped has not exported the weights of its last step yet.
+    state=$("$python" -c '
 import sys
+from pathlib import Path
 from dpt.config.command import parse_command
-print(parse_command(sys.argv[1], "", "training", sys.argv[2:]).dpt.training.output_dir)
+from dpt.training.export import WEIGHTS, exported_step
+training = parse_command(sys.argv[1], "", "training", sys.argv[2:]).dpt.training
+print("finished" if exported_step(Path(training.output_dir) / WEIGHTS) >= training.steps else "stopped")
 ' "$stage" --ds_config "$recipe" "$@")
-[[ -f $output/weights/config.json ]] || scontrol requeue "$SLURM_JOB_ID"
+fi
+
+# Queued again, training goes on from its checkpoint, and an evaluation behind the samples that it has scored.
+[[ $state == finished ]] || scontrol requeue "$SLURM_JOB_ID"

@@ -24,7 +24,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--peak-flops", type=float, default=989e12, help="--dry-run: of a device (default: H100, bf16 dense)")
     parser.add_argument("--mfu", type=float, default=0.4, help="--dry-run: share of it that is reached (default: %(default)s)")
     parser.add_argument("--figures", action="store_true", help="only draw the figures of what is done")
-    parser.add_argument("--slurm", metavar="OPTIONS", help='submit to SLURM with these options of sbatch, e.g. "-N 1 --gpus 8"')
+    parser.add_argument(
+        "--slurm",
+        metavar="OPTIONS",
+        help='submit to SLURM with these options of sbatch, e.g. "-N 1 --gpus 8"; needs a tracking server as --uri',
+    )
     parser.add_argument("--slurm-script", default="launchers/slurm.sh", help="batch script (default: %(default)s)")
 
 
@@ -35,8 +39,7 @@ def run(arguments: argparse.Namespace) -> None:
             _show(study, arguments.peak_flops, arguments.mfu)
         return
     if arguments.slurm is not None:
-        for study in studies:
-            submit(study, shlex.split(arguments.slurm), script=arguments.slurm_script, say=_say)
+        submit(studies, shlex.split(arguments.slurm), script=arguments.slurm_script, say=_say)
         print("When the jobs are done, `dpt study --figures` draws the figures.")
         return
     if not arguments.figures:

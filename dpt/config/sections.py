@@ -271,7 +271,7 @@ class TrainingConfig:
     resume: bool = True
     """Continue from the newest complete checkpoint in output_dir."""
     max_skipped_steps: int = 10
-    """Non-finite steps in a row before the run goes back to its last checkpoint."""
+    """Non-finite steps in a row before the run goes back to its last checkpoint and leaves out the samples in between."""
     timeout_s: float = 1800.0
     """Seconds without progress on a rank before all ranks stop."""
     check_memory: Literal["refuse", "warn"] = "refuse"

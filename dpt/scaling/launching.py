@@ -8,6 +8,7 @@ from pathlib import Path
 
 from dpt.errors import UserError
 from dpt.scaling.study import Launch, Study
+from dpt.tracking.store import sqlite_path
 
 _RECORD = "launches.json"
 _JOBS = "jobs.json"
@@ -76,14 +77,33 @@ def record(study: Study, launch: Launch) -> None:
     temporary.replace(path)
 
 
-def submit(study: Study, options: Sequence[str], *, script: str, say: Callable[[str], None]) -> None:
+def submit(studies: Sequence[Study], options: Sequence[str], *, script: str, say: Callable[[str], None]) -> None:
     """Submit what is pending and not queued to SLURM; a launch waits for the one that gives its weights.
 
-    Raises UserError if sbatch refuses.
+    UserError, before anything is submitted, for a store that jobs on several nodes cannot share; and if sbatch refuses.
     """
+    for study in studies:
+        _check_store(study)
+    for study, launches in [(study, startable(study)) for study in studies]:
+        _submit(study, launches, [*options, script], say)
+
+
+def _check_store(study: Study) -> None:
+    """UserError if a launch records in SQLite: its locks do not hold across nodes, so that jobs spoil each other's records."""
+    for tracking in (launch.resolved.dpt.tracking for launch in study.launches):
+        if tracking.enabled and sqlite_path(tracking.uri) is not None:
+            raise UserError(
+                f'{study.path}: its jobs cannot share "{tracking.uri}", for SQLite cannot be written from several nodes; run '
+                "`mlflow server --host 0.0.0.0 --allowed-hosts NODE:5000` on a NODE that all of them reach, and give its "
+                "address: --uri http://NODE:5000."
+            )
+
+
+def _submit(study: Study, launches: Sequence[Launch], how: Sequence[str], say: Callable[[str], None]) -> None:
+    """`how`: options of sbatch, and the script."""
     path = study.output / _JOBS
     jobs: dict[str, str] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    for launch in startable(study):
+    for launch in launches:
         if launch.name in jobs and _is_queued(jobs[launch.name]):
             say(f"{launch.name}: job {jobs[launch.name]} is still there")
             continue
@@ -92,7 +112,7 @@ def submit(study: Study, options: Sequence[str], *, script: str, say: Callable[[
         waits = launch.parent in jobs and _is_queued(jobs[launch.parent])
         after = [f"--dependency=afterok:{jobs[launch.parent]}"] if waits else []
         where = [f"--job-name={launch.name}", f"--output={launch.folder}/slurm-%j.log"]
-        words = ["sbatch", "--parsable", *where, *after, *options, script, launch.launcher, *launch.arguments()[1:]]
+        words = ["sbatch", "--parsable", *where, *after, *how, launch.launcher, *launch.arguments()[1:]]
         try:
             answer = subprocess.run(words, capture_output=True, text=True, check=True).stdout
         except (OSError, subprocess.CalledProcessError) as error:

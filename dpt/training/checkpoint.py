@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from dpt import distributed
 from dpt.errors import UserError
+from dpt.training.deepspeed_internals import scaler_state, set_scaler_state
 from dpt.training.engine import Engine
 from dpt.training.fragments import fragments, persistent_buffers, refresh_weights
 
@@ -38,10 +39,6 @@ _DTYPES = {
 }
 
 
-_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-"""State of DeepSpeed's dynamic loss scaler."""
-
-
 class DamagedCheckpoint(UserError):
     """A checkpoint that is not as it was written; the text names the file."""
 
@@ -54,6 +51,11 @@ def checkpoint_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
+def step_of(checkpoint: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(checkpoint.name.removeprefix("step_"))
+
+
 def rank_file(rank: int) -> str:
     """A rank's file within a checkpoint."""
     return f"rank_{rank:05d}.safetensors"
@@ -62,7 +64,7 @@ def rank_file(rank: int) -> str:
 def find_checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints in `folder`, newest first."""
     found = [p for p in folder.glob("step_*") if re.fullmatch(r"step_\d{8,}", p.name) and (p / STATE_NAME).is_file()]
-    return sorted(found, key=lambda p: int(p.name.removeprefix("step_")), reverse=True)
+    return sorted(found, key=step_of, reverse=True)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -171,32 +173,41 @@ def _copy(tensor: Tensor) -> Tensor:
 
 def engine_state(engine: Engine) -> dict[str, Any]:
     """What else the engine needs to go on exactly: the count of updates, and where the search for a loss scale stands."""
-    scaler = engine.loss_scaler
-    dynamic = scaler is not None and scaler.dynamic
-    return {"updates": engine.optimizer.updates, "loss_scaler": {n: getattr(scaler, n) for n in _SCALER if dynamic}}
+    return {"updates": engine.optimizer.updates, "loss_scaler": scaler_state(engine.loss_scaler)}
+
+
+def kept_averages(state: Mapping[str, Any]) -> dict[float, str]:
+    """The averages in a checkpoint: decay -> name of the optimizer state."""
+    if "averages" in state:
+        return {decay: name for name, decay in state["averages"].items()}
+    decays = state["recipe"]["dpt"]["training"]["ema_decays"]  # written before checkpoints named them
+    return {decay: f"ema{number}" for number, decay in enumerate(decays) if decay > 0}
 
 
 @torch.no_grad()
 def restore(engine: Engine, checkpoint: Path, state: Mapping[str, Any]) -> None:
-    """Set weights, moments, averages, buffers and counters from a verified checkpoint of any layout. Collective."""
+    """Set weights, moments, averages, buffers and counters from a verified checkpoint of any layout. Collective.
+
+    Averages are matched by decay; one that the checkpoint does not keep starts anew, as its weights.
+    """
     pieces = Pieces(checkpoint, state)
     optimizer = engine.optimizer
+    kept = kept_averages(state)
+    sources = {name: kept.get(decay) for name, decay in optimizer.ema_decays.items()}
     optimizer.updates = state["engine"]["updates"]
     for fragment in fragments(engine.deepspeed):
         master = fragment.master()
         pieces.read_into(master, "master", fragment.name, fragment.offset)
         optimizer.ensure_state(fragment.flat)["step"].fill_(optimizer.updates)
         for name in optimizer.state_names():
-            if name in state["states"]:
-                pieces.read_into(fragment.state(optimizer, name), name, fragment.name, fragment.offset)
-            else:  # an average that was not kept starts as the weights
+            source = sources.get(name, name)
+            if source is None:
                 fragment.state(optimizer, name).copy_(master)
+            else:
+                pieces.read_into(fragment.state(optimizer, name), source, fragment.name, fragment.offset)
     for name, buffer in persistent_buffers(engine.module).items():
         buffer.copy_(pieces.buffer(name))
-    scaler = engine.loss_scaler
-    if scaler is not None and scaler.dynamic:
-        for name, value in state["engine"]["loss_scaler"].items():
-            setattr(scaler, name, value)
+    set_scaler_state(engine.loss_scaler, state["engine"]["loss_scaler"])
     refresh_weights(engine.deepspeed)
     pieces.close()
 
@@ -261,21 +272,27 @@ def verify(checkpoint: Path) -> dict[str, Any]:
     return state
 
 
-def newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint that is whole, and its state; damaged ones are named and passed over. Collective.
+def newest_checkpoint(
+    folder: Path, *, wanted: Callable[[Mapping[str, Any]], bool] = lambda state: True
+) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint that is whole and whose state is `wanted`, and its state; None if there is none. Collective.
 
-    UserError if there are checkpoints, but none is whole.
+    Damaged ones are passed over, and named. UserError if there are checkpoints, but none is whole.
     """
     found = distributed.broadcast_object([p.name for p in find_checkpoints(folder)])
-    reason = ""
+    damage: list[str] = []
     for name in found:
         try:
-            return folder / name, verify(folder / name)
+            state = verify(folder / name)
         except DamagedCheckpoint as error:
-            reason = str(error)
-            distributed.log(f"{reason}; trying the checkpoint before it.")
-    if found:
-        raise UserError(f"{folder}: no checkpoint is whole ({reason}); remove the folder to start anew.")
+            damage.append(str(error))
+            continue
+        if wanted(state):
+            if damage:
+                distributed.log(f"{'; '.join(damage)}; going back to {folder / name}, the newest checkpoint that is whole.")
+            return folder / name, state
+    if damage and len(damage) == len(found):
+        raise UserError(f"{folder}: no checkpoint is whole ({'; '.join(damage)}); remove the folder to start anew.")
     return None
 
 

@@ -14,6 +14,7 @@ from dpt import distributed
 from dpt.config.checks import batch_split
 from dpt.config.recipe import Recipe
 from dpt.errors import UserError
+from dpt.training import deepspeed_internals as internals
 from dpt.training.optimizer import AdamWEMA, optimizer_options
 
 _PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -54,7 +55,7 @@ class Engine:
         with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints memory tables
             self.deepspeed, *_ = deepspeed.initialize(model=module, optimizer=self.optimizer, config=config)
         if recipe.zero_stage == 0 and recipe.precision == "fp32" and distributed.world_size() == 1:
-            self.deepspeed.enable_backward_allreduce = False  # it would copy all gradients into buckets and back, for nobody
+            internals.keep_gradients(self.deepspeed)  # it would copy all gradients into buckets and back, for nobody
         self.optimizer.state.clear()
         self.module = module
         self.device: torch.device = self.deepspeed.device
@@ -77,22 +78,21 @@ class Engine:
         wrapper = self.deepspeed.optimizer
         if wrapper is not self.optimizer:
             self.deepspeed.step()
-            applied, norm = not wrapper.overflow, float(wrapper._global_grad_norm)
+            applied, norm = not internals.overflowed(wrapper), internals.grad_norm(wrapper)
         else:  # ZeRO 0 in fp32 neither measures nor checks
             norm = float(torch.nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None]))
             applied = math.isfinite(norm)
             if applied:
                 self.deepspeed.step()
             else:
-                self.deepspeed.zero_grad()
-                self.deepspeed.micro_steps += 1
+                internals.drop_step(self.deepspeed)
         self.optimizer.updates += applied
         return StepResult(applied=applied, grad_norm=norm if applied else math.inf)
 
     @property
     def loss_scaler(self) -> Any:
         """DeepSpeed's loss scaler (its plain attributes are its state), or None where there is none."""
-        return getattr(self.deepspeed.optimizer, "loss_scaler", None)
+        return internals.loss_scaler(self.deepspeed.optimizer)
 
 
 def deepspeed_config(recipe: Recipe, world_size: int, numel: int) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Weights out of a checkpoint of any layout, read file by file; needs neither DeepSpeed nor the ranks that wrote it."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,15 @@ from dpt.data.manifest import VAERecord
 from dpt.errors import UserError
 from dpt.models.pretrained import export_weights, read_weights
 from dpt.models.weights import Weights
-from dpt.training.checkpoint import STATE_NAME, DamagedCheckpoint, Pieces, check_file, find_checkpoints, read_state
+from dpt.training.checkpoint import (
+    STATE_NAME,
+    DamagedCheckpoint,
+    Pieces,
+    check_file,
+    find_checkpoints,
+    kept_averages,
+    read_state,
+)
 
 CHECKPOINTS, WEIGHTS = "checkpoints", "weights"
 """Folders in a run's output folder."""
@@ -36,6 +45,14 @@ def export(checkpoint: str | Path, out: str | Path, *, ema_decay: float | None =
     averaged = checkpoint_weights(folder, ema=True, ema_decay=ema_decay)
     plain = checkpoint_weights(folder, ema=False, check=False)
     return export_weights(plain, out, ema=averaged.state if averaged.averaged else None)
+
+
+def exported_step(weights: Path) -> int:
+    """The training step of exported weights; -1 if there are none, or they do not say."""
+    try:
+        return int(json.loads((weights / "config.json").read_text(encoding="utf-8"))["lineage"]["step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return -1
 
 
 def load_weights(path: str | Path, *, ema: bool) -> Weights:
@@ -74,8 +91,7 @@ def checkpoint_weights(checkpoint: Path, *, ema: bool, ema_decay: float | None =
                 check_file(checkpoint / name, entry)
         pieces = Pieces(checkpoint, state)
         average = _average(checkpoint, state, ema_decay)
-        averaged = ema and average in state["states"]
-        kind = average if averaged else "master"
+        kind = (average if ema else None) or "master"
         tensors = {name: pieces.whole(kind, name, shape) for name, shape in state["parameters"].items()}
         tensors |= {name: pieces.buffer(name) for name in state["buffers"]}
         pieces.close()
@@ -84,12 +100,12 @@ def checkpoint_weights(checkpoint: Path, *, ema: bool, ema_decay: float | None =
         mend = f"the one before it is {before[0]}" if before else "there is none before it"
         raise UserError(f"{error}; {mend}.") from error
     model = section_from_dict(ModelConfig, state["recipe"]["dpt"]["model"], str(checkpoint))
-    return Weights(config=model, state=tensors, source="our checkpoint", averaged=averaged, sections=state["sections"])
+    return Weights(config=model, state=tensors, source="our checkpoint", averaged=kind != "master", sections=state["sections"])
 
 
-def _average(checkpoint: Path, state: dict[str, Any], decay: float | None) -> str:
-    """The optimizer state that holds the average of this decay."""
+def _average(checkpoint: Path, state: dict[str, Any], decay: float | None) -> str | None:
+    """The optimizer state that holds the average of this decay (None: the first); None if its decay is 0."""
     decays = state["recipe"]["dpt"]["training"]["ema_decays"]
     if decay is not None and decay not in decays:
         raise UserError(f"{checkpoint} keeps averages of the decays {decays}, none of {decay}; choose one of them.")
-    return f"ema{decays.index(decay) if decay is not None else 0}"
+    return kept_averages(state).get(decays[0] if decay is None else decay)

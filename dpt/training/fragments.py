@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dpt.training import deepspeed_internals as internals
+
 PREFIX = "network."
 """Of the names of the network's parameters inside the module that DeepSpeed trains (`dpt.training.step.LossModule`)."""
 
@@ -45,7 +47,7 @@ class Fragment:
 
 def parameter_layout(module: nn.Module) -> dict[str, tuple[nn.Parameter, tuple[int, ...], int]]:
     """By name: each trained parameter, the shape of the whole (all experts), and where the part held here begins in it."""
-    first_expert = {
+    first_expert: dict[int, Any] = {
         id(p): (layer.first_expert, layer.num_experts)
         for layer in module.modules()
         if hasattr(layer, "first_expert")
@@ -53,7 +55,7 @@ def parameter_layout(module: nn.Module) -> dict[str, tuple[nn.Parameter, tuple[i
     }
     layout = {}
     for name, parameter in module.named_parameters():
-        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+        shape = internals.whole_shape(parameter)
         offset = 0
         if id(parameter) in first_expert:
             first, num_experts = first_expert[id(parameter)]
@@ -74,13 +76,11 @@ def fragments(engine: Any) -> list[Fragment]:
     layout = parameter_layout(engine.module)
     if engine.zero_optimization_stage() == 3:
         return list(_partitioned_parameters(optimizer, layout))
-    for groups, flats in (("bit16_groups", "single_partition_of_fp32_groups"), ("bf16_groups", "fp32_groups_flat_partition")):
-        if hasattr(optimizer, flats):
-            return list(_partitioned_groups(layout, getattr(optimizer, groups), getattr(optimizer, flats)))
-    masters = {id(p): p for p in engine.module.parameters()}
-    if hasattr(optimizer, "fp32_groups"):  # stage 0 in bf16 or fp16: a float32 copy of each parameter
-        pairs = zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
-        masters = {id(low): high for lows, highs in pairs for low, high in zip(lows, highs, strict=True)}
+    groups = internals.flat_groups(optimizer)
+    if groups is not None:
+        return list(_partitioned_groups(groups, layout))
+    masters: dict[int, Tensor] = {id(p): p for p in engine.module.parameters()}
+    masters |= {id(low): high for low, high in internals.master_copies(optimizer)}
     owned = torch.distributed.get_rank() == 0
     return [
         Fragment(name=name, shape=shape, offset=0, numel=p.numel(), flat=masters[id(p)], start=0, owned=owned)
@@ -88,34 +88,27 @@ def fragments(engine: Any) -> list[Fragment]:
     ]
 
 
-def _partitioned_groups(layout: dict[str, Any], groups: list[list[nn.Parameter]], flats: list[Tensor]) -> Iterator[Fragment]:
+def _partitioned_groups(groups: list[tuple[list[nn.Parameter], Tensor]], layout: dict[str, Any]) -> Iterator[Fragment]:
     """ZeRO 1 and 2 (and 1 with float32 accumulation): each group of parameters is one flat tensor, cut by rank."""
-    flat_of = {id(p): flat for group, flat in zip(groups, flats, strict=True) for p in group}
+    flat_of = {id(p): flat for group, flat in groups for p in group}
     for name, (parameter, shape, first) in layout.items():
-        mapping = parameter._hp_mapping
-        if mapping is None:  # lies in other ranks' partitions
-            continue
-        low, high = mapping.lp_fragment_address, mapping.hp_fragment_address
-        yield Fragment(
-            name=name,
-            shape=shape,
-            offset=first + low.start,
-            numel=low.numel,
-            flat=flat_of[id(parameter)],
-            start=high.start,
-            owned=True,
-        )
+        place = internals.place_in_group(parameter, flat_of[id(parameter)])
+        if place is not None:
+            yield _fragment(name, shape, place, first)
 
 
 def _partitioned_parameters(optimizer: Any, layout: dict[str, Any]) -> Iterator[Fragment]:
     """ZeRO 3: each parameter is cut by rank, the last cut padded."""
     for name, (parameter, shape, _) in layout.items():
-        group, start, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
-        offset = optimizer._get_param_partition_rank(parameter) * size
-        numel = min(size, parameter.ds_numel - offset)
-        if numel > 0:
-            flat = optimizer.fp32_partitioned_groups_flat[group]
-            yield Fragment(name=name, shape=shape, offset=offset, numel=numel, flat=flat, start=start, owned=True)
+        place = internals.place_in_partition(optimizer, parameter)
+        if place.numel > 0:
+            yield _fragment(name, shape, place, 0)
+
+
+def _fragment(name: str, shape: tuple[int, ...], place: internals.Place, first: int) -> Fragment:
+    """`first`: where the part of the parameter that is held here begins in the whole."""
+    flat, start, offset, numel = place
+    return Fragment(name=name, shape=shape, offset=first + offset, numel=numel, flat=flat, start=start, owned=True)
 
 
 def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
@@ -129,18 +122,12 @@ def refresh_weights(engine: Any) -> None:
     """Make the weights that the network computes with those of the master copies. Collective."""
     optimizer = engine.optimizer
     if engine.zero_optimization_stage() == 3:
-        for index, master in enumerate(optimizer.fp32_partitioned_groups_flat):
-            optimizer.fp16_partitioned_groups_flat[index].data.copy_(master.data)
-            optimizer._unflatten_partitioned_parameters(index)
-        if optimizer.persistent_parameters:  # small parameters that every rank keeps whole
-            optimizer.persistent_parameters[0].partition(optimizer.persistent_parameters)
-            optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
-    elif hasattr(optimizer, "update_lp_params"):
-        optimizer.update_lp_params()
-    elif hasattr(optimizer, "fp32_groups"):
-        for lows, highs in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
-            for low, high in zip(lows, highs, strict=True):
-                low.data.copy_(high.data)
+        internals.refresh_partitions(optimizer)
+    elif internals.flat_groups(optimizer) is not None:
+        internals.refresh_groups(optimizer)
+    else:
+        for low, high in internals.master_copies(optimizer):
+            low.data.copy_(high.data)
 
 
 @torch.no_grad()

@@ -12,49 +12,35 @@ from dpt.errors import UserError
 from dpt.models.costs import macs, num_params
 from dpt.models.moe import EarlierRouting
 from dpt.tracking import Run, start_run
-from dpt.tracking.run import flatten
-from dpt.training.checkpoint import checkpoint_name, find_checkpoints, newest_checkpoint, restore
+from dpt.training.checkpoint import checkpoint_name, restore
 from dpt.training.control import Control
 from dpt.training.engine import Engine, StepResult
 from dpt.training.expert_pictures import ExpertPictures
-from dpt.training.export import CHECKPOINTS, WEIGHTS, export, weights_sections
+from dpt.training.export import CHECKPOINTS, WEIGHTS, export, exported_step, weights_sections
 from dpt.training.failure import TrainingFailed, failure_report
 from dpt.training.feed import open_feed
 from dpt.training.fragments import parameter_shapes
 from dpt.training.optimizer import learning_rate
 from dpt.training.records import Recorder, measure_peak_flops
+from dpt.training.resume import Found, SkippedSamples, find_checkpoint, position_of, remarks, rewind_target
 from dpt.training.sampling import draw_classes
 from dpt.training.saving import Saver
 from dpt.training.stages import open_stage
 from dpt.training.step import Losses, LossModule, Preparation
 from dpt.training.watchdog import Watchdog
 
-Found = tuple[Path, dict[str, Any]]
-"""A checkpoint and its state."""
-
 
 def train(recipe: Recipe, stage_name: str) -> None:
     """Run a stage: from its start, or its newest checkpoint, to exported weights. Raises UserError and TrainingFailed."""
     training = recipe.dpt.training
     checkpoints, weights = Path(training.output_dir) / CHECKPOINTS, Path(training.output_dir) / WEIGHTS
-    found = _find_checkpoint(checkpoints, resume=training.resume)
+    found = find_checkpoint(checkpoints, resume=training.resume)
     if found is None or found[1]["step"] < training.steps:
         Trainer(recipe, stage_name, found).run()
     else:
-        if distributed.is_main() and not weights.exists():
+        if distributed.is_main() and exported_step(weights) != found[1]["step"]:
             export(found[0], weights)
         distributed.log(f"{found[0]} is of the last step already; weights: {weights}")
-
-
-def _find_checkpoint(folder: Path, *, resume: bool) -> Found | None:
-    if resume:
-        return newest_checkpoint(folder)
-    if find_checkpoints(folder):
-        raise UserError(
-            f"{folder} holds checkpoints of an earlier run, and dpt.training.resume is false; set it to true, or choose "
-            "another dpt.training.output_dir."
-        )
-    return None
 
 
 class Trainer:
@@ -64,7 +50,7 @@ class Trainer:
         self.training = recipe.dpt.training
         self.output_dir = Path(self.training.output_dir)
         self.step = self.samples_seen = self.skipped = self.skipped_in_a_row = 0
-        self.rewound = False
+        self.skipped_samples = SkippedSamples()
         self.run_id = ""
         self.control, self.watchdog = Control(), Watchdog(self.training.timeout_s)
         self.control.listen()
@@ -128,7 +114,7 @@ class Trainer:
             if self._went_back(result, losses, keys):
                 continue
             self.watchdog.beat(self.step, "recording")
-            self.recorder.step_done(self.step, result, lr, skipped=self.skipped, samples_seen=self.samples_seen)
+            self._record(result, lr)
             if self._agree_to_stop():
                 return self._leave()
             self._save_and_draw()
@@ -179,6 +165,10 @@ class Trainer:
         self._rewind(mean_loss, keys)
         return True
 
+    def _record(self, result: StepResult, lr: float) -> None:
+        counts = {"skipped_steps": self.skipped, "samples_seen": self.samples_seen}
+        self.recorder.step_done(self.step, result, lr, **counts, skipped_samples=self.skipped_samples.count)
+
     def _agree_to_stop(self) -> bool:
         """Whether any rank was asked to stop; concludes a checkpoint that all ranks have written."""
         flags = self.control.agree(stop=bool(self.control.signal), busy=self.saver.busy)
@@ -203,7 +193,14 @@ class Trainer:
 
     def _take_counters(self, state: dict[str, Any]) -> None:
         self.step, self.samples_seen, self.skipped = state["step"], state["samples_seen"], state["skipped"]
+        self.skipped_in_a_row = state.get("skipped_in_a_row", 0)
+        self.skipped_samples = SkippedSamples.of(state)
         self.run_id = state["run_id"]
+
+    @property
+    def position(self) -> int:
+        """Of the next sample in the stream."""
+        return self.skipped_samples.position(self.samples_seen)
 
     def _go_back(self, checkpoint: Path, state: dict[str, Any]) -> None:
         """Take up the state of a checkpoint."""
@@ -214,25 +211,18 @@ class Trainer:
             )
         restore(self.engine, checkpoint, state)
         self._take_counters(state)
-        distributed.log(f"Continuing from {checkpoint} (step {self.step}, written on {state['layout']['world_size']} ranks).")
-        before, now = flatten(state["recipe"]), flatten(self.recipe.to_dict())
-        changed = [
-            f"{name} {before[name]} -> {now[name]}" for name in sorted(before.keys() & now.keys()) if before[name] != now[name]
-        ]
-        if changed:
-            distributed.log(f"Changed since then: {', '.join(changed)}.")
-        if state["sections"]["lineage"]["data_sha256"] != self.feed.data_sha256:
-            distributed.log("The shards are not the ones of that checkpoint: the order of samples begins anew.")
+        for sentence in remarks(checkpoint, state, self.recipe, self.feed.data_sha256):
+            distributed.log(sentence)
 
     def _open_feed(self) -> None:
-        """Begin to read at `samples_seen`."""
+        """Begin to read at `position`."""
         total, micro, _ = batch_split(self.recipe, distributed.world_size())
         with distributed.together():
             self.feed = open_feed(
                 self.config,
                 global_batch_size=total,
                 micro_batch_size=micro,
-                start_sample=self.samples_seen,
+                start_sample=self.position,
                 pin_memory=distributed.device().type == "cuda",
             )
         self.batches = iter(self.feed.stream)
@@ -247,6 +237,8 @@ class Trainer:
             "parents": self.stage.parents,
             "samples_seen": self.samples_seen,
             "skipped": self.skipped,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "skipped_samples": self.skipped_samples.windows,
             "run_id": self.run_id,
             "layout": {
                 "world_size": distributed.world_size(),
@@ -270,14 +262,22 @@ class Trainer:
         }
 
     def _rewind(self, loss: float, keys: list[str]) -> None:
-        """After too many skipped steps in a row: back to the last checkpoint once, then stop with a report."""
+        """After too many skipped steps in a row: back to a checkpoint, once to each, and on behind what led here."""
         if self.saver.pending:
             self.saver.finish()
-        found = None if self.rewound else newest_checkpoint(self.saver.folder)
+        found = rewind_target(self.saver.folder, self.skipped_samples)
         if found is None:
-            raise TrainingFailed(failure_report(self.engine, self.output_dir, self.step, loss, keys, self.rewound))
+            rewound = bool(self.skipped_samples.count)
+            raise TrainingFailed(failure_report(self.engine, self.output_dir, self.step, loss, keys, rewound))
+        first, end = position_of(found[1]), self.position
+        distributed.log(
+            f"{self.skipped_in_a_row} steps in a row up to step {self.step} were not finite: going back to {found[0]}; samples "
+            f"{first} to {end - 1} of the stream, which led there, are skipped."
+        )
         self._go_back(*found)
-        self.rewound, self.skipped_in_a_row = True, 0
+        self.saver.forget_after(self.step)
+        self.skipped_samples = self.skipped_samples.plus(first, end)
+        self.tracking.set_tags({"dpt.skipped_samples": str(self.skipped_samples)})
         self.batches.close()  # type: ignore[attr-defined]
         self._open_feed()
         self.recorder = self._start_recorder()
@@ -346,11 +346,10 @@ class Trainer:
         last = self.saver.folder / checkpoint_name(self.step)
         if self.saver.pending:
             self.saver.finish()
-        if not last.exists():
-            self._save()
-            if not self.saver.finish():
-                raise TrainingFailed("the last checkpoint could not be written; make room and start the same command again.")
-            self._draw()
+        self._save()  # in place of one of the same name, which cannot be whole: the run would not have got here
+        if not self.saver.finish():
+            raise TrainingFailed("the last checkpoint could not be written; make room and start the same command again.")
+        self._draw()
         weights = self.output_dir / WEIGHTS
         if distributed.is_main():
             export(last, weights)

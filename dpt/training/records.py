@@ -121,7 +121,9 @@ class Recorder:
         """Count time spent waiting for data."""
         self.waited += seconds
 
-    def step_done(self, step: int, result: StepResult, lr: float, *, skipped: int, samples_seen: int) -> None:
+    def step_done(
+        self, step: int, result: StepResult, lr: float, *, skipped_steps: int, samples_seen: int, skipped_samples: int
+    ) -> None:
         """After optimizer step number `step` (1 is the first): write a record if it is time. Collective."""
         self.done += 1
         if step % self.every and step != self.steps and step != 1:
@@ -134,8 +136,9 @@ class Recorder:
             **{name: value for name, value in means.items() if name.startswith("train/")},
             "train/grad_norm": result.grad_norm,
             "train/learning_rate": lr,
-            "train/skipped_steps": float(skipped),
+            "train/skipped_steps": float(skipped_steps),
             "train/samples_seen": float(samples_seen),
+            "train/skipped_samples": float(skipped_samples),
             "perf/samples_per_second": rate,
             "perf/mfu": flops / (self.peak_flops * distributed.world_size()),
             "perf/data_wait": means["wait"],

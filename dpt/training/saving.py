@@ -18,6 +18,7 @@ from dpt.training.checkpoint import (
     rank_file,
     remove,
     snapshot,
+    step_of,
     sync_folder,
     write_state,
     write_tensors,
@@ -65,6 +66,7 @@ class Saver:
             "parameters": parameter_shapes(engine.module),
             "buffers": [name.removeprefix("buffer/") for name in tensors if name.startswith("buffer/")],
             "states": ["master", *engine.optimizer.state_names()],
+            "averages": dict(engine.optimizer.ema_decays),
             "engine": engine_state(engine),
             **state,
         }
@@ -123,17 +125,28 @@ class Saver:
         return not distributed.broadcast_object(bool(errors))
 
     def _commit(self) -> None:
-        """Write the state, rename the folder, then remove what is no longer kept."""
+        """Write the state, rename the folder, then remove what is no longer kept: damaged ones of this step or later, too."""
         target = self._target
         write_state(target, self._state)
         final = target.with_suffix("")
-        if final.exists():  # left by a run whose records of it were damaged
+        if final.exists():
             remove(final)
         os.rename(target, final)
         sync_folder(self.folder)
-        for number, old in enumerate(find_checkpoints(self.folder)):
-            step = int(old.name.removeprefix("step_"))
-            if number >= self.keep_last and not (self.keep_every and step % self.keep_every == 0):
+        self._forget_after(self._state["step"])
+        for old in find_checkpoints(self.folder)[self.keep_last :]:
+            if not (self.keep_every and step_of(old) % self.keep_every == 0):
+                remove(old)
+
+    def forget_after(self, step: int) -> None:
+        """Remove the checkpoints of later steps: the run has gone back and takes another course."""
+        if distributed.is_main():
+            self._forget_after(step)
+        distributed.barrier()
+
+    def _forget_after(self, step: int) -> None:
+        for old in find_checkpoints(self.folder):
+            if step_of(old) > step:
                 remove(old)
 
     def _report(self, step: int, needed: int, reason: str) -> None:

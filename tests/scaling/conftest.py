@@ -40,11 +40,11 @@ figures:
 
 @pytest.fixture
 def write_study(tmp_path):
-    def write(old="", new=""):
+    def write(old="", new="", uri="sqlite:///x.db"):
         text = STUDY.format(output=tmp_path / "out", recipe=ROOT / "ds_configs" / "dense_a1.json")
         assert old in text
         path = tmp_path / "study.yaml"
         path.write_text(text.replace(old, new))
-        return read_study(path, uri="sqlite:///x.db")
+        return read_study(path, uri=uri)
 
     return write

@@ -1,5 +1,6 @@
 """Studies: unfolded, checked before anything starts, restartable, submitted with dependencies, and drawn."""
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -79,7 +80,9 @@ def test_a_wrong_field_or_a_missing_need_stops_before_any_launch(write_study):
         run_here([needy], say=lambda text: None)
 
 
-def test_slurm_jobs_wait_for_their_parents_and_are_not_submitted_twice(write_study, monkeypatch, tmp_path):
+@pytest.fixture
+def slurm_calls(monkeypatch, tmp_path):
+    """Fake sbatch, whose calls go to the file, and squeue."""
     tools = tmp_path / "tools"
     tools.mkdir()
     (tools / "sbatch").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\nwc -l < {tmp_path}/calls\n')
@@ -87,16 +90,33 @@ def test_slurm_jobs_wait_for_their_parents_and_are_not_submitted_twice(write_stu
     for tool in tools.iterdir():
         tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tools}{os.pathsep}{os.environ['PATH']}")
-    study = write_study()
-    submit(study, ["--gpus", "8"], script="launchers/slurm.sh", say=lambda text: None)
-    calls = (tmp_path / "calls").read_text().splitlines()
+    return tmp_path / "calls"
+
+
+def test_slurm_jobs_wait_for_their_parents_and_are_not_submitted_twice(write_study, slurm_calls):
+    study = write_study(uri="http://node1:5000")
+    submit([study], ["--gpus", "8"], script="launchers/slurm.sh", say=lambda text: None)
+    calls = slurm_calls.read_text().splitlines()
     assert len(calls) == 10
     assert "--dependency" not in calls[0]
     assert "--dependency=afterok:1 --gpus 8 launchers/slurm.sh finetune " in calls[2]
     assert calls[0].split("slurm.sh ")[1].startswith(f"pretrain {ROOT / 'ds_configs' / 'dense_a1.json'} --training.steps 7")
-    submit(study, [], script="launchers/slurm.sh", say=lambda text: None)
-    assert len((tmp_path / "calls").read_text().splitlines()) == 10
+    submit([study], [], script="launchers/slurm.sh", say=lambda text: None)
+    assert len(slurm_calls.read_text().splitlines()) == 10
     assert len(json.loads((study.output / "jobs.json").read_text())) == 10
+
+
+def test_slurm_jobs_do_not_share_an_sqlite_file(write_study, slurm_calls):
+    served, local = write_study(uri="http://node1:5000"), write_study()
+    with pytest.raises(UserError, match=r'cannot share "sqlite:///x.db".* --uri http://NODE:5000') as refused:
+        submit([served, local], [], script="launchers/slurm.sh", say=lambda text: None)
+    assert "\n" not in str(refused.value)
+    assert not slurm_calls.exists()
+    assert not local.output.exists()
+    silent = write_study("training.steps: 7,", "training.steps: 7, tracking.enabled: false,")
+    pretraining = [dataclasses.replace(silent, launches=silent.launches[:2])]
+    submit(pretraining, [], script="launchers/slurm.sh", say=lambda text: None)  # records nothing
+    assert len(slurm_calls.read_text().splitlines()) == 2
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "studies").glob("*.yaml")), ids=lambda p: p.stem)

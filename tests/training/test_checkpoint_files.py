@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoint_toys import make_saver, number_engine, save
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -34,7 +35,6 @@ from dpt.training.checkpoint import (
     write_tensors,
 )
 from dpt.training.export import checkpoint_weights
-from dpt.training.saving import Saver
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8, torch.bool]
 
@@ -84,35 +84,6 @@ def test_any_range_is_read_from_any_partition(
 # --- a run of checkpoints -----------------------------------------------------------------------------------------------
 
 
-def _saver(folder: Path, monkeypatch: pytest.MonkeyPatch | None = None, size: int = 1000, **kept: int) -> Saver:
-    """A Saver of an "engine" that is just a number, the step."""
-
-    def snapshot(engine: Any) -> tuple[dict[str, torch.Tensor], dict[str, list[int]]]:
-        return {"master/w": torch.full((size,), float(engine.number))}, {"w": [0, size]}
-
-    patches = {
-        "snapshot": snapshot,
-        "engine_state": lambda engine: {"updates": engine.number, "loss_scaler": {}},
-        "parameter_shapes": lambda module: {"w": [size]},
-    }
-    for name, value in patches.items():
-        if monkeypatch is None:
-            setattr(saving, name, value)  # in a process of its own
-        else:
-            monkeypatch.setattr(saving, name, value)
-    return Saver(folder, keep_last=kept.get("keep_last", 2), keep_every=kept.get("keep_every", 0))
-
-
-def _engine(number: int) -> Any:
-    optimizer = SimpleNamespace(state_names=list)
-    return SimpleNamespace(number=number, module=None, optimizer=optimizer)
-
-
-def _save(saver: Saver, step: int) -> bool:
-    saver.begin(_engine(step), step, {"note": "kept"})
-    return saver.finish()
-
-
 def _check_whole(folder: Path) -> int:
     """The newest checkpoint's step, after checking that its content is that step's."""
     found = newest_checkpoint(folder)
@@ -126,22 +97,22 @@ def _check_whole(folder: Path) -> int:
 
 
 def test_the_newest_and_the_marked_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    saver = _saver(tmp_path / "c", monkeypatch, keep_last=2, keep_every=4)
+    saver = make_saver(tmp_path / "c", monkeypatch, keep_last=2, keep_every=4)
     for step in range(1, 8):
-        assert _save(saver, step)
+        assert save(saver, step)
     assert [p.name for p in find_checkpoints(tmp_path / "c")] == [checkpoint_name(s) for s in (7, 6, 4)]
     assert _check_whole(tmp_path / "c") == 7
     assert sorted(p.name for p in (tmp_path / "c").iterdir()) == sorted(checkpoint_name(s) for s in (7, 6, 4))
 
 
 def test_what_is_not_complete_is_invisible_and_cleared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _save(_saver(tmp_path, monkeypatch), 3)
+    save(make_saver(tmp_path, monkeypatch), 3)
     left_over = tmp_path / (checkpoint_name(9) + ".tmp")
     left_over.mkdir()
     write_state(left_over, {"step": 9})
     (tmp_path / checkpoint_name(8)).mkdir()  # a folder without a state
     assert _check_whole(tmp_path) == 3
-    _saver(tmp_path, monkeypatch)
+    make_saver(tmp_path, monkeypatch)
     assert not left_over.exists()
 
 
@@ -153,9 +124,9 @@ def test_no_checkpoint_at_all(tmp_path: Path) -> None:
 def test_damage_is_found_named_and_passed_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], harm: str
 ) -> None:
-    saver = _saver(tmp_path, monkeypatch)
-    _save(saver, 1)
-    _save(saver, 2)
+    saver = make_saver(tmp_path, monkeypatch)
+    save(saver, 1)
+    save(saver, 2)
     file = tmp_path / checkpoint_name(2) / (STATE_NAME if harm == "state" else checkpoint.rank_file(0))
     content = bytearray(file.read_bytes())
     if harm == "remove":
@@ -164,12 +135,29 @@ def test_damage_is_found_named_and_passed_over(
         content[len(content) // 2] ^= 1
         file.write_bytes(content[:-1] if harm == "cut" else content)
     assert _check_whole(tmp_path) == 1
-    assert str(file) in capsys.readouterr().out
+    (said,) = capsys.readouterr().out.splitlines()
+    assert str(file) in said
+    assert said.endswith(f"; going back to {tmp_path / checkpoint_name(1)}, the newest checkpoint that is whole.")
     with pytest.raises(UserError, match=re.escape(f"the one before it is {tmp_path / checkpoint_name(1)}")):
         checkpoint_weights(tmp_path / checkpoint_name(2), ema=True)
     (tmp_path / checkpoint_name(1) / STATE_NAME).write_text("{}")
+    with pytest.raises(UserError, match="no checkpoint is whole") as refused:
+        newest_checkpoint(tmp_path)
+    assert str(file) in str(refused.value)
+
+
+def test_a_damaged_one_is_replaced_and_does_not_count_as_the_newest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saver = make_saver(tmp_path, monkeypatch, keep_last=1, keep_every=2)
+    for step in (2, 5, 6):
+        save(saver, step)
+        (tmp_path / checkpoint_name(step) / checkpoint.rank_file(0)).write_bytes(b"")
     with pytest.raises(UserError, match="no checkpoint is whole"):
         newest_checkpoint(tmp_path)
+    assert save(saver, 5)  # a shorter course, with damaged ones at its end and behind it
+    assert _check_whole(tmp_path) == 5
+    assert [path.name for path in find_checkpoints(tmp_path)] == [checkpoint_name(5), checkpoint_name(2)]
+    assert save(saver, 6)
+    assert _check_whole(tmp_path) == 6
 
 
 def test_a_checkpoint_of_another_version_is_refused(tmp_path: Path) -> None:
@@ -182,8 +170,8 @@ def test_a_checkpoint_of_another_version_is_refused(tmp_path: Path) -> None:
 def test_a_full_disk_costs_the_checkpoint_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], when: str
 ) -> None:
-    saver = _saver(tmp_path, monkeypatch, size=250_000)
-    assert _save(saver, 1)
+    saver = make_saver(tmp_path, monkeypatch, size=250_000)
+    assert save(saver, 1)
 
     def full(*_: Any) -> Any:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -193,19 +181,19 @@ def test_a_full_disk_costs_the_checkpoint_only(
             patched.setattr(saving.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
         else:
             patched.setattr(saving, "write_tensors" if when == "while writing" else "write_state", full)
-        assert not _save(saver, 2)
+        assert not save(saver, 2)
     said = capsys.readouterr().out
     assert "The checkpoint of step 2 was not written" in said
     assert f"It needs 0.001 GB in {tmp_path}" in said
     assert f"the newest is still {checkpoint_name(1)}" in said
     assert [p.name for p in tmp_path.iterdir()] == [checkpoint_name(1)]
     assert _check_whole(tmp_path) == 1
-    assert _save(saver, 3)
+    assert save(saver, 3)
     assert _check_whole(tmp_path) == 3
 
 
 def test_training_goes_on_while_files_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    saver = _saver(tmp_path, monkeypatch)
+    saver = make_saver(tmp_path, monkeypatch)
     write, slow = write_tensors, 0.3
 
     def slowly(*arguments: Any) -> Any:
@@ -213,7 +201,7 @@ def test_training_goes_on_while_files_are_written(tmp_path: Path, monkeypatch: p
         return write(*arguments)
 
     monkeypatch.setattr(saving, "write_tensors", slowly)
-    engine = _engine(5)
+    engine = number_engine(5)
     begin = time.monotonic()
     saver.begin(engine, 5, {"note": "kept"})
     assert time.monotonic() - begin < slow
@@ -229,15 +217,15 @@ def test_training_goes_on_while_files_are_written(tmp_path: Path, monkeypatch: p
 
 
 def _save_for_ever(folder: Path, first: int) -> None:
-    saver = _saver(folder, size=20_000)
+    saver = make_saver(folder, size=20_000)
     (folder / "started").touch()
     for step in range(first, 10**8):
-        _save(saver, step)
+        save(saver, step)
 
 
 def test_a_kill_at_any_moment_leaves_the_newest_complete_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     begin = time.monotonic()
-    _save(_saver(tmp_path, monkeypatch), 1)
+    save(make_saver(tmp_path, monkeypatch), 1)
     duration = time.monotonic() - begin
     context, moments = multiprocessing.get_context("fork"), random.Random(0)
     newest, halfway = 1, 0

@@ -16,7 +16,7 @@ from dpt.config.recipe import load_recipe
 from dpt.errors import UserError
 from dpt.models.dit import DiT
 from dpt.models.pretrained import read_weights
-from dpt.training.checkpoint import Pieces, find_checkpoints, read_state
+from dpt.training.checkpoint import Pieces, check_file, find_checkpoints, read_state
 from dpt.training.export import checkpoint_weights, export
 from dpt.training.feed import open_feed
 from dpt.training.step import LossModule, Preparation
@@ -195,14 +195,56 @@ def test_steps_that_are_not_finite_are_skipped_on_all_ranks(runs: Runs, name: st
 def test_too_many_in_a_row_go_back_once_and_then_stop_with_a_report(runs: Runs) -> None:
     said = runs.report
     assert (
-        "too many steps in a row up to step 11 were not finite (loss nan), also after going back to the last checkpoint" in said
+        "too many steps in a row up to step 9 were not finite (loss nan), also after going back to the last checkpoint" in said
     )
     report = json.loads((runs("failing") / "failure.json").read_text())
-    assert (report["step"], report["loss"]) == (11, "nan")
+    assert (report["step"], report["loss"]) == (9, "nan")
     assert len(report["sample_keys"]) == 8
     assert len(report["largest_weight_norms"]) == 8
     assert all(norm > 0 for norm in report["largest_weight_norms"].values())
     assert find_checkpoints(runs("failing") / "checkpoints")[0].name.endswith("8")
+
+
+def test_a_rewind_leaves_out_the_samples_that_led_to_it(runs: Runs) -> None:
+    """Samples 45 to 66 are not finite: steps 6, 7 and 8, and step 5 of the course after the rewind to step 4."""
+    found = records(runs("rewound_whole"))
+    assert [record["step"] for record in found] == list(range(1, 21))
+    assert [record["train/skipped_samples"] for record in found] == [0] * 4 + [32] * 16
+    assert [record["train/skipped_steps"] for record in found] == [0] * 4 + [1] * 16
+    assert [record["train/samples_seen"] for record in found] == [8 * step for step in range(1, 21)]
+    state = read_state(find_checkpoints(runs("rewound_whole") / "checkpoints")[0])
+    assert (state["step"], state["samples_seen"], state["skipped_samples"]) == (20, 160, [[32, 64]])
+    assert (state["skipped_in_a_row"], state["engine"]["updates"]) == (0, 19)
+    assert json.loads((runs("rewound_whole") / "tags.json").read_text()) == {"dpt.skipped_samples": "32 to 63"}
+
+
+def test_a_rewound_run_that_was_interrupted_is_the_same_bit_for_bit(runs: Runs) -> None:
+    whole, parts = _tensors(runs("rewound_whole")), _tensors(runs("rewound_parts"))
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)
+    for first, second in zip(*(records(runs(f"rewound_{kind}")) for kind in ("whole", "parts")), strict=True):
+        for key in ("step", "train/loss", "train/learning_rate", "train/samples_seen", "train/skipped_samples"):
+            assert first[key] == second[key] or first[key] is second[key] is None
+
+
+def test_a_damaged_last_checkpoint_is_made_anew(runs: Runs) -> None:
+    checkpoint = find_checkpoints(runs("damaged") / "checkpoints")[0]
+    assert checkpoint.name.endswith("20")
+    for name, entry in read_state(checkpoint)["files"].items():
+        check_file(checkpoint / name, entry)
+    whole, again = _tensors(runs("2_dense_zero1")), _tensors(runs("damaged"))
+    assert all(torch.equal(whole[key], again[key]) for key in whole)
+
+
+def test_averages_are_taken_up_by_their_decay(runs: Runs) -> None:
+    """After 7 steps with averages of decays 0.9 and 0.5, the rest with 0.5 and 0.7."""
+    kept, changed = (find_checkpoints(runs(name) / "checkpoints")[0] for name in ("2_dense_zero1", "averages"))
+    found, expected = (checkpoint_weights(one, ema=True, ema_decay=0.5).state for one in (changed, kept))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    plain, new = checkpoint_weights(changed, ema=False).state, checkpoint_weights(changed, ema=True, ema_decay=0.7).state
+    distances = [
+        float(torch.stack([(average[name] - plain[name]).norm() for name in plain]).norm()) for average in (found, new)
+    ]
+    assert 0 < distances[0] < distances[1]
 
 
 def test_any_checkpoint_exports_and_is_a_start(runs: Runs, tmp_path: Path) -> None:

@@ -91,6 +91,8 @@ SLOW = {  # left to `make test-all`
     *("zero0", "zero2", "bf16"),
     *("poisoned_zero2", *(f"poisoned_bf16_zero{stage}" for stage in (0, 1, 3))),
 }
+REWOUND = _zero(1, ACCUMULATED, _CAREFUL)
+"""Samples 45 to 66 are in steps 6 to 9."""
 POISONED = {  # runs with numbers that are not finite in the first of a step's two micro-batches, on one rank
     **{f"zero{stage}": _zero(stage, ACCUMULATED, _CAREFUL) for stage in range(4)},
     "moe_ep2": _ep(2, 2, ACCUMULATED, _CAREFUL),
@@ -131,6 +133,7 @@ class Runs:
                     if f"poisoned_{name}" not in left_out
                 ]
                 runs += self._stages()
+                runs += self._restarts()
                 runs.append(self._run("failing", POISONED["zero1"], poison=range(6, 20), ends=""))
             ended = train_several(launcher, ranks, folder / f"leg_{leg}.json", runs)
             if leg == 1:
@@ -157,6 +160,19 @@ class Runs:
             self._run("upcycle", {**tuned, "upcycling.num_experts": 4, "training.ep_size": 2}, stage="upcycle"),
             self._run("untrained", {**depth, "training.steps": 0}, stage="finetune"),
         ]
+
+    def _restarts(self) -> list[ToyRun]:
+        """Runs that leave a window of samples out, whole and interrupted; begin anew at a damaged end; keep other averages."""
+        runs = []
+        for name, sigterms in (("rewound_whole", [-1]), ("rewound_parts", [7, 11, -1])):
+            for at in sigterms:  # the first comes in the middle of the steps that are not finite
+                ends = "finished" if at < 0 else "stopped"
+                runs.append(self._run(name, REWOUND, poisoned_samples=range(45, 67), sigterm_at=at, ends=ends))
+        saved = _zero(1, {"training.checkpoint_every": 4})
+        runs += [self._run("damaged", saved), self._run("damaged", saved, damage=True)]
+        runs.append(self._run("averages", _zero(1), sigterm_at=7, ends="stopped"))
+        runs.append(self._run("averages", _zero(1, {"training.ema_decays": [0.5, 0.7]})))
+        return runs
 
     def _run(self, name: str, fields: dict[str, Any], **options: Any) -> ToyRun:
         return ToyRun(output=self.folder / name, recipe=self.recipe, fields=fields, **options)

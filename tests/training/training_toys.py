@@ -149,6 +149,8 @@ class ToyRun:
     """How it must end; empty: anyhow."""
     sigterm_at: int = -1
     poison: Sequence[int] = ()
+    poisoned_samples: Sequence[int] = ()
+    damage: bool = False
 
 
 def train_several(launcher: str, ranks: int, path: Path, runs: Sequence[ToyRun]) -> list[str]:
@@ -162,6 +164,8 @@ def train_several(launcher: str, ranks: int, path: Path, runs: Sequence[ToyRun])
                     "fields": {**run.fields, "training.output_dir": str(run.output)},
                     "sigterm_at": run.sigterm_at,
                     "poison": list(run.poison),
+                    "poisoned_samples": list(run.poisoned_samples),
+                    "damage": run.damage,
                 }
                 for run in runs
             ]

@@ -1,0 +1,148 @@
+"""What is relied on inside DeepSpeed beyond its documentation: each attribute in one function, which names its class.
+
+Written against DeepSpeed 0.19; setup.py bounds the version, and tests/training/test_deepspeed_internals.py fails where another
+one differs. Imports run downward only, so two files keep theirs:
+
+- dpt/models/moe_parallel.py passes its layer as a `deepspeed.moe.layer.MoE`. DeepSpeed reads `num_experts`, `ep_size`,
+  `num_local_experts`, `expert_group_name`, `use_residual`, `enable_expert_tensor_parallelism` and `deepspeed_moe._set_ep_group`
+  of it, `allreduce` and `group_name` of experts' parameters, and experts' keys `deepspeed_moe.experts.deepspeed_experts.ID` in
+  the state dict.
+- dpt/distributed.py turns off `deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"]`.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+# --- the engine and its step --------------------------------------------------------------------------------------------
+
+
+def keep_gradients(engine: Any) -> None:
+    """Do not reduce gradients over ranks: `DeepSpeedEngine.enable_backward_allreduce`."""
+    engine.enable_backward_allreduce = False
+
+
+def drop_step(engine: Any) -> None:
+    """End a step without an update: `DeepSpeedEngine.micro_steps` counts what `step` would have."""
+    engine.zero_grad()
+    engine.micro_steps += 1
+
+
+def overflowed(optimizer: Any) -> bool:
+    """Whether the last step was skipped for gradients that were not finite: `overflow` of all DeepSpeed's optimizers."""
+    return bool(optimizer.overflow)
+
+
+def grad_norm(optimizer: Any) -> float:
+    """Norm of the last step's gradient before clipping: `_global_grad_norm` of all DeepSpeed's optimizers."""
+    return float(optimizer._global_grad_norm)
+
+
+# --- the loss scaler ----------------------------------------------------------------------------------------------------
+
+_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+def loss_scaler(optimizer: Any) -> Any:
+    """`loss_scaler` of the ZeRO optimizers (a `LossScalerBase`, which says whether it is `dynamic`); None for others."""
+    return getattr(optimizer, "loss_scaler", None)
+
+
+def scaler_state(scaler: Any) -> dict[str, Any]:
+    """Where the search for a loss scale stands: plain attributes of `DynamicLossScaler`. Empty without such a search."""
+    return {name: getattr(scaler, name) for name in _SCALER} if scaler is not None and scaler.dynamic else {}
+
+
+def set_scaler_state(scaler: Any, state: dict[str, Any]) -> None:
+    """Take up what `scaler_state` gave; nothing without a search."""
+    if scaler is not None and scaler.dynamic:
+        for name, value in state.items():
+            setattr(scaler, name, value)
+
+
+# --- where master weights lie -------------------------------------------------------------------------------------------
+
+
+class Place(NamedTuple):
+    """A rank's part of a parameter: elements offset : offset + numel, mastered in flat[start : start + numel]."""
+
+    flat: Tensor
+    start: int
+    offset: int
+    numel: int
+
+
+def whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    """Of a parameter that ZeRO 3 may have emptied: `ds_shape`."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def flat_groups(optimizer: Any) -> list[tuple[list[nn.Parameter], Tensor]] | None:
+    """Of ZeRO 1 and 2: the groups of parameters, each with this rank's flat part of its masters; None for others.
+
+    `DeepSpeedZeroOptimizer.bit16_groups` and `single_partition_of_fp32_groups`; `BF16_Optimizer.bf16_groups` and
+    `fp32_groups_flat_partition`.
+    """
+    for groups, flats in (("bit16_groups", "single_partition_of_fp32_groups"), ("bf16_groups", "fp32_groups_flat_partition")):
+        if hasattr(optimizer, flats):
+            return list(zip(getattr(optimizer, groups), getattr(optimizer, flats), strict=True))
+    return None
+
+
+def place_in_group(parameter: nn.Parameter, flat: Tensor) -> Place | None:
+    """In the flat part of its group (`flat_groups`); None if it lies on other ranks.
+
+    `_hp_mapping`, a `tensor_fragment` with the addresses `lp_fragment_address` in the parameter and `hp_fragment_address` in
+    the flat tensor.
+    """
+    mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+    if mapping is None:
+        return None
+    low, high = mapping.lp_fragment_address, mapping.hp_fragment_address
+    return Place(flat=flat, start=high.start, offset=low.start, numel=low.numel)
+
+
+def place_in_partition(optimizer: Any, parameter: nn.Parameter) -> Place:
+    """Of ZeRO 3, whose last part of a parameter is padded: `numel` may be 0 or less.
+
+    `grad_position` by `get_param_id`, `_get_param_partition_rank` and `fp32_partitioned_groups_flat` of
+    `DeepSpeedZeroOptimizer_Stage3`; the parameter's `ds_numel`.
+    """
+    group, start, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
+    offset = optimizer._get_param_partition_rank(parameter) * size
+    numel = min(size, parameter.ds_numel - offset)  # type: ignore[attr-defined]
+    return Place(flat=optimizer.fp32_partitioned_groups_flat[group], start=start, offset=offset, numel=numel)
+
+
+def master_copies(optimizer: Any) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    """Of ZeRO 0 in bf16 or fp16: each parameter with its float32 copy. None in fp32, where parameters are their own masters.
+
+    `fp16_groups` and `fp32_groups` of `FP16_UnfusedOptimizer`.
+    """
+    if hasattr(optimizer, "fp32_groups"):
+        for lows, highs in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+            yield from zip(lows, highs, strict=True)
+
+
+# --- from master weights to those computed with -------------------------------------------------------------------------
+
+
+def refresh_groups(optimizer: Any) -> None:
+    """Of ZeRO 1 and 2: `DeepSpeedZeroOptimizer.update_lp_params`, `BF16_Optimizer.update_lp_params`. Collective."""
+    optimizer.update_lp_params()
+
+
+def refresh_partitions(optimizer: Any) -> None:
+    """Of ZeRO 3. Collective.
+
+    `DeepSpeedZeroOptimizer_Stage3.fp16_partitioned_groups_flat`, `fp32_partitioned_groups_flat`,
+    `_unflatten_partitioned_parameters` and `persistent_parameters`: small ones that every rank keeps whole, whose `partition`
+    and `all_gather` take a list.
+    """
+    for index, master in enumerate(optimizer.fp32_partitioned_groups_flat):
+        optimizer.fp16_partitioned_groups_flat[index].data.copy_(master.data)
+        optimizer._unflatten_partitioned_parameters(index)
+    if kept_whole := optimizer.persistent_parameters:
+        kept_whole[0].partition(kept_whole)
+        kept_whole[0].all_gather(kept_whole)

@@ -1,0 +1,102 @@
+"""Which checkpoint a run goes on from, at its start or in a rewind, and what it does not meet again.
+
+A rewind goes back to the last checkpoint after losses that were not finite. Batches and noise are functions of a sample's
+position in the stream, so they would come again, and so would the failure. The stream therefore goes on behind the samples
+between the checkpoint and the failure (PaLM's authors did so by hand: Chowdhery et al. 2022, section 5.1), which checkpoints
+record.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dpt.config.recipe import Recipe
+from dpt.errors import UserError
+from dpt.tracking.run import flatten
+from dpt.training.checkpoint import find_checkpoints, kept_averages, newest_checkpoint
+
+Found = tuple[Path, dict[str, Any]]
+"""A checkpoint and its state."""
+
+
+def find_checkpoint(folder: Path, *, resume: bool) -> Found | None:
+    """The checkpoint that a starting run goes on from; None: it begins anew. Collective.
+
+    UserError if none is whole, or if there are some and `resume` is false.
+    """
+    if resume:
+        return newest_checkpoint(folder)
+    if find_checkpoints(folder):
+        raise UserError(
+            f"{folder} holds checkpoints of an earlier run, and dpt.training.resume is false; set it to true, or choose "
+            "another dpt.training.output_dir."
+        )
+    return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SkippedSamples:
+    """Windows [first, end) of positions in the stream that rewinds passed over, in order and apart."""
+
+    windows: tuple[tuple[int, int], ...] = ()
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any]) -> "SkippedSamples":
+        """Those of a checkpoint's state."""
+        return cls(windows=tuple((first, end) for first, end in state.get("skipped_samples", ())))
+
+    @property
+    def count(self) -> int:
+        """Samples in all windows."""
+        return sum(end - first for first, end in self.windows)
+
+    def position(self, samples_seen: int) -> int:
+        """Where the stream stands after `samples_seen` samples that were not skipped."""
+        return samples_seen + self.count
+
+    def plus(self, first: int, end: int) -> "SkippedSamples":
+        """With one more window, which lies behind all others."""
+        assert first < end
+        assert all(before <= first for _, before in self.windows)
+        return SkippedSamples(windows=(*self.windows, (first, end)))
+
+    def begin_at(self, position: int) -> bool:
+        """Whether a window begins there: the run has gone back to the checkpoint of that position before."""
+        return any(first == position for first, _ in self.windows)
+
+    def __str__(self) -> str:
+        return ", ".join(f"{first} to {end - 1}" for first, end in self.windows)
+
+
+def position_of(state: Mapping[str, Any]) -> int:
+    """Position in the stream at which a checkpoint with this state goes on."""
+    return SkippedSamples.of(state).position(state["samples_seen"])
+
+
+def rewind_target(folder: Path, skipped: SkippedSamples) -> Found | None:
+    """The newest whole checkpoint from before the steps that were not finite; None if there is none. Collective.
+
+    One that was written between such steps holds the weights of now. None too if the run has gone back to that checkpoint
+    before, as `skipped` tells.
+    """
+    found = newest_checkpoint(folder, wanted=lambda state: not state.get("skipped_in_a_row", 0))
+    return None if found is None or skipped.begin_at(position_of(found[1])) else found
+
+
+def remarks(checkpoint: Path, state: Mapping[str, Any], recipe: Recipe, data_sha256: str) -> list[str]:
+    """What to say when a run of `recipe` on such data goes on from a checkpoint: a sentence each."""
+    said = [f"Continuing from {checkpoint} (step {state['step']}, written on {state['layout']['world_size']} ranks)."]
+    skipped = SkippedSamples.of(state)
+    if skipped.windows:
+        said.append(f"Samples {skipped} of the stream stay skipped: they led to losses that were not finite.")
+    kept = kept_averages(state)
+    if new := [str(decay) for decay in recipe.dpt.training.ema_decays if decay > 0 and decay not in kept]:
+        said.append(f"It keeps no average of decay {', '.join(new)}, which therefore starts anew, as the weights of now.")
+    before, now = flatten(state["recipe"]), flatten(recipe.to_dict())
+    shared = sorted(before.keys() & now.keys())
+    if changed := [f"{name} {before[name]} -> {now[name]}" for name in shared if before[name] != now[name]]:
+        said.append(f"Changed since then: {', '.join(changed)}.")
+    if state["sections"]["lineage"]["data_sha256"] != data_sha256:
+        said.append("The shards are not the ones of that checkpoint: the order of samples begins anew.")
+    return said

@@ -1,0 +1,99 @@
+"""Which checkpoint a run goes on from, which samples it leaves out, and what it says."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkpoint_toys import make_saver, save
+from training_toys import make_recipe
+
+from dpt.config.recipe import Recipe, load_recipe
+from dpt.errors import UserError
+from dpt.training import loop
+from dpt.training.checkpoint import checkpoint_name, kept_averages, rank_file, read_state
+from dpt.training.resume import SkippedSamples, find_checkpoint, position_of, remarks, rewind_target
+
+
+def test_windows_move_the_stream_on_and_are_kept_in_the_state() -> None:
+    skipped = SkippedSamples().plus(32, 64).plus(96, 104)
+    assert (skipped.count, skipped.position(80)) == (40, 120)
+    assert str(skipped) == "32 to 63, 96 to 103"
+    assert skipped.begin_at(96)
+    assert not skipped.begin_at(64)
+    state = {"samples_seen": 80, "skipped_samples": [list(window) for window in skipped.windows]}
+    assert SkippedSamples.of(state) == skipped
+    assert position_of(state) == 120
+    assert position_of({"samples_seen": 80}) == 80  # of a version that skipped nothing
+    with pytest.raises(AssertionError):
+        skipped.plus(100, 108)
+
+
+def test_a_rewind_goes_before_the_steps_that_were_not_finite_and_once_to_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saver = make_saver(tmp_path, monkeypatch, keep_last=5)
+    assert rewind_target(tmp_path, SkippedSamples()) is None
+    for step, in_a_row in ((2, 0), (4, 0), (6, 1), (8, 3)):
+        save(saver, step, samples_seen=8 * step, skipped_samples=[], skipped_in_a_row=in_a_row)
+    found = rewind_target(tmp_path, SkippedSamples())
+    assert found is not None
+    assert found[0].name == checkpoint_name(4)
+    assert rewind_target(tmp_path, SkippedSamples().plus(32, 64)) is None
+    saver.forget_after(4)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [checkpoint_name(2), checkpoint_name(4)]
+    save(saver, 8, samples_seen=64, skipped_samples=[[32, 64]], skipped_in_a_row=0)  # progress: it may be gone back to
+    found = rewind_target(tmp_path, SkippedSamples().plus(32, 64))
+    assert found is not None
+    assert found[0].name == checkpoint_name(8)
+    (tmp_path / checkpoint_name(8) / rank_file(0)).unlink()
+    (tmp_path / checkpoint_name(4) / rank_file(0)).unlink()
+    found = rewind_target(tmp_path, SkippedSamples().plus(32, 64))
+    assert found is not None
+    assert found[0].name == checkpoint_name(2)
+    assert f"going back to {found[0]}, the newest checkpoint that is whole" in capsys.readouterr().out
+
+
+def test_checkpoints_that_must_not_be_resumed_are_not_written_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert find_checkpoint(tmp_path, resume=False) is None
+    save(make_saver(tmp_path, monkeypatch), 1)
+    with pytest.raises(UserError, match="holds checkpoints of an earlier run"):
+        find_checkpoint(tmp_path, resume=False)
+    found = find_checkpoint(tmp_path, resume=True)
+    assert found is not None
+    assert found[1] == read_state(found[0])
+
+
+@pytest.mark.parametrize(("exported", "again"), [(-1, True), (10, True), (20, False)])
+def test_weights_of_an_earlier_end_are_exported_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exported: int, again: bool
+) -> None:
+    """A run to step 20, killed before it exported; it had been one to step 10 before."""
+    recipe = load_recipe(make_recipe(tmp_path / "run.json", []), {})
+    folder, done = tmp_path / "run", list[Path]()
+    save(make_saver(folder / "checkpoints", monkeypatch), 20)
+    if exported >= 0:
+        (folder / "weights").mkdir()
+        (folder / "weights" / "config.json").write_text(json.dumps({"lineage": {"step": exported}}))
+    monkeypatch.setattr(loop, "export", lambda checkpoint, weights: done.append(weights))
+    loop.train(recipe, "pretrain")
+    assert done == [folder / "weights"] * again
+
+
+def _state(recipe: Recipe, **more: Any) -> dict[str, Any]:
+    layout, sections = {"world_size": 2}, {"lineage": {"data_sha256": "a"}}
+    return {"step": 4, "samples_seen": 32, "layout": layout, "sections": sections, "recipe": recipe.to_dict(), **more}
+
+
+def test_what_differs_from_the_checkpoint_is_said(tmp_path: Path) -> None:
+    path = make_recipe(tmp_path / "run.json", [])
+    before, now = load_recipe(path, {}), load_recipe(path, {"training.ema_decays": [0.5, 0.7, 0.0]})
+    assert remarks(tmp_path, _state(before), before, "a") == [f"Continuing from {tmp_path} (step 4, written on 2 ranks)."]
+    state = _state(before, averages={"ema0": 0.9, "ema1": 0.5}, skipped_samples=[[32, 64]])
+    assert remarks(tmp_path, state, now, "b")[1:] == [
+        "Samples 32 to 63 of the stream stay skipped: they led to losses that were not finite.",
+        "It keeps no average of decay 0.7, which therefore starts anew, as the weights of now.",
+        "Changed since then: dpt.training.ema_decays [0.9, 0.5] -> [0.5, 0.7, 0.0].",
+        "The shards are not the ones of that checkpoint: the order of samples begins anew.",
+    ]
+    assert kept_averages(_state(before)) == {0.9: "ema0", 0.5: "ema1"}  # of a version that did not name them
