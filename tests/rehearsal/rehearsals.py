@@ -9,6 +9,16 @@ from typing import Any
 from dpt.config.recipe import Recipe, load_recipe
 from tests.gloo import run_ranks
 
+_LOADED = (
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "diffusers.models.autoencoders.autoencoder_kl",
+    "dpt.training.loop",
+    "dpt.training.preflight",
+    "matplotlib.figure",
+    "torch._functorch.aot_autograd",
+    "torch._inductor.config",
+)
+
 STEPS = 2
 """Of each half."""
 
@@ -16,7 +26,7 @@ STEPS = 2
 def load_once() -> None:
     """Load here what the ranks, which are forked, need: it takes longer than they do."""
     os.environ["DS_ACCELERATOR"] = "cpu"
-    for module in ("deepspeed", "diffusers.models.autoencoders.autoencoder_kl", "matplotlib.figure", "dpt.training.loop"):
+    for module in _LOADED:
         importlib.import_module(module)
 
 

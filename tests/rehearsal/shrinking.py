@@ -1,6 +1,7 @@
 """A shipped recipe made small enough for any machine: other sizes, everything else as it is."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -90,14 +91,28 @@ def shrink(recipe: Recipe, *, shards: list[str], weights: str, output_dir: str, 
     return values
 
 
+def prepare_places(path: Path, folder: Path, vae: VAERecord, steps: int = 2) -> dict[str, Any]:
+    """Make a recipe's shards, of latents by `vae`, and first weights below `folder`; `shrink`'s overrides for them."""
+    recipe = load_recipe(path)
+    config = recipe.dpt
+    shards = [str(folder / Path(shipped).parent.name) for shipped in config.data.shards]
+    fields = shrink(recipe, shards=shards, weights=str(folder / "weights"), output_dir=str(folder / "run"), steps=steps)
+    small = load_recipe(path, fields).dpt.model
+    for shipped, place in zip(config.data.shards, shards, strict=True):
+        task = config.task if config.task != "generalist" else set_task(shipped)
+        sizes = {"side": small.input_size, "clip": small.clip_embedding_size, "classes": min(small.num_classes, 8)}
+        make_shards(Path(place), task, vae=vae, **sizes)
+    if config.training.weights:
+        make_weights(folder / "weights", source_model(recipe, fields))
+    return fields
+
+
 def source_model(recipe: Recipe, values: dict[str, Any]) -> ModelConfig:
     """The network whose weights a rehearsal starts from: upcycling from a dense one of the recipe's own kind, fine-tuning from
     one pre-trained on classes."""
     small = load_recipe(recipe.path, values).dpt
     if stage_of(Path(recipe.path).stem) == "upcycle":
         return small.model
-    from dataclasses import replace
-
     classes = small.model.num_classes - small.model.patch_embed_tasks
     return replace(small.model, num_conditions=0, patch_embed_tasks=0, clip_embedding_size=0, num_classes=classes)
 
@@ -105,8 +120,8 @@ def source_model(recipe: Recipe, values: dict[str, Any]) -> ModelConfig:
 def make_weights(folder: Path, config: ModelConfig) -> Path:
     """Random weights (none of them zero) of a network, exported."""
     torch.manual_seed(0)
-    state = {name: t if t.dtype == torch.int64 else t + 0.02 * torch.randn_like(t) for name, t in DiT(config).state_dict().items()}
-    return export_weights(Weights(config=config, state=state), folder, ema=state)
+    state, averaged = ({n: t + 0.02 * torch.randn_like(t) for n, t in DiT(config).state_dict().items()} for _ in range(2))
+    return export_weights(Weights(config=config, state=state), folder, ema=averaged)
 
 
 def set_task(shards: str) -> str:

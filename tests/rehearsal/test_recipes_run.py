@@ -2,11 +2,12 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from rehearsals import checkpoints, load_once, rehearse
-from shrinking import RECIPES, SIZES, make_shards, make_weights, rehearsed_ranks, set_task, shrink, source_model, stage_of
+from shrinking import RECIPES, SIZES, prepare_places, rehearsed_ranks, shrink, stage_of
 
 from dpt.config.recipe import Recipe, load_recipe
 from dpt.data.codec import load_vae
@@ -14,7 +15,11 @@ from dpt.data.manifest import VAERecord
 from dpt.models.pretrained import read_weights
 from dpt.tracking.run import flatten
 
-FAST: dict[str, str] = {}
+QUICK = {
+    *("cpu_zero0", "cpu_zero2", "cpu_zero3", "cpu_ep2", "cpu_ep4"),
+    *("dense_a5", "finetune_amodal", "quickstart_upcycle", "upcycle_generalist"),
+}
+"""Of `make test`; the others are left to `make test-all`."""
 
 
 @pytest.fixture(scope="module")
@@ -28,21 +33,7 @@ def vae() -> VAERecord:
 def _rehearse(path: Path, folder: Path, vae: VAERecord, *, compiler: str) -> tuple[Recipe, Path]:
     load_once()
     recipe = load_recipe(path)
-    config = recipe.dpt
-    places = {"shards": [str(folder / Path(s).parent.name) for s in config.data.shards], "weights": str(folder / "weights")}
-    fields = shrink(recipe, **places, output_dir=str(folder / "run"), steps=2)
-    small = load_recipe(path, fields).dpt.model
-    for shipped, place in zip(config.data.shards, places["shards"], strict=True):
-        make_shards(
-            Path(place),
-            config.task if config.task != "generalist" else set_task(shipped),
-            side=small.input_size,
-            vae=vae,
-            clip=small.clip_embedding_size,
-            classes=min(small.num_classes, 8),
-        )
-    if config.training.weights:
-        make_weights(folder / "weights", source_model(recipe, fields))
+    fields = prepare_places(path, folder, vae)
     rehearse(recipe, stage_of(path.stem), rehearsed_ranks(recipe), fields, compiler=compiler)
     return recipe, folder / "run"
 
@@ -70,9 +61,34 @@ def _check(recipe: Recipe, run: Path) -> None:
         assert (run / "routing" / "00000004" / "routing.npz").is_file()
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def _marked(path: Path) -> Any:
+    return pytest.param(path, id=path.stem, marks=[] if path.stem in QUICK else [pytest.mark.slow])
+
+
+@pytest.mark.parametrize("path", [_marked(path) for path in RECIPES])
 def test_recipe_is_rehearsed(path: Path, tmp_path: Path, vae: VAERecord) -> None:
+    """Where it compiles, blocks are traced with their backward passes, but run by PyTorch's own operators ("aot_eager"): that
+    finds what cannot be compiled, and generated code takes a CPU minutes to build."""
     _check(*_rehearse(path, tmp_path, vae, compiler="aot_eager"))
+
+
+@pytest.mark.slow
+def test_recipe_is_rehearsed_with_generated_code(tmp_path: Path, vae: VAERecord) -> None:
+    path = next(path for path in RECIPES if path.stem == "dense_a1")
+    _check(*_rehearse(path, tmp_path, vae, compiler="inductor"))
+
+
+def test_every_shape_is_rehearsed_in_make_test() -> None:
+    """ZeRO stage, precision and ranks that share experts; and every kind of training."""
+
+    def shapes(paths: list[Path]) -> set[tuple[int, str, int]]:
+        recipes = [load_recipe(path) for path in paths]
+        return {(recipe.zero_stage, recipe.precision, recipe.dpt.training.ep_size) for recipe in recipes}
+
+    quick = [path for path in RECIPES if path.stem in QUICK]
+    assert len(quick) == len(QUICK)
+    assert shapes(quick) == shapes(RECIPES)
+    assert {stage_of(path.stem) for path in quick} == {"pretrain", "finetune", "upcycle"}
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
