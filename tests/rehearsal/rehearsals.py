@@ -51,18 +51,17 @@ def _halves(path: str, stage: str, fields: dict[str, Any], compiler: str) -> Non
     from dpt import distributed
     from dpt.models.dit import DiT
     from dpt.training import loop
-    from dpt.training.preflight import preflight
+    from dpt.training.run import run_stage
 
     join_deepspeed()
     torch._inductor.config.compile_threads = 1  # a forked process makes no pool of others
+    distributed.shutdown = lambda: None  # the ranks' groups are needed again
     loop.measure_peak_flops = lambda *_: 1e12
     loop.Watchdog.__init__.__kwdefaults__["interval_s"] = 0.1  # type: ignore[index]
     compile_blocks = DiT.compile_blocks
     DiT.compile_blocks = lambda network: compile_blocks(network, backend=compiler)  # type: ignore[method-assign, assignment]
     for steps in (STEPS, 2 * STEPS):
-        recipe = load_recipe(path, {**fields, "training.steps": steps})
-        preflight(recipe, stage, distributed.world_size())
-        loop.train(recipe, stage)
+        run_stage(load_recipe(path, {**fields, "training.steps": steps}), stage)
         torch._dynamo.reset()
 
 
