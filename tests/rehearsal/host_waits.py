@@ -1,5 +1,6 @@
 """Calls for which a GPU's work must be waited for, found on a CPU: they are counted by the place in the code that makes them."""
 
+import importlib.util
 import traceback
 from collections import Counter
 from collections.abc import Callable
@@ -40,11 +41,13 @@ _OURS = Path(__file__).resolve().parents[2] / "dpt"
 
 
 class HostWaits:
-    """Within it, host waits are counted in `found` by ("file.py:function", what); so is what DeepSpeed does."""
+    """Within it, host waits are counted in `found` by ("file.py:function", what), those of DeepSpeed too; `operators` are the
+    names of all operators that ran."""
 
     def __init__(self) -> None:
         self.found: Counter[tuple[str, str]] = Counter()
-        self._modes = (_Operators(self._note), _Methods(self._note))
+        self.operators: set[str] = set()
+        self._modes = (_Operators(self._note, self.operators), _Methods(self._note))
 
     def __enter__(self) -> "HostWaits":
         for mode in self._modes:
@@ -71,12 +74,13 @@ def _place() -> str:
 
 
 class _Operators(TorchDispatchMode):
-    def __init__(self, note: Callable[[str], None]) -> None:
+    def __init__(self, note: Callable[[str], None], seen: set[str]) -> None:
         super().__init__()
-        self.note = note
+        self.note, self.seen = note, seen
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         packet = func.overloadpacket
+        self.seen.add(packet.__name__)
         if packet in WAITING:
             self.note(packet.__name__)
         elif packet in (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_) and _has_mask(args[1]):
@@ -102,6 +106,16 @@ class _Methods(TorchFunctionMode):
         elif func is Tensor.to and _names_the_cpu([*args[1:], *kwargs.values()]):
             self.note("to the CPU")
         return func(*args, **kwargs)
+
+
+def use_grouped_products() -> None:
+    """From now on this process takes a GPU's grouped products for its experts."""
+    if importlib.util.find_spec("dpt.models.grouped_mlp"):
+        module: Any = importlib.import_module("dpt.models.grouped_mlp")
+        module.has_grouped_products = lambda _: True
+    else:
+        module = importlib.import_module("dpt.models.mlp")
+        module._forward_in_pieces, module._backward_in_pieces = module._forward_grouped, module._backward_grouped
 
 
 def _names_the_cpu(arguments: list[Any]) -> bool:
