@@ -32,7 +32,8 @@ def fake_cuda() -> Iterator[FakeTensorMode]:
 
 @contextmanager
 def _device_guard() -> Iterator[None]:
-    """A guard for CUDA devices: PyTorch built for CPUs has none, and some calls ask for it. The CPU's does nothing, as is needed."""
+    """A guard for CUDA devices: PyTorch built for CPUs has none, and some calls ask for it. The CPU's will do: it does
+    nothing."""
     if torch.backends.cuda.is_built():  # FakeTensorMode cares for it where there is no GPU
         yield
         return

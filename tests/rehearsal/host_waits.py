@@ -1,4 +1,4 @@
-"""Calls for which a GPU's work must be waited for, found on a CPU: they are counted by the place in the code that makes them."""
+"""Calls for which a GPU's work must be waited for, found on a CPU and counted by the place in the code that makes them."""
 
 import importlib.util
 import traceback

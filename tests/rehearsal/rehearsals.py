@@ -40,8 +40,10 @@ def join_deepspeed() -> None:
 
 
 def rehearse(recipe: Recipe, stage: str, ranks: int, fields: Mapping[str, Any], *, compiler: str) -> None:
-    """Train `STEPS` steps to a checkpoint and weights, then as many again from there. `compiler`: torch.compile's backend, where
-    the recipe compiles."""
+    """Train `STEPS` steps to a checkpoint and weights, then as many again from there.
+
+    `compiler`: the backend of torch.compile, where the recipe compiles.
+    """
     run_ranks(ranks, _halves, recipe.path, stage, dict(fields), compiler, timeout_s=600.0)
 
 

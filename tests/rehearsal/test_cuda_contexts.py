@@ -71,11 +71,17 @@ def test_no_question_to_cuda_before_the_device_is_set(
     for name, value in vars(torch.cuda).items():
         if isinstance(value, types.FunctionType | types.BuiltinFunctionType) and not name.startswith("_"):
             monkeypatch.setattr(torch.cuda, name, _recorded(name, calls))
-    for name, value in {"RANK": "3", "LOCAL_RANK": "3", "WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+    for name, value in {
+        "RANK": "3",
+        "LOCAL_RANK": "3",
+        "WORLD_SIZE": "4",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "1",
+    }.items():
         monkeypatch.setitem(os.environ, name, value)
     arguments = ["--ds_config", str(ROOT / "ds_configs" / f"{recipe}.json"), "--output_dir", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", [launcher, *arguments])
-    with pytest.raises(_DeviceSet, match="^3$"):
+    with pytest.raises(_DeviceSet, match=r"^3$"):
         runpy.run_path(str(ROOT / "launchers" / f"{launcher}.py"), run_name="__main__")
     assert set(calls) <= {"is_available"}
 

@@ -1,5 +1,6 @@
 """A training step waits for the GPU nowhere but where it is said here, with the reason."""
 
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -10,43 +11,48 @@ from host_waits import HostWaits, use_grouped_products
 from rehearsals import join_deepspeed, load_once
 from shrinking import RECIPES, prepare_places, rehearsed_ranks, stage_of
 
-from dpt.config.recipe import load_recipe
+from dpt.config.checks import batch_split
+from dpt.config.recipe import Recipe, load_recipe
 from dpt.data.manifest import VAERecord
 from tests.gloo import run_ranks
 
 STEPS, LOG_EVERY, RECORDED = 4, 3, (1, 3)
 """Steps, and those after which a record is written: the first one, and every LOG_EVERY."""
 
-Table = dict[tuple[str, str], tuple[str, str]]
-ALLOWED: Table = {  # (place, what) -> how often, why
-    ("training/step.py:_check_labels", "_local_scalar_dense"): ("micro-batch", "labels in the CPU's memory: no wait"),
-    ("diffusion/noise.py:multires_noise", "tolist"): ("micro-batch", "numbers drawn in the CPU's memory: no wait"),
-    ("diffusion/noise.py:_upsampling", "to the CPU"): ("any", "a table, made once, to the training's device"),
-    ("diffusion/noise.py:_spread", "_local_scalar_dense"): ("any", "a number of that table, once, in the CPU's memory"),
-    ("training/step.py:<dictcomp>", "to the CPU"): ("any", "to the device of the training, which is the CPU here"),
-    ("models/mlp.py:_sums", "_local_scalar_dense"): ("any", "one_hot checks its bounds on CPUs alone"),
+HERE = "moves to the device of the training, which is the CPU here"
+ON_CPUS = "numbers in the CPU's memory: no wait"
+RECORD = "the record"
+CHECK = "once all is computed: whether the gradient is finite, its norm, and how far to clip"
+START = "whether all ranks partition the same parameters"
+ALLOWED: dict[tuple[str, str], tuple[str, str]] = {  # (place, what) -> how often (`_most`), why
+    ("deepspeed", "to the CPU"): ("any", HERE),  # in any place of its
+    ("deepspeed/stage_1_and_2.py:has_overflow", "_local_scalar_dense"): ("check", CHECK),
+    ("deepspeed/utils.py:<listcomp>", "_local_scalar_dense"): ("start", START),
+    ("deepspeed/utils.py:assert_lst_len_same_as_other_ranks", "_local_scalar_dense"): ("start", START),
+    ("deepspeed/utils.py:assert_lst_len_same_as_other_ranks", "cpu"): ("start", START),
+    ("deepspeed/utils.py:clip_tensors_by_global_norm", "_local_scalar_dense"): ("check", CHECK),
+    ("deepspeed/utils.py:get_lst_from_rank0", "cpu"): ("start", START),
+    ("deepspeed/utils.py:get_norm_with_moe_layers", "_local_scalar_dense"): ("check", CHECK),
+    ("deepspeed/utils.py:is_invalid_grad_norm", "_local_scalar_dense"): ("check", CHECK),
+    ("deepspeed/utils.py:to_tensor", "_local_scalar_dense"): ("check", CHECK),
+    ("diffusion/noise.py:_spread", "_local_scalar_dense"): ("any", "a number of a table, once; " + ON_CPUS),
+    ("diffusion/noise.py:_upsampling", "to the CPU"): ("any", HERE),
+    ("diffusion/noise.py:multires_noise", "tolist"): ("micro-batch", ON_CPUS),
+    ("distributed.py:all_reduce_sum", "tolist"): ("record", RECORD),
+    ("models/dit.py:update_router_bias", "to the CPU"): ("any", HERE),
     ("models/grouped_mlp.py:_sums", "_local_scalar_dense"): ("any", "one_hot checks its bounds on CPUs alone"),
-    ("models/moe_parallel.py:_run_experts", "tolist"): ("layer", "the rows that ranks exchange: their sizes must be known"),
-    ("training/engine.py:step", "_local_scalar_dense"): ("step", "whether the step counts, after DeepSpeed's own check"),
-    ("training/deepspeed_internals.py:grad_norm", "_local_scalar_dense"): ("step", "the same"),
-    ("training/engine.py:step", "to the CPU"): ("any", "gradients' norms to one device, which is the CPU here"),
-    ("models/dit.py:update_router_bias", "to the CPU"): ("any", "counts to the biases' device, which is the CPU here"),
-    ("training/records.py:means", "tolist"): ("record", "the record"),
-    ("training/records.py:experts", "cpu"): ("record", "the record"),
-    ("training/records.py:experts", "tolist"): ("record", "the record"),
-    ("training/records.py:experts", "_local_scalar_dense"): ("record", "the record"),
-    ("distributed.py:all_reduce_sum", "tolist"): ("record", "the record"),
+    ("models/mlp.py:_sums", "_local_scalar_dense"): ("any", "one_hot checks its bounds on CPUs alone"),
+    ("models/moe_parallel.py:_run_experts", "tolist"): ("layer", "the sizes of what ranks exchange"),
+    ("training/deepspeed_internals.py:grad_norm", "_local_scalar_dense"): ("check", CHECK),
+    ("training/engine.py:step", "_local_scalar_dense"): ("check", CHECK),
+    ("training/engine.py:step", "to the CPU"): ("any", HERE),
+    ("training/records.py:experts", "_local_scalar_dense"): ("record", RECORD),
+    ("training/records.py:experts", "cpu"): ("record", RECORD),
+    ("training/records.py:experts", "tolist"): ("record", RECORD),
+    ("training/records.py:means", "tolist"): ("record", RECORD),
+    ("training/step.py:<dictcomp>", "to the CPU"): ("any", HERE),
+    ("training/step.py:_check_labels", "_local_scalar_dense"): ("micro-batch", ON_CPUS),
 }
-DEEPSPEED = "once a step, when all of it is computed: whether the gradient is finite, and how far to clip"
-DEEPSPEEDS_CHECKS = {
-    "is_invalid_grad_norm",
-    "clip_tensors_by_global_norm",
-    "get_norm_with_moe_layers",
-    "to_tensor",
-    "has_overflow",
-}
-DEEPSPEEDS_FIRST = {"assert_lst_len_same_as_other_ranks", "get_lst_from_rank0", "<listcomp>"}
-"""Of the first two steps with ZeRO 3: whether all ranks partition the same parameters."""
 CASES = {
     "dense, ZeRO 1, bf16, flips": ("dense_a1", {}),
     "dense, ZeRO 2, bf16": ("dense_a5", {}),
@@ -68,31 +74,31 @@ def test_a_step_waits_only_where_it_must(name: str, tmp_path: Path) -> None:
     more = {"training.steps": 100, "training.log_every": LOG_EVERY, "training.compile": False}
     fields = {**fields, **more, **changed}
     for steps in run_ranks(rehearsed_ranks(recipe), _count_waits, str(path), stage_of(stem), fields, timeout_s=300.0):
-        for number, waits in enumerate(steps, 1):
-            unexpected = _beyond(waits, load_recipe(path, fields), first=number <= 2, recorded=number in RECORDED)
-            assert not unexpected, f"step {number}: {unexpected}"
+        for step, waits in enumerate(steps, 1):
+            most = _most(load_recipe(path, fields), step)
+            beyond = {(place, what): n for (place, what), n in waits.items() if n > most.get(_how_often(place, what), 0)}
+            assert not beyond, f"step {step}"
 
 
-def _beyond(waits: dict[tuple[str, str], int], recipe: Any, *, first: bool, recorded: bool) -> dict[tuple[str, str], int]:
-    """The waits of a step that the table does not allow, or not so often."""
-    training = recipe.dpt.training
-    split = recipe.deepspeed["train_batch_size"] // recipe.deepspeed.get("train_micro_batch_size_per_gpu", 1 << 30)
-    micro_batches = max(1, split // rehearsed_ranks(recipe))
+def _how_often(place: str, what: str) -> str:
+    """The table's word for a place; empty: never."""
+    never = ("", "")
+    return ALLOWED.get((place, what), ALLOWED.get((place.split("/")[0], what), never))[0]
+
+
+def _most(recipe: Recipe, step: int) -> dict[str, int]:
+    """How often a place may wait in the `step`-th step, by the words of the table."""
+    ranks, training = rehearsed_ranks(recipe), recipe.dpt.training
+    micro_batches = batch_split(recipe, ranks)[2]
     passes = micro_batches * (2 if training.activation_checkpointing else 1)
-    most = {"any": 1 << 30, "step": 1, "micro-batch": 2 * micro_batches, "layer": passes * recipe.dpt.model.depth}
-    most["record"] = 2 if recorded else 0
-    left = {}
-    for (place, what), count in waits.items():
-        file, _, function = place.partition(":")
-        by_deepspeed = file.startswith("deepspeed/")
-        if by_deepspeed and (what == "to the CPU" or (function in DEEPSPEEDS_CHECKS and count <= 3)):
-            continue  # to DeepSpeed's device, which is the CPU here; or DEEPSPEED
-        if by_deepspeed and function in DEEPSPEEDS_FIRST and first:
-            continue
-        how_often, _ = ALLOWED.get((place, what), ("", ""))
-        if count > most.get(how_often, 0):
-            left[place, what] = count
-    return left
+    return {
+        "any": sys.maxsize,
+        "check": 3,
+        "layer": passes * recipe.dpt.model.depth,
+        "micro-batch": 2 * micro_batches,
+        "record": 2 if step in RECORDED else 0,
+        "start": sys.maxsize if step <= 2 else 0,
+    }
 
 
 def _count_waits(path: str, stage: str, fields: dict[str, Any]) -> list[dict[tuple[str, str], int]]:
