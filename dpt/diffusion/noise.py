@@ -80,49 +80,60 @@ def normal(seeds: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 @lru_cache(maxsize=256)
-def _upsampling(coarse: int, fine: int) -> Tensor:
+def _upsampling(coarse: int, fine: int, device: torch.device) -> Tensor:
     """Matrix float32 `[fine, coarse]` of bilinear interpolation along one side."""
     weights = torch.nn.functional.interpolate(torch.eye(coarse)[None], size=fine, mode="linear", align_corners=False)
-    return weights[0].T.contiguous()
+    return weights[0].T.contiguous().to(device)
 
 
-def multires_noise(seeds: Tensor, shape: Sequence[int], strength: Tensor | float) -> Tensor:
+@lru_cache(maxsize=256)
+def _spread(coarse: int, fine: int) -> float:
+    """Mean variance, along one side, of white noise of unit variance that is enlarged."""
+    return _upsampling(coarse, fine, torch.device("cpu")).square().sum(1).mean().item()
+
+
+def multires_noise(
+    seeds: Tensor, shape: Sequence[int], strength: Tensor | float, *, host_seeds: Tensor | None = None
+) -> Tensor:
     """Multi-resolution noise float32 `[B, C, h, w]` of unit expected variance, distributed as Marigold's (Ke et al. 2024).
 
     White noise counts twice; level i = 1, 2, ... adds white noise whose sides are 1 / r^i of the level before, bilinearly
     enlarged, times strength^i, down to one pixel; r is uniform in [2, 4] per level and sample. `strength`: `[B]` or a number in
     [0, 1); Marigold's is 0.9, times t / T when annealed. Divided by the expected deviation, not by the batch's, so that
-    samples do not depend on each other.
+    samples do not depend on each other. `host_seeds`: the same seeds in the CPU's memory, which the sizes of the levels are
+    drawn from; without them a GPU is waited for.
     """
     channels, height, width = shape
     levels = math.ceil(math.log2(max(2, min(height, width))))
-    ratios = (2.0 + 2.0 * uniform(derive(seeds, 0), (levels,))).tolist()
-    strengths = torch.as_tensor(strength).double().expand(len(seeds)).tolist()
+    known = seeds.cpu() if host_seeds is None else host_seeds
+    ratios = (2.0 + 2.0 * uniform(derive(known, 0), (levels,))).tolist()
+    strengths = torch.as_tensor(strength, device=seeds.device).double().expand(len(seeds))
     noise = math.sqrt(2.0) * normal(seeds, shape)
     for sample in range(len(seeds)):
-        variance, size = 2.0, (height, width)
+        variance, size = torch.full_like(strengths[sample], 2.0), (height, width)
         for level in range(1, levels + 1):
             shrink = ratios[sample][level - 1] ** level
             size = (max(1, int(size[0] / shrink)), max(1, int(size[1] / shrink)))
-            rows, cols = _upsampling(size[0], height).to(seeds.device), _upsampling(size[1], width).to(seeds.device)
+            rows, cols = (_upsampling(c, f, seeds.device) for c, f in zip(size, (height, width), strict=True))
             coarse = normal(derive(seeds[sample : sample + 1], level), (channels, *size))[0]
             weight = strengths[sample] ** level
             noise[sample] += weight * (rows @ coarse @ cols.T)
-            variance += weight**2 * (rows.square().sum(1).mean() * cols.square().sum(1).mean()).item()
+            variance = variance + weight**2 * (_spread(size[0], height) * _spread(size[1], width))
             if 1 in size:
                 break
-        noise[sample] /= math.sqrt(variance)
+        noise[sample] /= variance.sqrt()
     return noise
 
 
 class Draws:
     """All random numbers of one training batch: functions of (seed, sample_index) alone.
 
-    `sample_index`: int64 `[B]`, positions in the global stream; the numbers are on its device.
+    `sample_index`: int64 `[B]`, positions in the global stream; the numbers are on its device. `host_index`: the same in the
+    CPU's memory, if they are on a GPU that shall not be waited for.
     """
 
-    def __init__(self, seed: int, sample_index: Tensor) -> None:
-        self._seed, self._index = seed, sample_index
+    def __init__(self, seed: int, sample_index: Tensor, *, host_index: Tensor | None = None) -> None:
+        self._seed, self._index, self._host_index = seed, sample_index, host_index
 
     def seeds(self, purpose: str) -> Tensor:
         """Seeds int64 `[B]` for a purpose."""
@@ -143,5 +154,6 @@ class Draws:
     def noise(self, shape: Sequence[int], *, strength: Tensor | float = 0.0) -> Tensor:
         """The forward process's noise float32 `[B, C, h, w]`: white, or multi-resolution of a `strength` (`[B]` or number)."""
         if isinstance(strength, Tensor) or strength > 0:
-            return multires_noise(self.seeds("noise"), shape, strength)
+            known = None if self._host_index is None else sample_seeds(self._seed, "noise", self._host_index)
+            return multires_noise(self.seeds("noise"), shape, strength, host_seeds=known)
         return self.normal("noise", shape)

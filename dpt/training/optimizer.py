@@ -33,7 +33,7 @@ class AdamWEMA(torch.optim.AdamW):
         self.ema_decays = {f"ema{index}": decay for index, decay in enumerate(ema_decays) if decay > 0}
         self.ema_warmup = ema_warmup
         self.updates = 0
-        """Updates made so far; skipped steps do not count."""
+        """Updates made so far, which the caller counts; skipped steps do not."""
 
     def state_names(self) -> list[str]:
         """Names of the states that have the shape of the parameters."""
@@ -57,7 +57,7 @@ class AdamWEMA(torch.optim.AdamW):
         super().step(closure)
         if not params:
             return
-        number = int(states[0]["step"].item()) if self.ema_warmup else 0
+        number = self.updates + 1  # not asked of a state, which may be on a GPU
         for name, decay in self.ema_decays.items():
             if self.ema_warmup:
                 decay = min(decay, (1 + number) / (10 + number))

@@ -124,8 +124,9 @@ class Preparation:
         """UserError if a sample's label is beyond the network's classes."""
         if self.config.task == "class":
             _check_labels(batch, self.config.model.num_classes)
+        host_index = batch["sample_index"]
         batch = {n: v.to(self.device, non_blocking=True) if isinstance(v, Tensor) else v for n, v in batch.items()}
-        draws = Draws(self.config.training.seed, batch["sample_index"])
+        draws = Draws(self.config.training.seed, batch["sample_index"], host_index=host_index)
         if self.config.task == "class":
             moments, labels = self._image(batch, draws), batch["label"]
         else:

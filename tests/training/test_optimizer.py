@@ -14,6 +14,8 @@ def _train(optimizer: torch.optim.Optimizer, parameter: torch.Tensor, steps: int
     for _ in range(steps):
         parameter.grad = torch.randn(parameter.shape, generator=generator)
         optimizer.step()
+        if isinstance(optimizer, AdamWEMA):
+            optimizer.updates += 1
         history.append(parameter.detach().clone())
     return history
 
