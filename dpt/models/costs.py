@@ -16,8 +16,8 @@ Precision = Literal["fp32", "bf16", "fp16"]
 
 FREQUENCY_EMBEDDING_SIZE = 256
 """Width of the sinusoidal timestep features in DiT."""
-REDUCE_BUCKET_SIZE = 500_000_000
-"""DeepSpeed's default zero_optimization.reduce_bucket_size, in elements."""
+REDUCE_BUCKET_SIZE = 100_000_000
+"""Our zero_optimization.reduce_bucket_size, in elements: several buckets a backward pass, so that they overlap with it."""
 VAE_PARAMS, VAE_CHANNELS = 83_653_863, 256
 """Of Stable Diffusion's VAE: its parameters, and the channels of its decoder's widest layers at the picture's full size."""
 
@@ -150,19 +150,35 @@ def memory(
     share = math.ceil(count.total / ranks)
     optimizer = share if zero_stage >= 1 else held
     keeps_master = precision != "fp32" or zero_stage >= 1  # ZeRO's partitions are copies in any precision
-    accumulates_fp32 = precision == "bf16" and zero_stage >= 1
+    if precision == "bf16" and zero_stage == 2 and ranks == 1 and not offload_optimizer:
+        zero_stage = 1  # as the engine does: there is nothing to reduce
     tokens = micro_batch_size * num_tokens(config, height, width)
     plan = Memory(
         weights=size * (share if zero_stage == 3 else held),
         master_weights=4 * optimizer if keeps_master else 0,
-        gradients=(4 if accumulates_fp32 else size) * (share if zero_stage >= 2 else held),
-        buckets=size * min(held, REDUCE_BUCKET_SIZE) if zero_stage >= 1 else 0,
+        gradients=_gradient_bytes(precision, zero_stage, held, share),
+        buckets=_bucket_bytes(precision, zero_stage, held),
         moments=8 * optimizer,
         ema=4 * num_emas * optimizer,
         activations=_activation_bytes(config, tokens, size, ep_size, activation_checkpointing),
     )
     plan = replace(plan, pictures=max(0, pictures - plan.activations))
     return _offloaded(plan, zero_stage, size * share, optimizer=offload_optimizer, param=offload_param)
+
+
+def _gradient_bytes(precision: Precision, zero_stage: int, held: int, share: int) -> int:
+    """Of `held` parameters, `share` of them this rank's: bf16 ones are summed in fp32, in stage 1 beside themselves."""
+    if precision != "bf16" or zero_stage == 0:
+        return (4 if precision == "fp32" else 2) * (share if zero_stage >= 2 else held)
+    return 4 * share if zero_stage >= 2 else 6 * held
+
+
+def _bucket_bytes(precision: Precision, zero_stage: int, held: int) -> int:
+    """What gradients are reduced in: with bf16 in fp32, in stage 2 in two buckets, one filled while the other is under way."""
+    if zero_stage == 0:
+        return 0
+    size = 2 if precision == "fp16" or (precision == "bf16" and zero_stage == 3) else 4
+    return size * min(held, REDUCE_BUCKET_SIZE) * (2 if precision == "bf16" and zero_stage == 2 else 1)
 
 
 def _offloaded(plan: Memory, zero_stage: int, share: int, *, optimizer: bool, param: bool) -> Memory:

@@ -5,7 +5,7 @@ expert; `counts` [E] says how many each one has, none included. Saved for the ba
 the activation is recomputed.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +15,9 @@ from torch.autograd.function import once_differentiable
 
 from dpt.models import activations
 from dpt.models.products import mm
+
+Rows = Callable[[Tensor], None]
+"""Is told the gradient of the rows as soon as it is there, before the weights' are computed."""
 
 _CHUNK = 1 << 22
 """Numbers of a first product that a CPU works on at once: the arrays between the two products are never larger. Smaller chunks
@@ -45,6 +48,43 @@ def grouped_mlp(x_ND: Tensor, weights: Weights, counts: Tensor, kind: activation
         out: Tensor = _GroupedMlp.apply(x_ND, *weights, counts, kind)
         return out
     return _sliced_mlp(x_ND, weights, counts, kind)
+
+
+def forward_pass(x_ND: Tensor, weights: Weights, counts: Tensor, kind: activations.Kind) -> tuple[Tensor, Tensor]:
+    """The first products [N, H], which `backward_pass` needs, and the results [N, D]; not differentiable."""
+    if has_grouped_products(x_ND):
+        return _forward_grouped(x_ND, weights, counts, kind)
+    return _forward_sliced(x_ND, weights, counts.tolist(), kind)
+
+
+def backward_pass(grad: Tensor, x: Tensor, hidden: Tensor, w_in: Tensor, w_out: Tensor, counts: Tensor,
+                  kind: activations.Kind, biased: bool, on_rows: Rows) -> Weights:  # fmt: skip
+    """Gradients of the weights; that of the rows goes to `on_rows`, so that it can travel while they are computed."""
+    if has_grouped_products(x):
+        return _backward_grouped(grad, x, hidden, w_in, w_out, counts, kind, biased, on_rows)[1]
+    sizes = counts.tolist()
+    rows = list(_chunks(sizes, w_in.shape[1], x))
+    d_x, d_hidden, active = torch.empty_like(x), torch.empty_like(hidden), torch.empty_like(hidden[:, : w_out.shape[2]])
+    for e, part, _ in rows:
+        mm(grad[part], w_out[e], out=active[part])
+        d_hidden[part], again = activations.backward(active[part], hidden[part], kind, again=True)
+        assert again is not None
+        active[part] = again
+        mm(d_hidden[part], w_in[e], out=d_x[part])
+    on_rows(d_x)
+    d_w_in, d_w_out = torch.empty_like(w_in), torch.empty_like(w_out)
+    for e, part in enumerate(_slices(sizes)):
+        mm(grad[part].t(), active[part], out=d_w_out[e])
+        mm(d_hidden[part].t(), x[part], out=d_w_in[e])
+    d_b_in, d_b_out = (_sums(d_hidden, counts), _sums(grad, counts)) if biased else (None, None)
+    return Weights(d_w_in, d_b_in, d_w_out, d_b_out)
+
+
+def _slices(counts: list[int]) -> Iterator[slice]:
+    start = 0
+    for count in counts:
+        yield slice(start, start + count)
+        start += count
 
 
 def has_grouped_products(x: Tensor) -> bool:
@@ -108,16 +148,18 @@ def _forward_grouped(x: Tensor, weights: Weights, counts: Tensor, kind: activati
 
 
 def _backward_grouped(grad: Tensor, x: Tensor, hidden: Tensor, w_in: Tensor, w_out: Tensor, counts: Tensor,
-                      kind: activations.Kind, biased: bool) -> tuple[Tensor, Weights]:  # fmt: skip
+                      kind: activations.Kind, biased: bool, on_rows: Rows | None = None) -> tuple[Tensor, Weights]:  # fmt: skip
     """Gradients of the rows and of the weights."""
     d_active = _product(grad, w_out, counts)
     d_hidden, active = activations.backward(d_active, hidden, kind, again=True)
     assert active is not None
     del d_active
+    d_x = _product(d_hidden, w_in, counts)
+    if on_rows is not None:
+        on_rows(d_x)
     d_w_out = _outer(grad, active, counts)
     del active
     d_w_in = _outer(d_hidden, x, counts)
-    d_x = _product(d_hidden, w_in, counts)
     d_b_in, d_b_out = (_sums(d_hidden, counts), _sums(grad, counts)) if biased else (None, None)
     return d_x, Weights(d_w_in, d_b_in, d_w_out, d_b_out)
 

@@ -15,44 +15,100 @@ from torch.autograd.function import once_differentiable
 
 from dpt.config.sections import ModelConfig
 from dpt.errors import UserError
+from dpt.models import activations, grouped_mlp
 from dpt.models.moe import MoE
 
 _DEEPSPEED_EXPERTS = "deepspeed_moe.experts.deepspeed_experts."
 
 
-def _exchange(x: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
-    """Rows [sum(send), D], send[r] of them to rank r of the group in order -> rows [sum(receive), D] in order of rank."""
-    out = x.new_empty(sum(receive), x.shape[1])
-    dist.all_to_all_single(out, x.contiguous(), receive, send, group=group)
-    return out
+class _Exchange:
+    """One all-to-all of rows between the ranks of a group and, in the backward pass, that of their gradients."""
+
+    def __init__(self, send: list[int], receive: list[int], group: dist.ProcessGroup) -> None:
+        """`send[r]` rows go to rank r of the group, in order; `receive[r]` come from it."""
+        self.send, self.receive, self.group = send, receive, group
+        self._out: Tensor | None = None
+        self._sent: Tensor | None = None
+        self._work: dist.Work | None = None
+
+    def start(self, x: Tensor, *, back: bool = False) -> Tensor:
+        """Begin to send rows; where they will lie once `wait` has returned. `back`: gradients, the other way."""
+        send, receive = (self.receive, self.send) if back else (self.send, self.receive)
+        self._sent = x.contiguous()
+        self._out = x.new_empty(sum(receive), x.shape[1])
+        self._work = dist.all_to_all_single(self._out, self._sent, receive, send, group=self.group, async_op=True)
+        return self._out
+
+    def wait(self) -> Tensor:
+        """The rows that have come."""
+        assert self._work is not None
+        assert self._out is not None
+        self._work.wait()
+        out, self._out, self._sent, self._work = self._out, None, None, None
+        return out
 
 
-class _AllToAll(torch.autograd.Function):
-    """`_exchange`, whose backward sends the gradients back."""
+class _Send(torch.autograd.Function):
+    """Begins an exchange of rows [N, D] -> [M, D], not there before `_Experts` has waited for them.
+
+    Its backward waits for the gradients that `_Experts` sent back; the gradient that it is handed is only a placeholder.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
-        ctx.back = (receive, send, group)
-        return _exchange(x, send, receive, group)
+    def forward(ctx: Any, x: Tensor, exchange: _Exchange) -> Tensor:
+        ctx.exchange = exchange
+        return exchange.start(x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _exchange(grad, *ctx.back), None, None, None
+        return ctx.exchange.wait(), None
 
 
-class _Reorder(torch.autograd.Function):
-    """x[order], whose backward is grad[inverse]: a gather both ways."""
+class _Experts(torch.autograd.Function):
+    """The experts on rows that `_Send` sent them: [M, D] -> [M, D], both in order of the ranks they come from.
+
+    Backward sends the rows' gradients away before it computes the weights', which then overlap.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-        ctx.save_for_backward(inverse)
-        return x.index_select(0, order)
+    def forward(ctx: Any, x: Tensor, w_in: Tensor, b_in: Tensor | None, w_out: Tensor, b_out: Tensor | None,
+                counts_RE: Tensor, kind: activations.Kind, exchange: _Exchange) -> Tensor:  # fmt: skip
+        exchange.wait()
+        order, inverse = _expert_major(counts_RE, x.shape[0])
+        counts, x_sorted = counts_RE.sum(dim=0), x.index_select(0, order)
+        hidden, out = grouped_mlp.forward_pass(x_sorted, grouped_mlp.Weights(w_in, b_in, w_out, b_out), counts, kind)
+        ctx.save_for_backward(x_sorted, hidden, w_in, w_out, counts, order, inverse)
+        ctx.kind, ctx.biased, ctx.exchange = kind, b_in is not None, exchange
+        return out.index_select(0, inverse)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return grad.index_select(0, ctx.saved_tensors[0]), None, None
+        x, hidden, w_in, w_out, counts, order, inverse = ctx.saved_tensors
+
+        def send_back(d_x: Tensor) -> None:
+            ctx.exchange.start(d_x.index_select(0, inverse), back=True)
+
+        rows = grad.index_select(0, order)
+        weights = grouped_mlp.backward_pass(rows, x, hidden, w_in, w_out, counts, ctx.kind, ctx.biased, send_back)
+        return grad, *weights, None, None, None
+
+
+class _Return(torch.autograd.Function):
+    """Rows [M, D] back to the ranks that they came from: [N, D]."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, exchange: _Exchange) -> Tensor:
+        ctx.exchange = exchange
+        exchange.start(y, back=True)
+        return exchange.wait()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.exchange.start(grad)
+        return ctx.exchange.wait(), None
 
 
 def _expert_major(counts_RE: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
@@ -107,16 +163,20 @@ class ParallelMoE(MoE, DeepSpeedMoE):
     def reset_experts(self) -> None:
         self.experts.reset_parameters(self.first_expert)
 
-    def _run_experts(self, x_ND: Tensor, counts_E: Tensor) -> Tensor:
+    @torch.compiler.disable
+    def _run_experts(self, x_ND: Tensor, counts_E: Tensor, x_TD: Tensor) -> tuple[Tensor, Tensor | None]:
         assert self.ep_group is not None, "the expert-parallel group is not set; DeepSpeed's initialize sets it"
         send_RE = counts_E.view(self.ep_size, self.num_local_experts).contiguous()
         receive_RE = torch.empty_like(send_RE)
         dist.all_to_all_single(receive_RE, send_RE, group=self.ep_group)
         send, receive = torch.stack([send_RE.sum(dim=1), receive_RE.sum(dim=1)]).tolist()
-        x = _AllToAll.apply(x_ND, send, receive, self.ep_group)
-        order, inverse = _expert_major(receive_RE, sum(receive))
-        y = _Reorder.apply(self.experts(_Reorder.apply(x, order, inverse), receive_RE.sum(dim=0)), inverse, order)
-        return _AllToAll.apply(y, receive, send, self.ep_group)
+        exchange = _Exchange(send, receive, self.ep_group)
+        x_ND, weights = self.experts.cast(x_ND)
+        x = _Send.apply(x_ND, exchange)
+        # Autograd runs later nodes first, so the shared expert lies between the exchange's two ends in the backward pass too.
+        shared_TD = None if self.shared is None else self.shared(x_TD)
+        y = _Experts.apply(x, *weights, receive_RE, self.experts.kind, exchange)
+        return _Return.apply(y, _Exchange(send, receive, self.ep_group)), shared_TD
 
 
 def _split_experts(module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:

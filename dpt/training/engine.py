@@ -14,6 +14,7 @@ from dpt import distributed
 from dpt.config.checks import batch_split
 from dpt.config.recipe import Recipe
 from dpt.errors import UserError
+from dpt.models.costs import REDUCE_BUCKET_SIZE
 from dpt.training import deepspeed_internals as internals
 from dpt.training.optimizer import AdamWEMA, optimizer_options
 
@@ -108,11 +109,17 @@ def deepspeed_config(recipe: Recipe, world_size: int, numel: int) -> dict[str, A
     config["zero_allow_untested_optimizer"] = True
     config["zero_force_ds_cpu_optimizer"] = False
     zero = config.setdefault("zero_optimization", {"stage": 0})
-    zero.setdefault("reduce_bucket_size", min(500_000_000, max(numel, 1)))  # DeepSpeed's own default, which it allocates
+    zero.setdefault("reduce_bucket_size", min(REDUCE_BUCKET_SIZE, max(numel, 1)))
     if recipe.precision == "bf16":
         config["bf16"].setdefault("check_grad_overflow", True)
-        if recipe.zero_stage > 0:  # else gradients are summed over micro-batches and ranks in bf16
+        if recipe.zero_stage > 0:  # gradients are summed over micro-batches and over ranks in fp32
             config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
+            config.setdefault("communication_data_type", "fp32")
+        if recipe.zero_stage == 2:
+            zero.setdefault("overlap_comm", True)
+            zero.setdefault("contiguous_gradients", True)
+            if world_size == 1 and "offload_optimizer" not in zero:
+                zero["stage"] = 1  # nothing to reduce: without the buckets a step of 675M parameters is 50 ms shorter
     return config
 
 

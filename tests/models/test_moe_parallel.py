@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import itertools
 import os
 
 import pytest
@@ -236,3 +237,32 @@ def test_deepspeed_checkpoints_each_expert_by_its_global_id(tmp_path):
     assert run_ranks(2, deepspeed_checkpoint, str(tmp_path)) == [True, True]
     names = sorted(path.name for path in (tmp_path / "one").glob("layer_*"))
     assert names == sorted(f"layer_{n}_expert_{e}_mp_rank_00_model_states.pt" for n in range(2) for e in range(4))
+
+
+def overlap_events():
+    """What happens between the beginnings and ends of the exchanges of one layer, forward and backward."""
+    model = build(dataclasses.replace(GELU, shared_expert_width=8), ep_size=2)
+    from dpt.models import grouped_mlp, moe_parallel
+
+    events = []
+    start, wait, real_mm = moe_parallel._Exchange.start, moe_parallel._Exchange.wait, grouped_mlp.mm
+    moe_parallel._Exchange.start = lambda self, x, back=False: (events.append("start"), start(self, x, back=back))[1]
+    moe_parallel._Exchange.wait = lambda self: (events.append("wait"), wait(self))[1]
+    grouped_mlp.mm = lambda *a, **k: (events.append("experts"), real_mm(*a, **k))[1]
+    layer = model.blocks[0].moe
+    layer.shared.register_forward_hook(lambda *_: events.append("shared forward"))
+    layer.shared.down.weight.register_hook(lambda grad: events.append("shared backward"))
+    x = torch.randn(2, 4, 16, requires_grad=True)
+    y = layer(x)[0]
+    events.append("backward")
+    y.sum().backward()
+    return [e for e, _ in itertools.groupby(events)]
+
+
+def test_exchanges_overlap_with_the_shared_expert_and_with_weight_gradients():
+    for events in run_ranks(2, overlap_events):
+        assert events == [
+            *("start", "shared forward", "wait", "experts", "start", "wait"),
+            "backward",
+            *("start", "wait", "experts", "start", "experts", "shared backward", "wait"),
+        ]
