@@ -1,32 +1,29 @@
-"""Reading shards: any sample of a tar by its number, in batches without parsing where all samples are laid out alike.
+"""Reading shards: any sample of a tar by its number, and without parsing where all samples are laid out alike.
 
-A shard of equal members is a strided array: some samples' headers are parsed, and blocks of neighbouring samples are read
+A shard of equal members is an array of rows: some samples' headers are parsed, and blocks of neighbouring samples are read
 at once and only compared with them. Other tars are walked once and read sample by sample.
 Reads, not memory maps: a file that shrinks or a disk that fails is then an error that names the sample, not a dead process.
 """
 
-import ast
 import io
 import json
 import math
 import os
-import re
 import tarfile
+import weakref
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, BinaryIO
 
 import numpy as np
 
+from dpt.data.manifest import MemberSpec
+
 BLOCK = 512
 """A tar's unit: headers are one block, members are padded to whole ones."""
 END = bytes(2 * BLOCK)
-_KEY = re.compile(r"([^.\0]*)\.[^\0]*\0+")
-_LARGE_BYTES = 4096
-_MOST_LARGE = 7
-"""64 rows with 7 large members are 960 pieces; a system call takes 1024."""
 _PROBES = 4
 _NPY_HEADER_BYTES = 128
 
@@ -37,14 +34,11 @@ class SampleError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class MemberLayout:
-    """Where a member lies in its sample's row of bytes, in bytes from the row's start."""
+    """Where a member lies in its sample's row of bytes: its tar header and its array's first byte, from the row's start."""
 
     name: str
     header: int
-    """Its tar header."""
     data: int
-    """Its array's first byte."""
-    nbytes: int
     dtype: str
     shape: tuple[int, ...]
 
@@ -56,68 +50,32 @@ class RowLayout:
     members: tuple[MemberLayout, ...]
     stride: int
 
-
-class RowFormat:
-    """How rows of a layout are taken apart while they are read: each large wanted member for itself, and the rest of the row.
-
-    The rest (headers, small members) also tells whether a row is sound: some of its bytes must be as in a sound row.
-    """
-
-    def __init__(self, layout: RowLayout, wanted: Sequence[str], sound_row: bytes) -> None:
-        self.stride = layout.stride
-        self.members = [member for member in layout.members if member.name in wanted]
-        self.large = [m for m in self.members if m.nbytes >= _LARGE_BYTES and m.nbytes % 8 == 0][:_MOST_LARGE]
-        self.rest_bytes = self.stride - sum(member.nbytes for member in self.large)
-        rest = np.frombuffer(sound_row, np.uint8)
-        for member in reversed(self.large):
-            rest = np.delete(rest, slice(member.data, member.data + member.nbytes))
-        last = self.members[-1]
-        end = self.rest_at(last.data) + (0 if last in self.large else last.nbytes)
-        self.used_bytes = -(-end // 8) * 8
-        """Bytes of the rest, from its start, that hold all that is wanted."""
-        # Of each member: the low digits of its size and the magic of its tar header, and its whole npy header, in 8-byte words.
-        starts = [(self.rest_at(member.header) // 8, self.rest_at(member.data) // 8) for member in self.members]
-        self._words = np.concatenate([[tar + 16, tar + 32, *range(tar + 64, data)] for tar, data in starts])
-        self._sound = rest.view(np.int64)[self._words]
-
-    def rest_at(self, position: int) -> int:
-        """Where the row's byte `position` (outside the large members) lies in the rest."""
-        return position - sum(member.nbytes for member in self.large if member.data < position)
-
-    def buffers(self, rest: np.ndarray, large: dict[str, np.ndarray]) -> list[memoryview]:
-        """What `preadv` fills, piece by piece, with N rows: `rest` uint8 `[N, rest_bytes]`, `large` uint8 `[N, nbytes]`."""
-        pieces: list[tuple[memoryview, int, int, int]] = []
-        position = 0
-        for member in self.large:
-            pieces.append((rest.reshape(-1).data, self.rest_bytes, self.rest_at(position), self.rest_at(member.data)))
-            pieces.append((large[member.name].reshape(-1).data, member.nbytes, 0, member.nbytes))
-            position = member.data + member.nbytes
-        pieces.append((rest.reshape(-1).data, self.rest_bytes, self.rest_at(position), self.rest_bytes))
-        return [memory[row * size + a : row * size + b] for row in range(len(rest)) for memory, size, a, b in pieces]
-
-    def sound(self, rest: np.ndarray) -> np.ndarray:
-        """Whether rows have the headers that they must have: bool `[N]`. `rest`: at least `used_bytes` of their rest."""
-        return np.asarray((rest.view(np.int64)[:, self._words] == self._sound).all(axis=1))
+    def holds(self, promised: Mapping[str, MemberSpec]) -> bool:
+        """Whether the members named are there with the dtype and shape promised."""
+        found = {member.name: MemberSpec(dtype=np.dtype(member.dtype).name, shape=member.shape) for member in self.members}
+        return all(found.get(name) == spec for name, spec in promised.items())
 
 
-def row_keys(rows: np.ndarray) -> list[str]:
-    """The keys in `rows`, uint8 `[N, at least 100]`, which begin with the first member's name."""
-    names = rows[:, :100].tobytes()
-    keys = _KEY.findall(names.decode("latin1"))  # all at once; a damaged name may hide or add one
-    if len(keys) != len(rows):
-        keys = [names[at : at + 100].partition(b".")[0].decode("latin1") for at in range(0, len(names), 100)]
-    return keys
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """Neighbouring samples of a shard. arrays: `[N, ...]` by member; sound: bool `[N]`, False for those to be read alone."""
+
+    arrays: Mapping[str, np.ndarray]
+    keys: Sequence[str]
+    sound: np.ndarray
 
 
 class ShardReader:
-    """The samples of one tar, by number. `num_samples` is what the manifest promises; `name` is for errors."""
+    """The samples of one tar, by number, for any number of threads. The file is closed with the last reference.
+
+    `num_samples` is what the manifest promises; `name` is for errors. SampleError if it is no tar at all.
+    """
 
     def __init__(self, file: BinaryIO, name: str, num_samples: int) -> None:
-        self.name = name
-        self.num_samples = num_samples
-        self._file = file
-        self._descriptor = file.fileno()
-        self._sound_row = 0
+        self.name, self.num_samples = name, num_samples
+        self._file, self._descriptor = file, file.fileno()
+        self.close = weakref.finalize(self, file.close)
+        """Close the file."""
         self.layout = self._find_layout()
         self._spans = None if self.layout else self._walk()
 
@@ -135,7 +93,8 @@ class ShardReader:
         layout, votes = Counter(found.values()).most_common(1)[0]
         if layout is None or layout.stride != stride or votes < len(rows) * (0.5 if whole else 1.0):
             return None
-        self._sound_row = next(row for row in rows if found[row] == layout)
+        sound = next(row for row in rows if found[row] == layout)
+        self._sound_row = np.frombuffer(os.pread(self._descriptor, stride, sound * stride), np.int64)
         return layout
 
     def _walk(self) -> list[tuple[int, int]]:
@@ -166,16 +125,19 @@ class ShardReader:
             spans.pop()  # cut off after some of its members
         return spans
 
-    def row_format(self, wanted: Sequence[str]) -> RowFormat:
-        """The common format of the rows; only for tars with a layout."""
-        assert self.layout is not None
-        row = os.pread(self._descriptor, self.layout.stride, self._sound_row * self.layout.stride)
-        return RowFormat(self.layout, wanted, row)
-
-    def read_rows(self, first: int, buffers: Sequence[memoryview]) -> int:
-        """Read neighbouring rows from number `first` on into `buffers`. Returns how many came whole."""
-        assert self.layout is not None
-        return os.preadv(self._descriptor, buffers, first * self.layout.stride) // self.layout.stride
+    def rows(self, first: int, count: int, promised: Mapping[str, MemberSpec]) -> Rows:
+        """Read the members `promised` of `count` rows from number `first` on. What differs, or is cut off, is not sound."""
+        sound = np.zeros(count, bool)
+        if self.layout is None or not self.layout.holds(promised):
+            return Rows(arrays={}, keys=[""] * count, sound=sound)
+        words, table = _row_format(self.layout, tuple(promised))
+        content = np.empty((count, self.layout.stride), np.uint8)
+        whole = os.preadv(self._descriptor, [content.data], first * self.layout.stride) // self.layout.stride
+        sound[:whole] = (content[:whole].view(np.int64)[:, words] == self._sound_row[words]).all(axis=1)
+        names = content[:, :100].copy().view("S100")[:, 0].tolist()
+        keys = [name.partition(b".")[0].decode("latin1") for name in names]
+        samples = content.reshape(-1).view(table)
+        return Rows(arrays={name: samples[name] for name in promised}, keys=keys, sound=sound)
 
     def sample(self, row: int, members: Sequence[str] | None = None) -> dict[str, Any]:
         """One sample: `key`, its arrays and `meta` (dict); of the arrays only `members` if given. SampleError if damaged,
@@ -191,9 +153,20 @@ class ShardReader:
             raise SampleError("the tar is truncated")
         return _parse_sample(content, members)
 
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+
+@lru_cache(maxsize=256)
+def _row_format(layout: RowLayout, wanted: tuple[str, ...]) -> tuple[np.ndarray, np.dtype]:
+    """Which 8-byte words of a row are the same in every sound one, and a row as a record with the wanted members as fields."""
+    members = [member for member in layout.members if member.name in wanted]
+    # Of each member: the low digits of its size and the magic of its tar header, and its whole npy header.
+    words = [[m.header // 8 + 16, m.header // 8 + 32, *range(m.header // 8 + 64, m.data // 8)] for m in members]
+    fields = {
+        "names": [member.name for member in members],
+        "formats": [(member.dtype, member.shape) for member in members],
+        "offsets": [member.data for member in members],
+        "itemsize": layout.stride,
+    }
+    return np.concatenate(words), np.dtype(fields)  # type: ignore[call-overload]
 
 
 def _split_name(name: str) -> tuple[str, str]:
@@ -248,31 +221,19 @@ def _parse_row(descriptor: int, offset: int) -> RowLayout | None:
                 return None
             skip, dtype, shape = described
             start = position + BLOCK + skip - offset
-            nbytes = info.size - skip
-            members.append(
-                MemberLayout(name=name, header=position - offset, data=start, nbytes=nbytes, dtype=dtype, shape=shape)
-            )
+            members.append(MemberLayout(name=name, header=position - offset, data=start, dtype=dtype, shape=shape))
         position += BLOCK + -(-info.size // BLOCK) * BLOCK
     return RowLayout(members=tuple(members), stride=position - offset) if members else None
 
 
 def _npy_layout(content: bytes, size: int) -> tuple[int, str, tuple[int, ...]] | None:
     """(header bytes, dtype, shape) of a version 1.0 .npy file of `size` bytes in C order; None for any other."""
-    skip = 10 + int.from_bytes(content[8:10], "little")
-    described = _npy_header(content[10:skip]) if content[:8] == b"\x93NUMPY\x01\x00" and skip <= len(content) else None
-    if described is None:
-        return None
-    dtype, shape, nbytes = described
-    return (skip, dtype, shape) if skip + nbytes == size else None
-
-
-@lru_cache(maxsize=256)
-def _npy_header(text: bytes) -> tuple[str, tuple[int, ...], int] | None:
+    file = io.BytesIO(content)
     try:
-        header = ast.literal_eval(text.decode("latin1"))
-        dtype, shape = np.dtype(header["descr"]), tuple(int(side) for side in header["shape"])
-    except (ValueError, SyntaxError, KeyError, TypeError):
+        if np.lib.format.read_magic(file) != (1, 0):
+            return None
+        shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
+    except ValueError:
         return None
-    if dtype.hasobject or header.get("fortran_order"):
-        return None
-    return dtype.str, shape, dtype.itemsize * math.prod(shape)
+    plain = not (fortran_order or dtype.hasobject) and file.tell() + dtype.itemsize * math.prod(shape) == size
+    return (file.tell(), dtype.str, shape) if plain else None

@@ -18,8 +18,10 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from dpt.data.manifest import Manifest, ShardRecord, read_manifest
+from dpt.data.fetch import Patience, is_url
+from dpt.data.manifest import Manifest, ShardRecord
 from dpt.data.reader import BLOCK, END, SampleError, ShardReader
+from dpt.data.sources import open_shard, resolve
 from dpt.errors import UserError
 
 _CODED = ("label", "valid", "clip", "latents", "latents_mirrored", "cond_latents", "target_latents")
@@ -138,17 +140,19 @@ def file_sha256(path: str | Path) -> str:
 
 
 class ShardFolder:
-    """The samples of a local shard folder in order, by number: `len(folder)`, `folder[i]`.
+    """The samples of a shard folder (or another source, see `sources.resolve`) in order, by number: `len(folder)`, `folder[i]`.
 
-    A sample is a dict: `key` (str), `meta` (dict) and numpy arrays, as documented. UserError if the folder or its manifest is
-    not whole; SampleError names a damaged sample.
+    A sample is a dict: `key` (str), `meta` (dict) and numpy arrays, as documented. `cache_dir`: folder that keeps shards
+    fetched from URLs; without one a shard is fetched when a sample of it follows one of another. UserError if the folder or its
+    manifest is not whole, or a shard cannot be opened; SampleError names a damaged sample.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
-        self.manifest: Manifest = read_manifest(self.folder)
-        counts = [shard.num_samples for shard in self.manifest.shards]
-        self._starts = np.concatenate([[0], np.cumsum(counts)])
+    def __init__(self, source: str | Path, *, cache_dir: str = "", patience: Patience | None = None) -> None:
+        self.folder = Path(source)
+        self._patience, self._cache_dir = patience or Patience(), cache_dir
+        self._source = resolve(str(source), self._patience)
+        self.manifest: Manifest = self._source.manifest
+        self._starts = np.cumsum([0, *(shard.num_samples for shard in self.manifest.shards)])
         self._open: tuple[int, ShardReader] | None = None
 
     def __len__(self) -> int:
@@ -161,18 +165,19 @@ class ShardFolder:
         return self._read(shard, number - int(self._starts[shard]))
 
     def _read(self, shard: int, row: int) -> dict[str, Any]:
-        record = self.manifest.shards[shard]
-        path = self.folder / record.name
+        url = self._source.urls[shard]
         if self._open is None or self._open[0] != shard:
             self.close()
+            patience = self._patience if is_url(url) else Patience(retries=0)
             try:
-                self._open = (shard, ShardReader(path.open("rb"), str(path), record.num_samples))
+                reader = patience.retry(lambda: open_shard(self._source, shard, patience, self._cache_dir))
             except OSError as error:
-                raise UserError(f"{path}: the shard cannot be read ({error.strerror}); encode the set anew.") from error
+                raise UserError(f"{url}: the shard cannot be read ({error.strerror or error}); encode the set anew.") from error
+            self._open = (shard, reader)
         try:
             return self._open[1].sample(row)
         except (SampleError, OSError) as error:
-            raise SampleError(f"sample {row} of {path}: {error}") from error
+            raise SampleError(f"sample {row} of {url}: {error}") from error
 
     def close(self) -> None:
         """Close the open shard."""
