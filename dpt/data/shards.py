@@ -6,13 +6,11 @@ Here they are written, and read one by one; training reads them through `stream.
 
 import fcntl
 import hashlib
-import io
 import json
 import os
 import re
 import tarfile
 from collections.abc import Iterator, Mapping
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,13 +18,9 @@ import numpy as np
 
 from dpt.data.fetch import Patience, is_url
 from dpt.data.manifest import Manifest, ShardRecord
-from dpt.data.reader import BLOCK, END, SampleError, ShardReader
+from dpt.data.reader import BLOCK, END, MEMBER_ORDER, SampleError, ShardReader, npy_header
 from dpt.data.sources import open_shard, resolve
 from dpt.errors import UserError
-
-_CODED = ("label", "valid", "clip", "latents", "latents_mirrored", "cond_latents", "target_latents")
-MEMBER_ORDER = (*_CODED, "image", "truth", "code_mask")
-"""Order of the arrays in a sample; `meta` follows. What only some readers want is last: the others skip it in one piece."""
 
 _DTYPES = ("float16", "float32", "int64", "uint8")
 _MAX_NAME = 100
@@ -123,14 +117,7 @@ def npy_bytes(array: np.ndarray) -> bytes:
     """`array` as a version 1.0 .npy file, little-endian, C order."""
     assert array.dtype.name in _DTYPES, f"members have dtype {', '.join(_DTYPES)}, not {array.dtype}"
     little = array.astype(array.dtype.newbyteorder("<"), copy=False)
-    return _npy_header(little.dtype.str, array.shape) + little.tobytes(order="C")
-
-
-@lru_cache(maxsize=256)
-def _npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
-    buffer = io.BytesIO()
-    np.lib.format.write_array_header_1_0(buffer, {"descr": dtype, "fortran_order": False, "shape": shape})
-    return buffer.getvalue()
+    return npy_header(array.dtype.name, array.shape) + little.tobytes(order="C")
 
 
 def file_sha256(path: str | Path) -> str:

@@ -96,7 +96,7 @@ def open_shard(source: ShardSet, number: int, patience: Patience, cache_dir: str
         if hasattr(os, "posix_fadvise"):  # its samples are soon read in random order
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
     try:
-        return ShardReader(file, url, record.num_samples)
+        return ShardReader(file, url, record, source.manifest.members)
     except (OSError, SampleError):
         file.close()
         raise

@@ -5,8 +5,11 @@ micro-batches the next `micro_batch_size * world_size` of those; rank r every `w
 number of ranks and any accumulation see the same batches, and the stream can be resumed at any position.
 """
 
+import atexit
 import threading
+from collections import deque
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
@@ -15,8 +18,8 @@ from dpt.data.batches import Batch, BatchReader, Place, choose_members, set_size
 from dpt.data.fetch import Patience
 from dpt.data.manifest import Manifest, check_manifests
 from dpt.data.order import MixtureOrder, num_lanes
-from dpt.data.prefetch import Prefetcher
 from dpt.data.sources import resolve
+from dpt.data.threads import Workers
 from dpt.errors import UserError
 
 
@@ -74,7 +77,7 @@ class LatentStream:
         self._handed = 0
         self._bad: dict[Place, str] = {}
         self._max_bad, self._prefetch, self._cache_dir = max_bad_samples, prefetch, cache_dir
-        self._pin, self.num_workers = pin_memory, num_workers
+        self._pin, self._num_workers = pin_memory, num_workers
         self._patience = patience or Patience()
         self._sets = [resolve(source, self._patience) for source in sources]
         check_manifests(self.manifests, tasks={found.manifest.task for found in self._sets})
@@ -105,25 +108,38 @@ class LatentStream:
     def __iter__(self) -> Iterator[Batch]:
         patience = replace(self._patience, stop=threading.Event())
         reader = BatchReader(
-            self._sets,
-            self._order,
-            self._specs,
-            threads=max(1, self.num_workers),
-            ahead=self._prefetch,
+            sets=self._sets,
+            order=self._order,
+            specs=self._specs,
+            positions=self._positions,
             share=self._world_size,
+            threads=self._num_workers,
+            ahead=self._prefetch,
             bad=self._bad,
             max_bad_samples=self._max_bad,
             pin_memory=self._pin,
             patience=patience,
             cache_dir=self._cache_dir,
         )
-        batches = Prefetcher(reader.batches(self._handed, self._positions), self._prefetch, patience.stop)
+        batches, filler = reader.batches(self._handed), Workers(1, "data fill")
+        filled = deque(filler.submit(next, batches) for _ in range(self._prefetch))
+
+        def close() -> None:
+            patience.stop.set()
+            filler.close()
+            with suppress(ValueError):  # the thread is stuck in a read, which nothing can end
+                batches.close()
+
+        atexit.register(close)  # a thread at work while the interpreter is taken apart ends in an abort
         try:
-            for batch in batches:
+            while True:
+                batch = filled.popleft().result()
+                filled.append(filler.submit(next, batches))
                 self._handed += 1
                 yield batch
         finally:
-            batches.close()
+            atexit.unregister(close)
+            close()
 
     def _positions(self, number: int) -> np.ndarray:
         """Global positions, int64 `[B]`, of this rank's micro-batch `number`, counted from the start of this run."""
