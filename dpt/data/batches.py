@@ -243,9 +243,7 @@ class BatchReader:
         """Have the batch's blocks read."""
         for part in plan.parts:
             if part.block.reading is None:
-                part.block.reading = self._readers.submit(
-                    _read_rows, part.block, list(self._members[part.set_number]), self._pool
-                )
+                part.block.reading = self._readers.submit(_read_rows, part.block, list(self._members[part.set_number]))
 
     def _fill(self, plan: Plan) -> Batch:
         count = len(plan.positions)

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from dpt.data import batches as batches_module
-
 from dpt.data.fetch import Patience
 from dpt.data.reader import ShardReader
 from dpt.data.stream import LatentStream
