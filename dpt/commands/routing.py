@@ -23,8 +23,8 @@ def run(arguments: argparse.Namespace) -> None:
     from dpt.config.recipe import DptConfig, section_from_dict
     from dpt.config.sections import DataConfig, DiffusionConfig, TrainingConfig
     from dpt.models.routing import trace_routing
+    from dpt.training.data_loader import open_data_loader
     from dpt.training.export import load_weights
-    from dpt.training.feed import open_feed
     from dpt.training.step import Preparation
 
     if min(arguments.samples, arguments.batch_size) < 1:
@@ -38,10 +38,16 @@ def run(arguments: argparse.Namespace) -> None:
         training=TrainingConfig(seed=arguments.seed),
     )
     device, batch_size = distributed.device(), min(arguments.batch_size, arguments.samples)
-    feed = open_feed(config, global_batch_size=batch_size, micro_batch_size=batch_size, start_sample=0, pin_memory=False)
+    data_loader = open_data_loader(
+        config, global_batch_size=batch_size, micro_batch_size=batch_size, start_sample=0, pin_memory=False
+    )
     network = weights.build().to(device).eval()
     prepare = Preparation(
-        config, tasks=feed.tasks, scaling_factor=feed.vae.scaling_factor, device=device, dtype=next(network.parameters()).dtype
+        config,
+        tasks=data_loader.tasks,
+        scaling_factor=data_loader.vae.scaling_factor,
+        device=device,
+        dtype=next(network.parameters()).dtype,
     )
 
     def arguments_of(batch: Any) -> dict[str, Any]:
@@ -54,7 +60,7 @@ def run(arguments: argparse.Namespace) -> None:
             "task_labels": inputs.task_labels,
         }
 
-    batches = islice(feed.stream, -(-arguments.samples // batch_size))
+    batches = islice(data_loader.stream, -(-arguments.samples // batch_size))
     report = trace_routing(network, map(arguments_of, batches), num_train_timesteps=config.diffusion.num_train_timesteps)
     for layer, (load, token) in enumerate(zip(report.load_entropy, report.token_entropy, strict=True)):
         print(f"layer {layer}: evenness of loads {load:.3f}, uncertainty of a token {token:.3f} (1: even, 0: one expert)")

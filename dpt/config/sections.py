@@ -160,7 +160,9 @@ class DataConfig:
     horizontal_flip: bool = False
     """Show mirrored samples half of the time; the shards must hold mirrored latents."""
     num_workers: int = 0
-    """Reader processes per rank; 0: read in the training process."""
+    """Threads per rank that read shards, and as many that fetch them; 0: the one that fills batches reads, one fetches."""
+    cache_dir: str = ""
+    """Folder that keeps shards fetched from URLs (it grows to the size of the sets); empty: fetched anew every epoch."""
     max_bad_samples: int = 0
     """Unreadable samples that are skipped (and counted) before the run stops."""
 
@@ -304,7 +306,7 @@ class EvaluationConfig:
     use_ema: bool = True
     """Evaluate the averaged weights rather than the plain ones."""
     data: list[str] = field(default_factory=list)
-    """Evaluation shard folders."""
+    """Evaluation shard folders, or URLs of them (dpt.data.cache_dir keeps what is fetched)."""
     protocol: str = ""
     """Protocol that scores them; empty: the one of each shard folder's data set."""
     steps: list[int] = field(default_factory=lambda: [50])

@@ -1,10 +1,23 @@
 """What paths and URLs give, with patience for sources that fail or stall."""
 
+import os
+import select
+import shlex
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, BinaryIO
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import BinaryIO, TypeVar
+
+T = TypeVar("T")
+
+_CHUNK_BYTES = 1 << 20
+_LOOK_EVERY_MS = 100
+
+
+class Stopped(Exception):
+    """The work was given up because nobody waits for it any more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,6 +29,21 @@ class Patience:
     """Pause before the first retry; it doubles each time."""
     stall_s: float = 60.0
     """Seconds without a byte after which a fetch counts as failed."""
+    stop: threading.Event = field(default_factory=threading.Event)
+    """Once set, attempts and fetches end at once with `Stopped`."""
+
+    def retry(self, action: Callable[[], T]) -> T:
+        """`action()`, tried again after a pause while it raises OSError; the last error is raised."""
+        for attempt in range(self.retries + 1):
+            if self.stop.is_set():
+                raise Stopped
+            try:
+                return action()
+            except OSError:
+                if attempt == self.retries:
+                    raise
+            self.stop.wait(self.wait_s * 2**attempt)
+        raise AssertionError
 
 
 def is_url(source: str) -> bool:
@@ -23,58 +51,39 @@ def is_url(source: str) -> bool:
     return source.startswith("pipe:") or "://" in source
 
 
-def retry(action: Callable[[], Any], patience: Patience) -> Any:
-    """`action()`, tried again after a pause while it raises OSError; the last error is raised."""
-    for attempt in range(patience.retries + 1):
-        try:
-            return action()
-        except OSError:
-            if attempt == patience.retries:
-                raise
-            time.sleep(patience.wait_s * 2**attempt)
-    raise AssertionError
+def fetch(url: str, file: BinaryIO, patience: Patience) -> None:
+    """Copy what `url` gives into `file`. OSError if the source fails, or gives nothing for `stall_s` seconds."""
+    try:
+        _copy(url, file, patience)
+    except Stopped:
+        raise
+    except Exception as error:  # handlers of URLs raise what they like
+        raise OSError(" ".join(str(error).split())[:200] or type(error).__name__) from error
+    file.flush()
 
 
-class Fetch:
-    """Copies what a URL gives into `file`, in a thread of its own."""
+def _copy(url: str, file: BinaryIO, patience: Patience) -> None:
+    from webdataset import gopen
 
-    def __init__(self, url: str, file: BinaryIO) -> None:
-        self._url, self.file = url, file
-        self._error: Exception | None = None
-        self._stream: Any = None
-        self._last = time.monotonic()
-        self._thread = threading.Thread(target=self._run, name=f"fetch {url}", daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        from webdataset import gopen
-
-        try:
-            self._stream = gopen(self._url, "rb", bufsize=1 << 20)
-            while chunk := self._stream.read(1 << 20):
-                self.file.write(chunk)
-                self._last = time.monotonic()
-            self._stream.close()  # raises if the command failed
-        except Exception as error:  # handlers raise what they like; `wait` makes it an OSError
-            self._error = error
-
-    def abandon(self) -> None:
-        """Stop the command, if there is one, and take no notice of what still comes."""
-        if (process := getattr(self._stream, "proc", None)) is not None:
+    source = gopen(f"pipe:aws s3 cp {shlex.quote(url)} -" if url.startswith("s3://") else url, "rb", bufsize=0)
+    descriptor = getattr(source, "stream", source).fileno()
+    poll, last = select.poll(), time.monotonic()
+    poll.register(descriptor, select.POLLIN)
+    try:
+        while True:
+            if patience.stop.is_set():
+                raise Stopped
+            if poll.poll(_LOOK_EVERY_MS):
+                if not (chunk := os.read(descriptor, _CHUNK_BYTES)):
+                    break
+                file.write(chunk)
+                last = time.monotonic()
+            elif time.monotonic() - last > patience.stall_s:
+                raise TimeoutError(f"nothing came for {patience.stall_s:g} s")
+    except BaseException:
+        if (process := getattr(source, "proc", None)) is not None:
             process.kill()
-
-    @property
-    def done(self) -> bool:
-        return not self._thread.is_alive()
-
-    def wait(self, stall_s: float) -> BinaryIO:
-        """The filled file. OSError if the source failed, or gave nothing for `stall_s` seconds."""
-        while not self.done:
-            self._thread.join(timeout=max(0.0, min(1.0, stall_s)))
-            if not self.done and time.monotonic() - self._last > stall_s:
-                self.abandon()
-                raise TimeoutError(f"nothing came for {stall_s:g} s")
-        if self._error is not None:
-            raise OSError(" ".join(str(self._error).split())[:200] or type(self._error).__name__)
-        self.file.flush()
-        return self.file
+        with suppress(OSError):  # killed
+            source.close()
+        raise
+    source.close()  # raises if the command failed

@@ -1,10 +1,10 @@
 """The order of the stream: which sample stands at which global position, as a pure function without state.
 
-An epoch lists every sample once: the shards in a seeded order, of each shard its blocks of neighbouring samples in a seeded
-order, of each block its samples in a seeded order. (A block is what is read at once, about a megabyte.) The list is cut
-into lanes, equal to within one sample, and position p of the epoch is the next sample of lane p mod lanes: a batch mixes
-samples of as many places as there are lanes, and a lane reads one shard after the other. The number of lanes divides the
-global batch size, so that a rank, and each of its workers, reads lanes of its own.
+An epoch lists every sample of a set once: the shards in a seeded order, of each shard its blocks of neighbouring samples in
+a seeded order, of each block its samples in a seeded order. (A block is what is read at once, about a megabyte.) The list
+is cut into lanes, and position p takes the next sample of lane p mod lanes: a batch mixes samples of as many places as
+there are lanes, and a lane reads one shard after the other. The number of lanes divides the global batch size, so a rank,
+which takes every `world_size`-th position, reads lanes of its own, in each set of a mixture.
 """
 
 from collections.abc import Sequence
@@ -36,42 +36,64 @@ def permutation(count: int, *entropy: int) -> np.ndarray:
     return np.argsort(_raw(count, *entropy), kind="stable")
 
 
-class SetOrder:
-    """The order of one set.
+@dataclass(frozen=True, kw_only=True)
+class SetSize:
+    """What the order depends on: samples of each shard, and how many neighbouring samples are read at once."""
 
-    counts: samples of each shard; block: samples that are read at once; entropy: seed and number of the set.
+    counts: tuple[int, ...]
+    block: int
+
+
+class SetOrder:
+    """The order of one set within a mixture.
+
+    places: where in the mixture's period the set's samples stand, int64; None: everywhere (a set alone). period: its length.
+    entropy: seed and number of the set.
     """
 
-    def __init__(self, counts: Sequence[int], block: int, lanes: int, *entropy: int) -> None:
-        self.counts = np.asarray(counts, np.int64)
-        self.num_samples = int(self.counts.sum())
-        self._block, self._lanes, self._entropy = block, lanes, entropy
-        lane = np.arange(lanes)
-        self._lane_starts = lane * (self.num_samples // lanes) + np.minimum(lane, self.num_samples % lanes)
+    def __init__(self, size: SetSize, places: np.ndarray | None, period: int, lanes: int, *entropy: int) -> None:
+        self.num_samples = sum(size.counts)
+        self._counts, self._block, self._entropy = np.asarray(size.counts, np.int64), size.block, entropy
+        self._share = period if places is None else len(places)
+        self._lanes = np.arange(lanes)
+        self._keys = None if places is None else np.sort(places % lanes * self._share + np.arange(self._share))
         self._epoch = lru_cache(maxsize=4)(self._make_epoch)
         self._rows = lru_cache(maxsize=4 * lanes)(self._make_rows)
 
-    def _make_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The epoch's shards in order, and where each begins in the epoch's list."""
-        shards = permutation(len(self.counts), *self._entropy, _SHARDS, epoch)
-        return shards, np.concatenate([[0], np.cumsum(self.counts[shards])])
+    def _passed(self, lanes: np.ndarray, counts: np.ndarray | int) -> np.ndarray:
+        """How many of the set's first `counts` samples are in each of `lanes`."""
+        periods, rest = np.divmod(counts, self._share)
+        if self._keys is None:
+            in_period, in_rest = ((n + len(self._lanes) - 1 - lanes) // len(self._lanes) for n in (self._share, rest))
+        else:
+            firsts = lanes * self._share
+            none, whole, part = (np.searchsorted(self._keys, firsts + n) for n in (0, self._share, rest))
+            in_period, in_rest = whole - none, part - none
+        return np.asarray(periods * in_period + in_rest)
+
+    def _make_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The epoch's shards in order, where each begins in its list, and for each lane: where in the list its samples begin,
+        less how many it had before the epoch."""
+        shards = permutation(len(self._counts), *self._entropy, _SHARDS, epoch)
+        before = self._passed(self._lanes, epoch * self.num_samples)
+        own = self._passed(self._lanes, (epoch + 1) * self.num_samples) - before
+        return shards, np.concatenate([[0], np.cumsum(self._counts[shards])]), np.cumsum(own) - own - before
 
     def _make_rows(self, epoch: int, shard: int) -> np.ndarray:
         """The shard's rows in the epoch's order: its blocks permuted, and the rows of each."""
-        count = int(self.counts[shard])
+        count = int(self._counts[shard])
         entropy = (*self._entropy, _SAMPLES, epoch, shard)
         blocks = np.argsort(permutation(-(-count // self._block), *entropy, 0), kind="stable")
         return np.lexsort((_raw(count, *entropy, 1), blocks[np.arange(count) // self._block]))
 
-    def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Shards and rows of the samples at `positions` (int64, from 0 over all epochs)."""
-        epochs = positions // self.num_samples
-        shards, rows = np.empty_like(positions), np.empty_like(positions)
+    def locate(self, counts: np.ndarray, lanes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Shards and rows of the set's samples number `counts` (int64, from 0 over all epochs), which are in `lanes`."""
+        epochs = counts // self.num_samples
+        shards, rows = np.empty_like(counts), np.empty_like(counts)
         for epoch in np.unique(epochs).tolist():
-            order, starts = self._epoch(epoch)
+            order, starts, offsets = self._epoch(epoch)
             here = np.flatnonzero(epochs == epoch)
-            place = positions[here] - epoch * self.num_samples
-            listed = self._lane_starts[place % self._lanes] + place // self._lanes
+            listed = offsets[lanes[here]] + self._passed(lanes[here], counts[here])
             entry = np.searchsorted(starts, listed, "right") - 1
             shards[here] = order[entry]
             offset = listed - starts[entry]
@@ -81,58 +103,49 @@ class SetOrder:
         return shards, rows
 
 
-@dataclass(frozen=True, kw_only=True)
-class SetSize:
-    """What the order depends on: samples of each shard, and how many neighbouring samples are read at once."""
-
-    counts: tuple[int, ...]
-    block: int
-
-
 class MixtureOrder:
     """The order of several sets mixed by weight; of one set, simply its own.
 
-    Positions come in periods with a fixed number of samples of each set, spread evenly with random offsets, so that every
-    batch is close to the weights. Without weights a period is one epoch of all sets: every sample once (beyond 4 million
-    samples in all: nearly so).
+    Positions come in periods, in which each set has a fixed number of samples at fixed places, spread evenly with random
+    offsets, so that every batch is close to the weights. Without weights a period is one epoch of all sets: every sample once
+    (beyond 4 million samples in all: nearly so).
 
     `weights`: share of each set, any scale, empty for its number of samples.
     """
 
     def __init__(self, sizes: Sequence[SetSize], weights: Sequence[float], lanes: int, seed: int) -> None:
-        self.sets = [SetOrder(size.counts, size.block, lanes, seed, number) for number, size in enumerate(sizes)]
-        totals = [order.num_samples for order in self.sets]
-        self.num_samples = sum(totals)
-        self._seed, self.lanes = seed, lanes
-        self._period = _WEIGHT_RESOLUTION if weights else min(self.num_samples, _LARGEST_SCHEDULE)
-        self.shares = _apportion(weights or totals, self._period)
-        self._schedule = lru_cache(maxsize=2)(self._make_schedule)
-
-    def _make_schedule(self, period: int) -> tuple[np.ndarray, np.ndarray]:
-        """For each position of the period: its set, and the how-manieth sample of that set it is."""
+        totals = [sum(size.counts) for size in sizes]
+        self.num_samples, self.lanes = sum(totals), lanes
+        whole = _WEIGHT_RESOLUTION if weights else _LARGEST_SCHEDULE
+        by_epoch = len(sizes) == 1 or (not weights and self.num_samples <= whole)
+        self.period = self.num_samples if by_epoch else -(-whole // lanes) * lanes  # whole lanes: they keep to their ranks
+        self.shares = _apportion(weights or totals, self.period)
+        if len(sizes) == 1:
+            self.sets = [SetOrder(sizes[0], None, self.period, lanes, seed, 0)]
+            return
         numbers = [np.arange(share) for share in self.shares]
-        jitter = _raw(self._period, self._seed, _MIXTURE, period) * 2.0**-64
-        keys = (np.concatenate(numbers) + jitter) / np.repeat(self.shares, self.shares)
-        order = np.argsort(keys, kind="stable")
-        sets = np.repeat(np.arange(len(self.sets)), self.shares)
-        counted = np.concatenate([number + period * share for number, share in zip(numbers, self.shares, strict=True)])
-        return sets[order], counted[order]
+        jitter = _raw(self.period, seed, _MIXTURE, 0) * 2.0**-64
+        order = np.argsort((np.concatenate(numbers) + jitter) / np.repeat(self.shares, self.shares), kind="stable")
+        self._set = np.repeat(np.arange(len(sizes)), self.shares)[order]
+        """For each place of the period: its set."""
+        self._number = np.concatenate(numbers)[order]
+        """And the how-manieth sample of that set it is."""
+        self.sets = [
+            SetOrder(size, np.flatnonzero(self._set == number), self.period, lanes, seed, number)
+            for number, size in enumerate(sizes)
+        ]
 
     def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Set, shard and row of each of the samples at `positions` (int64, from 0)."""
+        periods, places = np.divmod(positions, self.period)
+        lanes = places % self.lanes
         if len(self.sets) == 1:
-            return np.zeros_like(positions), *self.sets[0].locate(positions)
-        periods = positions // self._period
-        sets, counted = np.empty_like(positions), np.empty_like(positions)
-        for period in np.unique(periods).tolist():
-            here = periods == period
-            chosen, numbers = self._schedule(period)
-            sets[here] = chosen[positions[here] - period * self._period]
-            counted[here] = numbers[positions[here] - period * self._period]
-        shards, rows = np.empty_like(positions), np.empty_like(positions)
+            return np.zeros_like(positions), *self.sets[0].locate(positions, lanes)
+        sets, shards, rows = self._set[places], np.empty_like(positions), np.empty_like(positions)
         for number, order in enumerate(self.sets):
             those = sets == number
-            shards[those], rows[those] = order.locate(counted[those])
+            counts = periods[those] * self.shares[number] + self._number[places[those]]
+            shards[those], rows[those] = order.locate(counts, lanes[those])
         return sets, shards, rows
 
 

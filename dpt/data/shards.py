@@ -6,25 +6,21 @@ Here they are written, and read one by one; training reads them through `stream.
 
 import fcntl
 import hashlib
-import io
 import json
 import os
 import re
 import tarfile
 from collections.abc import Iterator, Mapping
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from dpt.data.manifest import Manifest, ShardRecord, read_manifest
-from dpt.data.reader import BLOCK, END, SampleError, ShardReader
+from dpt.data.fetch import Patience, is_url
+from dpt.data.manifest import Manifest, ShardRecord
+from dpt.data.reader import BLOCK, END, MEMBER_ORDER, SampleError, ShardReader, npy_header
+from dpt.data.sources import open_shard, resolve
 from dpt.errors import UserError
-
-_CODED = ("label", "valid", "clip", "latents", "latents_mirrored", "cond_latents", "target_latents")
-MEMBER_ORDER = (*_CODED, "image", "truth", "code_mask")
-"""Order of the arrays in a sample; `meta` follows. What only some readers want is last: the others skip it in one piece."""
 
 _DTYPES = ("float16", "float32", "int64", "uint8")
 _MAX_NAME = 100
@@ -121,14 +117,7 @@ def npy_bytes(array: np.ndarray) -> bytes:
     """`array` as a version 1.0 .npy file, little-endian, C order."""
     assert array.dtype.name in _DTYPES, f"members have dtype {', '.join(_DTYPES)}, not {array.dtype}"
     little = array.astype(array.dtype.newbyteorder("<"), copy=False)
-    return _npy_header(little.dtype.str, array.shape) + little.tobytes(order="C")
-
-
-@lru_cache(maxsize=256)
-def _npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
-    buffer = io.BytesIO()
-    np.lib.format.write_array_header_1_0(buffer, {"descr": dtype, "fortran_order": False, "shape": shape})
-    return buffer.getvalue()
+    return npy_header(array.dtype.name, array.shape) + little.tobytes(order="C")
 
 
 def file_sha256(path: str | Path) -> str:
@@ -138,17 +127,19 @@ def file_sha256(path: str | Path) -> str:
 
 
 class ShardFolder:
-    """The samples of a local shard folder in order, by number: `len(folder)`, `folder[i]`.
+    """The samples of a shard folder (or another source, see `sources.resolve`) in order, by number: `len(folder)`, `folder[i]`.
 
-    A sample is a dict: `key` (str), `meta` (dict) and numpy arrays, as documented. UserError if the folder or its manifest is
-    not whole; SampleError names a damaged sample.
+    A sample is a dict: `key` (str), `meta` (dict) and numpy arrays, as documented. `cache_dir`: folder that keeps shards
+    fetched from URLs; without one a shard is fetched when a sample of it follows one of another. UserError if the folder or its
+    manifest is not whole, or a shard cannot be opened; SampleError names a damaged sample.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
-        self.manifest: Manifest = read_manifest(self.folder)
-        counts = [shard.num_samples for shard in self.manifest.shards]
-        self._starts = np.concatenate([[0], np.cumsum(counts)])
+    def __init__(self, source: str | Path, *, cache_dir: str = "", patience: Patience | None = None) -> None:
+        self.folder = Path(source)
+        self._patience, self._cache_dir = patience or Patience(), cache_dir
+        self._source = resolve(str(source), self._patience)
+        self.manifest: Manifest = self._source.manifest
+        self._starts = np.cumsum([0, *(shard.num_samples for shard in self.manifest.shards)])
         self._open: tuple[int, ShardReader] | None = None
 
     def __len__(self) -> int:
@@ -161,18 +152,19 @@ class ShardFolder:
         return self._read(shard, number - int(self._starts[shard]))
 
     def _read(self, shard: int, row: int) -> dict[str, Any]:
-        record = self.manifest.shards[shard]
-        path = self.folder / record.name
+        url = self._source.urls[shard]
         if self._open is None or self._open[0] != shard:
             self.close()
+            patience = self._patience if is_url(url) else Patience(retries=0)
             try:
-                self._open = (shard, ShardReader(path.open("rb"), str(path), record.num_samples))
+                reader = patience.retry(lambda: open_shard(self._source, shard, patience, self._cache_dir))
             except OSError as error:
-                raise UserError(f"{path}: the shard cannot be read ({error.strerror}); encode the set anew.") from error
+                raise UserError(f"{url}: the shard cannot be read ({error.strerror or error}); encode the set anew.") from error
+            self._open = (shard, reader)
         try:
             return self._open[1].sample(row)
         except (SampleError, OSError) as error:
-            raise SampleError(f"sample {row} of {path}: {error}") from error
+            raise SampleError(f"sample {row} of {url}: {error}") from error
 
     def close(self) -> None:
         """Close the open shard."""

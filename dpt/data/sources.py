@@ -1,15 +1,18 @@
-"""Where shards come from: folders, brace patterns and URLs, resolved through the manifest beside them."""
+"""Where shards come from: folders, brace patterns and URLs, resolved through the manifest beside them, opened or fetched."""
 
 import dataclasses
-import io
+import os
 import re
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, BinaryIO
 
 from braceexpand import braceexpand
 
-from dpt.data.fetch import Fetch, Patience, is_url, retry
-from dpt.data.manifest import MANIFEST_NAME, Manifest, parse_manifest, read_manifest
+from dpt.data.fetch import Patience, fetch, is_url
+from dpt.data.manifest import MANIFEST_NAME, Manifest, ShardRecord, parse_manifest, read_manifest
+from dpt.data.reader import SampleError, ShardReader
 from dpt.errors import UserError
 
 _TAR_NAME = re.compile(r"[^/\s'\"]+\.tar")
@@ -30,19 +33,18 @@ def resolve(source: str, patience: Patience) -> ShardSet:
     URLs: `pipe:COMMAND` (its output is the shard), http(s), s3 (through `aws s3 cp`), gs, hf and what else `webdataset.gopen`
     knows. The manifest is read from beside the shards. UserError if something is missing.
     """
-    pattern = f"pipe:aws s3 cp '{source}' -" if source.startswith("s3://") else source
-    urls = list(braceexpand(pattern)) if ".tar" in pattern else []
+    urls = list(braceexpand(source)) if ".tar" in source and not Path(source).is_dir() else []
     names = [_TAR_NAME.findall(url)[-1].rsplit("/", 1)[-1] for url in urls if _TAR_NAME.search(url)]
     if len(names) < len(urls):
         raise UserError(f"{source}: a shard's name must end in .tar; name the tars or their folder.")
-    if not is_url(pattern):
-        folder = Path(urls[0]).parent if urls else Path(pattern)
+    if not is_url(source):
+        folder = Path(urls[0]).parent if urls else Path(source)
         manifest = read_manifest(folder)
         urls = urls or [str(folder / shard.name) for shard in manifest.shards]
     else:
-        if not urls and pattern.startswith("pipe:"):
+        if not urls and source.startswith("pipe:"):
             raise UserError(f"{source}: name the tars behind a command by a brace pattern such as {{000000..000127}}.tar.")
-        base = pattern.rstrip("/")
+        base = source.rstrip("/")
         where = _beside(urls[0]) if urls else f"{base}/{MANIFEST_NAME}"
         manifest = _fetch_manifest(where, source, patience)
         urls = urls or [f"{base}/{shard.name}" for shard in manifest.shards]
@@ -69,11 +71,55 @@ def _choose(manifest: Manifest, names: list[str], source: str) -> Manifest:
 
 def _fetch_manifest(url: str, source: str, patience: Patience) -> Manifest:
     def load() -> bytes:
-        fetch = Fetch(url, io.BytesIO())
-        return fetch.wait(patience.stall_s).getvalue()  # type: ignore[attr-defined]
+        with tempfile.TemporaryFile() as file:
+            fetch(url, file, patience)
+            file.seek(0)
+            return file.read()
 
     try:
-        content = retry(load, patience)
+        content = patience.retry(load)
     except OSError as error:
         raise UserError(f"{source}: no manifest can be fetched from {url} ({error}); check the address.") from error
     return parse_manifest(content.decode("utf-8", errors="replace"), url)
+
+
+def open_shard(source: ShardSet, number: int, patience: Patience, cache_dir: str = "") -> ShardReader:
+    """Shard `number` of `source`; from a URL as a file in `cache_dir`, taken as it is if it is there, or an unnamed one.
+
+    OSError if it cannot be opened or does not come whole, SampleError if it is no tar.
+    """
+    record, url = source.manifest.shards[number], source.urls[number]
+    if is_url(url):
+        file = _fetch_shard(url, record, patience, Path(cache_dir) if cache_dir else None)
+    else:
+        file = open(url, "rb", buffering=0)  # noqa: SIM115 the reader owns it
+        if hasattr(os, "posix_fadvise"):  # its samples are soon read in random order
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+    try:
+        return ShardReader(file, url, record, source.manifest.members)
+    except (OSError, SampleError):
+        file.close()
+        raise
+
+
+def _fetch_shard(url: str, record: ShardRecord, patience: Patience, cache: Path | None) -> BinaryIO:
+    if cache is None:
+        file: Any = tempfile.TemporaryFile(prefix="dpt-shard-")  # noqa: SIM115 open as long as it is read
+    else:
+        kept = cache / f"{record.sha256[:16]}-{record.name}"
+        if kept.is_file() and kept.stat().st_size == record.bytes:
+            return kept.open("rb", buffering=0)
+        cache.mkdir(parents=True, exist_ok=True)
+        file = tempfile.NamedTemporaryFile(dir=cache, prefix=".", suffix=".part", delete=False)  # noqa: SIM115 likewise
+    try:
+        fetch(url, file, patience)
+        if (found := os.fstat(file.fileno()).st_size) != record.bytes:
+            raise OSError(f"{found} of {record.bytes} bytes came")
+        if cache is not None:
+            Path(file.name).replace(kept)
+    except BaseException:
+        file.close()
+        if cache is not None:
+            Path(file.name).unlink(missing_ok=True)
+        raise
+    return file

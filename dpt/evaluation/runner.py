@@ -22,15 +22,17 @@ from dpt.progress import progress
 SUMMARY_VERSION = 1
 
 
-def evaluate(config: EvaluationConfig, *, predictor: Predictor | None = None) -> dict[str, Any]:
+def evaluate(config: EvaluationConfig, *, predictor: Predictor | None = None, cache_dir: str = "") -> dict[str, Any]:
     """Score `config.data` with `predictor` (default: from `config.weights`), or the ready-made `config.predictions`.
+
+    `cache_dir`: folder that keeps shards fetched from URLs.
 
     Writes, below `config.output_dir`: summary.json; and for each set SET/samples.parquet, SET/pictures/*.png and, while it
     lasts, SET/parts, from which an interrupted run goes on. Returns the summary, on every rank. UserError for bad input.
     """
     if not config.predictions and predictor is None and not config.weights:
         raise UserError("dpt.evaluation.weights is empty; name the weights to evaluate, or ready-made predictions.")
-    sets = open_sets(config.data, protocol=config.protocol, max_samples=config.max_samples)
+    sets = open_sets(config.data, protocol=config.protocol, max_samples=config.max_samples, cache_dir=cache_dir)
     if config.predictions:
         predictor = None
     elif predictor is None:
@@ -162,7 +164,7 @@ def run_evaluation(recipe: Recipe) -> dict[str, Any]:
     with start_run(
         recipe.dpt.tracking, stage="evaluate", name=name, params=recipe.to_dict(), parents=[parent], output_dir=output, tags={}
     ) as run:
-        summary = evaluate(config, predictor=predictor)
+        summary = evaluate(config, predictor=predictor, cache_dir=recipe.dpt.data.cache_dir)
         sets = summary["sets"]
         run.set_tags({"dpt.dataset": ", ".join(sets), "dpt.protocol": protocol_line(summary)})
         run.log_metrics(tracked_metrics(summary), step=0)

@@ -41,12 +41,15 @@ class Sample:
 
 
 class EvaluationSet:
-    """An evaluation shard folder with its protocol. UserError if it is no evaluation set, or has no protocol."""
+    """An evaluation shard folder, or a URL of one, with its protocol; `cache_dir` as for `ShardFolder`.
 
-    def __init__(self, folder: str | Path, *, protocol: str = "", max_samples: int = 0) -> None:
-        self._shards = ShardFolder(folder)
+    UserError if it is no evaluation set, or has no protocol.
+    """
+
+    def __init__(self, folder: str | Path, *, protocol: str = "", max_samples: int = 0, cache_dir: str = "") -> None:
+        self._shards = ShardFolder(folder, cache_dir=cache_dir)
         self.manifest = self._shards.manifest
-        self.folder = Path(folder)
+        self.folder = str(folder)
         for member in ("cond_latents", "image", "truth"):
             if member not in self.manifest.members:
                 raise UserError(f"{folder}: the shards hold no {member}; encode the set for evaluation (--evaluation).")
@@ -83,11 +86,11 @@ class EvaluationSet:
         return len(tasks.task_spec(self.task).targets)
 
 
-def open_sets(folders: list[str], *, protocol: str, max_samples: int) -> list[EvaluationSet]:
+def open_sets(folders: list[str], *, protocol: str, max_samples: int, cache_dir: str = "") -> list[EvaluationSet]:
     """The sets in `folders`, with different names. UserError if there are none."""
     if not folders:
         raise UserError("dpt.evaluation.data is empty; name at least one evaluation shard folder.")
-    sets = [EvaluationSet(folder, protocol=protocol, max_samples=max_samples) for folder in folders]
+    sets = [EvaluationSet(folder, protocol=protocol, max_samples=max_samples, cache_dir=cache_dir) for folder in folders]
     seen: dict[str, int] = {}
     for one in sets:
         seen[one.name] = seen.get(one.name, 0) + 1

@@ -14,11 +14,11 @@ from dpt.models.moe import EarlierRouting
 from dpt.tracking import Run, start_run
 from dpt.training.checkpoint import checkpoint_name, restore
 from dpt.training.control import Control
+from dpt.training.data_loader import open_data_loader
 from dpt.training.engine import Engine, StepResult
 from dpt.training.expert_pictures import ExpertPictures
 from dpt.training.export import CHECKPOINTS, WEIGHTS, export, exported_step, weights_sections
 from dpt.training.failure import TrainingFailed, failure_report
-from dpt.training.feed import open_feed
 from dpt.training.fragments import parameter_shapes
 from dpt.training.optimizer import learning_rate
 from dpt.training.records import Recorder, measure_peak_flops
@@ -67,16 +67,16 @@ class Trainer:
             self.recipe, self.config = self.stage.recipe, self.stage.recipe.dpt
         if found is not None:
             self._take_counters(found[1])
-        self._open_feed()
-        self.macs = macs(self.config.model, *self.feed.latent_size)
+        self._open_data_loader()
+        self.macs = macs(self.config.model, *self.data_loader.latent_size)
         self.engine = Engine(self.recipe, LossModule(self.stage.build(), self.config))
         self.stage.start = None  # the engine has them now
         if found is not None:
             self._go_back(*found)
         self.prepare = Preparation(
             self.config,
-            tasks=self.feed.tasks,
-            scaling_factor=self.feed.vae.scaling_factor,
+            tasks=self.data_loader.tasks,
+            scaling_factor=self.data_loader.vae.scaling_factor,
             device=self.engine.device,
             dtype=self.engine.dtype,
         )
@@ -211,21 +211,21 @@ class Trainer:
             )
         restore(self.engine, checkpoint, state)
         self._take_counters(state)
-        for sentence in remarks(checkpoint, state, self.recipe, self.feed.data_sha256):
+        for sentence in remarks(checkpoint, state, self.recipe, self.data_loader.data_sha256):
             distributed.log(sentence)
 
-    def _open_feed(self) -> None:
+    def _open_data_loader(self) -> None:
         """Begin to read at `position`."""
         total, micro, _ = batch_split(self.recipe, distributed.world_size())
         with distributed.together():
-            self.feed = open_feed(
+            self.data_loader = open_data_loader(
                 self.config,
                 global_batch_size=total,
                 micro_batch_size=micro,
                 start_sample=self.position,
                 pin_memory=distributed.device().type == "cuda",
             )
-        self.batches = iter(self.feed.stream)
+        self.batches = iter(self.data_loader.stream)
 
     def _save(self) -> None:
         self.watchdog.beat(self.step, "saving")
@@ -247,7 +247,7 @@ class Trainer:
                 "precision": self.recipe.precision,
             },
             "recipe": self.recipe.to_dict(),
-            "sections": weights_sections(self.config, self.feed.vae, self._lineage()),
+            "sections": weights_sections(self.config, self.data_loader.vae, self._lineage()),
             "dpt_version": __version__,
         }
 
@@ -256,7 +256,7 @@ class Trainer:
             "run_id": self.run_id,
             "parents": self.stage.parents,
             "train_macs": self.macs.training * self.samples_seen,
-            "data_sha256": self.feed.data_sha256,
+            "data_sha256": self.data_loader.data_sha256,
             "samples_seen": self.samples_seen,
             "step": self.step,
         }
@@ -279,7 +279,7 @@ class Trainer:
         self.skipped_samples = self.skipped_samples.plus(first, end)
         self.tracking.set_tags({"dpt.skipped_samples": str(self.skipped_samples)})
         self.batches.close()  # type: ignore[attr-defined]
-        self._open_feed()
+        self._open_data_loader()
         self.recorder = self._start_recorder()
 
     # --- beginnings and ends --------------------------------------------------------------------------------------------
@@ -293,7 +293,7 @@ class Trainer:
             params=self.recipe.to_dict(),
             parents=self.stage.parents,
             output_dir=self.output_dir,
-            tags={"dpt.data_sha256": self.feed.data_sha256, "dpt.ranks": str(distributed.world_size())},
+            tags={"dpt.data_sha256": self.data_loader.data_sha256, "dpt.ranks": str(distributed.world_size())},
             resume_run_id=resumed,
             past_step=past,
         )
@@ -319,7 +319,7 @@ class Trainer:
             f"{self.stage.name}: {self.config.task}, {params.total / 1e6:.2f}M parameters ({params.active / 1e6:.2f}M active), "
             f"{ranks} rank{'s' * (ranks > 1)} on {engine.device.type}, {self.recipe.precision}, ZeRO {self.recipe.zero_stage}, "
             f"batch {engine.global_batch_size} = {engine.micro_batch_size} x {engine.accumulation} micro-batches x {ranks}, "
-            f"{self.feed.stream.num_samples} samples, steps {self.step} to {self.training.steps}."
+            f"{self.data_loader.stream.num_samples} samples, steps {self.step} to {self.training.steps}."
         )
 
     def _draw(self) -> None:
@@ -328,7 +328,7 @@ class Trainer:
         if self.config.task != "class":
             return
         path = self.output_dir / "pictures" / f"classes_{self.step:08d}.png"
-        if draw_classes(self.engine, self.config, self.feed.vae, self.feed.latent_size, path):
+        if draw_classes(self.engine, self.config, self.data_loader.vae, self.data_loader.latent_size, path):
             self.tracking.log_picture(path, "classes", self.step)
             distributed.log(f"Class samples: {path}")
 

@@ -14,6 +14,7 @@ import webdataset as wds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dpt.data.manifest import Manifest, read_manifest
 from dpt.data.reader import BLOCK, SampleError, ShardReader
 from dpt.data.shards import ShardFolder, ShardWriter, file_sha256, iter_samples, npy_bytes, shard_key
 from dpt.errors import UserError
@@ -126,9 +127,9 @@ def test_a_killed_writer_is_taken_over(tmp_path: Path) -> None:
         assert tar.getnames()[0] == "a.valid.npy"
 
 
-def read_all(path: Path, count: int) -> list[int | str]:
-    """Labels of the shard's samples, or why they cannot be read."""
-    reader = ShardReader(path.open("rb"), str(path), count)
+def read_all(path: Path, count: int, manifest: Manifest) -> list[int | str]:
+    """Labels of the samples of a shard that should be the first of `manifest`, or why they cannot be read."""
+    reader = ShardReader(path.open("rb"), str(path), manifest.shards[0], manifest.members)
     found: list[int | str] = []
     for row in range(count):
         try:
@@ -143,12 +144,13 @@ def read_all(path: Path, count: int) -> list[int | str]:
 @given(st.data())
 def test_damaged_headers_cost_their_sample_only(make_shards, data) -> None:
     path = make_shards([6]) / "000000.tar"
+    manifest = read_manifest(path.parent)
     content = bytearray(path.read_bytes())
     stride = (len(content) - 1024) // 6
     row = data.draw(st.integers(0, 5))
     content[row * stride : row * stride + BLOCK] = os.urandom(BLOCK)
     path.write_bytes(content)
-    found = read_all(path, 6)
+    found = read_all(path, 6, manifest)
     assert [found[i] for i in range(6) if i != row] == [i for i in range(6) if i != row]
     assert "damaged" in str(found[row])
 
@@ -163,21 +165,21 @@ def test_truncated_tars_keep_their_whole_samples(make_shards, share: float) -> N
     path.write_bytes(content[:cut])
     whole = min(cut // stride, 5)
     try:
-        found = read_all(path, 5)
+        found = read_all(path, 5, read_manifest(path.parent))
     except SampleError:
         found = ["unreadable"] * 5
     assert found[:whole] == list(range(whole))
     assert all(isinstance(item, str) for item in found[whole:])
 
 
-def test_pickles_are_refused(tmp_path: Path) -> None:
+def test_pickles_are_refused(make_shards, tmp_path: Path) -> None:
     buffer = io.BytesIO()
     np.save(buffer, np.array([{"a": 1}], dtype=object), allow_pickle=True)
     with tarfile.open(tmp_path / "0.tar", "w") as tar:
         info = tarfile.TarInfo("k.label.npy")
         info.size = len(buffer.getvalue())
         tar.addfile(info, io.BytesIO(buffer.getvalue()))
-    assert "damaged" in str(read_all(tmp_path / "0.tar", 1)[0])
+    assert "damaged" in str(read_all(tmp_path / "0.tar", 1, read_manifest(make_shards([1])))[0])
 
 
 def test_tars_of_other_programs(make_shards, tmp_path: Path) -> None:
@@ -187,4 +189,4 @@ def test_tars_of_other_programs(make_shards, tmp_path: Path) -> None:
     for number, options in enumerate(([], ["--format=pax", "--pax-option=comment=x"], ["--format=gnu"])):
         path = tmp_path / f"repacked{number}.tar"
         subprocess.run(["tar", "cf", path, *options, "-C", tmp_path, *names], check=True)
-        assert read_all(path, 4) == [0, 1, 2, 3]
+        assert read_all(path, 4, read_manifest(folder)) == [0, 1, 2, 3]

@@ -17,8 +17,8 @@ from dpt.errors import UserError
 from dpt.models.dit import DiT
 from dpt.models.pretrained import read_weights
 from dpt.training.checkpoint import Pieces, check_file, find_checkpoints, read_state
+from dpt.training.data_loader import open_data_loader
 from dpt.training.export import checkpoint_weights, export
-from dpt.training.feed import open_feed
 from dpt.training.step import LossModule, Preparation
 
 
@@ -77,15 +77,19 @@ def test_losses_weights_and_averages_are_those_of_a_plain_loop(runs: Runs, name:
     """torch's own AdamW and clipping, without DeepSpeed, and averages kept by hand."""
     run = runs(f"1_{name}_zero0")
     config = load_recipe(runs.recipe, SPREAD[1][f"{name}_zero0"]).dpt
-    feed = open_feed(config, global_batch_size=8, micro_batch_size=8, start_sample=0, pin_memory=False)
+    data_loader = open_data_loader(config, global_batch_size=8, micro_batch_size=8, start_sample=0, pin_memory=False)
     prepare = Preparation(
-        config, tasks=feed.tasks, scaling_factor=feed.vae.scaling_factor, device=torch.device("cpu"), dtype=torch.float32
+        config,
+        tasks=data_loader.tasks,
+        scaling_factor=data_loader.vae.scaling_factor,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
     )
     torch.manual_seed(config.training.seed)
     module = LossModule(DiT(config.model), config)
     optimizer = torch.optim.AdamW(module.parameters(), weight_decay=0.01)
     averages = {decay: {n: p.detach().clone() for n, p in module.network.named_parameters()} for decay in (0.9, 0.5)}
-    batches = iter(feed.stream)
+    batches = iter(data_loader.stream)
     for number, expected in enumerate(records(run), 1):
         optimizer.param_groups[0]["lr"] = 3e-3 * min(number / 3, 1.0)
         optimizer.zero_grad()

@@ -1,4 +1,4 @@
-"""The stream of latents that a recipe trains on, checked against the network."""
+"""The data loader of a recipe: the stream of latents that it trains on, checked against the network."""
 
 import hashlib
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from dpt.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Feed:
+class DataLoader:
     """An open stream and what its manifests say."""
 
     stream: LatentStream
@@ -38,7 +38,9 @@ class Feed:
         return hashlib.sha256("\n".join(m.data_sha256 for m in self.manifests).encode()).hexdigest()
 
 
-def open_feed(config: DptConfig, *, global_batch_size: int, micro_batch_size: int, start_sample: int, pin_memory: bool) -> Feed:
+def open_data_loader(
+    config: DptConfig, *, global_batch_size: int, micro_batch_size: int, start_sample: int, pin_memory: bool
+) -> DataLoader:
     """This rank's stream from global position `start_sample` on. UserError if shards and network do not fit."""
     main = "latents" if config.task == "class" else "target_latents"
     stream = LatentStream(
@@ -54,12 +56,13 @@ def open_feed(config: DptConfig, *, global_batch_size: int, micro_batch_size: in
         members=_members(config, main),
         max_bad_samples=config.data.max_bad_samples,
         pin_memory=pin_memory,
+        cache_dir=config.data.cache_dir,
     )
     manifests = list(stream.manifests.values())
     for name, manifest in stream.manifests.items():
         _check(config, name, manifest)
     height, width = manifests[0].members[main].shape[-2:]
-    return Feed(stream=stream, manifests=manifests, latent_size=(height, width))
+    return DataLoader(stream=stream, manifests=manifests, latent_size=(height, width))
 
 
 def _members(config: DptConfig, main: str) -> list[str]:

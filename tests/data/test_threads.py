@@ -1,0 +1,168 @@
+"""Reading takes threads of the training process and nothing else; each rank its own share; sources behind URLs."""
+
+import http.server
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+
+from dpt.data import batches, sources
+from dpt.data.fetch import Patience
+from dpt.data.order import permutation
+from dpt.data.shards import ShardFolder
+from dpt.data.stream import LatentStream
+
+HASTY = Patience(retries=1, wait_s=0.01, stall_s=30.0)
+
+
+def data_threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("data ")]
+
+
+def keys(source: str, count: int, **options) -> list[str]:
+    stream = LatentStream([source], **{"global_batch_size": 8, "patience": HASTY, **options})
+    return [key for batch in islice(stream, count) for key in batch["key"]]
+
+
+def test_threads_only_and_page_locked_memory_in_this_process(make_shards, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A forked process cannot use the parent's CUDA context: page-locked memory asked for there kills it."""
+    folder = str(make_shards([10] * 8))
+    expected = keys(folder, 10)
+
+    def refuse(*arguments, **options):
+        raise AssertionError("a process is started")
+
+    for module, name in ((os, "fork"), (os, "posix_spawn"), (subprocess, "Popen")):
+        monkeypatch.setattr(module, name, refuse)
+    owners, empty = [], torch.empty
+
+    def allocate(*shape, pin_memory: bool = False, **options):
+        owners.append((os.getpid(), pin_memory))
+        return empty(*shape, **options)
+
+    monkeypatch.setattr(torch, "empty", allocate)
+    assert keys(folder, 10, num_workers=4, pin_memory=True) == expected
+    assert set(owners) == {(os.getpid(), True)}
+
+
+@pytest.mark.parametrize("workers", [0, 4])
+def test_closing_ends_the_threads(make_shards, workers: int) -> None:
+    found = iter(LatentStream([str(make_shards([10] * 8))], global_batch_size=8, num_workers=workers))
+    next(found)
+    assert len(data_threads()) == 1 + max(1, workers) + workers  # fill, open, read
+    found.close()
+    assert data_threads() == []
+
+
+def test_closing_gives_up_a_fetch_that_hangs(make_shards, tmp_path: Path) -> None:
+    folder, script = make_shards([10] * 2), tmp_path / "hanging"
+    script.write_text('#!/bin/sh\ncase "$1" in *1.tar) exec sleep 600;; *) exec cat "$1";; esac\n')
+    script.chmod(0o755)
+    seed = next(seed for seed in range(9) if permutation(2, seed, 0, 0, 0)[0] == 0)  # the shard that comes is the first
+    options = {"global_batch_size": 1, "num_workers": 2, "prefetch": 1, "patience": HASTY, "seed": seed}
+    found = iter(LatentStream([f"pipe:{script} {folder}/{{000000..000001}}.tar"], **options))
+    next(found)
+    found.close()
+    assert data_threads() == []
+
+
+def test_a_process_ends_in_the_middle_of_reading(make_shards) -> None:
+    code = (
+        "import sys; from dpt.data.stream import LatentStream\n"
+        "batches = iter(LatentStream(sys.argv[1:], global_batch_size=8, num_workers=2)); next(batches)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(make_shards([50] * 4))], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("weights", [[], [3, 1]])
+def test_a_rank_opens_its_own_share_of_every_set(make_shards, monkeypatch: pytest.MonkeyPatch, weights: list[float]) -> None:
+    opened: set[tuple[str, int]] = set()
+    original = batches.open_shard
+
+    def open_shard(source, number, *arguments):
+        opened.add((source.name, number))
+        return original(source, number, *arguments)
+
+    monkeypatch.setattr(batches, "open_shard", open_shard)
+    names = [str(make_shards([8] * 32)), str(make_shards([8] * 32))]
+    options = {"global_batch_size": 8, "weights": weights}
+    whole: list[list[str]] = [batch["key"] for batch in islice(LatentStream(names, **options), 64)]
+    shares = []
+    for rank in range(4):
+        opened.clear()
+        mine = LatentStream(names, rank=rank, world_size=4, prefetch=1, **options)
+        monkeypatch.setattr(batches, "_PLANNED_SAMPLES", 1)
+        assert [batch["key"] for batch in islice(mine, 32)] == [batch[rank::4] for batch in whole[:32]]
+        shares.append([sum(name == own for own, _ in opened) for name in names])
+    assert all(count <= 32 / 4 + 2 * 2 for share in shares for count in share)  # two lanes, which may begin amid a shard
+
+
+# --- behind URLs --------------------------------------------------------------------------------------------------------
+
+
+class _Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *arguments) -> None:
+        pass
+
+
+@contextmanager
+def served(folder: Path) -> Iterator[str]:
+    """The folder's address on this machine."""
+
+    def handler(*arguments):
+        return _Quiet(*arguments, directory=str(folder))
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_address[1]}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def test_s3_folders(make_shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_shards([10] * 3)
+    command = tmp_path / "aws"
+    command.write_text(f'#!/bin/sh\n[ "$1 $2 $4" = "s3 cp -" ] && exec cat "{folder}/${{3#s3://bucket/my set/}}"\n')
+    command.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert keys("s3://bucket/my set", 4) == keys(str(folder), 4)
+    assert keys("s3://bucket/my set/{000000..000001}.tar", 3) == keys(f"{folder}/{{000000..000001}}.tar", 3)
+    assert ShardFolder("s3://bucket/my set")[12]["key"] == "s00012"
+
+
+def test_fetching_goes_on_past_the_first_shards(make_shards, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All shards that a lane's next stretch needs are on their way before the first batch is there."""
+    folder, asked = make_shards([4] * 40), []
+    original = sources.fetch
+
+    def fetching(url: str, file, patience) -> None:
+        asked.append(url)
+        original(url, file, patience)
+
+    monkeypatch.setattr(sources, "fetch", fetching)
+    monkeypatch.setattr(batches, "_PLANNED_SAMPLES", 64)
+    reader = LatentStream([f"pipe:cat {folder}/{{000000..000039}}.tar"], global_batch_size=64, num_workers=2, patience=HASTY)
+    found = iter(reader)
+    next(found)
+    found.close()
+    assert len(set(asked)) > 17
+
+
+def test_remote_folders_are_read_in_order_and_kept(make_shards, tmp_path: Path) -> None:
+    folder, cache = make_shards([3, 2]), tmp_path / "cache"
+    with served(folder) as address:
+        remote = ShardFolder(address, cache_dir=str(cache))
+        assert [sample["key"] for sample in map(remote.__getitem__, range(5))] == [f"s{i:05d}" for i in range(5)]
+        remote.close()
+    assert sorted(path.name[17:] for path in cache.iterdir()) == ["000000.tar", "000001.tar"]
