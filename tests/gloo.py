@@ -23,8 +23,11 @@ def _rank_main(rank: int, world_size: int, folder: str, fn: Callable[..., Any], 
     }
     try:
         dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
-        torch.save(fn(*args), f"{folder}/result-{rank}.pt")
-        dist.barrier()  # without it a rank that ends early can abort the others
+        torch.save(fn(*args), f"{folder}/unfinished-{rank}")
+        os.rename(f"{folder}/unfinished-{rank}", f"{folder}/result-{rank}.pt")
+        # Without waiting, a rank that ends early can abort the others; in a barrier too, which it may leave before them.
+        while len(list(Path(folder).glob("result-*.pt"))) < world_size:
+            time.sleep(0.01)
         dist.destroy_process_group()
     except BaseException:
         Path(folder, f"error-{rank}.txt").write_text(traceback.format_exc())

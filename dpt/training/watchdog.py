@@ -98,6 +98,8 @@ class Watchdog:
                     self._tell_place(connection)
                     with contextlib.suppress(TimeoutError):
                         verdict = json.loads(connection.recv(65536) or b"{}")
+                        if verdict.get("left"):  # rank 0 has done its part, and this rank is a little late
+                            return None
                         reason = verdict.get("reason", f"rank 0 ({host}) died")
                         return self._stop(reason, verdict.get("code", 1))
                 self._tell_place(connection)  # which may have changed since the last interval began
@@ -128,7 +130,7 @@ class Watchdog:
                 deadline = min(deadline, time.monotonic() + 3 * self.interval_s)
                 if all(rank.left for rank in ranks[1:]):
                     break
-        peers.close({} if self._closing.is_set() else verdict)
+        peers.close({"left": True} if self._closing.is_set() else verdict)
         if verdict:
             self._stop(verdict["reason"], verdict["code"])
 
@@ -195,11 +197,10 @@ class _Peers:
         return self._admitted.pop(connection)
 
     def close(self, verdict: dict[str, Any]) -> None:
-        """Tell all the verdict, if there is one, and close."""
+        """Tell all the verdict, or that rank 0 left, and close."""
         for connection in list(self._admitted):
             with contextlib.suppress(OSError):
-                if verdict:
-                    _send(connection, verdict)
+                _send(connection, verdict)
             self._drop(connection)
         self._selector.close()
         self._server.close()

@@ -1,10 +1,11 @@
 """A rehearsal of one recipe on gloo ranks: start, checkpoint, resume and export, in processes of its own."""
 
 import importlib
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from dpt.config.recipe import Recipe, load_recipe
 from tests.gloo import run_ranks
@@ -25,16 +26,19 @@ STEPS = 2
 
 def load_once() -> None:
     """Load here what the ranks, which are forked, need: it takes longer than they do."""
-    os.environ["DS_ACCELERATOR"] = "cpu"
-    for module in _LOADED:
-        importlib.import_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DS_ACCELERATOR", "cpu")
+        for module in _LOADED:
+            importlib.import_module(module)
 
 
 def join_deepspeed() -> None:
-    """What `dpt.distributed.init` does after the process group is there."""
+    """In a rank: what `dpt.distributed.init` does after the process group is there, on the CPU whatever else is here."""
     import deepspeed
+    import torch
     from deepspeed.ops import __compatible_ops__
 
+    torch.cuda.is_available = lambda: False
     __compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
 

@@ -34,7 +34,9 @@ def _rank(rank: int, world_size: int, folder: Path, timeout_s: float, what: str)
         if rank == 1 and step == 5 and what == "fail":
             dog.fail("the disk is gone", 2)
             os._exit(2)
-        if step == 8 and what == "leave":
+        if step == 8 and rank == 1 and what == "leave late":
+            time.sleep(1.0)  # ten intervals
+        if step == 8 and what.startswith("leave"):
             dog.close()
             os._exit(0)
         if rank == 1 or step < 6 or what != "hang":  # the others would wait in a collective
@@ -68,6 +70,7 @@ def _join(ranks: list[BaseProcess]) -> list[int | None]:
         ("hang", [1, 1, 1], f"rank 1 ({HOST}) made no progress for 1 s at step 4 while computing; all ranks stop."),
         ("fail", [2, 2, 2], f"rank 1 ({HOST}) failed at step 4 while computing: the disk is gone; all ranks stop."),
         ("leave", [0, 0, 0], ""),
+        ("leave late", [0, 0, 0], ""),
     ],
 )
 def test_hangs_failures_and_peace(tmp_path: Path, what: str, codes: list[int], words: str) -> None:
