@@ -6,6 +6,7 @@ and the command has not changed.
 
 import argparse
 import hashlib
+import importlib.util
 import json
 import os
 import shlex
@@ -17,7 +18,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from dpt.errors import UserError, reported
+from dpt.evaluation.summary import format_summary
 from dpt.scaling.report import format_table, results_table
 from dpt.tracking.read import load_runs
 
@@ -54,8 +58,10 @@ def launch(launcher: str, recipe: str, *fields: str) -> list[str]:
 
 
 def road(out: Path, scenes: int, uri: str) -> list[Step]:
-    """The steps, in order."""
+    """The steps, in order. `uri`: of the MLflow store; empty: no tracking, and then no report."""
     shards, tracking = out / "shards", ["--tracking.uri", uri, "--tracking.experiment", EXPERIMENT]
+    if not uri:
+        tracking = ["--tracking.enabled", "false"]
     steps = [
         Step(
             title="synthesise textured, lit 3-D scenes with exact ground truth",
@@ -113,6 +119,8 @@ def road(out: Path, scenes: int, uri: str) -> list[Step]:
                 folder=out / "evaluate" / name,
             )
         )
+    if not uri:
+        return steps
     steps.append(
         Step(
             title="wait until every record has reached MLflow",
@@ -179,7 +187,8 @@ def _on_free_port(command: list[str]) -> list[str]:
 def _environment() -> dict[str, str]:
     """This environment, with the interpreter's own folder first, so that `deepspeed` is the one beside it."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return {"DS_ACCELERATOR": "cpu", **os.environ, "PATH": path}
+    without_gpu = {} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"}  # else DeepSpeed's launcher looks for one
+    return {**without_gpu, **os.environ, "PATH": path}
 
 
 def _remove(folder: Path, out: Path) -> None:
@@ -195,13 +204,18 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=1200, help="synthetic scenes (default: %(default)s)")
     arguments = parser.parse_args()
     out = Path(arguments.out)
-    uri = f"sqlite:///{out}/mlflow.db"
+    uri = f"sqlite:///{out}/mlflow.db" if importlib.util.find_spec("mlflow") else ""
     os.chdir(ROOT)
     with reported("quickstart"):
         out.mkdir(parents=True, exist_ok=True)
         started = time.monotonic()
         run_road(road(out, arguments.scenes, uri), out)
         print(f"\nThe whole road: {(time.monotonic() - started) / 60:.1f} minutes. Depth on scenes never trained on:\n")
+        if not uri:
+            for label, name in MODELS.items():
+                print(f"{label}:\n{format_summary(json.loads((out / 'evaluate' / name / 'summary.json').read_text()))}")
+            print("\nMLflow is not installed: nothing was tracked, and there is no report.")
+            return
         print(format_table(results_table(load_runs(uri, experiment=EXPERIMENT))))
         print(f"\nReport with pictures: {out}/report/index.html")
         print(f"MLflow runs:          {uri}; look at them with: .venv/bin/mlflow ui --backend-store-uri {uri}")

@@ -1,6 +1,5 @@
 """Calls for which a GPU's work must be waited for, found on a CPU and counted by the place in the code that makes them."""
 
-import importlib.util
 import traceback
 from collections import Counter
 from collections.abc import Callable
@@ -11,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from dpt.models import grouped_mlp
 
 aten = torch.ops.aten
 
@@ -110,12 +111,7 @@ class _Methods(TorchFunctionMode):
 
 def use_grouped_products() -> None:
     """From now on this process takes a GPU's grouped products for its experts."""
-    if importlib.util.find_spec("dpt.models.grouped_mlp"):
-        module: Any = importlib.import_module("dpt.models.grouped_mlp")
-        module.has_grouped_products = lambda _: True
-    else:
-        module = importlib.import_module("dpt.models.mlp")
-        module._forward_in_pieces, module._backward_in_pieces = module._forward_grouped, module._backward_grouped
+    grouped_mlp.has_grouped_products = lambda _: True
 
 
 def _names_the_cpu(arguments: list[Any]) -> bool:

@@ -39,7 +39,6 @@ def test_page_locked_memory_is_allocated_by_loaders_alone() -> None:
     assert found
 
 
-@pytest.mark.xfail(strict=True, reason="dpt/data/ahead.py forks reader processes (issue 15, A1)")
 def test_the_loader_has_no_processes() -> None:
     """A process that is forked cannot use CUDA, page-locked memory included."""
     forking = {}
@@ -60,7 +59,6 @@ class _DeviceSet(BaseException):
     """The launcher has set its device: what comes after is no matter of these tests."""
 
 
-@pytest.mark.xfail(strict=True, reason="dpt/training/run.py asks for free memory before the device is set (issue 15, A7)")
 @pytest.mark.parametrize(("launcher", "recipe"), [("pretrain", "cpu_ep2"), ("finetune", "quickstart_depth")])
 def test_no_question_to_cuda_before_the_device_is_set(
     launcher: str, recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

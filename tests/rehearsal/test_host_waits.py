@@ -40,8 +40,6 @@ ALLOWED: dict[tuple[str, str], tuple[str, str]] = {  # (place, what) -> how ofte
     ("diffusion/noise.py:multires_noise", "tolist"): ("micro-batch", ON_CPUS),
     ("distributed.py:all_reduce_sum", "tolist"): ("record", RECORD),
     ("models/dit.py:update_router_bias", "to the CPU"): ("any", HERE),
-    ("models/grouped_mlp.py:_sums", "_local_scalar_dense"): ("any", "one_hot checks its bounds on CPUs alone"),
-    ("models/mlp.py:_sums", "_local_scalar_dense"): ("any", "one_hot checks its bounds on CPUs alone"),
     ("models/moe_parallel.py:_run_experts", "tolist"): ("layer", "the sizes of what ranks exchange"),
     ("training/deepspeed_internals.py:grad_norm", "_local_scalar_dense"): ("check", CHECK),
     ("training/engine.py:step", "_local_scalar_dense"): ("check", CHECK),
