@@ -1,4 +1,4 @@
-# make quickstart | test | test-all | lint | bench. Everything runs in a local virtual environment built from constraints.txt.
+# make quickstart | test | test-all | lint | bench | gpu. Everything runs in a local virtual environment built from constraints.txt.
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV ?= .venv
@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: help install quickstart test test-all lint format bench clean
+.PHONY: help install quickstart test test-all lint format bench gpu clean
 
 help:
 	@echo "make quickstart   the whole road on this machine, from synthetic scenes to a report (about 10 minutes)"
@@ -14,6 +14,7 @@ help:
 	@echo "make test-all     the same with the longer checks"
 	@echo "make lint         style and types"
 	@echo "make bench        benchmarks against ceilings and baselines"
+	@echo "make gpu          the acceptance of a machine with a GPU: parity, speed, memory (under 10 minutes)"
 
 install: $(INSTALLED)
 
@@ -43,6 +44,9 @@ format: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks
+
+gpu: $(INSTALLED)
+	$(BIN)/python -m benchmarks.gpu
 
 clean:
 	rm -rf runs mlflow.db .pytest_cache .mypy_cache .ruff_cache

@@ -199,8 +199,8 @@ def measure(
     results = harness.rows(f"{case} {precision}", timings, peak_bytes=peaks)
     for row in results:
         row["gflops_per_s"] = flops / row["median_s"] / 1e9
-        if torch.cuda.is_available():  # against the device's best large product in bf16, as `perf/mfu` of a training run
-            row["mfu"] = flops / row["median_s"] / harness.matrix_rate(torch.bfloat16, 8192)
+        if torch.cuda.is_available():  # against the device's best large product in bf16, as in a training run's records
+            row["matrix_peak_share"] = flops / row["median_s"] / harness.matrix_rate(torch.bfloat16, 8192)
     return results
 
 

@@ -31,7 +31,7 @@ def _row(what: str, difference: float, limit: float) -> harness.Row:
 
 def _apart(ours: Tensor, reference: Tensor) -> float:
     """|ours - reference| / |reference|, infinite where something is not finite."""
-    error = (ours.double() - reference.double()).norm() / reference.double().norm()
+    error = (ours.detach().double() - reference.detach().double()).norm() / reference.detach().double().norm()
     return float(error) if bool(error.isfinite()) else math.inf
 
 

@@ -13,7 +13,7 @@ from benchmarks.train_step import model_config, random_batch, recipe
 from dpt import distributed
 from dpt.config.devices import data_sheet_peak
 from dpt.config.sections import ModelConfig
-from dpt.models.costs import macs
+from dpt.models.costs import macs, num_params
 from dpt.models.dit import DiT
 from dpt.models.experts import Dispatch
 
@@ -76,7 +76,8 @@ def measure(kind: str, *, cases: Sequence[str] = (), rounds: int = 5) -> list[ha
             rows.append({"case": case, "what": "skipped: it needs more memory than this GPU has free"})
             continue
         done.add(preset)
-        for compile in (False, True) if cuda else (False,):
+        ways = (False, True) if num_params(config).total < 1_000_000_000 else (True,)  # a large one takes a minute to build
+        for compile in ways if cuda else (False,):
             rows += _measure_one(case, config, batch, micro, precision, compile, rounds)
     return rows
 

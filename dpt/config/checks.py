@@ -104,6 +104,13 @@ def _check_experts(recipe: Recipe, world_size: int, experts: int) -> None:
             "use_data_before_expert_parallelism is set; here the ranks that share a layer's experts are neighbours (they "
             "exchange tokens in every layer), so remove it.",
         )
+    model = recipe.dpt.model
+    for name, width in (("hidden_size", model.hidden_size), ("hidden_size x mlp_ratio", model.mlp_width)):
+        if experts and recipe.precision == "bf16" and width % 8:
+            _refuse(
+                recipe,
+                f"dpt.model.{name} is {width}; experts' products in bf16 take multiples of 8: choose one, or train in fp32.",
+            )
     if experts % ep_size:
         _refuse(recipe, f"dpt.training.ep_size {ep_size} does not divide dpt.model.num_experts {experts}; choose a divisor.")
 

@@ -14,7 +14,14 @@ from dpt.scaling.points import along, final_value
 from dpt.scaling.results import METRICS, evaluation_rows, format_cells, show_macs
 from dpt.tracking.read import RunRecord, ancestors
 
-TRAINING_METRICS = ("train/loss", "train/grad_norm", "perf/samples_per_second", "perf/mfu", "perf/memory_gib")
+TRAINING_METRICS = (
+    "train/loss",
+    "train/grad_norm",
+    "perf/samples_per_second",
+    "perf/mfu",
+    "perf/matrix_peak_share",
+    "perf/memory_gib",
+)
 _CURVES = ("train/loss", "train/load_balancing_loss")
 _OWN_FIELDS = ("tracking.", "training.output_dir", "evaluation.output_dir", "hardware")
 """Fields that differ between any two runs and say nothing."""

@@ -23,6 +23,11 @@ def keep_gradients(engine: Any) -> None:
     engine.enable_backward_allreduce = False
 
 
+def reduces_gradients(optimizer: Any) -> bool:
+    """Whether gradients are reduced by the optimizer (these methods of the ZeRO optimizers), not in buckets by the engine."""
+    return hasattr(optimizer, "reduce_gradients") or hasattr(optimizer, "overlapping_partition_gradients_reduce_epilogue")
+
+
 def drop_step(engine: Any) -> None:
     """End a step without an update: `DeepSpeedEngine.micro_steps` counts what `step` would have."""
     engine.zero_grad()

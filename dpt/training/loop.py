@@ -21,7 +21,7 @@ from dpt.training.export import CHECKPOINTS, WEIGHTS, export, exported_step, wei
 from dpt.training.failure import TrainingFailed, failure_report
 from dpt.training.fragments import parameter_shapes
 from dpt.training.optimizer import learning_rate
-from dpt.training.records import Recorder, measure_peak_flops
+from dpt.training.records import Recorder, data_sheet_flops, measure_peak_flops
 from dpt.training.resume import Found, SkippedSamples, find_checkpoint, position_of, remarks, rewind_target
 from dpt.training.sampling import draw_classes
 from dpt.training.saving import Saver
@@ -309,7 +309,8 @@ class Trainer:
             every=self.training.log_every,
             global_batch_size=self.engine.global_batch_size,
             macs={"forward": self.macs.forward, "training": self.macs.training},
-            peak_flops=measure_peak_flops(self.engine.device, self.engine.dtype),
+            matrix_flops=measure_peak_flops(self.engine.device, self.engine.dtype),
+            data_sheet_flops=data_sheet_flops(self.engine.device, self.recipe.precision),
             dense=self.config.model.num_experts == 0,
         )
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dpt import distributed
+from dpt.config.devices import data_sheet_peak
 from dpt.models.products import product_dtype
 from dpt.tracking import Run
 from dpt.training.engine import StepResult
@@ -19,7 +20,7 @@ from dpt.training.step import Losses
 
 
 def measure_peak_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.2) -> float:
-    """FLOP/s of this device's best large matrix product of numbers in `dtype`: what model FLOP/s are a share of (MFU).
+    """FLOP/s of this device's best large matrix product of numbers in `dtype`: what `perf/matrix_peak_share` is a share of.
 
     Measured, not taken from a data sheet; on a CPU by its threads' processor time, which other programs change less, and by all
     ranks at the same time, so each gets its part of the machine.
@@ -40,6 +41,13 @@ def measure_peak_flops(device: torch.device, dtype: torch.dtype, seconds: float 
             torch.cuda.synchronize()
         best = min(best, (clock() - begin) / threads)
     return 2 * size**3 / best
+
+
+def data_sheet_flops(device: torch.device, precision: str) -> float | None:
+    """FLOP/s by the data sheet of a GPU that is known, what MFU is a share of; None on CPUs and in fp32."""
+    if device.type != "cuda" or precision == "fp32":
+        return None
+    return data_sheet_peak(torch.cuda.get_device_name(device), precision)
 
 
 class StepSums:
@@ -95,12 +103,17 @@ class Recorder:
         every: int,
         global_batch_size: int,
         macs: Mapping[str, int],
-        peak_flops: float,
+        matrix_flops: float,
+        data_sheet_flops: float | None = None,
         dense: bool,
     ) -> None:
-        """`macs`: "forward" and "training" multiply-accumulates of one sample. `step`: steps already done."""
+        """`macs`: "forward" and "training" multiply-accumulates of one sample. `step`: steps already done.
+
+        `matrix_flops`: what one device reaches in matrix products; `data_sheet_flops`: what its data sheet says, if known.
+        """
         self.run, self.steps, self.every, self.dense = run, steps, every, dense
-        self.global_batch_size, self.macs, self.peak_flops = global_batch_size, macs, peak_flops
+        self.global_batch_size, self.macs = global_batch_size, macs
+        self.matrix_flops, self.data_sheet_flops = matrix_flops, data_sheet_flops
         self.path = output_dir / "records.jsonl"
         if distributed.is_main():
             output_dir.mkdir(parents=True, exist_ok=True)
@@ -140,13 +153,15 @@ class Recorder:
             "train/samples_seen": float(samples_seen),
             "train/skipped_samples": float(skipped_samples),
             "perf/samples_per_second": rate,
-            "perf/mfu": flops / (self.peak_flops * distributed.world_size()),
+            "perf/matrix_peak_share": flops / (self.matrix_flops * distributed.world_size()),
             "perf/data_wait": means["wait"],
             "perf/memory_gib": _peak_memory() / 2**30,
             "compute/forward_macs": float(self.macs["forward"]),
             "compute/train_macs": float(self.macs["training"]) * samples_seen,
             **self.sums.experts(),
         }
+        if self.data_sheet_flops:
+            metrics["perf/mfu"] = flops / (self.data_sheet_flops * distributed.world_size())
         if self.dense:
             for name in ("train/load_balancing_loss", "train/router_z_loss", "train/dropped_share"):
                 del metrics[name]
@@ -174,7 +189,7 @@ def _line(step: int, steps: int, m: Mapping[str, float], seconds_left: float) ->
         f"grad norm {m['train/grad_norm']:.3g}",
         f"lr {m['train/learning_rate']:.2e}",
         f"{m['perf/samples_per_second']:.1f} samples/s",
-        f"MFU {m['perf/mfu']:.0%}",
+        f"MFU {m['perf/mfu']:.0%}" if "perf/mfu" in m else f"{m['perf/matrix_peak_share']:.0%} of matrix peak",
         f"data wait {m['perf/data_wait']:.0%}",
         f"{m['perf/memory_gib']:.2f} GiB",
     ]

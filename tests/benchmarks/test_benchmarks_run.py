@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks.__main__ import NAMES
+from benchmarks.gpu import parity
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMED = {"case", "what", "median_s", "low_s", "high_s", "rounds"}
@@ -124,3 +126,32 @@ def test_make_bench_runs_every_benchmark():
         assert callable(importlib.import_module(f"benchmarks.{name}").main)
     others = {p.stem for p in (ROOT / "benchmarks").glob("[a-z]*.py")} - set(NAMES)
     assert others == {"harness", "memory", "textbook"}
+
+
+def test_the_acceptance_of_a_gpu_runs_in_its_toy_form(tmp_path):
+    """Each part in a process of its own, as on a GPU; parity holds here too."""
+    command = [sys.executable, "-m", "benchmarks.gpu", "--toy", "--parts", "moe", "loading"]
+    command += ["--json", str(tmp_path / "gpu.json"), "--markdown", str(tmp_path / "gpu.md")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    rows = json.loads((tmp_path / "gpu.json").read_text())["results"]
+    assert {"images_per_s", "plan_gib", "dispatch_share"} <= next(row for row in rows if "8E2A" in row["case"]).keys()
+    assert "| case | what |" in (tmp_path / "gpu.md").read_text()
+
+
+def test_parity_of_the_acceptance_holds_and_can_fail(monkeypatch):
+    limit = 4 * 2.0**-8
+    assert parity._experts() <= limit
+    assert parity._attention() <= limit
+    real = parity.grouped_mlp.grouped_mlp
+    monkeypatch.setattr(parity.grouped_mlp, "grouped_mlp", lambda *arguments: 1.02 * real(*arguments))
+    assert parity._experts() > limit
+
+
+def test_without_a_gpu_the_acceptance_offers_the_toy_form():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    done = subprocess.run([sys.executable, "-m", "benchmarks.gpu"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "--toy" in done.stderr

@@ -117,6 +117,7 @@ def test_help_lists_every_field(capsys: pytest.CaptureFixture[str]) -> None:
         ({"train_batch_size": 4, "training.ep_size": 2}, 2, "dense"),
         ({"train_batch_size": 6, "training.ep_size": 2, "model.preset": "S/2-8E2A"}, 3, "ranks"),
         ({"train_batch_size": 3, "training.ep_size": 3, "model.preset": "S/2-8E2A"}, 3, "num_experts"),
+        ({"train_batch_size": 3, "bf16.enabled": True, "model.hidden_size": 36, "model.num_experts": 4}, 3, "multiples of 8"),
         ({"train_batch_size": 4, "use_data_before_expert_parallelism": True}, 2, "neighbours.* remove it"),
         ({"train_batch_size": 4, "task": "depth"}, 1, "num_conditions"),
         ({"train_batch_size": 4, "bf16.enabled": True, "fp16.enabled": True}, 1, "bf16"),

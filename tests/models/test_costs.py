@@ -12,7 +12,7 @@ from dpt.config.presets import PRESETS, preset_values
 from dpt.config.sections import ModelConfig
 from dpt.data.codec import load_vae
 from dpt.errors import UserError
-from dpt.models import activations, build_model, products
+from dpt.models import activations, build_model, costs, products
 from dpt.models.costs import macs, memory, num_params, num_tokens, picture_bytes, preset_table
 from dpt.training import preflight
 from tests.gloo import run_ranks
@@ -306,7 +306,9 @@ def test_bytes_of_states():
     held = n.total - n.routed + n.routed // 4
     share = n.total // 4
     assert (four.weights, four.gradients, four.moments, four.ema) == (2 * held, 4 * share, 8 * share, 4 * share)
-    assert four.buckets == 2 * held
+    assert four.buckets == 2 * 4 * min(held, costs.REDUCE_BUCKET_SIZE)  # one is filled while the other is reduced, in fp32
+    one_rank = memory(config, zero_stage=2, precision="bf16")  # as ZeRO 1: nothing to reduce
+    assert one_rank.gradients == (4 + 2) * n.total
     assert memory(config, ranks=4, zero_stage=3).weights == 2 * share
     assert four.total == sum(v for k, v in vars(four).items())
     with pytest.raises(UserError, match="must divide"):

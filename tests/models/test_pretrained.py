@@ -294,3 +294,15 @@ def test_networks_that_diffusers_cannot_hold_are_refused_both_ways(tmp_path):
     theirs.save_pretrained(tmp_path / "uneven")
     with pytest.raises(UserError, match=r"transformer_blocks\.2.*differs"):
         read_weights(tmp_path / "uneven")
+
+
+def test_exports_that_name_an_attention_kernel_are_read_everywhere(tmp_path):
+    """Older exports stored the kernel that trained them, FlashAttention perhaps, which this machine need not have."""
+    path = export_weights(random_model(), tmp_path / "export")
+    config = json.loads((path / "config.json").read_text())
+    assert "attention_backend" not in config["model"]
+    config["model"]["attention_backend"] = "flash2"
+    (path / "config.json").write_text(json.dumps(config))
+    model = read_weights(path).build()
+    x, timesteps, labels = torch.randn(1, 4, 8, 8), torch.tensor([3]), torch.tensor([1])
+    assert model(x, timesteps, labels).prediction.isfinite().all()

@@ -25,11 +25,14 @@ _STEP = ["overflow", "_global_grad_norm"]
 ASSUMED = {  # class -> attributes
     "DeepSpeedEngine": ["enable_backward_allreduce", "micro_steps"],
     "FP16_UnfusedOptimizer": ["fp16_groups", "fp32_groups", *_STEP],
-    "DeepSpeedZeroOptimizer": ["bit16_groups", "single_partition_of_fp32_groups", "update_lp_params", "loss_scaler", *_STEP],
+    "DeepSpeedZeroOptimizer": [
+        "bit16_groups", "single_partition_of_fp32_groups", "update_lp_params", "loss_scaler", "reduce_gradients", *_STEP,
+    ],
     "BF16_Optimizer": ["bf16_groups", "fp32_groups_flat_partition", "update_lp_params", *_STEP],
     "DeepSpeedZeroOptimizer_Stage3": [
         "grad_position", "get_param_id", "_get_param_partition_rank", "fp32_partitioned_groups_flat",
-        "fp16_partitioned_groups_flat", "_unflatten_partitioned_parameters", "persistent_parameters", "loss_scaler", *_STEP,
+        "fp16_partitioned_groups_flat", "_unflatten_partitioned_parameters", "persistent_parameters", "loss_scaler",
+        "overlapping_partition_gradients_reduce_epilogue", *_STEP,
     ],
     "DynamicLossScaler": ["dynamic", "cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis"],
     "parameter of ZeRO 1 and 2": ["_hp_mapping"],

@@ -271,7 +271,7 @@ def test_records_and_pictures_reach_console_file_and_mlflow(tmp_path: Path) -> N
         assert [(m.step, m.value) for m in history] == [(record["step"], record[f"train/{name}"]) for record in lines]
     assert {
         "perf/samples_per_second",
-        "perf/mfu",
+        "perf/matrix_peak_share",
         "perf/data_wait",
         "perf/memory_gib",
         "experts/min_load",

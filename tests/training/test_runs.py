@@ -126,7 +126,7 @@ def test_records_add_up(runs: Runs) -> None:
     assert last["train/samples_seen"] == 160
     assert last["compute/train_macs"] == pytest.approx(160 * 3 * last["compute/forward_macs"], rel=0.02)
     flops = 2 * last["compute/train_macs"] / 160 * last["perf/samples_per_second"]
-    assert last["perf/mfu"] == pytest.approx(flops / (2 * 1e12), rel=1e-6)
+    assert last["perf/matrix_peak_share"] == pytest.approx(flops / (2 * 1e12), rel=1e-6)
     assert 0 <= last["experts/min_load"] <= 1 <= last["experts/max_load"] <= 4 / 2
     assert 0 <= last["perf/data_wait"] <= 1
     assert last["perf/memory_gib"] > 0.1
