@@ -181,15 +181,16 @@ class BatchReader:
     def batches(self, first: int) -> Generator[Batch]:
         """Batches from number `first` on, without end."""
         plans: deque[Plan] = deque()
-        planned, size = first, len(self.positions(first))
+        planned, begun, size = first, first, len(self.positions(first))
         chunk, fetched = max(1, _PLANNED_SAMPLES // size), self._fetched_samples() // size
         try:
             for number in itertools.count(first):
                 while planned <= number + max(self.ahead, fetched):
                     plans.extend(self._plan(np.stack([self.positions(planned + i) for i in range(chunk)])))
                     planned += chunk
-                for plan in itertools.islice(plans, self.ahead + 1):
+                for plan in itertools.islice(plans, begun - number, self.ahead + 1):
                     self._begin(plan)
+                begun = number + self.ahead + 1
                 yield self._fill(plans.popleft())
         finally:
             self.patience.stop.set()
@@ -259,9 +260,11 @@ class BatchReader:
             for name, array in arrays.items():
                 _put(array, part.slots, rows.arrays.get(name), chosen)
             for slot, row in zip(part.slots, chosen, strict=True):
-                sound = rows.sound[row]
-                place = (part.set_number, part.shard_number, part.block.first + row)
-                keys[slot] = rows.keys[row] if sound else self._read_or_replace(place, slot, arrays)
+                if rows.sound[row]:
+                    keys[slot] = rows.keys[row]
+                else:
+                    place = (part.set_number, part.shard_number, part.block.first + row)
+                    keys[slot] = self._read_or_replace(place, slot, arrays)
         index, source = torch.from_numpy(plan.positions.copy()), torch.from_numpy(plan.sets.copy())
         return {**tensors, "sample_index": index, "source": source, "key": keys}
 
