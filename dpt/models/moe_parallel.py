@@ -51,7 +51,7 @@ class _Exchange:
 class _Send(torch.autograd.Function):
     """Begins an exchange of rows [N, D] -> [M, D], not there before `_Experts` has waited for them.
 
-    Its backward waits for the gradients that `_Experts` sent back; the gradient that it is handed is only a placeholder.
+    Its backward waits for the gradients that `_Experts` sent back; the gradient that it is handed says nothing.
     """
 
     @staticmethod
