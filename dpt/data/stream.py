@@ -33,7 +33,8 @@ class LatentStream:
     sources: shard folders, brace patterns or URLs (`sources.resolve`); weights: share of each, empty for its number of samples.
     global_batch_size: samples of a step over all ranks; micro_batch_size: of one batch (default: all of this rank's).
     start_sample: `samples_seen` of the run to be continued, plus what its rewinds left out.
-    num_workers: threads that read, and as many that open or fetch shards (at least one of each). members: what to read (default: all but evaluation's). pin_memory: page-locked tensors.
+    num_workers: threads that read, and as many that open or fetch shards (at least one of each).
+    members: what to read (default: all but evaluation's). pin_memory: page-locked tensors.
     prefetch: batches filled ahead, and as many more whose blocks are read ahead.
     max_bad_samples: unreadable samples of this rank that are replaced by a neighbour, with a warning, before a UserError.
     cache_dir: folder that keeps shards fetched from URLs; empty: fetched anew when needed again.
