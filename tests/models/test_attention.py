@@ -108,16 +108,16 @@ slow = [pytest.mark.slow, pytest.mark.skipif(not shutil.which("g++"), reason="no
 )
 def test_compiled_blocks_compute_the_same(variant, backend):
     """Forward and backward graphs, each block's; dense blocks compile without a graph break (`fullgraph`)."""
-    compare_compiled(VARIANTS[variant], backend, torch.float32)
+    check_compiled(VARIANTS[variant], backend, torch.float32)
 
 
 @pytest.mark.parametrize("fields", [{"shared_expert_width": 32}, {"expert_activation": "gelu"}], ids=["swiglu", "gelu"])
 def test_blocks_with_grouped_experts_compile_into_one_graph(fields, grouped_products):
     """As on GPUs: routing, dispatch and experts are traced with the rest of the block."""
-    compare_compiled({"num_experts": 4, **fields}, "aot_eager", torch.bfloat16, fullgraph=True)
+    check_compiled({"num_experts": 4, **fields}, "aot_eager", torch.bfloat16, fullgraph=True)
 
 
-def compare_compiled(fields, backend, dtype, **options):
+def check_compiled(fields, backend, dtype, **options):
     results = []
     for compiled in (False, True):
         torch._dynamo.reset()
