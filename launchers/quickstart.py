@@ -27,6 +27,7 @@ from dpt.tracking.read import load_runs
 
 ROOT = Path(__file__).resolve().parents[1]
 EXPERIMENT = "quickstart"
+DEFAULT_OUT = "runs/quickstart"
 STEPS, ENSEMBLE = 10, 5
 SPLITS = "train=0.95,val=0.05"
 MODELS = {  # label of the table's row -> folder of exported weights
@@ -95,8 +96,13 @@ def road(out: Path, scenes: int, uri: str) -> list[Step]:
             )
         )
 
+    def elsewhere(field: str, name: str) -> list[str]:
+        """The shards, where they are not those of the recipes."""
+        return [] if out == Path(DEFAULT_OUT) else [field, f"{shards}/{name}"]
+
     def trained(name: str, title: str, command: list[str]) -> None:
         fields = ["--output_dir", f"{out}/{name}", "--tracking.run_name", name, *tracking]
+        fields += elsewhere("--data.shards", "class_train" if name == "pretrain" else "depth_train")
         folder = out / name
         steps.append(Step(title=title, command=[*command, *fields], result=folder / "weights" / "config.json", folder=folder))
 
@@ -110,6 +116,7 @@ def road(out: Path, scenes: int, uri: str) -> list[Step]:
     trained("upcycled", "upcycle to experts and train on", launch("upcycle", "quickstart_upcycle", *weights("depth")))
     for label, name in MODELS.items():
         fields = ["--steps", str(STEPS), "--ensemble", f"1,{ENSEMBLE}", "--output_dir", f"{out}/evaluate/{name}"]
+        fields += elsewhere("--evaluation.data", "depth_val")
         naming = ["--tracking.run_name", f"evaluate {name}", "--tracking.tags", json.dumps({"dpt.label": label})]
         steps.append(
             Step(
@@ -200,7 +207,7 @@ def _remove(folder: Path, out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="quickstart", description=__doc__)
-    parser.add_argument("--out", default="runs/quickstart", help="folder of everything that is made (default: %(default)s)")
+    parser.add_argument("--out", default=DEFAULT_OUT, help="folder of everything that is made (default: %(default)s)")
     parser.add_argument("--scenes", type=int, default=1200, help="synthetic scenes (default: %(default)s)")
     arguments = parser.parse_args()
     out = Path(arguments.out)
