@@ -147,3 +147,14 @@ def test_fine_tuning_is_that_of_the_paper(name: str) -> None:
     assert config.training.weights
     if name.startswith("upcycle"):
         assert (config.upcycling.num_experts, config.upcycling.top_k, config.upcycling.normalize_top_k) == (8, 2, True)
+
+
+@pytest.mark.parametrize(
+    "name", ["finetune_depth", "finetune_flow", "finetune_amodal", "finetune_generalist", "upcycle_generalist"]
+)
+def test_final_models_follow_the_released_configuration(name: str) -> None:
+    """Where the paper is silent: cosine betas in training and at test, annealed multi-resolution noise, flow merged by mean."""
+    config = _load(name).dpt
+    assert config.diffusion.beta_schedule == config.evaluation.schedule == "squaredcos_cap_v2"
+    assert (config.diffusion.multires_noise_strength, config.diffusion.multires_noise_annealed) == (0.9, True)
+    assert config.evaluation.aggregation == ("mean" if config.task == "flow" else "compile")
