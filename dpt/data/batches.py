@@ -5,6 +5,10 @@ One thread plans and fills batches. Others open (or fetch) the shards that it wi
 
 import itertools
 import logging
+import queue
+import resource
+import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from concurrent.futures import Future
@@ -20,9 +24,8 @@ import torch
 from dpt.data.fetch import Patience, Stopped, is_url
 from dpt.data.manifest import Manifest, MemberSpec
 from dpt.data.order import MixtureOrder, SetSize
-from dpt.data.reader import MEMBER_ORDER, Rows, SampleError, ShardReader
+from dpt.data.reader import MEMBER_ORDER, Rows, SampleError, ShardReader, row_bytes
 from dpt.data.sources import ShardSet, open_shard
-from dpt.data.threads import Workers
 from dpt.errors import UserError
 
 log = logging.getLogger("dpt.data")
@@ -35,6 +38,8 @@ Place = tuple[int, int, int]
 _EVALUATION_MEMBERS = ("image", "truth", "code_mask")
 _BLOCK_BYTES = 1 << 20
 _LARGEST_BLOCK = 64
+_CLOSING_S = 10.0
+_OPEN_FILES = 16384
 _PLANNED_SAMPLES = 1024
 """Samples located at a time."""
 _FETCHED_SAMPLES = 16384
@@ -78,6 +83,42 @@ class ShardError(SampleError):
     """A shard that cannot be opened at all."""
 
 
+class Workers:
+    """`count` threads that work off calls in order, or if it is 0 the caller's, at once. They do not keep the process alive
+    (as those of concurrent.futures do), so that a read that hangs cannot."""
+
+    def __init__(self, count: int, name: str) -> None:
+        self._calls: queue.SimpleQueue[tuple[Future, Callable, tuple] | None] = queue.SimpleQueue()
+        self._threads = [threading.Thread(target=self._run, name=f"{name} {i}", daemon=True) for i in range(count)]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, action: Callable[..., T], *arguments: Any) -> Future[T]:
+        """What `action(*arguments)` will return or raise."""
+        future: Future[T] = Future()
+        self._calls.put((future, action, arguments))
+        if not self._threads:
+            self._calls.put(None)
+            self._run()
+        return future
+
+    def _run(self) -> None:
+        while (call := self._calls.get()) is not None:
+            future, action, arguments = call
+            try:
+                future.set_result(action(*arguments))
+            except BaseException as error:  # raised again where the result is asked for
+                future.set_exception(error)
+            del call, future, action, arguments  # else they live until the next call
+
+    def close(self) -> None:
+        """End the threads once the calls so far are done, and wait for them."""
+        for _ in self._threads:
+            self._calls.put(None)
+        for thread in self._threads:
+            thread.join(timeout=_CLOSING_S)
+
+
 class Shard:
     """A shard that one thread opens (or fetches) and others read. It is closed once nothing refers to it."""
 
@@ -103,44 +144,44 @@ class Shard:
             raise ShardError(f"the shard cannot be read ({getattr(error, 'strerror', None) or error})") from error
 
 
-@dataclass(kw_only=True, eq=False)
 class Block:
-    """`count` neighbouring rows of a shard, from number `first` on."""
+    """Neighbouring rows of a shard, from number `first` on, and where they are: in `rows`, from row `at` on."""
 
-    shard: Shard
-    first: int
-    count: int
-    reading: Future[Rows] | None = None
-    """Once it is asked for."""
-    rows: Rows | None = None
-    """Once it was waited for."""
+    def __init__(self, shard: Shard, first: int, rows: Rows) -> None:
+        self.shard, self.first, self._rows = shard, first, rows
+        self._count = min(rows.block, shard.num_samples - first)
+        self._reading: Future[None] | None = None
+        self.at = -1
 
-    def wait(self) -> Rows:
-        """The rows."""
-        if self.rows is None:
-            assert self.reading is not None
-            with _naming(f"samples {self.first} to {self.first + self.count - 1} of {self.shard.url}"):
-                self.rows = self.reading.result()
-        return self.rows
+    def begin(self, readers: Workers) -> None:
+        """Have it read, once. What cannot be read is not sound: each sample is tried alone when its turn comes, and named."""
+        if self.at < 0:
+            self.at = self._rows.take()
+            weakref.finalize(self, self._rows.give_back, self.at).atexit = False
+            self._reading = readers.submit(self._read)
 
+    def _read(self) -> None:
+        try:
+            self.shard.read(lambda reader: reader.rows(self.first, self._count, self._rows, self.at))
+        except (OSError, SampleError):
+            self._rows.sound[self.at : self.at + self._count] = False
 
-class Part(NamedTuple):
-    """What a batch takes from one block: rows of the shard number `rows`, for its `slots`."""
-
-    lane: int
-    set_number: int
-    shard_number: int
-    block: Block
-    slots: list[int]
-    rows: np.ndarray
+    def wait(self) -> None:
+        """Until it is read."""
+        if self._reading is not None:
+            with _naming(f"samples {self.first} to {self.first + self._count - 1} of {self.shard.url}"):
+                self._reading.result()
+            self._reading = None
 
 
 class Plan(NamedTuple):
-    """A batch to be filled: global positions and set numbers of its samples, int64 `[B]`, and where they come from."""
+    """A batch to be filled: what stands at its `positions`, int64 `[B]`, and the blocks to take it from."""
 
     positions: np.ndarray
     sets: np.ndarray
-    parts: list[Part]
+    shards: np.ndarray
+    rows: np.ndarray
+    blocks: list[Block]
 
 
 @dataclass(kw_only=True, eq=False)
@@ -166,10 +207,9 @@ class BatchReader:
     cache_dir: str
 
     def __post_init__(self) -> None:
-        self._members = [
-            {name: found.manifest.members[name] for name in self.specs if name in found.manifest.members} for found in self.sets
-        ]
-        self._block_sizes = np.array([set_size(found.manifest).block for found in self.sets])
+        self._blocks_read = np.array([set_size(found.manifest).block for found in self.sets])
+        slots = (self.ahead + 1) * len(self.positions(0)) + self.order.lanes
+        self._rows = [_memory(found.manifest, self.specs, slots) for found in self.sets]
         self._openers, self._readers = Workers(max(1, self.threads), "data open"), Workers(self.threads, "data read")
         self._shards: WeakValueDictionary[tuple[int, int], Shard] = WeakValueDictionary()
         self._blocks: WeakValueDictionary[Place, Block] = WeakValueDictionary()
@@ -177,6 +217,7 @@ class BatchReader:
         self._lanes: dict[int, Block] = {}
         self._substitutes: dict[int, Shard] = {}
         """The shard that a set's last sample in place of an unreadable one is from."""
+        self._open_shards = _descriptors()
 
     def batches(self, first: int) -> Generator[Batch]:
         """Batches from number `first` on, without end."""
@@ -185,11 +226,14 @@ class BatchReader:
         chunk, fetched = max(1, _PLANNED_SAMPLES // size), self._fetched_samples() // size
         try:
             for number in itertools.count(first):
-                while planned <= number + max(self.ahead, fetched):
-                    plans.extend(self._plan(np.stack([self.positions(planned + i) for i in range(chunk)])))
+                while planned <= number + self.ahead or (
+                    planned <= number + fetched and len(self._shards) < self._open_shards // 2
+                ):
+                    plans += self._plan(np.stack([self.positions(planned + i) for i in range(chunk)]))
                     planned += chunk
                 for plan in itertools.islice(plans, begun - number, self.ahead + 1):
-                    self._begin(plan)
+                    for block in plan.blocks:
+                        block.begin(self._readers)
                 begun = number + self.ahead + 1
                 yield self._fill(plans.popleft())
         finally:
@@ -206,75 +250,62 @@ class BatchReader:
         ]
         return int(min(_FETCHED_SAMPLES, *lengths)) if lengths else 0
 
-    def _plan(self, positions: np.ndarray) -> list[Plan]:
+    def _plan(self, positions: np.ndarray) -> Iterator[Plan]:
         """Some batches, `positions` `[N, B]`. Their shards are being opened from now on."""
         sets, shards, rows = (found.reshape(positions.shape) for found in self.order.locate(positions.reshape(-1)))
-        lanes = sets * self.order.lanes + positions % self.order.lanes
-        firsts = rows - rows % self._block_sizes[sets]
-        numbers = (lanes * (shards.max() + 1) + shards) * (firsts.max() + 1) + firsts
-        plans = []
-        for batch, keys in enumerate(numbers):
-            order = np.argsort(keys, kind="stable")
-            starts = np.flatnonzero(np.diff(keys[order], prepend=-1))
-            one = order[starts]
-            found = [array[batch][one].tolist() for array in (lanes, sets, shards, firsts)]
-            slots = np.split(order, starts[1:])
-            parts = [
-                Part(lane, number, shard, self._block((number, shard, first)), own.tolist(), rows[batch][own])
-                for lane, number, shard, first, own in zip(*found, slots, strict=True)
-            ]
-            plans.append(Plan(positions[batch], sets[batch], parts))
-        return plans
+        firsts = rows - rows % self._blocks_read[sets]
+        places = [list(zip(*found, strict=True)) for found in zip(sets.tolist(), shards.tolist(), firsts.tolist(), strict=True)]
+        for number, of_batch in enumerate(places):
+            blocks = {place: self._block(place) for place in dict.fromkeys(of_batch)}
+            parts = (array[number] for array in (positions, sets, shards, rows))
+            yield Plan(*parts, [blocks[place] for place in of_batch])
 
     def _block(self, place: Place) -> Block:
-        number, shard_number, first = place
+        number, shard, first = place
         if (block := self._blocks.get(place)) is None:
-            shard = self._shard(number, shard_number)
-            count = min(int(self._block_sizes[number]), shard.num_samples - first)
-            block = self._blocks[place] = Block(shard=shard, first=first, count=count)
+            block = self._blocks[place] = Block(self._shard(number, shard), first, self._rows[number])
         return block
 
     def _shard(self, number: int, shard_number: int) -> Shard:
         if (shard := self._shards.get((number, shard_number))) is None:
+            if len(self._shards) >= self._open_shards:
+                raise UserError(
+                    f"more than {self._open_shards} shards must be open at once, for which this process may not open files "
+                    "enough; raise the limit (ulimit -n), or encode into larger shards."
+                )
             shard = Shard(self.sets[number], shard_number, self._openers, self.patience, self.cache_dir)
             self._shards[number, shard_number] = shard
         return shard
 
-    def _begin(self, plan: Plan) -> None:
-        """Have the batch's blocks read."""
-        for part in plan.parts:
-            if part.block.reading is None:
-                part.block.reading = self._readers.submit(_read_rows, part.block, list(self._members[part.set_number]))
-
     def _fill(self, plan: Plan) -> Batch:
-        count = len(plan.positions)
-        tensors = {
-            name: torch.empty((count, *spec.shape), dtype=getattr(torch, spec.dtype), pin_memory=self.pin_memory)
+        batch = {
+            name: torch.empty((len(plan.blocks), *spec.shape), dtype=getattr(torch, spec.dtype), pin_memory=self.pin_memory)
             for name, spec in self.specs.items()
         }
-        arrays, keys = {name: tensor.numpy() for name, tensor in tensors.items()}, [""] * count
-        for part in plan.parts:
-            self._lanes[part.lane] = part.block
-            rows = part.block.wait()
-            chosen = (part.rows - part.block.first).tolist()
-            for name, array in arrays.items():
-                _put(array, part.slots, rows.arrays.get(name), chosen)
-            for slot, row in zip(part.slots, chosen, strict=True):
-                if rows.sound[row]:
-                    keys[slot] = rows.keys[row]
-                else:
-                    place = (part.set_number, part.shard_number, part.block.first + row)
-                    keys[slot] = self._read_or_replace(place, slot, arrays)
+        for block in dict.fromkeys(plan.blocks):
+            block.wait()
+        lanes = plan.sets * self.order.lanes + plan.positions % self.order.lanes
+        self._lanes.update(zip(lanes.tolist(), plan.blocks, strict=True))
+        rows = plan.rows + np.array([block.at - block.first for block in plan.blocks])
+        keys = np.empty(len(rows), object)
+        for number in np.unique(plan.sets).tolist():
+            slots, own = np.flatnonzero(plan.sets == number), self._rows[number]
+            mine = rows[slots]
+            for name, tensor in batch.items():
+                _put(tensor.numpy(), slots, own.arrays.get(name), mine)
+            keys[slots] = own.keys(mine)
+            for slot in slots[~own.sound[mine]].tolist():
+                keys[slot] = self._read_or_replace((number, int(plan.shards[slot]), int(plan.rows[slot])), slot, batch)
         index, source = torch.from_numpy(plan.positions.copy()), torch.from_numpy(plan.sets.copy())
-        return {**tensors, "sample_index": index, "source": source, "key": keys}
+        return {**batch, "sample_index": index, "source": source, "key": keys.tolist()}
 
-    def _read_or_replace(self, place: Place, slot: int, arrays: dict[str, np.ndarray]) -> str:
+    def _read_or_replace(self, place: Place, slot: int, batch: Batch) -> str:
         """Read one sample, or if it is unreadable the next readable one of its set: later rows, then later shards."""
         number, shard, row = place
         source = self.sets[number]
         for _ in range(source.manifest.num_samples):
             try:
-                return self._read_alone((number, shard, row), slot, arrays)
+                return self._read_alone((number, shard, row), slot, batch)
             except SampleError as error:
                 reason = str(error)
                 self._note((number, shard, row), reason)
@@ -283,21 +314,21 @@ class BatchReader:
                     shard, row = (shard + 1) % len(source.urls), 0
         raise UserError(f"{source.name}: no sample can be read ({reason}); encode the set anew.")
 
-    def _read_alone(self, place: Place, slot: int, arrays: dict[str, np.ndarray]) -> str:
+    def _read_alone(self, place: Place, slot: int, batch: Batch) -> str:
         """Read one sample by parsing it. Returns its key."""
         number, shard_number, row = place
-        own = self._members[number]
+        own = self._rows[number].arrays
         shard = self._substitutes[number] = self._shard(number, shard_number)
         with _naming(f"sample {row} of {shard.url}"):
             try:
                 sample = shard.read(lambda reader: reader.sample(row, list(own)))
             except OSError as error:
                 raise SampleError(error.strerror or str(error)) from error
-        for name, spec in own.items():
-            if MemberSpec(dtype=sample[name].dtype.name, shape=sample[name].shape) != spec:
+        for name, array in own.items():
+            if (sample[name].dtype, sample[name].shape) != (array.dtype, array.shape[1:]):
                 raise SampleError(f"its {name} is {sample[name].dtype} {list(sample[name].shape)}, not as in the manifest")
-        for name, array in arrays.items():
-            _put(array, [slot], sample[name][None] if name in own else None, [0])
+        for name, tensor in batch.items():
+            _put(tensor.numpy(), np.array([slot]), sample[name][None] if name in own else None, np.array([0]))
         return str(sample["key"])
 
     def _note(self, place: Place, reason: str) -> None:
@@ -312,23 +343,33 @@ class BatchReader:
             )
 
 
-def _read_rows(block: Block, members: list[str]) -> Rows:
-    try:
-        return block.shard.read(lambda reader: reader.rows(block.first, block.count, members))
-    except (OSError, SampleError):  # each sample is tried alone when its turn comes, and named
-        return Rows(arrays={}, keys=[""] * block.count, sound=[False] * block.count)
+def _memory(manifest: Manifest, specs: Collection[str], slots: int) -> Rows:
+    """Room for `slots` blocks of a set."""
+    stride = max(row_bytes(record, manifest.members) for record in manifest.shards)
+    wanted = [name for name in specs if name in manifest.members]
+    return Rows(manifest.members, wanted, stride, set_size(manifest).block, slots)
 
 
-def _put(array: np.ndarray, slots: Sequence[int], values: Any, chosen: Sequence[int]) -> None:
+def _descriptors() -> int:
+    """How many shards may be open at once: most of the files that this process may open, once its limit is raised."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limit = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < limit:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+    return limit * 3 // 4
+
+
+def _put(array: np.ndarray, slots: np.ndarray, values: np.ndarray | None, chosen: np.ndarray) -> None:
     """Put the `chosen` ones of a member's `values` into `slots` of a batch, filled up with zeros; all zeros if it has none."""
     if values is None:
         array[slots] = 0
-    elif values[0].shape == array.shape[1:]:
-        for slot, index in zip(slots, chosen, strict=True):  # faster than indexing with lists, which copies twice
-            array[slot] = values[index]
-    else:
+    elif values.shape[1:] != array.shape[1:]:
         array[slots] = 0
-        array[slots, : len(values[0])] = values[chosen]
+        array[slots, : values.shape[1]] = values[chosen]
+    elif len(slots) == len(array):
+        np.take(values, chosen, axis=0, out=array, mode="clip")  # "raise" would copy twice
+    else:
+        array[slots] = values[chosen]
 
 
 @contextmanager
