@@ -138,10 +138,10 @@ class Shard:
     def _reader(self, anew: bool = False) -> ShardReader:
         if anew:
             self._opened = self._open()
-        try:
-            return self._opened.result()
-        except (OSError, SampleError) as error:
-            raise ShardError(f"the shard cannot be read ({getattr(error, 'strerror', None) or error})") from error
+        error = self._opened.exception()  # not raised: its traceback would keep blocks alive
+        if isinstance(error, OSError | SampleError):
+            raise ShardError(f"the shard cannot be read ({getattr(error, 'strerror', None) or error})")
+        return self._opened.result()
 
 
 class Block:
@@ -257,8 +257,7 @@ class BatchReader:
         places = [list(zip(*found, strict=True)) for found in zip(sets.tolist(), shards.tolist(), firsts.tolist(), strict=True)]
         for number, of_batch in enumerate(places):
             blocks = {place: self._block(place) for place in dict.fromkeys(of_batch)}
-            parts = (array[number] for array in (positions, sets, shards, rows))
-            yield Plan(*parts, [blocks[place] for place in of_batch])
+            yield Plan(positions[number], sets[number], shards[number], rows[number], [blocks[place] for place in of_batch])
 
     def _block(self, place: Place) -> Block:
         number, shard, first = place

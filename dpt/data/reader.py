@@ -146,10 +146,12 @@ class ShardReader:
         """Where the samples are, first byte and end, of a tar that is no array of rows."""
         whole = min(record.num_samples, size // (self._stride or sys.maxsize))  # less if it is truncated
         probes = sorted({(whole - 1) * i // _PROBES for i in range(_PROBES + 1)} if whole else ())
-        probe, sound = self._stride and Rows(members, members, self._stride, 1, 1), 0
-        for row in probes:
-            probe.read(self._descriptor, row * self._stride, self._stride, 0, 1)
-            sound += probe.sound[0]
+        sound = 0
+        if probes:
+            probe = Rows(members, members, self._stride, 1, len(probes))
+            for at, row in enumerate(probes):
+                probe.read(self._descriptor, row * self._stride, self._stride, at, 1)
+            sound = int(probe.sound.sum())
         if sound < max(1, len(probes) * (0.5 if size == record.bytes else 1.0)):
             self._stride, self._spans = 0, self._walk(name)
 
