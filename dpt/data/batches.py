@@ -40,6 +40,7 @@ _BLOCK_BYTES = 1 << 20
 _LARGEST_BLOCK = 64
 _CLOSING_S = 10.0
 _OPEN_FILES = 16384
+"""What the limit of open files is raised to, if it may be."""
 _PLANNED_SAMPLES = 1024
 """Samples located at a time."""
 _FETCHED_SAMPLES = 16384
@@ -217,7 +218,7 @@ class BatchReader:
         self._lanes: dict[int, Block] = {}
         self._substitutes: dict[int, Shard] = {}
         """The shard that a set's last sample in place of an unreadable one is from."""
-        self._open_shards = _descriptors()
+        self._most_open = _most_open_shards()
 
     def batches(self, first: int) -> Generator[Batch]:
         """Batches from number `first` on, without end."""
@@ -227,7 +228,7 @@ class BatchReader:
         try:
             for number in itertools.count(first):
                 while planned <= number + self.ahead or (
-                    planned <= number + fetched and len(self._shards) < self._open_shards // 2
+                    planned <= number + fetched and len(self._shards) < self._most_open // 2
                 ):
                     plans += self._plan(np.stack([self.positions(planned + i) for i in range(chunk)]))
                     planned += chunk
@@ -267,10 +268,10 @@ class BatchReader:
 
     def _shard(self, number: int, shard_number: int) -> Shard:
         if (shard := self._shards.get((number, shard_number))) is None:
-            if len(self._shards) >= self._open_shards:
+            if len(self._shards) >= self._most_open:
                 raise UserError(
-                    f"more than {self._open_shards} shards must be open at once, for which this process may not open files "
-                    "enough; raise the limit (ulimit -n), or encode into larger shards."
+                    f"{self.sets[number].name}: more than {self._most_open} shards must be open at once, which takes too many "
+                    "files for one process; raise the limit (ulimit -n) or encode into larger shards."
                 )
             shard = Shard(self.sets[number], shard_number, self._openers, self.patience, self.cache_dir)
             self._shards[number, shard_number] = shard
@@ -349,11 +350,13 @@ def _memory(manifest: Manifest, specs: Collection[str], slots: int) -> Rows:
     return Rows(manifest.members, wanted, stride, set_size(manifest).block, slots)
 
 
-def _descriptors() -> int:
-    """How many shards may be open at once: most of the files that this process may open, once its limit is raised."""
+def _most_open_shards() -> int:
+    """How many shards may be open at once: most of the files that this process may open, once its soft limit is raised."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     limit = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
-    if soft != resource.RLIM_INFINITY and soft < limit:
+    if soft == resource.RLIM_INFINITY or soft >= limit:
+        limit = _OPEN_FILES if soft == resource.RLIM_INFINITY else soft
+    else:
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
     return limit * 3 // 4
 

@@ -105,6 +105,20 @@ def test_a_rank_opens_its_own_share_of_every_set(make_shards, monkeypatch: pytes
     assert all(count <= 32 / 4 + 2 * 2 for share in shares for count in share)  # two lanes, which may begin amid a shard
 
 
+@pytest.mark.parametrize(("hard", "expected"), [(64, "more than 48 shards must be open at once"), (1024, "64 samples")])
+def test_open_files_are_bounded(make_shards, hard: int, expected: str) -> None:
+    """64 lanes of shards behind URLs: the soft limit is raised, and if that is not enough the run says what to do."""
+    code = (
+        "import resource, sys; from dpt.data.stream import LatentStream; from dpt.errors import UserError\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (64, int(sys.argv[2])))\n"
+        "try: print(len(next(iter(LatentStream(sys.argv[1:2], global_batch_size=64)))['key']), 'samples')\n"
+        "except UserError as error: print(error)"
+    )
+    source = f"pipe:cat {make_shards([2] * 80)}/{{000000..000079}}.tar"
+    done = subprocess.run([sys.executable, "-c", code, source, str(hard)], capture_output=True, text=True)
+    assert expected in done.stdout, done.stderr
+
+
 # --- behind URLs --------------------------------------------------------------------------------------------------------
 
 
