@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from dpt.data import batches, sources
-from dpt.data.fetch import Patience
+from dpt.data import batches, blocks, sources
 from dpt.data.order import permutation
 from dpt.data.shards import ShardFolder
+from dpt.data.sources import Patience
 from dpt.data.stream import LatentStream
 
 HASTY = Patience(retries=1, wait_s=0.01, stall_s=30.0)
@@ -85,13 +85,13 @@ def test_a_process_ends_in_the_middle_of_reading(make_shards) -> None:
 @pytest.mark.parametrize("weights", [[], [3, 1]])
 def test_a_rank_opens_its_own_share_of_every_set(make_shards, monkeypatch: pytest.MonkeyPatch, weights: list[float]) -> None:
     opened: set[tuple[str, int]] = set()
-    original = batches.open_shard
+    original = blocks.open_shard
 
     def open_shard(source, number, *arguments):
         opened.add((source.name, number))
         return original(source, number, *arguments)
 
-    monkeypatch.setattr(batches, "open_shard", open_shard)
+    monkeypatch.setattr(blocks, "open_shard", open_shard)
     names = [str(make_shards([8] * 32)), str(make_shards([8] * 32))]
     options = {"global_batch_size": 8, "weights": weights}
     whole: list[list[str]] = [batch["key"] for batch in islice(LatentStream(names, **options), 64)]
