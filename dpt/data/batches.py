@@ -106,8 +106,8 @@ class BatchReader:
 
     def __post_init__(self) -> None:
         self._blocks_read = np.array([set_size(found.manifest).block for found in self.sets])
-        slots = (self.ahead + 1) * len(self.positions(0)) + self.order.lanes
-        self._rows = [_memory(found.manifest, self.specs, slots) for found in self.sets]
+        needed = (self.ahead + 1) * len(self.positions(0)) + self.order.lanes  # at worst a block for each sample
+        self._rows = [_memory(found.manifest, self.specs, needed, self.threads) for found in self.sets]
         self._openers, self._readers = Workers(max(1, self.threads), "data open"), Workers(self.threads, "data read")
         self._shards: WeakValueDictionary[tuple[int, int], Shard] = WeakValueDictionary()
         self._blocks: WeakValueDictionary[Place, Block] = WeakValueDictionary()
@@ -240,11 +240,13 @@ class BatchReader:
             )
 
 
-def _memory(manifest: Manifest, specs: Collection[str], slots: int) -> Rows:
-    """Room for `slots` blocks of a set."""
+def _memory(manifest: Manifest, specs: Collection[str], needed: int, threads: int) -> Rows:
+    """Room for `needed` blocks of a set, or all that it has, and for those that threads let go of a moment later."""
+    size = set_size(manifest)
+    slots = min(needed, sum(-(-count // size.block) for count in size.counts)) + threads
     stride = max(row_bytes(record, manifest.members) for record in manifest.shards)
     wanted = [name for name in specs if name in manifest.members]
-    return Rows(manifest.members, wanted, stride, set_size(manifest).block, slots)
+    return Rows(manifest.members, wanted, stride, size.block, slots)
 
 
 def _most_open_shards() -> int:
