@@ -73,13 +73,16 @@ def choose_members(sets: Sequence[ShardSet], wanted: Collection[str] | None) -> 
 
 
 class Plan(NamedTuple):
-    """A batch to be filled: what stands at its `positions`, int64 `[B]`, and the blocks to take it from."""
+    """A batch to be filled: what stands at its `positions`, int64 `[B]`, the places of its blocks, and the shards to be open."""
 
     positions: np.ndarray
     sets: np.ndarray
     shards: np.ndarray
     rows: np.ndarray
+    places: list[Place]
+    opened: list[Shard]
     blocks: list[Block]
+    """`[B]`, once they are being read: a plan far ahead must not keep those of an earlier batch."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -111,7 +114,7 @@ class BatchReader:
         self._openers, self._readers = Workers(max(1, self.threads), "data open"), Workers(self.threads, "data read")
         self._shards: WeakValueDictionary[tuple[int, int], Shard] = WeakValueDictionary()
         self._blocks: WeakValueDictionary[Place, Block] = WeakValueDictionary()
-        """By the place of their first row. Those that a plan needs, or a lane is in, are alive."""
+        """By the place of their first row. Those that a batch read ahead needs, or a lane is in, are alive."""
         self._lanes: dict[int, Block] = {}
         self._substitutes: dict[int, Shard] = {}
         """The shard that a set's last sample in place of an unreadable one is from."""
@@ -130,8 +133,7 @@ class BatchReader:
                     plans += self._plan(np.stack([self.positions(planned + i) for i in range(chunk)]))
                     planned += chunk
                 for plan in itertools.islice(plans, begun - number, self.ahead + 1):
-                    for block in plan.blocks:
-                        block.begin(self._readers)
+                    self._begin(plan)
                 begun = number + self.ahead + 1
                 yield self._fill(plans.popleft())
         finally:
@@ -154,8 +156,15 @@ class BatchReader:
         firsts = rows - rows % self._blocks_read[sets]
         places = [list(zip(*found, strict=True)) for found in zip(sets.tolist(), shards.tolist(), firsts.tolist(), strict=True)]
         for number, of_batch in enumerate(places):
-            blocks = {place: self._block(place) for place in dict.fromkeys(of_batch)}
-            yield Plan(positions[number], sets[number], shards[number], rows[number], [blocks[place] for place in of_batch])
+            opened = [self._shard(*place) for place in dict.fromkeys(place[:2] for place in of_batch)]
+            yield Plan(positions[number], sets[number], shards[number], rows[number], of_batch, opened, [])
+
+    def _begin(self, plan: Plan) -> None:
+        """Have the batch's blocks read."""
+        blocks = {place: self._block(place) for place in dict.fromkeys(plan.places)}
+        plan.blocks.extend(blocks[place] for place in plan.places)
+        for block in blocks.values():
+            block.begin(self._readers)
 
     def _block(self, place: Place) -> Block:
         number, shard, first = place
