@@ -73,7 +73,7 @@ def choose_members(sets: Sequence[ShardSet], wanted: Collection[str] | None) -> 
 
 
 class Plan(NamedTuple):
-    """A batch to be filled: what stands at its `positions`, int64 `[B]`, the places of its blocks, and the shards to be open."""
+    """A batch to be filled: what stands at its `positions`, int64 `[B]`, the places of its blocks, and its shards."""
 
     positions: np.ndarray
     sets: np.ndarray
