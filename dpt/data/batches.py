@@ -5,29 +5,25 @@ One thread plans and fills batches. Others open (or fetch) the shards that it wi
 
 import itertools
 import logging
+import resource
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
-from concurrent.futures import Future
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
 
-from dpt.data.fetch import Patience, Stopped, is_url
+from dpt.data.blocks import Block, Shard, ShardError, Workers, naming
 from dpt.data.manifest import Manifest, MemberSpec
 from dpt.data.order import MixtureOrder, SetSize
-from dpt.data.reader import MEMBER_ORDER, Rows, SampleError, ShardReader
-from dpt.data.sources import ShardSet, open_shard
-from dpt.data.threads import Workers
+from dpt.data.reader import MEMBER_ORDER, Rows, SampleError, row_bytes
+from dpt.data.sources import Patience, ShardSet, is_url
 from dpt.errors import UserError
 
 log = logging.getLogger("dpt.data")
 
-T = TypeVar("T")
 Batch = dict[str, Any]
 Place = tuple[int, int, int]
 """A sample: number of its set, of its shard, of its row."""
@@ -35,6 +31,8 @@ Place = tuple[int, int, int]
 _EVALUATION_MEMBERS = ("image", "truth", "code_mask")
 _BLOCK_BYTES = 1 << 20
 _LARGEST_BLOCK = 64
+_OPEN_FILES = 16384
+"""What the limit of open files is raised to, if it may be."""
 _PLANNED_SAMPLES = 1024
 """Samples located at a time."""
 _FETCHED_SAMPLES = 16384
@@ -74,73 +72,17 @@ def choose_members(sets: Sequence[ShardSet], wanted: Collection[str] | None) -> 
     return specs
 
 
-class ShardError(SampleError):
-    """A shard that cannot be opened at all."""
-
-
-class Shard:
-    """A shard that one thread opens (or fetches) and others read. It is closed once nothing refers to it."""
-
-    def __init__(self, source: ShardSet, number: int, openers: Workers, patience: Patience, cache_dir: str) -> None:
-        self.url, self.num_samples = source.urls[number], source.manifest.shards[number].num_samples
-        self._patience = patience
-        self._open = partial(openers.submit, patience.retry, partial(open_shard, source, number, patience, cache_dir))
-        self._opened: Future[ShardReader] = self._open()
-
-    def read(self, action: Callable[[ShardReader], T]) -> T:
-        """`action(reader)`, after an OSError again on a newly opened file. ShardError if it cannot be opened."""
-        try:
-            return action(self._reader())
-        except OSError:
-            return self._patience.retry(lambda: action(self._reader(anew=True)))
-
-    def _reader(self, anew: bool = False) -> ShardReader:
-        if anew:
-            self._opened = self._open()
-        try:
-            return self._opened.result()
-        except (OSError, SampleError) as error:
-            raise ShardError(f"the shard cannot be read ({getattr(error, 'strerror', None) or error})") from error
-
-
-@dataclass(kw_only=True, eq=False)
-class Block:
-    """`count` neighbouring rows of a shard, from number `first` on."""
-
-    shard: Shard
-    first: int
-    count: int
-    reading: Future[Rows] | None = None
-    """Once it is asked for."""
-    rows: Rows | None = None
-    """Once it was waited for."""
-
-    def wait(self) -> Rows:
-        """The rows."""
-        if self.rows is None:
-            assert self.reading is not None
-            with _naming(f"samples {self.first} to {self.first + self.count - 1} of {self.shard.url}"):
-                self.rows = self.reading.result()
-        return self.rows
-
-
-class Part(NamedTuple):
-    """What a batch takes from one block: rows of the shard number `rows`, for its `slots`."""
-
-    lane: int
-    set_number: int
-    shard_number: int
-    block: Block
-    slots: list[int]
-    rows: np.ndarray
-
-
 class Plan(NamedTuple):
-    """A batch to be filled: global positions and set numbers of its samples, int64 `[B]`, and where they come from."""
+    """A batch to be filled: what stands at its `positions`, int64 `[B]`, the places of its blocks, and its shards."""
 
     positions: np.ndarray
     sets: np.ndarray
-    parts: list[Part]
+    shards: np.ndarray
+    rows: np.ndarray
+    places: list[Place]
+    opened: list[Shard]
+    blocks: list[Block]
+    """`[B]`, once they are being read: a plan far ahead must not keep those of an earlier batch."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -166,17 +108,17 @@ class BatchReader:
     cache_dir: str
 
     def __post_init__(self) -> None:
-        self._members = [
-            {name: found.manifest.members[name] for name in self.specs if name in found.manifest.members} for found in self.sets
-        ]
-        self._block_sizes = np.array([set_size(found.manifest).block for found in self.sets])
+        self._blocks_read = np.array([set_size(found.manifest).block for found in self.sets])
+        needed = (self.ahead + 1) * len(self.positions(0)) + self.order.lanes  # at worst a block for each sample
+        self._rows = [_memory(found.manifest, self.specs, needed, self.threads) for found in self.sets]
         self._openers, self._readers = Workers(max(1, self.threads), "data open"), Workers(self.threads, "data read")
         self._shards: WeakValueDictionary[tuple[int, int], Shard] = WeakValueDictionary()
         self._blocks: WeakValueDictionary[Place, Block] = WeakValueDictionary()
-        """By the place of their first row. Those that a plan needs, or a lane is in, are alive."""
+        """By the place of their first row. Those that a batch read ahead needs, or a lane is in, are alive."""
         self._lanes: dict[int, Block] = {}
         self._substitutes: dict[int, Shard] = {}
         """The shard that a set's last sample in place of an unreadable one is from."""
+        self._most_open = _most_open_shards()
 
     def batches(self, first: int) -> Generator[Batch]:
         """Batches from number `first` on, without end."""
@@ -185,8 +127,10 @@ class BatchReader:
         chunk, fetched = max(1, _PLANNED_SAMPLES // size), self._fetched_samples() // size
         try:
             for number in itertools.count(first):
-                while planned <= number + max(self.ahead, fetched):
-                    plans.extend(self._plan(np.stack([self.positions(planned + i) for i in range(chunk)])))
+                while planned <= number + self.ahead or (
+                    planned <= number + fetched and len(self._shards) < self._most_open // 2
+                ):
+                    plans += self._plan(np.stack([self.positions(planned + i) for i in range(chunk)]))
                     planned += chunk
                 for plan in itertools.islice(plans, begun - number, self.ahead + 1):
                     self._begin(plan)
@@ -206,75 +150,68 @@ class BatchReader:
         ]
         return int(min(_FETCHED_SAMPLES, *lengths)) if lengths else 0
 
-    def _plan(self, positions: np.ndarray) -> list[Plan]:
+    def _plan(self, positions: np.ndarray) -> Iterator[Plan]:
         """Some batches, `positions` `[N, B]`. Their shards are being opened from now on."""
         sets, shards, rows = (found.reshape(positions.shape) for found in self.order.locate(positions.reshape(-1)))
-        lanes = sets * self.order.lanes + positions % self.order.lanes
-        firsts = rows - rows % self._block_sizes[sets]
-        numbers = (lanes * (shards.max() + 1) + shards) * (firsts.max() + 1) + firsts
-        plans = []
-        for batch, keys in enumerate(numbers):
-            order = np.argsort(keys, kind="stable")
-            starts = np.flatnonzero(np.diff(keys[order], prepend=-1))
-            one = order[starts]
-            found = [array[batch][one].tolist() for array in (lanes, sets, shards, firsts)]
-            slots = np.split(order, starts[1:])
-            parts = [
-                Part(lane, number, shard, self._block((number, shard, first)), own.tolist(), rows[batch][own])
-                for lane, number, shard, first, own in zip(*found, slots, strict=True)
-            ]
-            plans.append(Plan(positions[batch], sets[batch], parts))
-        return plans
+        firsts = rows - rows % self._blocks_read[sets]
+        places = [list(zip(*found, strict=True)) for found in zip(sets.tolist(), shards.tolist(), firsts.tolist(), strict=True)]
+        for number, of_batch in enumerate(places):
+            opened = [self._shard(*place) for place in dict.fromkeys(place[:2] for place in of_batch)]
+            yield Plan(positions[number], sets[number], shards[number], rows[number], of_batch, opened, [])
+
+    def _begin(self, plan: Plan) -> None:
+        """Have the batch's blocks read."""
+        blocks = {place: self._block(place) for place in dict.fromkeys(plan.places)}
+        plan.blocks.extend(blocks[place] for place in plan.places)
+        for block in blocks.values():
+            block.begin(self._readers)
 
     def _block(self, place: Place) -> Block:
-        number, shard_number, first = place
+        number, shard, first = place
         if (block := self._blocks.get(place)) is None:
-            shard = self._shard(number, shard_number)
-            count = min(int(self._block_sizes[number]), shard.num_samples - first)
-            block = self._blocks[place] = Block(shard=shard, first=first, count=count)
+            block = self._blocks[place] = Block(self._shard(number, shard), first, self._rows[number])
         return block
 
     def _shard(self, number: int, shard_number: int) -> Shard:
         if (shard := self._shards.get((number, shard_number))) is None:
+            if len(self._shards) >= self._most_open:
+                raise UserError(
+                    f"{self.sets[number].name}: more than {self._most_open} shards must be open at once, which takes too many "
+                    "files for one process; raise the limit (ulimit -n) or encode into larger shards."
+                )
             shard = Shard(self.sets[number], shard_number, self._openers, self.patience, self.cache_dir)
             self._shards[number, shard_number] = shard
         return shard
 
-    def _begin(self, plan: Plan) -> None:
-        """Have the batch's blocks read."""
-        for part in plan.parts:
-            if part.block.reading is None:
-                part.block.reading = self._readers.submit(_read_rows, part.block, list(self._members[part.set_number]))
-
     def _fill(self, plan: Plan) -> Batch:
-        count = len(plan.positions)
-        tensors = {
-            name: torch.empty((count, *spec.shape), dtype=getattr(torch, spec.dtype), pin_memory=self.pin_memory)
+        batch = {
+            name: torch.empty((len(plan.blocks), *spec.shape), dtype=getattr(torch, spec.dtype), pin_memory=self.pin_memory)
             for name, spec in self.specs.items()
         }
-        arrays, keys = {name: tensor.numpy() for name, tensor in tensors.items()}, [""] * count
-        for part in plan.parts:
-            self._lanes[part.lane] = part.block
-            rows = part.block.wait()
-            chosen = (part.rows - part.block.first).tolist()
-            for name, array in arrays.items():
-                _put(array, part.slots, rows.arrays.get(name), chosen)
-            for slot, row in zip(part.slots, chosen, strict=True):
-                if rows.sound[row]:
-                    keys[slot] = rows.keys[row]
-                else:
-                    place = (part.set_number, part.shard_number, part.block.first + row)
-                    keys[slot] = self._read_or_replace(place, slot, arrays)
+        for block in dict.fromkeys(plan.blocks):
+            block.wait()
+        lanes = plan.sets * self.order.lanes + plan.positions % self.order.lanes
+        self._lanes.update(zip(lanes.tolist(), plan.blocks, strict=True))
+        rows = plan.rows + np.array([block.at - block.first for block in plan.blocks])
+        keys = np.empty(len(rows), object)
+        for number in np.unique(plan.sets).tolist():
+            slots, own = np.flatnonzero(plan.sets == number), self._rows[number]
+            mine = rows[slots]
+            for name, tensor in batch.items():
+                _put(tensor.numpy(), slots, own.arrays.get(name), mine)
+            keys[slots] = own.keys(mine)
+            for slot in slots[~own.sound[mine]].tolist():
+                keys[slot] = self._read_or_replace((number, int(plan.shards[slot]), int(plan.rows[slot])), slot, batch)
         index, source = torch.from_numpy(plan.positions.copy()), torch.from_numpy(plan.sets.copy())
-        return {**tensors, "sample_index": index, "source": source, "key": keys}
+        return {**batch, "sample_index": index, "source": source, "key": keys.tolist()}
 
-    def _read_or_replace(self, place: Place, slot: int, arrays: dict[str, np.ndarray]) -> str:
+    def _read_or_replace(self, place: Place, slot: int, batch: Batch) -> str:
         """Read one sample, or if it is unreadable the next readable one of its set: later rows, then later shards."""
         number, shard, row = place
         source = self.sets[number]
         for _ in range(source.manifest.num_samples):
             try:
-                return self._read_alone((number, shard, row), slot, arrays)
+                return self._read_alone((number, shard, row), slot, batch)
             except SampleError as error:
                 reason = str(error)
                 self._note((number, shard, row), reason)
@@ -283,21 +220,21 @@ class BatchReader:
                     shard, row = (shard + 1) % len(source.urls), 0
         raise UserError(f"{source.name}: no sample can be read ({reason}); encode the set anew.")
 
-    def _read_alone(self, place: Place, slot: int, arrays: dict[str, np.ndarray]) -> str:
+    def _read_alone(self, place: Place, slot: int, batch: Batch) -> str:
         """Read one sample by parsing it. Returns its key."""
         number, shard_number, row = place
-        own = self._members[number]
+        own = self._rows[number].arrays
         shard = self._substitutes[number] = self._shard(number, shard_number)
-        with _naming(f"sample {row} of {shard.url}"):
+        with naming(f"sample {row} of {shard.url}"):
             try:
                 sample = shard.read(lambda reader: reader.sample(row, list(own)))
             except OSError as error:
                 raise SampleError(error.strerror or str(error)) from error
-        for name, spec in own.items():
-            if MemberSpec(dtype=sample[name].dtype.name, shape=sample[name].shape) != spec:
+        for name, array in own.items():
+            if (sample[name].dtype, sample[name].shape) != (array.dtype, array.shape[1:]):
                 raise SampleError(f"its {name} is {sample[name].dtype} {list(sample[name].shape)}, not as in the manifest")
-        for name, array in arrays.items():
-            _put(array, [slot], sample[name][None] if name in own else None, [0])
+        for name, tensor in batch.items():
+            _put(tensor.numpy(), np.array([slot]), sample[name][None] if name in own else None, np.array([0]))
         return str(sample["key"])
 
     def _note(self, place: Place, reason: str) -> None:
@@ -312,34 +249,34 @@ class BatchReader:
             )
 
 
-def _read_rows(block: Block, members: list[str]) -> Rows:
-    try:
-        return block.shard.read(lambda reader: reader.rows(block.first, block.count, members))
-    except (OSError, SampleError):  # each sample is tried alone when its turn comes, and named
-        return Rows(arrays={}, keys=[""] * block.count, sound=[False] * block.count)
+def _memory(manifest: Manifest, specs: Collection[str], needed: int, threads: int) -> Rows:
+    """Room for `needed` blocks of a set, or all that it has, and for those that threads let go of a moment later."""
+    size = set_size(manifest)
+    slots = min(needed, sum(-(-count // size.block) for count in size.counts)) + threads
+    stride = max(row_bytes(record, manifest.members) for record in manifest.shards)
+    wanted = [name for name in specs if name in manifest.members]
+    return Rows(manifest.members, wanted, stride, size.block, slots)
 
 
-def _put(array: np.ndarray, slots: Sequence[int], values: Any, chosen: Sequence[int]) -> None:
+def _most_open_shards() -> int:
+    """How many shards may be open at once: most of the files that this process may open, once its soft limit is raised."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limit = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
+    if soft == resource.RLIM_INFINITY or soft >= limit:
+        limit = _OPEN_FILES if soft == resource.RLIM_INFINITY else soft
+    else:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+    return limit * 3 // 4
+
+
+def _put(array: np.ndarray, slots: np.ndarray, values: np.ndarray | None, chosen: np.ndarray) -> None:
     """Put the `chosen` ones of a member's `values` into `slots` of a batch, filled up with zeros; all zeros if it has none."""
     if values is None:
         array[slots] = 0
-    elif values[0].shape == array.shape[1:]:
-        for slot, index in zip(slots, chosen, strict=True):  # faster than indexing with lists, which copies twice
-            array[slot] = values[index]
-    else:
+    elif values.shape[1:] != array.shape[1:]:
         array[slots] = 0
-        array[slots, : len(values[0])] = values[chosen]
-
-
-@contextmanager
-def _naming(samples: str) -> Iterator[None]:
-    """What a thread fails with, other than unreadable data, as a UserError that names the samples."""
-    try:
-        yield
-    except (SampleError, UserError, Stopped):
-        raise
-    except Exception as error:
-        raise UserError(
-            f"{samples}: the thread that reads them failed ({type(error).__name__}: {error}); "
-            "start the run again, and report it if it comes back."
-        ) from error
+        array[slots, : values.shape[1]] = values[chosen]
+    elif len(slots) == len(array):
+        np.take(values, chosen, axis=0, out=array, mode="clip")  # "raise" would copy twice
+    else:
+        array[slots] = values[chosen]

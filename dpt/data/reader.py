@@ -1,7 +1,8 @@
 """Reading shards: any sample of a tar by its number, and without parsing where all samples are laid out as our writer does.
 
 The manifest tells which bytes such a sample has for headers, and where its arrays are: a shard is then an array of rows. Blocks
-of neighbouring rows are read at once and only compared with it. Other tars are walked once and read sample by sample.
+of neighbouring rows are read at once, taken apart by the read itself, and their headers only compared with what they must be.
+Other tars are walked once and read sample by sample.
 Reads, not memory maps: a file that shrinks or a disk that fails is then an error that names the sample, not a dead process.
 """
 
@@ -13,7 +14,6 @@ import sys
 import tarfile
 import weakref
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, BinaryIO
 
@@ -29,6 +29,8 @@ MEMBER_ORDER = (
 )  # fmt: skip
 """Order of the arrays in a sample; `meta` follows."""
 _PROBES = 4
+_MOST_BUFFERS = 1024
+"""What one read can fill (Linux's IOV_MAX)."""
 
 
 class SampleError(Exception):
@@ -44,13 +46,89 @@ def npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
     return buffer.getvalue()
 
 
-@dataclass(frozen=True, kw_only=True)
-class Rows:
-    """Neighbouring samples of a shard. arrays: `[N, ...]` by member; sound: False for those to be read alone."""
+def row_bytes(record: ShardRecord, members: Mapping[str, MemberSpec]) -> int:
+    """Bytes from one sample of a shard to the next if it can be an array of rows; 0 if the manifest tells that it is none."""
+    if any(-1 in spec.shape for spec in members.values()):
+        return 0
+    stride, rest = divmod(record.bytes - len(END), record.num_samples)
+    least = sum(BLOCK + -(-_npy_bytes(spec) // BLOCK) * BLOCK for spec in members.values())
+    return 0 if rest or stride % BLOCK or stride < least else stride
 
-    arrays: Mapping[str, np.ndarray]
-    keys: Sequence[str]
-    sound: Sequence[bool]
+
+def _npy_bytes(spec: MemberSpec) -> int:
+    return len(npy_header(spec.dtype, spec.shape)) + np.dtype(spec.dtype).itemsize * math.prod(spec.shape)
+
+
+class Rows:
+    """Memory for blocks of rows, taken apart by member; reused for ever, as fresh pages cost as much as filling them.
+
+    members: all of a set; wanted: those to keep; stride: bytes of the longest row. It has room for `slots` blocks of `block`
+    rows, but is memory only where it was once read into.
+    """
+
+    def __init__(self, members: Mapping[str, MemberSpec], wanted: Collection[str], stride: int, block: int, slots: int) -> None:
+        self.block, self._free = block, list(range(slots))[::-1]
+        self.arrays: dict[str, np.ndarray] = {}
+        """The wanted members, `[slots * block, ...]`."""
+        self.sound = np.zeros(slots * block, bool)
+        """Which rows came whole and have the headers that they must have."""
+        layout, expected, position = [], [], 0
+        for name in (name for name in MEMBER_ORDER if name in members):
+            spec = members[name]
+            header, info = npy_header(spec.dtype, spec.shape), tarfile.TarInfo(name)
+            info.size = _npy_bytes(spec)
+            if name in wanted:
+                self.arrays[name] = np.empty((slots * block, *spec.shape), spec.dtype)
+                layout.append((name, position, position + BLOCK + len(header)))
+                expected.append(np.frombuffer(info.tobuf(tarfile.USTAR_FORMAT) + header, np.int64))
+            position += BLOCK + -(-info.size // BLOCK) * BLOCK
+        self._headers = np.empty((slots * block, 8 * sum(map(len, expected))), np.uint8)
+        self._pieces: list[tuple[memoryview, int, int, int]] = []
+        """Where a row's bytes go, in order: memory, its bytes for a row, and the first of these and how many."""
+        self._buffers: dict[tuple[int, int], list[memoryview]] = {}
+        self._unread = memoryview(bytearray(stride))
+        checked, width, done = [], 0, 0
+        for name, start, data in layout:
+            array, size = self.arrays[name].reshape(-1).view(np.uint8).data, self.arrays[name][0].nbytes
+            self._pieces.append((self._unread, 0, 0, start - done))
+            self._pieces.append((self._headers.reshape(-1).data, self._headers.shape[1], width, data - start))
+            self._pieces.append((array, size, 0, size))
+            # In 8-byte words: the low digits of the size and the magic of the tar header, and the whole npy header.
+            checked += [(width // 8 + word) for word in (16, 32, *range(BLOCK // 8, (data - start) // 8))]
+            width, done = width + data - start, data + size
+        self._end = done
+        self._checked, self._expected = np.array(checked), np.concatenate(expected)[checked]
+
+    def take(self) -> int:
+        """First row of an unused slot."""
+        return self._free.pop() * self.block
+
+    def give_back(self, first: int) -> None:
+        """The slot that begins at row `first` is not needed any more."""
+        self._free.append(first // self.block)
+
+    def read(self, descriptor: int, offset: int, stride: int, at: int, count: int) -> None:
+        """Read `count` rows of a file, `stride` bytes each from byte `offset` on, into the rows from number `at` on."""
+        if (at, stride) not in self._buffers:
+            pieces = [*self._pieces, (self._unread, 0, 0, stride - self._end)]
+            self._buffers[at, stride] = [
+                memory[row * width + first : row * width + first + size]
+                for row in range(at, at + self.block)
+                for memory, width, first, size in pieces
+            ]
+        buffers, of_row = self._buffers[at, stride], len(self._pieces) + 1
+        self.sound[at : at + count] = False
+        most, end = _MOST_BUFFERS // of_row, at + count
+        for row in range(at, end, most):
+            part = buffers[(row - at) * of_row : (min(row + most, end) - at) * of_row]
+            whole = os.preadv(descriptor, part, offset + (row - at) * stride) // stride
+            words = self._headers[row : row + whole].view(np.int64)[:, self._checked]
+            self.sound[row : row + whole] = (words == self._expected).all(axis=1)
+
+    def keys(self, rows: np.ndarray) -> list[str]:
+        """The keys of some rows."""
+        names = self._headers[rows, :100].view("S100")[:, 0].tolist()
+        return [name.partition(b".")[0].decode("latin1") for name in names]
 
 
 class ShardReader:
@@ -60,59 +138,28 @@ class ShardReader:
     """
 
     def __init__(self, file: BinaryIO, name: str, record: ShardRecord, members: Mapping[str, MemberSpec]) -> None:
-        self._file, self._descriptor, self._members = file, file.fileno(), members
+        self._file, self._descriptor = file, file.fileno()
         self.close = weakref.finalize(self, file.close)
         """Close the file."""
-        self._layout: dict[str, tuple[slice, np.ndarray, np.ndarray]] = {}
-        """Of each member in a row of bytes: its array, and the 8-byte words of its headers with what they must be."""
-        self._stride = 0 if any(-1 in spec.shape for spec in members.values()) else self._lay_out(record)
-        size = os.fstat(self._descriptor).st_size
-        whole = min(record.num_samples, size // (self._stride or sys.maxsize))  # less if it is truncated
-        probes = sorted({(whole - 1) * i // _PROBES for i in range(_PROBES + 1)} if whole else ())
-        sound = sum(bool(self._read(row, np.empty((1, self._stride), np.uint8), members)[0]) for row in probes)
+        self._stride, size = row_bytes(record, members), os.fstat(self._descriptor).st_size
         self._spans: list[tuple[int, int]] = []
         """Where the samples are, first byte and end, of a tar that is no array of rows."""
+        whole = min(record.num_samples, size // (self._stride or sys.maxsize))  # less if it is truncated
+        probes = sorted({(whole - 1) * i // _PROBES for i in range(_PROBES + 1)} if whole else ())
+        sound = 0
+        if probes:
+            probe = Rows(members, members, self._stride, 1, len(probes))
+            for at, row in enumerate(probes):
+                probe.read(self._descriptor, row * self._stride, self._stride, at, 1)
+            sound = int(probe.sound.sum())
         if sound < max(1, len(probes) * (0.5 if size == record.bytes else 1.0)):
             self._stride, self._spans = 0, self._walk(name)
 
-    def _lay_out(self, record: ShardRecord) -> int:
-        """Note where a row of our writer's has what; returns its bytes, or 0 if the manifest tells that rows differ."""
-        position = 0
-        for name in (name for name in MEMBER_ORDER if name in self._members):
-            spec = self._members[name]
-            header, nbytes = npy_header(spec.dtype, spec.shape), np.dtype(spec.dtype).itemsize * math.prod(spec.shape)
-            info = tarfile.TarInfo(name)
-            info.size = len(header) + nbytes
-            # In 8-byte words: the low digits of the size and the magic of the tar header, and the whole npy header.
-            words = np.array([16, 32, *range(BLOCK // 8, (BLOCK + len(header)) // 8)])
-            expected = np.frombuffer(info.tobuf(tarfile.USTAR_FORMAT) + header, np.int64)[words]
-            start = position + BLOCK + len(header)
-            self._layout[name] = (slice(start, start + nbytes), words + position // 8, expected)
-            position += BLOCK + -(-info.size // BLOCK) * BLOCK
-        stride, rest = divmod(record.bytes - len(END), record.num_samples)
-        return 0 if rest or stride % BLOCK or stride < position else stride
-
-    def rows(self, first: int, count: int, wanted: Collection[str]) -> Rows:
-        """Read members of `count` rows from number `first` on. What is not as promised, or cut off, is not sound."""
-        if not self._stride:
-            return Rows(arrays={}, keys=[""] * count, sound=[False] * count)
-        content = np.empty((count, self._stride), np.uint8)
-        sound = self._read(first, content, wanted)
-        names = content[:, :100].copy().view("S100")[:, 0].tolist()
-        keys = [name.partition(b".")[0].decode("latin1") for name in names]
-        specs = {name: self._members[name] for name in wanted}
-        arrays = {
-            name: content[:, self._layout[name][0]].view(spec.dtype).reshape(count, *spec.shape) for name, spec in specs.items()
-        }
-        return Rows(arrays=arrays, keys=keys, sound=sound.tolist())
-
-    def _read(self, first: int, content: np.ndarray, wanted: Collection[str]) -> np.ndarray:
-        """Read rows into `content`, uint8 `[N, stride]`. Which of them came and have the headers that they must have."""
-        sound = np.zeros(len(content), bool)
-        whole = os.preadv(self._descriptor, [content.data], first * self._stride) // self._stride
-        words, expected = (np.concatenate([self._layout[name][i] for name in wanted]) for i in (1, 2))
-        sound[:whole] = (content[:whole].view(np.int64)[:, words] == expected).all(axis=1)
-        return sound
+    def rows(self, first: int, count: int, into: Rows, at: int) -> None:
+        """Read `count` rows from number `first` on into those of `into` from `at` on. OSError if the file cannot be read."""
+        into.sound[at : at + count] = False
+        if self._stride:
+            into.read(self._descriptor, first * self._stride, self._stride, at, count)
 
     def sample(self, row: int, members: Sequence[str] | None = None) -> dict[str, Any]:
         """One sample: `key`, its arrays and `meta` (dict); of the arrays only `members` if given. SampleError if damaged,

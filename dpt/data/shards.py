@@ -16,10 +16,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from dpt.data.fetch import Patience, is_url
 from dpt.data.manifest import Manifest, ShardRecord
 from dpt.data.reader import BLOCK, END, MEMBER_ORDER, SampleError, ShardReader, npy_header
-from dpt.data.sources import open_shard, resolve
+from dpt.data.sources import Patience, is_url, open_shard, resolve
 from dpt.errors import UserError
 
 _DTYPES = ("float16", "float32", "int64", "uint8")

@@ -15,11 +15,10 @@ from dataclasses import replace
 import numpy as np
 
 from dpt.data.batches import Batch, BatchReader, Place, choose_members, set_size
-from dpt.data.fetch import Patience
+from dpt.data.blocks import Workers
 from dpt.data.manifest import Manifest, check_manifests
 from dpt.data.order import MixtureOrder, num_lanes
-from dpt.data.sources import resolve
-from dpt.data.threads import Workers
+from dpt.data.sources import Patience, resolve
 from dpt.errors import UserError
 
 

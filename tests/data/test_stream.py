@@ -192,6 +192,16 @@ def test_a_rare_set_is_not_read_again_and_again(make_shards, monkeypatch: pytest
     assert rows[f"{rare}/000000.tar"] <= 8  # a block a lane at most
 
 
+@pytest.mark.parametrize("workers", [0, 4])
+def test_a_block_for_each_sample(make_shards, workers: int) -> None:
+    """As many blocks as there may be: those of all batches read ahead, and the one of each lane."""
+    singles = make_shards([1] * 300)
+    found = take(singles, 30, global_batch_size=64, prefetch=1, num_workers=workers)
+    labels = torch.cat([batch["label"] for batch in found])
+    assert all((batch["latents"][:, 0, 0, 0, 0].long() == batch["label"]).all() for batch in found)
+    assert sorted(labels[:300].tolist()) == sorted(labels[300:600].tolist()) == list(range(300))
+
+
 def test_one_tiny_shard_for_many_readers(make_shards) -> None:
     tiny = make_shards([1])
     batches = take(tiny, 3, global_batch_size=16, world_size=4, rank=3, num_workers=3)

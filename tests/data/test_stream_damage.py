@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from dpt.data import batches as batches_module
-from dpt.data.fetch import Patience
 from dpt.data.reader import ShardReader
+from dpt.data.sources import Patience
 from dpt.data.stream import LatentStream
 from dpt.errors import UserError
 

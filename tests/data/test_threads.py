@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from dpt.data import batches, sources
-from dpt.data.fetch import Patience
+from dpt.data import batches, blocks, sources
 from dpt.data.order import permutation
 from dpt.data.shards import ShardFolder
+from dpt.data.sources import Patience
 from dpt.data.stream import LatentStream
 
 HASTY = Patience(retries=1, wait_s=0.01, stall_s=30.0)
@@ -85,13 +85,13 @@ def test_a_process_ends_in_the_middle_of_reading(make_shards) -> None:
 @pytest.mark.parametrize("weights", [[], [3, 1]])
 def test_a_rank_opens_its_own_share_of_every_set(make_shards, monkeypatch: pytest.MonkeyPatch, weights: list[float]) -> None:
     opened: set[tuple[str, int]] = set()
-    original = batches.open_shard
+    original = blocks.open_shard
 
     def open_shard(source, number, *arguments):
         opened.add((source.name, number))
         return original(source, number, *arguments)
 
-    monkeypatch.setattr(batches, "open_shard", open_shard)
+    monkeypatch.setattr(blocks, "open_shard", open_shard)
     names = [str(make_shards([8] * 32)), str(make_shards([8] * 32))]
     options = {"global_batch_size": 8, "weights": weights}
     whole: list[list[str]] = [batch["key"] for batch in islice(LatentStream(names, **options), 64)]
@@ -103,6 +103,20 @@ def test_a_rank_opens_its_own_share_of_every_set(make_shards, monkeypatch: pytes
         assert [batch["key"] for batch in islice(mine, 32)] == [batch[rank::4] for batch in whole[:32]]
         shares.append([sum(name == own for own, _ in opened) for name in names])
     assert all(count <= 32 / 4 + 2 * 2 for share in shares for count in share)  # two lanes, which may begin amid a shard
+
+
+@pytest.mark.parametrize(("hard", "expected"), [(64, "more than 48 shards must be open at once"), (1024, "64 samples")])
+def test_open_files_are_bounded(make_shards, hard: int, expected: str) -> None:
+    """64 lanes of shards behind URLs: the soft limit is raised, and if that is not enough the run says what to do."""
+    code = (
+        "import resource, sys; from dpt.data.stream import LatentStream; from dpt.errors import UserError\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (64, int(sys.argv[2])))\n"
+        "try: print(len(next(iter(LatentStream(sys.argv[1:2], global_batch_size=64)))['key']), 'samples')\n"
+        "except UserError as error: print(error)"
+    )
+    source = f"pipe:cat {make_shards([2] * 80)}/{{000000..000079}}.tar"
+    done = subprocess.run([sys.executable, "-c", code, source, str(hard)], capture_output=True, text=True)
+    assert expected in done.stdout, done.stderr
 
 
 # --- behind URLs --------------------------------------------------------------------------------------------------------
