@@ -190,7 +190,7 @@ def test_stochastic_samples_do_not_depend_on_the_batch(sampler, eta):
 def test_unknown_objectives_are_refused():
     plan = samplers.make_plan(DiffusionConfig(), num_inference_steps=2)
     with pytest.raises(UserError, match="cannot be sampled"):
-        samplers.sample(_network(), _start(), dataclasses.replace(plan, prediction_type="score"))
+        samplers.sample(_network(), _start(), dataclasses.replace(plan, diffusion=DiffusionConfig(prediction_type="score")))
 
 
 def test_guidance_on_all_or_the_first_channels():
