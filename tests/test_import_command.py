@@ -91,7 +91,10 @@ def test_parts_and_variants_of_diffusers_folders(tmp_path, capsys):
     both = _saved(theirs, tmp_path / "variant")
     assert read_weights(both).state["final_layer.linear.bias"].abs().sum() == 0
     assert read_weights(both, variant="fp16").state["final_layer.linear.bias"].abs().sum() > 0
-    for arguments, words in (((both, "--variant", "ema"), "there: fp16, plain"), ((tmp_path / "x.pt", "--variant", "a"), "variant")):
+    for arguments, words in (
+        ((both, "--variant", "ema"), "there: fp16, plain"),
+        ((tmp_path / "x.pt", "--variant", "a"), "variant"),
+    ):
         code, _, error = run(capsys, "import", arguments[0], tmp_path / "out", *arguments[1:])
         assert (code, error.count("\n")) == (2, 1)
         assert words in error
@@ -148,9 +151,15 @@ BAD = {
     "rank of a scalar": (_public(_put("blocks.0.mlp.fc1.weight", torch.tensor(1.0))), "blocks.0.mlp.fc1.weight is of shape []"),
     "empty": (_public(_put("y_embedder.embedding_table.weight", torch.zeros(0, 32))), "none of them 0"),
     "rank inside": (_public(_put("blocks.1.attn.qkv.bias", torch.zeros(3, 32))), "blocks.1.attn.qkv.bias is [3, 32]"),
-    "NaN": (_public(_put("final_layer.linear.bias", torch.full((32,), math.nan))), "infinite values in final_layer.linear.bias"),
+    "NaN": (
+        _public(_put("final_layer.linear.bias", torch.full((32,), math.nan))),
+        "infinite values in final_layer.linear.bias",
+    ),
     "infinite": (_public(lambda s: s["blocks.0.attn.proj.bias"].fill_(-math.inf)), "values in blocks.0.attn.proj.bias"),
-    "whole numbers": (_public(_put("final_layer.linear.bias", torch.zeros(32, dtype=torch.int64))), "final_layer.linear.bias of int64"),
+    "whole numbers": (
+        _public(_put("final_layer.linear.bias", torch.zeros(32, dtype=torch.int64))),
+        "final_layer.linear.bias of int64",
+    ),
     "no blocks": (_public(_drop("blocks.")), "have no blocks"),
     "many missing": (_public(_drop("attn")), "more"),
     "names that are none": (_public(_put(7, torch.zeros(2))), None),

@@ -33,7 +33,7 @@ def add_sampling_options(parser: argparse.ArgumentParser, *, steps: int, guidanc
     parser.add_argument("--steps", type=int, default=steps, help="sampler steps (default: %(default)s)")
     parser.add_argument("--sampler", default="ddim", choices=("ddim", "ddpm", "dpmsolver++"), help="(default: %(default)s)")
     parser.add_argument("--schedule", default="", choices=("linear", "scaled_linear", "squaredcos_cap_v2"),
-                        help="noise schedule at test time, with its own usual betas (default: the one of training)")  # fmt: skip
+                        help="noise schedule at test time, with its usual betas (default: the one of training)")  # fmt: skip
     parser.add_argument("--timestep-spacing", default="", choices=("leading", "trailing", "linspace"),
                         help="which timesteps the steps fall on (default: as the weights say)")  # fmt: skip
     parser.add_argument("--guidance", type=float, default=guidance, help="guidance scale; 1: none (default: %(default)s)")

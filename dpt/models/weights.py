@@ -60,7 +60,9 @@ def check_numbers(config: ModelConfig, state: Mapping[str, Tensor], source: str)
     """UserError if a tensor is not of the kind of number that `DiT(config)` has there, or holds NaN or infinite values."""
     with torch.device("meta"):
         kinds = {name: tensor.is_floating_point() for name, tensor in DiT(config).state_dict().items()}
-    wrong = sorted(f"{n} of {str(t.dtype).removeprefix('torch.')}" for n, t in state.items() if t.is_floating_point() != kinds[n])
+    wrong = sorted(
+        f"{n} of {str(t.dtype).removeprefix('torch.')}" for n, t in state.items() if t.is_floating_point() != kinds[n]
+    )
     if wrong:
         raise UserError(f"{source}: weights of another type of number than the network's: {_enumerate(wrong)}.")
     bad = sorted(n for n, t in state.items() if kinds[n] and t.numel() and not _is_finite(t))
