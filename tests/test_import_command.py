@@ -153,10 +153,13 @@ BAD = {
     "rank inside": (_public(_put("blocks.1.attn.qkv.bias", torch.zeros(3, 32))), "blocks.1.attn.qkv.bias is [3, 32]"),
     "NaN": (
         _public(_put("final_layer.linear.bias", torch.full((32,), math.nan))),
-        "infinite values in final_layer.linear.bias",
+        "values in final_layer.linear.bias",
     ),
     "infinite": (_public(lambda s: s["blocks.0.attn.proj.bias"].fill_(-math.inf)), "values in blocks.0.attn.proj.bias"),
     "whole numbers": (
+        _public(_put("final_layer.linear.bias", torch.zeros(32, dtype=torch.int64))),
+        "final_layer.linear.bias of int64",
+    ),
         _public(_put("final_layer.linear.bias", torch.zeros(32, dtype=torch.int64))),
         "final_layer.linear.bias of int64",
     ),

@@ -34,9 +34,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     objective.add_argument("--beta-start", type=float, help="first beta of a linear schedule")
     objective.add_argument("--beta-end", type=float, help="last beta of a linear schedule")
-    flags = {"action": argparse.BooleanOptionalAction, "default": None}
-    objective.add_argument("--zero-terminal-snr", **flags, help="betas rescaled so that the last timestep is pure noise")
-    objective.add_argument("--set-alpha-to-one", **flags, help="DDIM's last step ends at clean latents")
+    flag = argparse.BooleanOptionalAction
+    objective.add_argument("--zero-terminal-snr", action=flag, help="betas rescaled so that the last timestep is pure noise")
+    objective.add_argument("--set-alpha-to-one", action=flag, help="DDIM's last step ends at clean latents")
     objective.add_argument("--steps-offset", type=int, help='added to the timesteps of the spacing "leading"')
     objective.add_argument(
         "--timestep-spacing", choices=("leading", "trailing", "linspace"), help="which timesteps a sampler's steps fall on"

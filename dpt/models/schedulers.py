@@ -1,4 +1,4 @@
-"""diffusers' scheduler folders, read as a `DiffusionConfig`: what they say is taken over or refused by name, never passed over."""
+"""diffusers' scheduler folders, read as a `DiffusionConfig`: what they say is taken over, or refused by name."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -90,9 +90,7 @@ def read_scheduler(path: str | Path) -> DiffusionConfig:
     values = {**_CLASSES.get(kind, {}), **{name: value for name, value in given.items() if not name.startswith("_")}}
     unknown = sorted(values.keys() - _TAKEN - _IGNORED - _SUPPORTED.keys())
     if unknown:
-        raise UserError(
-            f"{file}: unknown to dpt: {', '.join(unknown)}; remove what changes nothing, or name another scheduler."
-        )
+        raise UserError(f"{file}: unknown to dpt: {', '.join(unknown)}; remove what changes nothing, or name another.")
     for name, supported in _SUPPORTED.items():
         if name in values and values[name] not in supported:
             note = ", diffusers' default" if name not in given else ""

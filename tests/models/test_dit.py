@@ -1,5 +1,7 @@
 """The network: sizes, function, conditioning, positions, checkpointing, compilation."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ import torch
 from dpt.config.sections import ModelConfig
 from dpt.errors import UserError
 from dpt.models import build_model
-from dpt.models.layers import PatchEmbedRouter, modulated_norm, position_table
+from dpt.models.layers import PatchEmbedRouter, TimestepEmbedder, modulated_norm, position_table
 
 PARAMS = {  # "Scaling Properties of Diffusion Models for Perceptual Tasks", Tables 1 and 2
     "a1": 14_799_392,
