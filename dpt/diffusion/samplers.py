@@ -89,7 +89,7 @@ def make_plan(
             return end
         if straight:
             return 1.0 - (timestep + 1.0) / total, (timestep + 1.0) / total
-        return float(alpha[timestep]), float(sigma[timestep])
+        return float(alpha[int(timestep)]), float(sigma[int(timestep)])
 
     levels = [(*level(t), *level(n)) for t, n in zip(timesteps, following, strict=True)]
     if diffusion.prediction_type == "epsilon" and any(alpha == 0.0 for alpha, *_ in levels):
