@@ -35,7 +35,7 @@ from dpt.models.weights import Weights, check_numbers, check_state, expected_sha
 
 FORMAT_VERSION = 1
 _WEIGHTS, _CONFIG = "weights.safetensors", "config.json"
-_SECTIONS = {"diffusion": dict, "vae": dict, "task": str, "lineage": dict}
+_SECTIONS = {"diffusion": dict, "vae": dict, "task": str, "flow_code": str, "lineage": dict}
 """What config.json may say beside the network."""
 _EMA = "ema."
 _log = logging.getLogger(__name__)
@@ -163,7 +163,11 @@ def _read_public(path: Path, ema: bool, fields: Mapping[str, Any]) -> Weights:
     if kind == "DiT":
         sections = {"diffusion": asdict(DiffusionConfig())}
     elif kind == "generalist":
-        sections = {"task": "generalist", "diffusion": asdict(DiffusionConfig(beta_schedule="squaredcos_cap_v2"))}
+        sections = {
+            "task": "generalist",
+            "flow_code": "linear_75",
+            "diffusion": asdict(DiffusionConfig(beta_schedule="squaredcos_cap_v2")),
+        }
     return Weights(
         config=config,
         state=_convert(state, config, public_map(flash), str(path)),
