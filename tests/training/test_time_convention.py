@@ -22,5 +22,5 @@ def test_weights_of_another_time_convention_are_refused(tmp_path):
         return open_stage(Recipe(deepspeed={}, dpt=config, path="recipe.json"), "finetune")
 
     assert stage(learnt).start is not None
-    with pytest.raises(UserError, match='time_convention is "index".*learnt with "fraction"; set it'):
+    with pytest.raises(UserError, match=r'time_convention is "index".*learnt with "fraction"; set it'):
         stage(dataclasses.replace(learnt, time_convention="index"))
