@@ -32,7 +32,10 @@ def add_sampling_options(parser: argparse.ArgumentParser, *, steps: int, guidanc
     parser.add_argument("--vae", default="", help="VAE, where the weights do not name theirs")
     parser.add_argument("--steps", type=int, default=steps, help="sampler steps (default: %(default)s)")
     parser.add_argument("--sampler", default="ddim", choices=("ddim", "ddpm", "dpmsolver++"), help="(default: %(default)s)")
-    parser.add_argument("--schedule", default="", help="noise schedule at test time (default: the one of training)")
+    parser.add_argument("--schedule", default="", choices=("linear", "scaled_linear", "squaredcos_cap_v2"),
+                        help="noise schedule at test time, with its usual betas (default: the one of training)")  # fmt: skip
+    parser.add_argument("--timestep-spacing", default="", choices=("leading", "trailing", "linspace"),
+                        help="which timesteps the steps fall on (default: as the weights say)")  # fmt: skip
     parser.add_argument("--guidance", type=float, default=guidance, help="guidance scale; 1: none (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the initial noise (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=16, help="predictions computed at once (default: %(default)s)")
@@ -48,6 +51,7 @@ def sampling_config(arguments: argparse.Namespace) -> EvaluationConfig:
         "ensemble": [getattr(arguments, "ensemble", 1)],
         "sampler": arguments.sampler,
         "schedule": arguments.schedule,
+        "timestep_spacing": arguments.timestep_spacing,
         "guidance_scale": arguments.guidance,
         "seed": arguments.seed,
         "batch_size": arguments.batch_size,

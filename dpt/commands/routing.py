@@ -61,7 +61,12 @@ def run(arguments: argparse.Namespace) -> None:
         }
 
     batches = islice(data_loader.stream, -(-arguments.samples // batch_size))
-    report = trace_routing(network, map(arguments_of, batches), num_train_timesteps=config.diffusion.num_train_timesteps)
+    report = trace_routing(
+        network,
+        map(arguments_of, batches),
+        num_train_timesteps=config.diffusion.num_train_timesteps,
+        network_time=prepare.objective.network_time,
+    )
     for layer, (load, token) in enumerate(zip(report.load_entropy, report.token_entropy, strict=True)):
         print(f"layer {layer}: evenness of loads {load:.3f}, uncertainty of a token {token:.3f} (1: even, 0: one expert)")
     for path in report.save(arguments.out):

@@ -151,13 +151,16 @@ def load_recipe(path: str | Path | None, overrides: Mapping[str, Any] | None = N
     return Recipe(deepspeed=content, dpt=_build(DptConfig, given, source, "dpt"), path=str(path or ""))
 
 
-def section_from_dict(cls: type, values: Mapping[str, Any], source: str) -> Any:
+def section_from_dict(cls: type, values: Mapping[str, Any], source: str, *, prefix: str = "") -> Any:
     """A section (e.g. ModelConfig) from a dict, such as one in an exported config.json.
 
-    Raises UserError on unknown or ill-typed fields.
+    Raises UserError on unknown or ill-typed fields, named after `prefix` (default: the class).
     """
-    _check_keys(values, cls, source, cls.__name__)
-    return _build(cls, dict(values), source, cls.__name__)
+    prefix = prefix or cls.__name__
+    if not isinstance(values, Mapping):
+        raise UserError(f"{source}: {prefix} is {values!r}; it must be an object of fields.")
+    _check_keys(values, cls, source, prefix)
+    return _build(cls, dict(values), source, prefix)
 
 
 def _build(cls: type, values: dict[str, Any], source: str, prefix: str) -> Any:

@@ -121,8 +121,18 @@ class DiffusionConfig:
     """First beta of the linear schedules."""
     beta_end: float = 2e-2
     """Last beta of the linear schedules."""
+    rescale_betas_zero_snr: bool = False
+    """Rescale the betas so that the last timestep is pure noise (zero terminal SNR; not with epsilon)."""
     prediction_type: Literal["epsilon", "sample", "v_prediction", "rectified_flow"] = "epsilon"
     """What the network predicts: the noise, the clean latents, v, or the velocity of a straight path."""
+    time_convention: Literal["index", "fraction", "scaled_fraction"] = "index"
+    """How the network is told of timestep t in 0..T-1: t, (t + 1) / T (DiT-MoE's rectified flow) or t + 1 (diffusers' flow)."""
+    timestep_spacing: Literal["leading", "trailing", "linspace"] = "trailing"
+    """Which timesteps a sampler's steps fall on, unless dpt.evaluation.timestep_spacing says otherwise."""
+    steps_offset: int = 0
+    """Added to the timesteps of the spacing "leading" (Stable Diffusion: 1)."""
+    set_alpha_to_one: bool = True
+    """DDIM's last step ends at clean latents rather than at the noise level of timestep 0 (Stable Diffusion: false)."""
     vlb_weight: float = 1.0
     """Weight of the variational bound on the learned variance; 0: the variance output is ignored."""
     min_snr_gamma: float = 0.0
@@ -143,6 +153,29 @@ class DiffusionConfig:
         )
         for name in ("vlb_weight", "min_snr_gamma", "multires_noise_strength"):
             _check(getattr(self, name) >= 0, f"dpt.diffusion.{name} is {getattr(self, name)}; it cannot be negative.")
+        _check(
+            0 <= self.steps_offset < self.num_train_timesteps,
+            f"dpt.diffusion.steps_offset is {self.steps_offset}; it must be from 0 to below num_train_timesteps.",
+        )
+        _check(
+            not (self.rescale_betas_zero_snr and self.prediction_type == "rectified_flow"),
+            "dpt.diffusion.rescale_betas_zero_snr does not apply to rectified_flow, which has no betas; set it to false.",
+        )
+
+    def with_schedule(self, beta_schedule: str) -> "DiffusionConfig":
+        """This objective on another noise schedule, with the betas that belong to that one; on its own, unchanged.
+
+        linear: 1e-4 to 2e-2 (Ho et al. 2020); scaled_linear: 8.5e-4 to 1.2e-2 (Stable Diffusion); squaredcos_cap_v2 has no
+        range. UserError for rectified flow, which has no noise schedule.
+        """
+        _check(
+            self.prediction_type != "rectified_flow",
+            f"rectified flow has no noise schedule to be replaced by {beta_schedule}; leave the schedule out.",
+        )
+        if beta_schedule == self.beta_schedule:
+            return self
+        start, end = (8.5e-4, 1.2e-2) if beta_schedule == "scaled_linear" else (1e-4, 2e-2)
+        return replace(self, beta_schedule=beta_schedule, beta_start=start, beta_end=end)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -320,9 +353,9 @@ class EvaluationConfig:
     eta: float = 0.0
     """DDIM's stochasticity, 0 to 1."""
     schedule: Literal["", "linear", "scaled_linear", "squaredcos_cap_v2"] = ""
-    """Noise schedule at test time; empty: the one of training."""
-    timestep_spacing: Literal["leading", "trailing", "linspace"] = "trailing"
-    """Which timesteps the steps fall on."""
+    """Noise schedule at test time, with its own usual betas; empty: the one of training."""
+    timestep_spacing: Literal["", "leading", "trailing", "linspace"] = ""
+    """Which timesteps the steps fall on; empty: as the weights say (dpt.diffusion.timestep_spacing: trailing by default)."""
     step_power: float = 1.0
     """Over 1: more steps at low noise; under 1: more at high noise."""
     guidance_scale: float = 1.0

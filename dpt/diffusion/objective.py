@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dpt.config.sections import DiffusionConfig
 from dpt.diffusion.samplers import clean_latents
-from dpt.diffusion.schedules import betas, signal_and_noise
+from dpt.diffusion.schedules import betas, network_time, signal_and_noise
 from dpt.errors import UserError
 
 
@@ -18,6 +18,11 @@ class DiffusionObjective:
     def __init__(self, config: DiffusionConfig) -> None:
         if config.prediction_type == "rectified_flow" and config.min_snr_gamma > 0:
             raise UserError("dpt.diffusion.min_snr_gamma does not apply to rectified_flow; set it to 0.")
+        if config.prediction_type == "epsilon" and config.rescale_betas_zero_snr:
+            raise UserError(
+                "dpt.diffusion.rescale_betas_zero_snr does not go with epsilon, which says nothing of pure noise; "
+                "set prediction_type to v_prediction or sample."
+            )
         self.config = config
         self._tables = {name: torch.from_numpy(t).float() for name, t in _tables(config).items()}
 
@@ -34,6 +39,10 @@ class DiffusionObjective:
         if strength > 0 and self.config.multires_noise_annealed:
             return strength * timesteps / self.config.num_train_timesteps
         return strength
+
+    def network_time(self, timesteps: Tensor) -> Tensor:
+        """What the network is told of timesteps int64 `[B]` (`dpt.diffusion.schedules.network_time`)."""
+        return network_time(self.config, timesteps)
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Noisy latents `[B, C, h, w]` = alpha_t latents + sigma_t noise, at timesteps int64 `[B]`."""

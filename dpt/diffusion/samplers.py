@@ -14,18 +14,19 @@ from torch import Tensor
 
 from dpt.config.sections import DiffusionConfig
 from dpt.diffusion import noise as noises
-from dpt.diffusion.schedules import inference_timesteps, signal_and_noise
+from dpt.diffusion.schedules import inference_timesteps, network_time, signal_and_noise
 from dpt.errors import UserError
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
-"""(noisy latents `[B, C, h, w]`, timesteps int64 `[B]`) -> prediction `[B, C or 2 C, h, w]`."""
+"""(noisy latents `[B, C, h, w]`, what the network is told of the time `[B]`) -> prediction `[B, C or 2 C, h, w]`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
     """One step of a sampler, from noise level (alpha, sigma) at `timestep` to the next."""
 
-    timestep: int
+    timestep: float
+    """In 0..T-1; a whole number but on straight paths of continuous time."""
     alpha: float
     sigma: float
     c_noisy: float
@@ -40,7 +41,7 @@ class Step:
 class Plan:
     """A sampler's steps; `sample` runs it."""
 
-    prediction_type: str
+    diffusion: DiffusionConfig
     steps: tuple[Step, ...]
 
 
@@ -50,12 +51,13 @@ def make_plan(
     num_inference_steps: int,
     sampler: str = "ddim",
     eta: float = 0.0,
-    timestep_spacing: str = "trailing",
+    timestep_spacing: str = "",
     step_power: float = 1.0,
 ) -> Plan:
     """The steps of a sampler; fields as in `EvaluationConfig`. UserError for what cannot be sampled.
 
     With step_power 1, timesteps and steps are those of diffusers' schedulers, whose DDIM steps by T // n whatever the spacing.
+    Rectified flow whose network is told a fraction of the path takes timesteps between the whole ones where they fall there.
     """
     if sampler not in ("ddim", "ddpm", "dpmsolver++"):
         raise UserError(f"dpt.evaluation.sampler {sampler!r} is unknown; choose ddim, ddpm or dpmsolver++.")
@@ -64,31 +66,47 @@ def make_plan(
         raise UserError(
             "rectified flow has no stochastic sampler here; set dpt.evaluation.sampler to ddim (Euler) and eta to 0."
         )
-    alpha, sigma = signal_and_noise(diffusion)
-    if diffusion.prediction_type == "epsilon" and alpha.min() == 0.0:
-        raise UserError("epsilon prediction cannot start from pure noise (alpha 0); train with v_prediction or sample.")
     total = diffusion.num_train_timesteps
     multistep = sampler == "dpmsolver++"
     timesteps = inference_timesteps(
-        num_inference_steps, total, spacing=timestep_spacing, power=step_power, extra_point=multistep
+        num_inference_steps,
+        total,
+        spacing=timestep_spacing or diffusion.timestep_spacing,
+        offset=diffusion.steps_offset,
+        power=step_power,
+        extra_point=multistep,
+        continuous=straight and diffusion.time_convention != "index",
     ).tolist()
     following = [*timesteps[1:], -1]
+    end = (1.0, 0.0)
+    alpha, sigma = signal_and_noise(diffusion)
     if sampler == "ddim" and step_power == 1.0 and not straight:
         following = [t - total // num_inference_steps for t in timesteps]
-    levels = [
-        (float(alpha[t]), float(sigma[t]), *((float(alpha[n]), float(sigma[n])) if n >= 0 else (1.0, 0.0)))
-        for t, n in zip(timesteps, following, strict=True)
-    ]
+        end = end if diffusion.set_alpha_to_one else (float(alpha[0]), float(sigma[0]))
+
+    def level(timestep: float) -> tuple[float, float]:
+        if timestep < 0:
+            return end
+        if straight:
+            return 1.0 - (timestep + 1.0) / total, (timestep + 1.0) / total
+        return float(alpha[int(timestep)]), float(sigma[int(timestep)])
+
+    levels = [(*level(t), *level(n)) for t, n in zip(timesteps, following, strict=True)]
+    if diffusion.prediction_type == "epsilon" and any(alpha == 0.0 for alpha, *_ in levels):
+        raise UserError(
+            "epsilon prediction cannot start from pure noise (alpha 0); train with v_prediction or sample, or take "
+            "dpt.evaluation.timestep_spacing leading."
+        )
     if multistep:
         steps = _dpm_solver_steps(timesteps, levels)
     elif sampler == "ddpm":
         steps = [_ddpm_step(t, *level) for t, level in zip(timesteps, levels, strict=True)]
     else:
         steps = [_ddim_step(t, *level, eta=eta) for t, level in zip(timesteps, levels, strict=True)]
-    return Plan(prediction_type=diffusion.prediction_type, steps=tuple(steps))
+    return Plan(diffusion=diffusion, steps=tuple(steps))
 
 
-def _ddim_step(timestep: int, alpha: float, sigma: float, next_alpha: float, next_sigma: float, *, eta: float) -> Step:
+def _ddim_step(timestep: float, alpha: float, sigma: float, next_alpha: float, next_sigma: float, *, eta: float) -> Step:
     """Song et al. 2021 (DDIM), eq. 12 and 16."""
     std = 0.0
     if eta > 0:
@@ -97,7 +115,7 @@ def _ddim_step(timestep: int, alpha: float, sigma: float, next_alpha: float, nex
     return Step(timestep=timestep, alpha=alpha, sigma=sigma, c_noisy=direction, c_clean=next_alpha - direction * alpha, std=std)
 
 
-def _ddpm_step(timestep: int, alpha: float, sigma: float, next_alpha: float, next_sigma: float) -> Step:
+def _ddpm_step(timestep: float, alpha: float, sigma: float, next_alpha: float, next_sigma: float) -> Step:
     """Ho et al. 2020, eq. 7; a learned variance between posterior variance and beta: Nichol & Dhariwal 2021, eq. 15."""
     beta = 1.0 - (alpha / next_alpha) ** 2
     variance = (next_sigma / sigma) ** 2 * beta
@@ -113,7 +131,7 @@ def _ddpm_step(timestep: int, alpha: float, sigma: float, next_alpha: float, nex
     )
 
 
-def _dpm_solver_steps(timesteps: list[int], levels: list[tuple[float, float, float, float]]) -> list[Step]:
+def _dpm_solver_steps(timesteps: list[float], levels: list[tuple[float, float, float, float]]) -> list[Step]:
     """DPM-Solver++ 2M, midpoint (Lu et al. 2022, algorithm 2); first order at the first and last step."""
     steps = []
     for i, (t, (alpha, sigma, next_alpha, next_sigma)) in enumerate(zip(timesteps, levels, strict=True)):
@@ -166,9 +184,10 @@ def sample(denoise: Denoise, noise: Tensor, plan: Plan, *, seeds: Tensor | None 
     noisy, previous = noise.float(), None
     channels = noise.shape[1]
     for number, step in enumerate(plan.steps):
-        timesteps = torch.full((len(noisy),), step.timestep, dtype=torch.int64, device=noisy.device)
-        mean, variance = _split(denoise(noisy, timesteps).float(), channels)
-        clean = clean_latents(mean, noisy, step.alpha, step.sigma, plan.prediction_type)
+        timesteps = torch.full((len(noisy),), step.timestep, device=noisy.device)
+        times = network_time(plan.diffusion, timesteps)
+        mean, variance = _split(denoise(noisy, times).float(), channels)
+        clean = clean_latents(mean, noisy, step.alpha, step.sigma, plan.diffusion.prediction_type)
         noisy = step.c_noisy * noisy + step.c_clean * clean
         if step.c_previous != 0.0:
             assert previous is not None

@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+from torch import Tensor
 
 from dpt.config.sections import DiffusionConfig
 from dpt.errors import UserError
@@ -12,15 +13,24 @@ def betas(config: DiffusionConfig) -> np.ndarray:
     """Variances beta_t of the forward steps, float64 `[T]`.
 
     linear: Ho et al. 2020; scaled_linear: Rombach et al. 2022 (linear in sqrt(beta)); squaredcos_cap_v2: Nichol & Dhariwal
-    2021, eq. 17, capped at 0.999.
+    2021, eq. 17, capped at 0.999. With rescale_betas_zero_snr the last beta is 1 (Lin et al. 2024, algorithm 1).
     """
     steps = config.num_train_timesteps
     if config.beta_schedule == "linear":
-        return np.linspace(config.beta_start, config.beta_end, steps)
-    if config.beta_schedule == "scaled_linear":
-        return np.linspace(math.sqrt(config.beta_start), math.sqrt(config.beta_end), steps) ** 2
-    alpha_bar = np.cos((np.arange(steps + 1) / steps + 0.008) / 1.008 * math.pi / 2) ** 2
-    return np.minimum(1.0 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
+        result = np.linspace(config.beta_start, config.beta_end, steps)
+    elif config.beta_schedule == "scaled_linear":
+        result = np.linspace(math.sqrt(config.beta_start), math.sqrt(config.beta_end), steps) ** 2
+    else:
+        alpha_bar = np.cos((np.arange(steps + 1) / steps + 0.008) / 1.008 * math.pi / 2) ** 2
+        result = np.minimum(1.0 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
+    return _zero_terminal_snr(result) if config.rescale_betas_zero_snr else result
+
+
+def _zero_terminal_snr(beta: np.ndarray) -> np.ndarray:
+    """Betas whose alpha_t are shifted to 0 at the last timestep and scaled to what they were at the first."""
+    alpha = np.sqrt(np.cumprod(1.0 - beta))
+    alpha = (alpha - alpha[-1]) * (alpha[0] / (alpha[0] - alpha[-1]))
+    return 1.0 - np.concatenate((alpha[:1] ** 2, (alpha[1:] / alpha[:-1]) ** 2))
 
 
 def alphas_cumprod(config: DiffusionConfig) -> np.ndarray:
@@ -40,15 +50,32 @@ def signal_and_noise(config: DiffusionConfig) -> tuple[np.ndarray, np.ndarray]:
     return np.sqrt(cumprod), np.sqrt(1.0 - cumprod)
 
 
-def inference_timesteps(
-    num_inference_steps: int, num_train_timesteps: int, *, spacing: str, power: float = 1.0, extra_point: bool = False
-) -> np.ndarray:
-    """Timesteps that a sampler visits, int64, strictly decreasing (Lin et al. 2024, table 2).
+def network_time(config: DiffusionConfig, timesteps: Tensor) -> Tensor:
+    """What the network is told of `timesteps` `[B]` (0..T-1, whole or between): themselves, or float32 `[B]`, by convention."""
+    if config.time_convention == "index":
+        return timesteps
+    if config.time_convention == "scaled_fraction":
+        return timesteps.float() + 1.0
+    return ((timesteps.double() + 1.0) / config.num_train_timesteps).float()
 
-    spacing: "leading" (multiples of T // n, up to one stride below T), "trailing" (from T - 1 down), "linspace" (T - 1 to 0).
-    power: over 1 moves steps to low noise, under 1 to high noise: t -> (T - 1) (t / (T - 1))^power.
+
+def inference_timesteps(
+    num_inference_steps: int,
+    num_train_timesteps: int,
+    *,
+    spacing: str,
+    offset: int = 0,
+    power: float = 1.0,
+    extra_point: bool = False,
+    continuous: bool = False,
+) -> np.ndarray:
+    """Timesteps that a sampler visits, int64 (float64 if `continuous`), strictly decreasing (Lin et al. 2024, table 2).
+
+    spacing: "leading" (multiples of T // n, up to one stride below T, plus `offset`), "trailing" (from T - 1 down), "linspace"
+    (T - 1 to 0). power: over 1 moves steps to low noise, under 1 to high noise: t -> (T - 1) (t / (T - 1))^power.
     extra_point: leave the last of n + 1 points to the end of the path, as multistep solvers do (leading, linspace).
-    UserError if there are more steps than timesteps.
+    continuous: leave out the rounding to whole timesteps. UserError if there are more steps than timesteps, or an offset leads
+    beyond the last one.
     """
     steps, total = num_inference_steps, num_train_timesteps
     points = steps + 1 if extra_point else steps
@@ -57,16 +84,25 @@ def inference_timesteps(
         raise UserError(
             f"dpt.evaluation.steps {steps} is out of range for {total} training timesteps; take between 1 and that."
         )
+    whole = np.asarray if continuous else np.round
     if spacing == "linspace":
-        timesteps = np.linspace(0, total - 1, points).round()[::-1][:steps]
+        timesteps = whole(np.linspace(0, total - 1, points))[::-1][:steps]
     elif spacing == "leading":
-        timesteps = (np.arange(points) * (total // points))[::-1][:steps]
+        timesteps = (np.arange(points) * (total // points))[::-1][:steps] + offset
+        if timesteps[0] >= total:
+            raise UserError(
+                f"dpt.diffusion.steps_offset {offset} moves the first of {steps} steps beyond the last timestep, {total - 1}; "
+                "take fewer steps."
+            )
     elif spacing == "trailing":
-        timesteps = np.round(total - np.arange(steps) * (total / steps)) - 1
+        timesteps = whole(total - np.arange(steps) * (total / steps)) - 1
     else:
         raise UserError(f"dpt.evaluation.timestep_spacing {spacing!r} is unknown; choose leading, trailing or linspace.")
     if power != 1.0:
-        timesteps = np.round((total - 1) * (timesteps / (total - 1)) ** power)
+        timesteps = whole((total - 1) * (timesteps / (total - 1)) ** power)
+    if continuous:
+        return np.asarray(timesteps, dtype=np.float64)
+    if power != 1.0:
         ascending, index = timesteps[::-1], np.arange(steps)
         ascending = np.maximum.accumulate(ascending - index) + index  # no timestep twice
         timesteps = np.minimum(ascending, total - steps + index)[::-1]

@@ -51,7 +51,9 @@ def load_model(weights: str | Path, *, vae: str = "", use_ema: bool = True) -> L
     found = read_weights(weights, ema=use_ema)
     sections = found.sections
     if "diffusion" not in sections:
-        raise UserError(f'{weights}: nothing says what these weights predict; export them with their "diffusion" section.')
+        raise UserError(
+            f"{weights}: nothing says what these weights predict; import them with dpt import --objective or --scheduler."
+        )
     record = sections.get("vae") or {}
     name = vae or record.get("name", "")
     if not name:

@@ -52,8 +52,9 @@ class Predictor:
         self.network = loaded.network.to(self.device, self.dtype).eval()
         self.model, self.task, self.codec, self.lineage = loaded.model, loaded.task, loaded.codec, loaded.lineage
         self.codec.to(self.device)
-        schedule = self.config.schedule or loaded.diffusion.beta_schedule
-        self.diffusion = dataclasses.replace(loaded.diffusion, beta_schedule=schedule)
+        spacing = self.config.timestep_spacing or loaded.diffusion.timestep_spacing
+        diffusion = dataclasses.replace(loaded.diffusion, timestep_spacing=spacing)
+        self.diffusion = diffusion.with_schedule(self.config.schedule) if self.config.schedule else diffusion
 
     # --- whole images ---------------------------------------------------------------------------------------------------
 
@@ -191,7 +192,6 @@ class Predictor:
             num_inference_steps=steps,
             sampler=config.sampler,
             eta=config.eta,
-            timestep_spacing=config.timestep_spacing,
             step_power=config.step_power,
         )
         guided = config.guidance_scale != 1.0

@@ -95,10 +95,11 @@ def _fingerprint(one: EvaluationSet, config: EvaluationConfig, predictor: Predic
     if predictor is None:
         files = sorted(p for p in Path(config.predictions).rglob("*") if p.is_file())
         return shared | {"predictions": [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files]}
-    names: tuple[str, ...] = ("aggregation", "sampler", "eta", "timestep_spacing", "step_power", "guidance_scale")
+    names: tuple[str, ...] = ("aggregation", "sampler", "eta", "step_power", "guidance_scale")
     names += ("precision", "seed", "save_predictions")
     sampling = {name: getattr(config, name) for name in names}
-    return shared | sampling | {"schedule": predictor.diffusion.beta_schedule, "weights": _weights_sha256(predictor)}
+    chosen = {"schedule": predictor.diffusion.beta_schedule, "timestep_spacing": predictor.diffusion.timestep_spacing}
+    return shared | sampling | chosen | {"weights": _weights_sha256(predictor)}
 
 
 def _weights_sha256(predictor: Predictor) -> str:
@@ -114,10 +115,11 @@ def _described(config: EvaluationConfig, predictor: Predictor | None) -> dict[st
     """How the predictions were made."""
     if predictor is None:
         return {"predictions": config.predictions}
-    names = ("weights", "use_ema", "aggregation", "sampler", "eta", "timestep_spacing", "step_power", "guidance_scale")
+    names = ("weights", "use_ema", "aggregation", "sampler", "eta", "step_power", "guidance_scale")
     return {
         **{name: getattr(config, name) for name in (*names, "precision", "seed")},
         "schedule": predictor.diffusion.beta_schedule,
+        "timestep_spacing": predictor.diffusion.timestep_spacing,
         "forward_macs": macs(predictor.model).forward,
         "lineage": predictor.lineage,
     }

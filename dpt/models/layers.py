@@ -26,8 +26,9 @@ def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -
 
 def sinusoidal_features(positions: Tensor, count: int, denominator: int) -> tuple[Tensor, Tensor]:
     """Sines and cosines, each [..., count], of positions [...] at frequencies 10000^(-i / denominator), in positions' dtype."""
-    exponents = torch.arange(count, dtype=positions.dtype, device=positions.device) / denominator
-    angles = positions[..., None] * torch.exp(-math.log(10000.0) * exponents)
+    numbers = torch.arange(count, dtype=positions.dtype, device=positions.device)
+    # In this order, as DiT and diffusers do: at t = 999 a frequency's last bit is 6e-5 of an angle.
+    angles = positions[..., None] * torch.exp(-math.log(10000.0) * numbers / denominator)
     return angles.sin(), angles.cos()
 
 

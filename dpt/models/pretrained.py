@@ -1,14 +1,12 @@
 """Weights from files and back: public checkpoints, diffusers' folders and our own exports, recognised by their keys."""
 
-import argparse
 import json
 import logging
 import os
 import shutil
 import uuid
-import zipfile
 from collections.abc import Mapping
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,10 +15,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dpt.config.recipe import section_from_dict
 from dpt.config.sections import DiffusionConfig, ModelConfig
 from dpt.errors import UserError
 from dpt.models.dit import DiT
 from dpt.models.layers import position_table
+from dpt.models.schedulers import pipeline_scheduler
+from dpt.models.weight_files import DIFFUSERS_WEIGHTS, read_diffusers_tensors, read_json_object, read_tensors
 from dpt.models.weight_maps import (
     Map,
     config_from_diffusers,
@@ -30,11 +31,12 @@ from dpt.models.weight_maps import (
     infer_public_config,
     public_map,
 )
-from dpt.models.weights import Weights, check_state, expected_shapes, refuse
+from dpt.models.weights import Weights, check_numbers, check_state, expected_shapes, refuse
 
 FORMAT_VERSION = 1
 _WEIGHTS, _CONFIG = "weights.safetensors", "config.json"
-_DIFFUSERS_WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+_SECTIONS = {"diffusion": dict, "vae": dict, "task": str, "flow_code": str, "lineage": dict}
+"""What config.json may say beside the network."""
 _EMA = "ema."
 _log = logging.getLogger(__name__)
 
@@ -47,24 +49,44 @@ def import_weights(path: str | Path, *, ema: bool = True, dtype: torch.dtype = t
     return read_weights(path, ema=ema, dtype=dtype, **fields).build()
 
 
-def read_weights(path: str | Path, *, ema: bool = True, dtype: torch.dtype = torch.float32, **fields: Any) -> Weights:
+def read_weights(
+    path: str | Path,
+    *,
+    ema: bool = True,
+    dtype: torch.dtype = torch.float32,
+    variant: str = "",
+    scheduler: DiffusionConfig | None = None,
+    **fields: Any,
+) -> Weights:
     """Weights of any known format, as ours.
 
     `path`: our export (a folder), a diffusers folder (of a DiTTransformer2DModel, or of a pipeline with one), or a public
     `.pt` or `.safetensors` file: DiT, DiT-MoE with plain or flash-attention keys, or the generalist of "Scaling Properties of
     Diffusion Models for Perceptual Tasks". `ema`: averaged weights if the file holds both kinds. `dtype`: of the result.
+    `variant`: of a diffusers folder's files, such as "fp16". `scheduler`: the objective, in place of what the file tells.
     `fields`: of ModelConfig, where a public file's shapes do not tell (num_heads, top_k). Nothing is unpickled but tensors.
-    UserError if the format is unknown, or a tensor is missing, unknown, or of a wrong shape.
+    UserError if the format is unknown, or a tensor is missing, unknown, of a wrong shape, or not of finite numbers.
     """
     path = Path(path)
-    if (path / _WEIGHTS).is_file() and (path / _CONFIG).is_file():
+    ours = (path / _WEIGHTS).is_file() and (path / _CONFIG).is_file()
+    pipeline = (path / "transformer").is_dir()
+    if path.is_dir() and not (path / _CONFIG).is_file() and not pipeline:
+        raise UserError(f"{path}: neither an export nor a diffusers folder (there is no {_CONFIG}); check the path.")
+    if variant and (ours or not path.is_dir()):
+        raise UserError(f"{path}: no diffusers folder, so it has no variant {variant!r}; leave the variant out.")
+    if ours:
         weights = _read_export(path, ema)
     elif path.is_dir():
-        weights = _read_diffusers(path / "transformer" if (path / "transformer").is_dir() else path)
+        weights = _read_diffusers(path / "transformer" if pipeline else path, variant)
+        if pipeline and scheduler is None:
+            scheduler = pipeline_scheduler(path)
     else:
         weights = _read_public(path, ema, fields)
+    if scheduler is not None:
+        weights = replace(weights, sections={**weights.sections, "diffusion": asdict(scheduler)})
+    check_state(weights.config, weights.state, str(path))
+    check_numbers(weights.config, weights.state, str(path))
     state = {n: t.to(dtype) if t.is_floating_point() else t for n, t in weights.state.items()}
-    check_state(weights.config, state, str(path))
     return replace(weights, state=state)
 
 
@@ -80,7 +102,7 @@ def _read_export(path: Path, ema: bool) -> Weights:
             # Tensors without an average (counters) are stored once.
             state = {n: file.get_tensor(_EMA + n if averaged and _EMA + n in names else n) for n in plain}
     except SafetensorError as error:
-        raise UserError(f"{path / _WEIGHTS}: not a complete safetensors file ({error}); export the weights again.") from error
+        raise UserError(f"{path / _WEIGHTS}: not a complete safetensors file; export the weights again.") from error
     model = config.pop("model")
     return Weights(config=model, state=state, source="our export", averaged=averaged, sections=config)
 
@@ -88,36 +110,31 @@ def _read_export(path: Path, ema: bool) -> Weights:
 def read_config(path: str | Path) -> dict[str, Any]:
     """config.json of an exported folder, "model" as a ModelConfig; UserError if this version does not know all of it."""
     file = Path(path) / _CONFIG
-    config = _read_json(file)
+    config = read_json_object(file)
     if config.pop("format_version", None) != FORMAT_VERSION:
         raise UserError(f"{file}: format_version is not {FORMAT_VERSION}; export the weights with this version of dpt.")
-    known = {f.name for f in fields(ModelConfig)}
-    config.get("model", {}).pop("attention_backend", None)  # which older exports stored; any kernel reads any weights
-    unknown = config.get("model", {}).keys() - known
-    if "model" not in config or unknown:
-        raise UserError(
-            f"{file}: model has fields that this version does not know: {', '.join(sorted(unknown)) or 'none at all'}."
-        )
-    return config | {"model": ModelConfig(**config["model"])}
+    unknown = sorted(config.keys() - _SECTIONS.keys() - {"model", "export_id"})
+    if unknown:
+        raise UserError(f"{file}: this version of dpt does not know {', '.join(unknown)}; export the weights with it.")
+    for name, kind in _SECTIONS.items():
+        if name in config and not isinstance(config[name], kind):
+            raise UserError(f"{file}: {name} is {config[name]!r}; it must be of type {kind.__name__}.")
+    model = config.get("model")
+    if not isinstance(model, dict) or not model:
+        raise UserError(f"{file}: model is {model!r}; it must be the object of the network's fields.")
+    model.pop("attention_backend", None)  # which older exports stored; any kernel reads any weights
+    return config | {"model": section_from_dict(ModelConfig, model, str(file), prefix="model")}
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror}); check the path.") from error
-    except ValueError as error:
-        raise UserError(f"{file}: not a JSON object ({error}).") from error
-
-
-def _read_diffusers(path: Path) -> Weights:
-    values = _read_json(path / _CONFIG)
+def _read_diffusers(path: Path, variant: str) -> Weights:
+    values = read_json_object(path / _CONFIG)
     if values.get("_class_name") not in ("DiTTransformer2DModel", "Transformer2DModel"):
         raise UserError(f'{path / _CONFIG}: _class_name is "{values.get("_class_name")}"; only DiTTransformer2DModel is known.')
-    file = next((path / name for name in _DIFFUSERS_WEIGHTS if (path / name).is_file()), None)
-    if file is None:
-        raise UserError(f"{path}: holds none of {', '.join(_DIFFUSERS_WEIGHTS)}.")
-    config, state = config_from_diffusers(values), _read_tensors(file)
+    try:
+        config = config_from_diffusers(values)
+    except UserError as error:
+        raise UserError(f"{path / _CONFIG}: {error}") from error
+    file, state = read_diffusers_tensors(path, variant)
     if (table := state.pop("pos_embed.pos_embed", None)) is not None:
         _check_positions(table, config, str(file))
     for name in expected_shapes(config):
@@ -130,9 +147,10 @@ def _read_diffusers(path: Path) -> Weights:
 
 
 def _read_public(path: Path, ema: bool, fields: Mapping[str, Any]) -> Weights:
-    state, averaged = _select(_read_tensors(path), ema)
+    state, averaged = _select(read_tensors(path), ema)
     if "x_embedder.proj.weight" not in state and "x_embedder.proj.conv_in_1.weight" not in state:
-        raise UserError(f"{path}: not the weights of a DiT (its names begin with {', '.join(sorted(state)[:3])}).")
+        names = f"its names begin with {', '.join(sorted(state)[:3])}" if state else "it holds no tensors"
+        raise UserError(f"{path}: not the weights of a DiT ({names}).")
     try:
         config = infer_public_config(state, **fields)
     except UserError as error:
@@ -145,7 +163,11 @@ def _read_public(path: Path, ema: bool, fields: Mapping[str, Any]) -> Weights:
     if kind == "DiT":
         sections = {"diffusion": asdict(DiffusionConfig())}
     elif kind == "generalist":
-        sections = {"task": "generalist", "diffusion": asdict(DiffusionConfig(beta_schedule="squaredcos_cap_v2"))}
+        sections = {
+            "task": "generalist",
+            "flow_code": "linear_75",
+            "diffusion": asdict(DiffusionConfig(beta_schedule="squaredcos_cap_v2")),
+        }
     return Weights(
         config=config,
         state=_convert(state, config, public_map(flash), str(path)),
@@ -153,24 +175,6 @@ def _read_public(path: Path, ema: bool, fields: Mapping[str, Any]) -> Weights:
         averaged=averaged,
         sections=sections,
     )
-
-
-def _read_tensors(file: Path) -> dict[str, Any]:
-    """The names and tensors of a `.safetensors` file or a pickle, of which only tensors and plain containers are read."""
-    try:
-        if file.suffix == ".safetensors":
-            with safe_open(file, framework="pt") as opened:
-                return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-        with torch.serialization.safe_globals([argparse.Namespace]):  # DiT's training checkpoints hold their arguments
-            loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except FileNotFoundError as error:
-        raise UserError(f"{file}: there is no such file; check the path.") from error
-    except Exception as error:  # torch raises many kinds
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise UserError(f"{file}: no file of plain tensors, as torch.save or safetensors write them ({reason}).") from error
-    if not isinstance(loaded, Mapping):
-        raise UserError(f"{file}: holds a {type(loaded).__name__}, not named tensors.")
-    return dict(loaded)
 
 
 def _select(loaded: dict[str, Any], ema: bool) -> tuple[dict[str, Tensor], bool]:
@@ -258,7 +262,7 @@ def _write_diffusers(config: ModelConfig, state: Mapping[str, Tensor], path: Pat
     for name, tensor in state.items():
         tensors |= diffusers_map(name, config).split(tensor)
         tensors |= {copy: tensor.clone() for copy in embedder_copies(name, config)}
-    _write_folder(path, values, tensors, _DIFFUSERS_WEIGHTS[0], {"format": "pt"})
+    _write_folder(path, values, tensors, f"{DIFFUSERS_WEIGHTS}.safetensors", {"format": "pt"})
     if config.timestep_features == "dit":
         _log.warning(
             "%s: diffusers computes the timestep's frequencies otherwise than DiT; after loading, run `for block in "

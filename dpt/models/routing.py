@@ -1,6 +1,6 @@
 """What the routers do: which experts get which tokens, by layer, timestep, class and patch position; as arrays and pictures."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -64,18 +64,25 @@ class RoutingReport:
 
 @torch.no_grad()
 def trace_routing(
-    model: DiT, batches: Iterable[Mapping[str, Tensor]], *, num_train_timesteps: int = 1000, timestep_bins: int = 10
+    model: DiT,
+    batches: Iterable[Mapping[str, Tensor]],
+    *,
+    num_train_timesteps: int = 1000,
+    timestep_bins: int = 10,
+    network_time: Callable[[Tensor], Tensor] | None = None,
 ) -> RoutingReport:
     """Run `model` on batches and report its routing.
 
     A batch holds the network's arguments by name (noisy_latents, timesteps, labels, ...); latents must be of one size.
-    Timesteps are sorted into equal bins of [0, num_train_timesteps). UserError if the model has no experts or there is no
+    Timesteps are sorted into equal bins of [0, num_train_timesteps); `network_time`: what the network is told of them, if not
+    the timesteps themselves. UserError if the model has no experts or there is no
     batch.
     """
     tally = RoutingTally(model, num_train_timesteps=num_train_timesteps, timestep_bins=timestep_bins)
     for batch in batches:
         with tally.watch(batch["timesteps"], batch["labels"], tuple(batch["noisy_latents"].shape[2:])):
-            model(**batch)
+            times = batch["timesteps"] if network_time is None else network_time(batch["timesteps"])
+            model(**{**batch, "timesteps": times})
     return tally.report()
 
 

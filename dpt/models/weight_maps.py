@@ -79,10 +79,14 @@ def infer_public_config(state: Mapping[str, Tensor], **known: Any) -> ModelConfi
     depth, or follow from a query norm; UserError if neither tells.
     """
     convolutions = [state[key] for key in state if re.fullmatch(r"x_embedder\.proj\.(conv_in_\d+\.)?weight", key)]
+    if not convolutions:
+        raise UserError("the weights resemble a DiT's, but have no patch embedding x_embedder.proj.")
+    for tensor in convolutions:
+        _check_rank("x_embedder.proj", tensor, 4)
     hidden_size, total_in, patch_size, _ = convolutions[0].shape
     depth = _count(state, r"blocks\.(\d+)\.")
     fields: dict[str, Any] = {
-        "input_size": math.isqrt(_shape(state, "pos_embed")[1]) * patch_size,
+        "input_size": math.isqrt(_shape(state, "pos_embed", 3)[1]) * patch_size,
         "patch_size": patch_size,
         "hidden_size": hidden_size,
         "depth": depth,
@@ -97,7 +101,7 @@ def infer_public_config(state: Mapping[str, Tensor], **known: Any) -> ModelConfi
         fields["mlp_ratio"] = _shape(state, "blocks.0.mlp.fc1.weight")[0] / hidden_size
     if "num_heads" not in known:
         if fields["qk_norm"]:
-            fields["num_heads"] = hidden_size // _shape(state, "blocks.0.attn.q_norm.weight")[0]
+            fields["num_heads"] = hidden_size // _shape(state, "blocks.0.attn.q_norm.weight", 1)[0]
         else:
             fields["num_heads"] = _heads(hidden_size, depth)
     return _named(ModelConfig(**fields | known))
@@ -116,14 +120,14 @@ def _named(config: ModelConfig) -> ModelConfig:
 def _expert_fields(state: Mapping[str, Tensor], hidden_size: int) -> dict[str, Any]:
     swiglu = "blocks.0.moe.experts.0.gate_proj.weight" in state
     first = "blocks.0.moe.experts.0.gate_proj.weight" if swiglu else "blocks.0.moe.experts.0.fc1.weight"
-    shared = state.get("blocks.0.moe.shared_experts.gate_proj.weight")
+    shared = "blocks.0.moe.shared_experts.gate_proj.weight"
     return {
         "num_experts": _shape(state, "blocks.0.moe.gate.weight")[0],
         "top_k": 2,
         "normalize_top_k": False,
         "expert_activation": "swiglu" if swiglu else "gelu",
         "mlp_ratio": _shape(state, first)[0] / hidden_size,
-        "shared_expert_width": 0 if shared is None else shared.shape[0],
+        "shared_expert_width": _shape(state, shared)[0] if shared in state else 0,
     }
 
 
@@ -145,17 +149,23 @@ def _heads(hidden_size: int, depth: int) -> int:
     return heads.pop()
 
 
-def _shape(state: Mapping[str, Tensor], name: str) -> torch.Size:
+def _shape(state: Mapping[str, Tensor], name: str, rank: int = 2) -> torch.Size:
     if name not in state:
         raise UserError(f"the weights resemble a DiT's, but {name} is missing.")
+    _check_rank(name, state[name], rank)
     return state[name].shape
+
+
+def _check_rank(name: str, tensor: Tensor, rank: int) -> None:
+    if tensor.dim() != rank or 0 in tensor.shape:
+        raise UserError(f"{name} is of shape {list(tensor.shape)}; in a DiT it has {rank} dimensions, none of them 0.")
 
 
 def _count(state: Mapping[str, Tensor], pattern: str) -> int:
     """One more than the largest number that `pattern` finds at the start of a name."""
     numbers = [int(match[1]) for key in state if (match := re.match(pattern, key))]
     if not numbers:
-        raise UserError(f"the weights resemble a DiT's, but none is named {pattern}.")
+        raise UserError("the weights resemble a DiT's, but have no blocks.")
     return max(numbers) + 1
 
 
@@ -209,12 +219,51 @@ _DIFFUSERS_FIXED = {
 }
 
 
+_DIFFUSERS_NUMBERS: dict[str, tuple[type, ...]] = {
+    "num_attention_heads": (int,),
+    "attention_head_dim": (int,),
+    "in_channels": (int,),
+    "out_channels": (int, type(None)),
+    "num_layers": (int,),
+    "norm_num_groups": (int,),
+    "sample_size": (int,),
+    "patch_size": (int,),
+    "num_embeds_ada_norm": (int,),
+    "norm_eps": (float, int),
+    "timestep_features": (str,),
+}
+_DIFFUSERS_ABSENT = frozenset(  # parts of Transformer2DModel, as which older DiT folders were written, that a DiT has not
+    {
+        "cross_attention_dim",
+        "num_vector_embeds",
+        "use_linear_projection",
+        "only_cross_attention",
+        "double_self_attention",
+        "caption_channels",
+        "interpolation_scale",
+        "use_additional_conditions",
+    }
+)
+
+
 def config_from_diffusers(values: Mapping[str, Any]) -> ModelConfig:
     """The architecture that a DiTTransformer2DModel's config.json describes; UserError for what ours cannot be."""
-    for name, expected in _DIFFUSERS_FIXED.items():
-        if values.get(name, expected) != expected:
-            raise UserError(f"config.json: {name} is {values[name]!r}; only {expected!r} is supported.")
+    for name, value in values.items():
+        expected = _DIFFUSERS_FIXED.get(name, "default" if name == "attention_type" else None)
+        if expected is not None and value != expected:
+            raise UserError(f"{name} is {value!r}; only {expected!r} is supported.")
+        if name in _DIFFUSERS_ABSENT and value not in (None, False):
+            raise UserError(f"{name} is {value!r}; a DiT has no such part.")
+        if (kinds := _DIFFUSERS_NUMBERS.get(name)) and (not isinstance(value, kinds) or isinstance(value, bool)):
+            raise UserError(f"{name} is {value!r}; it must be of type {kinds[0].__name__}.")
+        known = name.startswith("_") or name in _DIFFUSERS_NUMBERS or name in _DIFFUSERS_ABSENT or expected is not None
+        if not known:
+            raise UserError(f'there is no field "{name}" in a DiTTransformer2DModel; remove it, or check the file.')
+    if (features := values.get("timestep_features", "diffusers")) not in ("dit", "diffusers"):
+        raise UserError(f"timestep_features is {features!r}; choose dit or diffusers.")
     heads, total_in = values.get("num_attention_heads", 16), values.get("in_channels", 4)
+    if min(heads, total_in) < 1:
+        raise UserError(f"num_attention_heads is {heads} and in_channels {total_in}; both must be at least 1.")
     config = ModelConfig(
         input_size=values.get("sample_size", 32),
         patch_size=values.get("patch_size", 2),
@@ -223,7 +272,7 @@ def config_from_diffusers(values: Mapping[str, Any]) -> ModelConfig:
         num_heads=heads,
         num_classes=values.get("num_embeds_ada_norm", 1000),
         mlp_norm_eps=values.get("norm_eps", 1e-5),
-        timestep_features=values.get("timestep_features", "diffusers"),
+        timestep_features=features,
         **_channels(total_in, values.get("out_channels") or total_in),
     )
     return _named(config)

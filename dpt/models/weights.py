@@ -12,7 +12,7 @@ from dpt.config.sections import ModelConfig
 from dpt.errors import UserError
 from dpt.models.dit import DiT
 
-_LISTED = 20
+_LISTED = 5
 """Names that an error lists before it only counts."""
 
 
@@ -54,6 +54,25 @@ def check_state(config: ModelConfig, state: Mapping[str, Tensor], source: str) -
         if name in state and state[name].shape != shape
     )
     refuse(source, missing=shapes.keys() - state.keys(), unknown=state.keys() - shapes.keys(), wrong=wrong)
+
+
+def check_numbers(config: ModelConfig, state: Mapping[str, Tensor], source: str) -> None:
+    """UserError if a tensor is not of the kind of number that `DiT(config)` has there, or holds NaN or infinite values."""
+    with torch.device("meta"):
+        kinds = {name: tensor.is_floating_point() for name, tensor in DiT(config).state_dict().items()}
+    wrong = sorted(
+        f"{n} of {str(t.dtype).removeprefix('torch.')}" for n, t in state.items() if t.is_floating_point() != kinds[n]
+    )
+    if wrong:
+        raise UserError(f"{source}: weights of another type of number than the network's: {_enumerate(wrong)}.")
+    bad = sorted(n for n, t in state.items() if kinds[n] and t.numel() and not _is_finite(t))
+    if bad:
+        raise UserError(f"{source}: NaN or infinite values in {_enumerate(bad)}; get or train these weights again.")
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    low, high = torch.aminmax(tensor.float())  # NaN passes through both
+    return bool(torch.isfinite(low) & torch.isfinite(high))
 
 
 def refuse(source: str, *, missing: Iterable[str] = (), unknown: Iterable[str] = (), wrong: Iterable[str] = ()) -> None:

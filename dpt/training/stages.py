@@ -64,6 +64,12 @@ def open_stage(recipe: Recipe, name: str, *, parents: list[str] | None = None) -
             distributed.log("dpt.training.weights is empty: fine-tuning starts from random weights.")
         return Stage(name=name, recipe=trained, start=None, parents=[])
     weights = adapt(load_weights(path, ema=config.training.use_ema), config.model)
+    told = (weights.sections.get("diffusion") or {}).get("time_convention", config.diffusion.time_convention)
+    if told != config.diffusion.time_convention:
+        raise UserError(
+            f'{recipe.path}: dpt.diffusion.time_convention is "{config.diffusion.time_convention}", but the weights in {path} '
+            f'learnt with "{told}"; set it to that.'
+        )
     if name == "upcycle":
         weights = upcycle(weights, config.upcycling, seed=config.training.seed)
     lineage = weights.sections.get("lineage", {})

@@ -89,7 +89,8 @@ class LossModule(nn.Module):
         valid: Tensor | None,
         earlier: EarlierRouting | None = None,
     ) -> Losses:
-        out = self.network(network_input, timesteps, labels, embeddings, task_labels, earlier)
+        times = self.objective.network_time(timesteps)
+        out = self.network(network_input, times, labels, embeddings, task_labels, earlier)
         losses = self.objective.loss(out.prediction, latents, noise, noisy_latents, timesteps, valid)
         loss, mse = losses["loss"], losses["mse"]
         total = loss + self.balance_weight * out.load_balancing_loss + self.z_weight * out.router_z_loss

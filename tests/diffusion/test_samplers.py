@@ -190,7 +190,7 @@ def test_stochastic_samples_do_not_depend_on_the_batch(sampler, eta):
 def test_unknown_objectives_are_refused():
     plan = samplers.make_plan(DiffusionConfig(), num_inference_steps=2)
     with pytest.raises(UserError, match="cannot be sampled"):
-        samplers.sample(_network(), _start(), dataclasses.replace(plan, prediction_type="score"))
+        samplers.sample(_network(), _start(), dataclasses.replace(plan, diffusion=DiffusionConfig(prediction_type="score")))
 
 
 def test_guidance_on_all_or_the_first_channels():
@@ -207,3 +207,58 @@ def test_guidance_on_all_or_the_first_channels():
     first = samplers.guide(predict, scale=3.0, channels=4, guided_channels=3)(x, t)
     assert torch.allclose(first[:, :3], 4.0 * x[:, :3])
     assert torch.allclose(first[:, 3:], torch.cat((x, x), 1)[:, 3:])
+
+
+@pytest.mark.parametrize("steps", [5, 7, 50])
+def test_flow_that_learnt_fractions_is_told_fractions(steps):
+    """DiT-MoE's sampler: z <- z - v(z, i / n) / n for i = n ... 1, at steps that do not divide T too."""
+    config = DiffusionConfig(prediction_type="rectified_flow", time_convention="fraction")
+
+    def predict(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(x) + torch.sin(5 * t)[:, None, None, None]
+
+    z = _start().double()
+    for i in range(steps, 0, -1):
+        z = z - predict(z, torch.full((2,), i / steps, dtype=torch.float64)) / steps
+    plan = samplers.make_plan(config, num_inference_steps=steps)
+    assert (samplers.sample(predict, _start(), plan) - z).abs().max() < 2e-6
+
+
+def test_the_network_is_told_the_time_as_it_learnt_it():
+    timesteps = torch.tensor([0, 499, 999])
+    told = {
+        name: schedules.network_time(DiffusionConfig(time_convention=name), timesteps).tolist()
+        for name in ("index", "fraction", "scaled_fraction")
+    }
+    assert told["index"] == [0, 499, 999]
+    assert told["fraction"] == pytest.approx([0.001, 0.5, 1.0], rel=1e-6)
+    assert told["scaled_fraction"] == [1.0, 500.0, 1000.0]
+
+
+def test_zero_terminal_snr_of_a_config():
+    """Lin et al. 2024: the last alpha is 0, the first as before, the others between in proportion."""
+    plain, zero = (DiffusionConfig(prediction_type="v_prediction", rescale_betas_zero_snr=z) for z in (False, True))
+    before, after = schedules.signal_and_noise(plain)[0], schedules.signal_and_noise(zero)[0]
+    assert after[-1] == 0.0
+    expected = (before - before[-1]) * before[0] / (before[0] - before[-1])
+    assert abs(after - expected).max() < 1e-12
+    assert torch.isfinite(samplers.sample(_network(), _start(), samplers.make_plan(zero, num_inference_steps=4))).all()
+    epsilon = dataclasses.replace(zero, prediction_type="epsilon")
+    samplers.make_plan(epsilon, num_inference_steps=4, timestep_spacing="leading")  # never at pure noise
+    with pytest.raises(UserError, match="pure noise"):
+        samplers.make_plan(epsilon, num_inference_steps=4)
+    with pytest.raises(UserError, match="beyond the last timestep"):
+        samplers.make_plan(DiffusionConfig(steps_offset=1, timestep_spacing="leading"), num_inference_steps=1000)
+
+
+@pytest.mark.parametrize("trained", SCHEDULES)
+@pytest.mark.parametrize("tested", SCHEDULES)
+def test_a_schedule_at_test_time_brings_its_own_betas(trained, tested):
+    usual = {"linear": (1e-4, 2e-2), "scaled_linear": (0.00085, 0.012)}
+    config = DiffusionConfig(beta_schedule=trained, beta_start=0.002, beta_end=0.03, steps_offset=1).with_schedule(tested)
+    start, end = (0.002, 0.03) if tested == trained else usual.get(tested, (1e-4, 2e-2))
+    expected = DDIMScheduler(beta_schedule=tested, beta_start=start, beta_end=end).alphas_cumprod.double()
+    assert (torch.from_numpy(schedules.alphas_cumprod(config)) - expected).abs().max() < 1e-6
+    assert config.steps_offset == 1
+    with pytest.raises(UserError, match="no noise schedule"):
+        DiffusionConfig(prediction_type="rectified_flow").with_schedule(tested)

@@ -203,3 +203,16 @@ def test_schedule_of_the_config_replaces_that_of_training():
     assert predictor.diffusion.beta_schedule == "squaredcos_cap_v2"
     assert predictor([_image(32, 32)], steps=1, ensemble=1)[0].value.dtype == np.float32
     assert PoolingCodec.sha256 == predictor.codec.sha256
+
+
+def test_sampling_follows_the_weights_spacing_and_time():
+    model = make_model("depth", prediction_type="rectified_flow")
+    diffusion = dataclasses.replace(model.diffusion, time_convention="fraction", timestep_spacing="linspace")
+    predictor = Predictor(dataclasses.replace(model, diffusion=diffusion), device="cpu")
+    seen = []
+    predictor.network.t_embedder.register_forward_pre_hook(lambda _, given: seen.append(given[0][0].item()))
+    predictor([np.zeros((32, 32, 3), np.uint8)], steps=3)
+    assert seen == pytest.approx([1.0, 0.5005, 0.001])
+    config = EvaluationConfig(timestep_spacing="trailing")
+    other = Predictor(dataclasses.replace(model, diffusion=diffusion), config=config, device="cpu")
+    assert other.diffusion.timestep_spacing == "trailing"

@@ -1,5 +1,7 @@
 """The network: sizes, function, conditioning, positions, checkpointing, compilation."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ import torch
 from dpt.config.sections import ModelConfig
 from dpt.errors import UserError
 from dpt.models import build_model
-from dpt.models.layers import PatchEmbedRouter, modulated_norm, position_table
+from dpt.models.layers import PatchEmbedRouter, TimestepEmbedder, modulated_norm, position_table
 
 PARAMS = {  # "Scaling Properties of Diffusion Models for Perceptual Tasks", Tables 1 and 2
     "a1": 14_799_392,
@@ -201,3 +203,23 @@ def test_bf16_and_autocast_follow_fp32(variant):
         assert out.load_balancing_loss.dtype == torch.float32
         torch.testing.assert_close(out.load_balancing_loss, exact.load_balancing_loss, atol=0.3, rtol=0.1)
         assert (out.prediction - exact.prediction).norm() < 0.1 * exact.prediction.norm()
+
+
+@pytest.mark.parametrize("kind", ["dit", "diffusers"])
+def test_timestep_features_are_those_of_the_public_networks(kind):
+    """To the last bits at large timesteps too, where a frequency's rounding is 6e-5 of an angle."""
+    from diffusers.models.embeddings import get_timestep_embedding
+
+    timesteps = torch.cat([torch.arange(1000).float(), torch.tensor([0.5, 0.001, 1.0, 998.7])])
+    seen = []
+    embedder = TimestepEmbedder(16, kind)
+    embedder.mlp = torch.nn.Sequential(torch.nn.Identity(), torch.nn.Identity(), torch.nn.Identity())
+    embedder.mlp[0].register_forward_hook(lambda module, given, out: seen.append(given[0]))
+    embedder.mlp[0].weight = torch.nn.Parameter(torch.zeros(1))
+    embedder(timesteps)
+    if kind == "diffusers":
+        expected = get_timestep_embedding(timesteps, 256, flip_sin_to_cos=True, downscale_freq_shift=1)
+    else:
+        angles = timesteps[:, None] * torch.exp(-math.log(10000) * torch.arange(128, dtype=torch.float32) / 128)[None]
+        expected = torch.cat([angles.cos(), angles.sin()], dim=1)
+    assert (seen[0] - expected).abs().max() < 6e-7

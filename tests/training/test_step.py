@@ -156,3 +156,13 @@ def test_the_loss_weighs_its_parts_and_heeds_the_mask() -> None:
     spoiled = inputs._replace(valid=valid, noise=torch.where(valid[:, None].bool(), inputs.noise, 1e3))
     masked = module(*inputs._replace(valid=valid))
     assert float(module(*spoiled).mse) == pytest.approx(float(masked.mse), rel=1e-5)
+
+
+@pytest.mark.parametrize(("convention", "told"), [("index", lambda t: t), ("fraction", lambda t: (t + 1) / 1000)])
+def test_the_network_is_told_the_time_by_convention(convention: Any, told: Any) -> None:
+    config = _config(diffusion=DiffusionConfig(prediction_type="rectified_flow", time_convention=convention))
+    inputs = _prepare(config, _class_batch())
+    module, seen = LossModule(DiT(config.model), config), []
+    module.network.t_embedder.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    module(*inputs)
+    torch.testing.assert_close(seen[0].float(), told(inputs.timesteps).float())
