@@ -14,7 +14,7 @@ import argparse
 import os
 from typing import TYPE_CHECKING, Any
 
-from data_tools.readers import READERS, Reader, open_reader
+from data_tools.readers import READERS, Reader, open_reader, parse_options
 from dpt import distributed
 from dpt.errors import UserError, reported
 
@@ -29,7 +29,7 @@ def parser() -> argparse.ArgumentParser:
     add("--dataset", required=True, choices=sorted(READERS), help="data set (layouts: docs/readers.md)")
     add("--root", required=True, help="folder of the data set")
     add("--split", default="train", help="split (default: %(default)s)")
-    add("--option", action="append", default=[], metavar="NAME=VALUE", help="an option of the set's reader")
+    add("--option", action="append", default=[], metavar="NAME=VALUE", help="an option of the set's reader, e.g. filtered=false")
     add("--vae", default="embedded", help='"embedded", a folder or a hub name (default: %(default)s)')
     add("--resolution", type=int, required=True, help="side of the encoded images, pixels")
     add("--out", required=True, help="folder of the shards")
@@ -91,7 +91,7 @@ def build_job(arguments: argparse.Namespace) -> "EncodingJob":
         raise UserError(f"--max-skipped-share is {arguments.max_skipped_share}; it is a share between 0 and 1.")
     if wrong := [option for option in arguments.option if "=" not in option]:
         raise UserError(f"--option {wrong[0]!r} is not of the form NAME=VALUE.")
-    options: dict[str, Any] = dict(option.split("=", 1) for option in arguments.option)
+    options = parse_options(arguments.dataset, dict(option.split("=", 1) for option in arguments.option))
     reader = open_reader(arguments.dataset, Path(arguments.root), arguments.split, **options)
     _check_for_task(arguments, reader)
     from data_tools.encoding.job import EncodingJob

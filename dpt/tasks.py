@@ -94,6 +94,20 @@ def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return np.asarray(Image.fromarray(image).resize((size[1], size[0]), Image.Resampling.BICUBIC))
 
 
+def centre_crop(image: np.ndarray, resolution: int) -> np.ndarray:
+    """uint8 `[H, W, 3]` -> `[R, R, 3]`: halved while both sides allow it, resized by the short side, cropped at the centre.
+
+    The preprocessing of ADM and DiT (Dhariwal & Nichol 2021), so that shards are comparable with public checkpoints.
+    """
+    picture = Image.fromarray(image)
+    while min(picture.size) >= 2 * resolution:
+        picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
+    scale = resolution / min(picture.size)
+    picture = picture.resize((round(picture.width * scale), round(picture.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (picture.width - resolution) // 2, (picture.height - resolution) // 2
+    return np.asarray(picture.crop((left, top, left + resolution, top + resolution)))
+
+
 def resize_smooth(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """float `[..., H, W]` to `size` (h, w): bilinear, antialiased when it shrinks. For predictions; it mixes across edges."""
     if values.shape[-2:] == tuple(size):

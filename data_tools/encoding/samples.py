@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from data_tools.readers import ReadError, Sample
 from dpt import tasks
@@ -99,7 +98,7 @@ def _unusable(sample: Sample, reason: str) -> ReadError:
 
 def _prepare_class(sample: Sample, layout: Layout) -> Prepared:
     assert sample.label is not None
-    image = centre_crop(sample.images[0], layout.resolution)
+    image = tasks.centre_crop(sample.images[0], layout.resolution)
     images = {"latents": [image]}
     if layout.mirrored:
         images["latents_mirrored"] = [np.ascontiguousarray(image[:, ::-1])]
@@ -191,17 +190,3 @@ class _Frame:
     def flow(self, flow: NDArray[np.float32], smooth: bool) -> NDArray[np.float32]:
         """[2, H, W], in pixels of the new size; 0 where padded."""
         return self._padded(tasks.resize_flow(self._part(flow), self.size, smooth=smooth), 0)
-
-
-def centre_crop(image: NDArray[np.uint8], resolution: int) -> NDArray[np.uint8]:
-    """uint8 [H, W, 3] -> [R, R, 3]: halved while both sides allow it, resized by the short side, cropped at the centre.
-
-    The preprocessing of ADM and DiT (Dhariwal & Nichol 2021), so that shards are comparable with public checkpoints.
-    """
-    picture = Image.fromarray(image)
-    while min(picture.size) >= 2 * resolution:
-        picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
-    scale = resolution / min(picture.size)
-    picture = picture.resize((round(picture.width * scale), round(picture.height * scale)), Image.Resampling.BICUBIC)
-    left, top = (picture.width - resolution) // 2, (picture.height - resolution) // 2
-    return np.asarray(picture.crop((left, top, left + resolution, top + resolution)))

@@ -147,6 +147,7 @@ class Predictor:
 
         cond_latents: scaled `[S, K, C, h, w]`, K at least the model's num_conditions; embeddings: CLIP `[S, D]`. Samples,
         members and targets are batched together, `config.batch_size` at a time; a member's targets start from the same noise.
+        UserError, naming the sample, if what the network gives is not finite.
         """
         targets = tasks.task_spec(task).targets
         labels = [tasks.label_id(t, trained_task=self.task, num_classes=self.model.num_classes) for t in targets]
@@ -171,7 +172,15 @@ class Predictor:
                     None if embeddings is None else embeddings.to(self.device)[row],
                 )
             )
-        return torch.cat(results).reshape(samples, len(members), len(targets), channels, *size)
+        latents = torch.cat(results).reshape(samples, len(members), len(targets), channels, *size)
+        finite = latents.isfinite().flatten(1).all(1)
+        if not bool(finite.all()):
+            broken = [key for key, sound in zip(keys, finite.tolist(), strict=True) if not sound]
+            raise UserError(
+                f"{broken[0]}: the network predicts values that are not finite (in {len(broken)} of {samples} samples here); "
+                "check the weights, or predict in fp32."
+            )
+        return latents
 
     def _sample(
         self,
