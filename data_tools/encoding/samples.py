@@ -34,6 +34,8 @@ class Layout:
     fit: Fit = "stretch"
     """Perception inputs to `resolution`: both sides stretched to the square, its centre cropped, the whole padded, or none of
     these: the aspect kept, sides rounded to 16 pixels."""
+    flow_code: str = tasks.FLOW_CODE
+    """How flow becomes images: one of `tasks.FLOW_CODES`."""
     clip: bool = False
     """Keep the visible object as a picture, for its CLIP embedding (amodal)."""
 
@@ -126,8 +128,8 @@ def _prepare_perception(sample: Sample, layout: Layout) -> Prepared:
     elif layout.task == "flow":
         assert sample.flow is not None
         truth = sample.flow.astype(np.float32)
-        targets = list(tasks.encode_flow(frame.flow(truth, smooth=bool(valid.all()))))
-        further["clipped_pixels"] = tasks.count_clipped_flow(sample.flow)
+        targets = list(tasks.encode_flow(frame.flow(truth, smooth=bool(valid.all())), layout.flow_code))
+        further["clipped_pixels"] = tasks.count_clipped_flow(sample.flow, layout.flow_code)
     else:
         assert sample.mask is not None
         truth = sample.mask.astype(np.uint8)
@@ -140,7 +142,7 @@ def _prepare_perception(sample: Sample, layout: Layout) -> Prepared:
             arrays["code_mask"] = tasks.decode_amodal(tasks.image_to_float(sample.whole)).astype(np.uint8)
     visible = None
     if layout.clip:
-        visible = np.where(sample.images[1] > 127, sample.images[0], np.uint8(255))
+        visible = tasks.visible_object(sample.images[0], sample.images[1][..., 0] > 127)
     return Prepared(
         key=sample.key,
         images={"cond_latents": conditions, "target_latents": targets},

@@ -40,7 +40,11 @@ def evaluate_images(
     resolution = ImageSource(Path(samples)).resolution
     generated = image_features(samples, network, batch_size, resolution)
     known = _stored_moments(Path(reference))
-    real = None if known is not None and not _has_images(Path(reference)) else image_features(reference, network, batch_size, resolution)
+    real = (
+        None
+        if known is not None and not _has_images(Path(reference))
+        else image_features(reference, network, batch_size, resolution)
+    )
     moments = known if known is not None else _moments(real)
     result = {"fid": frechet_distance(*_moments(generated), *moments), "num_samples": float(len(generated))}
     if real is not None:

@@ -51,6 +51,7 @@ class Predictor:
         self.dtype = torch.bfloat16 if self.config.precision == "bf16" else torch.float32
         self.network = loaded.network.to(self.device, self.dtype).eval()
         self.model, self.task, self.codec, self.lineage = loaded.model, loaded.task, loaded.codec, loaded.lineage
+        self.flow_code = loaded.flow_code
         self.codec.to(self.device)
         schedule = self.config.schedule or loaded.diffusion.beta_schedule
         self.diffusion = dataclasses.replace(loaded.diffusion, beta_schedule=schedule)
@@ -77,6 +78,13 @@ class Predictor:
         resolution: longest side shown to the network in pixels; 0: the one the model is meant for.
         """
         spec = self.check_task(task or self.task)
+        width = self.model.clip_embedding_size
+        if width and spec.name == "amodal" and (embeddings is None or tuple(embeddings.shape) != (len(images), width)):
+            have = "none" if embeddings is None else f"shape {list(embeddings.shape)}"
+            raise UserError(
+                f"these weights take a CLIP embedding of {width} numbers for each visible object, {have} is given; name the image "
+                "tower of training with --clip."
+            )
         keys = keys or [str(i) for i in range(len(images))]
         members = range(ensemble or self.config.ensemble[-1])
         conditions = self._encode_conditions(spec.name, images, others, resolution)
@@ -227,9 +235,9 @@ class Predictor:
         )
         return sample(denoise, noises.normal(seeds, shape), plan, seeds=seeds)
 
-    def decode(self, latents: Tensor, task: str) -> Tensor:
+    def decode(self, latents: Tensor, task: str, *, flow_code: str = "") -> Tensor:
         """Target latents `[S, N, M, C, h, w]` -> values: depth `[S, N, H, W]` in [0, 1]; flow `[S, N, 2, H, W]` as fractions of
-        the image's width and height; amodal bool `[S, N, H, W]`."""
+        the image's width and height; amodal bool `[S, N, H, W]`. `flow_code`: of the latents, where it is not the weights' own."""
         flat = latents.flatten(0, 2)
         images = torch.cat([self.codec.decode(part).float() for part in flat.split(self.config.batch_size)])
         images = images.unflatten(0, latents.shape[:3])  # [S, N, M, 3, H, W]
@@ -237,7 +245,9 @@ class Predictor:
             return tasks.decode_depth(images[:, :, 0])
         if task == "amodal":
             return tasks.decode_amodal(images[:, :, 0])
-        return torch.stack([tasks.decode_flow(images[:, :, axis], axis, 1) for axis in (0, 1)], dim=2)
+        return torch.stack(
+            [tasks.decode_flow(images[:, :, axis], axis, 1, flow_code or self.flow_code) for axis in (0, 1)], dim=2
+        )
 
     def prediction_macs(self, task: str, height: int, width: int, *, steps: int, ensemble: int) -> float:
         """Multiply-accumulates of the network for one prediction from latents of height x width; guidance counts twice."""

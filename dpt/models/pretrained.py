@@ -145,7 +145,11 @@ def _read_public(path: Path, ema: bool, fields: Mapping[str, Any]) -> Weights:
     if kind == "DiT":
         sections = {"diffusion": asdict(DiffusionConfig())}
     elif kind == "generalist":
-        sections = {"task": "generalist", "diffusion": asdict(DiffusionConfig(beta_schedule="squaredcos_cap_v2"))}
+        sections = {
+            "task": "generalist",
+            "flow_code": "linear_75",
+            "diffusion": asdict(DiffusionConfig(beta_schedule="squaredcos_cap_v2")),
+        }
     return Weights(
         config=config,
         state=_convert(state, config, public_map(flash), str(path)),
