@@ -1,4 +1,4 @@
-"""Reading picture files: the one way to colours and the one way to masks, whatever the files' kind. Needs numpy and Pillow only."""
+"""Reading picture files: the one way to colours and the one way to masks. Needs numpy and Pillow only."""
 
 import io
 from pathlib import Path

@@ -201,7 +201,7 @@ FLOW_KNEE = 1.0 / 16.0
 FLOW_CODE = "log"
 """How this version codes flow, unless it is told otherwise."""
 FLOW_CODES = (FLOW_CODE, "linear_75")
-"""log: `encode_flow`. linear_75: u / 75 and v / 75, in pixels of FlyingChairs' frames of 512 x 384, as the released generalist."""
+"""log: see `encode_flow`. linear_75: u / 75, v / 75 in pixels of FlyingChairs' 512 x 384 frames, as the released generalist."""
 _LINEAR_REACH = (75.0 / 512.0, 75.0 / 384.0)
 
 
@@ -258,7 +258,7 @@ def mirror_flow(flow: np.ndarray) -> np.ndarray:
 
 
 def visible_object(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """uint8 `[H, W, 3]` and the visible mask bool `[H, W]` -> uint8 `[H, W, 3]`: what CLIP embeds, the visible part on white."""
+    """uint8 `[H, W, 3]` and the visible mask bool `[H, W]` -> the visible part on white, which CLIP embeds."""
     return np.where(mask[..., None], image, np.uint8(255))
 
 

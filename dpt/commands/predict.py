@@ -14,9 +14,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--task", choices=("depth", "flow", "amodal"), help="(default: what the weights are for)")
     parser.add_argument("--second", nargs="+", type=Path, default=[], help="flow: the second frame of each picture")
     parser.add_argument("--mask", nargs="+", type=Path, default=[], help="amodal: the visible mask of each picture's object")
-    parser.add_argument(
-        "--clip", default="", metavar="FOLDER", help="amodal: CLIP image tower, for weights that take its embeddings"
-    )
+    parser.add_argument("--clip", default="", metavar="FOLDER", help="amodal: CLIP image tower, if the weights need one")
     parser.add_argument("--out", type=Path, default=Path("predictions"), help="folder of the results (default: %(default)s)")
     parser.add_argument("--resolution", type=int, default=0, help="longest side shown to the network (default: as trained)")
     parser.add_argument("--ensemble", type=int, default=1, help="predictions that are merged (default: %(default)s)")

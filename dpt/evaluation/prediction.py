@@ -82,8 +82,8 @@ class Predictor:
         if width and spec.name == "amodal" and (embeddings is None or tuple(embeddings.shape) != (len(images), width)):
             have = "none" if embeddings is None else f"shape {list(embeddings.shape)}"
             raise UserError(
-                f"these weights take a CLIP embedding of {width} numbers for each visible object, {have} is given; name the image "
-                "tower of training with --clip."
+                f"these weights take a CLIP embedding of {width} numbers for each visible object, {have} is given; "
+                "name the image tower of training with --clip."
             )
         keys = keys or [str(i) for i in range(len(images))]
         members = range(ensemble or self.config.ensemble[-1])
@@ -237,7 +237,7 @@ class Predictor:
 
     def decode(self, latents: Tensor, task: str, *, flow_code: str = "") -> Tensor:
         """Target latents `[S, N, M, C, h, w]` -> values: depth `[S, N, H, W]` in [0, 1]; flow `[S, N, 2, H, W]` as fractions of
-        the image's width and height; amodal bool `[S, N, H, W]`. `flow_code`: of the latents, where it is not the weights' own."""
+        the image's width and height; amodal bool `[S, N, H, W]`. `flow_code`: empty, the weights' own."""
         flat = latents.flatten(0, 2)
         images = torch.cat([self.codec.decode(part).float() for part in flat.split(self.config.batch_size)])
         images = images.unflatten(0, latents.shape[:3])  # [S, N, M, 3, H, W]

@@ -112,9 +112,7 @@ PROTOCOLS: dict[str, Protocol] = {
         ),
         Protocol(name="flying_chairs", task="flow", datasets=("flying_chairs",), num_samples=640, main_metric="epe"),
         Protocol(name="pix2gestalt", task="amodal", datasets=("pix2gestalt",), main_metric="iou", higher_is_better=True),
-        Protocol(
-            name="coco_a", task="amodal", datasets=("coco_amodal", "coco_a", "cocoa"), main_metric="iou", higher_is_better=True
-        ),
+        Protocol(name="coco_a", task="amodal", datasets=("coco_amodal", "cocoa"), main_metric="iou", higher_is_better=True),
         Protocol(name="mp3d_amodal", task="amodal", datasets=("mp3d_amodal", "mp3d"), main_metric="iou", higher_is_better=True),
         Protocol(
             name="synthetic_depth", task="depth", valid_range=(1e-3, math.inf), clip=(1e-3, math.inf), main_metric="abs_rel"

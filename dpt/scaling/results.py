@@ -1,6 +1,7 @@
 """Evaluation runs as rows of a table, read back from MLflow.
 
-An evaluation logs `eval/TASK/DATASET/METRIC` (and `eval/TASK/METRIC`, if the task has one set) for its main setting, the same with `/sSTEPS_nENSEMBLE`
+An evaluation logs `eval/TASK/DATASET/METRIC` (and `eval/TASK/METRIC`, if the task has one set) for its main setting, the same
+with `/sSTEPS_nENSEMBLE`
 for every setting, `baseline_METRIC` for the best constant prediction and `ceiling_METRIC` for the truth sent through the VAE
 and back.
 """

@@ -247,7 +247,7 @@ class Trainer:
                 "precision": self.recipe.precision,
             },
             "recipe": self.recipe.to_dict(),
-            "sections": weights_sections(self.config, self.data_loader.vae, self._lineage()),
+            "sections": weights_sections(self.config, self.data_loader.vae, self._lineage(), self.data_loader.flow_code),
             "dpt_version": __version__,
         }
 
