@@ -27,7 +27,8 @@ def read_prediction(folder: Path, key: str, task: str, size: tuple[int, int]) ->
     `[2, H, W]` in pixels; amodal bool `[H, W]`.
 
     Files: depth as .npy `[h, w]` or PNG of any bit depth; flow as .flo or .npy (`[2, h, w]` or `[h, w, 2]`) in pixels of its
-    own size; masks as PNG (see `dpt.pictures.decode_mask`) or .npy (over 0.5). UserError if one cannot be read or has another shape.
+    own size; masks as PNG (see `dpt.pictures.decode_mask`) or .npy (over 0.5). UserError if one cannot be read or has another
+    shape.
     """
     path = find_prediction(folder, key, task)
     try:

@@ -224,6 +224,7 @@ class Trainer:
                 micro_batch_size=micro,
                 start_sample=self.position,
                 pin_memory=distributed.device().type == "cuda",
+                flow_code=self.stage.flow_code,
             )
         self.batches = iter(self.data_loader.stream)
 

@@ -41,7 +41,11 @@ def test_each_set_of_a_generalist_keeps_its_name_and_protocol(tmp_path):
     predictor = Predictor(make_model("generalist"), config=config, device="cpu")
     summary = evaluate(config, predictor=predictor)
     tags = {"dpt.dataset": ", ".join(summary["sets"]), "dpt.protocol": protocol_line(summary)}
-    rows = [row for row in evaluation_rows(made_run("e", tracked_metrics(summary), tags)) if row.run is not None]
+    rows = [
+        row
+        for row in evaluation_rows(made_run("e", stage="evaluate", metrics=tracked_metrics(summary), tags=tags))
+        if row.run is not None
+    ]
     found = {(row.task, row.dataset, row.protocol) for row in rows}
     assert found == {(one["task"], name, one["protocol"]) for name, one in summary["sets"].items()}
     assert all("iou" in row.metrics for row in rows if row.task == "amodal")
@@ -78,7 +82,7 @@ def test_values_that_are_not_finite_are_refused_by_name():
     model = make_model()
     with torch.no_grad():
         next(model.network.parameters()).fill_(float("nan"))
-    with pytest.raises(UserError, match="room.*not finite"):
+    with pytest.raises(UserError, match=r"room.*not finite"):
         Predictor(model, device="cpu")([np.zeros((32, 32, 3), np.uint8)], keys=["room"], steps=1, ensemble=1)
 
 
