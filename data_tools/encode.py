@@ -14,9 +14,10 @@ import argparse
 import os
 from typing import TYPE_CHECKING, Any
 
-from data_tools.readers import READERS, Reader, open_reader
+from data_tools.readers import READERS, Reader, open_reader, parse_options
 from dpt import distributed
 from dpt.errors import UserError, reported
+from dpt.tasks import FLOW_CODE, FLOW_CODES
 
 if TYPE_CHECKING:
     from data_tools.encoding.job import EncodingJob
@@ -29,7 +30,9 @@ def parser() -> argparse.ArgumentParser:
     add("--dataset", required=True, choices=sorted(READERS), help="data set (layouts: docs/readers.md)")
     add("--root", required=True, help="folder of the data set")
     add("--split", default="train", help="split (default: %(default)s)")
-    add("--option", action="append", default=[], metavar="NAME=VALUE", help="an option of the set's reader")
+    add(
+        "--option", action="append", default=[], metavar="NAME=VALUE", help="an option of the set's reader, e.g. filtered=false"
+    )
     add("--vae", default="embedded", help='"embedded", a folder or a hub name (default: %(default)s)')
     add("--resolution", type=int, required=True, help="side of the encoded images, pixels")
     add("--out", required=True, help="folder of the shards")
@@ -54,6 +57,7 @@ def parser() -> argparse.ArgumentParser:
         default="stretch",
         help="perception: stretch to the square, crop its centre, pad, or keep the aspect (default: %(default)s)",
     )
+    add("--flow-code", choices=FLOW_CODES, default=FLOW_CODE, help="flow: of the targets (default: %(default)s)")
     add("--clip", default="", metavar="FOLDER", help="amodal: keep CLIP embeddings of the visible object by this model")
     add(
         "--samples-per-shard",
@@ -91,7 +95,7 @@ def build_job(arguments: argparse.Namespace) -> "EncodingJob":
         raise UserError(f"--max-skipped-share is {arguments.max_skipped_share}; it is a share between 0 and 1.")
     if wrong := [option for option in arguments.option if "=" not in option]:
         raise UserError(f"--option {wrong[0]!r} is not of the form NAME=VALUE.")
-    options: dict[str, Any] = dict(option.split("=", 1) for option in arguments.option)
+    options = parse_options(arguments.dataset, dict(option.split("=", 1) for option in arguments.option))
     reader = open_reader(arguments.dataset, Path(arguments.root), arguments.split, **options)
     _check_for_task(arguments, reader)
     from data_tools.encoding.job import EncodingJob
@@ -106,6 +110,7 @@ def build_job(arguments: argparse.Namespace) -> "EncodingJob":
         evaluation=arguments.evaluation,
         prompt=arguments.prompt,
         fit=arguments.fit,
+        flow_code=arguments.flow_code,
         clip=bool(arguments.clip),
     )
     shard_size = 64 if arguments.evaluation else 1024 if reader.task == "class" else 256
@@ -136,8 +141,8 @@ def _check_for_task(arguments: argparse.Namespace, reader: Reader) -> None:
 def _encoder(arguments: argparse.Namespace) -> Any:
     import torch
 
-    from data_tools.encoding.clip import load_clip
     from data_tools.encoding.pipeline import BatchEncoder
+    from dpt.data.clip import load_clip
     from dpt.data.codec import load_vae
 
     codec = load_vae(arguments.vae)

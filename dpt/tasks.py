@@ -94,6 +94,20 @@ def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return np.asarray(Image.fromarray(image).resize((size[1], size[0]), Image.Resampling.BICUBIC))
 
 
+def centre_crop(image: np.ndarray, resolution: int) -> np.ndarray:
+    """uint8 `[H, W, 3]` -> `[R, R, 3]`: halved while both sides allow it, resized by the short side, cropped at the centre.
+
+    The preprocessing of ADM and DiT (Dhariwal & Nichol 2021), so that shards are comparable with public checkpoints.
+    """
+    picture = Image.fromarray(image)
+    while min(picture.size) >= 2 * resolution:
+        picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
+    scale = resolution / min(picture.size)
+    picture = picture.resize((round(picture.width * scale), round(picture.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (picture.width - resolution) // 2, (picture.height - resolution) // 2
+    return np.asarray(picture.crop((left, top, left + resolution, top + resolution)))
+
+
 def resize_smooth(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """float `[..., H, W]` to `size` (h, w): bilinear, antialiased when it shrinks. For predictions; it mixes across edges."""
     if values.shape[-2:] == tuple(size):
@@ -184,34 +198,55 @@ FLOW_KNEE = 1.0 / 16.0
 """Motion, as a fraction of the image's side, below which the flow code is about linear and above which it is logarithmic."""
 
 
-def encode_flow(flow: np.ndarray) -> np.ndarray:
+FLOW_CODE = "log"
+"""How this version codes flow, unless it is told otherwise."""
+FLOW_CODES = (FLOW_CODE, "linear_75")
+"""log: see `encode_flow`. linear_75: u / 75, v / 75 in pixels of FlyingChairs' 512 x 384 frames, as the released generalist."""
+_LINEAR_REACH = (75.0 / 512.0, 75.0 / 384.0)
+
+
+def check_flow_code(code: str, source: str) -> str:
+    """`code` itself; UserError, naming `source`, if it is none."""
+    if code not in FLOW_CODES:
+        raise UserError(f"{source}: flow code {code!r} is unknown; it is one of {', '.join(FLOW_CODES)}.")
+    return code
+
+
+def encode_flow(flow: np.ndarray, code: str = FLOW_CODE) -> np.ndarray:
     """Flow `[2, H, W]` in pixels -> images `[2, 3, H, W]`: x = sign(f) log(1 + |f| / k) / log(1 + 1 / k), f = (u / W, v / H).
 
     Motion up to the whole image maps into [-1, 1] (see `count_clipped_flow`), small motion still gets a good share of the
     range, and the code commutes with resizing. Through a small 8x VAE at 256 x 192 pixels, FlyingChairs' flow comes back with a
     smaller error than in the linear codes flow / 75 px (which clips: real motion reaches 121 px) or flow / size.
+    `code`: one of `FLOW_CODES`.
     """
     normalised = flow / np.array([flow.shape[-1], flow.shape[-2]], dtype=np.float32)[:, None, None]
-    code = np.sign(normalised) * np.log1p(np.abs(normalised) / FLOW_KNEE) / np.log1p(1.0 / FLOW_KNEE)
-    return np.repeat(np.clip(code, -1.0, 1.0).astype(np.float32)[:, None], 3, axis=1)
+    if code == "linear_75":
+        values = normalised / np.array(_LINEAR_REACH, dtype=np.float32)[:, None, None]
+    else:
+        values = np.sign(normalised) * np.log1p(np.abs(normalised) / FLOW_KNEE) / np.log1p(1.0 / FLOW_KNEE)
+    return np.repeat(np.clip(values, -1.0, 1.0).astype(np.float32)[:, None], 3, axis=1)
 
 
-def count_clipped_flow(flow: np.ndarray) -> int:
-    """Pixels of a flow `[2, H, W]` that move by more than the image's width or height, which the code clips."""
-    limits = np.array([flow.shape[-1], flow.shape[-2]])[:, None, None]
+def count_clipped_flow(flow: np.ndarray, code: str = FLOW_CODE) -> int:
+    """Pixels of a flow `[2, H, W]` that the code clips: "log" those that move by more than the image's width or height."""
+    reach = _LINEAR_REACH if code == "linear_75" else (1.0, 1.0)
+    limits = np.array([reach[0] * flow.shape[-1], reach[1] * flow.shape[-2]])[:, None, None]
     return int((np.abs(flow) > limits).any(axis=0).sum())
 
 
-def decode_flow(image: Any, axis: int, extent: int) -> Any:
+def decode_flow(image: Any, axis: int, extent: int, code: str = FLOW_CODE) -> Any:
     """Image `[..., 3, h, w]` of flow along `axis` (0: x, 1: y) -> flow component `[..., h, w]` in pixels. Arrays or tensors.
 
     `extent`: width (x) or height (y), in pixels, of the image that the flow shall refer to: with the original's, the values
     are already those of the original, whatever the size of the map.
     """
     assert axis in (0, 1)
-    code = image.mean(-3).clip(-1.0, 1.0)
-    magnitude = ((1.0 + 1.0 / FLOW_KNEE) ** abs(code) - 1.0) * FLOW_KNEE * extent
-    return magnitude * (code > 0) - magnitude * (code < 0)
+    values = image.mean(-3).clip(-1.0, 1.0)
+    if code == "linear_75":
+        return values * (_LINEAR_REACH[axis] * extent)
+    magnitude = ((1.0 + 1.0 / FLOW_KNEE) ** abs(values) - 1.0) * FLOW_KNEE * extent
+    return magnitude * (values > 0) - magnitude * (values < 0)
 
 
 def mirror_flow(flow: np.ndarray) -> np.ndarray:
@@ -220,6 +255,12 @@ def mirror_flow(flow: np.ndarray) -> np.ndarray:
 
 
 # --- amodal segmentation ------------------------------------------------------------------------------------------------
+
+
+def visible_object(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """uint8 `[H, W, 3]` and the visible mask bool `[H, W]` -> the visible part on white, which CLIP embeds."""
+    return np.where(mask[..., None], image, np.uint8(255))
+
 
 AMODAL_GREY = 250
 """Grey level (0-255) up to which a pixel of the whole-on-white image counts as the object."""

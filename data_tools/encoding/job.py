@@ -69,6 +69,7 @@ class EncodingJob:
             "mirrored": self.layout.mirrored,
             "evaluation": self.layout.evaluation,
             "prompt": self.layout.prompt if self.layout.task == "depth" else None,
+            **({"flow_code": self.layout.flow_code} if self.layout.task == "flow" else {}),
             "fit": self.layout.fit if self.layout.task != "class" else "crop",
         }
 

@@ -15,9 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from data_tools.encoding.clip import ClipEncoder
 from data_tools.encoding.samples import Prepared
 from dpt import tasks
+from dpt.data.clip import ClipEncoder
 from dpt.data.codec import VAECodec
 
 _QUEUED = 8

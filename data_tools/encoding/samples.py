@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from data_tools.readers import ReadError, Sample
 from dpt import tasks
@@ -35,6 +34,8 @@ class Layout:
     fit: Fit = "stretch"
     """Perception inputs to `resolution`: both sides stretched to the square, its centre cropped, the whole padded, or none of
     these: the aspect kept, sides rounded to 16 pixels."""
+    flow_code: str = tasks.FLOW_CODE
+    """How flow becomes images: one of `tasks.FLOW_CODES`."""
     clip: bool = False
     """Keep the visible object as a picture, for its CLIP embedding (amodal)."""
 
@@ -99,7 +100,7 @@ def _unusable(sample: Sample, reason: str) -> ReadError:
 
 def _prepare_class(sample: Sample, layout: Layout) -> Prepared:
     assert sample.label is not None
-    image = centre_crop(sample.images[0], layout.resolution)
+    image = tasks.centre_crop(sample.images[0], layout.resolution)
     images = {"latents": [image]}
     if layout.mirrored:
         images["latents_mirrored"] = [np.ascontiguousarray(image[:, ::-1])]
@@ -127,8 +128,8 @@ def _prepare_perception(sample: Sample, layout: Layout) -> Prepared:
     elif layout.task == "flow":
         assert sample.flow is not None
         truth = sample.flow.astype(np.float32)
-        targets = list(tasks.encode_flow(frame.flow(truth, smooth=bool(valid.all()))))
-        further["clipped_pixels"] = tasks.count_clipped_flow(sample.flow)
+        targets = list(tasks.encode_flow(frame.flow(truth, smooth=bool(valid.all())), layout.flow_code))
+        further["clipped_pixels"] = tasks.count_clipped_flow(sample.flow, layout.flow_code)
     else:
         assert sample.mask is not None
         truth = sample.mask.astype(np.uint8)
@@ -141,7 +142,7 @@ def _prepare_perception(sample: Sample, layout: Layout) -> Prepared:
             arrays["code_mask"] = tasks.decode_amodal(tasks.image_to_float(sample.whole)).astype(np.uint8)
     visible = None
     if layout.clip:
-        visible = np.where(sample.images[1] > 127, sample.images[0], np.uint8(255))
+        visible = tasks.visible_object(sample.images[0], sample.images[1][..., 0] > 127)
     return Prepared(
         key=sample.key,
         images={"cond_latents": conditions, "target_latents": targets},
@@ -191,17 +192,3 @@ class _Frame:
     def flow(self, flow: NDArray[np.float32], smooth: bool) -> NDArray[np.float32]:
         """[2, H, W], in pixels of the new size; 0 where padded."""
         return self._padded(tasks.resize_flow(self._part(flow), self.size, smooth=smooth), 0)
-
-
-def centre_crop(image: NDArray[np.uint8], resolution: int) -> NDArray[np.uint8]:
-    """uint8 [H, W, 3] -> [R, R, 3]: halved while both sides allow it, resized by the short side, cropped at the centre.
-
-    The preprocessing of ADM and DiT (Dhariwal & Nichol 2021), so that shards are comparable with public checkpoints.
-    """
-    picture = Image.fromarray(image)
-    while min(picture.size) >= 2 * resolution:
-        picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
-    scale = resolution / min(picture.size)
-    picture = picture.resize((round(picture.width * scale), round(picture.height * scale)), Image.Resampling.BICUBIC)
-    left, top = (picture.width - resolution) // 2, (picture.height - resolution) // 2
-    return np.asarray(picture.crop((left, top, left + resolution, top + resolution)))

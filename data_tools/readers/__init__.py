@@ -1,9 +1,9 @@
 """Readers of the data sets, each as its owners publish it. A further set is one file and one line here (docs/readers.md)."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from data_tools.readers.base import Excluded, Reader, ReadError, Sample
 from data_tools.readers.coco_amodal import COCOAmodal
@@ -20,7 +20,7 @@ from data_tools.readers.pix2gestalt import Pix2Gestalt
 from data_tools.readers.scannet import ScanNet
 from dpt.errors import UserError
 
-__all__ = ["READERS", "Excluded", "ReadError", "Reader", "Sample", "open_reader"]
+__all__ = ["READERS", "Excluded", "ReadError", "Reader", "Sample", "open_reader", "parse_options"]
 
 READERS: dict[str, Callable[..., Reader]] = {
     "coco_amodal": COCOAmodal,
@@ -47,8 +47,39 @@ def open_reader(name: str, root: Path | str, split: str, **options: Any) -> Read
     """
     if name not in READERS:
         raise UserError(f"data set {name!r} is unknown; choose one of {', '.join(READERS)}.")
+    _check_options(name, options)
+    return READERS[name](Path(root), split, **options)
+
+
+def parse_options(name: str, texts: Mapping[str, str]) -> dict[str, Any]:
+    """Options of the reader `name` from text, each of the type that the reader's signature gives it.
+
+    Raises:
+        UserError: an unknown set or option, or text that is no value of its type.
+    """
+    if name not in READERS:
+        raise UserError(f"data set {name!r} is unknown; choose one of {', '.join(READERS)}.")
+    _check_options(name, texts)
+    opener = READERS[name]
+    hints = get_type_hints(opener.__init__ if inspect.isclass(opener) else opener)
+    return {option: _parsed(name, option, text, hints[option]) for option, text in texts.items()}
+
+
+def _check_options(name: str, options: Mapping[str, Any]) -> None:
     known = [option for option in inspect.signature(READERS[name]).parameters if option not in ("root", "split")]
     for option in options:
         if option not in known:
             raise UserError(f"{name} has no option {option!r}; it has {', '.join(known) or 'none'}.")
-    return READERS[name](Path(root), split, **options)
+
+
+def _parsed(name: str, option: str, text: str, kind: Any) -> Any:
+    choices = get_args(kind) if get_origin(kind) is Literal else ("true", "false") if kind is bool else ()
+    if choices:
+        found = next((choice for choice in choices if str(choice).lower() == text.lower()), None)
+        if found is None:
+            raise UserError(f"{name}: option {option} is {text!r}; choose one of {', '.join(map(str, choices))}.")
+        return found == "true" if kind is bool else found
+    try:
+        return kind(text)
+    except ValueError:
+        raise UserError(f"{name}: option {option} is {text!r}; it takes a {kind.__name__}.") from None

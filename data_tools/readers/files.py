@@ -1,6 +1,5 @@
 """Reading single files of the formats that data sets come in."""
 
-import io
 import os
 import struct
 from pathlib import Path
@@ -10,6 +9,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dpt.errors import UserError
+from dpt.pictures import decode_mask, decode_picture
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".webp")
 FLO_MAGIC = 202021.25
@@ -17,16 +17,14 @@ UNKNOWN_FLOW = 1e9
 """A flow beyond this is unknown (Middlebury's convention)."""
 
 
-def read_rgb(source: Path | bytes) -> NDArray[np.uint8]:
-    """A picture file (or its bytes) as uint8 [H, W, 3]; grey, palette, CMYK and alpha ones are converted."""
-    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-        return np.array(image.convert("RGB"))
+def read_rgb(source: Path | bytes, *, upright: bool = True) -> NDArray[np.uint8]:
+    """A picture file (or its bytes) as uint8 [H, W, 3]; `upright=False` where a truth lies on the stored pixels."""
+    return decode_picture(source, upright=upright)
 
 
 def read_mask(path: Path) -> NDArray[np.bool_]:
-    """A grey picture file as bool [H, W], True from 128 up."""
-    with Image.open(path) as image:
-        return np.asarray(image.convert("L")) > 127
+    """A mask's picture file as bool [H, W], on its stored pixels."""
+    return decode_mask(path, upright=False)
 
 
 def read_png16(path: Path, units_per_metre: float) -> NDArray[np.float32]:

@@ -48,7 +48,7 @@ class FlyingChairs:
         for number in (1, 2):
             path = self._data / f"{key}_img{number}.ppm"
             with reading(key, path):
-                frames.append(read_rgb(path))
+                frames.append(read_rgb(path, upright=False))
         path = self._data / f"{key}_flow.flo"
         with reading(key, path):
             flow = read_flo(path)

@@ -6,6 +6,7 @@ from pathlib import Path
 from data_tools.readers.base import Reader, Sample, Task, check_split, reading, wrong_root
 from data_tools.readers.files import IMAGE_SUFFIXES, find_images, read_lines, read_rgb
 from data_tools.readers.imagenet_labels import validation_classes
+from data_tools.readers.imagenet_parquet import ImageNetParquet, parquet_files
 from data_tools.readers.tars import TarMember, list_members
 from dpt.errors import UserError
 
@@ -13,7 +14,7 @@ _SPLITS = ("train", "val", "test")
 _CLASS_TAR = re.compile(r"n\d{8}\.tar")
 LAYOUT = (
     "SPLIT/CLASS/*.JPEG, SPLIT/nNNNNNNNN.tar, ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar (or val/*.JPEG) with "
-    "LOC_val_solution.csv or the devkit, or WebDataset tars *SPLIT*.tar"
+    "LOC_val_solution.csv or the devkit, ILSVRC/Data/CLS-LOC/SPLIT, data/SPLIT-*.parquet, or WebDataset tars *SPLIT*.tar"
 )
 Entry = tuple[str, Path | TarMember]
 """Class, and where the picture is."""
@@ -31,8 +32,8 @@ class ImageNet:
 
     def __init__(self, root: Path | str, split: str) -> None:
         check_split(self.name, split, _SPLITS)
-        self.root = Path(root)
-        self._entries = _entries(self.root, split)
+        self.root = _pictures_root(Path(root), split)
+        self._entries = _entries(self.root, split, labels_root=Path(root))
         if not self._entries:
             raise wrong_root(self.name, self.root, LAYOUT)
         present = {class_name for class_name, _ in self._entries.values()}
@@ -105,7 +106,13 @@ def _classes(folder: Path) -> set[str]:
     return {path.stem for path in folder.iterdir() if path.is_dir() or _CLASS_TAR.fullmatch(path.name)}
 
 
-def _entries(root: Path, split: str) -> dict[str, Entry]:
+def _pictures_root(root: Path, split: str) -> Path:
+    """The folder that holds the split: the root, or where Kaggle's archive keeps it."""
+    places = (root, root / "ILSVRC/Data/CLS-LOC", root / "Data/CLS-LOC")
+    return next((place for place in places if (place / split).is_dir()), root)
+
+
+def _entries(root: Path, split: str, labels_root: Path) -> dict[str, Entry]:
     folder = root / split
     if any(folder.glob("*/")):
         return {_key(path.relative_to(folder)): (path.relative_to(folder).parts[0], path) for path in _class_pictures(folder)}
@@ -116,11 +123,11 @@ def _entries(root: Path, split: str) -> dict[str, Entry]:
         members = list_members(root / "ILSVRC2012_img_train.tar")
         return {_key(Path(member.name)): (Path(member.name).parts[0], member) for member in members}
     if split == "val":
-        return _official_validation(root)
+        return _official_validation(root, labels_root)
     return {}
 
 
-def _official_validation(root: Path) -> dict[str, Entry]:
+def _official_validation(root: Path, labels_root: Path) -> dict[str, Entry]:
     """ILSVRC2012_val_NNNNNNNN.JPEG, packed or unpacked, all in one folder."""
     tar, folder = root / "ILSVRC2012_img_val.tar", root / "val"
     pictures: list[tuple[str, Path | TarMember]] = []
@@ -130,7 +137,7 @@ def _official_validation(root: Path) -> dict[str, Entry]:
         pictures = [(path.stem, path) for path in sorted(folder.glob("*.JPEG"))]
     if not pictures:
         return {}
-    classes = validation_classes(root)
+    classes = validation_classes(labels_root)
     unknown = [name for name, _ in pictures if name not in classes]
     if unknown:
         raise UserError(f"{root}: the validation labels do not name {unknown[0]}; take the official list.")
@@ -146,9 +153,12 @@ def _key(path: Path) -> str:
 
 
 def open_imagenet(root: Path | str, split: str) -> Reader:
-    """Class folders or official tars; WebDataset tars where neither is found."""
+    """Class folders or official tars, or the hub's parquet files; WebDataset tars where neither is found."""
     check_split("imagenet", split, _SPLITS)
     root = Path(root)
+    parquet = parquet_files(root, split)
+    if parquet and _pictures_root(root, split) == root and not any((root / split).glob("*/")):
+        return ImageNetParquet(root, parquet)
     has_folders = any((root / split).glob("*/"))
     candidates = sorted({*(root / split).glob("*.tar"), *root.glob(f"*{split}*.tar")})
     tars = [path for path in candidates if not _CLASS_TAR.fullmatch(path.name) and not path.name.startswith("ILSVRC2012_img_")]

@@ -56,7 +56,7 @@ class ListedDepth:
         entry = self._entries[key]
         rgb_path, depth_path = self.locate(entry[0]), self.locate(entry[1])
         with reading(key, rgb_path):
-            rgb = read_rgb(rgb_path)
+            rgb = read_rgb(rgb_path, upright=False)
         with reading(key, depth_path):
             depth, valid = self.decode(depth_path, entry, rgb)
             valid = valid & np.isfinite(depth) & (depth > 0)

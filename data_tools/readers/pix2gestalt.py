@@ -46,9 +46,9 @@ class Pix2Gestalt:
     def read(self, key: str) -> Sample:
         paths = {folder: self.root / folder / f"{key}_{suffix}.png" for folder, suffix in _SUFFIXES.items()}
         with reading(key, paths["occlusion"]):
-            rgb = read_rgb(paths["occlusion"])
+            rgb = read_rgb(paths["occlusion"], upright=False)
         with reading(key, paths["whole"]):
-            whole = read_rgb(paths["whole"])
+            whole = read_rgb(paths["whole"], upright=False)
         with reading(key, paths["visible_object_mask"]):
             visible = read_mask(paths["visible_object_mask"])
         with reading(key, paths["whole_mask"]):

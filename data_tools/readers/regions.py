@@ -66,7 +66,7 @@ class AmodalRegions(ABC):
         file_name, region = self._regions[key]
         path = next((place / file_name for place in self._places if (place / file_name).is_file()), self._places[0] / file_name)
         with reading(key, path):
-            rgb = read_rgb(path)
+            rgb = read_rgb(path, upright=False)
             mask = _decode(region["segmentation"], rgb.shape[:2])
             visible = _decode(region["visible_mask"], rgb.shape[:2]) if "visible_mask" in region else mask
             if not visible.any() or not mask.any():

@@ -3,10 +3,10 @@
 import argparse
 from pathlib import Path
 
-import numpy as np
-
 from dpt.commands.options import add_sampling_options, sampling_config
 from dpt.errors import UserError
+from dpt.pictures import read_mask, read_picture
+from dpt.tasks import visible_object
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -14,6 +14,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--task", choices=("depth", "flow", "amodal"), help="(default: what the weights are for)")
     parser.add_argument("--second", nargs="+", type=Path, default=[], help="flow: the second frame of each picture")
     parser.add_argument("--mask", nargs="+", type=Path, default=[], help="amodal: the visible mask of each picture's object")
+    parser.add_argument("--clip", default="", metavar="FOLDER", help="amodal: CLIP image tower, if the weights need one")
     parser.add_argument("--out", type=Path, default=Path("predictions"), help="folder of the results (default: %(default)s)")
     parser.add_argument("--resolution", type=int, default=0, help="longest side shown to the network (default: as trained)")
     parser.add_argument("--ensemble", type=int, default=1, help="predictions that are merged (default: %(default)s)")
@@ -21,31 +22,41 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    from dpt.data.clip import load_clip
     from dpt.evaluation.outputs import write_outputs
     from dpt.evaluation.prediction import Predictor
 
     if arguments.second and arguments.mask:
         raise UserError("--second is for flow and --mask for amodal; give one of them.")
-    images = [_read_picture(path) for path in arguments.images]
-    others = [_read_picture(p) for p in arguments.second] or [_read_picture(p)[..., 0] > 127 for p in arguments.mask]
+    if arguments.clip and len(arguments.mask) != len(arguments.images):
+        raise UserError(
+            f"--clip embeds visible objects: give a --mask for each picture ({len(arguments.images)} pictures, "
+            f"{len(arguments.mask)} masks)."
+        )
+    images = [read_picture(path) for path in arguments.images]
+    others = [read_picture(p) for p in arguments.second] or [read_mask(p) for p in arguments.mask]
+    for path, image, other in zip(arguments.images, images, others, strict=False):
+        if other.shape[:2] != image.shape[:2]:
+            sizes = [f"{a.shape[1]} x {a.shape[0]}" for a in (image, other)]
+            raise UserError(
+                f"{path} is of {sizes[0]} pixels, its {'second frame' if arguments.second else 'mask'} of {sizes[1]}."
+            )
     names = _unique_names(arguments.images)
     predictor = Predictor(arguments.weights, config=sampling_config(arguments), vae=arguments.vae, device=arguments.device)
     task = arguments.task or predictor.task
-    predictions = predictor(images, task=task, others=others or None, keys=names, resolution=arguments.resolution)
+    embeddings = None
+    if arguments.clip:
+        if task != "amodal" or not predictor.model.clip_embedding_size:
+            raise UserError(f"--clip is for amodal weights with CLIP embeddings; {arguments.weights} takes none: leave it out.")
+        clip = load_clip(arguments.clip)
+        clip.model.to(predictor.device)
+        embeddings = clip([visible_object(image, mask) for image, mask in zip(images, others, strict=True)])
+    predictions = predictor(
+        images, task=task, others=others or None, embeddings=embeddings, keys=names, resolution=arguments.resolution
+    )
     for name, image, prediction in zip(names, images, predictions, strict=True):
         for path in write_outputs(prediction, task, image, arguments.out, name):
             print(path)
-
-
-def _read_picture(path: Path) -> np.ndarray:
-    """uint8 `[H, W, 3]`; UserError if the file is no picture."""
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
-    except OSError as error:
-        raise UserError(f"{path}: not a picture that can be read ({error}).") from error
 
 
 def _unique_names(paths: list[Path]) -> list[str]:

@@ -10,6 +10,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from dpt.errors import UserError
+
 REGULARIZER = 0.02
 """Weight of the term that keeps the merged map at [0, 1] (Marigold)."""
 COMMON_SCALE_FLOOR = 1e-3
@@ -22,9 +24,12 @@ def merge_depth(maps: Tensor, aggregation: str = "compile") -> tuple[Tensor, Ten
 
     "compile": members are aligned (`align_depth`), the pixelwise median is taken and brought to [0, 1] (median compilation,
     Ke et al. 2024, section 3.3). "median", "mean": pixelwise, as they are. Uncertainty: median absolute deviation from the
-    median (standard deviation for "mean"), in the merged map's units.
+    median (standard deviation for "mean"), in the merged map's units. UserError if a member is not finite everywhere.
     """
     maps = maps.float()
+    if not bool(maps.isfinite().all()):
+        row, member = (int(i) for i in (~maps.isfinite()).flatten(2).any(2).nonzero()[0])
+        raise UserError(f"input {row}: depth map {member} of {maps.shape[1]} has values that are not finite; predict it anew.")
     if aggregation == "compile" and maps.shape[1] > 1:
         _, scale, shift = _align_to_unit_range(maps)
         maps = maps * scale.float()[..., None, None] + shift.float()[..., None, None]

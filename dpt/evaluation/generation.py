@@ -16,8 +16,9 @@ from torch import Tensor
 from dpt import distributed
 from dpt.errors import UserError
 from dpt.evaluation.prediction import Predictor
+from dpt.pictures import read_picture
 from dpt.progress import progress
-from dpt.tasks import resize_image
+from dpt.tasks import centre_crop
 
 INCEPTION = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
 """TorchScript of the Inception-v3 that published FIDs are measured with."""
@@ -33,11 +34,17 @@ def evaluate_images(
     samples, reference: a folder of images, or an .npz with `arr_0` uint8 `[N, H, W, 3]` (a reference may hold only `mu` `[D]`
     and `sigma` `[D, D]` of its features: then fid alone). features: TorchScript file; see `load_features`. Images are dealt to
     the ranks by number and their features put back in order, so the figures do not depend on how many ranks there are.
+    Pictures of another size than the first sample's are brought to it as training images are: see `ImageSource`.
     """
     network = load_features(features)
-    generated = image_features(samples, network, batch_size)
+    resolution = ImageSource(Path(samples)).resolution
+    generated = image_features(samples, network, batch_size, resolution)
     known = _stored_moments(Path(reference))
-    real = None if known is not None and not _has_images(Path(reference)) else image_features(reference, network, batch_size)
+    real = (
+        None
+        if known is not None and not _has_images(Path(reference))
+        else image_features(reference, network, batch_size, resolution)
+    )
     moments = known if known is not None else _moments(real)
     result = {"fid": frechet_distance(*_moments(generated), *moments), "num_samples": float(len(generated))}
     if real is not None:
@@ -79,9 +86,9 @@ def load_features(path: str | Path) -> FeatureNetwork:
     return FeatureNetwork(module=module, arguments=arguments, device=device)
 
 
-def image_features(source: str | Path, network: FeatureNetwork, batch_size: int) -> np.ndarray:
+def image_features(source: str | Path, network: FeatureNetwork, batch_size: int, resolution: int = 0) -> np.ndarray:
     """Features float32 `[N, D]` of the images in a folder or .npz, in order, on every rank. UserError if there are none."""
-    images = ImageSource(Path(source))
+    images = ImageSource(Path(source), resolution)
     numbers = range(distributed.rank(), len(images), distributed.world_size())
     found: list[np.ndarray] = []
     with progress(numbers, f"features of {Path(source).name}", "image") as bar:
@@ -100,9 +107,13 @@ def image_features(source: str | Path, network: FeatureNetwork, batch_size: int)
 
 
 class ImageSource(Sequence[np.ndarray]):
-    """Images uint8 `[H, W, 3]` of a folder (by name, with subfolders) or of `arr_0` in an .npz, resized to the first one."""
+    """Images uint8 `[H, W, 3]` of a folder (by name, with subfolders) or of `arr_0` in an .npz, all square.
 
-    def __init__(self, path: Path) -> None:
+    One of another size is brought to `resolution` (0: the first one's short side) as ADM and DiT prepare ImageNet: its short
+    side resized, its centre cropped. Nothing is stretched.
+    """
+
+    def __init__(self, path: Path, resolution: int = 0) -> None:
         self._path = path
         self._array: np.ndarray | None = None
         self._files: list[Path] = []
@@ -115,22 +126,20 @@ class ImageSource(Sequence[np.ndarray]):
                 raise UserError(f"{path}: arr_0 is {self._array.dtype} {self._array.shape}; it must be uint8 [N, H, W, 3].")
         if not len(self):
             raise UserError(f"{path}: no images there; give a folder of pictures, or an .npz with arr_0 uint8 [N, H, W, 3].")
-        self._size = self._read(0).shape[:2]
+        self.resolution = resolution or min(self._read(0).shape[:2])
 
     def __len__(self) -> int:
         return len(self._files) if self._array is None else len(self._array)
 
     def __getitem__(self, number: Any) -> Any:
         image = self._read(number)
-        return resize_image(image, (self._size[0], self._size[1]))
+        same = image.shape[:2] == (self.resolution, self.resolution)
+        return image if same else centre_crop(image, self.resolution)
 
     def _read(self, number: int) -> np.ndarray:
         if self._array is not None:
             return np.asarray(self._array[number])
-        try:
-            return np.asarray(Image.open(self._files[number]).convert("RGB"))
-        except OSError as error:
-            raise UserError(f"{self._files[number]}: the image cannot be read ({error}); remove it.") from error
+        return read_picture(self._files[number])
 
 
 def _has_images(path: Path) -> bool:

@@ -7,6 +7,7 @@ from PIL import Image
 
 from dpt import tasks
 from dpt.errors import UserError
+from dpt.pictures import decode_mask
 
 SUFFIXES = {"depth": (".npy", ".png"), "flow": (".flo", ".npy"), "amodal": (".png", ".npy")}
 FLO_MAGIC = np.float32(202021.25)
@@ -26,7 +27,8 @@ def read_prediction(folder: Path, key: str, task: str, size: tuple[int, int]) ->
     `[2, H, W]` in pixels; amodal bool `[H, W]`.
 
     Files: depth as .npy `[h, w]` or PNG of any bit depth; flow as .flo or .npy (`[2, h, w]` or `[h, w, 2]`) in pixels of its
-    own size; masks as PNG (over 127 is inside) or .npy (over 0.5). UserError if one cannot be read or has another shape.
+    own size; masks as PNG (see `dpt.pictures.decode_mask`) or .npy (over 0.5). UserError if one cannot be read or has another
+    shape.
     """
     path = find_prediction(folder, key, task)
     try:
@@ -35,7 +37,7 @@ def read_prediction(folder: Path, key: str, task: str, size: tuple[int, int]) ->
         elif path.suffix == ".flo":
             values = read_flo(path)
         else:
-            values = np.asarray(Image.open(path))
+            values = decode_mask(path) if task == "amodal" else np.asarray(Image.open(path))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: the prediction cannot be read ({error}); write it again.") from error
     if task == "flow":
@@ -45,7 +47,7 @@ def read_prediction(folder: Path, key: str, task: str, size: tuple[int, int]) ->
     values = values[..., 0] if values.ndim == 3 else values
     _require(path, values.ndim == 2, f"shape {values.shape}; a map has height and width")
     if task == "amodal":
-        inside = values > (127 if path.suffix == ".png" and values.dtype != bool else 0.5)
+        inside = values > 0.5
         return tasks.resize_smooth(inside.astype(np.float32), size) > 0.5
     return tasks.resize_smooth(values.astype(np.float32), size)
 

@@ -7,6 +7,7 @@ from typing import Any, Protocol, get_args, get_type_hints
 
 from torch import Tensor, nn
 
+from dpt import tasks
 from dpt.config.sections import DiffusionConfig, ModelConfig
 from dpt.data.codec import load_vae
 from dpt.errors import UserError
@@ -39,6 +40,8 @@ class LoadedModel:
     task: str
     """What it was trained for: one task, or "generalist"."""
     codec: Codec
+    flow_code: str = tasks.FLOW_CODE
+    """How its flow targets are coded: one of `tasks.FLOW_CODES`."""
     lineage: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -69,6 +72,7 @@ def load_model(weights: str | Path, *, vae: str = "", use_ema: bool = True) -> L
         diffusion=_read_diffusion(sections["diffusion"], str(weights)),
         task=sections.get("task", "class"),
         codec=codec,
+        flow_code=tasks.check_flow_code(sections.get("flow_code", tasks.FLOW_CODE), str(weights)),
         lineage=sections.get("lineage") or {},
     )
 

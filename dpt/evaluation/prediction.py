@@ -51,6 +51,7 @@ class Predictor:
         self.dtype = torch.bfloat16 if self.config.precision == "bf16" else torch.float32
         self.network = loaded.network.to(self.device, self.dtype).eval()
         self.model, self.task, self.codec, self.lineage = loaded.model, loaded.task, loaded.codec, loaded.lineage
+        self.flow_code = loaded.flow_code
         self.codec.to(self.device)
         spacing = self.config.timestep_spacing or loaded.diffusion.timestep_spacing
         diffusion = dataclasses.replace(loaded.diffusion, timestep_spacing=spacing)
@@ -78,6 +79,13 @@ class Predictor:
         resolution: longest side shown to the network in pixels; 0: the one the model is meant for.
         """
         spec = self.check_task(task or self.task)
+        width = self.model.clip_embedding_size
+        if width and spec.name == "amodal" and (embeddings is None or tuple(embeddings.shape) != (len(images), width)):
+            have = "none" if embeddings is None else f"shape {list(embeddings.shape)}"
+            raise UserError(
+                f"these weights take a CLIP embedding of {width} numbers for each visible object, {have} is given; "
+                "name the image tower of training with --clip."
+            )
         keys = keys or [str(i) for i in range(len(images))]
         members = range(ensemble or self.config.ensemble[-1])
         conditions = self._encode_conditions(spec.name, images, others, resolution)
@@ -148,6 +156,7 @@ class Predictor:
 
         cond_latents: scaled `[S, K, C, h, w]`, K at least the model's num_conditions; embeddings: CLIP `[S, D]`. Samples,
         members and targets are batched together, `config.batch_size` at a time; a member's targets start from the same noise.
+        UserError, naming the sample, if what the network gives is not finite.
         """
         targets = tasks.task_spec(task).targets
         labels = [tasks.label_id(t, trained_task=self.task, num_classes=self.model.num_classes) for t in targets]
@@ -172,7 +181,15 @@ class Predictor:
                     None if embeddings is None else embeddings.to(self.device)[row],
                 )
             )
-        return torch.cat(results).reshape(samples, len(members), len(targets), channels, *size)
+        latents = torch.cat(results).reshape(samples, len(members), len(targets), channels, *size)
+        finite = latents.isfinite().flatten(1).all(1)
+        if not bool(finite.all()):
+            broken = [key for key, sound in zip(keys, finite.tolist(), strict=True) if not sound]
+            raise UserError(
+                f"{broken[0]}: the network predicts values that are not finite (in {len(broken)} of {samples} samples here); "
+                "check the weights, or predict in fp32."
+            )
+        return latents
 
     def _sample(
         self,
@@ -218,9 +235,9 @@ class Predictor:
         )
         return sample(denoise, noises.normal(seeds, shape), plan, seeds=seeds)
 
-    def decode(self, latents: Tensor, task: str) -> Tensor:
+    def decode(self, latents: Tensor, task: str, *, flow_code: str = "") -> Tensor:
         """Target latents `[S, N, M, C, h, w]` -> values: depth `[S, N, H, W]` in [0, 1]; flow `[S, N, 2, H, W]` as fractions of
-        the image's width and height; amodal bool `[S, N, H, W]`."""
+        the image's width and height; amodal bool `[S, N, H, W]`. `flow_code`: empty, the weights' own."""
         flat = latents.flatten(0, 2)
         images = torch.cat([self.codec.decode(part).float() for part in flat.split(self.config.batch_size)])
         images = images.unflatten(0, latents.shape[:3])  # [S, N, M, 3, H, W]
@@ -228,7 +245,9 @@ class Predictor:
             return tasks.decode_depth(images[:, :, 0])
         if task == "amodal":
             return tasks.decode_amodal(images[:, :, 0])
-        return torch.stack([tasks.decode_flow(images[:, :, axis], axis, 1) for axis in (0, 1)], dim=2)
+        return torch.stack(
+            [tasks.decode_flow(images[:, :, axis], axis, 1, flow_code or self.flow_code) for axis in (0, 1)], dim=2
+        )
 
     def prediction_macs(self, task: str, height: int, width: int, *, steps: int, ensemble: int) -> float:
         """Multiply-accumulates of the network for one prediction from latents of height x width; guidance counts twice."""

@@ -112,7 +112,7 @@ PROTOCOLS: dict[str, Protocol] = {
         ),
         Protocol(name="flying_chairs", task="flow", datasets=("flying_chairs",), num_samples=640, main_metric="epe"),
         Protocol(name="pix2gestalt", task="amodal", datasets=("pix2gestalt",), main_metric="iou", higher_is_better=True),
-        Protocol(name="coco_a", task="amodal", datasets=("coco_a", "cocoa"), main_metric="iou", higher_is_better=True),
+        Protocol(name="coco_a", task="amodal", datasets=("coco_amodal", "cocoa"), main_metric="iou", higher_is_better=True),
         Protocol(name="mp3d_amodal", task="amodal", datasets=("mp3d_amodal", "mp3d"), main_metric="iou", higher_is_better=True),
         Protocol(
             name="synthetic_depth", task="depth", valid_range=(1e-3, math.inf), clip=(1e-3, math.inf), main_metric="abs_rel"
@@ -211,13 +211,12 @@ def score(protocol: Protocol, prediction: np.ndarray, truth: np.ndarray) -> dict
 
 
 def average(rows: list[dict[str, float]]) -> dict[str, float]:
-    """Means over images of each metric. For masks "miou", and "iou_pooled": sum of intersections over sum of unions."""
+    """Means over images of each metric. For masks also "iou_pooled": sum of intersections over sum of unions."""
     scored = [row for row in rows if row]
     if not scored:
         return {}
     result = {name: math.fsum(row[name] for row in scored) / len(scored) for name in scored[0]}
     if "union" in result:
-        result["miou"] = result.pop("iou")
         union = math.fsum(row["union"] for row in scored)
         result["iou_pooled"] = math.fsum(row["intersection"] for row in scored) / union if union else 1.0
         del result["intersection"], result["union"]

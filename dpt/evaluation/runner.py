@@ -49,10 +49,20 @@ def evaluate(config: EvaluationConfig, *, predictor: Predictor | None = None, ca
 
 
 def check_set(one: EvaluationSet, predictor: Predictor | None) -> None:
-    """UserError if the model cannot predict for the set: another task, other conditions, latents of another VAE."""
+    """UserError if the model cannot predict for the set: another task, other conditions, latents of another VAE, no CLIP
+    embeddings where it takes them."""
     if predictor is None:
         return
     predictor.check_task(one.task)
+    width = predictor.model.clip_embedding_size
+    if width and one.task == "amodal":
+        stored = one.manifest.members["clip"].shape[-1] if "clip" in one.manifest.members else 0
+        if stored != width:
+            have = f"CLIP embeddings of {stored} numbers" if stored else "no CLIP embeddings"
+            raise UserError(
+                f"{one.folder}: the shards hold {have}, the weights take {width}; encode the set anew with --clip and the "
+                "image tower that they were trained with."
+            )
     available = one.manifest.members["cond_latents"].shape[0]
     if predictor.model.num_conditions > available:
         raise UserError(f"{one.folder}: {available} condition latents, but the model takes {predictor.model.num_conditions}.")
@@ -104,7 +114,9 @@ def _fingerprint(one: EvaluationSet, config: EvaluationConfig, predictor: Predic
 
 def _weights_sha256(predictor: Predictor) -> str:
     """Hash of the network's weights by name and of what else decides its predictions."""
-    digest = hashlib.sha256(repr((predictor.model, predictor.diffusion, predictor.task, predictor.codec.sha256)).encode())
+    digest = hashlib.sha256(
+        repr((predictor.model, predictor.diffusion, predictor.task, predictor.flow_code, predictor.codec.sha256)).encode()
+    )
     for name, tensor in sorted(predictor.network.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().float().cpu().contiguous().numpy())

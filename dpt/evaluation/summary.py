@@ -54,19 +54,24 @@ def pick_samples(one: EvaluationSet, records: Iterable[Record], count: int) -> d
 
 
 def tracked_metrics(summary: dict[str, Any]) -> dict[str, float]:
-    """The summary as MLflow metrics: eval/TASK/[SET/]METRIC of the main setting, with /sSTEPS_nENSEMBLE of every one."""
+    """The summary as MLflow metrics: eval/TASK/SET/METRIC of the main setting, with /sSTEPS_nENSEMBLE of every one.
+
+    The only set of its task is there as eval/TASK/METRIC too.
+    """
     metrics: dict[str, float] = {}
     for name, one in summary["sets"].items():
         alone = sum(other["task"] == one["task"] for other in summary["sets"].values()) == 1
-        place = f"eval/{one['task']}" if alone else f"eval/{one['task']}/{name}"
+        found: dict[str, float] = {}
         for result in one["results"]:
             figures = result["metrics"]
-            metrics |= {f"{place}/{m}": v for m, v in figures.items()}  # the last one stays: the main setting
+            found |= figures  # the last one stays: the main setting
             if "steps" in result:
-                metrics |= {f"{place}/{m}/s{result['steps']}_n{result['ensemble']}": v for m, v in figures.items()}
+                found |= {f"{m}/s{result['steps']}_n{result['ensemble']}": v for m, v in figures.items()}
         for reference in REFERENCES:
-            metrics |= {f"{place}/{reference.kind}_{m}": v for m, v in (one[reference.kind] or {}).items()}
-        metrics[f"{place}/num_samples"] = one["num_samples"]
+            found |= {f"{reference.kind}_{m}": v for m, v in (one[reference.kind] or {}).items()}
+        found["num_samples"] = one["num_samples"]
+        for place in (f"eval/{one['task']}/{name}", *([f"eval/{one['task']}"] if alone else [])):
+            metrics |= {f"{place}/{m}": v for m, v in found.items()}
     if "forward_macs" in summary["settings"]:
         metrics["compute/forward_macs"] = summary["settings"]["forward_macs"]
     return metrics

@@ -1,6 +1,7 @@
 """Evaluation runs as rows of a table, read back from MLflow.
 
-An evaluation logs `eval/TASK/METRIC` (or `eval/TASK/DATASET/METRIC`) for its main setting, the same with `/sSTEPS_nENSEMBLE`
+An evaluation logs `eval/TASK/DATASET/METRIC` (and `eval/TASK/METRIC`, if the task has one set) for its main setting, the same
+with `/sSTEPS_nENSEMBLE`
 for every setting, `baseline_METRIC` for the best constant prediction and `ceiling_METRIC` for the truth sent through the VAE
 and back.
 """
@@ -16,6 +17,8 @@ from dpt.tracking.read import RunRecord
 
 _SETTING = re.compile(r"s(\d+)_n(\d+)$")
 _REFERENCES = {"baseline_": "best constant", "ceiling_": "truth through the VAE"}
+_RENAMED = {"miou": "iou"}
+"""Metrics that older runs recorded under another name."""
 _PROTOCOL = re.compile(r"(?:^|; )([^:;]+): (\w+) v\d+")
 
 
@@ -97,9 +100,13 @@ def evaluation_rows(record: RunRecord) -> list[Row]:
         for prefix in _REFERENCES:
             if metric.startswith(prefix):
                 setting, metric = prefix, metric.removeprefix(prefix)
+        metric = _RENAMED.get(metric, metric)
         places.setdefault((task, dataset), {}).setdefault(setting, {})[metric] = value
     rows = []
+    named = {task for task, dataset in places if dataset}
     for (task, dataset), by_setting in places.items():
+        if task in named and not dataset:  # the only set of its task, which is recorded under its own name as well
+            continue
         rows += _place_rows(record, task, dataset or record.tags.get("dpt.dataset", ""), by_setting)
     return rows
 

@@ -8,6 +8,7 @@ from dpt.config.recipe import DptConfig
 from dpt.data.manifest import Manifest, VAERecord
 from dpt.data.stream import LatentStream
 from dpt.errors import UserError
+from dpt.tasks import FLOW_CODE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +27,11 @@ class DataLoader:
         return self.manifests[0].vae
 
     @property
+    def flow_code(self) -> str:
+        """How the flow of all flow sets is coded; empty if there are none."""
+        return next((_flow_code(m) for m in self.manifests if m.task == "flow"), "")
+
+    @property
     def tasks(self) -> list[str]:
         """Task of each source."""
         return [manifest.task for manifest in self.manifests]
@@ -39,9 +45,18 @@ class DataLoader:
 
 
 def open_data_loader(
-    config: DptConfig, *, global_batch_size: int, micro_batch_size: int, start_sample: int, pin_memory: bool
+    config: DptConfig,
+    *,
+    global_batch_size: int,
+    micro_batch_size: int,
+    start_sample: int,
+    pin_memory: bool,
+    flow_code: str = "",
 ) -> DataLoader:
-    """This rank's stream from global position `start_sample` on. UserError if shards and network do not fit."""
+    """This rank's stream from global position `start_sample` on. UserError if shards and network do not fit.
+
+    flow_code: that of the initial weights, which flow sets must share; empty: they have none.
+    """
     main = "latents" if config.task == "class" else "target_latents"
     stream = LatentStream(
         config.data.shards,
@@ -61,8 +76,20 @@ def open_data_loader(
     manifests = list(stream.manifests.values())
     for name, manifest in stream.manifests.items():
         _check(config, name, manifest)
+    codes = {name: _flow_code(m) for name, m in stream.manifests.items() if m.task == "flow"}
+    for name, code in codes.items():
+        wanted = flow_code or next(iter(codes.values()))
+        if code != wanted:
+            other = "the initial weights" if flow_code else "another set"
+            raise UserError(
+                f"{name}: flow is coded as {code!r}, in {other} as {wanted!r}; encode the set with --flow-code {wanted}."
+            )
     height, width = manifests[0].members[main].shape[-2:]
     return DataLoader(stream=stream, manifests=manifests, latent_size=(height, width))
+
+
+def _flow_code(manifest: Manifest) -> str:
+    return str(manifest.encoding.get("flow_code") or FLOW_CODE)
 
 
 def _members(config: DptConfig, main: str) -> list[str]:

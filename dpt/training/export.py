@@ -25,13 +25,14 @@ CHECKPOINTS, WEIGHTS = "checkpoints", "weights"
 """Folders in a run's output folder."""
 
 
-def weights_sections(config: DptConfig, vae: VAERecord, lineage: dict[str, Any]) -> dict[str, Any]:
-    """What `config.json` says of exported weights beside the network: the objective, the VAE and the task that they need."""
+def weights_sections(config: DptConfig, vae: VAERecord, lineage: dict[str, Any], flow_code: str = "") -> dict[str, Any]:
+    """What `config.json` says of exported weights beside the network: the objective, VAE, task and flow code that they need."""
     return {
         "diffusion": dataclasses.asdict(config.diffusion),
         "vae": dataclasses.asdict(vae),
         "task": config.task,
         "lineage": lineage,
+        **({"flow_code": flow_code} if flow_code else {}),
     }
 
 

@@ -224,6 +224,7 @@ class Trainer:
                 micro_batch_size=micro,
                 start_sample=self.position,
                 pin_memory=distributed.device().type == "cuda",
+                flow_code=self.stage.flow_code,
             )
         self.batches = iter(self.data_loader.stream)
 
@@ -247,7 +248,7 @@ class Trainer:
                 "precision": self.recipe.precision,
             },
             "recipe": self.recipe.to_dict(),
-            "sections": weights_sections(self.config, self.data_loader.vae, self._lineage()),
+            "sections": weights_sections(self.config, self.data_loader.vae, self._lineage(), self.data_loader.flow_code),
             "dpt_version": __version__,
         }
 

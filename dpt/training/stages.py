@@ -14,6 +14,7 @@ from dpt.models.attention import use_backend
 from dpt.models.dit import DiT
 from dpt.models.upcycling import upcycle
 from dpt.models.weights import Weights
+from dpt.tasks import FLOW_CODE
 from dpt.training.export import load_weights
 
 
@@ -29,6 +30,13 @@ class Stage:
     """First weights, for that architecture; None: random ones."""
     parents: list[str]
     """Run ids of the runs whose weights these are."""
+
+    @property
+    def flow_code(self) -> str:
+        """How the first weights learnt flow; empty if they did not, or there are none."""
+        sections = {} if self.start is None else self.start.sections
+        learnt = sections.get("task") in ("flow", "generalist")
+        return str(sections.get("flow_code", FLOW_CODE)) if learnt else ""
 
     def build(self) -> DiT:
         """The network with its first weights; with expert parallelism, this rank's experts."""

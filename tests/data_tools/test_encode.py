@@ -14,7 +14,6 @@ from encode_runs import SIDE, arguments, encode_alone
 from PIL import Image
 
 from data_tools.encode import main
-from data_tools.encoding.samples import centre_crop
 from dpt import tasks
 from dpt.data.codec import load_vae
 from dpt.data.manifest import read_manifest
@@ -72,7 +71,7 @@ def test_class_images(pictures: Path, tmp_path: Path, vae: str) -> None:
         assert manifest.class_names[int(sample["label"])] == meta["class_name"] == Path(meta["source"]).parent.name
         picture = np.asarray(Image.open(pictures / meta["source"]))
         assert (meta["height"], meta["width"]) == picture.shape[:2]
-        image = tasks.image_to_float(centre_crop(picture, SIDE))
+        image = tasks.image_to_float(tasks.centre_crop(picture, SIDE))
         np.testing.assert_allclose(sample["latents"], encode_alone(vae, image), atol=2e-3)
         np.testing.assert_allclose(sample["latents_mirrored"], encode_alone(vae, image[..., ::-1].copy()), atol=2e-3)
     means = np.stack([sample["latents"][0] for sample in samples]).astype(np.float64)

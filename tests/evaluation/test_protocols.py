@@ -88,7 +88,7 @@ def test_means_and_pooled_iou():
     a[:2], b[:4] = True, True
     rows = [score(PROTOCOLS["coco_a"], a, b), score(PROTOCOLS["coco_a"], a[:1], a[:1])]
     found = average([*rows, {}])
-    assert found == {"miou": pytest.approx(0.75), "iou_pooled": pytest.approx((8 + 4) / (16 + 4))}
+    assert found == {"iou": pytest.approx(0.75), "iou_pooled": pytest.approx((8 + 4) / (16 + 4))}
     assert average([{}]) == {}
 
 

@@ -141,15 +141,15 @@ def test_saved_predictions_score_the_same_as_given_ones(task, tmp_path):
     again = evaluate(given)
     first, second = (s["sets"]["synthetic_val"]["results"][-1]["metrics"] for s in (summary, again))
     assert first == pytest.approx(second, rel=1e-5)
-    main = {"depth": "abs_rel", "flow": "epe", "amodal": "miou"}[task]
+    main = {"depth": "abs_rel", "flow": "epe", "amodal": "iou"}[task]
     assert tracked_metrics(again)[f"eval/{task}/{main}"] == second[main]
     if task == "amodal":
-        assert {"miou", "iou_pooled"} == set(second)
+        assert {"iou", "iou_pooled"} == set(second)
         one = again["sets"]["synthetic_val"]
         masks = [sample.truth for sample in map(EvaluationSet(folder).__getitem__, range(one["num_samples"]))]
         expected = np.mean([mask[:, 1:].sum() / mask.sum() for mask in masks])
-        assert one["code"]["miou"] == pytest.approx(expected)
-        assert tracked_metrics(again)["eval/amodal/code_miou"] == one["code"]["miou"]
+        assert one["code"]["iou"] == pytest.approx(expected)
+        assert tracked_metrics(again)["eval/amodal/code_iou"] == one["code"]["iou"]
     (Path(given.predictions) / f"scene_003{'.flo' if task == 'flow' else '.npy' if task == 'depth' else '.png'}").unlink()
     with pytest.raises(UserError, match="scene_003"):
         evaluate(given)

@@ -1,0 +1,56 @@
+"""Reading picture files: the one way to colours and the one way to masks. Needs numpy and Pillow only."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from dpt.errors import UserError
+
+
+def decode_picture(source: Path | bytes, *, upright: bool = True) -> np.ndarray:
+    """A picture file (or its bytes) as uint8 `[H, W, 3]`: grey, palette, CMYK and alpha ones are converted, 16 bits become 8.
+
+    upright: turned as its EXIF orientation says; False: the pixels as they are stored, which truths on the same grid belong to.
+    What Pillow raises (OSError, ...) if it does not decode.
+    """
+    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        turned = ImageOps.exif_transpose(image) if upright else image
+        if _is_deep(turned):
+            grey = np.rint(np.asarray(turned).astype(np.float64) / 257.0).clip(0, 255).astype(np.uint8)
+            return np.repeat(grey[..., None], 3, axis=-1)
+        return np.array(turned.convert("RGB"))
+
+
+def decode_mask(source: Path | bytes, *, upright: bool = True) -> np.ndarray:
+    """A mask's picture file as bool `[H, W]`, True from the middle of its range up; one of 0 and 1 alone is True at 1."""
+    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        turned = ImageOps.exif_transpose(image) if upright else image
+        if turned.mode == "P" and np.asarray(turned).max() <= 1:  # palettes of two entries number them
+            values = np.asarray(turned)
+        else:
+            values = np.asarray(turned if _is_deep(turned) or turned.mode == "1" else turned.convert("L"))
+    top = 1 if values.max() <= 1 else 255 if values.max() <= 255 else 65535
+    return np.asarray(values > top / 2)
+
+
+def _is_deep(image: Image.Image) -> bool:
+    """Whether it is grey of 16 bits, which Pillow's own conversion to 8 bits clips."""
+    return image.mode == "I" or image.mode.startswith("I;16")
+
+
+def read_picture(path: Path) -> np.ndarray:
+    """`decode_picture` of a file that a user names; UserError if it is none."""
+    try:
+        return decode_picture(path)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path}: not a picture that can be read ({error}).") from error
+
+
+def read_mask(path: Path) -> np.ndarray:
+    """`decode_mask` of a file that a user names; UserError if it is none."""
+    try:
+        return decode_mask(path)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path}: not a mask that can be read ({error}).") from error

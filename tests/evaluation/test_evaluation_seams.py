@@ -1,0 +1,96 @@
+"""Where evaluation meets weights, shards, records and tables."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dpt import tasks
+from dpt.config.sections import EvaluationConfig
+from dpt.errors import UserError
+from dpt.evaluation.ensembling import merge_depth
+from dpt.evaluation.generation import ImageSource
+from dpt.evaluation.prediction import Predictor
+from dpt.evaluation.protocols import PROTOCOLS, average, score
+from dpt.evaluation.runner import check_set, evaluate
+from dpt.evaluation.sets import EvaluationSet
+from dpt.evaluation.summary import protocol_line, tracked_metrics
+from dpt.scaling.results import METRICS, evaluation_rows
+from tests.evaluation.tiny import make_model, make_set
+from tests.scaling.made_runs import made_run
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS.values(), ids=list(PROTOCOLS))
+def test_every_main_metric_is_an_average_and_a_column(protocol):
+    shape = (2, 8, 8) if protocol.task == "flow" else (8, 8)
+    truth = np.random.default_rng(0).uniform(1, 5, shape).astype(np.float32)
+    truth = truth > 3 if protocol.task == "amodal" else truth
+    protocol = dataclasses.replace(protocol, crop=None)
+    figures = average([score(protocol, truth, truth)])
+    assert protocol.main_metric in figures
+    assert METRICS[protocol.main_metric].lower_is_better is not protocol.higher_is_better
+
+
+def test_each_set_of_a_generalist_keeps_its_name_and_protocol(tmp_path):
+    sets = [make_set(tmp_path / task, task, count=2) for task in ("depth", "amodal")]
+    config = EvaluationConfig(
+        data=[str(s) for s in sets], output_dir=str(tmp_path / "out"), steps=[1], ensemble=[1], pictures=0
+    )
+    predictor = Predictor(make_model("generalist"), config=config, device="cpu")
+    summary = evaluate(config, predictor=predictor)
+    tags = {"dpt.dataset": ", ".join(summary["sets"]), "dpt.protocol": protocol_line(summary)}
+    rows = [
+        row
+        for row in evaluation_rows(made_run("e", stage="evaluate", metrics=tracked_metrics(summary), tags=tags))
+        if row.run is not None
+    ]
+    found = {(row.task, row.dataset, row.protocol) for row in rows}
+    assert found == {(one["task"], name, one["protocol"]) for name, one in summary["sets"].items()}
+    assert all("iou" in row.metrics for row in rows if row.task == "amodal")
+
+
+def test_weights_with_clip_refuse_what_has_none(tmp_path):
+    predictor = Predictor(make_model("amodal", clip_embedding_size=6), device="cpu")
+    with pytest.raises(UserError, match="no CLIP embeddings, the weights take 6"):
+        check_set(EvaluationSet(make_set(tmp_path / "set", "amodal", count=1)), predictor)
+    image = np.zeros((32, 32, 3), np.uint8)
+    with pytest.raises(UserError, match="--clip"):
+        predictor([image], others=[image[..., 0] > 0])
+
+
+def test_flow_is_decoded_as_the_weights_code_it():
+    flow = np.stack([np.full((384, 512), 30.0), np.full((384, 512), -15.0)]).astype(np.float32)
+    images = tasks.encode_flow(flow, "linear_75")
+    assert images[:, 0, 0, 0] == pytest.approx([30 / 75, -15 / 75])
+    again = [tasks.decode_flow(images[a], a, (512, 384)[a], "linear_75") for a in (0, 1)]
+    np.testing.assert_allclose(np.stack(again), flow, rtol=1e-5)
+    model = make_model("flow")
+    latents = torch.rand(1, 1, 2, 4, 4, 4) - 0.5
+    ours, theirs = (
+        Predictor(dataclasses.replace(model, flow_code=code), device="cpu").decode(latents, "flow") for code in tasks.FLOW_CODES
+    )
+    assert not torch.allclose(ours, theirs)
+
+
+def test_values_that_are_not_finite_are_refused_by_name():
+    maps = torch.rand(2, 3, 4, 4)
+    maps[1, 2, 0, 0] = float("nan")
+    with pytest.raises(UserError, match="input 1: depth map 2 of 3"):
+        merge_depth(maps)
+    model = make_model()
+    with torch.no_grad():
+        next(model.network.parameters()).fill_(float("nan"))
+    with pytest.raises(UserError, match=r"room.*not finite"):
+        Predictor(model, device="cpu")([np.zeros((32, 32, 3), np.uint8)], keys=["room"], steps=1, ensemble=1)
+
+
+def test_pictures_of_other_sizes_are_cropped_not_stretched(tmp_path):
+    wide = np.zeros((32, 64, 3), np.uint8)
+    wide[:, 16:48] = 200  # the centre is what is left
+    Image.fromarray(np.full((32, 32, 3), 9, np.uint8)).save(tmp_path / "0.png")
+    Image.fromarray(wide).save(tmp_path / "1.png")
+    source = ImageSource(tmp_path)
+    assert source[1].shape == (32, 32, 3)
+    assert (source[1] == 200).all()
