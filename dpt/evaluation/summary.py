@@ -54,13 +54,18 @@ def pick_samples(one: EvaluationSet, records: Iterable[Record], count: int) -> d
 
 
 def tracked_metrics(summary: dict[str, Any]) -> dict[str, float]:
-    """The summary as MLflow metrics: eval/TASK/[SET/]METRIC of the main setting, with /sSTEPS_nENSEMBLE of every one."""
+    """The summary as MLflow metrics: eval/TASK/[SET/]METRIC of the main setting, with /sSTEPS_nENSEMBLE of every one.
+
+    "macs" among them is the mean over the set of a prediction's multiply-accumulates, from the latents' own sizes.
+    """
     metrics: dict[str, float] = {}
     for name, one in summary["sets"].items():
         alone = sum(other["task"] == one["task"] for other in summary["sets"].values()) == 1
         place = f"eval/{one['task']}" if alone else f"eval/{one['task']}/{name}"
         for result in one["results"]:
             figures = result["metrics"]
+            if result["macs_per_prediction"]:
+                figures = figures | {"macs": result["macs_per_prediction"]}
             metrics |= {f"{place}/{m}": v for m, v in figures.items()}  # the last one stays: the main setting
             if "steps" in result:
                 metrics |= {f"{place}/{m}/s{result['steps']}_n{result['ensemble']}": v for m, v in figures.items()}

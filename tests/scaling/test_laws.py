@@ -110,3 +110,34 @@ def test_the_frontier_is_the_falling_part_of_the_lower_hull(points):
     except Exception:
         return  # all points on one line
     assert set(chosen[:-1]) <= hull | set(chosen[-1:])
+
+
+def _curves_of_runs(rng):
+    """Five runs of forty points each on one law, every run off by a factor of its own."""
+    x = np.concatenate([np.geomspace(10.0**n, 10.0 ** (n + 1.5), 40) for n in range(16, 21)])
+    runs = np.repeat([f"run{n}" for n in range(5)], 40)
+    off = np.repeat(rng.normal(scale=0.1, size=5), 40)
+    return x, 2 * x**-0.1 * np.exp(off), runs.tolist()
+
+
+def test_points_of_one_run_count_as_one_witness():
+    """The exponent lies in the interval as often as it says, where points that count as independent are sure of what is chance."""
+    by_run = by_point = 0
+    for seed in range(20):
+        x, y, runs = _curves_of_runs(np.random.default_rng(seed))
+        low, high = fit_power_law(x, y, runs=runs, samples=200).interval_b
+        by_run += low <= -0.1 <= high
+        low, high = fit_power_law(x, y, samples=200).interval_b
+        by_point += low <= -0.1 <= high
+    assert by_run >= 18
+    assert by_point <= 16
+
+
+def test_the_frontier_is_chosen_anew_in_each_draw():
+    x, y, runs = _curves_of_runs(np.random.default_rng(1))
+    fit = fit_power_law(x, y, runs=runs, on_frontier=True, samples=200)
+    assert len(fit.x) == len(frontier(x, y)) < len(x)
+    fixed = fit_power_law(fit.x, fit.y, samples=200)
+    assert np.ptp(fit.interval_b) > np.ptp(fixed.interval_b)
+    with pytest.raises(UserError, match="5 points, but 2"):
+        fit_power_law(X[:5], X[:5] ** -0.1, runs=["a", "b"])
