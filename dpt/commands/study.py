@@ -10,6 +10,7 @@ from dpt.scaling.figures import draw, find
 from dpt.scaling.launching import command, missing, pending, submit
 from dpt.scaling.results import format_cells, show_macs
 from dpt.scaling.running import run_here
+from dpt.scaling.shard_sets import how_to_make
 from dpt.scaling.study import Study, expected_macs, read_study
 from dpt.tracking.read import RunRecord, load_runs, with_ancestors
 
@@ -67,7 +68,7 @@ def _show(study: Study, peak_flops: float, mfu: float) -> None:
         f"{device_hours(total, peak_flops, mfu):,.1f} device-hours at {mfu:.0%} of {peak_flops / 1e12:g} TFLOP/s\n"
     )
     if absent := missing(study):
-        print(f"To be made first: {', '.join(absent)}\n")
+        print("To be made first:\n" + "\n".join(map(how_to_make, absent)) + "\n")
     print(format_cells(["launch", "launcher", "MACs (evaluation: an image)", "device-hours", "state"], cells))
     print("\n" + "\n".join(shlex.join(command(launch)) for launch in study.launches if launch.name in unfinished))
 

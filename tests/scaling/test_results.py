@@ -5,7 +5,7 @@ from made_runs import made_run
 
 from dpt.scaling.compute import model_config, total_train_macs
 from dpt.scaling.lineage import lineage_svg, places
-from dpt.scaling.results import format_table, results_table, show_macs
+from dpt.scaling.results import evaluation_rows, format_table, results_table, show_macs
 
 
 def evaluation(run_id="e", label="ours", start=1.0, **metrics):
