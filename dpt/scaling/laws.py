@@ -89,12 +89,23 @@ def fit_power_law(
     runs or points ask for. With an offset there are a fifth as many fits. Raises UserError, in a sentence, if the points cannot
     carry the fit.
     """
-    x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
-    _check_positive(x, y)
-    groups = _by_run(x, y, runs)
-    if on_frontier:
-        kept = frontier(x, y)
-        x, y = x[kept], y[kept]
+    all_x, all_y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
+    _check_positive(all_x, all_y)
+    groups = _by_run(all_x, all_y, runs)
+    kept = frontier(all_x, all_y) if on_frontier else np.arange(len(all_x))
+    return _fitted(all_x[kept], all_y[kept], groups, offset, on_frontier, samples, seed)
+
+
+def _fitted(
+    x: np.ndarray,
+    y: np.ndarray,
+    groups: Sequence[tuple[np.ndarray, np.ndarray]],
+    offset: bool,
+    on_frontier: bool,
+    samples: int,
+    seed: int,
+) -> Fit:
+    """The fit to the points that count; `groups`: those of each run, off the frontier too."""
     _check(x, y, offset)
     law = _fit(x, y, offset)
     residuals = np.log(y) - np.log(law(x))
