@@ -1,7 +1,8 @@
 """Evaluation runs as rows of a table, read back from MLflow.
 
 An evaluation logs `eval/TASK/METRIC` (or `eval/TASK/DATASET/METRIC`) for its main setting, the same with `/sSTEPS_nENSEMBLE`
-for every setting (the metric "macs" is what a prediction took, in the mean), `baseline_METRIC` for the best constant prediction and `ceiling_METRIC` for the truth sent through the VAE
+for every setting (the metric "macs" is what a prediction took, in the mean),
+`baseline_METRIC` for the best constant prediction and `ceiling_METRIC` for the truth sent through the VAE
 and back.
 """
 

@@ -30,6 +30,15 @@ ARGUMENTS = {
 """Folder below data/shards: what `data_tools.encode` is called with, beside --vae and --out. DIR: where the sets lie as they
 were downloaded; CLIP: folder of the CLIP image tower."""
 
+IMAGES = {"hypersim": 7370, "nyuv2": 654, "scannet": 800, "eth3d": 454, "diode": 771, "kitti": 652, "flying_chairs": 640}
+"""Images of the evaluation sets whose number is published."""
+
+
+def images_of(shards: str) -> int:
+    """Images that a published evaluation set of shards has; 0: not known."""
+    arguments = ARGUMENTS.get(shards.removeprefix(FOLDER + "/"), "").split()
+    return IMAGES.get(arguments[1], 0) if "--evaluation" in arguments else 0
+
 
 def encode_command(shards: str) -> str:
     """The command that makes a shard folder, e.g. "data/shards/hypersim_256/val"; empty if it is not one of the paper's."""
