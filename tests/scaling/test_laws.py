@@ -121,7 +121,7 @@ def _curves_of_runs(rng):
 
 
 def test_points_of_one_run_count_as_one_witness():
-    """The exponent lies in the interval as often as it says, where points that count as independent are sure of what is chance."""
+    """The exponent lies in the interval as often as it says; counted as independent, points are sure of what is chance."""
     covered = {True: 0, False: 0}
     for seed in range(20):
         x, y, runs = _curves_of_runs(np.random.default_rng(seed))

@@ -137,7 +137,7 @@ def test_a_kept_checkpoint_gives_the_weights(write_study):
     launch = next(launch for launch in study.launches if launch.name == "depth_w64_short")
     assert launch.fields["training.weights"] == str(study.output / "pretrain_w64" / "checkpoints" / "step_00000003")
     assert launch.fields["tracking.tags"]["study.weights_step"] == "3"
-    with pytest.raises(UserError, match="launcher finetune with training.steps 0"):
+    with pytest.raises(UserError, match=r"launcher finetune with training\.steps 0"):
         write_study("stages: [depth]\n    values:\n      short: {training.steps: 5}", "values:\n      short: {weights.step: 3}")
 
 
