@@ -10,6 +10,7 @@ from dpt.scaling.figures import draw, find
 from dpt.scaling.launching import command, missing, pending, submit
 from dpt.scaling.results import format_cells, show_macs
 from dpt.scaling.running import run_here
+from dpt.scaling.shard_sets import how_to_make, images_of
 from dpt.scaling.study import Study, expected_macs, read_study
 from dpt.tracking.read import RunRecord, load_runs, with_ancestors
 
@@ -55,19 +56,23 @@ def _say(text: str) -> None:
 def _show(study: Study, peak_flops: float, mfu: float) -> None:
     """Every launch with what it costs, and the commands that are left to run."""
     unfinished = {launch.name for launch in pending(study)}
-    cells, total = [], 0.0
+    cells, training, scoring = [], 0.0, 0.0
     for launch in study.launches:
-        macs = expected_macs(study, launch)
-        training = launch.launcher != "evaluate"
-        total += macs if training and launch.name in unfinished else 0.0
-        hours = f"{device_hours(macs, peak_flops, mfu):,.1f}" if training else "–"
-        cells.append([launch.name, launch.launcher, show_macs(macs), hours, "to do" if launch.name in unfinished else "done"])
+        macs, state = expected_macs(study, launch), "to do" if launch.name in unfinished else "done"
+        whole = macs if launch.launcher != "evaluate" else macs * sum(map(images_of, launch.resolved.dpt.evaluation.data))
+        if launch.name in unfinished and launch.launcher == "evaluate":
+            scoring += whole
+        elif launch.name in unfinished:
+            training += whole
+        hours = f"{device_hours(whole, peak_flops, mfu):,.1f}" if whole else "–"
+        cells.append([launch.name, launch.launcher, show_macs(macs), hours, state])
     print(
-        f"{study.title}: {len(unfinished)} of {len(study.launches)} launches to do, {show_macs(total)}MACs of training, "
-        f"{device_hours(total, peak_flops, mfu):,.1f} device-hours at {mfu:.0%} of {peak_flops / 1e12:g} TFLOP/s\n"
+        f"{study.title}: {len(unfinished)} of {len(study.launches)} launches to do, {show_macs(training)}MACs of training, "
+        f"{device_hours(training, peak_flops, mfu):,.1f} device-hours at {mfu:.0%} of {peak_flops / 1e12:g} TFLOP/s; "
+        f"evaluation {device_hours(scoring, peak_flops, mfu):,.1f} device-hours (sets of published size, network alone)\n"
     )
     if absent := missing(study):
-        print(f"To be made first: {', '.join(absent)}\n")
+        print("To be made first:\n" + "\n".join(map(how_to_make, absent)) + "\n")
     print(format_cells(["launch", "launcher", "MACs (evaluation: an image)", "device-hours", "state"], cells))
     print("\n" + "\n".join(shlex.join(command(launch)) for launch in study.launches if launch.name in unfinished))
 

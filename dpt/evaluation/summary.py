@@ -56,7 +56,8 @@ def pick_samples(one: EvaluationSet, records: Iterable[Record], count: int) -> d
 def tracked_metrics(summary: dict[str, Any]) -> dict[str, float]:
     """The summary as MLflow metrics: eval/TASK/SET/METRIC of the main setting, with /sSTEPS_nENSEMBLE of every one.
 
-    The only set of its task is there as eval/TASK/METRIC too.
+    The only set of its task is there as eval/TASK/METRIC too. "macs" among them is the mean over the set of a prediction's
+    multiply-accumulates, from the latents' own sizes.
     """
     metrics: dict[str, float] = {}
     for name, one in summary["sets"].items():
@@ -64,6 +65,8 @@ def tracked_metrics(summary: dict[str, Any]) -> dict[str, float]:
         found: dict[str, float] = {}
         for result in one["results"]:
             figures = result["metrics"]
+            if result["macs_per_prediction"]:
+                figures = figures | {"macs": result["macs_per_prediction"]}
             found |= figures  # the last one stays: the main setting
             if "steps" in result:
                 found |= {f"{m}/s{result['steps']}_n{result['ensemble']}": v for m, v in figures.items()}

@@ -14,6 +14,8 @@ from dpt.config.sections import ModelConfig, UpcyclingConfig
 from dpt.errors import UserError
 from dpt.tracking.read import RunRecord, ancestors
 
+WEIGHTS_STEP = "study.weights_step"
+"""Tag of a run that starts from a kept checkpoint: the step of it."""
 PASSES = {"flow": 2}
 """Sampler passes of one prediction where it is more than one."""
 
@@ -29,8 +31,19 @@ def train_macs(record: RunRecord) -> float:
 
 
 def total_train_macs(record: RunRecord, records: Sequence[RunRecord]) -> float:
-    """MACs of a run's own training and of all runs that it descends from."""
-    return sum(train_macs(r) for r in [record, *ancestors(record, records)])
+    """MACs of a run's own training and of all runs that it descends from, of each up to the step whose weights were taken."""
+    line = [record, *ancestors(record, records)]
+    taken = {parent: int(r.tags[WEIGHTS_STEP]) for r in line if WEIGHTS_STEP in r.tags for parent in r.parents}
+    return sum(_macs_until(r, taken[r.run_id]) if r.run_id in taken else train_macs(r) for r in line)
+
+
+def _macs_until(record: RunRecord, step: int) -> float:
+    """MACs of a run's own training up to a step, in proportion between records."""
+    before = [(at, macs) for at, macs in record.history("compute/train_macs") if at > 0]
+    if not before:
+        return train_macs(record)
+    at, macs = min(before, key=lambda pair: abs(pair[0] - step))
+    return macs * step / at
 
 
 def section(record: RunRecord, name: str, cls: type) -> Any:

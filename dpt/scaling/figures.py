@@ -99,10 +99,13 @@ def find(records: Sequence[RunRecord], family: Sequence[RunRecord], spec: Figure
     groups = findings.groups()
     if spec.frontier:
         findings.chosen.extend(points[i] for i in frontier([p.x for p in points], [p.y for p in points]))
-        groups = {"": findings.chosen}
+        groups = {"": points}
     for name, group in groups.items() if spec.law else ():
+        x, y, runs = ([getattr(p, part) for p in group] for part in ("x", "y", "run"))
         try:
-            findings.fits[name] = fit_power_law([p.x for p in group], [p.y for p in group], offset=spec.offset)
+            findings.fits[name] = fit_power_law(
+                x, y, offset=spec.offset, runs=[r.run_id for r in runs], on_frontier=spec.frontier
+            )
         except UserError as error:
             findings.refusals.append(f"{name}: {error}" if name else str(error))
     return findings

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from dpt.errors import UserError
+from dpt.scaling.shard_sets import how_to_make
 from dpt.scaling.study import Launch, Study
 from dpt.tracking.store import sqlite_path
 
@@ -51,11 +52,12 @@ def missing(study: Study) -> list[str]:
     return [needed for needed in study.needs if not Path(needed).exists()]
 
 
-def startable(study: Study) -> list[Launch]:
-    """The pending launches, if all that the study needs is there."""
-    if absent := missing(study):
-        raise UserError(f"{study.path}: {', '.join(absent)} must be made first (docs/reproduce.md says how).")
-    return pending(study)
+def check_needs(studies: Sequence[Study]) -> None:
+    """UserError, with the command that makes each, if something that the studies need is not there."""
+    absent = list(dict.fromkeys(needed for study in studies for needed in missing(study)))
+    if absent:
+        files = ", ".join(dict.fromkeys(str(study.path) for study in studies if missing(study)))
+        raise UserError(f"{files}: {len(absent)} things must be made first:\n" + "\n".join(how_to_make(n) for n in absent))
 
 
 def identity(launch: Launch) -> list[str]:
@@ -84,7 +86,8 @@ def submit(studies: Sequence[Study], options: Sequence[str], *, script: str, say
     """
     for study in studies:
         _check_store(study)
-    for study, launches in [(study, startable(study)) for study in studies]:
+    check_needs(studies)
+    for study, launches in [(study, pending(study)) for study in studies]:
         _submit(study, launches, [*options, script], say)
 
 

@@ -75,20 +75,44 @@ def fit_power_law(
     y: Sequence[float] | np.ndarray,
     *,
     offset: bool = False,
+    runs: Sequence[str] = (),
+    on_frontier: bool = False,
     samples: int = 1000,
     seed: int = 0,
 ) -> Fit:
-    """Fit y = a x^b (with `offset`: + c, 0 <= c < min y) by least squares of log y.
+    """Fit y = a x^b (with `offset`: + c, 0 <= c < min y) by least squares of log y; `on_frontier`: of the `frontier` alone.
 
-    Confidence: residual bootstrap (Efron 1979) of `samples` fits (a fifth of them with an offset), residuals scaled by sqrt(n
-    / (n - p)) and by Student's t over the normal quantile, as few points ask for. Raises UserError, in a sentence, if the
-    points cannot carry the fit.
+    `runs` names the run of each point; empty: every point is a run. Points of one run err together, and which points a frontier
+    holds is chance too: where a run has several points, or a frontier is chosen, confidence comes from `samples` fits to whole
+    runs drawn with replacement, the frontier chosen anew each time. Else, and where all points are of one run, it comes from a
+    residual bootstrap (Efron 1979). Both are scaled by sqrt(n / (n - p)) and by Student's t over the normal quantile, as few
+    runs or points ask for. With an offset there are a fifth as many fits. Raises UserError, in a sentence, if the points cannot
+    carry the fit.
     """
-    x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
+    all_x, all_y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
+    _check_positive(all_x, all_y)
+    groups = _by_run(all_x, all_y, runs)
+    kept = frontier(all_x, all_y) if on_frontier else np.arange(len(all_x))
+    return _fitted(all_x[kept], all_y[kept], groups, offset, on_frontier, samples, seed)
+
+
+def _fitted(
+    x: np.ndarray,
+    y: np.ndarray,
+    groups: Sequence[tuple[np.ndarray, np.ndarray]],
+    offset: bool,
+    on_frontier: bool,
+    samples: int,
+    seed: int,
+) -> Fit:
+    """The fit to the points that count; `groups`: those of each run, off the frontier too."""
     _check(x, y, offset)
     law = _fit(x, y, offset)
     residuals = np.log(y) - np.log(law(x))
-    draws = _bootstrap(x, law, residuals, offset, samples, seed)
+    if len(groups) > 1 and (on_frontier or len(groups) < len(x)):
+        draws = _run_bootstrap(groups, x, law, offset, on_frontier, samples, seed)
+    else:
+        draws = _bootstrap(x, law, residuals, offset, samples, seed)
     (a0, b0, c0), (a1, b1, c1) = np.quantile(draws, _tails(), axis=0).tolist()
     if b0 <= 0.0 <= b1:
         raise UserError(
@@ -173,14 +197,60 @@ def _fit_offset(u: np.ndarray, v: np.ndarray, starts: list[tuple[float, float, f
     return float(best[0]), float(best[1]), math.exp(best[2])
 
 
-def _bootstrap(x: np.ndarray, law: Law, residuals: np.ndarray, offset: bool, samples: int, seed: int) -> np.ndarray:
-    """Fits `[samples, 3]` to the law's own values with resampled residuals."""
+def _by_run(x: np.ndarray, y: np.ndarray, runs: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The points of each run."""
+    names = np.asarray(runs if len(runs) else np.arange(len(x)))
+    if len(names) != len(x):
+        raise UserError(f"a law needs a run for each of its {len(x)} points, but {len(names)} are named.")
+    return [(x[names == name], y[names == name]) for name in dict.fromkeys(names.tolist())]
+
+
+def _run_bootstrap(
+    groups: Sequence[tuple[np.ndarray, np.ndarray]],
+    x: np.ndarray,
+    law: Law,
+    offset: bool,
+    on_frontier: bool,
+    samples: int,
+    seed: int,
+) -> np.ndarray:
+    """Fits `[n, 3]` to runs drawn with replacement. Draws that carry no line (a frontier of one x) are drawn again."""
+    rng = np.random.default_rng(seed)
+    wanted = max(50, samples // 5) if offset else samples
+    middle = float(np.log(x).mean())
+    level = math.log(law.a) + law.b * middle
+    widening = _widening(len(groups), 1)
+    fits: list[tuple[float, float, float]] = []
+    for _ in range(10 * wanted):
+        drawn = [groups[i] for i in rng.integers(len(groups), size=len(groups))]
+        u, v = (np.concatenate(parts) for parts in zip(*drawn, strict=True))
+        if on_frontier:
+            kept = frontier(u, v)
+            u, v = u[kept], v[kept]
+        if len(np.unique(u)) < (3 if offset else 2):
+            continue
+        fit = _fit(u, v, offset, near=law if offset else None)
+        slope = law.b + widening * (fit.b - law.b)
+        there = level + widening * (math.log(fit.a) + fit.b * middle - level)
+        fits.append((math.exp(there - slope * middle), slope, fit.c))
+        if len(fits) == wanted:
+            return np.array(fits)
+    raise UserError(f"{len(groups)} runs are too few for an interval: most draws of them carry no law; add runs.")
+
+
+def _widening(count: int, parameters: int) -> float:
+    """What deviations among `count` values are multiplied by: sqrt(n / (n - p)), and Student's t over the normal quantile."""
     from scipy.stats import norm, t
 
-    n, p = len(x), 3 if offset else 2
-    freedom = max(n - p, 1)
+    freedom = max(count - parameters, 1)
     tail = 1 - (1 - _CONFIDENCE) / 2
-    inflated = (residuals - residuals.mean()) * math.sqrt(n / freedom) * float(t.ppf(tail, freedom) / norm.ppf(tail))
+    return math.sqrt(count / freedom) * float(t.ppf(tail, freedom) / norm.ppf(tail))
+
+
+def _bootstrap(x: np.ndarray, law: Law, residuals: np.ndarray, offset: bool, samples: int, seed: int) -> np.ndarray:
+    """Fits `[samples, 3]` to the law's own values with resampled residuals."""
+    n, p = len(x), 3 if offset else 2
+    inflated = (residuals - residuals.mean()) * _widening(n, p)
     rng = np.random.default_rng(seed)
     log_values = np.log(law(x)) + rng.choice(inflated, size=(samples, n))
     if offset:

@@ -1,8 +1,8 @@
 """Evaluation runs as rows of a table, read back from MLflow.
 
 An evaluation logs `eval/TASK/DATASET/METRIC` (and `eval/TASK/METRIC`, if the task has one set) for its main setting, the same
-with `/sSTEPS_nENSEMBLE`
-for every setting, `baseline_METRIC` for the best constant prediction and `ceiling_METRIC` for the truth sent through the VAE
+with `/sSTEPS_nENSEMBLE` for every setting (the metric "macs" is what a prediction took, in the mean),
+`baseline_METRIC` for the best constant prediction and `ceiling_METRIC` for the truth sent through the VAE
 and back.
 """
 
@@ -132,7 +132,8 @@ def _place_rows(record: RunRecord, task: str, dataset: str, by_setting: dict[str
         settings = [(_only(record, "steps"), _only(record, "ensemble"))]
     for steps, ensemble in settings:
         metrics = by_setting.get(f"s{steps}_n{ensemble}") or by_setting[""]
-        macs = _macs(record, task, steps, ensemble)
+        macs = metrics.get("macs") or _macs(record, task, steps, ensemble)
+        metrics = {name: value for name, value in metrics.items() if name != "macs"}
         rows.append(replace(frame, steps=steps, ensemble=ensemble, metrics=metrics, macs=macs, run=record))
     return rows
 
@@ -147,6 +148,7 @@ def _only(record: RunRecord, name: str) -> int | None:
 
 
 def _macs(record: RunRecord, task: str, steps: int | None, ensemble: int | None) -> float | None:
+    """For records that do not say: as if every image had the model's own size."""
     forward = record.metrics.get("compute/forward_macs")
     if forward is None or steps is None or ensemble is None:
         return None

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dpt.errors import UserError
-from dpt.scaling.launching import command, count_devices, identity, record, startable
+from dpt.scaling.launching import check_needs, command, count_devices, identity, pending, record
 from dpt.scaling.study import Launch, Study
 
 _FIRST_PORT = 29600
@@ -58,9 +58,10 @@ def run_here(studies: Sequence[Study], *, jobs: int = 1, say: Callable[[str], No
 
 def _join(studies: Sequence[Study]) -> list[tuple[Study, Launch]]:
     """The pending launches of all studies, each folder once; UserError if two studies want different ones in a folder."""
+    check_needs(studies)
     first: dict[Path, tuple[Study, Launch]] = {}
     for study in studies:
-        for launch in startable(study):
+        for launch in pending(study):
             other, same = first.setdefault(launch.folder, (study, launch))
             if identity(same) != identity(launch):
                 raise UserError(

@@ -16,7 +16,9 @@
 
 `{size}` in a recipe's path stands for the value's name. An axis gives its fields to every stage that lists it, or to those
 alone that it names: `size: {stages: [pretrain], values: {...}}`; an evaluation takes fields of `evaluation` only. `weights`
-names an earlier stage, whose launch with the same values gives the weights.
+names an earlier stage, whose launch with the same values gives the weights. `weights.step: N` among an axis's fields takes them
+from the checkpoint that this launch has kept of its step N (`training.keep_every`); an evaluation takes exported weights, so
+there a fine-tuning of `training.steps: 0` stands between.
 """
 
 import functools
@@ -31,7 +33,7 @@ from dpt.config.checks import trained_model
 from dpt.config.recipe import Recipe, load_recipe, section_from_dict
 from dpt.errors import UserError
 from dpt.models import costs
-from dpt.scaling.compute import prediction_macs
+from dpt.scaling.compute import WEIGHTS_STEP, prediction_macs
 from dpt.scaling.figures import FigureSpec
 
 
@@ -93,7 +95,7 @@ class Study:
     launches: list[Launch]
     figures: list[FigureSpec]
     needs: list[str]
-    """Shard folders and other files that must be there before."""
+    """Shard folders, weights and other files that must be there before: what the file names, and what its recipes read."""
 
     def of_stages(self, stages: Sequence[str]) -> list[Launch]:
         """The launches of some stages; of all if none is named."""
@@ -117,15 +119,27 @@ def read_study(path: Path, *, uri: str) -> Study:
     stages = {n: section_from_dict(StageSpec, s, f"{path}: stages.{n}") for n, s in content["stages"].items()}
     output, experiment = Path(content.get("output", "runs/study")), str(content.get("experiment", path.stem))
     frame = {"path": path, "output": output, "experiment": experiment, "uri": uri}
+    launches = [launch for name in stages for launch in _unfold(frame, name, stages, axes)]
     return Study(
         path=path,
         title=str(content.get("title", path.stem)),
         output=output,
         experiment=experiment,
-        launches=[launch for name in stages for launch in _unfold(frame, name, stages, axes)],
+        launches=launches,
         figures=[section_from_dict(FigureSpec, f, f"{path}: figures") for f in content.get("figures") or []],
-        needs=list(content.get("needs") or []),
+        needs=list(dict.fromkeys([*(content.get("needs") or []), *(p for launch in launches for p in read_by(launch))])),
     )
+
+
+def read_by(launch: Launch) -> list[str]:
+    """The shard folders, and the weights of no other launch, that a launch reads from this machine's disks."""
+    config = launch.resolved.dpt
+    if launch.launcher == "evaluate":
+        paths, weights = config.evaluation.data, config.evaluation.weights
+    else:
+        paths, weights = config.data.shards, config.training.weights
+    places = [*paths, *([] if launch.parent or not weights else [weights])]
+    return [place.split("{")[0].rstrip("/") for place in places if "://" not in place]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,14 +178,22 @@ def _unfold(study: dict[str, Any], name: str, stages: Mapping[str, StageSpec], a
         for axis, value in values.items():
             if name in (axes[axis].stages or stages):
                 fields |= axes[axis].values[value]
+        step = fields.pop("weights.step", None)
+        if step is not None and (home == "evaluation" or not stage.weights):
+            raise UserError(
+                f"{path}: stages.{name}: weights.step is for a training with weights; export the checkpoint for an evaluation "
+                "by a stage of launcher finetune with training.steps 0."
+            )
         if home == "evaluation":
             fields = {k: v for k, v in fields.items() if k.startswith("evaluation.")}
         parent = ""
         if stage.weights:
             parent = "_".join([stage.weights, *(values[a] for a in stages[stage.weights].axes)])
-            fields[f"{home}.weights"] = str(output / parent / "weights")
+            place = "weights" if step is None else f"checkpoints/step_{step:08d}"
+            fields[f"{home}.weights"] = str(output / parent / place)
         tags = {"dpt.label": " ".join(names) or name, "study.stage": name}
         tags |= {f"study.{axis}": value for axis, value in values.items()}
+        tags |= {} if step is None else {WEIGHTS_STEP: str(step)}
         fields |= {
             f"{home}.output_dir": str(output / full_name),
             "tracking.uri": study["uri"],

@@ -25,8 +25,8 @@ stages:
     launcher: pretrain
     recipe: {recipe}
     axes: [size]
-    fields: {{training.steps: 7, train_batch_size: 2, model.depth: 1, model.patch_size: 2}}
-  depth: {{launcher: finetune, recipe: {recipe}, axes: [size, length], weights: pretrain}}
+    fields: {{training.steps: 7, train_batch_size: 2, model.depth: 1, model.patch_size: 2, data.shards: [{shards}]}}
+  depth: {{launcher: finetune, recipe: {recipe}, axes: [size, length], weights: pretrain, fields: {{data.shards: [{shards}]}}}}
   evaluate:
     launcher: evaluate
     recipe: {recipe}
@@ -41,7 +41,7 @@ figures:
 @pytest.fixture
 def write_study(tmp_path):
     def write(old="", new="", uri="sqlite:///x.db"):
-        text = STUDY.format(output=tmp_path / "out", recipe=ROOT / "ds_configs" / "dense_a1.json")
+        text = STUDY.format(output=tmp_path / "out", shards=tmp_path, recipe=ROOT / "ds_configs" / "dense_a1.json")
         assert old in text
         path = tmp_path / "study.yaml"
         path.write_text(text.replace(old, new))

@@ -110,3 +110,37 @@ def test_the_frontier_is_the_falling_part_of_the_lower_hull(points):
     except Exception:
         return  # all points on one line
     assert set(chosen[:-1]) <= hull | set(chosen[-1:])
+
+
+def _curves_of_runs(rng):
+    """Five runs of forty points each on one law, every run off by a factor of its own."""
+    x = np.concatenate([np.geomspace(10.0**n, 10.0 ** (n + 1.5), 40) for n in range(16, 21)])
+    runs = np.repeat([f"run{n}" for n in range(5)], 40)
+    off = np.repeat(rng.normal(scale=0.1, size=5), 40)
+    return x, 2 * x**-0.1 * np.exp(off), runs.tolist()
+
+
+def test_points_of_one_run_count_as_one_witness():
+    """The exponent lies in the interval as often as it says; counted as independent, points are sure of what is chance."""
+    covered = {True: 0, False: 0}
+    for seed in range(20):
+        x, y, runs = _curves_of_runs(np.random.default_rng(seed))
+        for by_run in covered:
+            try:
+                low, high = fit_power_law(x, y, runs=runs if by_run else (), samples=200).interval_b
+            except UserError:  # the interval holds 0, and so the exponent
+                low, high = -1.0, 0.0
+            covered[by_run] += low <= -0.1 <= high
+    assert covered[True] >= 18
+    assert covered[False] <= 16
+
+
+def test_the_frontier_is_chosen_anew_in_each_draw():
+    x, y, runs = _curves_of_runs(np.random.default_rng(1))
+    fit = fit_power_law(x, y, runs=runs, on_frontier=True, samples=200)
+    assert len(fit.x) == len(frontier(x, y)) < len(x)
+    fixed = fit_power_law(fit.x, fit.y, samples=200)
+    assert not np.allclose(fit.interval_b, fixed.interval_b, rtol=0.05)
+    assert fit.interval_b[0] <= -0.1 <= fit.interval_b[1]
+    with pytest.raises(UserError, match="5 points, but 2"):
+        fit_power_law(X[:5], X[:5] ** -0.1, runs=["a", "b"])

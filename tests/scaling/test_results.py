@@ -5,7 +5,7 @@ from made_runs import made_run
 
 from dpt.scaling.compute import model_config, total_train_macs
 from dpt.scaling.lineage import lineage_svg, places
-from dpt.scaling.results import format_table, results_table, show_macs
+from dpt.scaling.results import evaluation_rows, format_table, results_table, show_macs
 
 
 def evaluation(run_id="e", label="ours", start=1.0, **metrics):
@@ -100,3 +100,15 @@ def test_guidance_doubles_a_prediction():
     metrics = {"eval/depth/abs_rel/s10_n2": 0.1, "compute/forward_macs": 1e9}
     (row,) = results_table([made_run(stage="evaluate", metrics=metrics, params={"evaluation.guidance_scale": "2.0"})])
     assert row.macs == 4e10
+
+
+def test_compute_is_that_of_the_images_where_it_was_recorded():
+    """A 4:3 image 640 wide has 1,200 tokens, not the 1,024 of the network's own size: what the evaluator counted stands."""
+    from dpt.evaluation.summary import tracked_metrics
+
+    result = {"steps": 2, "ensemble": 1, "metrics": {"abs_rel": 0.1}, "macs_per_prediction": 2400.0}
+    one = {"task": "depth", "results": [result], "baseline": None, "ceiling": None, "code": None, "num_samples": 3}
+    metrics = tracked_metrics({"sets": {"nyu_test": one}, "settings": {"forward_macs": 1024.0}})
+    (row,) = evaluation_rows(made_run("e", stage="evaluate", metrics=metrics))
+    assert row.macs == 2400.0
+    assert row.metrics == {"abs_rel": 0.1}
