@@ -1,6 +1,9 @@
 """Run a function on several gloo ranks of this machine: `run_ranks(2, fn, *args)` returns fn(rank's results) by rank."""
 
+import gc
+import importlib
 import os
+import socket
 import tempfile
 import time
 import traceback
@@ -9,11 +12,41 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
+from dpt import distributed
 
-def _rank_main(rank: int, world_size: int, folder: str, fn: Callable[..., Any], args: tuple[Any, ...]) -> None:
+_LIBRARIES = (
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "diffusers.models.autoencoders.autoencoder_kl",
+    "dpt.training.loop",
+    "dpt.training.preflight",
+    "matplotlib.figure",
+    "torch._functorch.aot_autograd",
+    "torch._inductor.config",
+)
+
+
+def load_libraries() -> None:
+    """Load here what ranks that train need, before they are forked: it takes longer than most of them do."""
+    with pytest.MonkeyPatch.context() as patch, distributed._unneeded("mlflow"):
+        patch.setenv("DS_ACCELERATOR", "cpu")
+        for module in _LIBRARIES:
+            importlib.import_module(module)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _rank_main(
+    rank: int, world_size: int, folder: str, port: int | None, fn: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
+    gc.freeze()  # what was loaded before stays: not to be looked through at every collection
     torch.set_num_threads(1)
     os.environ |= {
         "RANK": str(rank),
@@ -22,7 +55,12 @@ def _rank_main(rank: int, world_size: int, folder: str, fn: Callable[..., Any], 
         "LOCAL_WORLD_SIZE": str(world_size),
     }
     try:
-        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
+        if port is not None:
+            torch.cuda.is_available = lambda: False
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu"}
+            distributed.init(timeout_s=300.0)
+        else:
+            dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
         torch.save(fn(*args), f"{folder}/unfinished-{rank}")
         os.rename(f"{folder}/unfinished-{rank}", f"{folder}/result-{rank}.pt")
         # Without waiting, a rank that ends early can abort the others; in a barrier too, which it may leave before them.
@@ -35,16 +73,22 @@ def _rank_main(rank: int, world_size: int, folder: str, fn: Callable[..., Any], 
     os._exit(0)
 
 
-def run_ranks(world_size: int, fn: Callable[..., Any], *args: Any, timeout_s: float = 120.0) -> list[Any]:
+def run_ranks(
+    world_size: int, fn: Callable[..., Any], *args: Any, timeout_s: float = 120.0, as_launched: bool = False
+) -> list[Any]:
     """fn(*args) in `world_size` processes with torch.distributed initialised (gloo); their results in order of rank.
 
     The processes are forked, so fn may be a closure and nothing is imported again; results go through torch.save. An exception
-    in any rank, or the time limit, ends all of them and raises AssertionError with the rank's traceback.
+    in any rank, or the time limit, ends all of them and raises AssertionError with the rank's traceback. `as_launched`: begin
+    as `dpt.distributed.init` does with a launcher's variables, and so with DeepSpeed, on CPUs.
     """
     context = get_context("fork")
+    if as_launched:
+        load_libraries()
+    port = _free_port() if as_launched else None
     with tempfile.TemporaryDirectory() as folder:
         processes = [
-            context.Process(target=_rank_main, args=(rank, world_size, folder, fn, args)) for rank in range(world_size)
+            context.Process(target=_rank_main, args=(rank, world_size, folder, port, fn, args)) for rank in range(world_size)
         ]
         for process in processes:
             process.start()

@@ -1,7 +1,6 @@
 """Weights out of a checkpoint of any layout, read file by file; needs neither DeepSpeed nor the ranks that wrote it."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,7 @@ from dpt.training.checkpoint import (
     kept_averages,
     read_state,
 )
-
-CHECKPOINTS, WEIGHTS = "checkpoints", "weights"
-"""Folders in a run's output folder."""
+from dpt.training.outputs import CHECKPOINTS
 
 
 def weights_sections(config: DptConfig, vae: VAERecord, lineage: dict[str, Any], flow_code: str = "") -> dict[str, Any]:
@@ -46,14 +43,6 @@ def export(checkpoint: str | Path, out: str | Path, *, ema_decay: float | None =
     averaged = checkpoint_weights(folder, ema=True, ema_decay=ema_decay)
     plain = checkpoint_weights(folder, ema=False, check=False)
     return export_weights(plain, out, ema=averaged.state if averaged.averaged else None)
-
-
-def exported_step(weights: Path) -> int:
-    """The training step of exported weights; -1 if there are none, or they do not say."""
-    try:
-        return int(json.loads((weights / "config.json").read_text(encoding="utf-8"))["lineage"]["step"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return -1
 
 
 def load_weights(path: str | Path, *, ema: bool) -> Weights:

@@ -17,10 +17,11 @@ from dpt.training.control import Control
 from dpt.training.data_loader import open_data_loader
 from dpt.training.engine import Engine, StepResult
 from dpt.training.expert_pictures import ExpertPictures
-from dpt.training.export import CHECKPOINTS, WEIGHTS, export, exported_step, weights_sections
+from dpt.training.export import export, weights_sections
 from dpt.training.failure import TrainingFailed, failure_report
 from dpt.training.fragments import parameter_shapes
 from dpt.training.optimizer import learning_rate
+from dpt.training.outputs import CHECKPOINTS, WEIGHTS, exported_step
 from dpt.training.records import Recorder, data_sheet_flops, measure_peak_flops
 from dpt.training.resume import Found, SkippedSamples, find_checkpoint, position_of, remarks, rewind_target
 from dpt.training.sampling import draw_classes

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from host_waits import HostWaits, use_grouped_products
-from rehearsals import join_deepspeed, load_once
 from shrinking import RECIPES, prepare_places, rehearsed_ranks, stage_of
 
 from dpt.config.checks import batch_split
@@ -64,14 +63,15 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_step_waits_only_where_it_must(name: str, tmp_path: Path) -> None:
-    load_once()
     stem, changed = CASES[name]
     path = next(path for path in RECIPES if path.stem == stem)
     vae = VAERecord(name="none", sha256="0" * 64, scaling_factor=1.0, latent_channels=4)
     recipe, fields = load_recipe(path), prepare_places(path, tmp_path, vae)
     more = {"training.steps": 100, "training.log_every": LOG_EVERY, "training.compile": False}
     fields = {**fields, **more, **changed}
-    for steps in run_ranks(rehearsed_ranks(recipe), _count_waits, str(path), stage_of(stem), fields, timeout_s=300.0):
+    for steps in run_ranks(
+        rehearsed_ranks(recipe), _count_waits, str(path), stage_of(stem), fields, timeout_s=300.0, as_launched=True
+    ):
         for step, waits in enumerate(steps, 1):
             most = _most(load_recipe(path, fields), step)
             beyond = {(place, what): n for (place, what), n in waits.items() if n > most.get(_how_often(place, what), 0)}
@@ -103,7 +103,6 @@ def _count_waits(path: str, stage: str, fields: dict[str, Any]) -> list[dict[tup
     """Host waits of each of STEPS steps: preparation, forward and backward passes, update, record."""
     from dpt.training import loop
 
-    join_deepspeed()
     loop.measure_peak_flops = lambda *_: 1e12
     loop.Watchdog.__init__.__kwdefaults__["interval_s"] = 0.1  # type: ignore[index]
     trainer = loop.Trainer(load_recipe(path, fields), stage, None)

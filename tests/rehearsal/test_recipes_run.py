@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from rehearsals import checkpoints, load_once, rehearse
+from rehearsals import checkpoints, rehearse
 from shrinking import RECIPES, SIZES, prepare_places, rehearsed_ranks, shrink, stage_of
 
 from dpt.config.recipe import Recipe, load_recipe
@@ -31,7 +31,6 @@ def vae() -> VAERecord:
 
 
 def _rehearse(path: Path, folder: Path, vae: VAERecord, *, compiler: str) -> tuple[Recipe, Path]:
-    load_once()
     recipe = load_recipe(path)
     fields = prepare_places(path, folder, vae)
     rehearse(recipe, stage_of(path.stem), rehearsed_ranks(recipe), fields, compiler=compiler)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from gloo import run_ranks
+from gloo import load_libraries, run_ranks
 from torch import Tensor, nn
 from training_toys import ROOT, make_recipe
 
@@ -117,6 +117,7 @@ def _round_trip(engine: Any) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     recipe = make_recipe(tmp_path_factory.mktemp("internals") / "run.json", [])
+    load_libraries()
     return run_ranks(2, _look, recipe, timeout_s=300.0)
 
 

@@ -27,7 +27,7 @@ def test_a_run_on_two_ranks_with_spread_experts(tmp_path: Path) -> None:
     fields = {**MOE, "training.ep_size": 2, "training.activation_checkpointing": "true", "sampling.every": 2}
     fields |= {"train_micro_batch_size_per_gpu": 2, "tracking.enabled": "true", "tracking.uri": uri}
     options = [word for name, value in fields.items() for word in (f"--{name}", str(value))]
-    done = launch("torchrun", 2, str(ROOT / "launchers" / "pretrain.py"), "--ds_config", str(recipe), *options)
+    done = launch("deepspeed", 2, str(ROOT / "launchers" / "pretrain.py"), "--ds_config", str(recipe), *options)
     assert done.returncode == 0, done.stdout
     folder = recipe.with_suffix("") / "routing"
     for record in records(folder.parent):

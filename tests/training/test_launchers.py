@@ -2,9 +2,11 @@
 
 import contextlib
 import json
+import multiprocessing
 import os
 import random
 import re
+import runpy
 import signal
 import socket
 import subprocess
@@ -22,6 +24,7 @@ from training_toys import LAUNCHERS, MOE, ROOT, environment, free_port, launch, 
 from dpt.data.codec import load_vae
 from dpt.data.manifest import VAERecord
 from dpt.training.checkpoint import find_checkpoints, newest_checkpoint
+from tests.gloo import load_libraries
 
 PRETRAIN = str(ROOT / "launchers" / "pretrain.py")
 
@@ -54,24 +57,53 @@ def test_deepspeed_with_a_recipe_and_nothing_else(recipe: Path) -> None:
     assert noise == []
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (["--training.stepz", "3"], 'there is no field "training.stepz"; did you mean "steps"?'),
-        (["--train_batch_size", "7", "--gradient_accumulation_steps", "2"], "train_batch_size 7 is not"),
-        (["--data.shards", "/nowhere"], "/nowhere: there is no such shard folder"),
-        (["--scheduler.type", "WarmupLR"], '"scheduler" is not used; set dpt.training.lr_schedule'),
-        (["--optimizer.params.momentum", "0.9"], "optimizer.params.momentum is unknown"),
-        (["--training.weights", "/nowhere.pt"], "/nowhere.pt: there is no such file"),
-    ],
-)
+REFUSED = [
+    (["--training.stepz", "3"], 'there is no field "training.stepz"; did you mean "steps"?'),
+    (["--train_batch_size", "7", "--gradient_accumulation_steps", "2"], "train_batch_size 7 is not"),
+    (["--data.shards", "/nowhere"], "/nowhere: there is no such shard folder"),
+    (["--scheduler.type", "WarmupLR"], '"scheduler" is not used; set dpt.training.lr_schedule'),
+    (["--optimizer.params.momentum", "0.9"], "optimizer.params.momentum is unknown"),
+    (["--training.weights", "/nowhere.pt"], "/nowhere.pt: there is no such file"),
+]
+
+
+@pytest.mark.parametrize(("change", "words"), REFUSED)
 def test_bad_input_is_one_sentence_and_exit_code_2(recipe: Path, change: list[str], words: str) -> None:
-    done = _plain("--ds_config", str(recipe), *change)
-    assert done.returncode == 2, done.stderr
-    (line,) = done.stderr.strip().splitlines()
+    """The launcher's own file, in a process forked from this one, which has loaded what takes longest. (DeepSpeed's search
+    for libraries can speak there; the test below sees that it does not in a process of its own.)"""
+    load_libraries()
+    errors = recipe.with_name("stderr")
+    process = multiprocessing.get_context("fork").Process(
+        target=_run_launcher, args=(errors, "--ds_config", str(recipe), *change)
+    )
+    process.start()
+    process.join(120)
+    assert process.exitcode == 2, errors.read_text()
+    _check_refusal(errors.read_text().splitlines()[-1], words, recipe)
+
+
+def _run_launcher(errors: Path, *arguments: str) -> None:
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    with errors.open("w") as file:
+        os.dup2(file.fileno(), 2)
+        sys.stderr = file
+        sys.argv = [PRETRAIN, *arguments]
+        runpy.run_path(PRETRAIN, run_name="__main__")
+
+
+def _check_refusal(error: str, words: str, recipe: Path) -> None:
+    (line,) = error.strip().splitlines()
     assert line.startswith("pretrain: error: ")
     assert words in line
     assert not recipe.with_suffix("").exists()
+
+
+def test_the_latest_refusal_is_one_sentence_in_a_process_of_its_own_too(recipe: Path) -> None:
+    """After torch and all libraries were loaded, which then say nothing else."""
+    change, words = REFUSED[-1]
+    done = _plain("--ds_config", str(recipe), *change)
+    assert done.returncode == 2, done.stderr
+    _check_refusal(done.stderr, words, recipe)
 
 
 @pytest.mark.slow

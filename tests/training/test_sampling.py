@@ -15,7 +15,7 @@ from dpt.data.manifest import VAERecord
 from dpt.models.dit import DiT
 from dpt.training import sampling
 from dpt.training.sampling import _grid, class_labels, draw_classes, sample_classes
-from tests.gloo import run_ranks
+from tests.gloo import load_libraries, run_ranks
 
 CONFIG = DptConfig(
     model=ModelConfig(hidden_size=32, depth=1, num_heads=2, input_size=4, num_classes=8),
@@ -98,7 +98,7 @@ def _draw_on_ranks(path: str, fields: dict[str, Any]) -> dict[str, Any]:
 
 def test_pictures_are_spread_over_ranks_and_the_same_on_any_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    load_vae()  # imports diffusers, which the ranks then need not
+    load_libraries()
     fields: dict[str, Any] = {"train_batch_size": 4, "zero_optimization.stage": 1, "training.ema_decays": [0.9]}
     model = {"input_size": 4, "hidden_size": 32, "depth": 1, "num_heads": 2, "num_classes": 8, "num_experts": 4}
     fields |= {f"model.{name}": value for name, value in model.items()} | {

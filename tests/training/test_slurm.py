@@ -57,6 +57,12 @@ def test_training_that_saved_and_left_is_queued_again(recipe: Path, stage: str) 
     assert _run_job(recipe, stage, srun=0) == (0, "requeue 12345")
 
 
+def test_the_end_of_a_job_is_found_without_torch() -> None:
+    """Which takes seconds to load."""
+    code = "import sys, dpt.config.command, dpt.training.outputs; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], env=environment()).returncode == 0
+
+
 def test_weights_of_a_shorter_run_do_not_end_a_longer_one(recipe: Path) -> None:
     _export(recipe, 20)
     assert _run_job(recipe, "pretrain", srun=0, fields=("--steps", "40")) == (0, "requeue 12345")

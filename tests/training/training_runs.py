@@ -1,185 +1,166 @@
-"""The runs that the tests look at. Each number of ranks is launched once: processes take longer to start than to train."""
+"""Several training runs in the same processes, for tests: processes take longer to start than such runs."""
 
+import itertools
+import json
+import os
+import signal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from training_toys import MOE, ToyRun, make_recipe, make_shards, train_several
+import pytest
+import torch
+from safetensors.torch import load_file
+from training_toys import MOE, make_recipe, make_shards
+
+from dpt import distributed
+from dpt.config.recipe import load_recipe
+from dpt.errors import UserError
+from dpt.training.checkpoint import find_checkpoints, rank_file
+from tests.gloo import run_ranks
+
+STEPS = 12
+"""Of a run, at 8 samples each."""
 
 ACCUMULATED = {"train_micro_batch_size_per_gpu": 2, "training.balance_loss_weight": 0.0}
 BIASES = {"model.router_bias_balancing": True}
-CHECKPOINTING = {"training.activation_checkpointing": True}
 BF16 = {"bf16.enabled": True}
-OBJECTIVES = {
-    "min_snr": {"diffusion.prediction_type": "v_prediction", "diffusion.min_snr_gamma": 5.0},
-    "rectified_flow": {"diffusion.prediction_type": "rectified_flow", "diffusion.vlb_weight": 0.0},
-}
 
 
-def _zero(stage: int, *more: dict[str, Any]) -> dict[str, Any]:
+def zero(stage: int, *more: dict[str, Any]) -> dict[str, Any]:
+    """Fields of a ZeRO stage, and `more`."""
     fields: dict[str, Any] = {"zero_optimization.stage": stage}
     for part in more:
         fields |= part
     return fields
 
 
-def _ep(stage: int, ep_size: int, *more: dict[str, Any]) -> dict[str, Any]:
-    return _zero(stage, MOE, {"training.ep_size": ep_size}, *more)
+def ep(stage: int, ep_size: int, *more: dict[str, Any]) -> dict[str, Any]:
+    """Fields of a network with experts that are spread over `ep_size` ranks."""
+    return zero(stage, MOE, {"training.ep_size": ep_size}, *more)
 
 
-_EVERY_STAGE = {
-    **{f"dense_zero{stage}": _zero(stage) for stage in range(4)},
-    **{f"moe_zero{stage}": _zero(stage, MOE) for stage in range(4)},
-}
-SPREAD: dict[int, dict[str, dict[str, Any]]] = {  # ranks -> runs that must equal one rank's
-    1: {
-        **_EVERY_STAGE,
-        "dense_accumulated": _zero(1, ACCUMULATED),
-        "moe_accumulated": _zero(1, MOE, ACCUMULATED),
-        "dense_checkpointing": _zero(2, CHECKPOINTING),
-        "moe_biases": _zero(1, MOE, BIASES),
-        "moe_biases_accumulated": _zero(1, MOE, BIASES, ACCUMULATED),
-        **{f"dense_{name}": _zero(1, fields) for name, fields in OBJECTIVES.items()},
-    },
-    2: {
-        **_EVERY_STAGE,
-        "dense_accumulated": _zero(2, ACCUMULATED),
-        "moe_accumulated": _ep(2, 2, ACCUMULATED),
-        "moe_zero1_ep2": _ep(1, 2),
-        "moe_zero2_ep2": _ep(2, 2),
-        "moe_checkpointing_ep2": _ep(1, 2, CHECKPOINTING),
-        "moe_biases": _ep(1, 2, BIASES),
-        "moe_biases_accumulated": _ep(1, 2, BIASES, ACCUMULATED),
-        **{f"dense_{name}": _zero(2, fields) for name, fields in OBJECTIVES.items()},
-        "dense_offload": _zero(2, {"zero_optimization.offload_optimizer": {"device": "cpu"}}),
-        "dense_zero0_bf16": _zero(0, BF16),
-        "dense_zero1_bf16": _zero(1, BF16),
-        "dense_zero3_bf16": _zero(3, BF16),
-        "moe_zero2_ep2_bf16": _ep(2, 2, BF16),
-        "moe_zero1_ep2_fp16": _ep(1, 2, {"fp16.enabled": True, "fp16.initial_scale_power": 12}),
-    },
-    4: {
-        **_EVERY_STAGE,
-        "dense_accumulated": _zero(3, {"train_micro_batch_size_per_gpu": 1}),
-        **{f"moe_zero{stage}_ep{ep_size}": _ep(stage, ep_size) for stage in (1, 2) for ep_size in (2, 4)},
-        "moe_biases": _ep(2, 4, BIASES),
-    },
-}
-RESUMED = {  # runs that must be the same bit for bit whether they were interrupted or not
-    "zero0": _zero(0),
-    "zero1": _zero(1),
-    "zero2": _zero(2),
-    "zero3": _zero(3),
-    "moe_ep2": _ep(1, 2, BIASES),
-    "bf16": _zero(1, BF16),
-    "fp16": _zero(1, {"fp16.enabled": True, "fp16.initial_scale_power": 26, "fp16.loss_scale_window": 4}),
-}
-ROADS = {  # runs taken from 1 to 2, 4 and 2 ranks
-    "dense": [_zero(1), _zero(2), _zero(3), _zero(1)],
-    "moe": [_zero(1, MOE), _ep(1, 2), _ep(2, 4), _zero(3, MOE)],
-}
-_CAREFUL = {"training.max_skipped_steps": 3, "training.checkpoint_every": 4}
-SLOW = {  # left to `make test-all`
-    *(f"1_{name}" for name in ("dense_zero1", "dense_zero2", "moe_zero1", "moe_zero2", "dense_accumulated")),
-    *("1_moe_biases_accumulated", "2_moe_biases_accumulated"),
-    *(f"2_{name}" for name in ("moe_zero0", "moe_zero1", "moe_zero2", "moe_checkpointing_ep2")),
-    *(f"2_{name}" for name in ("dense_zero0_bf16", "dense_zero3_bf16", "moe_zero2_ep2_bf16")),
-    *(f"4_{name}" for name in ("dense_zero0", "dense_zero1", "dense_accumulated")),
-    *(
-        f"4_{name}"
-        for name in ("moe_zero0", "moe_zero1", "moe_zero2", "moe_zero3", "moe_zero1_ep2", "moe_zero2_ep4", "moe_biases")
-    ),
-    *("zero0", "zero2", "bf16"),
-    *("poisoned_zero2", *(f"poisoned_bf16_zero{stage}" for stage in (0, 1, 3))),
-}
-REWOUND = _zero(1, ACCUMULATED, _CAREFUL)
-"""Samples 45 to 66 are in steps 6 to 9."""
-POISONED = {  # runs with numbers that are not finite in the first of a step's two micro-batches, on one rank
-    **{f"zero{stage}": _zero(stage, ACCUMULATED, _CAREFUL) for stage in range(4)},
-    "moe_ep2": _ep(2, 2, ACCUMULATED, _CAREFUL),
-    **{f"bf16_zero{stage}": _zero(stage, BF16, ACCUMULATED, _CAREFUL) for stage in range(4)},
-    "fp16": _zero(1, {"fp16.enabled": True, "fp16.initial_scale_power": 8}, ACCUMULATED, _CAREFUL),
-}
+@dataclass(frozen=True, kw_only=True)
+class ToyRun:
+    """A run, and what shall happen to it."""
+
+    name: str
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    stage: str = "pretrain"
+    ends: str | None = "finished"
+    """How it must end; None: anyhow."""
+    sigterm_at: int = -1
+    """Step at which the last rank gets the signal; -1: none."""
+    poison: Sequence[int] = ()
+    """Steps in whose first micro-batch the last rank's latents are not a number."""
+    poisoned_samples: Sequence[int] = ()
+    """Positions in the stream whose batches are not numbers."""
+    damage: bool = False
+    """Whether its newest checkpoint is damaged before."""
 
 
 class Runs:
-    """`folder / NAME`: output of the run NAME; `report`: what the run "failing" said."""
+    """Runs of one toy recipe: `runs(NAME)` is the output folder of the run NAME. No pictures are drawn: a VAE takes longer to
+    load than these runs take. Tags for MLflow go to the run's tags.json."""
 
-    def __init__(self, folder: Path, *, slow: bool) -> None:
-        """`slow`: do the runs of SLOW too."""
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
-        left_out = set() if slow else SLOW
-        self.recipe = make_recipe(folder / "recipe.json", [make_shards(folder / "shards")])
-        self.report = ""
-        for leg, (launcher, ranks) in enumerate((("torchrun", 1), ("deepspeed", 2), ("torchrun", 4), ("torchrun", 2))):
-            runs = [self._run(f"road_{name}", road[leg], **_until(leg)) for name, road in ROADS.items()]
-            if leg < 3:
-                runs += [
-                    self._run(f"{ranks}_{name}", fields)
-                    for name, fields in SPREAD[ranks].items()
-                    if f"{ranks}_{name}" not in left_out
-                ]
-            if leg == 0:
-                runs += [self._run(f"straight_{name}", road[0]) for name, road in ROADS.items()]
-            if leg == 1:
-                for name, fields in RESUMED.items():
-                    if name in left_out:
-                        continue
-                    runs.append(self._run(f"{name}_whole", fields))
-                    runs.append(self._run(f"{name}_parts", fields, sigterm_at=7, ends="stopped"))
-                    runs.append(self._run(f"{name}_parts", fields))
-                runs += [
-                    self._run(f"poisoned_{name}", fields, poison=[4, 5])
-                    for name, fields in POISONED.items()
-                    if f"poisoned_{name}" not in left_out
-                ]
-                runs += self._stages()
-                runs += self._restarts()
-                runs.append(self._run("failing", POISONED["zero1"], poison=range(6, 20), ends=""))
-            ended = train_several(launcher, ranks, folder / f"leg_{leg}.json", runs)
-            if leg == 1:
-                self.report = ended[-1]
-
-    def _stages(self) -> list[ToyRun]:
-        """Fine-tuning for each task, upcycling, and what the upcycled network must equal at its first step."""
-        shards = {task: str(make_shards(self.folder / task, task)) for task in ("depth", "flow", "amodal")}
-        short = {"data.posterior": "mean", "training.steps": 3, "model.class_dropout_prob": 0.0}
-        depth = {**short, "task": "depth", "model.num_conditions": 1, "data.shards": [shards["depth"]]}
-        tuned = {**depth, "training.weights": str(self.folder / "finetune_depth" / "weights")}
-        flow = {**short, "task": "flow", "model.num_conditions": 2, "model.num_classes": 10, "data.shards": [shards["flow"]]}
-        all_tasks = {"task": "generalist", "model.num_classes": 12, "model.patch_embed_tasks": 4}
-        start = {"training.weights": str(self.folder / "straight_dense")}
-        return [
-            self._run("finetune_depth", {**depth, **start}, stage="finetune"),
-            self._run("finetune_flow", {**flow, **start, **_zero(2)}, stage="finetune"),
-            self._run(
-                "finetune_generalist",
-                {**flow, **all_tasks, **start, "data.shards": list(shards.values()), **_zero(3)},
-                stage="finetune",
-            ),
-            self._run("finetune_again", tuned, stage="finetune"),
-            self._run("upcycle", {**tuned, "upcycling.num_experts": 4, "training.ep_size": 2}, stage="upcycle"),
-            self._run("untrained", {**depth, "training.steps": 0}, stage="finetune"),
-        ]
-
-    def _restarts(self) -> list[ToyRun]:
-        """Runs that leave a window of samples out, whole and interrupted; begin anew at a damaged end; keep other averages."""
-        runs = []
-        for name, sigterms in (("rewound_whole", [-1]), ("rewound_parts", [7, 11, -1])):
-            for at in sigterms:  # the first comes in the middle of the steps that are not finite
-                ends = "finished" if at < 0 else "stopped"
-                runs.append(self._run(name, REWOUND, poisoned_samples=range(45, 67), sigterm_at=at, ends=ends))
-        saved = _zero(1, {"training.checkpoint_every": 4})
-        runs += [self._run("damaged", saved), self._run("damaged", saved, damage=True)]
-        runs.append(self._run("averages", _zero(1), sigterm_at=7, ends="stopped"))
-        runs.append(self._run("averages", _zero(1, {"training.ema_decays": [0.5, 0.7]})))
-        return runs
-
-    def _run(self, name: str, fields: dict[str, Any], **options: Any) -> ToyRun:
-        return ToyRun(output=self.folder / name, recipe=self.recipe, fields=fields, **options)
+        self.recipe = make_recipe(folder / "recipe.json", [make_shards(folder / "shards")], steps=STEPS)
 
     def __call__(self, name: str) -> Path:
         return self.folder / name
 
+    def train(self, ranks: int, runs: Sequence[ToyRun]) -> list[str]:
+        """Do the runs one after the other on `ranks` ranks; how each ended: "finished", "stopped" (by the signal), or the
+        report of a failure or refusal."""
+        ended = run_ranks(ranks, self._train_all, runs, timeout_s=1200.0, as_launched=True)[0]
+        for run, end in zip(runs, ended, strict=True):
+            assert run.ends in (None, end), f"{run.name}: {end}"
+        return ended
 
-def _until(leg: int) -> dict[str, Any]:
-    return {"sigterm_at": 5 * (leg + 1), "ends": "stopped"} if leg < 3 else {}
+    def _train_all(self, runs: Sequence[ToyRun]) -> list[str]:
+        import deepspeed
+
+        from dpt.training import loop
+
+        loop.measure_peak_flops = lambda *_: 1e12  # the same for all runs, and known
+        loop.Watchdog.__init__.__kwdefaults__["interval_s"] = 0.1  # type: ignore[index]
+        deepspeed.get_accelerator().is_fp16_supported = lambda: True  # slow on a CPU, but the same mathematics
+        return [self._train(run) for run in runs]
+
+    def _train(self, run: ToyRun) -> str:
+        from dpt.training.failure import TrainingFailed
+        from dpt.training.loop import Trainer
+        from dpt.training.resume import find_checkpoint
+
+        output = self.folder / run.name
+        try:
+            recipe = load_recipe(self.recipe, {**run.fields, "training.output_dir": str(output)})
+            if run.damage:
+                damage_newest(output / "checkpoints")
+            trainer = Trainer(recipe, run.stage, find_checkpoint(output / "checkpoints", resume=True))
+            trainer._agree_to_stop = _signalled(trainer, run)  # type: ignore[method-assign]
+            trainer.prepare = _poisoned(trainer, run)  # type: ignore[assignment]
+            tags = output / "tags.json"
+            trainer.tracking.set_tags = lambda values: tags.write_text(json.dumps(values))  # type: ignore[method-assign, assignment]
+            trainer._draw = lambda: None  # type: ignore[method-assign]
+            trainer.run()
+        except (TrainingFailed, UserError) as error:
+            return str(error)
+        return "stopped" if trainer.step < trainer.training.steps else "finished"
+
+
+def _is_last() -> bool:
+    return distributed.rank() == distributed.world_size() - 1
+
+
+def _signalled(trainer: Any, run: ToyRun) -> Callable[[], bool]:
+    agree_to_stop = trainer._agree_to_stop
+
+    def asked_to_stop() -> bool:
+        if _is_last() and trainer.step == run.sigterm_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return agree_to_stop()
+
+    return asked_to_stop
+
+
+def _poisoned(trainer: Any, run: ToyRun) -> Callable[[dict[str, Any]], Any]:
+    prepare, micro_batches = trainer.prepare, itertools.count()
+
+    def poisoned(batch: dict[str, Any]) -> Any:
+        inputs = prepare(batch)
+        first = next(micro_batches) % trainer.engine.accumulation == 0
+        bad = _is_last() and first and trainer.step in run.poison
+        bad = bad or not set(run.poisoned_samples).isdisjoint(batch["sample_index"].tolist())
+        return inputs._replace(latents=inputs.latents * float("nan")) if bad else inputs
+
+    return poisoned
+
+
+def damage_newest(checkpoints: Path) -> None:
+    """Change a bit in the first file of the newest checkpoint."""
+    if distributed.is_main():
+        path = find_checkpoints(checkpoints)[0] / rank_file(0)
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    distributed.barrier()
+
+
+def newest_tensors(run: Path) -> dict[str, torch.Tensor]:
+    """All that the run's newest checkpoint holds, by file and name."""
+    files = sorted(find_checkpoints(run / "checkpoints")[0].glob("*.safetensors"))
+    return {f"{file.name} {name}": tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def marked(slow: set[str], name: str, *values: object) -> object:
+    """A parameter set (`name` unless given), marked slow if the run `name` is."""
+    return pytest.param(*(values or (name,)), marks=[pytest.mark.slow] if name in slow else [], id=name)
+
+
+def asks_for_slow(request: pytest.FixtureRequest) -> bool:
+    """Whether a slow test of the module is to run."""
+    items = (item for item in request.session.items if item.path == request.path)
+    return any(item.get_closest_marker("slow") for item in items)

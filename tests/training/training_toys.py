@@ -5,8 +5,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -135,50 +134,6 @@ def launch(launcher: str, ranks: int, *arguments: str, timeout_s: float = 1200) 
     return subprocess.run(
         command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout_s
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class ToyRun:
-    """One run of a launch (see `several_runs.py`)."""
-
-    output: Path
-    recipe: Path
-    fields: Mapping[str, Any] = field(default_factory=dict)
-    stage: str = "pretrain"
-    ends: str = "finished"
-    """How it must end; empty: anyhow."""
-    sigterm_at: int = -1
-    poison: Sequence[int] = ()
-    poisoned_samples: Sequence[int] = ()
-    damage: bool = False
-
-
-def train_several(launcher: str, ranks: int, path: Path, runs: Sequence[ToyRun]) -> list[str]:
-    """Do the runs one after the other in one launch; how each ended."""
-    path.write_text(
-        json.dumps(
-            [
-                {
-                    "stage": run.stage,
-                    "recipe": str(run.recipe),
-                    "fields": {**run.fields, "training.output_dir": str(run.output)},
-                    "sigterm_at": run.sigterm_at,
-                    "poison": list(run.poison),
-                    "poisoned_samples": list(run.poisoned_samples),
-                    "damage": run.damage,
-                }
-                for run in runs
-            ]
-        )
-    )
-    done = launch(launcher, ranks, str(ROOT / "tests" / "training" / "several_runs.py"), str(path))
-    results = path.with_suffix(".results.json")
-    ended: list[str] = json.loads(results.read_text()) if results.exists() else []
-    assert done.returncode == 0, done.stdout[-6000:]
-    assert len(ended) == len(runs), done.stdout[-6000:]
-    for run, end in zip(runs, ended, strict=True):
-        assert run.ends in ("", end), f"{run.output.name}: {end}"
-    return ended
 
 
 def records(run: Path) -> list[dict[str, float]]:

@@ -1,0 +1,65 @@
+"""Real runs, one stage after the other: pre-training, fine-tuning for each task, upcycling."""
+
+import json
+
+import pytest
+import torch
+from training_runs import Runs, ToyRun, zero
+from training_toys import make_shards, records
+
+from dpt.models.pretrained import read_weights
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """Pre-training, fine-tuning for each task, upcycling, and what the upcycled network must equal at its first step."""
+    runs = Runs(tmp_path_factory.mktemp("stages"))
+    shards = {task: str(make_shards(runs.folder / task, task)) for task in ("depth", "flow", "amodal")}
+    short = {"data.posterior": "mean", "training.steps": 3, "model.class_dropout_prob": 0.0}
+    depth = {**short, "task": "depth", "model.num_conditions": 1, "data.shards": [shards["depth"]]}
+    flow = {**short, "task": "flow", "model.num_conditions": 2, "model.num_classes": 10, "data.shards": [shards["flow"]]}
+    all_tasks = {**flow, "task": "generalist", "model.num_classes": 12, "model.patch_embed_tasks": 4}
+    all_tasks |= {"data.shards": list(shards.values())}
+    start = {"training.weights": str(runs("pretrain"))}
+    tuned = {**depth, "training.weights": str(runs("finetune_depth") / "weights")}
+    stages = {
+        "finetune_depth": {**depth, **start},
+        "finetune_flow": {**flow, **start, **zero(2)},
+        "finetune_generalist": {**all_tasks, **start, **zero(3)},
+        "finetune_again": tuned,
+        "upcycle": {**tuned, "upcycling.num_experts": 4, "training.ep_size": 2},
+        "untrained": {**depth, "training.steps": 0},
+    }
+    runs.train(
+        2,
+        [
+            ToyRun(name="pretrain", fields=zero(1)),
+            *(ToyRun(name=name, fields=fields, stage=name.split("_")[0]) for name, fields in stages.items()),
+        ],
+    )
+    return runs
+
+
+@pytest.mark.parametrize("task", ["depth", "flow", "generalist"])
+def test_fine_tuning_starts_from_pretrained_weights(runs: Runs, task: str) -> None:
+    weights = read_weights(runs(f"finetune_{task}") / "weights")
+    assert weights.sections["task"] == task
+    assert weights.config.num_conditions == (1 if task == "depth" else 2)
+    before = read_weights(runs("pretrain") / "weights").state
+    for name in ("blocks.0.attn.qkv.weight", "blocks.1.attn.qkv.weight"):  # random at first, so others would be far from these
+        assert (weights.state[name] - before[name]).abs().max() < 0.05 < before[name].abs().max()
+
+
+def test_an_upcycled_network_begins_as_the_dense_one(runs: Runs) -> None:
+    dense, upcycled = records(runs("finetune_again")), records(runs("upcycle"))
+    assert upcycled[0]["train/loss"] == pytest.approx(dense[0]["train/loss"], rel=1e-5)
+    assert upcycled[0]["train/load_balancing_loss"] >= 2 * 0.99  # of two layers, at least 1 each
+    weights = read_weights(runs("upcycle") / "weights")
+    assert (weights.config.num_experts, weights.config.expert_activation) == (4, "gelu")
+
+
+def test_no_steps_export_the_start(runs: Runs) -> None:
+    folder = runs("untrained") / "weights"
+    averaged, plain = read_weights(folder), read_weights(folder, ema=False)
+    assert all(torch.equal(tensor, plain.state[name]) for name, tensor in averaged.state.items())
+    assert json.loads((folder / "config.json").read_text())["lineage"]["train_macs"] == 0
