@@ -131,6 +131,14 @@ class DiffusionConfig:
     """Multi-resolution noise, strength of each coarser level (Marigold: 0.9); 0: white noise."""
     multires_noise_annealed: bool = True
     """Scale the multi-resolution strength by t / T."""
+    timesteps: Literal["uniform", "logit_normal", "last"] = "uniform"
+    """Timesteps trained at: all alike, more of the middle ones, or the last alone: one pass from pure noise then predicts."""
+    timestep_location: float = 0.0
+    """Mean of logit(t / T) for "logit_normal"; above 0: more noise."""
+    timestep_scale: float = 1.0
+    """Standard deviation of logit(t / T) for "logit_normal"."""
+    initial_noise: Literal["random", "fixed", "zero"] = "random"
+    """What a network of the last timestep starts from: fresh noise, one noise for all samples, or zeros."""
 
     def __post_init__(self) -> None:
         _check(
@@ -143,6 +151,54 @@ class DiffusionConfig:
         )
         for name in ("vlb_weight", "min_snr_gamma", "multires_noise_strength"):
             _check(getattr(self, name) >= 0, f"dpt.diffusion.{name} is {getattr(self, name)}; it cannot be negative.")
+        _check(self.timestep_scale > 0, f"dpt.diffusion.timestep_scale is {self.timestep_scale}; it must be positive.")
+        self._check_one_step()
+
+    def _check_one_step(self) -> None:
+        if not self.one_step:
+            _check(
+                self.initial_noise == "random",
+                f'dpt.diffusion.initial_noise is "{self.initial_noise}"; that goes with timesteps "last" only.',
+            )
+            return
+        _check(
+            self.prediction_type != "epsilon",
+            'dpt.diffusion.timesteps is "last", where all that the network sees is noise, and prediction_type is "epsilon"; '
+            "choose v_prediction or sample.",
+        )
+        for name in ("vlb_weight", "min_snr_gamma"):
+            _check(
+                getattr(self, name) == 0,
+                f'dpt.diffusion.{name} is {getattr(self, name)}; it has no meaning for timesteps "last": set it to 0.',
+            )
+        _check(
+            self.initial_noise == "random" or self.multires_noise_strength == 0,
+            f"dpt.diffusion.multires_noise_strength is {self.multires_noise_strength}, but initial_noise is "
+            f'"{self.initial_noise}"; set it to 0.',
+        )
+
+    @property
+    def one_step(self) -> bool:
+        """Whether the network predicts in one pass, from pure noise."""
+        return self.timesteps == "last"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PixelLossConfig:
+    """A loss of decoded predictions beside that of latents, for one-step networks (diffusion.timesteps "last")."""
+
+    weight: float = 0.0
+    """Weight of the pixel loss; 0: off, and no decoder is held."""
+    latent_weight: float = 1.0
+    """Weight of the loss of latents beside it."""
+    depth: Literal["affine_l1", "affine_l2"] = "affine_l1"
+    """Error of depth, after a least-squares scale and shift. (Flow: end-point error in pixels; masks: cross-entropy.)"""
+    gradient_weight: float = 0.5
+    """Weight of depth's multi-scale gradient error, beside its error."""
+
+    def __post_init__(self) -> None:
+        for name in ("weight", "latent_weight", "gradient_weight"):
+            _check(getattr(self, name) >= 0, f"dpt.pixel_loss.{name} is {getattr(self, name)}; it cannot be negative.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -65,6 +65,11 @@ def make_plan(
             "rectified flow has no stochastic sampler here; set dpt.evaluation.sampler to ddim (Euler) and eta to 0."
         )
     alpha, sigma = signal_and_noise(diffusion)
+    if diffusion.one_step:
+        if num_inference_steps != 1:
+            raise UserError(f"these weights predict in one step; dpt.evaluation.steps is {num_inference_steps}: set it to 1.")
+        last = _ddim_step(diffusion.num_train_timesteps - 1, 0.0, 1.0, 1.0, 0.0, eta=0.0)
+        return Plan(prediction_type=diffusion.prediction_type, steps=(last,))
     if diffusion.prediction_type == "epsilon" and alpha.min() == 0.0:
         raise UserError("epsilon prediction cannot start from pure noise (alpha 0); train with v_prediction or sample.")
     total = diffusion.num_train_timesteps
