@@ -126,6 +126,15 @@ def _check_task(recipe: Recipe) -> None:
         )
     if config.task != "class" and config.data.horizontal_flip:
         _refuse(recipe, "dpt.data.horizontal_flip is for class images; perception shards are mirrored while encoding.")
+    one_step = config.diffusion.one_step
+    if config.task == "class" and one_step:
+        _refuse(recipe, 'dpt.diffusion.timesteps "last" is for perception; images of a class need several steps.')
+    if config.pixel_loss.weight and not one_step:
+        _refuse(
+            recipe,
+            f"dpt.pixel_loss.weight is {config.pixel_loss.weight}, but dpt.diffusion.timesteps is "
+            f'"{config.diffusion.timesteps}"; it needs "last", where the network predicts what can be decoded.',
+        )
 
 
 def _refuse(recipe: Recipe, sentence: str) -> NoReturn:

@@ -14,6 +14,7 @@ from dpt.config.sections import (
     DiffusionConfig,
     EvaluationConfig,
     ModelConfig,
+    PixelLossConfig,
     SamplingConfig,
     Task,
     TrackingConfig,
@@ -70,6 +71,7 @@ class DptConfig:
     """Attention kernel of this run on GPUs; a named one that is missing is an error. Weights do not depend on it."""
     model: ModelConfig = field(default_factory=ModelConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    pixel_loss: PixelLossConfig = field(default_factory=PixelLossConfig)
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     upcycling: UpcyclingConfig = field(default_factory=UpcyclingConfig)

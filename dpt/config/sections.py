@@ -141,6 +141,14 @@ class DiffusionConfig:
     """Multi-resolution noise, strength of each coarser level (Marigold: 0.9); 0: white noise."""
     multires_noise_annealed: bool = True
     """Scale the multi-resolution strength by t / T."""
+    timesteps: Literal["uniform", "logit_normal", "last"] = "uniform"
+    """Timesteps trained at: all alike, more of the middle ones, or the last alone: one pass from pure noise then predicts."""
+    timestep_location: float = 0.0
+    """Mean of logit(t / T) for "logit_normal"; above 0: more noise."""
+    timestep_scale: float = 1.0
+    """Standard deviation of logit(t / T) for "logit_normal"."""
+    initial_noise: Literal["random", "fixed", "zero"] = "random"
+    """What a network of the last timestep starts from: fresh noise, one noise for all samples, or zeros."""
 
     def __post_init__(self) -> None:
         _check(
@@ -161,6 +169,8 @@ class DiffusionConfig:
             not (self.rescale_betas_zero_snr and self.prediction_type == "rectified_flow"),
             "dpt.diffusion.rescale_betas_zero_snr does not apply to rectified_flow, which has no betas; set it to false.",
         )
+        _check(self.timestep_scale > 0, f"dpt.diffusion.timestep_scale is {self.timestep_scale}; it must be positive.")
+        self._check_one_step()
 
     def with_schedule(self, beta_schedule: str) -> "DiffusionConfig":
         """This objective on another noise schedule, with the betas that belong to that one; on its own, unchanged.
@@ -176,6 +186,52 @@ class DiffusionConfig:
             return self
         start, end = (8.5e-4, 1.2e-2) if beta_schedule == "scaled_linear" else (1e-4, 2e-2)
         return replace(self, beta_schedule=beta_schedule, beta_start=start, beta_end=end)  # type: ignore[arg-type]
+
+    def _check_one_step(self) -> None:
+        if not self.one_step:
+            _check(
+                self.initial_noise == "random",
+                f'dpt.diffusion.initial_noise is "{self.initial_noise}"; that goes with timesteps "last" only.',
+            )
+            return
+        _check(
+            self.prediction_type != "epsilon",
+            'dpt.diffusion.timesteps is "last", where all that the network sees is noise, and prediction_type is "epsilon"; '
+            "choose v_prediction or sample.",
+        )
+        for name in ("vlb_weight", "min_snr_gamma"):
+            _check(
+                getattr(self, name) == 0,
+                f'dpt.diffusion.{name} is {getattr(self, name)}; it has no meaning for timesteps "last": set it to 0.',
+            )
+        _check(
+            self.initial_noise == "random" or self.multires_noise_strength == 0,
+            f"dpt.diffusion.multires_noise_strength is {self.multires_noise_strength}, but initial_noise is "
+            f'"{self.initial_noise}"; set it to 0.',
+        )
+
+    @property
+    def one_step(self) -> bool:
+        """Whether the network predicts in one pass, from pure noise."""
+        return self.timesteps == "last"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PixelLossConfig:
+    """A loss of decoded predictions beside that of latents, for one-step networks (diffusion.timesteps "last")."""
+
+    weight: float = 0.0
+    """Weight of the pixel loss; 0: off, and no decoder is held."""
+    latent_weight: float = 1.0
+    """Weight of the loss of latents beside it."""
+    depth: Literal["affine_l1", "affine_l2"] = "affine_l1"
+    """Error of depth, after a least-squares scale and shift. (Flow: end-point error in pixels; masks: cross-entropy.)"""
+    gradient_weight: float = 0.5
+    """Weight of depth's multi-scale gradient error, beside its error."""
+
+    def __post_init__(self) -> None:
+        for name in ("weight", "latent_weight", "gradient_weight"):
+            _check(getattr(self, name) >= 0, f"dpt.pixel_loss.{name} is {getattr(self, name)}; it cannot be negative.")
 
 
 @dataclass(frozen=True, kw_only=True)

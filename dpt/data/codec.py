@@ -68,10 +68,14 @@ class VAECodec:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """latents: [B, C, h, w], scaled (what the network sees) -> images: float32 [B, 3, H, W], clamped to [-1, 1]."""
+        return self.decode_with_gradients(latents).clamp(-1, 1).contiguous()
+
+    def decode_with_gradients(self, latents: Tensor) -> Tensor:
+        """As `decode`, but differentiable with respect to the latents, and not clamped: what is out of range is led back."""
         if latents.ndim != 4 or latents.shape[1] != self.latent_channels:
             raise ValueError(f"latents have shape {list(latents.shape)}; the VAE takes [B, {self.latent_channels}, h, w].")
         unscaled = latents.to(self.vae.device, torch.float32) / self.scaling_factor
-        return self.vae.decode(unscaled.to(self.vae.dtype)).sample.float().clamp(-1, 1).contiguous()
+        return self.vae.decode(unscaled.to(self.vae.dtype)).sample.float()
 
 
 def load_vae(name: str = EMBEDDED, *, latent_channels: int = 4, downsampling: int = 8) -> VAECodec:

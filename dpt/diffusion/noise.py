@@ -13,6 +13,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from dpt.config.sections import DiffusionConfig
+
 _GOLDEN = 0x9E3779B97F4A7C15
 _MIX_1 = 0xBF58476D1CE4E5B9
 _MIX_2 = 0x94D049BB133111EB
@@ -125,6 +127,18 @@ def multires_noise(
     return noise
 
 
+def initial_noise(kind: str, seeds: Tensor, shape: Sequence[int]) -> Tensor:
+    """What sampling starts from, float32 `[B, C, h, w]`, by `DiffusionConfig.initial_noise`; `seeds` int64 `[B]`.
+
+    "random": standard normal; "fixed": the same standard normal numbers for every sample, run and machine; "zero": zeros.
+    """
+    if kind == "random":
+        return normal(seeds, shape)
+    if kind == "fixed":
+        return normal(torch.full_like(seeds[:1], _digest("fixed noise")), shape).expand(len(seeds), *shape)
+    return torch.zeros(len(seeds), *shape, device=seeds.device)
+
+
 class Draws:
     """All random numbers of one training batch: functions of (seed, sample_index) alone.
 
@@ -139,9 +153,18 @@ class Draws:
         """Seeds int64 `[B]` for a purpose."""
         return sample_seeds(self._seed, purpose, self._index)
 
-    def timesteps(self, num_train_timesteps: int) -> Tensor:
-        """Timesteps int64 `[B]`, uniform in 0..num_train_timesteps - 1."""
-        return (uniform(self.seeds("timestep")).double() * num_train_timesteps).long()
+    def timesteps(self, config: DiffusionConfig) -> Tensor:
+        """Timesteps int64 `[B]` in 0..T - 1, as `config.timesteps` says.
+
+        "logit_normal": logit(t / T) is normal (Esser et al. 2024, "Scaling Rectified Flow Transformers", section 3.1).
+        """
+        total = config.num_train_timesteps
+        if config.timesteps == "last":
+            return torch.full_like(self._index, total - 1)
+        if config.timesteps == "uniform":
+            return (uniform(self.seeds("timestep")).double() * total).long()
+        logit = config.timestep_location + config.timestep_scale * normal(self.seeds("timestep"), ()).double()
+        return (torch.sigmoid(logit) * total).long().clamp(max=total - 1)
 
     def uniform(self, purpose: str) -> Tensor:
         """float32 `[B]` in [0, 1) for a purpose: "label_drop", "flip", ..."""

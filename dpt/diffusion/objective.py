@@ -48,6 +48,12 @@ class DiffusionObjective:
         """Noisy latents `[B, C, h, w]` = alpha_t latents + sigma_t noise, at timesteps int64 `[B]`."""
         return self._at("alpha", timesteps) * latents + self._at("sigma", timesteps) * noise
 
+    def clean(self, prediction: Tensor, noisy_latents: Tensor, timesteps: Tensor) -> Tensor:
+        """The clean latents float32 `[B, C, h, w]` that a prediction `[B, C or 2 C, h, w]` stands for."""
+        mean = prediction[:, : noisy_latents.shape[1]].float()
+        alpha, sigma = self._at("alpha", timesteps), self._at("sigma", timesteps)
+        return clean_latents(mean, noisy_latents, alpha, sigma, self.config.prediction_type)
+
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """What the network shall predict `[B, C, h, w]`."""
         kind = self.config.prediction_type

@@ -66,6 +66,11 @@ def make_plan(
         raise UserError(
             "rectified flow has no stochastic sampler here; set dpt.evaluation.sampler to ddim (Euler) and eta to 0."
         )
+    if diffusion.one_step:
+        if num_inference_steps != 1:
+            raise UserError(f"these weights predict in one step; dpt.evaluation.steps is {num_inference_steps}: set it to 1.")
+        last = _ddim_step(diffusion.num_train_timesteps - 1, 0.0, 1.0, 1.0, 0.0, eta=0.0)
+        return Plan(diffusion=diffusion, steps=(last,))
     total = diffusion.num_train_timesteps
     multistep = sampler == "dpmsolver++"
     timesteps = inference_timesteps(

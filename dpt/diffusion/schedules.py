@@ -42,11 +42,14 @@ def signal_and_noise(config: DiffusionConfig) -> tuple[np.ndarray, np.ndarray]:
     """(alpha_t, sigma_t) of noisy_t = alpha_t clean + sigma_t noise, float64 `[T]` each.
 
     Variance preserving: sqrt(alpha_bar), sqrt(1 - alpha_bar). Rectified flow (Liu et al. 2023): 1 - s, s with s = (t + 1) / T.
+    A one-step network's last timestep is pure noise, (0, 1), whatever the schedule: nothing of the truth is left at test time.
     """
     if config.prediction_type == "rectified_flow":
         sigma = np.arange(1, config.num_train_timesteps + 1) / config.num_train_timesteps
         return 1.0 - sigma, sigma
     cumprod = alphas_cumprod(config)
+    if config.one_step:
+        cumprod[-1] = 0.0
     return np.sqrt(cumprod), np.sqrt(1.0 - cumprod)
 
 

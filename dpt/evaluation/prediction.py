@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dpt import distributed, tasks
-from dpt.config.sections import EvaluationConfig
+from dpt.config.sections import DiffusionConfig, EvaluationConfig
 from dpt.diffusion import noise as noises
 from dpt.diffusion.samplers import guide, make_plan, sample
 from dpt.errors import UserError
@@ -53,6 +53,7 @@ class Predictor:
         self.model, self.task, self.codec, self.lineage = loaded.model, loaded.task, loaded.codec, loaded.lineage
         self.flow_code = loaded.flow_code
         self.codec.to(self.device)
+        self.config = one_pass(self.config, loaded.diffusion)
         spacing = self.config.timestep_spacing or loaded.diffusion.timestep_spacing
         diffusion = dataclasses.replace(loaded.diffusion, timestep_spacing=spacing)
         self.diffusion = diffusion.with_schedule(self.config.schedule) if self.config.schedule else diffusion
@@ -87,6 +88,8 @@ class Predictor:
                 "name the image tower of training with --clip."
             )
         keys = keys or [str(i) for i in range(len(images))]
+        if self.diffusion.one_step:
+            steps, ensemble = 1, (ensemble if self.diffusion.initial_noise == "random" else 1)
         members = range(ensemble or self.config.ensemble[-1])
         conditions = self._encode_conditions(spec.name, images, others, resolution)
         results: list[Prediction | None] = [None] * len(images)
@@ -233,7 +236,7 @@ class Predictor:
             if guided
             else predict
         )
-        return sample(denoise, noises.normal(seeds, shape), plan, seeds=seeds)
+        return sample(denoise, noises.initial_noise(self.diffusion.initial_noise, seeds, shape), plan, seeds=seeds)
 
     def decode(self, latents: Tensor, task: str, *, flow_code: str = "") -> Tensor:
         """Target latents `[S, N, M, C, h, w]` -> values: depth `[S, N, H, W]` in [0, 1]; flow `[S, N, 2, H, W]` as fractions of
@@ -289,6 +292,14 @@ class Predictor:
             )
             images += [tasks.image_to_uint8(image) for image in self.codec.decode(latents).cpu().numpy()]
         return images
+
+
+def one_pass(config: EvaluationConfig, diffusion: DiffusionConfig) -> EvaluationConfig:
+    """The settings that weights trained for `diffusion` are used with: a one-step network takes one step, whatever is asked
+    for, and one ensemble member where it starts from the same noise every time."""
+    if not diffusion.one_step:
+        return config
+    return dataclasses.replace(config, steps=[1], ensemble=config.ensemble if diffusion.initial_noise == "random" else [1])
 
 
 @contextlib.contextmanager

@@ -64,6 +64,8 @@ class Memory:
     """Kept for the backward pass, and its largest temporaries."""
     pictures: int = 0
     """Drawing class pictures, as far as the activations, which are free by then, leave no room for it."""
+    decoder: int = 0
+    """A pixel loss: the VAE's weights, and what its decoder keeps for the backward pass."""
     host: int = 0
     """In the host's memory, where offloading keeps it; not in `total`."""
 

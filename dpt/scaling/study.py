@@ -33,6 +33,7 @@ from dpt.config.checks import trained_model
 from dpt.config.recipe import Recipe, load_recipe, section_from_dict
 from dpt.errors import UserError
 from dpt.models import costs
+from dpt.models.decoder_costs import recipe_macs
 from dpt.scaling.compute import WEIGHTS_STEP, prediction_macs
 from dpt.scaling.figures import FigureSpec
 
@@ -228,7 +229,8 @@ def expected_macs(study: Study, launch: Launch) -> float:
     recipe = launch.resolved
     if launch.launcher != "evaluate":
         model = trained_model(recipe, launch.launcher)
-        return float(costs.macs(model).training) * recipe.dpt.training.steps * recipe.deepspeed.get("train_batch_size", 1)
+        samples = recipe.dpt.training.steps * recipe.deepspeed.get("train_batch_size", 1)
+        return float(recipe_macs(recipe.dpt, model).training) * samples
     parent = next((other for other in study.launches if other.name == launch.parent), None)
     if parent is None:
         return 0.0

@@ -5,11 +5,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dpt import __version__, distributed
 from dpt.config.checks import batch_split
 from dpt.config.recipe import Recipe
 from dpt.errors import UserError
-from dpt.models.costs import macs, num_params
+from dpt.models.costs import num_params
+from dpt.models.decoder_costs import recipe_macs
 from dpt.models.moe import EarlierRouting
 from dpt.tracking import Run, start_run
 from dpt.training.checkpoint import checkpoint_name, restore
@@ -22,9 +25,10 @@ from dpt.training.failure import TrainingFailed, failure_report
 from dpt.training.fragments import parameter_shapes
 from dpt.training.optimizer import learning_rate
 from dpt.training.outputs import CHECKPOINTS, WEIGHTS, exported_step
+from dpt.training.pixel_loss import PixelLoss
 from dpt.training.records import Recorder, data_sheet_flops, measure_peak_flops
 from dpt.training.resume import Found, SkippedSamples, find_checkpoint, position_of, remarks, rewind_target
-from dpt.training.sampling import draw_classes
+from dpt.training.sampling import draw_classes, load_codec
 from dpt.training.saving import Saver
 from dpt.training.stages import open_stage
 from dpt.training.step import Losses, LossModule, Preparation
@@ -69,8 +73,9 @@ class Trainer:
         if found is not None:
             self._take_counters(found[1])
         self._open_data_loader()
-        self.macs = macs(self.config.model, *self.data_loader.latent_size)
-        self.engine = Engine(self.recipe, LossModule(self.stage.build(), self.config))
+        pixel_loss = self._pixel_loss()
+        self.macs = recipe_macs(self.config, self.config.model, *self.data_loader.latent_size)
+        self.engine = Engine(self.recipe, LossModule(self.stage.build(), self.config, pixel_loss))
         self.stage.start = None  # the engine has them now
         if found is not None:
             self._go_back(*found)
@@ -229,6 +234,17 @@ class Trainer:
             )
         self.batches = iter(self.data_loader.stream)
 
+    def _pixel_loss(self) -> PixelLoss | None:
+        """With the decoder on the training device: in bf16 beside a network that is not in float32, on a GPU."""
+        if not self.config.pixel_loss.weight:
+            return None
+        with distributed.together():
+            codec = load_codec(self.config, self.data_loader.vae)
+        device = distributed.device()
+        narrow = device.type == "cuda" and self.recipe.precision != "fp32"
+        codec.to(device, torch.bfloat16 if narrow else torch.float32)
+        return PixelLoss(self.config, codec, flow_code=self.data_loader.flow_code)
+
     def _save(self) -> None:
         self.watchdog.beat(self.step, "saving")
         self.saver.begin(self.engine, self.step, self._state())
@@ -314,6 +330,7 @@ class Trainer:
             matrix_flops=measure_peak_flops(self.engine.device, self.engine.dtype),
             data_sheet_flops=data_sheet_flops(self.engine.device, self.recipe.precision),
             dense=self.config.model.num_experts == 0,
+            pixel_loss=self.config.pixel_loss.weight > 0,
         )
 
     def _announce(self) -> None:

@@ -2,7 +2,7 @@
 
 import re
 import socket
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import cast
 
@@ -11,6 +11,7 @@ from dpt.config.checks import batch_split, check_recipe, ranks_in_words, trained
 from dpt.config.recipe import Recipe, load_recipe
 from dpt.errors import UserError
 from dpt.models.costs import VAE_CHANNELS, VAE_PARAMS, Memory, Precision, memory, picture_bytes
+from dpt.models.decoder_costs import decoder_bytes
 
 OVERHEAD_BYTES = 600 * 2**20
 """What a training process holds beside its tensors: the interpreter, libraries, communication buffers."""
@@ -62,8 +63,8 @@ def needs(recipe: Recipe, stage: str, world_size: int) -> Needs:
     ranks = -(-world_size // training.ep_size) * training.ep_size
     _, micro, _ = batch_split(recipe, ranks)
     pictures = 0
+    params, channels = _VAES.get(config.data.vae, (VAE_PARAMS, VAE_CHANNELS))
     if config.task == "class":
-        params, channels = _VAES.get(config.data.vae, (VAE_PARAMS, VAE_CHANNELS))
         guided = config.sampling.guidance_scale != 1.0
         pictures = picture_bytes(model, guided=guided, precision=precision, vae_params=params, vae_channels=channels)
     zero = recipe.deepspeed.get("zero_optimization", {})
@@ -80,6 +81,8 @@ def needs(recipe: Recipe, stage: str, world_size: int) -> Needs:
         pictures=pictures,
         **offload,
     )
+    size = 4 if precision == "fp32" else 2
+    cost = replace(cost, decoder=decoder_bytes(config, micro_batch_size=micro, size=size, vae_params=params))
     missing = [s for s in config.data.shards if "://" not in s and ":" not in s and "{" not in s and not Path(s).is_dir()]
     return Needs(memory=cost, ranks=ranks, missing_shards=missing)
 

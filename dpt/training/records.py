@@ -61,7 +61,8 @@ class StepSums:
 
     def add(self, losses: Losses) -> None:
         """Take in a micro-batch's losses."""
-        values = torch.stack([losses.loss, losses.mse, losses.vlb, losses.balance, losses.z, losses.dropped_share.float()])
+        parts = [losses.loss, losses.mse, losses.vlb, losses.pixel, losses.balance, losses.z, losses.dropped_share.float()]
+        values = torch.stack(parts)
         self.losses = values if self.losses is None else self.losses + values
         tokens, entropy = losses.tokens_per_expert, losses.router_entropy
         self.tokens_per_expert = tokens if self.tokens_per_expert is None else self.tokens_per_expert + tokens
@@ -70,7 +71,7 @@ class StepSums:
 
     def means(self) -> dict[str, float]:
         """This rank's mean losses, by the names of the records."""
-        names = ("loss", "mse", "vlb", "load_balancing_loss", "router_z_loss", "dropped_share")
+        names = ("loss", "mse", "vlb", "pixel_loss", "load_balancing_loss", "router_z_loss", "dropped_share")
         assert self.losses is not None
         values = (self.losses.double() / self.micro_batches).tolist()
         return {f"train/{name}": value for name, value in zip(names, values, strict=True)}
@@ -106,12 +107,13 @@ class Recorder:
         matrix_flops: float,
         data_sheet_flops: float | None = None,
         dense: bool,
+        pixel_loss: bool = False,
     ) -> None:
         """`macs`: "forward" and "training" multiply-accumulates of one sample. `step`: steps already done.
 
         `matrix_flops`: what one device reaches in matrix products; `data_sheet_flops`: what its data sheet says, if known.
         """
-        self.run, self.steps, self.every, self.dense = run, steps, every, dense
+        self.run, self.steps, self.every, self.dense, self.pixel_loss = run, steps, every, dense, pixel_loss
         self.global_batch_size, self.macs = global_batch_size, macs
         self.matrix_flops, self.data_sheet_flops = matrix_flops, data_sheet_flops
         self.path = output_dir / "records.jsonl"
@@ -165,6 +167,8 @@ class Recorder:
         if self.dense:
             for name in ("train/load_balancing_loss", "train/router_z_loss", "train/dropped_share"):
                 del metrics[name]
+        if not self.pixel_loss:
+            del metrics["train/pixel_loss"]
         self._write(step, metrics, (self.steps - step) * elapsed / self.done)
         self._begin()
 

@@ -33,7 +33,7 @@ def draw_classes(engine: Engine, config: DptConfig, vae: VAERecord, size: tuple[
     mine = list(enumerate(labels))[distributed.rank() :: distributed.world_size()]
     try:
         with distributed.together():
-            codec = _load_codec(config, vae) if mine else None
+            codec = load_codec(config, vae) if mine else None
     except UserError as error:
         distributed.log(f"No class samples were drawn: {error}")
         return False
@@ -62,7 +62,8 @@ def class_labels(config: DptConfig) -> list[int]:
     return config.sampling.labels or list(range(min(8, config.model.num_classes)))
 
 
-def _load_codec(config: DptConfig, vae: VAERecord) -> VAECodec:
+def load_codec(config: DptConfig, vae: VAERecord) -> VAECodec:
+    """The VAE `config.data.vae`, on the CPU in float32. UserError unless it is the one that made the shards."""
     codec = load_vae(config.data.vae, latent_channels=config.model.in_channels)
     if codec.sha256 != vae.sha256:
         raise UserError(f'dpt.data.vae "{config.data.vae}" is not the VAE "{vae.name}" that made the shards; set it.')

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from dpt.config.recipe import DptConfig
 from dpt.data.codec import mean_latents, sample_latents
-from dpt.diffusion.noise import Draws
+from dpt.diffusion.noise import Draws, initial_noise
 from dpt.diffusion.objective import DiffusionObjective
 from dpt.errors import UserError
 from dpt.models.dit import DiT
 from dpt.models.moe import EarlierRouting
 from dpt.tasks import TASKS, label_id
+from dpt.training.pixel_loss import PixelLoss
 
 
 class Inputs(NamedTuple):
@@ -49,9 +50,11 @@ class Losses(NamedTuple):
     total: Tensor
     """What is differentiated: loss + weighted balance and z losses."""
     loss: Tensor
-    """The diffusion loss, mse + vlb_weight vlb."""
+    """What the network learns from: mse + vlb_weight vlb, or latent_weight mse + weight pixel."""
     mse: Tensor
     vlb: Tensor
+    pixel: Tensor
+    """Loss of decoded predictions, unweighted; 0 without one."""
     balance: Tensor
     """Load-balancing loss summed over layers, unweighted, of all ranks' tokens: what this micro-batch adds to its mean."""
     z: Tensor
@@ -69,8 +72,9 @@ class LossModule(nn.Module):
     """The network with its objective: what DeepSpeed sees as the model. `forward` takes `Inputs`, one by one, and sums of the
     step's earlier micro-batches' routing."""
 
-    def __init__(self, network: DiT, config: DptConfig) -> None:
+    def __init__(self, network: DiT, config: DptConfig, pixel_loss: PixelLoss | None = None) -> None:
         super().__init__()
+        self.pixel_loss, self.pixel_config = pixel_loss, config.pixel_loss
         self.network = network
         self.objective = DiffusionObjective(config.diffusion)
         self.balance_weight = config.training.balance_loss_weight
@@ -93,12 +97,18 @@ class LossModule(nn.Module):
         out = self.network(network_input, times, labels, embeddings, task_labels, earlier)
         losses = self.objective.loss(out.prediction, latents, noise, noisy_latents, timesteps, valid)
         loss, mse = losses["loss"], losses["mse"]
+        pixel = torch.zeros_like(mse)
+        if self.pixel_loss is not None:
+            clean = self.objective.clean(out.prediction, noisy_latents, timesteps)
+            pixel = self.pixel_loss(clean, latents, task_labels, valid)
+            loss = self.pixel_config.latent_weight * loss + self.pixel_config.weight * pixel
         total = loss + self.balance_weight * out.load_balancing_loss + self.z_weight * out.router_z_loss
         return Losses(
             total=total,
             loss=loss.detach(),
             mse=mse.detach(),
             vlb=losses.get("vlb", torch.zeros_like(mse)).detach(),
+            pixel=pixel.detach(),
             balance=out.load_balancing_loss.detach(),
             z=out.router_z_loss.detach(),
             tokens_per_expert=out.tokens_per_expert,
@@ -133,8 +143,12 @@ class Preparation:
         else:
             moments, labels = self._target(batch, draws)
         latents = self._latents(moments, draws)
-        timesteps = draws.timesteps(self.config.diffusion.num_train_timesteps)
-        noise = draws.noise(latents.shape[1:], strength=self.objective.noise_strength(timesteps))
+        diffusion = self.config.diffusion
+        timesteps = draws.timesteps(diffusion)
+        if diffusion.initial_noise == "random":
+            noise = draws.noise(latents.shape[1:], strength=self.objective.noise_strength(timesteps))
+        else:
+            noise = initial_noise(diffusion.initial_noise, draws.seeds("noise"), latents.shape[1:])
         noisy_latents = self.objective.add_noise(latents, noise, timesteps)
         dropped = draws.uniform("label_drop") < self.config.model.class_dropout_prob
         return Inputs(

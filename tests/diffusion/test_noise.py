@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from dpt.config.sections import DiffusionConfig
 from dpt.diffusion import noise
 
 
@@ -32,7 +33,7 @@ def test_any_split_of_the_batch_draws_the_same_numbers(cut, seed):
     def draw(rows: slice) -> list[torch.Tensor]:
         draws = noise.Draws(seed, index[rows])
         return [
-            draws.timesteps(1000),
+            draws.timesteps(DiffusionConfig()),
             draws.uniform("flip"),
             draws.normal("posterior", (4, 3, 5)),
             draws.noise((4, 4, 4)),
@@ -76,7 +77,7 @@ def test_distributions():
     uniform = noise.uniform(seeds, (100,))
     assert stats.kstest(uniform.flatten().numpy(), "uniform").pvalue > 0.01
     assert uniform.max() < 1.0
-    timesteps = noise.Draws(0, torch.arange(20_000)).timesteps(10)
+    timesteps = noise.Draws(0, torch.arange(20_000)).timesteps(DiffusionConfig(num_train_timesteps=10))
     assert stats.chisquare(timesteps.bincount(minlength=10).numpy()).pvalue > 0.01
     assert torch.isfinite(normal).all()
 
@@ -117,3 +118,30 @@ def test_multires_noise_without_strength_is_white():
     assert torch.allclose(noise.multires_noise(seeds, (4, 8, 8), 0.0), white, atol=1e-6)
     assert noise.multires_noise(seeds, (1, 1, 5), 0.5).shape == (3, 1, 1, 5)
     assert math.isfinite(noise.multires_noise(seeds, (2, 32, 24), 0.9).sum().item())
+
+
+def test_logit_normal_timesteps_have_the_distribution_of_the_paper() -> None:
+    """logit(t / T) is normal with the location and scale asked for (Esser et al. 2024, section 3.1)."""
+    config = DiffusionConfig(timesteps="logit_normal", timestep_location=0.5, timestep_scale=0.8)
+    timesteps = noise.Draws(3, torch.arange(20_000)).timesteps(config).double()
+    assert timesteps.min() >= 0
+    assert timesteps.max() < 1000
+    share = (timesteps + 0.5) / 1000
+    assert stats.kstest(torch.logit(share).numpy(), stats.norm(0.5, 0.8).cdf).pvalue > 0.01
+    late = noise.Draws(3, torch.arange(100)).timesteps(
+        DiffusionConfig(timesteps="last", prediction_type="sample", vlb_weight=0.0)
+    )
+    assert set(late.tolist()) == {999}
+
+
+def test_initial_noise_is_fresh_or_the_same_for_every_sample_or_zero() -> None:
+    seeds = noise.sample_seeds(1, "noise", torch.arange(3))
+    fresh, fixed, zero = (noise.initial_noise(kind, seeds, (2, 8, 8)) for kind in ("random", "fixed", "zero"))
+    assert torch.equal(fresh, noise.normal(seeds, (2, 8, 8)))
+    assert torch.equal(fixed[0], fixed[2])
+    assert not torch.equal(fixed[0], fresh[0])
+    other = noise.initial_noise("fixed", noise.sample_seeds(9, "noise", torch.arange(5, 6)), (2, 8, 8))
+    assert torch.equal(other[0], fixed[0])
+    assert stats.kstest(noise.initial_noise("fixed", seeds, (4, 32, 32))[0].flatten().numpy(), "norm").pvalue > 0.01
+    assert not zero.any()
+    assert zero.shape == (3, 2, 8, 8)

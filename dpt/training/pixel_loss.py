@@ -1,0 +1,81 @@
+"""The loss of decoded predictions, with gradients through the frozen decoder of the VAE."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from dpt import tasks
+from dpt.config.recipe import DptConfig
+from dpt.data.codec import VAECodec
+from dpt.diffusion import pixel_losses as losses
+
+_TARGETS = {"depth": ("depth",), "flow": ("flow_x", "flow_y"), "amodal": ("whole",)}
+
+
+class PixelLoss:
+    """What `dpt.pixel_loss` asks for. The truth is the decoded target latents: what a perfect prediction would decode to.
+
+    Not a module: DeepSpeed must neither train nor divide the decoder's weights.
+    """
+
+    def __init__(self, config: DptConfig, codec: VAECodec, *, flow_code: str = "") -> None:
+        """`codec`: on the training device, of the shards; `flow_code`: theirs, if they hold flow."""
+        self.config, self.codec, self.flow_code = config.pixel_loss, codec, flow_code or tasks.FLOW_CODE
+        self.checkpointing = config.training.activation_checkpointing
+        names = (config.task,) if config.task != "generalist" else tuple(_TARGETS)
+        by_target: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+            "depth": self._depth,
+            "whole": self._whole,
+            "flow_x": lambda p, t, v: self._flow(p, t, v, axis=0),
+            "flow_y": lambda p, t, v: self._flow(p, t, v, axis=1),
+        }
+        self._by_label = {
+            tasks.label_id(target, trained_task=config.task, num_classes=config.model.num_classes): by_target[target]
+            for name in names
+            for target in _TARGETS[name]
+        }
+
+    def __call__(self, latents: Tensor, truth_latents: Tensor, task_labels: Tensor, valid: Tensor | None) -> Tensor:
+        """Mean over samples, a scalar. latents, truth_latents: float32 `[B, C, h, w]`, scaled; task_labels: int64 `[B]`; valid:
+        `[B, h, w]`, 1 where the truth is known (None: everywhere)."""
+        prediction = (
+            torch.cat([self._decode(part) for part in latents.split(1)]) if self.checkpointing else self._decode(latents)
+        )
+        truth = self.codec.decode(truth_latents)
+        known = torch.ones_like(truth[:, 0]) if valid is None else _enlarged(valid, self.codec.downsampling)
+        total = torch.zeros_like(known[:, 0, 0])
+        for label, loss in self._by_label.items():
+            values = loss(prediction, truth, known)
+            total = values if len(self._by_label) == 1 else total + torch.where(task_labels == label, values, 0.0)
+        return total.mean()
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        if self.checkpointing:
+            return checkpoint(self.codec.decode_with_gradients, latents, use_reentrant=False)
+        return self.codec.decode_with_gradients(latents)
+
+    def _depth(self, prediction: Tensor, truth: Tensor, valid: Tensor) -> Tensor:
+        """In the target's code, [-1, 1]: errors after the fit that evaluation makes too, and of edges."""
+        residual = losses.affine_residual(prediction.mean(1), truth.mean(1), valid)
+        error = losses.absolute_error if self.config.depth == "affine_l1" else losses.squared_error
+        return error(residual, valid) + self.config.gradient_weight * losses.gradient_error(residual, valid)
+
+    def _flow(self, prediction: Tensor, truth: Tensor, valid: Tensor, *, axis: int) -> Tensor:
+        """End-point error of the component that the sample's target is, in pixels of the training image."""
+        extent = prediction.shape[-1 - axis]
+        found, true = (tasks.decode_flow(image, axis, extent, self.flow_code) for image in (prediction, truth))
+        return losses.absolute_error(found - true, valid)
+
+    def _whole(self, prediction: Tensor, truth: Tensor, valid: Tensor) -> Tensor:
+        """Cross-entropy of the whole object's mask."""
+        mask = tasks.decode_amodal(truth).to(prediction.dtype)
+        red, green, blue = ((prediction + 1.0) * 127.5).unbind(1)
+        grey = 0.299 * red + 0.587 * green + 0.114 * blue
+        return losses.mask_cross_entropy(grey, mask, tasks.AMODAL_GREY + 0.5, valid)
+
+
+def _enlarged(valid: Tensor, factor: int) -> Tensor:
+    """`[B, h, w]` of latents -> float32 `[B, H, W]` of pixels."""
+    return valid.float().repeat_interleave(factor, -2).repeat_interleave(factor, -1)
