@@ -5,6 +5,8 @@ from collections.abc import Iterator
 
 import pytest
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: ranks are forked, which no pool of threads survives
+
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 

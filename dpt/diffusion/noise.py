@@ -94,6 +94,11 @@ def _spread(coarse: int, fine: int) -> float:
     return _upsampling(coarse, fine, torch.device("cpu")).square().sum(1).mean().item()
 
 
+def _level_ratios(host_seeds: Tensor, levels: int) -> list[list[float]]:
+    """Of each sample: the ratio r in [2, 4] of every level."""
+    return (2.0 + 2.0 * uniform(derive(host_seeds, 0), (levels,))).tolist()
+
+
 def multires_noise(
     seeds: Tensor, shape: Sequence[int], strength: Tensor | float, *, host_seeds: Tensor | None = None
 ) -> Tensor:
@@ -108,7 +113,7 @@ def multires_noise(
     channels, height, width = shape
     levels = math.ceil(math.log2(max(2, min(height, width))))
     known = seeds.cpu() if host_seeds is None else host_seeds
-    ratios = (2.0 + 2.0 * uniform(derive(known, 0), (levels,))).tolist()
+    ratios = _level_ratios(known, levels)
     strengths = torch.as_tensor(strength, device=seeds.device).double().expand(len(seeds))
     noise = math.sqrt(2.0) * normal(seeds, shape)
     for sample in range(len(seeds)):

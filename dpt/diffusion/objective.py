@@ -140,9 +140,9 @@ def _tables(config: DiffusionConfig) -> dict[str, np.ndarray]:
     snr = (alpha / sigma) ** 2
     clipped = np.minimum(snr, config.min_snr_gamma)
     # Hang et al. 2023: min(SNR, gamma) on the clean latents' error, divided by that error's share in the one trained on.
-    tables["min_snr"] = {"epsilon": clipped / snr, "sample": clipped, "v_prediction": clipped / (snr + 1.0)}[
-        config.prediction_type
-    ]
+    error_share = {"epsilon": snr, "sample": np.ones_like(snr), "v_prediction": snr + 1.0}[config.prediction_type]
+    with np.errstate(invalid="ignore"):  # 0 / 0 at zero terminal SNR: epsilon is not trained there
+        tables["min_snr"] = clipped / error_share
     return tables
 
 

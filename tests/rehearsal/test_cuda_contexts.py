@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from rehearsals import load_once
 from shrinking import ROOT
+
+from tests.gloo import load_libraries
 
 PINNING = {"dpt/data", "data_tools/encoding/pipeline.py"}
 """Where page-locked memory is allocated: the loader of the training's process, and the process that encodes."""
@@ -64,7 +65,7 @@ def test_no_question_to_cuda_before_the_device_is_set(
     launcher: str, recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Any other would open a context of every rank on GPU 0. On rank 3 of a machine that seems to have GPUs."""
-    load_once()
+    load_libraries()
     calls: list[str] = []
     for name, value in vars(torch.cuda).items():
         if isinstance(value, types.FunctionType | types.BuiltinFunctionType) and not name.startswith("_"):

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dpt.config.recipe import load_recipe
 from dpt.config.sections import DiffusionConfig
+from dpt.diffusion import noise
 from dpt.diffusion.samplers import guide, make_plan, sample
 from dpt.models.dit import resolve_config
 from dpt.training import step
@@ -96,6 +97,7 @@ def test_preparation_and_loss_stay_on_the_gpu(name: str, monkeypatch: pytest.Mon
     recipe = load_recipe(ROOT / "ds_configs" / f"{name}.json", {"model.depth": 2, **RECIPES[name]})
     model = trained_model(recipe, "upcycle" if "upcycle" in name else "pretrain")
     monkeypatch.setattr(step, "_check_labels", lambda *_: None)  # on the batch in the CPU's memory, so nothing waits
+    _without_numbers_of_the_host(monkeypatch)
     tasks = {"class": ["class"], "generalist": ["depth", "flow", "amodal"]}.get(recipe.dpt.task, [recipe.dpt.task])
     with fake_cuda() as mode:
         module = LossModule(fake_network(mode, model, torch.bfloat16), recipe.dpt)
@@ -108,6 +110,13 @@ def test_preparation_and_loss_stay_on_the_gpu(name: str, monkeypatch: pytest.Mon
         sums.add(losses)
         assert sums.losses is not None
         assert sums.losses.device == CUDA
+
+
+def _without_numbers_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Multi-resolution noise takes the sizes of its levels from numbers in the CPU's memory, which fake tensors have not."""
+    monkeypatch.setattr(noise, "_level_ratios", lambda seeds, levels: [[2.5] * levels] * len(seeds))
+    monkeypatch.setattr(noise, "_spread", lambda coarse, fine: 0.5)
+    monkeypatch.setattr(noise, "_upsampling", noise._upsampling.__wrapped__)  # no fake matrix may stay
 
 
 def _batch(config: Any, side: int, batch: int = 4) -> dict[str, Any]:
