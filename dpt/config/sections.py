@@ -448,6 +448,13 @@ class EvaluationConfig:
         for name in ("max_samples", "pictures"):
             _check(getattr(self, name) >= 0, f"dpt.evaluation.{name} is {getattr(self, name)}; it cannot be negative.")
 
+    def settled(self, diffusion: DiffusionConfig) -> "EvaluationConfig":
+        """These settings as weights trained for `diffusion` are used with them: a one-step network takes one step, whatever is
+        asked for, and one ensemble member where it starts from the same noise every time."""
+        if not diffusion.one_step:
+            return self
+        return replace(self, steps=[1], ensemble=self.ensemble if diffusion.initial_noise == "random" else [1])
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrackingConfig:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dpt import distributed, tasks
-from dpt.config.sections import DiffusionConfig, EvaluationConfig
+from dpt.config.sections import EvaluationConfig
 from dpt.diffusion import noise as noises
 from dpt.diffusion.samplers import guide, make_plan, sample
 from dpt.errors import UserError
@@ -53,7 +53,7 @@ class Predictor:
         self.model, self.task, self.codec, self.lineage = loaded.model, loaded.task, loaded.codec, loaded.lineage
         self.flow_code = loaded.flow_code
         self.codec.to(self.device)
-        self.config = one_pass(self.config, loaded.diffusion)
+        self.config = self.config.settled(loaded.diffusion)
         spacing = self.config.timestep_spacing or loaded.diffusion.timestep_spacing
         diffusion = dataclasses.replace(loaded.diffusion, timestep_spacing=spacing)
         self.diffusion = diffusion.with_schedule(self.config.schedule) if self.config.schedule else diffusion
@@ -88,9 +88,10 @@ class Predictor:
                 "name the image tower of training with --clip."
             )
         keys = keys or [str(i) for i in range(len(images))]
-        if self.diffusion.one_step:
-            steps, ensemble = 1, (ensemble if self.diffusion.initial_noise == "random" else 1)
-        members = range(ensemble or self.config.ensemble[-1])
+        asked = dataclasses.replace(
+            self.config, steps=[steps or self.config.steps[-1]], ensemble=[ensemble or self.config.ensemble[-1]]
+        ).settled(self.diffusion)
+        members = range(asked.ensemble[0])
         conditions = self._encode_conditions(spec.name, images, others, resolution)
         results: list[Prediction | None] = [None] * len(images)
         for size in dict.fromkeys(c.shape[-2:] for c in conditions):
@@ -100,7 +101,7 @@ class Predictor:
                 [keys[i] for i in group],
                 members,
                 task=spec.name,
-                steps=steps or self.config.steps[-1],
+                steps=asked.steps[0],
                 embeddings=None if embeddings is None else embeddings[group],
             )
             values = self.decode(latents, spec.name)
@@ -292,14 +293,6 @@ class Predictor:
             )
             images += [tasks.image_to_uint8(image) for image in self.codec.decode(latents).cpu().numpy()]
         return images
-
-
-def one_pass(config: EvaluationConfig, diffusion: DiffusionConfig) -> EvaluationConfig:
-    """The settings that weights trained for `diffusion` are used with: a one-step network takes one step, whatever is asked
-    for, and one ensemble member where it starts from the same noise every time."""
-    if not diffusion.one_step:
-        return config
-    return dataclasses.replace(config, steps=[1], ensemble=config.ensemble if diffusion.initial_noise == "random" else [1])
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from dpt import distributed
 from dpt.config.recipe import Recipe
 from dpt.config.sections import DataConfig, EvaluationConfig
 from dpt.errors import UserError
-from dpt.evaluation.prediction import Predictor, one_pass
+from dpt.evaluation.prediction import Predictor
 from dpt.evaluation.records import Record, RecordLog, write_parquet
 from dpt.evaluation.scoring import Scorer
 from dpt.evaluation.sets import EvaluationSet, open_sets
@@ -37,7 +37,7 @@ def evaluate(config: EvaluationConfig, *, predictor: Predictor | None = None, ca
         predictor = None
     elif predictor is None:
         predictor = Predictor(config.weights, config=config)
-    if predictor is not None and (settled := one_pass(config, predictor.diffusion)) != config:
+    if predictor is not None and (settled := config.settled(predictor.diffusion)) != config:
         distributed.log("These weights predict in one pass: dpt.evaluation.steps and ensemble are 1.")
         config = settled
     for one in sets:

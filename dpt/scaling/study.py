@@ -234,6 +234,6 @@ def expected_macs(study: Study, launch: Launch) -> float:
     parent = next((other for other in study.launches if other.name == launch.parent), None)
     if parent is None:
         return 0.0
-    evaluation = recipe.dpt.evaluation
+    evaluation = recipe.dpt.evaluation.settled(parent.resolved.dpt.diffusion)
     forward = costs.macs(trained_model(parent.resolved, parent.launcher)).forward
     return prediction_macs(forward, task=recipe.dpt.task, steps=sum(evaluation.steps), ensemble=max(evaluation.ensemble))

@@ -5,7 +5,7 @@ from typing import Any, get_args, get_type_hints
 import pytest
 import torch
 
-from dpt.config.sections import DiffusionConfig
+from dpt.config.sections import DiffusionConfig, EvaluationConfig
 from dpt.diffusion.objective import DiffusionObjective
 from dpt.diffusion.samplers import make_plan, sample
 from dpt.errors import UserError
@@ -63,3 +63,11 @@ def test_more_steps_than_one_are_refused() -> None:
 def test_fields_that_do_not_go_together_are_refused(fields: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
         one_step(**fields)
+
+
+def test_evaluation_settles_on_one_pass() -> None:
+    asked = EvaluationConfig(steps=[10, 50], ensemble=[1, 5])
+    assert asked.settled(DiffusionConfig()) == asked
+    random, zero = (asked.settled(one_step(initial_noise=kind)) for kind in ("random", "zero"))
+    assert (random.steps, random.ensemble) == ([1], [1, 5])
+    assert (zero.steps, zero.ensemble) == ([1], [1])

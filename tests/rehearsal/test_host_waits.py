@@ -36,7 +36,7 @@ ALLOWED: dict[tuple[str, str], tuple[str, str]] = {  # (place, what) -> how ofte
     ("deepspeed/utils.py:to_tensor", "_local_scalar_dense"): ("check", CHECK),
     ("diffusion/noise.py:_spread", "_local_scalar_dense"): ("any", "a number of a table, once; " + ON_CPUS),
     ("diffusion/noise.py:_upsampling", "to the CPU"): ("any", HERE),
-    ("diffusion/noise.py:multires_noise", "tolist"): ("micro-batch", ON_CPUS),
+    ("diffusion/noise.py:_level_ratios", "tolist"): ("micro-batch", ON_CPUS),
     ("distributed.py:all_reduce_sum", "tolist"): ("record", RECORD),
     ("models/dit.py:update_router_bias", "to the CPU"): ("any", HERE),
     ("models/moe_parallel.py:_run_experts", "tolist"): ("layer", "the sizes of what ranks exchange"),
