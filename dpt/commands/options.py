@@ -37,6 +37,8 @@ def add_sampling_options(parser: argparse.ArgumentParser, *, steps: int, guidanc
     parser.add_argument("--timestep-spacing", default="", choices=("leading", "trailing", "linspace"),
                         help="which timesteps the steps fall on (default: as the weights say)")  # fmt: skip
     parser.add_argument("--guidance", type=float, default=guidance, help="guidance scale; 1: none (default: %(default)s)")
+    parser.add_argument("--guidance-interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("LOW", "HIGH"),
+                        help="noise levels, as shares of the timesteps, at which guidance acts (default: 0 1)")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="seed of the initial noise (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=16, help="predictions computed at once (default: %(default)s)")
     parser.add_argument("--precision", default="fp32", choices=("fp32", "tf32", "bf16"),
@@ -53,6 +55,8 @@ def sampling_config(arguments: argparse.Namespace) -> EvaluationConfig:
         "schedule": arguments.schedule,
         "timestep_spacing": arguments.timestep_spacing,
         "guidance_scale": arguments.guidance,
+        "guidance_low": arguments.guidance_interval[0],
+        "guidance_high": arguments.guidance_interval[1],
         "seed": arguments.seed,
         "batch_size": arguments.batch_size,
         "precision": arguments.precision,

@@ -16,6 +16,13 @@ def _check(ok: bool, sentence: str) -> None:
         raise UserError(sentence)
 
 
+def _check_interval(low: float, high: float, section: str) -> None:
+    _check(
+        0.0 <= low <= high <= 1.0,
+        f"{section}.guidance_low {low} and guidance_high {high} must obey 0 <= low <= high <= 1.",
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The network's architecture. A preset fills the sizes; any field beside it overrides the preset's."""
@@ -315,6 +322,13 @@ class SamplingConfig:
     """Classifier-free guidance; 1: none."""
     guidance_channels: int = 0
     """Latent channels that guidance acts on; 0: all (public DiT: 3 of 4)."""
+    guidance_low: float = 0.0
+    """Least noise level, as a share of the timesteps, at which guidance acts."""
+    guidance_high: float = 1.0
+    """Greatest noise level, as a share of the timesteps, at which guidance acts."""
+
+    def __post_init__(self) -> None:
+        _check_interval(self.guidance_low, self.guidance_high, "dpt.sampling")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -416,6 +430,10 @@ class EvaluationConfig:
     """Over 1: more steps at low noise; under 1: more at high noise."""
     guidance_scale: float = 1.0
     """Classifier-free guidance; 1: none."""
+    guidance_low: float = 0.0
+    """Least noise level, as a share of the timesteps, at which guidance acts."""
+    guidance_high: float = 1.0
+    """Greatest noise level, as a share of the timesteps, at which guidance acts; beyond the two, steps cost one pass."""
     batch_size: int = 16
     """Predictions (samples x members) computed at once on a rank."""
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
@@ -442,6 +460,7 @@ class EvaluationConfig:
             all(1 <= n <= 50 for n in self.ensemble) and len(self.ensemble) > 0,
             f"dpt.evaluation.ensemble {self.ensemble}: each must be between 1 and 50.",
         )
+        _check_interval(self.guidance_low, self.guidance_high, "dpt.evaluation")
         _check(0.0 <= self.eta <= 1.0, f"dpt.evaluation.eta is {self.eta}; it must be in [0, 1].")
         _check(self.step_power > 0, f"dpt.evaluation.step_power is {self.step_power}; it must be positive.")
         _check(self.batch_size >= 1, f"dpt.evaluation.batch_size is {self.batch_size}; it must be at least 1.")

@@ -7,7 +7,7 @@ ones (rectified flow, where DDIM with eta 0 is Euler's method).
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -35,6 +35,8 @@ class Step:
     std: float = 0.0
     log_variance_range: tuple[float, float] | None = None
     """Bounds between which a learned variance interpolates (DDPM)."""
+    guided: bool = True
+    """Whether guidance, if there is any, acts at this step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,10 +55,12 @@ def make_plan(
     eta: float = 0.0,
     timestep_spacing: str = "",
     step_power: float = 1.0,
+    guidance_interval: tuple[float, float] = (0.0, 1.0),
 ) -> Plan:
     """The steps of a sampler; fields as in `EvaluationConfig`. UserError for what cannot be sampled.
 
     With step_power 1, timesteps and steps are those of diffusers' schedulers, whose DDIM steps by T // n whatever the spacing.
+    guidance_interval: noise levels t / T at which guidance acts, ends included (Kynkaanniemi et al. 2024, eq. 4 and 5).
     Rectified flow whose network is told a fraction of the path takes timesteps between the whole ones where they fall there.
     """
     if sampler not in ("ddim", "ddpm", "dpmsolver++"):
@@ -108,7 +112,8 @@ def make_plan(
         steps = [_ddpm_step(t, *level) for t, level in zip(timesteps, levels, strict=True)]
     else:
         steps = [_ddim_step(t, *level, eta=eta) for t, level in zip(timesteps, levels, strict=True)]
-    return Plan(diffusion=diffusion, steps=tuple(steps))
+    low, high = guidance_interval
+    return Plan(diffusion=diffusion, steps=tuple(replace(s, guided=low <= s.timestep / total <= high) for s in steps))
 
 
 def _ddim_step(timestep: float, alpha: float, sigma: float, next_alpha: float, next_sigma: float, *, eta: float) -> Step:
@@ -181,17 +186,21 @@ def clean_latents(
 
 
 @torch.no_grad()
-def sample(denoise: Denoise, noise: Tensor, plan: Plan, *, seeds: Tensor | None = None) -> Tensor:
+def sample(
+    denoise: Denoise, noise: Tensor, plan: Plan, *, seeds: Tensor | None = None, unguided: Denoise | None = None
+) -> Tensor:
     """Clean latents float32 `[B, C, h, w]` from `noise` `[B, C, h, w]` (standard normal).
 
     `seeds` int64 `[B]`: of each sample's further noise, which stochastic samplers need; so results do not depend on the batch.
+    `unguided`: takes the place of `denoise` at steps outside the plan's interval of guidance.
     """
     noisy, previous = noise.float(), None
     channels = noise.shape[1]
     for number, step in enumerate(plan.steps):
         timesteps = torch.full((len(noisy),), step.timestep, device=noisy.device)
         times = network_time(plan.diffusion, timesteps)
-        mean, variance = _split(denoise(noisy, times).float(), channels)
+        predict = denoise if step.guided or unguided is None else unguided
+        mean, variance = _split(predict(noisy, times).float(), channels)
         clean = clean_latents(mean, noisy, step.alpha, step.sigma, plan.diffusion.prediction_type)
         noisy = step.c_noisy * noisy + step.c_clean * clean
         if step.c_previous != 0.0:

@@ -13,7 +13,7 @@ from torch import Tensor
 from dpt import distributed, tasks
 from dpt.config.sections import EvaluationConfig
 from dpt.diffusion import noise as noises
-from dpt.diffusion.samplers import guide, make_plan, sample
+from dpt.diffusion.samplers import Plan, guide, make_plan, sample
 from dpt.errors import UserError
 from dpt.evaluation import ensembling
 from dpt.evaluation.loading import LoadedModel, load_model
@@ -208,13 +208,7 @@ class Predictor:
     ) -> Tensor:
         """Latents `[B, C, h, w]` from conditions `[B, K C, h, w]`, labels and seeds `[B]`."""
         config = self.config
-        plan = make_plan(
-            self.diffusion,
-            num_inference_steps=steps,
-            sampler=config.sampler,
-            eta=config.eta,
-            step_power=config.step_power,
-        )
+        plan = self._plan(steps)
         guided = config.guidance_scale != 1.0
         null = torch.full_like(labels, self.model.num_classes)
         task_labels = torch.cat((labels, labels)) if guided else labels
@@ -227,9 +221,11 @@ class Predictor:
             labels = labels[:1]
 
         def predict(noisy: Tensor, timesteps: Tensor) -> Tensor:
-            inputs = torch.cat((conditions, noisy), dim=1).to(self.dtype)
+            count = len(noisy)  # the conditional half alone, where guidance does not act
+            inputs = torch.cat((conditions[:count], noisy), dim=1).to(self.dtype)
+            told = None if embeddings is None else embeddings[:count]
             with float32_products(self.config.precision, self.device):
-                return self.network(inputs, timesteps[: len(labels)], labels, embeddings, task_labels).prediction
+                return self.network(inputs, timesteps[: len(labels)], labels[:count], told, task_labels[:count]).prediction
 
         channels = self.model.in_channels
         denoise = (
@@ -237,7 +233,20 @@ class Predictor:
             if guided
             else predict
         )
-        return sample(denoise, noises.initial_noise(self.diffusion.initial_noise, seeds, shape), plan, seeds=seeds)
+        return sample(
+            denoise, noises.initial_noise(self.diffusion.initial_noise, seeds, shape), plan, seeds=seeds, unguided=predict
+        )
+
+    def _plan(self, steps: int) -> Plan:
+        config = self.config
+        return make_plan(
+            self.diffusion,
+            num_inference_steps=steps,
+            sampler=config.sampler,
+            eta=config.eta,
+            step_power=config.step_power,
+            guidance_interval=(config.guidance_low, config.guidance_high),
+        )
 
     def decode(self, latents: Tensor, task: str, *, flow_code: str = "") -> Tensor:
         """Target latents `[S, N, M, C, h, w]` -> values: depth `[S, N, H, W]` in [0, 1]; flow `[S, N, 2, H, W]` as fractions of
@@ -254,9 +263,10 @@ class Predictor:
         )
 
     def prediction_macs(self, task: str, height: int, width: int, *, steps: int, ensemble: int) -> float:
-        """Multiply-accumulates of the network for one prediction from latents of height x width; guidance counts twice."""
-        passes = len(tasks.task_spec(task).targets) * (1 if self.config.guidance_scale == 1.0 else 2)
-        return float(macs(self.model, height, width).forward) * steps * ensemble * passes
+        """Multiply-accumulates of the network for one prediction from latents of height x width; guided steps count twice."""
+        doubled = self.config.guidance_scale != 1.0
+        passes = sum(1 + (doubled and step.guided) for step in self._plan(steps).steps)
+        return float(macs(self.model, height, width).forward) * passes * ensemble * len(tasks.task_spec(task).targets)
 
     # --- class-conditional images ---------------------------------------------------------------------------------------
 

@@ -108,7 +108,7 @@ def _fingerprint(one: EvaluationSet, config: EvaluationConfig, predictor: Predic
     if predictor is None:
         files = sorted(p for p in Path(config.predictions).rglob("*") if p.is_file())
         return shared | {"predictions": [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files]}
-    names: tuple[str, ...] = ("aggregation", "sampler", "eta", "step_power", "guidance_scale")
+    names: tuple[str, ...] = ("aggregation", "sampler", "eta", "step_power", "guidance_scale", "guidance_low", "guidance_high")
     names += ("precision", "seed", "save_predictions")
     sampling = {name: getattr(config, name) for name in names}
     chosen = {"schedule": predictor.diffusion.beta_schedule, "timestep_spacing": predictor.diffusion.timestep_spacing}
@@ -130,7 +130,17 @@ def _described(config: EvaluationConfig, predictor: Predictor | None) -> dict[st
     """How the predictions were made."""
     if predictor is None:
         return {"predictions": config.predictions}
-    names = ("weights", "use_ema", "aggregation", "sampler", "eta", "step_power", "guidance_scale")
+    names = (
+        "weights",
+        "use_ema",
+        "aggregation",
+        "sampler",
+        "eta",
+        "step_power",
+        "guidance_scale",
+        "guidance_low",
+        "guidance_high",
+    )
     return {
         **{name: getattr(config, name) for name in (*names, "precision", "seed")},
         "schedule": predictor.diffusion.beta_schedule,

@@ -115,7 +115,12 @@ def sample_classes(config: DptConfig, network: DiT, size: tuple[int, int], label
             channels=config.model.in_channels,
             guided_channels=sampling.guidance_channels,
         )
-    return sample(denoise, noise, make_plan(config.diffusion, num_inference_steps=sampling.num_inference_steps))
+    plan = make_plan(
+        config.diffusion,
+        num_inference_steps=sampling.num_inference_steps,
+        guidance_interval=(sampling.guidance_low, sampling.guidance_high),
+    )
+    return sample(denoise, noise, plan, unguided=predict)
 
 
 def _grid(images: list[np.ndarray]) -> np.ndarray:

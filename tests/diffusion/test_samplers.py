@@ -209,6 +209,33 @@ def test_guidance_on_all_or_the_first_channels():
     assert torch.allclose(first[:, 3:], torch.cat((x, x), 1)[:, 3:])
 
 
+def test_guidance_acts_within_its_interval_alone_and_costs_two_passes_there_only():
+    """w(t) = w inside, 1 outside (Kynkaanniemi et al. 2024, eq. 4 and 5): against a loop that mixes by that weight itself."""
+    config, low, high, scale = DiffusionConfig(prediction_type="sample"), 0.2, 0.6, 3.0
+    passes = []
+
+    def predict(x, t):
+        passes.append((len(x), int(t[0])))
+        half = len(x) // 2 if len(x) > 2 else len(x)
+        wanted = torch.arange(len(x)) < half
+        return torch.sin(x) * torch.where(wanted, 1.0, -0.5)[:, None, None, None]
+
+    plan = samplers.make_plan(config, num_inference_steps=10, guidance_interval=(low, high))
+    guided = samplers.guide(predict, scale=scale, channels=4)
+    found = samplers.sample(guided, _start(), plan, unguided=predict)
+    for count, timestep in passes:
+        assert count == (4 if low <= timestep / 1000 <= high else 2)
+    assert {count for count, _ in passes} == {2, 4}
+
+    def mixed(x, t):
+        weight = scale if low <= int(t[0]) / 1000 <= high else 1.0
+        conditional, unconditional = torch.sin(x), -0.5 * torch.sin(x)
+        return unconditional + weight * (conditional - unconditional)
+
+    expected = samplers.sample(mixed, _start(), samplers.make_plan(config, num_inference_steps=10))
+    torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("steps", [5, 7, 50])
 def test_flow_that_learnt_fractions_is_told_fractions(steps):
     """DiT-MoE's sampler: z <- z - v(z, i / n) / n for i = n ... 1, at steps that do not divide T too."""

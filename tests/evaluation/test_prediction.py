@@ -216,3 +216,19 @@ def test_sampling_follows_the_weights_spacing_and_time():
     config = EvaluationConfig(timestep_spacing="trailing")
     other = Predictor(dataclasses.replace(model, diffusion=diffusion), config=config, device="cpu")
     assert other.diffusion.timestep_spacing == "trailing"
+
+
+def test_steps_outside_the_guidance_interval_cost_one_pass():
+    def passes(**fields):
+        predictor = Predictor(make_model("depth"), config=EvaluationConfig(**fields), device="cpu")
+        seen = []
+        predictor.network.register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))
+        predictor.predict_latents(torch.zeros(1, 2, 4, 4, 4), ["a"], [0], task="depth", steps=10)
+        alone = Predictor(make_model("depth"), config=EvaluationConfig(), device="cpu")
+        one = alone.prediction_macs("depth", 4, 4, steps=1, ensemble=1)
+        assert predictor.prediction_macs("depth", 4, 4, steps=10, ensemble=1) == sum(seen) * one
+        return sum(seen)
+
+    assert passes() == 10
+    assert passes(guidance_scale=2.0) == 20
+    assert 10 < passes(guidance_scale=2.0, guidance_low=0.2, guidance_high=0.6) < 20
