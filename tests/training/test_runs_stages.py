@@ -1,12 +1,14 @@
 """Real runs, one stage after the other: pre-training, fine-tuning for each task, upcycling."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 from training_runs import Runs, ToyRun, zero
-from training_toys import VAE, make_shards, records
+from training_toys import ROOT, VAE, environment, make_shards, records
 
 from dpt.evaluation import loading
 from dpt.evaluation.prediction import Predictor
@@ -84,3 +86,19 @@ def test_a_checkpoint_predicts_as_its_export(runs: Runs, monkeypatch: pytest.Mon
         state = other.network.state_dict()
         assert all(torch.equal(tensor, state[name]) for name, tensor in export.network.state_dict().items())
         np.testing.assert_allclose(other([image], steps=1)[0].value, export([image], steps=1)[0].value, atol=1e-5)
+
+
+def test_the_evaluation_launcher_reads_checkpoints(runs: Runs) -> None:
+    """As far as the VAE, which is of no latents here: by then all weights have been read."""
+    run = runs("finetune_depth")
+    command = [
+        sys.executable,
+        "launchers/evaluate.py",
+        "--evaluation.weights",
+        str(run / "checkpoints"),
+        "--tracking.enabled",
+        "false",
+    ]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2
+    assert "trained on latents of another VAE than 'embedded'" in done.stderr.splitlines()[-1]
