@@ -14,7 +14,7 @@ import argparse
 import os
 from typing import TYPE_CHECKING, Any
 
-from data_tools.readers import READERS, Reader, open_reader, parse_options
+from data_tools.readers import READERS, Reader, changed_options, open_reader, parse_options
 from dpt import distributed
 from dpt.errors import UserError, reported
 from dpt.tasks import FLOW_CODE, FLOW_CODES
@@ -122,6 +122,7 @@ def build_job(arguments: argparse.Namespace) -> "EncodingJob":
         layout=layout,
         split=arguments.split,
         out=Path(arguments.out),
+        options=changed_options(arguments.dataset, options),
         samples_per_shard=arguments.samples_per_shard or shard_size,
         shuffle_seed=None if arguments.evaluation or arguments.shuffle_seed < 0 else arguments.shuffle_seed,
         processes=(max(1, min(16, cores - 1)) if on_gpu else 1) if arguments.processes is None else arguments.processes,

@@ -161,6 +161,19 @@ def all_valid_prompt(height: int, width: int) -> np.ndarray:
     return np.ones((3, height, width), dtype=np.float32)
 
 
+DEPTH_PROMPT = "all_valid"
+"""What depth's second condition shows, unless one is told otherwise, and what predictions are given."""
+DEPTH_PROMPTS = (DEPTH_PROMPT, "ground_truth")
+"""all_valid: `all_valid_prompt`. ground_truth: where the truth is known, as in the authors' released code."""
+
+
+def check_depth_prompt(prompt: str, source: str) -> str:
+    """`prompt` itself; UserError, naming `source`, if it is none."""
+    if prompt not in DEPTH_PROMPTS:
+        raise UserError(f"{source}: depth prompt {prompt!r} is unknown; it is one of {', '.join(DEPTH_PROMPTS)}.")
+    return prompt
+
+
 # --- depth --------------------------------------------------------------------------------------------------------------
 
 

@@ -14,6 +14,7 @@ if __name__ == "__main__":
             distributed.init()
         from dpt.evaluation.runner import run_evaluation
         from dpt.evaluation.summary import format_summary
+        from dpt.training.export import load_weights
 
-        distributed.log(format_summary(run_evaluation(recipe)))
+        distributed.log(format_summary(run_evaluation(recipe, read=load_weights)))
         distributed.shutdown()

@@ -6,8 +6,8 @@ so a job may be killed at any moment. Batches never cross shards: the bytes do n
 
 import hashlib
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,8 @@ class EncodingJob:
     layout: Layout
     split: str
     out: Path
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """The reader's own options that are not its defaults (`data_tools.readers.changed_options`)."""
     samples_per_shard: int = 1024
     """Inputs of one shard (fewer samples if some cannot be read, twice as many if perception samples are mirrored too)."""
     shuffle_seed: int | None = 0
@@ -57,6 +59,7 @@ class EncodingJob:
             "dataset": self.reader.name,
             "split": self.split,
             "reader_version": self.reader.version,
+            **({"options": dict(self.options)} if self.options else {}),
             "num_inputs": len(keys),
             "inputs_sha256": hashlib.sha256("\n".join(keys).encode()).hexdigest(),
             "vae_sha256": codec.sha256,

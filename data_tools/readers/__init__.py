@@ -20,7 +20,7 @@ from data_tools.readers.pix2gestalt import Pix2Gestalt
 from data_tools.readers.scannet import ScanNet
 from dpt.errors import UserError
 
-__all__ = ["READERS", "Excluded", "ReadError", "Reader", "Sample", "open_reader", "parse_options"]
+__all__ = ["READERS", "Excluded", "ReadError", "Reader", "Sample", "changed_options", "open_reader", "parse_options"]
 
 READERS: dict[str, Callable[..., Reader]] = {
     "coco_amodal": COCOAmodal,
@@ -63,6 +63,12 @@ def parse_options(name: str, texts: Mapping[str, str]) -> dict[str, Any]:
     opener = READERS[name]
     hints = get_type_hints(opener.__init__ if inspect.isclass(opener) else opener)
     return {option: _parsed(name, option, text, hints[option]) for option, text in texts.items()}
+
+
+def changed_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the reader's parsed `options` that differ from its defaults, by name in alphabetical order."""
+    parameters = inspect.signature(READERS[name]).parameters
+    return {option: value for option, value in sorted(options.items()) if value != parameters[option].default}
 
 
 def _check_options(name: str, options: Mapping[str, Any]) -> None:

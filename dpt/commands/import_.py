@@ -85,7 +85,7 @@ def run(arguments: argparse.Namespace) -> None:
         sections["vae"] = dataclasses.asdict(record)
     print(f"{export_weights(weights, arguments.out, sections=sections)}: {weights.source}, task {sections['task']}")
     if "diffusion" in sections:
-        print(f"  objective: {describe(sections['diffusion'])}")
+        print(f"  objective: {describe(sections['diffusion'], str(arguments.out))}")
     for name, option in {"diffusion": "--objective or --scheduler", "vae": "--vae"}.items():
         if name not in sections:
             print(f"  its {name} is not known; give it with {option} before predicting with it")

@@ -28,7 +28,7 @@ def selected_runs(arguments: argparse.Namespace) -> tuple[list[RunRecord], list[
 
 def add_sampling_options(parser: argparse.ArgumentParser, *, steps: int, guidance: float) -> None:
     """Weights, and how the sampler goes."""
-    parser.add_argument("--weights", required=True, help="exported weights, or public ones")
+    parser.add_argument("--weights", required=True, help="exported weights, a checkpoint, or public weights")
     parser.add_argument("--vae", default="", help="VAE, where the weights do not name theirs")
     parser.add_argument("--steps", type=int, default=steps, help="sampler steps (default: %(default)s)")
     parser.add_argument("--sampler", default="ddim", choices=("ddim", "ddpm", "dpmsolver++"), help="(default: %(default)s)")

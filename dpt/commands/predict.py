@@ -25,6 +25,7 @@ def run(arguments: argparse.Namespace) -> None:
     from dpt.data.clip import load_clip
     from dpt.evaluation.outputs import write_outputs
     from dpt.evaluation.prediction import Predictor
+    from dpt.training.export import load_weights
 
     if arguments.second and arguments.mask:
         raise UserError("--second is for flow and --mask for amodal; give one of them.")
@@ -42,7 +43,9 @@ def run(arguments: argparse.Namespace) -> None:
                 f"{path} is of {sizes[0]} pixels, its {'second frame' if arguments.second else 'mask'} of {sizes[1]}."
             )
     names = _unique_names(arguments.images)
-    predictor = Predictor(arguments.weights, config=sampling_config(arguments), vae=arguments.vae, device=arguments.device)
+    predictor = Predictor(
+        arguments.weights, config=sampling_config(arguments), vae=arguments.vae, device=arguments.device, read=load_weights
+    )
     task = arguments.task or predictor.task
     embeddings = None
     if arguments.clip:

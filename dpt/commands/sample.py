@@ -19,12 +19,15 @@ def run(arguments: argparse.Namespace) -> None:
     from PIL import Image
 
     from dpt.evaluation.prediction import Predictor
+    from dpt.training.export import load_weights
 
     try:
         labels = [int(label) for label in arguments.labels.split(",")]
     except ValueError:
         raise UserError(f'--labels "{arguments.labels}": give class ids, separated by commas.') from None
-    predictor = Predictor(arguments.weights, config=sampling_config(arguments), vae=arguments.vae, device=arguments.device)
+    predictor = Predictor(
+        arguments.weights, config=sampling_config(arguments), vae=arguments.vae, device=arguments.device, read=load_weights
+    )
     classes = predictor.model.num_classes
     if not all(0 <= label < classes for label in labels):
         raise UserError(f"--labels {arguments.labels}: the weights know classes 0 to {classes - 1}.")

@@ -405,7 +405,7 @@ class EvaluationConfig:
     """What the evaluator predicts and scores. Lists are swept."""
 
     weights: str = ""
-    """Exported weights (or a checkpoint) to evaluate."""
+    """Weights to evaluate: an exported folder, a checkpoint (or a run's folder: its newest), or public weights."""
     use_ema: bool = True
     """Evaluate the averaged weights rather than the plain ones."""
     data: list[str] = field(default_factory=list)

@@ -1,6 +1,7 @@
 """From stored weights to a network ready to predict."""
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, get_args, get_type_hints
@@ -8,10 +9,12 @@ from typing import Any, Protocol, get_args, get_type_hints
 from torch import Tensor, nn
 
 from dpt import tasks
+from dpt.config.recipe import section_from_dict
 from dpt.config.sections import DiffusionConfig, ModelConfig
 from dpt.data.codec import load_vae
 from dpt.errors import UserError
 from dpt.models.pretrained import read_weights
+from dpt.models.weights import Weights
 
 
 class Codec(Protocol):
@@ -42,16 +45,21 @@ class LoadedModel:
     codec: Codec
     flow_code: str = tasks.FLOW_CODE
     """How its flow targets are coded: one of `tasks.FLOW_CODES`."""
+    depth_prompt: str = tasks.DEPTH_PROMPT
+    """What depth's second condition showed in training: one of `tasks.DEPTH_PROMPTS`."""
     lineage: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def load_model(weights: str | Path, *, vae: str = "", use_ema: bool = True) -> LoadedModel:
-    """The network in `weights` (what `dpt.models.pretrained.read_weights` reads), its objective, task and VAE.
+def load_model(
+    weights: str | Path, *, vae: str = "", use_ema: bool = True, read: Callable[..., Weights] = read_weights
+) -> LoadedModel:
+    """The network in `weights`, its objective, task and VAE.
 
-    vae: as in `dpt.data.codec.load_vae`; empty: the one that the weights name. UserError if something is missing, is not
+    vae: as in `dpt.data.codec.load_vae`; empty: the one that the weights name. read: what reads the weights, called with `ema`;
+    commands give `dpt.training.export.load_weights`, which reads checkpoints too. UserError if something is missing, is not
     implemented, or is another VAE than that of training.
     """
-    found = read_weights(weights, ema=use_ema)
+    found = read(weights, ema=use_ema)
     sections = found.sections
     if "diffusion" not in sections:
         raise UserError(
@@ -73,6 +81,7 @@ def load_model(weights: str | Path, *, vae: str = "", use_ema: bool = True) -> L
         task=sections.get("task", "class"),
         codec=codec,
         flow_code=tasks.check_flow_code(sections.get("flow_code", tasks.FLOW_CODE), str(weights)),
+        depth_prompt=tasks.check_depth_prompt(sections.get("depth_prompt", tasks.DEPTH_PROMPT), str(weights)),
         lineage=sections.get("lineage") or {},
     )
 
@@ -84,4 +93,5 @@ def _read_diffusion(values: dict[str, Any], source: str) -> DiffusionConfig:
         choices = get_args(hints.get(name))
         if name not in hints or (choices and value not in choices):
             raise UserError(f"{source}: diffusion.{name} = {value!r} is unknown to dpt; these weights cannot be sampled.")
-    return DiffusionConfig(**values)
+    config: DiffusionConfig = section_from_dict(DiffusionConfig, values, source, prefix="diffusion")
+    return config

@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,8 @@ from dpt.errors import UserError
 from dpt.evaluation import ensembling
 from dpt.evaluation.loading import LoadedModel, load_model
 from dpt.models.costs import macs
+from dpt.models.pretrained import read_weights
+from dpt.models.weights import Weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +33,7 @@ class Prediction:
 
 
 class Predictor:
-    """Predicts with `weights`: an exported folder, a checkpoint, public weights, or a `LoadedModel`.
+    """Predicts with `weights`: an exported folder, public weights, or a `LoadedModel`; `vae` and `read` as in `load_model`.
 
     Every field of `config` that concerns sampling holds. Results are float32 and depend on (seed, key, member, steps), not on
     how samples are batched. UserError for weights that cannot be used.
@@ -44,14 +46,18 @@ class Predictor:
         config: EvaluationConfig | None = None,
         vae: str = "",
         device: "torch.device | str | None" = None,
+        read: Callable[..., Weights] = read_weights,
     ) -> None:
         self.config = config or EvaluationConfig()
         self.device = torch.device(device) if device is not None else distributed.device()
-        loaded = weights if isinstance(weights, LoadedModel) else load_model(weights, vae=vae, use_ema=self.config.use_ema)
+        if isinstance(weights, LoadedModel):
+            loaded = weights
+        else:
+            loaded = load_model(weights, vae=vae, use_ema=self.config.use_ema, read=read)
         self.dtype = torch.bfloat16 if self.config.precision == "bf16" else torch.float32
         self.network = loaded.network.to(self.device, self.dtype).eval()
         self.model, self.task, self.codec, self.lineage = loaded.model, loaded.task, loaded.codec, loaded.lineage
-        self.flow_code = loaded.flow_code
+        self.flow_code, self.depth_prompt = loaded.flow_code, loaded.depth_prompt
         self.codec.to(self.device)
         self.config = self.config.settled(loaded.diffusion)
         spacing = self.config.timestep_spacing or loaded.diffusion.timestep_spacing

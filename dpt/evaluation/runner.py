@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,10 @@ from dpt.evaluation.sets import EvaluationSet, open_sets
 from dpt.evaluation.summary import pick_samples, protocol_line, summarize, tracked_metrics
 from dpt.models.attention import use_backend
 from dpt.models.costs import macs
+from dpt.models.pretrained import read_weights
+from dpt.models.weights import Weights
 from dpt.progress import progress
+from dpt.tasks import DEPTH_PROMPT
 
 SUMMARY_VERSION = 1
 
@@ -53,7 +57,7 @@ def evaluate(config: EvaluationConfig, *, predictor: Predictor | None = None, ca
 
 def check_set(one: EvaluationSet, predictor: Predictor | None) -> None:
     """UserError if the model cannot predict for the set: another task, other conditions, latents of another VAE, no CLIP
-    embeddings where it takes them."""
+    embeddings where it takes them, depth prompts made of the truth that it has not learnt with."""
     if predictor is None:
         return
     predictor.check_task(one.task)
@@ -74,6 +78,21 @@ def check_set(one: EvaluationSet, predictor: Predictor | None) -> None:
             f"{one.folder}: the latents were made by VAE {one.manifest.vae.name!r}, the model's is another one; "
             "encode the set with the model's VAE."
         )
+    _check_depth_prompt(one, predictor)
+
+
+def _check_depth_prompt(one: EvaluationSet, predictor: Predictor) -> None:
+    """UserError if the network is shown prompts that are made of the truth and has not learnt with them; where it has learnt
+    with them and is shown the all-valid one, that is said, and the summary names it."""
+    learnt = predictor.depth_prompt
+    if predictor.model.num_conditions < 2 or one.depth_prompt in ("", learnt):
+        return
+    if one.depth_prompt != DEPTH_PROMPT:
+        raise UserError(
+            f"{one.folder}: encoded with --prompt {one.depth_prompt}, the weights learnt with {learnt}; encode the set with "
+            f"--prompt {learnt}."
+        )
+    distributed.log(f"{one.name}: depth is asked with the prompt {one.depth_prompt}; the weights learnt with {learnt}.")
 
 
 def _evaluate_set(one: EvaluationSet, config: EvaluationConfig, predictor: Predictor | None) -> dict[str, Any]:
@@ -177,15 +196,18 @@ def _draw(one: EvaluationSet, scorer: Scorer, records: list[Record], count: int,
             write_page(page, folder / f"{one.name}_{title}.png", f"{one.name}: {title} by {metric}")
 
 
-def run_evaluation(recipe: Recipe) -> dict[str, Any]:
-    """`evaluate` a recipe's `dpt.evaluation`, recorded in MLflow under the run that trained the weights."""
+def run_evaluation(recipe: Recipe, *, read: Callable[..., Weights] = read_weights) -> dict[str, Any]:
+    """`evaluate` a recipe's `dpt.evaluation`, recorded in MLflow under the run that trained the weights; `read` as in
+    `dpt.evaluation.loading.load_model`."""
     from dpt.tracking import start_run
 
     config = recipe.dpt.evaluation
     distributed.log(use_backend(recipe.dpt.attention_backend))
     output = Path(config.output_dir)
     vae = recipe.dpt.data.vae if recipe.dpt.data.vae != DataConfig().vae else ""  # the default: the one that the weights name
-    predictor = Predictor(config.weights, config=config, vae=vae) if config.weights and not config.predictions else None
+    predictor = None
+    if config.weights and not config.predictions:
+        predictor = Predictor(config.weights, config=config, vae=vae, read=read)
     parent = str(predictor.lineage.get("run_id") or "") if predictor is not None else ""
     name = f"evaluate {Path(config.predictions or config.weights).name}"
     with start_run(

@@ -35,6 +35,7 @@ def summarize(one: EvaluationSet, records: Iterable[Record]) -> dict[str, Any]:
         "num_samples_of_protocol": one.protocol.num_samples or None,
         "list_sha256": list_sha256(records),
         "data_sha256": one.manifest.data_sha256,
+        **({"depth_prompt": one.depth_prompt} if one.depth_prompt else {}),
         "results": results,
         **{reference.kind: figures.get(reference) or None for reference in REFERENCES},
     }

@@ -109,9 +109,9 @@ def pipeline_scheduler(folder: Path) -> DiffusionConfig | None:
     return read_scheduler(file) if file.is_file() else None
 
 
-def describe(values: Mapping[str, Any]) -> str:
-    """One line of what a "diffusion" section says."""
-    config = DiffusionConfig(**values)
+def describe(values: Mapping[str, Any], source: str) -> str:
+    """One line of what a "diffusion" section says. UserError, naming `source`, for fields that dpt does not know."""
+    config = section_from_dict(DiffusionConfig, values, source, prefix="diffusion")
     text = f"{config.prediction_type}, {config.num_train_timesteps} timesteps ({config.timestep_spacing})"
     if config.prediction_type == "rectified_flow":
         return f"{text}, time as {config.time_convention}"

@@ -52,8 +52,9 @@ def collect(
 
     `y` is a metric, or "1-METRIC" for the error of a share. A metric "eval/TASK/[SET/]NAME" gives a point for each evaluation
     (its main setting, or the one with these `steps` and `ensemble`), and for each of its settings if `x` is a test-time
-    quantity. Another metric gives each training's last value, or with `curve` what was recorded all along: without the
-    beginning (`settled`), in means over stretches (`stretches`). Raises UserError if nothing fits.
+    quantity; SET is needed where an evaluation has several sets of the task. Another metric gives each training's last value,
+    or with `curve` what was recorded all along: without the beginning (`settled`), in means over stretches (`stretches`).
+    Raises UserError if nothing fits.
     """
     name, complement = (y[2:], True) if y.startswith("1-") else (y, False)
     if name.startswith("eval/"):
@@ -79,6 +80,9 @@ def _evaluated(
     for record in records:
         rows = [r for r in evaluation_rows(record) if r.run is not None and r.task == task and metric in r.metrics]
         rows = [r for r in rows if not dataset or r.dataset == "/".join(dataset)]
+        if len(sets := {r.dataset for r in rows}) > 1:
+            names = " or ".join(f"eval/{task}/{one}/{metric}" for one in sorted(sets))
+            raise UserError(f"{record.name}: {name} is of several sets in this evaluation; choose {names}.")
         rows = [r for r in rows if steps in (None, r.steps) and ensemble in (None, r.ensemble)]
         if x not in TEST_TIME and steps is None and ensemble is None and len(rows) > 1:
             rows = [r for r in rows if r.metrics[metric] == record.metrics.get(name)][:1]

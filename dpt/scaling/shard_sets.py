@@ -30,7 +30,7 @@ ARGUMENTS = {
     "--clip CLIP",
 }
 """Folder below data/shards: what `data_tools.encode` is called with, beside --vae and --out. DIR: where the sets lie as they
-were downloaded; CLIP: folder of the CLIP image tower."""
+were downloaded; CLIP: the CLIP image tower, a folder or the hub name that docs/reproduce.md gives."""
 
 IMAGES = {"hypersim": 7370, "nyuv2": 654, "scannet": 800, "eth3d": 454, "diode": 771, "kitti": 652, "flying_chairs": 640}
 """Images of the evaluation sets whose number is published."""

@@ -17,8 +17,9 @@
 `{size}` in a recipe's path stands for the value's name. An axis gives its fields to every stage that lists it, or to those
 alone that it names: `size: {stages: [pretrain], values: {...}}`; an evaluation takes fields of `evaluation` only. `weights`
 names an earlier stage, whose launch with the same values gives the weights. `weights.step: N` among an axis's fields takes them
-from the checkpoint that this launch has kept of its step N (`training.keep_every`); an evaluation takes exported weights, so
-there a fine-tuning of `training.steps: 0` stands between.
+from the checkpoint that this launch has kept of its step N (`training.keep_every`). Before an evaluation a
+fine-tuning of `training.steps: 0` stands between: its compute is that until step N, where an evaluation that names the
+checkpoint itself would stand over that of the whole run.
 """
 
 import functools

@@ -52,39 +52,40 @@ class Observation:
 def observe(
     records: Sequence[RunRecord], family: Sequence[RunRecord], task: str, metric: str, *, dataset: str = ""
 ) -> list[Observation]:
-    """What the evaluations of models trained for `task` say, of those among `records`; models without pre-training are left out
-    (they follow another law).
+    """What the evaluations of models trained for `task` say, of those among `records`, or of generalists if there are none: the
+    two follow different laws, as do models without pre-training, which are left out.
 
     Raises UserError if they are of several data sets and none is named.
     """
-    found, datasets = [], set()
+    found: list[tuple[str, str, Observation]] = []  # (trained for, data set, ...)
     for record in records:
         rows = [r for r in evaluation_rows(record) if r.run is not None and r.task == task and metric in r.metrics]
         line = [r for r in ancestors(record, family) if r.stage != "evaluate"]
         samples = {stage: sum(_samples(r) for r in line if r.stage == stage) for stage in ("pretrain", "finetune", "upcycle")}
         config = section(line[0], "model", ModelConfig) if line else None
-        if config is None or not samples["pretrain"] or line[0].params.get("task", task) != task:
+        trained = line[0].params.get("task", task) if line else ""
+        if config is None or not samples["pretrain"] or trained not in (task, "generalist"):
             continue
         quantities = factor_values(config, samples["pretrain"], samples["finetune"] + samples["upcycle"])
         for row in rows:
             if dataset in ("", row.dataset):
-                datasets.add(row.dataset)
                 value = row.metrics[metric]
-                found.append(
-                    Observation(
-                        error=value if METRICS[metric].lower_is_better else 1 - value,
-                        config=config,
-                        quantities=quantities,
-                        upcycled=samples["upcycle"] > 0,
-                        steps=row.steps or 0,
-                        ensemble=row.ensemble or 0,
-                        run_id=line[0].run_id,
-                        evaluation_id=record.run_id,
-                    )
+                observation = Observation(
+                    error=value if METRICS[metric].lower_is_better else 1 - value,
+                    config=config,
+                    quantities=quantities,
+                    upcycled=samples["upcycle"] > 0,
+                    steps=row.steps or 0,
+                    ensemble=row.ensemble or 0,
+                    run_id=line[0].run_id,
+                    evaluation_id=record.run_id,
                 )
-    if len(datasets) > 1:
+                found.append((trained, row.dataset, observation))
+    chosen = task if any(trained == task for trained, *_ in found) else "generalist"
+    found = [one for one in found if one[0] == chosen]
+    if len(datasets := {name for _, name, _ in found}) > 1:
         raise UserError(f"the evaluations are of {', '.join(sorted(datasets))}; choose one with --dataset.")
-    return found
+    return [observation for *_, observation in found]
 
 
 def factor_values(config: ModelConfig, pretrain_samples: float, finetune_samples: float) -> dict[str, float]:

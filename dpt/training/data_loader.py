@@ -8,7 +8,7 @@ from dpt.config.recipe import DptConfig
 from dpt.data.manifest import Manifest, VAERecord
 from dpt.data.stream import LatentStream
 from dpt.errors import UserError
-from dpt.tasks import FLOW_CODE
+from dpt.tasks import DEPTH_PROMPT, FLOW_CODE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +20,8 @@ class DataLoader:
     """One a source, in the order of `dpt.data.shards`."""
     latent_size: tuple[int, int]
     """(h, w)."""
+    depth_prompt: str
+    """What the second condition of all depth sets shows (`dpt.tasks.DEPTH_PROMPTS`); empty if the network is shown none."""
 
     @property
     def vae(self) -> VAERecord:
@@ -84,12 +86,24 @@ def open_data_loader(
             raise UserError(
                 f"{name}: flow is coded as {code!r}, in {other} as {wanted!r}; encode the set with --flow-code {wanted}."
             )
+    prompts = {name: _depth_prompt(m) for name, m in stream.manifests.items() if m.task == "depth"}
+    if config.model.num_conditions < 2:
+        prompts = {}
+    for name, prompt in prompts.items():
+        wanted = next(iter(prompts.values()))
+        if prompt != wanted:
+            raise UserError(f"{name}: encoded with --prompt {prompt}, another set with {wanted}; encode both with the same.")
     height, width = manifests[0].members[main].shape[-2:]
-    return DataLoader(stream=stream, manifests=manifests, latent_size=(height, width))
+    depth_prompt = next(iter(prompts.values()), "")
+    return DataLoader(stream=stream, manifests=manifests, latent_size=(height, width), depth_prompt=depth_prompt)
 
 
 def _flow_code(manifest: Manifest) -> str:
     return str(manifest.encoding.get("flow_code") or FLOW_CODE)
+
+
+def _depth_prompt(manifest: Manifest) -> str:
+    return str(manifest.encoding.get("prompt") or DEPTH_PROMPT)
 
 
 def _members(config: DptConfig, main: str) -> list[str]:

@@ -22,14 +22,18 @@ from dpt.training.checkpoint import (
 from dpt.training.outputs import CHECKPOINTS
 
 
-def weights_sections(config: DptConfig, vae: VAERecord, lineage: dict[str, Any], flow_code: str = "") -> dict[str, Any]:
-    """What `config.json` says of exported weights beside the network: the objective, VAE, task and flow code that they need."""
+def weights_sections(
+    config: DptConfig, vae: VAERecord, lineage: dict[str, Any], *, flow_code: str = "", depth_prompt: str = ""
+) -> dict[str, Any]:
+    """What `config.json` says of exported weights beside the network: the objective, VAE and task that they need, and how flow
+    was coded and what depth's second condition showed, where they learnt with these."""
     return {
         "diffusion": dataclasses.asdict(config.diffusion),
         "vae": dataclasses.asdict(vae),
         "task": config.task,
         "lineage": lineage,
         **({"flow_code": flow_code} if flow_code else {}),
+        **({"depth_prompt": depth_prompt} if depth_prompt else {}),
     }
 
 

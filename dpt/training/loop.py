@@ -265,7 +265,13 @@ class Trainer:
                 "precision": self.recipe.precision,
             },
             "recipe": self.recipe.to_dict(),
-            "sections": weights_sections(self.config, self.data_loader.vae, self._lineage(), self.data_loader.flow_code),
+            "sections": weights_sections(
+                self.config,
+                self.data_loader.vae,
+                self._lineage(),
+                flow_code=self.data_loader.flow_code,
+                depth_prompt=self.data_loader.depth_prompt,
+            ),
             "dpt_version": __version__,
         }
 

@@ -194,3 +194,21 @@ def test_amodal_evaluation_sets_keep_the_mask_that_the_true_picture_gives(tmp_pa
     (sample,) = iter_samples(out)
     assert sample["code_mask"].sum() == 64
     np.testing.assert_array_equal(sample["code_mask"] > 0, (mask > 0) & (whole[..., 0] == 90))
+
+
+def test_shards_of_other_reader_options_are_refused(tmp_path: Path, vae: str, monkeypatch, capsys) -> None:
+    def opened(root: Path, split: str, *, filtered: bool = True) -> Made:
+        return Made("depth", [(40, 48), (40, 48)])
+
+    monkeypatch.setitem(READERS, "made", opened)
+    out = tmp_path / "out"
+    main(arguments(tmp_path, out, vae, "--option", "filtered=false", dataset="made"))
+    assert read_manifest(out).encoding["options"] == {"filtered": False}
+    with pytest.raises(SystemExit) as caught:
+        main(arguments(tmp_path, out, vae, dataset="made"))
+    assert caught.value.code == 2
+    assert "made with options {'filtered': False} instead of None" in capsys.readouterr().err
+    plain = tmp_path / "plain"
+    main(arguments(tmp_path, plain, vae, dataset="made"))
+    main(arguments(tmp_path, plain, vae, "--option", "filtered=true", dataset="made"))  # the default, named
+    assert "options" not in read_manifest(plain).encoding

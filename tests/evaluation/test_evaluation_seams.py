@@ -9,6 +9,7 @@ from PIL import Image
 
 from dpt import tasks
 from dpt.config.sections import EvaluationConfig
+from dpt.data.manifest import read_manifest, write_manifest
 from dpt.errors import UserError
 from dpt.evaluation.ensembling import merge_depth
 from dpt.evaluation.generation import ImageSource
@@ -58,6 +59,29 @@ def test_weights_with_clip_refuse_what_has_none(tmp_path):
     image = np.zeros((32, 32, 3), np.uint8)
     with pytest.raises(UserError, match="--clip"):
         predictor([image], others=[image[..., 0] > 0])
+
+
+def test_depth_prompts_that_the_weights_have_not_learnt_with(tmp_path, capsys):
+    """Prompts made of the truth are refused; the all-valid one, which tells nothing, is named."""
+    folders = {}
+    for prompt in tasks.DEPTH_PROMPTS:
+        folders[prompt] = make_set(tmp_path / prompt, count=1)
+        manifest = read_manifest(folders[prompt])
+        write_manifest(folders[prompt], dataclasses.replace(manifest, encoding={"prompt": prompt}))
+    config = EvaluationConfig(output_dir=str(tmp_path / "out"), steps=[1], ensemble=[1], pictures=0)
+
+    def scored(prompt, learnt, **model):
+        predictor = Predictor(dataclasses.replace(make_model(**model), depth_prompt=learnt), config=config, device="cpu")
+        summary = evaluate(dataclasses.replace(config, data=[str(folders[prompt])]), predictor=predictor)
+        return summary["sets"]["synthetic_val"]["depth_prompt"]
+
+    with pytest.raises(UserError, match="--prompt ground_truth, the weights learnt with all_valid; encode the set"):
+        scored("ground_truth", "all_valid")
+    assert scored("ground_truth", "all_valid", num_conditions=1) == "ground_truth"  # which such a network is not shown
+    assert scored("ground_truth", "ground_truth") == "ground_truth"
+    assert "learnt with" not in capsys.readouterr().out
+    assert scored("all_valid", "ground_truth") == "all_valid"
+    assert "asked with the prompt all_valid; the weights learnt with ground_truth" in capsys.readouterr().out
 
 
 def test_flow_is_decoded_as_the_weights_code_it():

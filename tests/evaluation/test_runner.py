@@ -262,7 +262,9 @@ def test_an_evaluation_is_recorded_under_its_parent(depth_set, tmp_path, monkeyp
 
     recorder = Recorder()
     monkeypatch.setattr(tracking, "start_run", lambda config, **more: (recorder.started.update(more), recorder)[1])
-    monkeypatch.setattr(runner, "Predictor", lambda weights, config, vae: Predictor(make_model(), config=config, device="cpu"))
+    monkeypatch.setattr(
+        runner, "Predictor", lambda weights, config, vae, read: Predictor(make_model(), config=config, device="cpu")
+    )
     config = _config(tmp_path / "out", depth_set, weights="runs/depth/weights", steps=[2], ensemble=[1], pictures=1)
     runner.run_evaluation(Recipe(deepspeed={}, dpt=DptConfig(evaluation=config)))
     assert recorder.started["stage"] == "evaluate"

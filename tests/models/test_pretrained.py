@@ -56,6 +56,7 @@ def test_public_weights_compute_what_their_source_computes(tmp_path, kind):
 def test_the_architecture_is_told_by_keys_and_shapes(tmp_path):
     weights = read_weights(public_file(tmp_path, **PUBLIC["generalist"])[0], num_heads=4)
     config = weights.config
+    assert (weights.sections["flow_code"], weights.sections["depth_prompt"]) == ("linear_75", "ground_truth")
     assert (config.num_experts, config.top_k, config.normalize_top_k, config.expert_activation) == (4, 2, False, "gelu")
     assert (config.num_conditions, config.patch_embed_tasks, config.num_classes, config.input_size) == (2, 4, 1004, 8)
     assert weights.source == "public generalist"

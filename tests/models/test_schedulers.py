@@ -9,7 +9,7 @@ import torch
 
 from dpt.diffusion import samplers
 from dpt.errors import UserError
-from dpt.models.schedulers import read_scheduler
+from dpt.models.schedulers import describe, read_scheduler
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -174,3 +174,9 @@ def test_clipping_that_diffusers_defaults_to_is_refused_too(tmp_path):
     (tmp_path / "scheduler_config.json").write_text(json.dumps({"_class_name": "DDIMScheduler"}))
     with pytest.raises(UserError, match="diffusers' default"):
         read_scheduler(tmp_path)
+
+
+def test_a_stored_objective_with_an_unknown_field_is_one_sentence():
+    with pytest.raises(UserError, match=r"weights: .*diffusion.*noise_offset"):
+        describe({"prediction_type": "epsilon", "noise_offset": 0.1}, "weights")
+    assert describe({"prediction_type": "v_prediction"}, "weights").startswith("v_prediction, 1000 timesteps")

@@ -83,6 +83,8 @@ def test_models_of_another_task_are_no_observations():
     of_depth = observe(generalist, generalist, "depth", "abs_rel")
     trained = {r.run_id: r.stage for r in runs}
     assert {trained[o.run_id] for o in of_depth} == {"upcycle"}
+    alone = [dataclasses.replace(r, params={**r.params, "task": "generalist"}) for r in runs]
+    assert len(observe(alone, alone, "depth", "abs_rel")) == len(observe(runs, runs, "depth", "abs_rel"))
 
 
 def test_the_surface_predicts_what_it_has_not_seen(surface):

@@ -1,13 +1,21 @@
 """Real runs, one stage after the other: pre-training, fine-tuning for each task, upcycling."""
 
 import json
+import subprocess
+import sys
 
+import numpy as np
 import pytest
 import torch
 from training_runs import Runs, ToyRun, zero
-from training_toys import make_shards, records
+from training_toys import ROOT, VAE, environment, make_shards, records
 
+from dpt.evaluation import loading
+from dpt.evaluation.prediction import Predictor
 from dpt.models.pretrained import read_weights
+from dpt.training.checkpoint import find_checkpoints
+from dpt.training.export import load_weights
+from tests.evaluation.tiny import PoolingCodec
 
 
 @pytest.fixture(scope="module")
@@ -63,3 +71,34 @@ def test_no_steps_export_the_start(runs: Runs) -> None:
     averaged, plain = read_weights(folder), read_weights(folder, ema=False)
     assert all(torch.equal(tensor, plain.state[name]) for name, tensor in averaged.state.items())
     assert json.loads((folder / "config.json").read_text())["lineage"]["train_macs"] == 0
+
+
+def test_a_checkpoint_predicts_as_its_export(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    codec = PoolingCodec()
+    codec.sha256 = VAE.sha256
+    monkeypatch.setattr(loading, "load_vae", lambda name, latent_channels: codec)
+    image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    run = runs("finetune_depth")
+    (checkpoint,) = find_checkpoints(run / "checkpoints")
+    export, *others = (Predictor(p, device="cpu", read=load_weights) for p in (run / "weights", run, checkpoint))
+    for other in others:
+        assert (other.task, other.lineage["step"], other.depth_prompt) == ("depth", 3, export.depth_prompt)
+        state = other.network.state_dict()
+        assert all(torch.equal(tensor, state[name]) for name, tensor in export.network.state_dict().items())
+        np.testing.assert_allclose(other([image], steps=1)[0].value, export([image], steps=1)[0].value, atol=1e-5)
+
+
+def test_the_evaluation_launcher_reads_checkpoints(runs: Runs) -> None:
+    """As far as the VAE, which is of no latents here: by then all weights have been read."""
+    run = runs("finetune_depth")
+    command = [
+        sys.executable,
+        "launchers/evaluate.py",
+        "--evaluation.weights",
+        str(run / "checkpoints"),
+        "--tracking.enabled",
+        "false",
+    ]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2
+    assert "trained on latents of another VAE than 'embedded'" in done.stderr.splitlines()[-1]
