@@ -1,5 +1,7 @@
 """Every set that can be read, written tiny in its native layout."""
 
+import os
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -27,7 +29,7 @@ the seed."""
 def write_sets(out: Path, names: Sequence[str] = (), *, samples: int = 4, seed: int = 0) -> list[Path]:
     """Write sets (all, if none is named), each to the folder of its name in `out`; returns those folders.
 
-    The same arguments write the same samples.
+    The same arguments write the same samples. A set appears under its name when it is complete.
 
     Raises:
         UserError: an unknown set, a number that is none, or a folder that holds something already.
@@ -44,6 +46,10 @@ def write_sets(out: Path, names: Sequence[str] = (), *, samples: int = 4, seed: 
     for root in roots:
         if root.exists() and (not root.is_dir() or any(root.iterdir())):
             raise UserError(f"{root} exists already; choose another --out, or remove it.")
+    partial = out / ".partial"
     for name, root in zip(names, roots, strict=True):
-        WRITERS[name](root, samples, seed)
+        shutil.rmtree(partial, ignore_errors=True)
+        WRITERS[name](partial / name, samples, seed)
+        os.replace(partial / name, root)
+    partial.rmdir()
     return roots
