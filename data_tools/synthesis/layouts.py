@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from data_tools.native.files import flo
 from data_tools.synthesis.rendering import SceneTruth
 from data_tools.synthesis.scenes import SPLITS
 from data_tools.synthesis.shapes import CLASS_NAMES
@@ -15,7 +16,6 @@ from data_tools.synthesis.shapes import CLASS_NAMES
 TASKS: dict[str, str] = {"class": "imagenet", "depth": "hypersim", "flow": "flying_chairs", "amodal": "pix2gestalt"}
 """Task: folder (and data set) whose layout it takes."""
 FRAMES_PER_FOLDER = 100
-_FLO_MAGIC = np.float32(202021.25)
 
 
 def write_scene(root: Path, tasks: tuple[str, ...], split: str, number: int, truth: SceneTruth) -> None:
@@ -73,9 +73,7 @@ def _write_flow(root: Path, split: str, number: int, truth: SceneTruth, image: b
     stem = f"{number + 1:05d}"
     _write(root / "data" / f"{stem}_img1.ppm", _ppm(truth.image))
     _write(root / "data" / f"{stem}_img2.ppm", _ppm(truth.next_image))
-    height, width = truth.depth.shape
-    header = _FLO_MAGIC.astype("<f4").tobytes() + np.array([width, height], "<i4").tobytes()
-    _write(root / "data" / f"{stem}_flow.flo", header + np.moveaxis(truth.flow, 0, -1).astype("<f4").tobytes())
+    _write(root / "data" / f"{stem}_flow.flo", flo(truth.flow))
 
 
 def _write_amodal(root: Path, split: str, number: int, truth: SceneTruth, image: bytes) -> None:

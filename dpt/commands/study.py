@@ -7,8 +7,9 @@ from pathlib import Path
 from dpt.config.sections import TrackingConfig
 from dpt.errors import UserError
 from dpt.scaling.figures import draw, find
-from dpt.scaling.launching import command, missing, pending, submit
-from dpt.scaling.results import format_cells, show_macs
+from dpt.scaling.launching import command, count_devices, missing, pending, submit
+from dpt.scaling.rehearsal import WATERMARK, make_shards, rehearsal_of
+from dpt.scaling.results import format_cells, format_table, results_table, show_macs
 from dpt.scaling.running import run_here
 from dpt.scaling.shard_sets import how_to_make, images_of
 from dpt.scaling.study import Study, expected_macs, read_study
@@ -24,6 +25,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="show launches, expected MACs and commands; start nothing")
     parser.add_argument("--peak-flops", type=float, default=989e12, help="--dry-run: of a device (default: H100, bf16 dense)")
     parser.add_argument("--mfu", type=float, default=0.4, help="--dry-run: share of it that is reached (default: %(default)s)")
+    parser.add_argument(
+        "--rehearse",
+        nargs="?",
+        type=Path,
+        const=Path("runs/rehearsal"),
+        metavar="FOLDER",
+        help="run all launches at toy sizes, on tiny sets in their native layouts, within FOLDER (%(const)s); "
+        "figures and tables are marked as a rehearsal's",
+    )
     parser.add_argument("--figures", action="store_true", help="only draw the figures of what is done")
     parser.add_argument(
         "--slurm",
@@ -34,6 +44,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    if arguments.rehearse is not None:
+        _rehearse(arguments)
+        return
     studies = [read_study(path, uri=arguments.uri) for path in arguments.study]
     if arguments.dry_run:
         for study in studies:
@@ -46,6 +59,26 @@ def run(arguments: argparse.Namespace) -> None:
     if not arguments.figures:
         run_here(studies, jobs=arguments.jobs, say=_say)
     if problems := [problem for study in studies for problem in _draw(study, arguments.uri)]:
+        raise UserError(" ".join(problems))
+
+
+def _rehearse(arguments: argparse.Namespace) -> None:
+    """Run the studies small, in a folder and a store of their own, up to figures and tables."""
+    for option in ("dry_run", "figures", "slurm"):
+        if getattr(arguments, option):
+            raise UserError(f"--rehearse runs everything, here; leave --{option.replace('_', '-')} out.")
+    folder = arguments.rehearse
+    uri = f"sqlite:///{folder}/mlflow.db"
+    devices = count_devices() // max(1, arguments.jobs)
+    studies = [rehearsal_of(read_study(path, uri=uri), folder, devices=devices) for path in arguments.study]
+    make_shards(studies, folder, say=_say)
+    run_here(studies, jobs=arguments.jobs, say=_say)
+    problems = [problem for study in studies for problem in _draw(study, uri, watermark=WATERMARK)]
+    for study in studies:
+        names = {launch.name for launch in study.launches}
+        rows = results_table(run for run in load_runs(uri, study.experiment) if run.name in names)
+        _say(f"\n{WATERMARK} of {study.path}: toy networks, the scores mean nothing\n{format_table(rows)}")
+    if problems:
         raise UserError(" ".join(problems))
 
 
@@ -82,7 +115,7 @@ def device_hours(macs: float, peak_flops: float, mfu: float) -> float:
     return 2 * macs / (peak_flops * mfu) / 3600
 
 
-def _draw(study: Study, uri: str) -> list[str]:
+def _draw(study: Study, uri: str, *, watermark: str = "") -> list[str]:
     """Every figure, from the newest run of each launch; returns a sentence for each that cannot be drawn."""
     newest: dict[str, RunRecord] = {r.name: r for r in load_runs(uri, study.experiment)}
     family = with_ancestors(list(newest.values()), uri)
@@ -94,7 +127,7 @@ def _draw(study: Study, uri: str) -> list[str]:
         except UserError as error:
             problems.append(f"{study.path}: figure {figure.name}: {error}")
             continue
-        path = draw(findings, study.output / "figures" / f"{study.path.stem}_{figure.name}.svg")
+        path = draw(findings, study.output / "figures" / f"{study.path.stem}_{figure.name}.svg", watermark=watermark)
         _say(f"{path}: {figure.title or figure.name}")
         for sentence in findings.sentences() + findings.refusals:
             _say(f"  {sentence}")

@@ -111,12 +111,16 @@ def find(records: Sequence[RunRecord], family: Sequence[RunRecord], spec: Figure
     return findings
 
 
-def draw(findings: Findings, path: Path) -> Path:
-    """Write the figure in the format of the file's suffix, and its data beside it as JSON."""
+def draw(findings: Findings, path: Path, *, watermark: str = "") -> Path:
+    """Write the figure in the format of the file's suffix, and its data beside it as JSON; `watermark` lies across both."""
     spec = findings.spec
     pairs = {name: [(p.x, p.y) for p in group] for name, group in findings.groups().items()}
     ringed = [(p.x, p.y) for p in findings.chosen]
     joined = not spec.curve and (spec.frontier or not spec.law)
-    save(law_figure(pairs, findings.fits, X_NAMES.get(spec.x, spec.x), spec.y, chosen=ringed, join=joined), path)
-    path.with_suffix(".json").write_text(json.dumps(findings.as_json(), indent=1) + "\n", encoding="utf-8")
+    figure = law_figure(pairs, findings.fits, X_NAMES.get(spec.x, spec.x), spec.y, chosen=ringed, join=joined)
+    if watermark:
+        figure.text(0.5, 0.5, watermark, fontsize=48, color="#e03131", alpha=0.35, rotation=25, ha="center", va="center")
+    save(figure, path)
+    content = ({"watermark": watermark} if watermark else {}) | findings.as_json()
+    path.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return path

@@ -1,13 +1,11 @@
 """Small data sets in the layouts of real ones, and what their samples must be."""
 
 import json
-import struct
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from PIL import Image
 
+from data_tools.native.files import flo, save, write
 from data_tools.readers import Reader, Sample
 
 RNG = np.random.default_rng(0)
@@ -15,18 +13,6 @@ RNG = np.random.default_rng(0)
 
 def picture(height: int = 12, width: int = 16) -> np.ndarray:
     return RNG.integers(0, 256, (height, width, 3), dtype=np.uint8)
-
-
-def save(path: Path, array: np.ndarray, **options: Any) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(array).save(path, **options)
-    return path
-
-
-def write(path: Path, content: str | bytes) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content.encode() if isinstance(content, str) else content)
-    return path
 
 
 def read_all(reader: Reader) -> dict[str, Sample]:
@@ -40,10 +26,6 @@ def read_all(reader: Reader) -> dict[str, Sample]:
     return samples
 
 
-def depth_png(path: Path, depth: np.ndarray, units: float = 1000) -> None:
-    save(path, np.rint(depth * units).astype(np.uint16))
-
-
 DEPTH = RNG.uniform(0.5, 9, (12, 16)).round(3)
 DEPTH[0, :3] = 0
 
@@ -52,11 +34,6 @@ def check_depth(sample: Sample, expected: np.ndarray = DEPTH, tolerance: float =
     assert sample.depth is not None
     np.testing.assert_allclose(sample.depth, expected, atol=tolerance)
     np.testing.assert_array_equal(sample.valid, expected > 0)
-
-
-def flo(flow: np.ndarray) -> bytes:
-    _, height, width = flow.shape
-    return struct.pack("<fii", 202021.25, width, height) + flow.transpose(1, 2, 0).astype("<f4").tobytes()
 
 
 def chairs(root: Path, numbers: list[int]) -> None:

@@ -9,11 +9,12 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from data_tools.native.files import save, write
 from data_tools.readers import READERS, open_reader, parse_options
 from dpt.errors import UserError
 from dpt.evaluation.protocols import find_protocol
 from dpt.pictures import decode_mask, decode_picture
-from tests.data_tools.reader_layouts import picture, save, write
+from tests.data_tools.reader_layouts import picture
 
 TASKS = {"flying_chairs": "flow", "pix2gestalt": "amodal", "coco_amodal": "amodal", "mp3d_amodal": "amodal"}
 

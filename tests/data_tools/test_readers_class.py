@@ -5,9 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from reader_layouts import picture, read_all, save, write
+from reader_layouts import picture, read_all
 from scipy.io import savemat
 
+from data_tools.native.files import save, write
 from data_tools.readers import ReadError, open_reader
 from dpt.errors import UserError
 

@@ -2,12 +2,13 @@
 
 from pathlib import Path
 
-import h5py
 import numpy as np
 import pytest
-from reader_layouts import DEPTH, RNG, check_depth, depth_png, picture, read_all, save, write
+from reader_layouts import DEPTH, RNG, check_depth, picture, read_all
 from scipy.io import savemat
 
+from data_tools.native.depth import hypersim_frame
+from data_tools.native.files import save, save_depth, save_hdf5, write
 from data_tools.readers import Excluded, ReadError, open_reader
 from data_tools.readers.hypersim import distance_to_depth, tone_map
 
@@ -17,24 +18,12 @@ def test_hypersim_png(tmp_path: Path, place: str) -> None:
     names = "ai_001_002/rgb_cam_00_fr0003.png", "ai_001_002/depth_plane_cam_00_fr0003.png"
     rgb = picture()
     save(tmp_path / "val" / names[0], rgb)
-    depth_png(tmp_path / "val" / names[1], DEPTH)
+    save_depth(tmp_path / "val" / names[1], DEPTH)
     write(tmp_path / place, " ".join(names) + "\n\n")
     ((key, sample),) = read_all(open_reader("hypersim", tmp_path, "val")).items()
     assert key == "ai_001_002/rgb_cam_00_fr0003"
     np.testing.assert_array_equal(sample.images[0], rgb)
     check_depth(sample)
-
-
-def hypersim_frame(root: Path, frame: int, color: np.ndarray, distance: np.ndarray, entity: np.ndarray) -> None:
-    for kind, name, array in (
-        ("final", "color", color.astype(np.float16)),
-        ("geometry", "depth_meters", distance.astype(np.float16)),
-        ("geometry", "render_entity_id", entity.astype(np.int32)),
-    ):
-        path = root / "ai_001_001/images" / f"scene_cam_00_{kind}_hdf5" / f"frame.{frame:04d}.{name}.hdf5"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with h5py.File(path, "w") as file:
-            file.create_dataset("dataset", data=array)
 
 
 def test_hypersim_hdf5(tmp_path: Path) -> None:
@@ -44,12 +33,14 @@ def test_hypersim_hdf5(tmp_path: Path) -> None:
     entity = np.ones((height, width), int)
     entity[0, :8] = -1
     distance[1, 1] = np.nan
-    hypersim_frame(tmp_path, 0, color, distance, entity)
-    hypersim_frame(tmp_path, 1, color, np.full((height, width), 2.0), entity * 0 + 1)  # a wall: 0.5 m of range are not there
-    hypersim_frame(tmp_path, 2, color * 0 + 1, distance, entity * 0 + 1)  # one grey
+    hypersim_frame(tmp_path / "ai_001_001", 0, color, distance, entity)
+    hypersim_frame(
+        tmp_path / "ai_001_001", 1, color, np.full((height, width), 2.0), entity * 0 + 1
+    )  # a wall: 0.5 m of range are not there
+    hypersim_frame(tmp_path / "ai_001_001", 2, color * 0 + 1, distance, entity * 0 + 1)  # one grey
     few = entity.copy()
     few[:2] = -1
-    hypersim_frame(tmp_path, 3, color, distance, few)
+    hypersim_frame(tmp_path / "ai_001_001", 3, color, distance, few)
     rows = ["scene_name,camera_name,frame_id,included_in_public_release,exclude_reason,split_partition_name"]
     rows += [f"ai_001_001,cam_00,{frame},{public},,{split}" for frame, public, split in
              ((0, "True", "train"), (1, "True", "train"), (2, "True", "train"), (3, "True", "train"), (4, "True", "train"),
@@ -95,8 +86,8 @@ def test_hypersim_formulas_by_hand() -> None:
 def test_nyuv2_png_reads_the_raw_depth_of_each_line(tmp_path: Path) -> None:
     scene = "test/kitchen_0004"
     save(tmp_path / scene / "rgb_0001.png", picture())
-    depth_png(tmp_path / scene / "depth_0001.png", DEPTH)
-    depth_png(tmp_path / scene / "filled_0001.png", DEPTH + 1)
+    save_depth(tmp_path / scene / "depth_0001.png", DEPTH)
+    save_depth(tmp_path / scene / "filled_0001.png", DEPTH + 1)
     write(tmp_path / "lists/mine.txt", f"{scene}/rgb_0001.png {scene}/depth_0001.png {scene}/filled_0001.png\n")
     (sample,) = read_all(open_reader("nyuv2", tmp_path, "test", filename_list="lists/mine.txt")).values()
     check_depth(sample)
@@ -105,8 +96,7 @@ def test_nyuv2_png_reads_the_raw_depth_of_each_line(tmp_path: Path) -> None:
 def test_nyuv2_mat(tmp_path: Path) -> None:
     images = RNG.integers(0, 256, (3, 3, 16, 12), dtype=np.uint8)
     depths = np.stack([DEPTH.T + n * (DEPTH.T > 0) for n in range(3)]).astype(np.float32)
-    with h5py.File(tmp_path / "nyu_depth_v2_labeled.mat", "w") as file:
-        file["images"], file["rawDepths"] = images, depths
+    save_hdf5(tmp_path / "nyu_depth_v2_labeled.mat", images=images, rawDepths=depths)
     savemat(tmp_path / "splits.mat", {"trainNdxs": [[1]], "testNdxs": [[2], [3]]})
     samples = read_all(open_reader("nyuv2", tmp_path, "test"))
     assert list(samples) == ["0002", "0003"]
@@ -119,7 +109,7 @@ def test_scannet_brings_colour_to_the_size_of_depth(tmp_path: Path) -> None:
     lines = []
     for number, size in ((0, color), (100, color[:12, :16])):
         save(tmp_path / f"scene0000_00/color/{number}.jpg", size, quality=100)
-        depth_png(tmp_path / f"scene0000_00/depth/{number}.png", DEPTH)
+        save_depth(tmp_path / f"scene0000_00/depth/{number}.png", DEPTH)
         lines.append(f"scene0000_00/color/{number}.jpg scene0000_00/depth/{number}.png")
     save(tmp_path / "scene0000_00/color/7.jpg", picture(24, 24))
     lines.append("scene0000_00/color/7.jpg scene0000_00/depth/0.png")
@@ -137,7 +127,7 @@ def test_kitti_skips_frames_without_truth(tmp_path: Path) -> None:
     drive = "2011_09_26_drive_0002_sync"
     rgb, depth = f"2011_09_26/{drive}/image_02/data/0000000069.png", f"{drive}/proj_depth/groundtruth/image_02/0000000069.png"
     save(tmp_path / rgb, picture())
-    depth_png(tmp_path / "val" / depth, DEPTH, 256)
+    save_depth(tmp_path / "val" / depth, DEPTH, 256)
     write(tmp_path / "eigen_test_files_with_gt.txt", f"{rgb} {depth} 721.5377\n2011_09_26/x.png None 721.5377\n")
     (sample,) = read_all(open_reader("kitti", tmp_path, "test")).values()
     check_depth(sample, DEPTH, 1 / 256)
@@ -146,7 +136,7 @@ def test_kitti_skips_frames_without_truth(tmp_path: Path) -> None:
 def test_kitti_frames_are_cut_at_the_bottom_in_the_middle(tmp_path: Path) -> None:
     whole = np.arange(375 * 1242).reshape(375, 1242) % 20000 / 256 + 1
     save(tmp_path / "a.png", np.zeros((375, 1242, 3), np.uint8))
-    depth_png(tmp_path / "d.png", whole.astype(np.float32), 256)
+    save_depth(tmp_path / "d.png", whole.astype(np.float32), 256)
     write(tmp_path / "eigen_test_files_with_gt.txt", "a.png d.png 721.5377\n")
     sample = open_reader("kitti", tmp_path, "test").read("a")
     assert sample.images[0].shape == (352, 1216, 3)

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from reader_layouts import chairs, flo, picture, read_all, save, write
+from reader_layouts import chairs, picture, read_all
 
+from data_tools.native.files import flo, save, write
 from data_tools.readers import Excluded, ReadError, open_reader
 from dpt.errors import UserError
 

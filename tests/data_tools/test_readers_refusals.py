@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from reader_layouts import DEPTH, chairs, check_depth, flo, picture, read_all, save, write
+from reader_layouts import DEPTH, chairs, check_depth, picture, read_all
 
+from data_tools.native.files import flo, save, write
 from data_tools.readers import READERS, ReadError, open_reader
 from dpt.errors import UserError
 

@@ -1,0 +1,29 @@
+"""Write tiny synthetic data sets in their native layouts (docs/readers.md), to try commands on before the downloads."""
+
+import argparse
+from pathlib import Path
+
+from data_tools.native.sets import WRITERS, write_sets
+from dpt.errors import reported
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m data_tools.native", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"sets to write (default: all): {', '.join(WRITERS)}")
+    parser.add_argument("--out", type=Path, required=True, help="folder; each set goes to the folder of its name in it")
+    parser.add_argument("--samples", type=int, default=4, help="samples of each split (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of all scenes (default: %(default)s)")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command; bad input ends it with one sentence and exit code 2."""
+    with reported("native"):
+        arguments = parser().parse_args(argv)
+        for root in write_sets(arguments.out, arguments.names, samples=arguments.samples, seed=arguments.seed):
+            print(root)
+
+
+if __name__ == "__main__":
+    main()

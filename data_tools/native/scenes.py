@@ -1,0 +1,42 @@
+"""The scenes that the tiny sets show."""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+
+from data_tools.synthesis.rendering import SceneTruth, render
+from data_tools.synthesis.scenes import make_scene
+
+WIDTH, HEIGHT = 64, 48
+"""Of every picture but pix2gestalt's, which are square."""
+_LEAST_SEEN = 12
+"""Pixels of the hidden object that a picture shows at least."""
+
+
+def scenes(seed: int, split: str, count: int) -> list[SceneTruth]:
+    """Scenes of WIDTH x HEIGHT pixels, in each of which a partly hidden object is seen."""
+    shown = (_cut(truth) for truth in square_scenes(seed, split))
+    return list(itertools.islice((truth for truth in shown if truth.visible_mask.sum() >= _LEAST_SEEN), count))
+
+
+def square_scenes(seed: int, split: str) -> Iterator[SceneTruth]:
+    """Endless scenes of WIDTH x WIDTH pixels."""
+    return (render(make_scene(seed, split, index), WIDTH) for index in itertools.count())
+
+
+def _cut(truth: SceneTruth) -> SceneTruth:
+    """The middle rows."""
+    top = (WIDTH - HEIGHT) // 2
+    rows = slice(top, top + HEIGHT)
+    return replace(
+        truth,
+        image=np.ascontiguousarray(truth.image[rows]),
+        next_image=np.ascontiguousarray(truth.next_image[rows]),
+        depth=truth.depth[rows],
+        flow=truth.flow[:, rows],
+        visible_mask=truth.visible_mask[rows],
+        whole_mask=truth.whole_mask[rows],
+        whole=np.ascontiguousarray(truth.whole[rows]),
+    )

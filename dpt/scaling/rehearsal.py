@@ -1,0 +1,188 @@
+"""A study with everything but its sizes: the same launches on tiny networks, and on tiny data sets in their native layouts.
+
+It finds what would break a study of days within minutes. Its figures say nothing about networks, and are marked so.
+"""
+
+import itertools
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from dpt.config.sections import ModelConfig
+from dpt.errors import UserError
+from dpt.scaling.compute import WEIGHTS_STEP
+from dpt.scaling.shard_sets import encode_command
+from dpt.scaling.study import Launch, Study
+
+WATERMARK = "REHEARSAL"
+_SMALLER = 8
+"""How much smaller pictures and latents are."""
+_BATCH = 2
+"""Samples of a step on a device."""
+_NATIVE_SAMPLES = 8
+"""Of each split of a data set."""
+_SCORED = 2
+"""Images that an evaluation scores."""
+_CHECKPOINT = re.compile(r"checkpoints/step_(\d+)$")
+_PUBLIC = {
+    "weights/DiT-XL-2-256x256.pt": "ds_configs/dense_xl2_256.json",
+    "weights/DiT-XL-2-512x512.pt": "ds_configs/dense_xl2_512.json",
+}
+"""Public weights, and the recipe whose untrained network stands for them."""
+
+
+def rehearsal_of(study: Study, folder: Path, *, devices: int) -> Study:
+    """The study made small, all of it within `folder`, for launches on so many devices each (0: on the CPU).
+
+    Raises:
+        UserError: it reads shards or weights that cannot be made here.
+    """
+    shards = [needed for needed in study.needs if encode_command(needed)]
+    if unknown := [needed for needed in study.needs if needed not in shards and needed not in _PUBLIC]:
+        raise UserError(f"{study.path}: {unknown[0]} cannot be rehearsed; only the paper's shard sets and public weights can.")
+    by_name = {launch.name: launch for launch in study.launches}
+    untrained = {needed: _untrained(study, needed, folder, devices) for needed in study.needs if needed in _PUBLIC}
+    launches = [_shrunk(launch, by_name.get(launch.parent), untrained, folder, devices) for launch in study.launches]
+    return replace(
+        study,
+        output=_within(folder, study.output),
+        launches=[*untrained.values(), *launches],
+        needs=[str(folder / needed) for needed in shards],
+    )
+
+
+def make_shards(studies: Sequence[Study], folder: Path, *, say: Callable[[str], None]) -> None:
+    """Write the data sets of rehearsals in their native layouts, and encode them by the commands of docs/reproduce.md.
+
+    What is there is kept. UserError, with the command, if one fails.
+    """
+    for place in dict.fromkeys(needed for study in studies for needed in study.needs):
+        if (Path(place) / "manifest.json").exists():
+            continue
+        words = shlex.split(encode_command(str(Path(place).relative_to(folder))))[3:]
+        given = dict(itertools.pairwise(words))
+        name, side = given["--dataset"], int(given["--resolution"])
+        if not (folder / "native" / name).exists():
+            _python(["-m", "data_tools.native", name, "--out", str(folder / "native"), "--samples", str(_NATIVE_SAMPLES)], say)
+        if "CLIP" in words and not (folder / "clip").exists():
+            _make_clip(folder / "clip")
+        places = {f"DIR/{name}": str(folder / "native" / name), "CLIP": str(folder / "clip")}
+        smaller = ["--resolution", str(side // _SMALLER), "--vae", "embedded", "--out", place, "--samples-per-shard", "4"]
+        _python(["-m", "data_tools.encode", *(places.get(word, word) for word in words), *smaller, "--processes", "0"], say)
+
+
+def _python(words: list[str], say: Callable[[str], None]) -> None:
+    say(f"  $ {shlex.join(['python', *words])}")
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True)
+    if done.returncode:
+        reason = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[-1]
+        raise UserError(f"{shlex.join(['python', *words])} ended with exit code {done.returncode}: {reason}")
+
+
+def _make_clip(folder: Path) -> None:
+    """A tiny untrained CLIP image tower whose embeddings are as wide as those of ViT-L/14."""
+    try:
+        from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+    except ImportError as error:
+        raise UserError(
+            "amodal sets are encoded with CLIP, which needs the package transformers; install dpt[clip]."
+        ) from error
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = CLIPVisionConfig(**sizes, projection_dim=768, image_size=32, patch_size=16)
+    CLIPVisionModelWithProjection(config).save_pretrained(folder)
+
+
+def _within(folder: Path, path: Path | str) -> Path:
+    """The place in the rehearsal's folder that stands for a path."""
+    path = Path(path)
+    return folder / path.relative_to(path.anchor)
+
+
+def _untrained(study: Study, weights: str, folder: Path, devices: int) -> Launch:
+    """The launch that exports a network as it is before training, in place of public weights."""
+    name = f"untrained_{Path(weights).stem}"
+    place = study.output / name
+    fields: dict[str, Any] = {
+        "training.steps": 0,
+        "training.output_dir": str(place),
+        "tracking.enabled": False,
+    }
+    launch = Launch(
+        name=name, stage="untrained", launcher="pretrain", recipe=_PUBLIC[weights], fields=fields, values={}, folder=place
+    )
+    return _shrunk(launch, None, {}, folder, devices)
+
+
+def _shrunk(launch: Launch, parent: Launch | None, untrained: dict[str, Launch], folder: Path, devices: int) -> Launch:
+    """A launch on tiny networks and data, within the rehearsal's folder; everything else as it was."""
+    config = launch.resolved.dpt
+    fields = launch.fields | {"data.vae": "embedded"}
+    home = "evaluation" if launch.launcher == "evaluate" else "training"
+    fields[f"{home}.output_dir"] = str(_within(folder, launch.folder))
+    if home == "evaluation":
+        fields |= {
+            "evaluation.data": [str(_within(folder, place)) for place in config.evaluation.data],
+            "evaluation.max_samples": _SCORED,
+        }
+    else:
+        fields |= _training_fields(launch, devices)
+        fields["data.shards"] = [str(_within(folder, place)) for place in config.data.shards]
+    weights, name = getattr(config, home).weights, launch.parent
+    if weights in untrained:
+        name = untrained[weights].name
+        fields[f"{home}.weights"] = str(untrained[weights].folder / "weights")
+    elif weights:
+        found = _CHECKPOINT.search(weights)
+        if found and parent is not None:
+            step = int(found[1]) // _unit(parent)
+            weights = f"{weights[: found.start()]}checkpoints/step_{step:08d}"
+            fields["tracking.tags"] = fields["tracking.tags"] | {WEIGHTS_STEP: str(step)}
+        fields[f"{home}.weights"] = str(_within(folder, weights))
+    return replace(launch, fields=fields, folder=_within(folder, launch.folder), parent=name)
+
+
+def _training_fields(launch: Launch, devices: int) -> dict[str, Any]:
+    """Sizes of a training, in place of the launch's own."""
+    recipe = launch.resolved
+    training, unit = recipe.dpt.training, _unit(launch)
+    fields = _model_fields(recipe.dpt.model) | {
+        "train_batch_size": _BATCH * max(1, devices),
+        "train_micro_batch_size_per_gpu": _BATCH,
+        "training.steps": -(-training.steps // unit),
+        "training.warmup_steps": min(training.warmup_steps, 1),
+        "training.keep_every": 1 if training.keep_every else 0,
+        "training.checkpoint_every": 1 if training.keep_every else 0,
+        "training.log_every": 1,
+        "training.ep_size": 1,
+        "sampling.every": 0,
+        "sampling.num_inference_steps": 2,
+    }
+    if devices == 0:
+        fields["training.compile"] = False
+        fields |= {f"{name}.enabled": False for name in ("bf16", "fp16") if name in recipe.deepspeed}
+    return fields
+
+
+def _model_fields(model: ModelConfig) -> dict[str, Any]:
+    """A network of two blocks whose width still grows with the true one."""
+    width = 16 * max(1, model.hidden_size // 256)
+    fields: dict[str, Any] = {
+        "model.hidden_size": width,
+        "model.num_heads": width // 16,
+        "model.depth": 2,
+        "model.input_size": model.input_size // _SMALLER,
+    }
+    if model.shared_expert_width:
+        fields["model.shared_expert_width"] = width * model.shared_expert_width // model.hidden_size
+    return fields
+
+
+def _unit(launch: Launch) -> int:
+    """Steps of a training that one step of its rehearsal stands for: those between the checkpoints kept, or half of all."""
+    training = launch.resolved.dpt.training
+    return training.keep_every if 0 < training.keep_every < training.steps else max(1, training.steps // 2)
