@@ -47,12 +47,13 @@ def rehearsal_of(study: Study, folder: Path, *, devices: int) -> Study:
         raise UserError(f"{study.path}: {unknown[0]} cannot be rehearsed; only the paper's shard sets and public weights can.")
     by_name = {launch.name: launch for launch in study.launches}
     untrained = {needed: _untrained(study, needed, folder, devices) for needed in study.needs if needed in _PUBLIC}
+    read_too = [place for launch in untrained.values() for place in launch.resolved.dpt.data.shards]
     launches = [_shrunk(launch, by_name.get(launch.parent), untrained, folder, devices) for launch in study.launches]
     return replace(
         study,
         output=_within(folder, study.output),
         launches=[*untrained.values(), *launches],
-        needs=[str(folder / needed) for needed in shards],
+        needs=list(dict.fromkeys([*(str(folder / needed) for needed in shards), *read_too])),
     )
 
 
