@@ -13,8 +13,6 @@ from dpt.scaling.study import read_study
 
 ROOT = Path(__file__).resolve().parents[2]
 PAPER = sorted(path.name for path in (ROOT / "studies").glob("paper_*.yaml"))
-IN_EVERY_TEST_RUN = "paper_experts.yaml"
-OTHERS = [name for name in PAPER if name != IN_EVERY_TEST_RUN]
 
 
 @pytest.fixture(autouse=True)
@@ -72,7 +70,8 @@ def test_options_that_contradict_it_are_refused(tmp_path: Path, capsys: pytest.C
     assert "--dry-run" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", [IN_EVERY_TEST_RUN, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PAPER)
 def test_paper_studies_pass_their_rehearsal(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cli.main(["study", f"studies/{name}", "--rehearse", str(tmp_path), "--jobs", "2"])
     study = read_study(Path("studies", name), uri="sqlite:///x.db")
