@@ -11,8 +11,6 @@ from dpt.config.recipe import DptConfig
 from dpt.data.codec import VAECodec
 from dpt.diffusion import pixel_losses as losses
 
-_TARGETS = {"depth": ("depth",), "flow": ("flow_x", "flow_y"), "amodal": ("whole",)}
-
 
 class PixelLoss:
     """What `dpt.pixel_loss` asks for. The truth is the decoded target latents: what a perfect prediction would decode to.
@@ -24,7 +22,7 @@ class PixelLoss:
         """`codec`: on the training device, of the shards; `flow_code`: theirs, if they hold flow."""
         self.config, self.codec, self.flow_code = config.pixel_loss, codec, flow_code or tasks.FLOW_CODE
         self.checkpointing = config.training.activation_checkpointing
-        names = (config.task,) if config.task != "generalist" else tuple(_TARGETS)
+        names = (config.task,) if config.task != "generalist" else ("depth", "flow", "amodal")
         by_target: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
             "depth": self._depth,
             "whole": self._whole,
@@ -34,7 +32,7 @@ class PixelLoss:
         self._by_label = {
             tasks.label_id(target, trained_task=config.task, num_classes=config.model.num_classes): by_target[target]
             for name in names
-            for target in _TARGETS[name]
+            for target in tasks.TASKS[name].targets
         }
 
     def __call__(self, latents: Tensor, truth_latents: Tensor, task_labels: Tensor, valid: Tensor | None) -> Tensor:
