@@ -64,6 +64,7 @@ def parser() -> argparse.ArgumentParser:
         type=int,
         help="inputs of a shard (default: class 1024, perception 256, evaluation 64)",
     )
+    add("--limit", type=int, help="encode only so many inputs, the first in the order of the shards (default: all)")
     add("--shuffle-seed", type=int, default=0, help="order of training samples; negative: the set's (%(default)s)")
     add("--batch-size", type=int, default=32, help="images encoded at once (default: %(default)s)")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the VAE (auto: bfloat16 on GPUs)")
@@ -88,7 +89,7 @@ def share(text: str) -> tuple[int, int]:
 
 def build_job(arguments: argparse.Namespace) -> "EncodingJob":
     """The job that the command line describes. UserError if it cannot be."""
-    for name in ("resolution", "samples_per_shard", "batch_size"):
+    for name in ("resolution", "samples_per_shard", "limit", "batch_size"):
         if (value := getattr(arguments, name)) is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least 1.")
     if not 0 <= arguments.max_skipped_share <= 1:
@@ -124,6 +125,7 @@ def build_job(arguments: argparse.Namespace) -> "EncodingJob":
         out=Path(arguments.out),
         options=changed_options(arguments.dataset, options),
         samples_per_shard=arguments.samples_per_shard or shard_size,
+        limit=arguments.limit,
         shuffle_seed=None if arguments.evaluation or arguments.shuffle_seed < 0 else arguments.shuffle_seed,
         processes=(max(1, min(16, cores - 1)) if on_gpu else 1) if arguments.processes is None else arguments.processes,
         max_skipped_share=arguments.max_skipped_share,

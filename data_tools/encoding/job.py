@@ -36,6 +36,8 @@ class EncodingJob:
     """The reader's own options that are not its defaults (`data_tools.readers.changed_options`)."""
     samples_per_shard: int = 1024
     """Inputs of one shard (fewer samples if some cannot be read, twice as many if perception samples are mirrored too)."""
+    limit: int | None = None
+    """Inputs to encode, the first in the order of the shards; None: all."""
     shuffle_seed: int | None = 0
     """Seed of the samples' order in the shards; None: the set's own order."""
     processes: int = 0
@@ -48,9 +50,9 @@ class EncodingJob:
         keys = self.reader.keys()
         if not keys:
             raise UserError(f"{self.reader.name}: the split {self.split!r} has no samples; check --root and --split.")
-        if self.shuffle_seed is None:
-            return keys
-        return [keys[i] for i in permutation(len(keys), self.shuffle_seed).tolist()]
+        if self.shuffle_seed is not None:
+            keys = [keys[i] for i in permutation(len(keys), self.shuffle_seed).tolist()]
+        return keys[: self.limit]
 
     def settings(self, keys: Sequence[str]) -> dict[str, Any]:
         """All that the shards' bytes depend on: what jobs that share a folder must share too."""

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from data_tools.synthesis.dataset import SynthesisConfig, synthesize
 from data_tools.synthesis.layouts import TASKS
+from data_tools.synthesis.scenes import VARIETIES
 from dpt.errors import UserError
 
 
@@ -18,6 +19,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="seed of all scenes (default %(default)s)")
     parser.add_argument("--splits", default="train=0.9,val=0.1", help="shares of the splits (default %(default)s)")
     parser.add_argument("--tasks", default=",".join(TASKS), help="layouts to write (default %(default)s)")
+    parser.add_argument("--variety", default="standard", help=f"one of {', '.join(VARIETIES)} (default %(default)s)")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one a core, %(default)s)")
     options = parser.parse_args(arguments)
     try:
@@ -27,6 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
             seed=options.seed,
             splits=_parse_splits(options.splits),
             tasks=tuple(task.strip() for task in options.tasks.split(",")),
+            variety=options.variety,
         )
         synthesize(options.out, config, workers=options.workers)
     except UserError as error:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from data_tools.synthesis.layouts import TASKS, write_lists, write_scene
 from data_tools.synthesis.rendering import render
-from data_tools.synthesis.scenes import SPLITS, make_scene
+from data_tools.synthesis.scenes import SPLITS, VARIETIES, make_scene
 from data_tools.synthesis.shapes import CLASS_NAMES
 from dpt.errors import UserError
 
@@ -41,6 +41,8 @@ class SynthesisConfig:
     splits: dict[str, float] = field(default_factory=lambda: {"train": 0.9, "val": 0.1})
     """Share of the scenes in each split."""
     tasks: tuple[str, ...] = tuple(TASKS)
+    variety: str = "standard"
+    """Name of the ranges that scenes are drawn from."""
 
     def __post_init__(self) -> None:
         if self.size < 16 or self.size % 8:
@@ -49,6 +51,8 @@ class SynthesisConfig:
             raise UserError(f"seed is {self.seed}; it cannot be negative.")
         if not self.tasks or not set(self.tasks) <= set(TASKS):
             raise UserError(f"tasks {','.join(self.tasks)!r}: choose from {', '.join(TASKS)}.")
+        if self.variety not in VARIETIES:
+            raise UserError(f"variety {self.variety!r} is unknown; choose one of {', '.join(VARIETIES)}.")
         if not self.splits or not set(self.splits) <= set(SPLITS):
             raise UserError(f"splits {', '.join(self.splits)!r}: choose from {', '.join(SPLITS)}.")
         if min(self.splits.values()) <= 0 or abs(sum(self.splits.values()) - 1) > 1e-6:
@@ -101,6 +105,8 @@ def _check_finished(out: Path, wanted: dict[str, Any]) -> None:
         found = json.loads((out / DESCRIPTION).read_text())
     except (OSError, ValueError):
         raise UserError(f"{out} is no synthetic data set ({DESCRIPTION} is missing); choose another --out.") from None
+    if isinstance(found, dict):
+        found.setdefault("variety", "standard")  # which sets before version 2 of dpt do not name
     differing = [name for name in wanted if not isinstance(found, dict) or found.get(name) != wanted[name]]
     if differing:
         raise UserError(
@@ -140,4 +146,5 @@ def _worker_environment() -> Iterator[None]:
 
 def _write_one(root: Path, config: SynthesisConfig, job: tuple[int, tuple[str, int]]) -> None:
     number, (split, index) = job
-    write_scene(root, config.tasks, split, number, render(make_scene(config.seed, split, index), config.size))
+    scene = make_scene(config.seed, split, index, VARIETIES[config.variety])
+    write_scene(root, config.tasks, split, number, render(scene, config.size))

@@ -19,6 +19,60 @@ _WALL_AXES = ((0.0, 1.0, 0.0), (1.0, 0.0, 1.0))
 _ATTEMPTS = 200
 
 
+Range = tuple[float, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variety:
+    """The ranges that a scene is drawn from; lengths in metres, angles in radians unless said otherwise."""
+
+    room_side: Range = (2.8, 4.2)
+    """From the camera to a side wall."""
+    room_length: Range = (6.0, 10.5)
+    room_yaw: float = 0.35
+    camera_height: Range = (1.35, 1.75)
+    camera_yaw: float = 0.06
+    camera_pitch: Range = (0.17, 0.29)
+    field_of_view: Range = (60.0, 60.0)
+    """Degrees."""
+    more_bodies: tuple[int, int] = (1, 5)
+    """Tried beside the two that every scene has; the last number is left out."""
+    body_saturation: tuple[Range, Range] = ((0.55, 0.95), (0.25, 0.9))
+    """Of the two colours of a body."""
+    body_value: tuple[Range, Range] = ((0.35, 0.85), (0.3, 0.85))
+    body_wavelength: Range = (0.3, 0.7)
+    floor_saturation: Range = (0.1, 0.5)
+    floor_value: Range = (0.45, 0.75)
+    wall_saturation: Range = (0.08, 0.35)
+    wall_value: Range = (0.6, 0.88)
+    surface_wavelength: tuple[Range, Range] = ((0.9, 1.5), (0.9, 1.8))
+    """Of the floor's texture and of the walls'."""
+
+
+VARIETIES: dict[str, Variety] = {
+    "standard": Variety(),
+    "rich": Variety(
+        room_side=(1.9, 6.0),
+        room_length=(5.0, 14.0),
+        room_yaw=0.7,
+        camera_height=(1.1, 2.1),
+        camera_yaw=0.15,
+        camera_pitch=(0.08, 0.38),
+        field_of_view=(50.0, 75.0),
+        more_bodies=(1, 10),
+        body_saturation=((0.1, 1.0), (0.05, 1.0)),
+        body_value=((0.15, 0.95), (0.15, 0.95)),
+        body_wavelength=(0.12, 1.0),
+        floor_saturation=(0.0, 0.8),
+        floor_value=(0.2, 0.9),
+        wall_saturation=(0.0, 0.8),
+        wall_value=(0.25, 0.95),
+        surface_wavelength=((0.4, 2.5), (0.4, 3.0)),
+    ),
+}
+"""By name: what all figures of the documentation use, and one that holds it and much else, for pre-training."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Texture:
     """A solid texture: two linear colours mixed by a smooth wave in the body's own metric axes."""
@@ -81,8 +135,8 @@ class Scene:
         return [body.solid(frame) for body in self.bodies]
 
 
-def make_scene(seed: int, split: str, index: int) -> Scene:
-    """Draw scene `index` of a split; the same three always give the same scene.
+def make_scene(seed: int, split: str, index: int, variety: Variety = VARIETIES["standard"]) -> Scene:
+    """Draw scene `index` of a split; the same four always give the same scene.
 
     Raises:
         UserError: an unknown split or a negative seed or index.
@@ -94,8 +148,8 @@ def make_scene(seed: int, split: str, index: int) -> Scene:
     rng = np.random.default_rng([seed, SPLITS.index(split), index])
     class_name = CLASS_NAMES[rng.integers(len(CLASS_NAMES))]  # outside the loop: rejection must not favour any class
     for _ in range(_ATTEMPTS):
-        room, cameras = _draw_room(rng), _draw_cameras(rng)
-        bodies = _draw_bodies(rng, class_name, room)
+        room, cameras = _draw_room(rng, variety), _draw_cameras(rng, variety)
+        bodies = _draw_bodies(rng, class_name, room, variety)
         if bodies is not None and _is_clear(bodies, room, cameras[0]):
             break
     else:
@@ -105,25 +159,27 @@ def make_scene(seed: int, split: str, index: int) -> Scene:
         split=split,
         index=index,
         room=room,
-        surfaces=_draw_surfaces(rng),
+        surfaces=_draw_surfaces(rng, variety),
         lamp=(rng.uniform(-1.6, 1.6), room.high[1] - 0.15, rng.uniform(0.6, 2.6)),
         warmth=(1.0, rng.uniform(0.9, 1.0), rng.uniform(0.78, 1.0)),
         bodies=bodies,
-        looks=tuple(_draw_look(rng) for _ in bodies),
+        looks=tuple(_draw_look(rng, variety) for _ in bodies),
         cameras=cameras,
     )
 
 
-def _draw_room(rng: np.random.Generator) -> Room:
+def _draw_room(rng: np.random.Generator, variety: Variety) -> Room:
     return Room(
-        low=(-rng.uniform(2.8, 4.2), 0.0, -3.0),
-        high=(rng.uniform(2.8, 4.2), rng.uniform(2.7, 3.4), rng.uniform(6.0, 10.5)),
-        yaw=rng.uniform(-0.35, 0.35),
+        low=(-rng.uniform(*variety.room_side), 0.0, -3.0),
+        high=(rng.uniform(*variety.room_side), rng.uniform(2.7, 3.4), rng.uniform(*variety.room_length)),
+        yaw=rng.uniform(-variety.room_yaw, variety.room_yaw),
     )
 
 
-def _draw_cameras(rng: np.random.Generator) -> tuple[Camera, Camera]:
-    height, yaw, pitch, view = rng.uniform(1.35, 1.75), rng.uniform(-0.06, 0.06), rng.uniform(0.17, 0.29), float(np.deg2rad(60))
+def _draw_cameras(rng: np.random.Generator, variety: Variety) -> tuple[Camera, Camera]:
+    height, yaw = rng.uniform(*variety.camera_height), rng.uniform(-variety.camera_yaw, variety.camera_yaw)
+    pitch, (narrow, wide) = rng.uniform(*variety.camera_pitch), variety.field_of_view
+    view = float(np.deg2rad(narrow if narrow == wide else rng.uniform(narrow, wide)))
     x, y, z = rng.uniform(-0.08, 0.08), rng.uniform(-0.05, 0.05), rng.uniform(-0.1, 0.16)
     first = Camera(position=(0.0, height, 0.0), yaw=yaw, pitch=pitch, field_of_view=view)
     second = Camera(
@@ -135,8 +191,8 @@ def _draw_cameras(rng: np.random.Generator) -> tuple[Camera, Camera]:
     return first, second
 
 
-def _draw_bodies(rng: np.random.Generator, class_name: str, room: Room) -> tuple[Body, ...] | None:
-    """The main body, the one it partly hides, and one to four more that stand clear of both; None when they do not fit."""
+def _draw_bodies(rng: np.random.Generator, class_name: str, room: Room, variety: Variety) -> tuple[Body, ...] | None:
+    """The main body, the one it partly hides, and some more that stand clear of both; None when they do not fit."""
     others = [name for name in CLASS_NAMES if name != class_name]
     main_z, main_angle = rng.uniform(2.5, 3.3), rng.uniform(-0.22, 0.22)
     main = _draw_body(rng, class_name, rng.uniform(0.5, 0.66), main_angle * main_z, main_z)
@@ -145,7 +201,7 @@ def _draw_bodies(rng: np.random.Generator, class_name: str, room: Room) -> tuple
     spread = SHAPES[class_name].fill * main.scale[0] / main_z + 0.8 * target_height / target_z
     target_angle = main_angle + side * rng.uniform(0.3, 0.8) * spread
     bodies = [main, _draw_body(rng, others[rng.integers(len(others))], target_height, target_angle * target_z, target_z)]
-    for _ in range(rng.integers(1, 5)):
+    for _ in range(rng.integers(*variety.more_bodies)):
         for _ in range(6):
             z = rng.uniform(2.6, min(7.5, room.high[2] - 0.5))
             body = _draw_body(rng, others[rng.integers(len(others))], rng.uniform(0.25, 0.6), rng.uniform(-0.6, 0.6) * z, z)
@@ -221,21 +277,25 @@ def _is_clear(bodies: tuple[Body, ...], room: Room, camera: Camera) -> bool:
     )
 
 
-def _draw_look(rng: np.random.Generator) -> Look:
-    first = _draw_color(rng, saturation=(0.55, 0.95), value=(0.35, 0.85))
-    second = _draw_color(rng, saturation=(0.25, 0.9), value=(0.3, 0.85))
-    texture = _draw_texture(rng, (first, second), _BODY_AXES, wavelength=(0.3, 0.7), plain=0.35)
+def _draw_look(rng: np.random.Generator, variety: Variety) -> Look:
+    first, second = (
+        _draw_color(rng, saturation=saturation, value=value)
+        for saturation, value in zip(variety.body_saturation, variety.body_value, strict=True)
+    )
+    texture = _draw_texture(rng, (first, second), _BODY_AXES, wavelength=variety.body_wavelength, plain=0.35)
     return Look(texture=texture, gloss=(0.0, 0.15, 0.4)[rng.integers(3)])
 
 
-def _draw_surfaces(rng: np.random.Generator) -> tuple[Texture, Texture, Texture]:
-    floor = _draw_color(rng, saturation=(0.1, 0.5), value=(0.45, 0.75), hue=(0.02, 0.14) if rng.random() < 0.7 else (0.0, 1.0))
-    walls = _draw_color(rng, saturation=(0.08, 0.35), value=(0.6, 0.88))
+def _draw_surfaces(rng: np.random.Generator, variety: Variety) -> tuple[Texture, Texture, Texture]:
+    hue = (0.02, 0.14) if rng.random() < 0.7 else (0.0, 1.0)
+    floor = _draw_color(rng, saturation=variety.floor_saturation, value=variety.floor_value, hue=hue)
+    walls = _draw_color(rng, saturation=variety.wall_saturation, value=variety.wall_value)
     ceiling = (0.75, 0.74, 0.72)
+    on_floor, on_walls = variety.surface_wavelength
     return (
-        _draw_texture(rng, (floor, _shade(floor, rng.uniform(0.4, 0.75))), _FLOOR_AXES, wavelength=(0.9, 1.5), plain=0.1),
+        _draw_texture(rng, (floor, _shade(floor, rng.uniform(0.4, 0.75))), _FLOOR_AXES, wavelength=on_floor, plain=0.1),
         Texture(kind="plain", colors=(ceiling, ceiling), waves=((1.0, 0.0, 0.0),), phases=(0.0,)),
-        _draw_texture(rng, (walls, _shade(walls, rng.uniform(0.65, 0.88))), _WALL_AXES, wavelength=(0.9, 1.8), plain=0.45),
+        _draw_texture(rng, (walls, _shade(walls, rng.uniform(0.65, 0.88))), _WALL_AXES, wavelength=on_walls, plain=0.45),
     )
 
 

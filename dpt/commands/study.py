@@ -14,6 +14,7 @@ from dpt.scaling.running import run_here
 from dpt.scaling.shard_sets import how_to_make, images_of
 from dpt.scaling.study import Study, expected_macs, read_study
 from dpt.tracking.read import RunRecord, load_runs, with_ancestors
+from dpt.tracking.sender import sync
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -57,7 +58,7 @@ def run(arguments: argparse.Namespace) -> None:
         print("When the jobs are done, `dpt study --figures` draws the figures.")
         return
     if not arguments.figures:
-        run_here(studies, jobs=arguments.jobs, say=_say)
+        run_here(studies, jobs=arguments.jobs, fork=True, say=_say)
     if problems := [problem for study in studies for problem in _draw(study, arguments.uri)]:
         raise UserError(" ".join(problems))
 
@@ -72,7 +73,8 @@ def _rehearse(arguments: argparse.Namespace) -> None:
     devices = count_devices() // max(1, arguments.jobs)
     studies = [rehearsal_of(read_study(path, uri=uri), folder, devices=devices) for path in arguments.study]
     make_shards(studies, folder, say=_say)
-    run_here(studies, jobs=arguments.jobs, say=_say)
+    run_here(studies, jobs=arguments.jobs, fork=True, say=_say)
+    sync(folder)
     problems = [problem for study in studies for problem in _draw(study, uri, watermark=WATERMARK)]
     for study in studies:
         names = {launch.name for launch in study.launches}

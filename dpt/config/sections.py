@@ -481,6 +481,8 @@ class TrackingConfig:
 
     enabled: bool = True
     """Record the run in MLflow."""
+    offline: bool = False
+    """Keep the records in the output folder until `dpt sync` sends them, where training cannot reach the store."""
     uri: str = "sqlite:///mlflow.db"
     """MLflow tracking store: an SQLite file or a server's address."""
     experiment: str = "dpt"

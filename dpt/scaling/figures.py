@@ -10,6 +10,8 @@ from dpt.errors import UserError
 from dpt.scaling.laws import Fit, fit_power_law, frontier
 from dpt.scaling.plots import law_figure, save
 from dpt.scaling.points import X_NAMES, Point, collect
+from dpt.scaling.repeats import Mean, as_markdown, means
+from dpt.scaling.results import METRICS
 from dpt.tracking.read import RunRecord
 
 
@@ -39,6 +41,8 @@ class FigureSpec:
     """Fit y = a x^b + c."""
     law: bool = True
     """Fit laws at all."""
+    over: str = ""
+    """A tag, such as "study.seed": runs that differ in it alone are drawn as their mean with its 95% interval, and tabled."""
     stages: list[str] = field(default_factory=list)
     """Stages of a study whose runs it shows; empty: all that have its x and y."""
 
@@ -53,6 +57,8 @@ class Findings:
     """The frontier; empty if none was asked for."""
     fits: dict[str, Fit]
     refusals: list[str]
+    means: list[Mean] = field(default_factory=list)
+    """The points over repeats; empty if none were asked for."""
 
     def groups(self) -> dict[str, list[Point]]:
         """The points by group, in the order in which they came."""
@@ -79,6 +85,16 @@ class Findings:
                 for name, fit in self.fits.items()
             },
             "refusals": self.refusals,
+            "means": [
+                {
+                    "x": m.x,
+                    "y": m.y,
+                    "half_width": m.half_width if len(m.runs) > 1 else None,
+                    "group": m.group,
+                    "runs": len(m.runs),
+                }
+                for m in self.means
+            ],
             "points": [{"x": p.x, "y": p.y, "group": p.group, "run": p.run.name, "run_id": p.run.run_id} for p in self.points],
         }
 
@@ -95,7 +111,8 @@ def find(records: Sequence[RunRecord], family: Sequence[RunRecord], spec: Figure
         ensemble=spec.ensemble,
         curve=spec.curve,
     )
-    findings = Findings(spec=spec, points=points, chosen=[], fits={}, refusals=[])
+    repeats = means(points, spec.over) if spec.over else []
+    findings = Findings(spec=spec, points=points, chosen=[], fits={}, refusals=[], means=repeats)
     groups = findings.groups()
     if spec.frontier:
         findings.chosen.extend(points[i] for i in frontier([p.x for p in points], [p.y for p in points]))
@@ -112,15 +129,26 @@ def find(records: Sequence[RunRecord], family: Sequence[RunRecord], spec: Figure
 
 
 def draw(findings: Findings, path: Path, *, watermark: str = "") -> Path:
-    """Write the figure in the format of the file's suffix, and its data beside it as JSON; `watermark` lies across both."""
+    """Write the figure in the format of the file's suffix, and its data beside it as JSON, and as a table where runs repeat.
+
+    `watermark` lies across all.
+    """
     spec = findings.spec
     pairs = {name: [(p.x, p.y) for p in group] for name, group in findings.groups().items()}
+    bars = {name: [(m.x, m.y, m.half_width) for m in findings.means if m.group == name] for name in pairs}
     ringed = [(p.x, p.y) for p in findings.chosen]
     joined = not spec.curve and (spec.frontier or not spec.law)
-    figure = law_figure(pairs, findings.fits, X_NAMES.get(spec.x, spec.x), spec.y, chosen=ringed, join=joined)
+    figure = law_figure(pairs, findings.fits, X_NAMES.get(spec.x, spec.x), spec.y, chosen=ringed, join=joined, bars=bars)
     if watermark:
         figure.text(0.5, 0.5, watermark, fontsize=48, color="#e03131", alpha=0.35, rotation=25, ha="center", va="center")
     save(figure, path)
     content = ({"watermark": watermark} if watermark else {}) | findings.as_json()
     path.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    if findings.means:
+        shown = METRICS.get(spec.y.rpartition("/")[2])
+        y_name, scale, digits = (
+            (shown.title, shown.scale, shown.digits) if shown and not spec.y.startswith("1-") else (spec.y, 1.0, 4)
+        )
+        text = as_markdown(findings.means, X_NAMES.get(spec.x, spec.x), y_name, scale=scale, digits=digits)
+        path.with_suffix(".md").write_text(f"{watermark}\n\n{text}" if watermark else text, encoding="utf-8")
     return path

@@ -1,6 +1,7 @@
 """Figures as SVG or PNG: curves over steps or compute, and power laws in log-log with their equation."""
 
 import io
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -74,15 +75,26 @@ def law_figure(
     *,
     chosen: Points = (),
     join: bool = False,
+    bars: Mapping[str, Sequence[tuple[float, float, float]]] | None = None,
 ) -> Any:
     """Points in log-log, each group in its colour, and the fitted laws with their 95% bands and equations.
 
-    `chosen` points (a frontier) are ringed; `join` connects the points of a group.
+    `chosen` points (a frontier) are ringed; `join` connects the points of a group. `bars` are means of repeats by group, as
+    (x, mean, half of its interval): then these are joined, and the single points are faint.
     """
     figure, axes = new_axes(x_label, y_label, log_x=True, log_y=True)
     colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(groups)}
     for name, points in groups.items():
         x, y = ([p[i] for p in sorted(points)] for i in (0, 1))
+        if bars and bars.get(name):
+            middle, mean, half = zip(*sorted(bars[name]), strict=True)
+            below = [min(h, 0.99 * m) for h, m in zip(half, mean, strict=True)]  # the axis is logarithmic
+            drawn = {"yerr": (below, half), "capsize": 3} if all(map(math.isfinite, half)) else {}
+            width = 1.4 if join else 0
+            style = {"marker": "o", "markersize": 5, "linewidth": width, "elinewidth": 1, "label": name or None}
+            axes.errorbar(middle, mean, color=colours[name], **style, **drawn)
+            axes.scatter(x, y, color=colours[name], s=6, alpha=0.35)
+            continue
         dense = len(x) > 40
         style = {"linewidth": 1.2 if join else 0, "markersize": 2 if dense else 5, "alpha": 0.6 if dense else 1.0}
         axes.plot(x, y, color=colours[name], marker="o", label=name or None, **style)

@@ -122,7 +122,7 @@ def _untrained(study: Study, weights: str, folder: Path, devices: int) -> Launch
 def _shrunk(launch: Launch, parent: Launch | None, untrained: dict[str, Launch], folder: Path, devices: int) -> Launch:
     """A launch on tiny networks and data, within the rehearsal's folder; everything else as it was."""
     config = launch.resolved.dpt
-    fields = launch.fields | {"data.vae": "embedded"}
+    fields = launch.fields | {"data.vae": "embedded", "tracking.offline": True}
     home = "evaluation" if launch.launcher == "evaluate" else "training"
     fields[f"{home}.output_dir"] = str(_within(folder, launch.folder))
     if home == "evaluation":

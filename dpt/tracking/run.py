@@ -65,7 +65,7 @@ def start_run(
         "parents": [p for p in parents if p],
         "tags": {**_provenance(), **config.tags, **{k: str(v) for k, v in tags.items()}},
     }
-    run.begin(record, params)
+    run.begin(record, params, offline=config.offline)
     return run
 
 
@@ -128,22 +128,23 @@ class SpooledRun(Run):
         self._broken = False
         self._next_check = time.monotonic() + _NOTICE_SECONDS
 
-    def begin(self, record: dict[str, Any], recipe: Mapping[str, Any]) -> None:
-        """Write the first record and start the sender."""
+    def begin(self, record: dict[str, Any], recipe: Mapping[str, Any], *, offline: bool = False) -> None:
+        """Write the first record and, unless `offline`, start the sender."""
         self._append("start", **record)
         self._append("params", values=flatten({k: v for k, v in recipe.items() if k != "dpt"} | recipe.get("dpt", {})))
         with self._survives(), tempfile.TemporaryDirectory() as folder:
             recipe_path = Path(folder) / "recipe.json"
             recipe_path.write_text(json.dumps(recipe, indent=2, default=str))
             self.log_artifact(recipe_path)
-        with self._survives():
-            self._sender = subprocess.Popen(
-                [sys.executable, "-m", "dpt.tracking.sender", str(self._spool.path.absolute())],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                start_new_session=True,
-            )
+        if not offline:
+            with self._survives():
+                self._sender = subprocess.Popen(
+                    [sys.executable, "-m", "dpt.tracking.sender", str(self._spool.path.absolute())],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                    start_new_session=True,
+                )
         atexit.register(self._at_exit, os.getpid())
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:

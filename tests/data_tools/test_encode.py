@@ -81,6 +81,14 @@ def test_class_images(pictures: Path, tmp_path: Path, vae: str) -> None:
     assert batch["latents_mirrored"].shape == (5, 2, 4, 4, 4)
 
 
+def test_a_limit_takes_the_first_of_the_order(pictures: Path, tmp_path: Path, vae: str, capsys: pytest.CaptureFixture) -> None:
+    main(arguments(pictures, tmp_path / "all", vae))
+    main(arguments(pictures, tmp_path / "five", vae, "--limit", "5"))
+    keys = {name: [sample["key"] for sample in iter_samples(tmp_path / name)] for name in ("all", "five")}
+    assert keys["five"] == keys["all"][:5]
+    assert "--limit is 0" in refusal(capsys, *arguments(pictures, tmp_path / "none", vae, "--limit", "0"))
+
+
 def test_the_same_bytes_however_it_is_done(pictures: Path, tmp_path: Path, vae: str, monkeypatch: pytest.MonkeyPatch) -> None:
     main(arguments(pictures, tmp_path / "whole", vae))
     expected = contents(tmp_path / "whole")

@@ -1,5 +1,6 @@
 """Writing synthetic data sets, and reading them back through the readers of the real ones."""
 
+import dataclasses
 import hashlib
 import json
 from pathlib import Path
@@ -110,6 +111,16 @@ def test_a_foreign_folder_is_not_touched(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no synthetic data set"):
         synthesize(tmp_path, CONFIG)
     assert (tmp_path / "mine.txt").read_text() == "keep"
+
+
+def test_a_rich_set_holds_other_scenes(written: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = dataclasses.replace(CONFIG, variety="rich")
+    with pytest.raises(UserError, match="other variety"):
+        synthesize(written, config, workers=1)
+    synthesize(tmp_path / "rich", config, workers=1)
+    pictures = [sorted((root / "imagenet").rglob("*.png")) for root in (written, tmp_path / "rich")]
+    assert len(pictures[0]) == len(pictures[1])
+    assert not {path.read_bytes() for path in pictures[0]} & {path.read_bytes() for path in pictures[1]}
 
 
 def test_only_the_tasks_asked_for_are_written(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 from dpt.errors import UserError
 from dpt.scaling import launching, running
 from dpt.scaling.launching import pending
+from dpt.scaling.processes import start_forked
 from dpt.scaling.running import run_here
 
 LAUNCH = """
@@ -125,6 +126,34 @@ def test_several_studies_run_as_one_and_must_agree(write_study, launches):
     with pytest.raises(UserError, match=r"ask for different launches in .*depth_w64_short"):
         run_here([study, other], say=quiet)
     assert not study.output.exists()
+
+
+SCRIPT = """
+import atexit, os, sys, time
+atexit.register(print, "at exit")
+print(__name__, sys.argv[1:], os.environ.get("MADE"), "torch" in sys.modules, flush=True)
+if sys.argv[1] == "sleep":
+    time.sleep(60)
+raise SystemExit(int(sys.argv[1]))
+"""
+
+
+def test_forked_launches_are_as_new_interpreters(tmp_path):
+    script, logs = tmp_path / "script.py", [tmp_path / f"{number}.txt" for number in range(3)]
+    script.write_text(SCRIPT)
+    environment = {"PATH": "", "OMP_NUM_THREADS": "1"}
+    made = [
+        start_forked(["python", str(script), word], log, environment | {"MADE": word})
+        for word, log in zip(("0", "3", "sleep"), logs, strict=True)
+    ]
+    for process in made[:2]:
+        process.wait()
+    assert [process.exit_code() for process in made[:2]] == [0, 3]
+    assert [log.read_text() for log in logs[:2]] == [f"__main__ ['{word}'] {word} True\nat exit\n" for word in ("0", "3")]
+    assert made[2].exit_code() is None
+    made[2].terminate()
+    made[2].wait()
+    assert made[2].exit_code() < 0
 
 
 def test_an_interruption_ends_the_launches_too(write_study, launches):

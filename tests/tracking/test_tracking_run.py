@@ -54,6 +54,17 @@ def test_no_record_when_off_or_on_other_ranks(tmp_path, monkeypatch):
     assert not (tmp_path / "o").exists()
 
 
+def test_offline_nothing_is_sent_before_sync(tmp_path, uri):
+    config = TrackingConfig(uri=uri, experiment="t", offline=True)
+    options = {"stage": "pretrain", "name": "n", "params": RECIPE, "parents": [], "tags": {}}
+    with start_run(config, output_dir=tmp_path / "o", **options) as run:
+        run.log_metrics({"train/loss": 1.0}, 1)
+    assert load_runs(uri) == []
+    assert [problem for _, problem in sync(tmp_path / "o")] == [""]
+    (found,) = load_runs(uri, "t")
+    assert (found.run_id, found.metrics["train/loss"], found.status) == (run.run_id, 1.0, "FINISHED")
+
+
 @pytest.mark.parametrize("uri", ["file:///x", "mlruns"])
 def test_a_store_that_mlflow_cannot_write_is_refused(tmp_path, uri):
     with pytest.raises(UserError, match=r"dpt\.tracking\.uri"):

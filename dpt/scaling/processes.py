@@ -1,0 +1,95 @@
+"""A launch as a process: an interpreter of its own, or a fork of one that has loaded the libraries already."""
+
+import atexit
+import multiprocessing
+import os
+import runpy
+import subprocess
+import sys
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Protocol
+
+from dpt import distributed
+
+_LIBRARIES = ["deepspeed", "dpt.evaluation.runner", "dpt.training.run"]
+"""What launchers load, and what takes long to."""
+
+
+class LaunchProcess(Protocol):
+    """What the runner of studies asks of a process."""
+
+    def exit_code(self) -> int | None:
+        """None while it runs; negative: the signal that ended it."""
+
+    def terminate(self) -> None:
+        """Ask it to end."""
+
+    def wait(self) -> None:
+        """Until it has ended."""
+
+
+def start_fresh(words: list[str], log: Path, environment: dict[str, str]) -> LaunchProcess:
+    """Run a command; what it prints is appended to `log`."""
+    with log.open("a", encoding="utf-8") as file:
+        return _Fresh(subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT, env=environment))
+
+
+def start_forked(words: list[str], log: Path, environment: dict[str, str]) -> LaunchProcess:
+    """Run `python LAUNCHER ARGUMENTS` as a fork of a process that has loaded the libraries, for launches without GPUs.
+
+    That process has one thread and has computed nothing, so that a fork of it is as good as a new interpreter.
+    """
+    distributed.limit_spinning()  # in the forked process's environment, before it loads torch
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_LIBRARIES)
+    process = context.Process(target=_run_script, args=(words[1:], log, environment))
+    process.start()
+    return _Forked(process)
+
+
+class _Fresh:
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        self._process = process
+
+    def exit_code(self) -> int | None:
+        return self._process.poll()
+
+    def terminate(self) -> None:
+        self._process.terminate()
+
+    def wait(self) -> None:
+        self._process.wait()
+
+
+class _Forked:
+    def __init__(self, process: ForkServerProcess) -> None:
+        self._process = process
+
+    def exit_code(self) -> int | None:
+        return self._process.exitcode
+
+    def terminate(self) -> None:
+        self._process.terminate()
+
+    def wait(self) -> None:
+        self._process.join()
+
+
+def _run_script(words: list[str], log: Path, environment: dict[str, str]) -> None:
+    """In the forked process: the script as the main program, with its own arguments, environment and output."""
+    import torch
+
+    with log.open("a", encoding="utf-8") as file:
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(file.fileno(), stream.fileno())
+    os.environ.clear()
+    os.environ.update(environment)
+    if "OMP_NUM_THREADS" in environment:  # which the library reads once, when it is loaded
+        torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
+    sys.argv = words
+    try:
+        runpy.run_path(words[0], run_name="__main__")
+    finally:
+        atexit._run_exitfuncs()  # a forked process ends without them
