@@ -53,8 +53,9 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"\nFor comparison, the middle model with equal shares: {_expectation(naive, surface, metric)}.")
     if arguments.out is not None:
         experiment = f"{records[0].experiment}-plan"
-        newest = max((r for r in records if r.run_id in {o.evaluation_id for o in observations}), key=lambda r: r.start_time)
         for name, one in (("best", plan), ("naive", naive)) if arguments.naive else (("best", plan),):
+            like = {o.evaluation_id for o in observations if o.setting.method == one.setting.method}
+            newest = max((r for r in records if r.run_id in like), key=lambda r: r.start_time)
             path = write_plan(one, newest, family, arguments.out / name, experiment=experiment)
             print(f"Run the {name} plan with: dpt study {path}")
 
@@ -88,8 +89,9 @@ def describe(plan: Plan, surface: Surface, metric: str) -> str:
         f"{num_params(config).total / 1e6:.1f} M parameters, latents {config.input_size} x {config.input_size}",
         f"  pre-train    {plan.pretrain_samples:.4g} samples",
         f"  fine-tune    {plan.finetune_samples:.4g} samples",
+        *([f"  method       {plan.setting.method}"] if plan.setting.method else []),
         f"  upcycle      {f'{plan.upcycle_samples:.4g} samples' if plan.upcycle_samples else 'no'}",
-        f"  test time    {plan.steps} steps, ensemble of {plan.ensemble}",
+        f"  test time    {plan.setting.steps} steps, ensemble of {plan.setting.ensemble}",
         f"  expected     {_expectation(plan, surface, metric)}",
     ]
     beyond = plan.extrapolations(surface)
@@ -99,7 +101,7 @@ def describe(plan: Plan, surface: Surface, metric: str) -> str:
 
 def _expectation(plan: Plan, surface: Surface, metric: str) -> str:
     upcycled = plan.upcycle_samples > 0
-    ends = surface.interval(plan.quantities, upcycled=upcycled, steps=plan.steps, ensemble=plan.ensemble)
+    ends = surface.interval(plan.quantities, upcycled=upcycled, setting=plan.setting)
     values = [e if METRICS[metric].lower_is_better else 1 - e for e in (plan.expected, *ends)]
     low, high = sorted(values[1:])
     return f"{METRICS[metric].title} {show(metric, values[0])}, 95% [{show(metric, low)}, {show(metric, high)}]"

@@ -31,7 +31,7 @@ def write_plan(plan: Plan, newest: RunRecord, family: Sequence[RunRecord], folde
             continue
         recipe = _template(examples, stage)
         if stage == "evaluate":
-            recipe["dpt"]["evaluation"] |= {"steps": [plan.steps], "ensemble": [plan.ensemble]}
+            recipe["dpt"]["evaluation"] |= {"steps": [plan.setting.steps], "ensemble": [plan.setting.ensemble]}
         else:
             _set_training(recipe, plan, samples[stage])
         path = folder / f"{stage}.json"

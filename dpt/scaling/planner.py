@@ -10,7 +10,7 @@ from dpt.config.sections import ModelConfig, UpcyclingConfig
 from dpt.errors import UserError
 from dpt.models import costs
 from dpt.scaling.compute import prediction_macs
-from dpt.scaling.surface import Surface, factor_values
+from dpt.scaling.surface import Setting, Surface, factor_values
 
 _SHARES = np.round(np.linspace(0.02, 0.98, 49), 2)
 """Shares of the budget that pre-training may get."""
@@ -28,8 +28,8 @@ class Plan:
     finetune_samples: float
     upcycle_samples: float
     """0: not upcycled."""
-    steps: int
-    ensemble: int
+    setting: Setting
+    """Method of fine-tuning, sampler steps and ensemble size."""
     train_macs: float
     test_macs: float
     """Of one prediction."""
@@ -80,8 +80,13 @@ def naive_plan(surface: Surface, models: Sequence[ModelConfig], limits: Limits) 
     """The middle model, the budget in equal parts to its stages, steps and ensemble as equal as the test-time limit allows."""
     config = sorted(models, key=lambda m: costs.macs(m).forward)[(len(models) - 1) // 2]
     settings = _affordable(surface, config, False, limits)
-    plans = [make_plan(surface, config, limits, 0.5, 0.0, max(settings, key=lambda s: (min(s), -max(s))))] if settings else []
+    plans = [make_plan(surface, config, limits, 0.5, 0.0, max(settings, key=_evenness))] if settings else []
     return _within(plans, limits)[0]
+
+
+def _evenness(setting: Setting) -> tuple[int, int]:
+    """Greater for steps and ensemble that are more equal."""
+    return min(setting.steps, setting.ensemble), -max(setting.steps, setting.ensemble)
 
 
 def _within(plans: list[Plan], limits: Limits) -> list[Plan]:
@@ -105,7 +110,7 @@ def make_plan(
     limits: Limits,
     pretrain_share: float,
     upcycled_share: float,
-    setting: tuple[int, int],
+    setting: Setting,
 ) -> Plan:
     """The plan that gives pre-training this share of the budget and perception the rest, part of its samples upcycled.
 
@@ -113,6 +118,7 @@ def make_plan(
     """
     per_sample = costs.macs(config).training
     per_tuned = per_sample * (1 - upcycled_share) + costs.macs(limits.upcycling.apply(config)).training * upcycled_share
+    per_tuned += surface.settings[setting]
     pretrain = limits.train_macs * pretrain_share / per_sample
     tuned = limits.train_macs * (1 - pretrain_share) / per_tuned
     if "pretrain" not in surface.factors:
@@ -126,35 +132,33 @@ def make_plan(
     expected = np.inf
     if pretrain > 0 and tuned > 0:
         quantities = factor_values(config, pretrain, tuned)
-        expected = surface.expected(quantities, upcycled=upcycled, steps=setting[0], ensemble=setting[1])
+        expected = surface.expected(quantities, upcycled=upcycled, setting=setting)
     return Plan(
         config=config,
         pretrain_samples=pretrain,
         finetune_samples=tuned * (1 - upcycled_share),
         upcycle_samples=tuned * upcycled_share,
-        steps=setting[0],
-        ensemble=setting[1],
+        setting=setting,
         train_macs=pretrain * per_sample + tuned * per_tuned,
         test_macs=_test_macs(config, upcycled, limits, setting),
         expected=expected,
     )
 
 
-def _test_macs(config: ModelConfig, upcycled: bool, limits: Limits, setting: tuple[int, int]) -> float:
+def _test_macs(config: ModelConfig, upcycled: bool, limits: Limits, setting: Setting) -> float:
     forward = costs.macs(limits.upcycling.apply(config) if upcycled else config).forward
-    return prediction_macs(forward, task=limits.task, steps=setting[0], ensemble=setting[1])
+    return prediction_macs(forward, task=limits.task, steps=setting.steps, ensemble=setting.ensemble)
 
 
-def _affordable(surface: Surface, config: ModelConfig, upcycled: bool, limits: Limits) -> list[tuple[int, int]]:
-    settings = itertools.product(surface.steps, surface.ensembles)
-    return [s for s in settings if _test_macs(config, upcycled, limits, s) <= limits.test_macs]
+def _affordable(surface: Surface, config: ModelConfig, upcycled: bool, limits: Limits) -> list[Setting]:
+    return [s for s in sorted(surface.settings) if _test_macs(config, upcycled, limits, s) <= limits.test_macs]
 
 
-def _best_setting(surface: Surface, config: ModelConfig, upcycled: bool, limits: Limits) -> tuple[int, int] | None:
-    """The affordable test-time setting with the least error: its effect is a factor, so the split does not matter."""
+def _best_setting(surface: Surface, config: ModelConfig, upcycled: bool, limits: Limits) -> Setting | None:
+    """The affordable setting with the least error: its effect is a factor, so the split does not matter."""
     middle = {name: (low * high) ** 0.5 for name, (low, high) in surface.ranges.items()}
 
-    def error(setting: tuple[int, int]) -> float:
-        return surface.expected(middle, upcycled=upcycled, steps=setting[0], ensemble=setting[1])
+    def error(setting: Setting) -> float:
+        return surface.expected(middle, upcycled=upcycled, setting=setting)
 
     return min(_affordable(surface, config, upcycled, limits), key=error, default=None)

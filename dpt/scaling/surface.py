@@ -1,20 +1,23 @@
 """How an error depends on all that compute can buy at once: model size, pre-training, fine-tuning, upcycling, and test time.
 
-error = (c + sum_i A_i x_i^-alpha_i) * upcycling * steps * ensemble: a power law for each training quantity, added up with
+error = (c + sum_i A_i x_i^-alpha_i) * upcycling * sampler * ensemble: a power law for each training quantity, added up with
 what none of them removes (the parametric form of Hoffmann et al. 2022, "Training Compute-Optimal Large Language Models",
-equation 2), times the measured effect of each test-time setting. Added rather than multiplied, since then a budget has a best
-split inside its range.
+equation 2), times the measured effects of the method of fine-tuning with its sampler steps, and of the ensemble size. Added
+rather than multiplied, since then a budget has a best split inside its range.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
-from dpt.config.sections import ModelConfig
+from dpt.config.recipe import DptConfig
+from dpt.config.sections import DataConfig, ModelConfig, PixelLossConfig
 from dpt.errors import UserError
 from dpt.models import costs
+from dpt.models.decoder_costs import recipe_macs
 from dpt.scaling.compute import section
 from dpt.scaling.results import METRICS, evaluation_rows
 from dpt.tracking.read import RunRecord, ancestors
@@ -30,6 +33,25 @@ _PRIOR = 0.02  # how much a parameter's prior weighs against a residual of log e
 _LEAST_RUNS = 4
 
 
+METHODS = (
+    "diffusion.timesteps",
+    "diffusion.prediction_type",
+    "diffusion.beta_schedule",
+    "pixel_loss.weight",
+    "optimizer.type",
+)
+"""Fields of a fine-tuning that make another method of it: what differs between the runs is chosen among, like sampler steps."""
+
+
+class Setting(NamedTuple):
+    """How a model was fine-tuned, and what its predictions take."""
+
+    method: str
+    """The METHODS that differ among the observations, as "field=value, ..."; empty if none do."""
+    steps: int
+    ensemble: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class Observation:
     """One evaluation of one trained model."""
@@ -41,8 +63,9 @@ class Observation:
     quantities: dict[str, float]
     """Value of every factor."""
     upcycled: bool
-    steps: int
-    ensemble: int
+    setting: Setting
+    decoder_macs: float
+    """Of the pixel loss, for each sample of fine-tuning."""
     run_id: str
     """The trained run (several settings of one run are not independent)."""
     evaluation_id: str
@@ -58,6 +81,7 @@ def observe(
     Raises UserError if they are of several data sets and none is named.
     """
     found: list[tuple[str, str, Observation]] = []  # (trained for, data set, ...)
+    fields: dict[str, dict[str, str]] = {}  # by the trained run
     for record in records:
         rows = [r for r in evaluation_rows(record) if r.run is not None and r.task == task and metric in r.metrics]
         line = [r for r in ancestors(record, family) if r.stage != "evaluate"]
@@ -66,6 +90,7 @@ def observe(
         trained = line[0].params.get("task", task) if line else ""
         if config is None or not samples["pretrain"] or trained not in (task, "generalist"):
             continue
+        fields[line[0].run_id] = {name: line[0].params.get(name, "") for name in METHODS}
         quantities = factor_values(config, samples["pretrain"], samples["finetune"] + samples["upcycle"])
         for row in rows:
             if dataset in ("", row.dataset):
@@ -75,8 +100,8 @@ def observe(
                     config=config,
                     quantities=quantities,
                     upcycled=samples["upcycle"] > 0,
-                    steps=row.steps or 0,
-                    ensemble=row.ensemble or 0,
+                    setting=Setting("", row.steps or 0, row.ensemble or 0),
+                    decoder_macs=_decoder_macs(line[0], config),
                     run_id=line[0].run_id,
                     evaluation_id=record.run_id,
                 )
@@ -85,7 +110,23 @@ def observe(
     found = [one for one in found if one[0] == chosen]
     if len(datasets := {name for _, name, _ in found}) > 1:
         raise UserError(f"the evaluations are of {', '.join(sorted(datasets))}; choose one with --dataset.")
-    return [observation for *_, observation in found]
+    return _with_methods([observation for *_, observation in found], fields)
+
+
+def _with_methods(observations: Sequence[Observation], fields: Mapping[str, Mapping[str, str]]) -> list[Observation]:
+    """The observations with the methods named in which they differ; `fields` has those of each trained run."""
+    used = [fields[o.run_id] for o in observations]
+    varied = [name for name in METHODS if len({values[name] for values in used}) > 1]
+    names = [", ".join(f"{name}={values[name] or 'default'}" for name in varied) for values in used]
+    return [replace(o, setting=o.setting._replace(method=name)) for o, name in zip(observations, names, strict=True)]
+
+
+def _decoder_macs(record: RunRecord, config: ModelConfig) -> float:
+    """MACs that a fine-tuning's pixel loss adds to each sample."""
+    pixel_loss = section(record, "pixel_loss", PixelLossConfig) or PixelLossConfig()
+    data = section(record, "data", DataConfig) or DataConfig()
+    whole = recipe_macs(DptConfig(pixel_loss=pixel_loss, data=data), config)
+    return float(whole.training - costs.macs(config).training)
 
 
 def factor_values(config: ModelConfig, pretrain_samples: float, finetune_samples: float) -> dict[str, float]:
@@ -110,8 +151,8 @@ class Surface:
     """Factors that the observations vary; the others have no say."""
     ranges: dict[str, tuple[float, float]]
     """Least and greatest observed value of every factor."""
-    steps: list[int]
-    ensembles: list[int]
+    settings: dict[Setting, float]
+    """Those observed, each with the MACs that its method adds to a sample of fine-tuning."""
     upcycling: bool
     """Whether both upcycled and dense models were observed."""
     centre: np.ndarray
@@ -121,20 +162,21 @@ class Surface:
     residual: float
     """Root mean square of the residuals of log error."""
 
-    def expected(self, quantities: dict[str, float], *, upcycled: bool, steps: int, ensemble: int) -> float:
+    def expected(self, quantities: dict[str, float], *, upcycled: bool, setting: Setting) -> float:
         """The expected error."""
-        return float(self._errors(self.parameters[None], quantities, upcycled, steps, ensemble)[0])
+        return float(self._errors(self.parameters[None], quantities, upcycled, setting)[0])
 
-    def interval(self, quantities: dict[str, float], *, upcycled: bool, steps: int, ensemble: int) -> tuple[float, float]:
+    def interval(self, quantities: dict[str, float], *, upcycled: bool, setting: Setting) -> tuple[float, float]:
         """The 95% interval of the expected error."""
-        errors = self._errors(self.samples, quantities, upcycled, steps, ensemble)
+        errors = self._errors(self.samples, quantities, upcycled, setting)
         low, high = np.quantile(errors, [0.025, 0.975])
         return float(low), float(high)
 
-    def _errors(self, fits: np.ndarray, quantities: dict[str, float], upcycled: bool, steps: int, ensemble: int) -> np.ndarray:
+    def _errors(self, fits: np.ndarray, quantities: dict[str, float], upcycled: bool, setting: Setting) -> np.ndarray:
         x = np.log([[quantities[f] for f in self.factors]]) - self.centre
-        levels = np.array([[upcycled, self.steps.index(steps), self.ensembles.index(ensemble)]])
-        shape = (len(self.factors), len(self.steps), len(self.ensembles))
+        samplings, ensembles = _levels(self.settings)
+        levels = np.array([[upcycled, samplings.index(setting[:2]), ensembles.index(setting.ensemble)]])
+        shape = (len(self.factors), len(samplings), len(ensembles))
         return np.exp([_log_error(p, x, levels, shape)[0] for p in fits])
 
     def exponents(self) -> dict[str, tuple[float, float, float]]:
@@ -145,6 +187,12 @@ class Surface:
             low, high = np.quantile(self.samples[:, column], [0.025, 0.975])
             table[name] = (float(self.parameters[column]), float(low), float(high))
         return table
+
+
+def _levels(settings: Iterable[Setting]) -> tuple[list[tuple[str, int]], list[int]]:
+    """The levels of the two effects of a setting, in order: (method, steps), and ensemble sizes."""
+    settings = list(settings)
+    return sorted({(s.method, s.steps) for s in settings}), sorted({s.ensemble for s in settings})
 
 
 def fit_surface(observations: Sequence[Observation], *, samples: int = 100, seed: int = 0) -> Surface:
@@ -161,13 +209,13 @@ def fit_surface(observations: Sequence[Observation], *, samples: int = 100, seed
         )
     if any(o.error <= 0 for o in observations):
         raise UserError("an error of 0 or less was observed; a power law needs errors above 0.")
-    steps, ensembles = sorted({o.steps for o in observations}), sorted({o.ensemble for o in observations})
+    samplings, ensembles = _levels(o.setting for o in observations)
     raw = np.log([[o.quantities[f] for f in factors] for o in observations])
     centre = raw.mean(axis=0)
     x = raw - centre
     y = np.log([o.error for o in observations])
-    levels = np.array([[o.upcycled, steps.index(o.steps), ensembles.index(o.ensemble)] for o in observations])
-    shape = (len(factors), len(steps), len(ensembles))
+    levels = np.array([[o.upcycled, samplings.index(o.setting[:2]), ensembles.index(o.setting.ensemble)] for o in observations])
+    shape = (len(factors), len(samplings), len(ensembles))
     best = min((_fit(x, y, levels, shape, share) for share in (0.1, 0.5, 0.8)), key=lambda f: f[1])[0]
     rng = np.random.default_rng(seed)
     rows_of = {run: [i for i, o in enumerate(observations) if o.run_id == run] for run in runs}
@@ -178,8 +226,7 @@ def fit_surface(observations: Sequence[Observation], *, samples: int = 100, seed
     return Surface(
         factors=factors,
         ranges={f: (min(v), max(v)) for f in FACTORS for v in [[o.quantities[f] for o in observations]]},
-        steps=steps,
-        ensembles=ensembles,
+        settings={o.setting: o.decoder_macs for o in observations},
         upcycling=len({o.upcycled for o in observations}) > 1,
         centre=centre,
         parameters=best,

@@ -15,7 +15,7 @@ from dpt.config.sections import ModelConfig
 from dpt.errors import UserError
 from dpt.models import costs
 from dpt.scaling.planner import Limits, best_plan, naive_plan
-from dpt.scaling.surface import factor_values, fit_surface, observe
+from dpt.scaling.surface import Setting, factor_values, fit_surface, observe
 
 STEPS = {1: 1.5, 10: 1.0, 100: 1.05}  # too many steps hurt a little
 ENSEMBLES = {1: 1.1, 5: 1.0}
@@ -92,7 +92,7 @@ def test_the_surface_predicts_what_it_has_not_seen(surface):
     for width, pretrain, finetune, upcycled in ((64, 2e3, 3e3, False), (128, 3e3, 2e3, True), (96, 4e3, 1e3, False)):
         quantities = factor_values(config(width), pretrain, finetune)
         true = truth(config(width), pretrain, finetune, upcycled, 10, 5)
-        setting = {"upcycled": upcycled, "steps": 10, "ensemble": 5}
+        setting = {"upcycled": upcycled, "setting": Setting("", 10, 5)}
         assert surface.expected(quantities, **setting) == pytest.approx(true, rel=0.04)
         low, high = surface.interval(quantities, **setting)
         assert low < true * 1.02
@@ -125,11 +125,11 @@ def test_the_plan_beats_the_naive_one_in_the_true_world(surface):
     def true(plan):
         upcycled = plan.upcycle_samples > 0
         tuned = plan.finetune_samples + plan.upcycle_samples
-        return truth(plan.config, plan.pretrain_samples, tuned, upcycled, plan.steps, plan.ensemble)
+        return truth(plan.config, plan.pretrain_samples, tuned, upcycled, plan.setting.steps, plan.setting.ensemble)
 
     assert true(best) < true(naive)
     assert best.train_macs == pytest.approx(1e12, rel=1e-6)
-    assert best.steps == 10
+    assert best.setting.steps == 10
     assert best.finetune_samples + best.upcycle_samples > best.pretrain_samples
 
 
@@ -160,6 +160,44 @@ def test_a_stage_that_was_not_varied_keeps_its_length():
     assert plan.pretrain_samples == 1e3
     with pytest.raises(UserError, match="least that a plan takes"):
         best_plan(surface, [config(64)], Limits(train_macs=1e3))
+
+
+def one_step(runs, gain, pixel_loss="0.0"):
+    """The fine-tunings of `study` and their evaluations again, trained at the last timestep: one step with such an error."""
+    names = {r.run_id: f"one_{r.run_id}" for r in runs if r.stage in ("finetune", "evaluate")}
+    made = []
+    for run in runs:
+        if run.run_id in names and (run.stage == "finetune" or "e_f" in run.name):
+            metrics = {k: v for k, v in run.metrics.items() if not k.startswith("eval")}
+            if run.stage == "evaluate":
+                metrics = {"eval/depth/abs_rel/s1_n1": run.metrics["eval/depth/abs_rel/s10_n5"] * gain}
+            params = run.params | {"diffusion.timesteps": "last", "pixel_loss.weight": pixel_loss, "data.vae": "embedded"}
+            parents = [names.get(parent, parent) for parent in run.parents]
+            fields = {"run_id": names[run.run_id], "name": names[run.run_id]}
+            made.append(dataclasses.replace(run, **fields, params=params, metrics=metrics, parents=parents))
+    return made
+
+
+@pytest.mark.parametrize(("gain", "chosen"), [(0.8, 1), (1.3, 10)])
+def test_methods_of_fine_tuning_are_chosen_among(gain, chosen):
+    runs = study(upcycle=(False,))
+    runs += one_step(runs, gain)
+    surface = fit_surface(observe(runs, runs, "depth", "abs_rel"), samples=5)
+    plan = best_plan(surface, [config(w) for w in WIDTHS], Limits(train_macs=1e12))
+    assert plan.setting.steps == chosen
+    assert ("diffusion.timesteps=last" in plan.setting.method) == (chosen == 1)
+    assert {s.ensemble for s in surface.settings if "last" in s.method} == {1}  # others were not seen with it
+
+
+def test_a_pixel_loss_costs_the_decoder():
+    runs = study(upcycle=(False,))
+    runs += one_step(runs, 0.8, pixel_loss="1.0")
+    surface = fit_surface(observe(runs, runs, "depth", "abs_rel"), samples=5)
+    added = {s.method: macs for s, macs in surface.settings.items()}
+    assert sorted(macs > 0 for macs in added.values()) == [False, True]
+    plan = best_plan(surface, [config(64)], Limits(train_macs=1e12))
+    tuned = plan.finetune_samples * (costs.macs(config(64)).training + added[plan.setting.method])
+    assert plan.pretrain_samples * costs.macs(config(64)).training + tuned == pytest.approx(1e12, rel=1e-6)
 
 
 def test_too_few_runs_are_refused():
