@@ -36,7 +36,7 @@ def start_fresh(words: list[str], log: Path, environment: dict[str, str]) -> Lau
 
 
 def start_forked(words: list[str], log: Path, environment: dict[str, str]) -> LaunchProcess:
-    """Run `python LAUNCHER ARGUMENTS` as a fork of a process that has loaded the libraries, for launches without GPUs.
+    """Run `python SCRIPT ...` or `python -m MODULE ...` as a fork of a process that has loaded the libraries; not for GPUs.
 
     That process has one thread and has computed nothing, so that a fork of it is as good as a new interpreter.
     """
@@ -78,7 +78,7 @@ class _Forked:
 
 
 def _run_script(words: list[str], log: Path, environment: dict[str, str]) -> None:
-    """In the forked process: the script as the main program, with its own arguments, environment and output."""
+    """In the forked process: the script or module as the main program, with its own arguments, environment and output."""
     import torch
 
     with log.open("a", encoding="utf-8") as file:
@@ -88,8 +88,11 @@ def _run_script(words: list[str], log: Path, environment: dict[str, str]) -> Non
     os.environ.update(environment)
     if "OMP_NUM_THREADS" in environment:  # which the library reads once, when it is loaded
         torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
-    sys.argv = words
+    sys.argv = words[1:] if words[0] == "-m" else words
     try:
-        runpy.run_path(words[0], run_name="__main__")
+        if words[0] == "-m":
+            runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(words[0], run_name="__main__")
     finally:
         atexit._run_exitfuncs()  # a forked process ends without them

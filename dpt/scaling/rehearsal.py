@@ -4,9 +4,9 @@ It finds what would break a study of days within minutes. Its figures say nothin
 """
 
 import itertools
+import os
 import re
 import shlex
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -16,6 +16,8 @@ from typing import Any
 from dpt.config.sections import ModelConfig
 from dpt.errors import UserError
 from dpt.scaling.compute import WEIGHTS_STEP
+from dpt.scaling.launching import count_devices
+from dpt.scaling.processes import start_forked, start_fresh
 from dpt.scaling.shard_sets import encode_command
 from dpt.scaling.study import Launch, Study
 
@@ -62,6 +64,8 @@ def make_shards(studies: Sequence[Study], folder: Path, *, say: Callable[[str], 
 
     What is there is kept. UserError, with the command, if one fails.
     """
+    log = folder / "log.txt"
+    folder.mkdir(parents=True, exist_ok=True)
     for place in dict.fromkeys(needed for study in studies for needed in study.needs):
         if (Path(place) / "manifest.json").exists():
             continue
@@ -69,20 +73,27 @@ def make_shards(studies: Sequence[Study], folder: Path, *, say: Callable[[str], 
         given = dict(itertools.pairwise(words))
         name, side = given["--dataset"], int(given["--resolution"])
         if not (folder / "native" / name).exists():
-            _python(["-m", "data_tools.native", name, "--out", str(folder / "native"), "--samples", str(_NATIVE_SAMPLES)], say)
+            _python(
+                ["-m", "data_tools.native", name, "--out", str(folder / "native"), "--samples", str(_NATIVE_SAMPLES)], log, say
+            )
         if "CLIP" in words and not (folder / "clip").exists():
             _make_clip(folder / "clip")
         places = {f"DIR/{name}": str(folder / "native" / name), "CLIP": str(folder / "clip")}
         smaller = ["--resolution", str(side // _SMALLER), "--vae", "embedded", "--out", place, "--samples-per-shard", "4"]
-        _python(["-m", "data_tools.encode", *(places.get(word, word) for word in words), *smaller, "--processes", "0"], say)
+        _python(
+            ["-m", "data_tools.encode", *(places.get(word, word) for word in words), *smaller, "--processes", "0"], log, say
+        )
 
 
-def _python(words: list[str], say: Callable[[str], None]) -> None:
+def _python(words: list[str], log: Path, say: Callable[[str], None]) -> None:
     say(f"  $ {shlex.join(['python', *words])}")
-    done = subprocess.run([sys.executable, *words], capture_output=True, text=True)
-    if done.returncode:
-        reason = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[-1]
-        raise UserError(f"{shlex.join(['python', *words])} ended with exit code {done.returncode}: {reason}")
+    log.unlink(missing_ok=True)
+    start = start_forked if count_devices() == 0 else start_fresh
+    process = start([sys.executable, *words], log, dict(os.environ))
+    process.wait()
+    if process.exit_code() != 0:
+        reason = (log.read_text(encoding="utf-8").strip() or "no message").splitlines()[-1]
+        raise UserError(f"{shlex.join(['python', *words])} ended with exit code {process.exit_code()}: {reason}")
 
 
 def _make_clip(folder: Path) -> None:

@@ -70,16 +70,16 @@ def test_options_that_contradict_it_are_refused(tmp_path: Path, capsys: pytest.C
     assert "--dry-run" in capsys.readouterr().err
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", PAPER)
-def test_paper_studies_pass_their_rehearsal(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    cli.main(["study", f"studies/{name}", "--rehearse", str(tmp_path), "--jobs", "2"])
-    study = read_study(Path("studies", name), uri="sqlite:///x.db")
-    for figure in study.figures:
-        path = tmp_path / study.output / "figures" / f"{study.path.stem}_{figure.name}.svg"
-        assert WATERMARK in path.read_text(encoding="utf-8")
-        content = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-        assert content["watermark"] == WATERMARK
-        assert content["points"]
+@pytest.mark.parametrize("names", [["paper_experts.yaml"], pytest.param(PAPER, marks=pytest.mark.slow)], ids=["one", "all"])
+def test_paper_studies_pass_their_rehearsal(names: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["study", *(f"studies/{name}" for name in names), "--rehearse", str(tmp_path), "--jobs", "2"])
     printed = capsys.readouterr().out
-    assert f"{WATERMARK} of studies/{name}" in printed
+    for name in names:
+        study = read_study(Path("studies", name), uri="sqlite:///x.db")
+        for figure in study.figures:
+            path = tmp_path / study.output / "figures" / f"{study.path.stem}_{figure.name}.svg"
+            assert WATERMARK in path.read_text(encoding="utf-8")
+            content = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+            assert content["watermark"] == WATERMARK
+            assert content["points"]
+        assert f"{WATERMARK} of studies/{name}" in printed
