@@ -30,11 +30,12 @@ EXPERIMENT = "quickstart"
 DEFAULT_OUT = "runs/quickstart"
 STEPS, ENSEMBLE = 10, 5
 SPLITS = "train=0.95,val=0.05"
+ONE_STEP = "one_step"
 MODELS = {  # label of the table's row -> folder of exported weights
     "untrained": "untrained",
-    "fine-tuned without pre-training": "depth_scratch",
     "fine-tuned after pre-training": "depth",
     "upcycled to experts": "upcycled",
+    "trained to predict in one step": ONE_STEP,
 }
 
 
@@ -111,17 +112,20 @@ def road(out: Path, scenes: int, uri: str) -> list[Step]:
 
     trained("pretrain", "pre-train a class-conditional DiT", launch("pretrain", "quickstart"))
     trained("untrained", "set up an untrained depth model", launch("finetune", "quickstart_depth", "--steps", "0"))
-    trained("depth_scratch", "fine-tune for depth without pre-training", launch("finetune", "quickstart_depth"))
     trained("depth", "fine-tune for depth after pre-training", launch("finetune", "quickstart_depth", *weights("pretrain")))
     trained("upcycled", "upcycle to experts and train on", launch("upcycle", "quickstart_upcycle", *weights("depth")))
+    trained(ONE_STEP, "train for depth at the last timestep alone", launch("finetune", "quickstart_one_step"))
     for label, name in MODELS.items():
-        fields = ["--steps", str(STEPS), "--ensemble", f"1,{ENSEMBLE}", "--output_dir", f"{out}/evaluate/{name}"]
+        recipe, fields = "quickstart_depth", ["--steps", str(STEPS), "--ensemble", f"1,{ENSEMBLE}"]
+        if name == ONE_STEP:
+            recipe, fields = "quickstart_one_step", []
+        fields += ["--output_dir", f"{out}/evaluate/{name}"]
         fields += elsewhere("--evaluation.data", "depth_val")
         naming = ["--tracking.run_name", f"evaluate {name}", "--tracking.tags", json.dumps({"dpt.label": label})]
         steps.append(
             Step(
                 title=f"evaluate: {label}",
-                command=launch("evaluate", "quickstart_depth", *weights(name), *fields, *tracking, *naming),
+                command=launch("evaluate", recipe, *weights(name), *fields, *tracking, *naming),
                 result=out / "evaluate" / name / "summary.json",
                 folder=out / "evaluate" / name,
             )

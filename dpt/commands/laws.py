@@ -19,6 +19,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--group-by", default="", help="a law for each value of this field, tag or label")
     parser.add_argument("--steps", type=int, help="only evaluations with this many sampler steps")
     parser.add_argument("--ensemble", type=int, help="only evaluations with this ensemble size")
+    parser.add_argument("--predictions", type=int, default=0, help="with --x total_macs: predictions that the training serves")
+    parser.add_argument("--over", default="", metavar="TAG", help="draw runs that differ in this tag alone as their mean")
     parser.add_argument("--curve", action="store_true", help="all recorded values of a training metric, not the last alone")
     parser.add_argument("--frontier", action="store_true", help="one law through the least y that each x can buy (lower hull)")
     parser.add_argument("--offset", action="store_true", help="fit y = a x^b + c")

@@ -33,6 +33,8 @@ class FigureSpec:
     """Only evaluations with this many sampler steps."""
     ensemble: int | None = None
     """Only evaluations with this ensemble size."""
+    predictions: int = 0
+    """For x "total_macs": predictions whose compute is added to that of the training."""
     curve: bool = False
     """All recorded values of a training metric, not the last alone."""
     frontier: bool = False
@@ -110,6 +112,7 @@ def find(records: Sequence[RunRecord], family: Sequence[RunRecord], spec: Figure
         steps=spec.steps,
         ensemble=spec.ensemble,
         curve=spec.curve,
+        predictions=spec.predictions,
     )
     repeats = means(points, spec.over) if spec.over else []
     findings = Findings(spec=spec, points=points, chosen=[], fits={}, refusals=[], means=repeats)

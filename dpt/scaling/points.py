@@ -10,11 +10,12 @@ from dpt.scaling.compute import model_config, total_train_macs, train_macs
 from dpt.scaling.results import Row, evaluation_rows
 from dpt.tracking.read import RunRecord, ancestors
 
-TEST_TIME = ("test_macs", "steps", "ensemble")
+TEST_TIME = ("test_macs", "total_macs", "steps", "ensemble")
 X_NAMES = {
     "macs": "MACs of the whole training, ancestors included",
     "own_macs": "MACs of the last training alone",
     "test_macs": "MACs of one prediction",
+    "total_macs": "MACs of the whole training and of the predictions",
     "steps": "sampler steps",
     "ensemble": "ensemble size",
     "params": "parameters that one token passes through",
@@ -47,6 +48,7 @@ def collect(
     steps: int | None = None,
     ensemble: int | None = None,
     curve: bool = False,
+    predictions: int = 0,
 ) -> list[Point]:
     """Points of `records`; `family` holds them and their ancestors.
 
@@ -58,7 +60,7 @@ def collect(
     """
     name, complement = (y[2:], True) if y.startswith("1-") else (y, False)
     if name.startswith("eval/"):
-        points = _evaluated(records, family, x, name, group_by, steps, ensemble)
+        points = _evaluated(records, family, x, name, group_by, steps, ensemble, predictions)
     else:
         points = _trained(records, family, x, name, group_by, curve)
     if not points:
@@ -74,6 +76,7 @@ def _evaluated(
     group_by: str,
     steps: int | None,
     ensemble: int | None,
+    predictions: int,
 ) -> list[Point]:
     _, task, *dataset, metric = name.split("/")
     points = []
@@ -88,13 +91,16 @@ def _evaluated(
             rows = [r for r in rows if r.metrics[metric] == record.metrics.get(name)][:1]
         for row in rows:
             value = _row_x(row, x) if x in TEST_TIME else run_value(record, family, x)
+            if x == "total_macs":
+                training = run_value(record, family, "macs")
+                value = None if training is None or row.macs is None else training + predictions * row.macs
             if value is not None:
                 points.append(Point(x=value, y=row.metrics[metric], group=text_value(record, family, group_by), run=record))
     return points
 
 
 def _row_x(row: Row, x: str) -> float | None:
-    value = {"test_macs": row.macs, "steps": row.steps, "ensemble": row.ensemble}[x]
+    value = {"test_macs": row.macs, "steps": row.steps, "ensemble": row.ensemble}.get(x)
     return None if value is None else float(value)
 
 

@@ -58,4 +58,4 @@ def how_to_make(needed: str) -> str:
         return f"  {needed}: make quickstart"
     where = "docs/science.md" if needed.startswith("runs/") else "docs/reproduce.md"
     kind = "shards" if "shards" in Path(needed).parts else "file"
-    return f"  {needed}: a {kind} that {where} says how to get"
+    return f"  {needed}: {kind}; {where} says how to get it"

@@ -53,6 +53,8 @@ def test_test_time_quantities_give_a_point_for_every_setting():
     points = collect(runs, runs, "test_macs", "eval/depth/abs_rel")
     assert [p.x for p in points] == [1e9, 1e10] * 3
     assert [p.x for p in collect(runs, runs, "steps", "eval/depth/abs_rel", ensemble=1)] == [1, 10] * 3
+    total = collect(runs, runs, "total_macs", "eval/depth/abs_rel", predictions=100)
+    assert [p.x for p in total] == [base + 100 * each for base in (1e12, 1e13, 1e14) for each in (1e9, 1e10)]
     assert next(p.y for p in collect(runs, runs, "macs", "eval/depth/abs_rel", steps=1)) == pytest.approx(6 * 1e12**-0.1)
 
 
