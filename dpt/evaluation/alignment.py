@@ -80,7 +80,9 @@ def _best_trial(p: np.ndarray, g: np.ndarray, tolerance: float, random: np.rando
 
 def _refine_log(p: np.ndarray, log_truth: np.ndarray, scale: float, shift: float) -> tuple[float, float]:
     """The scale and shift nearby that minimise the sum of (log(scale p + shift) - log_truth)^2; scale stays positive."""
-    fit = np.array([scale, shift])
+    mean = p.mean()
+    p = p - mean  # shift and scale are then about independent
+    fit = np.array([scale, shift + scale * mean])
 
     def residual(values: np.ndarray) -> np.ndarray | None:
         depth = values[0] * p + values[1]
@@ -89,9 +91,9 @@ def _refine_log(p: np.ndarray, log_truth: np.ndarray, scale: float, shift: float
     error = residual(fit)
     assert error is not None, "inliers have positive depth"
     for _ in range(20):
-        depth = fit[0] * p + fit[1]
-        jacobian = np.stack([p / depth, 1.0 / depth], axis=1)
-        move = np.linalg.lstsq(jacobian, -error, rcond=None)[0]
+        inverse = 1.0 / (fit[0] * p + fit[1])
+        jacobian = np.stack([p * inverse, inverse])
+        move = np.linalg.lstsq(jacobian @ jacobian.T, -jacobian @ error, rcond=None)[0]
         for halving in range(20):
             tried = residual(fit + move / 2**halving)
             if tried is not None and tried @ tried <= error @ error:
@@ -102,4 +104,4 @@ def _refine_log(p: np.ndarray, log_truth: np.ndarray, scale: float, shift: float
         fit, error = fit + move / 2**halving, tried
         if gain <= 1e-12 * (error @ error):
             break
-    return float(fit[0]), float(fit[1])
+    return float(fit[0]), float(fit[1] - fit[0] * mean)
