@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from data_tools.readers import READERS, Reader, changed_options, open_reader, parse_options
 from dpt import distributed
 from dpt.errors import UserError, reported
-from dpt.tasks import FLOW_CODE, FLOW_CODES
+from dpt.tasks import DEPTH_CODE, DEPTH_CODES, FLOW_CODE, FLOW_CODES
 
 if TYPE_CHECKING:
     from data_tools.encoding.job import EncodingJob
@@ -57,6 +57,7 @@ def parser() -> argparse.ArgumentParser:
         default="stretch",
         help="perception: stretch to the square, crop its centre, pad, or keep the aspect (default: %(default)s)",
     )
+    add("--depth-code", choices=DEPTH_CODES, default=DEPTH_CODE, help="depth: of the targets (default: %(default)s)")
     add("--flow-code", choices=FLOW_CODES, default=FLOW_CODE, help="flow: of the targets (default: %(default)s)")
     add("--clip", default="", metavar="FOLDER", help="amodal: keep CLIP embeddings of the visible object by this model")
     add(
@@ -111,6 +112,7 @@ def build_job(arguments: argparse.Namespace) -> "EncodingJob":
         evaluation=arguments.evaluation,
         prompt=arguments.prompt,
         fit=arguments.fit,
+        depth_code=arguments.depth_code,
         flow_code=arguments.flow_code,
         clip=bool(arguments.clip),
     )

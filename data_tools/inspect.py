@@ -110,6 +110,8 @@ def describe(manifest: Manifest, rows: dict[str, list[str]], seen: int) -> str:
         f"{len(manifest.shards)} shards, {gigabytes:.3g} GB; data {manifest.data_sha256[:12]}",
         f"VAE {vae.name} ({vae.sha256[:12]}), scaling factor {vae.scaling_factor}, {vae.latent_channels} channels",
     ]
+    if code := tasks.target_code(manifest.task, manifest.encoding, manifest.dataset):
+        lines.append(f"{manifest.task} code {code}")
     if manifest.class_names:
         names = [*manifest.class_names[:8], *(["..."] if len(manifest.class_names) > 8 else [])]
         lines.append(f"{len(manifest.class_names)} classes: {', '.join(names)}")

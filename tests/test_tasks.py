@@ -58,6 +58,33 @@ def test_depth_encoding_maps_quantiles_to_plus_minus_one_and_inverts_between_the
     assert np.mean(image[0][valid] == 1.0) == pytest.approx(0.02, abs=0.002)
 
 
+@pytest.mark.parametrize("code", tasks.DEPTH_CODES)
+@pytest.mark.parametrize("spread", [1.5, 4.0, 30.0])
+def test_every_depth_code_comes_back_as_depth_between_the_quantiles(code, spread):
+    depth = np.random.default_rng(1).uniform(2.0, 2.0 * spread, (40, 60)).astype(np.float32)
+    depth[:3] = 0.0
+    image, constants = tasks.encode_depth(depth, code=code)
+    linear, _ = tasks.encode_depth(depth)
+    assert (image.min(), image.max()) == (-1.0, pytest.approx(1.0))
+    assert image.dtype == np.float32
+    for array in (image, torch.from_numpy(image)):
+        decoded = np.asarray(tasks.decode_depth(array, code))
+        np.testing.assert_allclose(decoded, np.asarray(tasks.decode_depth(linear)), atol=1e-5)
+        inside = (depth >= constants[0]) & (depth <= constants[1])
+        np.testing.assert_allclose(tasks.metric_depth(decoded, constants)[inside], depth[inside], rtol=1e-4)
+
+
+@pytest.mark.parametrize(("code", "function"), [("log", np.log), ("disparity", lambda depth: -1.0 / depth)])
+def test_depth_codes_are_what_they_are_called_where_far_is_as_many_times_near(code, function):
+    depth = np.linspace(3.0, 3.0 * tasks.DEPTH_SPREAD, 101, dtype=np.float32)[None]
+    image, (near, far) = tasks.encode_depth(depth, code=code, quantiles=(0.0, 1.0))
+    wanted = (function(depth) - function(near)) / (function(far) - function(near)) * 2.0 - 1.0
+    np.testing.assert_allclose(image[0], wanted, atol=1e-5)
+    units = np.linspace(0.0, 1.0, 101)
+    slopes = np.gradient((image[0, 0] + 1) / 2, units)
+    np.testing.assert_allclose(tasks.depth_code_slope(units, code)[1:-1], slopes[1:-1], rtol=2e-3)
+
+
 def test_depth_encoding_of_flat_and_empty_maps():
     image, constants = tasks.encode_depth(np.full((4, 4), 2.0, np.float32))
     assert np.isfinite(image).all()

@@ -21,6 +21,7 @@ from dpt.data.order import permutation
 from dpt.data.shards import ShardWriter, shard_key
 from dpt.errors import UserError
 from dpt.progress import Progress, progress
+from dpt.tasks import DEPTH_CODE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +55,11 @@ class EncodingJob:
             keys = [keys[i] for i in permutation(len(keys), self.shuffle_seed).tolist()]
         return keys[: self.limit]
 
+    @property
+    def _coded_depth(self) -> bool:
+        """Whether depth is not linear. Linear depth is not recorded, as it was before there were other codes: jobs go on."""
+        return self.layout.task == "depth" and self.layout.depth_code != DEPTH_CODE
+
     def settings(self, keys: Sequence[str]) -> dict[str, Any]:
         """All that the shards' bytes depend on: what jobs that share a folder must share too."""
         codec, clip = self.encoder.codec, self.encoder.clip
@@ -74,6 +80,7 @@ class EncodingJob:
             "mirrored": self.layout.mirrored,
             "evaluation": self.layout.evaluation,
             "prompt": self.layout.prompt if self.layout.task == "depth" else None,
+            **({"depth_code": self.layout.depth_code} if self._coded_depth else {}),
             **({"flow_code": self.layout.flow_code} if self.layout.task == "flow" else {}),
             "fit": self.layout.fit if self.layout.task != "class" else "crop",
         }

@@ -34,6 +34,8 @@ class Layout:
     fit: Fit = "stretch"
     """Perception inputs to `resolution`: both sides stretched to the square, its centre cropped, the whole padded, or none of
     these: the aspect kept, sides rounded to 16 pixels."""
+    depth_code: str = tasks.DEPTH_CODE
+    """How depth becomes images: one of `tasks.DEPTH_CODES`."""
     flow_code: str = tasks.FLOW_CODE
     """How flow becomes images: one of `tasks.FLOW_CODES`."""
     clip: bool = False
@@ -121,7 +123,7 @@ def _prepare_perception(sample: Sample, layout: Layout) -> Prepared:
         known = frame.nearest(valid)
         if not known.any():
             raise _unusable(sample, "no pixel has a valid depth")
-        target, (further["near"], further["far"]) = tasks.encode_depth(frame.nearest(truth), known)
+        target, (further["near"], further["far"]) = tasks.encode_depth(frame.nearest(truth), known, code=layout.depth_code)
         targets = [target]
         if layout.prompt == "ground_truth":
             conditions.append(tasks.image_to_uint8(tasks.mask_image(known)))

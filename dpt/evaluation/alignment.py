@@ -22,3 +22,86 @@ def fit_affine(prediction: np.ndarray, truth: np.ndarray, valid: np.ndarray) -> 
         scale[place] = 0.0 if constant else np.dot(p, g - g_mean) / variance
         shift[place] = g_mean - scale[place] * p_mean
     return scale, shift
+
+
+MOST_TRIALS = 1000
+"""Pairs of pixels that a robust fit tries at most; it stops when a better one is to be expected with 1% at most."""
+_TRIAL_PIXELS = 1 << 16
+"""Pixels that trials are judged on; the fit that they end in takes all."""
+
+
+def fit_affine_log(prediction: np.ndarray, truth: np.ndarray) -> tuple[float, float]:
+    """Scale and shift of depth pixels `[n]` whose error is measured in log depth, and robustly; truth is positive.
+
+    RANSAC (Fischler and Bolles 1981) as the protocol of Pixel-Perfect Depth (Xu et al. 2025) and Marigold V2 has it: a pixel is
+    an inlier if |log(scale prediction + shift) - log truth| is below the median absolute deviation of log truth; of the
+    pairs of pixels drawn, the one with the most inliers wins, and the sum of squared errors of its inliers is minimised.
+    There networks predict log depth up to scale and shift, so a line is fitted; here they predict depth up to them, so
+    the two are fitted through the logarithm (Gauss-Newton). The draws are the same every time. Without a pair of
+    positive scale: scale 0, and the median of log truth.
+    """
+    p, g = prediction.astype(np.float64), truth.astype(np.float64)
+    log_truth = np.log(g)
+    middle = float(np.median(log_truth))
+    tolerance = float(np.median(np.abs(log_truth - middle)))
+    random = np.random.default_rng(0)
+    some = random.choice(p.size, _TRIAL_PIXELS, replace=False) if p.size > _TRIAL_PIXELS else np.arange(p.size)
+    best = _best_trial(p[some], g[some], tolerance, random)
+    if best is None:
+        return 0.0, float(np.exp(middle))
+    inside = _inliers(p, g, *best, tolerance)
+    return _refine_log(p[inside], log_truth[inside], *best)
+
+
+def _inliers(p: np.ndarray, g: np.ndarray, scale: float, shift: float, tolerance: float) -> np.ndarray:
+    """Where log(scale p + shift) is within `tolerance` of log g; never where scale p + shift is not positive."""
+    ratio = (scale * p + shift) / g
+    return np.asarray((ratio >= np.exp(-tolerance)) & (ratio <= np.exp(tolerance)))
+
+
+def _best_trial(p: np.ndarray, g: np.ndarray, tolerance: float, random: np.random.Generator) -> tuple[float, float] | None:
+    """Of lines through two pixels each, the one with the most inliers; the first of equals. None: no line rises."""
+    best, most, needed = None, 0, float(MOST_TRIALS)
+    pairs = random.integers(0, p.size, (MOST_TRIALS, 2))
+    for trial, (i, j) in enumerate(pairs.tolist()):
+        if trial >= needed:
+            break
+        if (p[i] - p[j]) * (g[i] - g[j]) <= 0:
+            continue
+        scale = float((g[i] - g[j]) / (p[i] - p[j]))
+        line = scale, float(g[i] - scale * p[i])
+        count = int(_inliers(p, g, *line, tolerance).sum())
+        if count > most:
+            best, most = line, count
+            share = min((count / p.size) ** 2, 1.0 - 1e-12)
+            needed = np.log(0.01) / np.log1p(-share)
+    return best
+
+
+def _refine_log(p: np.ndarray, log_truth: np.ndarray, scale: float, shift: float) -> tuple[float, float]:
+    """The scale and shift nearby that minimise the sum of (log(scale p + shift) - log_truth)^2; scale stays positive."""
+    mean = p.mean()
+    p = p - mean  # shift and scale are then about independent
+    fit = np.array([scale, shift + scale * mean])
+
+    def residual(values: np.ndarray) -> np.ndarray | None:
+        depth = values[0] * p + values[1]
+        return np.log(depth) - log_truth if values[0] > 0 and depth.min() > 0 else None
+
+    error = residual(fit)
+    assert error is not None, "inliers have positive depth"
+    for _ in range(20):
+        inverse = 1.0 / (fit[0] * p + fit[1])
+        jacobian = np.stack([p * inverse, inverse])
+        move = np.linalg.lstsq(jacobian @ jacobian.T, -jacobian @ error, rcond=None)[0]
+        for halving in range(20):
+            tried = residual(fit + move / 2**halving)
+            if tried is not None and tried @ tried <= error @ error:
+                break
+        else:
+            break
+        gain = error @ error - tried @ tried
+        fit, error = fit + move / 2**halving, tried
+        if gain <= 1e-12 * (error @ error):
+            break
+    return float(fit[0]), float(fit[1] - fit[0] * mean)

@@ -1,7 +1,7 @@
 """From stored weights to a network ready to predict."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, get_args, get_type_hints
@@ -43,8 +43,8 @@ class LoadedModel:
     task: str
     """What it was trained for: one task, or "generalist"."""
     codec: Codec
-    flow_code: str = tasks.FLOW_CODE
-    """How its flow targets are coded: one of `tasks.FLOW_CODES`."""
+    codes: Mapping[str, str] = dataclasses.field(default_factory=lambda: tasks.codes_of({}, ""))
+    """How its targets are coded, by task (`tasks.TARGET_CODES`)."""
     depth_prompt: str = tasks.DEPTH_PROMPT
     """What depth's second condition showed in training: one of `tasks.DEPTH_PROMPTS`."""
     lineage: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -80,7 +80,7 @@ def load_model(
         diffusion=_read_diffusion(sections["diffusion"], str(weights)),
         task=sections.get("task", "class"),
         codec=codec,
-        flow_code=tasks.check_flow_code(sections.get("flow_code", tasks.FLOW_CODE), str(weights)),
+        codes=tasks.codes_of(sections, str(weights)),
         depth_prompt=tasks.check_depth_prompt(sections.get("depth_prompt", tasks.DEPTH_PROMPT), str(weights)),
         lineage=sections.get("lineage") or {},
     )

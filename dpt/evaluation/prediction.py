@@ -57,7 +57,7 @@ class Predictor:
         self.dtype = torch.bfloat16 if self.config.precision == "bf16" else torch.float32
         self.network = loaded.network.to(self.device, self.dtype).eval()
         self.model, self.task, self.codec, self.lineage = loaded.model, loaded.task, loaded.codec, loaded.lineage
-        self.flow_code, self.depth_prompt = loaded.flow_code, loaded.depth_prompt
+        self.codes, self.depth_prompt = dict(loaded.codes), loaded.depth_prompt
         self.codec.to(self.device)
         self.config = self.config.settled(loaded.diffusion)
         spacing = self.config.timestep_spacing or loaded.diffusion.timestep_spacing
@@ -254,19 +254,18 @@ class Predictor:
             guidance_interval=(config.guidance_low, config.guidance_high),
         )
 
-    def decode(self, latents: Tensor, task: str, *, flow_code: str = "") -> Tensor:
+    def decode(self, latents: Tensor, task: str, *, code: str = "") -> Tensor:
         """Target latents `[S, N, M, C, h, w]` -> values: depth `[S, N, H, W]` in [0, 1]; flow `[S, N, 2, H, W]` as fractions of
-        the image's width and height; amodal bool `[S, N, H, W]`. `flow_code`: empty, the weights' own."""
+        the image's width and height; amodal bool `[S, N, H, W]`. `code`: of the targets; empty: the weights' own."""
         flat = latents.flatten(0, 2)
         images = torch.cat([self.codec.decode(part).float() for part in flat.split(self.config.batch_size)])
         images = images.unflatten(0, latents.shape[:3])  # [S, N, M, 3, H, W]
-        if task == "depth":
-            return tasks.decode_depth(images[:, :, 0])
         if task == "amodal":
             return tasks.decode_amodal(images[:, :, 0])
-        return torch.stack(
-            [tasks.decode_flow(images[:, :, axis], axis, 1, flow_code or self.flow_code) for axis in (0, 1)], dim=2
-        )
+        code = code or self.codes[task]
+        if task == "depth":
+            return tasks.decode_depth(images[:, :, 0], code)
+        return torch.stack([tasks.decode_flow(images[:, :, axis], axis, 1, code) for axis in (0, 1)], dim=2)
 
     def prediction_macs(self, task: str, height: int, width: int, *, steps: int, ensemble: int) -> float:
         """Multiply-accumulates of the network for one prediction from latents of height x width; guided steps count twice."""

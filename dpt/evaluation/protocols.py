@@ -5,19 +5,36 @@ Raise a protocol's version whenever a change here or in the metrics changes its 
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
+from scipy.ndimage import sobel
 
 from dpt.errors import UserError
-from dpt.evaluation.alignment import fit_affine
+from dpt.evaluation.alignment import fit_affine, fit_affine_log
 from dpt.evaluation.metrics import depth_metrics, flow_metrics, mask_metrics
 from dpt.tasks import resize_nearest
 
 # Fractions (top, bottom, left, right) of the image inside which pixels count.
 _EIGEN_NYU = (45 / 480, 471 / 480, 41 / 640, 601 / 640)
 _EIGEN_KITTI = (0.3324324, 0.91351351, 0.0359477, 0.96405229)  # Eigen et al. 2014, of the 352 x 1216 crop
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogFit:
+    """The second column of depth: after a robust fit in log depth (`fit_affine_log`), as Marigold V2 (Pavlovic et al. 2026).
+
+    Its pixels are those of its own range, inside the protocol's region and crop, at the truth's own size or at `size`; fitted
+    depth is clipped to 1 mm and the greatest true depth among them.
+    """
+
+    valid_range: tuple[float, float] | None = None
+    """Pixels whose true depth in metres is strictly inside count; None: those of the protocol."""
+    size: tuple[int, int] | None = None
+    """Height and width that all is brought to (nearest) before it is scored; None: the truth's own."""
+    steepest: float = math.inf
+    """Pixels where the true depth's Sobel derivatives, summed in magnitude, are above it do not count."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +58,8 @@ class Protocol:
     """Height and width in pixels of the part, bottom centre, that alone counts and that `crop` is a fraction of; None: all."""
     align_longest: int = 0
     """Depth: fit scale and shift on maps reduced (nearest) to this longest side; 0: at full size."""
+    log_fit: LogFit = LogFit()
+    """Depth: the pixels of the second column."""
     inference_longest: int = 0
     """Longest side, in pixels, at which images are shown to the network in publications; 0: their own size."""
     main_metric: str = ""
@@ -59,6 +78,7 @@ PROTOCOLS: dict[str, Protocol] = {
             valid_range=(1e-3, 10.0),
             clip=(1e-3, 10.0),
             crop=_EIGEN_NYU,
+            log_fit=LogFit(valid_range=(0.1, 10.0)),
             main_metric="abs_rel",
         ),
         Protocol(
@@ -68,6 +88,7 @@ PROTOCOLS: dict[str, Protocol] = {
             num_samples=800,
             valid_range=(1e-3, 10.0),
             clip=(1e-3, 10.0),
+            log_fit=LogFit(valid_range=(0.01, 10.0)),
             main_metric="abs_rel",
         ),
         Protocol(
@@ -78,6 +99,7 @@ PROTOCOLS: dict[str, Protocol] = {
             valid_range=(1e-5, math.inf),
             clip=(1e-5, math.inf),
             align_longest=1024,
+            log_fit=LogFit(valid_range=(0.01, math.inf), size=(1360, 2048)),
             inference_longest=756,
             main_metric="abs_rel",
         ),
@@ -87,6 +109,7 @@ PROTOCOLS: dict[str, Protocol] = {
             datasets=("diode",),
             num_samples=771,
             clip=(0.6, 350.0),
+            log_fit=LogFit(valid_range=(0.6, 350.0), steepest=0.3),
             inference_longest=640,
             main_metric="abs_rel",
         ),
@@ -108,6 +131,7 @@ PROTOCOLS: dict[str, Protocol] = {
             clip=(1e-5, 80.0),
             crop=_EIGEN_KITTI,
             region=(352, 1216),
+            log_fit=LogFit(valid_range=(0.1, 80.0)),
             main_metric="abs_rel",
         ),
         Protocol(name="flying_chairs", task="flow", datasets=("flying_chairs",), num_samples=640, main_metric="epe"),
@@ -189,7 +213,8 @@ def align_depth_to_truth(protocol: Protocol, prediction: np.ndarray, truth: np.n
 def score(protocol: Protocol, prediction: np.ndarray, truth: np.ndarray) -> dict[str, float]:
     """Metrics of one image, both at the truth's resolution; {} if no pixel counts.
 
-    depth: prediction up to scale and shift, float `[H, W]`. flow: pixels `[2, H, W]`; with "epe_fit", "outliers_fit" after a
+    depth: prediction up to scale and shift, float `[H, W]`; with "abs_rel_log_fit", "delta1_log_fit" after the fit of `LogFit`,
+    where it has pixels. flow: pixels `[2, H, W]`; with "epe_fit", "outliers_fit" after a
     scale and shift per axis, as the authors' released code scores. amodal: bool `[H, W]`. UserError if it is not finite.
     """
     if prediction.shape != truth.shape:
@@ -201,7 +226,7 @@ def score(protocol: Protocol, prediction: np.ndarray, truth: np.ndarray) -> dict
         return {}
     if protocol.task == "depth":
         metres = align_depth_to_truth(protocol, prediction, truth, valid)
-        return depth_metrics(metres[valid], truth[valid])
+        return depth_metrics(metres[valid], truth[valid]) | _score_log_fit(protocol, prediction, truth)
     if protocol.task == "amodal":
         return mask_metrics(prediction[valid].astype(bool), truth[valid].astype(bool))
     scale, shift = fit_affine(prediction, truth, np.broadcast_to(valid, truth.shape))
@@ -210,12 +235,31 @@ def score(protocol: Protocol, prediction: np.ndarray, truth: np.ndarray) -> dict
     return flow_metrics(prediction[:, valid], truth[:, valid]) | {f"{name}_fit": value for name, value in with_fit.items()}
 
 
+def _score_log_fit(protocol: Protocol, prediction: np.ndarray, truth: np.ndarray) -> dict[str, float]:
+    """Depth's second column; {} if it has no pixel."""
+    rule = protocol.log_fit
+    within = replace(protocol, valid_range=rule.valid_range or protocol.valid_range)
+    valid = counted_pixels(within, truth)
+    if rule.size is not None:
+        prediction, truth, valid = (resize_nearest(m, rule.size) for m in (prediction, truth, valid))
+    if math.isfinite(rule.steepest):
+        known = np.where(np.isfinite(truth), truth, 0.0).astype(np.float32)
+        valid &= np.abs(sobel(known, 0)) + np.abs(sobel(known, 1)) <= rule.steepest
+    p, g = prediction[valid], truth[valid]
+    if not g.size:
+        return {}
+    scale, shift = fit_affine_log(p, g)
+    found = depth_metrics(np.clip(scale * p.astype(np.float64) + shift, 1e-3, float(g.max())), g)
+    return {f"{name}_log_fit": found[name] for name in ("abs_rel", "delta1")}
+
+
 def average(rows: list[dict[str, float]]) -> dict[str, float]:
-    """Means over images of each metric. For masks also "iou_pooled": sum of intersections over sum of unions."""
+    """Means of each metric over the images that have it. For masks also "iou_pooled": intersections over unions, summed."""
     scored = [row for row in rows if row]
     if not scored:
         return {}
-    result = {name: math.fsum(row[name] for row in scored) / len(scored) for name in scored[0]}
+    columns = {name: [row[name] for row in scored if name in row] for name in dict.fromkeys(n for row in scored for n in row)}
+    result = {name: math.fsum(values) / len(values) for name, values in columns.items()}
     if "union" in result:
         union = math.fsum(row["union"] for row in scored)
         result["iou_pooled"] = math.fsum(row["intersection"] for row in scored) / union if union else 1.0

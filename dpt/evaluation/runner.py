@@ -123,7 +123,10 @@ def _evaluate_set(one: EvaluationSet, config: EvaluationConfig, predictor: Predi
 
 def _fingerprint(one: EvaluationSet, config: EvaluationConfig, predictor: Predictor | None) -> dict[str, Any]:
     """All that a record depends on beside its sample and setting. Equal ones may share records."""
-    shared = {"data": one.manifest.data_sha256, "protocol": [one.protocol.name, one.protocol.version]}
+    shared = {
+        "data": one.manifest.data_sha256,
+        "protocol": [one.protocol.name, one.protocol.version, repr(one.protocol.log_fit)],
+    }
     if predictor is None:
         files = sorted(p for p in Path(config.predictions).rglob("*") if p.is_file())
         return shared | {"predictions": [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files]}
@@ -137,7 +140,9 @@ def _fingerprint(one: EvaluationSet, config: EvaluationConfig, predictor: Predic
 def _weights_sha256(predictor: Predictor) -> str:
     """Hash of the network's weights by name and of what else decides its predictions."""
     digest = hashlib.sha256(
-        repr((predictor.model, predictor.diffusion, predictor.task, predictor.flow_code, predictor.codec.sha256)).encode()
+        repr(
+            (predictor.model, predictor.diffusion, predictor.task, sorted(predictor.codes.items()), predictor.codec.sha256)
+        ).encode()
     )
     for name, tensor in sorted(predictor.network.state_dict().items()):
         digest.update(name.encode())
@@ -164,6 +169,7 @@ def _described(config: EvaluationConfig, predictor: Predictor | None) -> dict[st
         **{name: getattr(config, name) for name in (*names, "precision", "seed")},
         "schedule": predictor.diffusion.beta_schedule,
         "timestep_spacing": predictor.diffusion.timestep_spacing,
+        "codes": predictor.codes,
         "forward_macs": macs(predictor.model).forward,
         "lineage": predictor.lineage,
     }

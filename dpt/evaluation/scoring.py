@@ -13,7 +13,6 @@ from dpt.evaluation.prediction import Prediction, Predictor, merge_members
 from dpt.evaluation.protocols import score
 from dpt.evaluation.records import BASELINE, CEILING, CODE, GIVEN, Record, Setting
 from dpt.evaluation.sets import EvaluationSet, Sample
-from dpt.tasks import FLOW_CODE
 
 
 class Scorer:
@@ -114,8 +113,9 @@ class Scorer:
         if self._predictor is None or sample.target_latents is None:
             return None
         latents = torch.from_numpy(sample.target_latents)[None, None].to(self._predictor.device)
-        code = str(self._set.manifest.encoding.get("flow_code") or FLOW_CODE)
-        values = self._predictor.decode(latents, self._set.task, flow_code=code)  # the shards' targets, in the shards' code
+        values = self._predictor.decode(
+            latents, self._set.task, code=self._set.code
+        )  # the shards' targets, in the shards' code
         return merge_members(self._set.task, values[0], sample.size, "median").value
 
 

@@ -55,6 +55,7 @@ class EvaluationSet:
                 raise UserError(f"{folder}: the shards hold no {member}; encode the set for evaluation (--evaluation).")
         self.task = self.manifest.task
         self.protocol: Protocol = find_protocol(self.manifest.dataset, self.task, name=protocol)
+        self.code = tasks.target_code(self.task, self.manifest.encoding, str(folder))
         self.depth_prompt = str(self.manifest.encoding.get("prompt") or tasks.DEPTH_PROMPT) if self.task == "depth" else ""
         self.name = f"{self.manifest.dataset}_{self.manifest.split}".replace("/", "_")
         self._size = min(len(self._shards), max_samples or math.inf)

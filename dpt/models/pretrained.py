@@ -35,7 +35,15 @@ from dpt.models.weights import Weights, check_numbers, check_state, expected_sha
 
 FORMAT_VERSION = 1
 _WEIGHTS, _CONFIG = "weights.safetensors", "config.json"
-_SECTIONS = {"diffusion": dict, "vae": dict, "task": str, "flow_code": str, "depth_prompt": str, "lineage": dict}
+_SECTIONS = {
+    "diffusion": dict,
+    "vae": dict,
+    "task": str,
+    "depth_code": str,
+    "flow_code": str,
+    "depth_prompt": str,
+    "lineage": dict,
+}
 """What config.json may say beside the network."""
 _EMA = "ema."
 _log = logging.getLogger(__name__)
@@ -165,6 +173,7 @@ def _read_public(path: Path, ema: bool, fields: Mapping[str, Any]) -> Weights:
     elif kind == "generalist":
         sections = {
             "task": "generalist",
+            "depth_code": "linear",
             "flow_code": "linear_75",
             "depth_prompt": "ground_truth",
             "diffusion": asdict(DiffusionConfig(beta_schedule="squaredcos_cap_v2")),

@@ -1,6 +1,7 @@
 """The data loader of a recipe: the stream of latents that it trains on, checked against the network."""
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from dpt import distributed
@@ -8,7 +9,7 @@ from dpt.config.recipe import DptConfig
 from dpt.data.manifest import Manifest, VAERecord
 from dpt.data.stream import LatentStream
 from dpt.errors import UserError
-from dpt.tasks import DEPTH_PROMPT, FLOW_CODE
+from dpt.tasks import DEPTH_PROMPT, target_code
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,16 +23,13 @@ class DataLoader:
     """(h, w)."""
     depth_prompt: str
     """What the second condition of all depth sets shows (`dpt.tasks.DEPTH_PROMPTS`); empty if the network is shown none."""
+    codes: Mapping[str, str]
+    """How the targets of all sets of a task are coded (`dpt.tasks.TARGET_CODES`), by task, of tasks that have sets."""
 
     @property
     def vae(self) -> VAERecord:
         """The VAE that made all latents."""
         return self.manifests[0].vae
-
-    @property
-    def flow_code(self) -> str:
-        """How the flow of all flow sets is coded; empty if there are none."""
-        return next((_flow_code(m) for m in self.manifests if m.task == "flow"), "")
 
     @property
     def tasks(self) -> list[str]:
@@ -53,11 +51,11 @@ def open_data_loader(
     micro_batch_size: int,
     start_sample: int,
     pin_memory: bool,
-    flow_code: str = "",
+    codes: Mapping[str, str] | None = None,
 ) -> DataLoader:
     """This rank's stream from global position `start_sample` on. UserError if shards and network do not fit.
 
-    flow_code: that of the initial weights, which flow sets must share; empty: they have none.
+    codes: how the targets were coded that the initial weights learnt, by task, which the sets must share.
     """
     main = "latents" if config.task == "class" else "target_latents"
     stream = LatentStream(
@@ -78,14 +76,7 @@ def open_data_loader(
     manifests = list(stream.manifests.values())
     for name, manifest in stream.manifests.items():
         _check(config, name, manifest)
-    codes = {name: _flow_code(m) for name, m in stream.manifests.items() if m.task == "flow"}
-    for name, code in codes.items():
-        wanted = flow_code or next(iter(codes.values()))
-        if code != wanted:
-            other = "the initial weights" if flow_code else "another set"
-            raise UserError(
-                f"{name}: flow is coded as {code!r}, in {other} as {wanted!r}; encode the set with --flow-code {wanted}."
-            )
+    shared = _shared_codes(stream.manifests, codes or {})
     prompts = {name: _depth_prompt(m) for name, m in stream.manifests.items() if m.task == "depth"}
     if config.model.num_conditions < 2:
         prompts = {}
@@ -95,11 +86,25 @@ def open_data_loader(
             raise UserError(f"{name}: encoded with --prompt {prompt}, another set with {wanted}; encode both with the same.")
     height, width = manifests[0].members[main].shape[-2:]
     depth_prompt = next(iter(prompts.values()), "")
-    return DataLoader(stream=stream, manifests=manifests, latent_size=(height, width), depth_prompt=depth_prompt)
+    return DataLoader(stream=stream, manifests=manifests, latent_size=(height, width), depth_prompt=depth_prompt, codes=shared)
 
 
-def _flow_code(manifest: Manifest) -> str:
-    return str(manifest.encoding.get("flow_code") or FLOW_CODE)
+def _shared_codes(manifests: Mapping[str, Manifest], learnt: Mapping[str, str]) -> dict[str, str]:
+    """The code of each task's targets; UserError if sets of one task differ, or differ from what the weights learnt."""
+    shared: dict[str, str] = {}
+    for name, manifest in manifests.items():
+        task = manifest.task
+        code = target_code(task, manifest.encoding, name)
+        if not code:
+            continue
+        wanted = learnt.get(task) or shared.setdefault(task, code)
+        if code != wanted:
+            other = "the initial weights" if task in learnt else "another set"
+            raise UserError(
+                f"{name}: {task} is coded as {code!r}, in {other} as {wanted!r}; encode the set with --{task}-code {wanted}."
+            )
+        shared[task] = code
+    return shared
 
 
 def _depth_prompt(manifest: Manifest) -> str:

@@ -1,6 +1,7 @@
 """Weights out of a checkpoint of any layout, read file by file; needs neither DeepSpeed nor the ranks that wrote it."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +24,21 @@ from dpt.training.outputs import CHECKPOINTS
 
 
 def weights_sections(
-    config: DptConfig, vae: VAERecord, lineage: dict[str, Any], *, flow_code: str = "", depth_prompt: str = ""
+    config: DptConfig,
+    vae: VAERecord,
+    lineage: dict[str, Any],
+    *,
+    codes: Mapping[str, str] | None = None,
+    depth_prompt: str = "",
 ) -> dict[str, Any]:
-    """What `config.json` says of exported weights beside the network: the objective, VAE and task that they need, and how flow
-    was coded and what depth's second condition showed, where they learnt with these."""
+    """What `config.json` says of exported weights beside the network: the objective, VAE and task that they need, and, where
+    they learnt with these, how targets were coded (`codes`, by task) and what depth's second condition showed."""
     return {
         "diffusion": dataclasses.asdict(config.diffusion),
         "vae": dataclasses.asdict(vae),
         "task": config.task,
         "lineage": lineage,
-        **({"flow_code": flow_code} if flow_code else {}),
+        **{f"{task}_code": code for task, code in (codes or {}).items()},
         **({"depth_prompt": depth_prompt} if depth_prompt else {}),
     }
 

@@ -30,7 +30,7 @@ from dpt.training.records import Recorder, data_sheet_flops, measure_peak_flops
 from dpt.training.resume import Found, SkippedSamples, find_checkpoint, position_of, remarks, rewind_target
 from dpt.training.sampling import draw_classes, load_codec
 from dpt.training.saving import Saver
-from dpt.training.stages import open_stage
+from dpt.training.stages import learnt_codes, open_stage
 from dpt.training.step import Losses, LossModule, Preparation
 from dpt.training.watchdog import Watchdog
 
@@ -72,6 +72,7 @@ class Trainer:
             self.recipe, self.config = self.stage.recipe, self.stage.recipe.dpt
         if found is not None:
             self._take_counters(found[1])
+        self.learnt_codes = learnt_codes(found[1]["sections"], str(found[0])) if found else self.stage.codes
         self._open_data_loader()
         pixel_loss = self._pixel_loss()
         self.macs = recipe_macs(self.config, self.config.model, *self.data_loader.latent_size)
@@ -230,7 +231,7 @@ class Trainer:
                 micro_batch_size=micro,
                 start_sample=self.position,
                 pin_memory=distributed.device().type == "cuda",
-                flow_code=self.stage.flow_code,
+                codes=self.learnt_codes,
             )
         self.batches = iter(self.data_loader.stream)
 
@@ -243,7 +244,7 @@ class Trainer:
         device = distributed.device()
         narrow = device.type == "cuda" and self.recipe.precision != "fp32"
         codec.to(device, torch.bfloat16 if narrow else torch.float32)
-        return PixelLoss(self.config, codec, flow_code=self.data_loader.flow_code)
+        return PixelLoss(self.config, codec, codes=self.data_loader.codes)
 
     def _save(self) -> None:
         self.watchdog.beat(self.step, "saving")
@@ -269,7 +270,7 @@ class Trainer:
                 self.config,
                 self.data_loader.vae,
                 self._lineage(),
-                flow_code=self.data_loader.flow_code,
+                codes=self.data_loader.codes,
                 depth_prompt=self.data_loader.depth_prompt,
             ),
             "dpt_version": __version__,

@@ -1,6 +1,6 @@
 """The loss of decoded predictions, with gradients through the frozen decoder of the VAE."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -18,9 +18,9 @@ class PixelLoss:
     Not a module: DeepSpeed must neither train nor divide the decoder's weights.
     """
 
-    def __init__(self, config: DptConfig, codec: VAECodec, *, flow_code: str = "") -> None:
-        """`codec`: on the training device, of the shards; `flow_code`: theirs, if they hold flow."""
-        self.config, self.codec, self.flow_code = config.pixel_loss, codec, flow_code or tasks.FLOW_CODE
+    def __init__(self, config: DptConfig, codec: VAECodec, *, codes: Mapping[str, str] | None = None) -> None:
+        """`codec`: on the training device, of the shards; `codes`: of their targets, by task (None: the default ones)."""
+        self.config, self.codec, self.codes = config.pixel_loss, codec, {**tasks.codes_of({}, ""), **(codes or {})}
         self.checkpointing = config.training.activation_checkpointing
         names = (config.task,) if config.task != "generalist" else ("depth", "flow", "amodal")
         by_target: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
@@ -55,15 +55,18 @@ class PixelLoss:
         return self.codec.decode_with_gradients(latents)
 
     def _depth(self, prediction: Tensor, truth: Tensor, valid: Tensor) -> Tensor:
-        """In the target's code, [-1, 1]: errors after the fit that evaluation makes too, and of edges."""
-        residual = losses.affine_residual(prediction.mean(1), truth.mean(1), valid)
+        """Errors after the fit that evaluation makes too, of depth, and of edges; in units of the target's code, [-1, 1]."""
+        code = self.codes["depth"]
+        true = _depth_of(truth, code)
+        residual = losses.affine_residual(2 * _depth_of(prediction, code) - 1, 2 * true - 1, valid)
+        residual = residual * tasks.depth_code_slope(true, code)
         error = losses.absolute_error if self.config.depth == "affine_l1" else losses.squared_error
         return error(residual, valid) + self.config.gradient_weight * losses.gradient_error(residual, valid)
 
     def _flow(self, prediction: Tensor, truth: Tensor, valid: Tensor, *, axis: int) -> Tensor:
         """End-point error of the component that the sample's target is, in pixels of the training image."""
         extent = prediction.shape[-1 - axis]
-        found, true = (tasks.decode_flow(image, axis, extent, self.flow_code) for image in (prediction, truth))
+        found, true = (tasks.decode_flow(image, axis, extent, self.codes["flow"]) for image in (prediction, truth))
         return losses.absolute_error(found - true, valid)
 
     def _whole(self, prediction: Tensor, truth: Tensor, valid: Tensor) -> Tensor:
@@ -72,6 +75,17 @@ class PixelLoss:
         red, green, blue = ((prediction + 1.0) * 127.5).unbind(1)
         grey = 0.299 * red + 0.587 * green + 0.114 * blue
         return losses.mask_cross_entropy(grey, mask, tasks.AMODAL_GREY + 0.5, valid)
+
+
+def _depth_of(image: Tensor, code: str) -> Tensor:
+    """Image `[B, 3, H, W]` in a depth code -> depth `[B, H, W]`, in [0, 1] up to scale and shift.
+
+    Beyond the code's range it goes on along the tangent, so that gradients lead back.
+    """
+    values = (image.mean(1) + 1.0) / 2.0
+    inside = values.clamp(0.0, 1.0)
+    depth = tasks.uncode_depth(inside, code)
+    return depth + (values - inside) / tasks.depth_code_slope(depth, code).detach()
 
 
 def _enlarged(valid: Tensor, factor: int) -> Tensor:

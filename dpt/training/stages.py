@@ -1,7 +1,9 @@
 """The stages of training: which network each one trains, and what its first weights come from. All else they share."""
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -14,7 +16,7 @@ from dpt.models.attention import use_backend
 from dpt.models.dit import DiT
 from dpt.models.upcycling import upcycle
 from dpt.models.weights import Weights
-from dpt.tasks import FLOW_CODE
+from dpt.tasks import TARGET_CODES, target_code
 from dpt.training.export import load_weights
 
 
@@ -32,11 +34,9 @@ class Stage:
     """Run ids of the runs whose weights these are."""
 
     @property
-    def flow_code(self) -> str:
-        """How the first weights learnt flow; empty if they did not, or there are none."""
-        sections = {} if self.start is None else self.start.sections
-        learnt = sections.get("task") in ("flow", "generalist")
-        return str(sections.get("flow_code", FLOW_CODE)) if learnt else ""
+    def codes(self) -> dict[str, str]:
+        """How the targets were coded that the first weights learnt, by task; those of tasks that they did not are left out."""
+        return {} if self.start is None else learnt_codes(self.start.sections, self.recipe.dpt.training.weights)
 
     def build(self) -> DiT:
         """The network with its first weights; with expert parallelism, this rank's experts."""
@@ -50,6 +50,12 @@ class Stage:
         if config.training.compile:
             network.compile_blocks()
         return network
+
+
+def learnt_codes(sections: Mapping[str, Any], source: str) -> dict[str, str]:
+    """How the targets of the tasks were coded that weights (`source`) of these sections have learnt."""
+    learnt = [task for task in TARGET_CODES if sections.get("task") in (task, "generalist")]
+    return {task: target_code(task, sections, source) for task in learnt}
 
 
 def open_stage(recipe: Recipe, name: str, *, parents: list[str] | None = None) -> Stage:

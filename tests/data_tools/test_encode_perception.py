@@ -9,6 +9,7 @@ from encode_runs import SIDE, arguments, encode_alone
 from PIL import Image
 
 from data_tools.encode import main
+from data_tools.inspect import main as inspect_main
 from data_tools.readers import READERS, ReadError, Sample
 from dpt import tasks
 from dpt.data.manifest import read_manifest
@@ -102,6 +103,26 @@ def test_evaluation_keeps_truth_at_its_size(made, tmp_path: Path, vae: str, fit:
         np.testing.assert_array_equal(sample["truth"], source.depth)
         np.testing.assert_array_equal(sample["image"], source.images[0])
     assert [sample["key"] for sample in iter_samples(out)] == reader.keys()
+
+
+def test_depth_codes_are_in_the_targets_and_in_the_manifest(made, tmp_path: Path, vae: str, capsys) -> None:
+    reader = made("depth", SIZES[:2])
+    for code in tasks.DEPTH_CODES:
+        out = tmp_path / code
+        main(arguments(tmp_path, out, vae, "--depth-code", code, dataset="made"))
+        manifest = read_manifest(out)
+        assert tasks.target_code("depth", manifest.encoding, "") == code
+        for sample in iter_samples(out):
+            source = reader.read(sample["key"])
+            maps = [tasks.resize_nearest(values, (SIDE, SIDE)) for values in (source.depth, source.valid)]
+            target, constants = tasks.encode_depth(*maps, code=code)
+            np.testing.assert_allclose(sample["target_latents"][0], encode_alone(vae, target), atol=2e-3)
+            assert (sample["meta"]["near"], sample["meta"]["far"]) == constants
+    with pytest.raises(SystemExit):  # a job does not go on in another code
+        main(arguments(tmp_path, tmp_path / "log", vae, "--depth-code", "disparity", dataset="made"))
+    assert "made with depth_code 'log' instead of 'disparity'" in capsys.readouterr().err
+    inspect_main([str(tmp_path / "log"), "--rows", "0"])
+    assert "depth code log" in capsys.readouterr().out
 
 
 def test_ground_truth_prompt(made, tmp_path: Path, vae: str) -> None:

@@ -93,9 +93,30 @@ def test_flow_is_decoded_as_the_weights_code_it():
     model = make_model("flow")
     latents = torch.rand(1, 1, 2, 4, 4, 4) - 0.5
     ours, theirs = (
-        Predictor(dataclasses.replace(model, flow_code=code), device="cpu").decode(latents, "flow") for code in tasks.FLOW_CODES
+        Predictor(dataclasses.replace(model, codes={"flow": code}), device="cpu").decode(latents, "flow")
+        for code in tasks.FLOW_CODES
     )
     assert not torch.allclose(ours, theirs)
+
+
+def test_depth_is_decoded_as_the_weights_code_it_and_scored_as_depth(tmp_path):
+    """The same network, told of another code, predicts other depth; what shards hold is decoded in their code, so that the
+    ceiling is the code's and the VAE's, not the weights'; and records of another code are not taken up."""
+    folders = {code: make_set(tmp_path / code, count=2, code=code) for code in tasks.DEPTH_CODES}
+    config = EvaluationConfig(output_dir=str(tmp_path / "out"), steps=[1], ensemble=[1], pictures=1)
+    found, ceilings = {}, []
+    for code in tasks.DEPTH_CODES:
+        model = dataclasses.replace(make_model(), codes={"depth": code, "flow": "log"})
+        predictor = Predictor(model, config=config, device="cpu")
+        summary = evaluate(dataclasses.replace(config, data=list(map(str, folders.values()))), predictor=predictor)
+        assert summary["settings"]["codes"] == {"depth": code, "flow": "log"}
+        results = [one["results"][0]["metrics"]["abs_rel"] for one in summary["sets"].values()]
+        assert results[1:] == pytest.approx(results[:-1])  # images and truths are the same in all three
+        found[code] = results[0]
+        ceilings.append([one["ceiling"]["abs_rel"] for one in summary["sets"].values()])
+    assert len({round(value, 6) for value in found.values()}) == 3
+    assert ceilings[0] == ceilings[1] == ceilings[2]
+    assert max(ceilings[0]) < 0.12
 
 
 def test_values_that_are_not_finite_are_refused_by_name():

@@ -49,6 +49,7 @@ def test_exported_weights_predict_as_the_network_they_are_of(tmp_path):
         ({"diffusion": {"prediction_type": "score"}}, "prediction_type = 'score' is unknown to dpt"),
         ({"diffusion": {"noise_offset": 0.1}}, "noise_offset = 0.1 is unknown to dpt"),
         ({"diffusion": {"num_train_timesteps": "many"}}, r"diffusion\.num_train_timesteps is 'many'; it must be of type"),
+        ({"depth_code": "octave"}, "depth code 'octave' is unknown; it is one of linear, log, disparity"),
         ({"depth_prompt": "holes"}, "depth prompt 'holes' is unknown; it is one of all_valid, ground_truth"),
     ],
 )

@@ -1,9 +1,13 @@
+import dataclasses
+
 import numpy as np
 import pytest
 
 from dpt.errors import UserError
 from dpt.evaluation import protocols
 from dpt.evaluation.protocols import PROTOCOLS, average, counted_pixels, find_protocol, score
+
+COLUMN = {"abs_rel_log_fit", "delta1_log_fit"}
 
 
 def test_protocols_are_found_by_data_set():
@@ -99,3 +103,44 @@ def test_what_cannot_be_scored():
         score(PROTOCOLS["scannet"], np.ones((2, 2)), truth)
     with pytest.raises(UserError, match="finite"):
         score(PROTOCOLS["scannet"], np.full((4, 4), np.nan), truth)
+
+
+def test_the_second_column_of_depth_is_blind_to_scale_and_shift_and_to_outliers():
+    truth = np.random.default_rng(0).uniform(1, 9, (60, 80)).astype(np.float32)
+    prediction = 0.1 * truth - 0.05
+    prediction[:20] = np.random.default_rng(1).uniform(0, 1, (20, 80))  # a third of the picture
+    found = score(PROTOCOLS["scannet"], prediction, truth)
+    wrong = np.abs(np.clip((prediction[:20] + 0.05) * 10, 1e-3, truth.max()) / truth[:20] - 1).sum() / truth.size
+    assert found["abs_rel_log_fit"] == pytest.approx(wrong, rel=0.05)
+    assert found["abs_rel_log_fit"] < 0.8 * found["abs_rel"]
+    assert found["delta1_log_fit"] > found["delta1"]
+
+
+def test_the_second_column_counts_the_rivals_pixels_at_its_size():
+    truth = np.full((60, 80), 2.0, np.float32)
+    truth[:, 40:] = 3.0
+    prediction = truth.copy()
+    prediction[30:] = 9.0  # wrong below, but for where nothing counts
+    fitted = {}
+    for name, protocol in PROTOCOLS.items():
+        if protocol.task == "depth":
+            near = np.where(np.arange(60)[:, None] < 30, truth, 0.05).astype(np.float32)
+            fitted[name] = score(dataclasses.replace(protocol, crop=None), prediction, near)
+    assert fitted["nyu_v2"]["abs_rel_log_fit"] == pytest.approx(0, abs=1e-6)  # 0.05 m is below the rival's 0.1 m
+    assert fitted["kitti"]["delta1_log_fit"] == 1.0
+    assert fitted["diode"]["abs_rel_log_fit"] == pytest.approx(0, abs=1e-6)
+    assert fitted["scannet"]["delta1_log_fit"] < 0.7
+    assert score(PROTOCOLS["nyu_v2"], prediction, np.full((60, 80), 0.05, np.float32)).keys().isdisjoint(COLUMN)
+    log_fit = protocols.LogFit(size=(30, 40), steepest=0.3)
+    steep = dataclasses.replace(PROTOCOLS["scannet"], log_fit=log_fit)
+    edge = np.where(np.isin(np.arange(80), (38, 39, 40, 41)), 9.0, truth).astype(np.float32)  # wrong at the step alone
+    assert score(steep, edge, truth)["abs_rel_log_fit"] == pytest.approx(0, abs=1e-6)
+    assert score(PROTOCOLS["scannet"], edge, truth)["abs_rel_log_fit"] > 0.01
+
+
+def test_a_constant_has_a_second_column_and_means_take_the_images_that_have_one():
+    truth = np.linspace(1.0, 4.0, 200).reshape(10, 20)
+    found = score(PROTOCOLS["scannet"], np.zeros((10, 20)), truth)
+    assert found["abs_rel_log_fit"] == pytest.approx(np.mean(np.abs(np.median(truth) / truth - 1)), rel=1e-3)
+    without = {name: value for name, value in found.items() if name not in COLUMN}
+    assert average([without, found])["abs_rel_log_fit"] == found["abs_rel_log_fit"]

@@ -57,7 +57,13 @@ def make_model(task: str = "depth", *, num_conditions: int = 2, prediction_type:
 
 
 def make_set(
-    folder: Path, task: str = "depth", *, count: int = 5, size: tuple[int, int] = (40, 56), with_targets: bool = True
+    folder: Path,
+    task: str = "depth",
+    *,
+    count: int = 5,
+    size: tuple[int, int] = (40, 56),
+    with_targets: bool = True,
+    code: str = tasks.DEPTH_CODE,
 ) -> Path:
     """An evaluation shard folder of random smooth scenes, encoded at 32 x 32."""
     codec = PoolingCodec()
@@ -70,7 +76,7 @@ def make_set(
             if task == "depth":
                 truth = (1.0 + 5.0 * smooth[0]).astype(np.float32)
                 truth[:2] = 0.0
-                targets = [tasks.encode_depth(truth)[0]]
+                targets = [tasks.encode_depth(truth, code=code)[0]]
             elif task == "flow":
                 truth = (20 * smooth - 10).astype(np.float32)
                 targets = list(tasks.encode_flow(truth))
@@ -93,7 +99,15 @@ def make_set(
     specs = {name: MemberSpec(dtype=array.dtype.name, shape=array.shape) for name, array in members.items()}
     vae = VAERecord(name="pooling", sha256=codec.sha256, scaling_factor=codec.scaling_factor, latent_channels=4)
     manifest = Manifest(
-        dataset="synthetic", split="val", task=task, resolution=32, num_samples=count, shards=(record,), members=specs, vae=vae
+        dataset="synthetic",
+        split="val",
+        task=task,
+        resolution=32,
+        num_samples=count,
+        shards=(record,),
+        members=specs,
+        vae=vae,
+        encoding={} if code == tasks.DEPTH_CODE else {"depth_code": code},
     )
     write_manifest(folder, manifest)
     return folder

@@ -13,7 +13,8 @@ from dpt.config.sections import DiffusionConfig
 from dpt.data.manifest import read_manifest, write_manifest
 from dpt.errors import UserError
 from dpt.models.dit import DiT
-from dpt.models.pretrained import export_weights
+from dpt.models.pretrained import export_weights, read_weights
+from dpt.tasks import TARGET_CODES
 from dpt.training.data_loader import DataLoader, open_data_loader
 from dpt.training.export import weights_sections
 from dpt.training.stages import open_stage
@@ -21,9 +22,13 @@ from dpt.training.stages import open_stage
 FLOW = {"task": "flow", "model.num_conditions": 2, "model.num_classes": 10}
 
 
-def coded(folder: Path, code: str) -> Path:
-    """Flow shards that say they are of this code; empty: of before codes were recorded."""
-    return encoded(folder, "flow", {"flow_code": code} if code else {})
+DEPTH = {"task": "depth", "model.num_conditions": 2, "model.num_classes": 10}
+TASKS = pytest.mark.parametrize(("task", "fields", "other"), [("flow", FLOW, "linear_75"), ("depth", DEPTH, "disparity")])
+
+
+def coded(folder: Path, task: str, code: str) -> Path:
+    """Shards that say they are of this code; empty: of before codes were recorded."""
+    return encoded(folder, task, {f"{task}_code": code} if code else {})
 
 
 def encoded(folder: Path, task: str, encoding: dict[str, str]) -> Path:
@@ -38,36 +43,57 @@ def opened(recipe_path: Path, *shards: Path, weights: Path | None = None, fields
     recipe = load_recipe(recipe_path, fields)
     stage = open_stage(recipe, "finetune")
     sizes = {"global_batch_size": 4, "micro_batch_size": 4, "start_sample": 0}
-    return open_data_loader(stage.recipe.dpt, pin_memory=False, flow_code=stage.flow_code, **sizes)
+    return open_data_loader(stage.recipe.dpt, pin_memory=False, codes=stage.codes, **sizes)
 
 
-@pytest.mark.parametrize("task", ["flow", "class"])
-def test_flow_shards_of_another_code_than_the_weights_are_refused(tmp_path: Path, task: str) -> None:
-    log, linear = coded(tmp_path / "log", ""), coded(tmp_path / "linear", "linear_75")
-    config = load_recipe(make_recipe(tmp_path / "r.json", [log]), FLOW).dpt
-    sections = {"task": task, "flow_code": "linear_75", "diffusion": dataclasses.asdict(DiffusionConfig())}
+@TASKS
+@pytest.mark.parametrize("learnt", [True, False])
+def test_shards_of_another_code_than_the_weights_are_refused(
+    tmp_path: Path, task: str, fields: dict[str, Any], other: str, learnt: bool
+) -> None:
+    first = TARGET_CODES[task][0]
+    silent, same = coded(tmp_path / "silent", task, ""), coded(tmp_path / "same", task, other)
+    config = load_recipe(make_recipe(tmp_path / "r.json", [silent]), fields).dpt
+    sections = {"task": task if learnt else "class", f"{task}_code": other, "diffusion": dataclasses.asdict(DiffusionConfig())}
     weights = export_weights(DiT(config.model), tmp_path / "weights", sections=sections)
-    assert opened(tmp_path / "r.json", linear, weights=weights).flow_code == "linear_75"
-    if task == "class":  # these have learnt no flow
-        assert opened(tmp_path / "r.json", log, weights=weights).flow_code == "log"
+    assert opened(tmp_path / "r.json", same, weights=weights, fields=fields).codes == {task: other}
+    if not learnt:  # weights of images alone
+        assert opened(tmp_path / "r.json", silent, weights=weights, fields=fields).codes == {task: first}
         return
-    with pytest.raises(UserError, match="'log', in the initial weights as 'linear_75'; encode the set with --flow-code linear"):
-        opened(tmp_path / "r.json", log, weights=weights)
+    words = f"{task} is coded as '{first}', in the initial weights as '{other}'; encode the set with --{task}-code {other}"
+    with pytest.raises(UserError, match=words):
+        opened(tmp_path / "r.json", silent, weights=weights, fields=fields)
 
 
-def test_two_flow_codes_are_not_mixed(tmp_path: Path) -> None:
-    shards = coded(tmp_path / "log", "log"), coded(tmp_path / "linear", "linear_75")
-    with pytest.raises(UserError, match="'linear_75', in another set as 'log'"):
-        opened(tmp_path / "r.json", *shards)
+@TASKS
+def test_two_codes_are_not_mixed(tmp_path: Path, task: str, fields: dict[str, Any], other: str) -> None:
+    first = TARGET_CODES[task][0]
+    shards = coded(tmp_path / "first", task, first), coded(tmp_path / "other", task, other)
+    with pytest.raises(UserError, match=f"'{other}', in another set as '{first}'; encode the set with --{task}-code {first}"):
+        opened(tmp_path / "r.json", *shards, fields=fields)
+
+
+@TASKS
+def test_codes_go_from_shards_to_exported_weights(tmp_path: Path, task: str, fields: dict[str, Any], other: str) -> None:
+    loader = opened(tmp_path / "r.json", coded(tmp_path / "shards", task, other), fields=fields)
+    config = load_recipe(tmp_path / "r.json", fields).dpt
+    sections = weights_sections(config, loader.vae, {}, codes=loader.codes)
+    export_weights(DiT(config.model), tmp_path / "weights", sections=sections)
+    assert read_weights(tmp_path / "weights").sections[f"{task}_code"] == other
+    assert f"{'flow' if task == 'depth' else 'depth'}_code" not in sections
+
+
+def test_a_code_of_another_version_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"shards: depth code 'octave' is unknown; it is one of linear, log, disparity\."):
+        opened(tmp_path / "r.json", coded(tmp_path / "shards", "depth", "octave"), fields=DEPTH)
 
 
 def test_weights_carry_the_depth_prompt_of_their_shards(tmp_path: Path) -> None:
     shards = [encoded(tmp_path / prompt, "depth", {"prompt": prompt}) for prompt in ("all_valid", "ground_truth")]
-    fields = {"task": "depth", "model.num_conditions": 2, "model.num_classes": 10}
-    loader = opened(tmp_path / "r.json", shards[1], fields=fields)
-    config = load_recipe(tmp_path / "r.json", fields).dpt
+    loader = opened(tmp_path / "r.json", shards[1], fields=DEPTH)
+    config = load_recipe(tmp_path / "r.json", DEPTH).dpt
     assert weights_sections(config, loader.vae, {}, depth_prompt=loader.depth_prompt)["depth_prompt"] == "ground_truth"
     with pytest.raises(UserError, match="--prompt ground_truth, another set with all_valid"):
-        opened(tmp_path / "r.json", *shards, fields=fields)
-    one = {**fields, "model.num_conditions": 1}
+        opened(tmp_path / "r.json", *shards, fields=DEPTH)
+    one = {**DEPTH, "model.num_conditions": 1}
     assert opened(tmp_path / "r.json", *shards, fields=one).depth_prompt == ""  # it is shown no prompt

@@ -65,6 +65,35 @@ def test_depth_is_scored_after_the_fit_that_evaluation_makes(codec: VAECodec) ->
     assert loss.item() == pytest.approx(np.mean(errors), rel=0.02)  # the fit of a scale is damped a little
 
 
+@pytest.mark.parametrize("code", ["log", "disparity"])
+def test_coded_depth_is_fitted_as_depth_and_weighed_as_coded(codec: VAECodec, code: str) -> None:
+    """A prediction whose depth is the truth's but for scale and shift is perfect, though its code is no affine copy; an error
+    counts as it does in the code; and values beyond the code's range are led back."""
+    config = _config("depth", gradient_weight=0.0)
+    near_half = torch.rand(1, 8, 8, generator=torch.Generator().manual_seed(2)) / 2
+    truth, halved = (_coded(u, code) for u in (2 * near_half, near_half))
+    valid = torch.ones(1, 8, 8)
+    loss = PixelLoss(config, codec, codes={"depth": code})
+    assert loss._depth(halved, truth, valid).item() < 0.01  # the fit of a scale is damped a little
+    assert PixelLoss(config, codec)._depth(halved, truth, valid).item() > 2e-2
+    moved = truth + 0.01 * torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(3))
+    inside = (truth.abs() < 0.97).all(1).float()
+    coded = (moved - truth).mean(1).abs()
+    assert loss._depth(moved, truth, inside).item() == pytest.approx(float((coded * inside).sum() / inside.sum()), rel=0.15)
+    beyond = torch.full((1, 3, 8, 8), 1.5).requires_grad_(True)
+    loss._depth(torch.cat((beyond[..., :4], truth[..., 4:]), -1), truth, valid).sum().backward()
+    assert beyond.grad is not None
+    assert beyond.grad[..., :4].isfinite().all()
+    assert beyond.grad[..., :4].abs().min() > 0
+
+
+def _coded(unit: torch.Tensor, code: str) -> torch.Tensor:
+    """Depth `[1, H, W]` in [0, 1] as an image in a code."""
+    growth = 1.0 + (tasks.DEPTH_SPREAD - 1.0) * unit
+    values = growth.log() / np.log(tasks.DEPTH_SPREAD) if code == "log" else (1 - 1 / growth) / (1 - 1 / tasks.DEPTH_SPREAD)
+    return (2 * values - 1)[:, None].expand(-1, 3, -1, -1)
+
+
 def test_a_generalist_scores_each_sample_as_its_own_task(codec: VAECodec) -> None:
     generalist = _config("generalist")
     mixed = PixelLoss(generalist, codec)(LATENTS, TRUTH, _labels(generalist, "whole", "flow_y", "depth"), None)

@@ -1,5 +1,7 @@
 """One-step runs from training to prediction: splits, stops, costs, one pass, refusals."""
 
+import json
+
 import numpy as np
 import pytest
 from training_runs import Runs, ToyRun, zero
@@ -18,7 +20,7 @@ from dpt.training.preflight import needs
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    """The same one-step run on one rank, on two, and stopped and resumed."""
+    """The same one-step run, of logarithmic depth, on one rank, on two, and stopped and resumed; and not on linear depth."""
     runs = Runs(tmp_path_factory.mktemp("one_step"))
     codec = load_vae("embedded")
     vae = VAERecord(name="embedded", sha256=codec.sha256, scaling_factor=codec.scaling_factor, latent_channels=4)
@@ -31,18 +33,20 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
         "diffusion.prediction_type": "v_prediction",
         "diffusion.vlb_weight": 0.0,
         "pixel_loss.weight": 0.5,
-        "data.shards": [str(make_shards(runs.folder / "depth", "depth", count=24, vae=vae))],
+        "data.shards": [str(make_shards(runs.folder / "depth", "depth", count=24, vae=vae, encoding={"depth_code": "log"}))],
         "data.posterior": "mean",
         "training.steps": 4,
         **zero(1),
     }
     runs.train(1, [ToyRun(name="one", fields=fields, stage="finetune")])
+    linear = fields | {"data.shards": [str(make_shards(runs.folder / "linear", "depth", count=24, vae=vae))]}
     split = fields | {"train_micro_batch_size_per_gpu": 2}
     runs.train(
         2,
         [
             ToyRun(name="two", fields=split, stage="finetune"),
             ToyRun(name="resumed", fields=fields, stage="finetune", sigterm_at=2, ends="stopped"),
+            ToyRun(name="resumed", fields=linear, stage="finetune", ends=None),
             ToyRun(name="resumed", fields=fields, stage="finetune"),
         ],
     )
@@ -59,6 +63,13 @@ def test_splits_and_stops_change_nothing(runs: Runs) -> None:
         for record, other in zip(one, records(runs(name)), strict=True):
             for metric in ("train/loss", "train/pixel_loss", "train/grad_norm"):
                 assert other[metric] == pytest.approx(record[metric], rel=2e-4), (name, metric)
+
+
+def test_weights_carry_the_depth_code_and_runs_keep_to_it(runs: Runs) -> None:
+    assert json.loads((runs("one") / "weights" / "config.json").read_text())["depth_code"] == "log"
+    assert Predictor(runs("one") / "weights", device="cpu").codes["depth"] == "log"
+    refusal = runs.ended[2]
+    assert "depth is coded as 'linear', in the initial weights as 'log'; encode the set with --depth-code log" in refusal
 
 
 def test_decoding_counts_as_compute_and_as_memory(runs: Runs) -> None:

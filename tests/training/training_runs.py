@@ -66,6 +66,8 @@ class Runs:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.ended: list[str] = []
+        """How each run of the last `train` ended."""
         self.recipe = make_recipe(folder / "recipe.json", [make_shards(folder / "shards")], steps=STEPS)
 
     def __call__(self, name: str) -> Path:
@@ -74,10 +76,10 @@ class Runs:
     def train(self, ranks: int, runs: Sequence[ToyRun]) -> list[str]:
         """Do the runs one after the other on `ranks` ranks; how each ended: "finished", "stopped" (by the signal), or the
         report of a failure or refusal."""
-        ended = run_ranks(ranks, self._train_all, runs, timeout_s=1200.0, as_launched=True)[0]
-        for run, end in zip(runs, ended, strict=True):
+        self.ended = run_ranks(ranks, self._train_all, runs, timeout_s=1200.0, as_launched=True)[0]
+        for run, end in zip(runs, self.ended, strict=True):
             assert run.ends in (None, end), f"{run.name}: {end}"
-        return ended
+        return self.ended
 
     def _train_all(self, runs: Sequence[ToyRun]) -> list[str]:
         import deepspeed

@@ -24,9 +24,16 @@ VAE = VAERecord(name="embedded", sha256="0" * 64, scaling_factor=1.0, latent_cha
 
 
 def make_shards(
-    folder: Path, task: str = "class", *, count: int = 64, shards: int = 2, seed: int = 0, vae: VAERecord = VAE
+    folder: Path,
+    task: str = "class",
+    *,
+    count: int = 64,
+    shards: int = 2,
+    seed: int = 0,
+    vae: VAERecord = VAE,
+    encoding: dict[str, Any] | None = None,
 ) -> Path:
-    """A shard folder of random moments."""
+    """A shard folder of random moments, whose manifest says `encoding`."""
     folder.mkdir(parents=True)
     random = np.random.default_rng(seed)
     records = []
@@ -45,6 +52,7 @@ def make_shards(
         shards=tuple(records),
         members={name: MemberSpec(dtype=value.dtype.name, shape=value.shape) for name, value in members.items()},
         vae=vae,
+        encoding=encoding or {},
         class_names=tuple(f"class {number}" for number in range(CLASSES)) if task == "class" else (),
     )
     write_manifest(folder, manifest)
