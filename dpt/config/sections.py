@@ -9,6 +9,8 @@ from typing import Literal
 from dpt.errors import UserError
 
 Task = Literal["class", "depth", "flow", "amodal", "generalist"]
+LONGEST_EMA = 0.28
+"""Relative lengths of power-function averages are below that of the plain mean of a run, 1 / sqrt(12)."""
 
 
 def _check(ok: bool, sentence: str) -> None:
@@ -357,6 +359,13 @@ class TrainingConfig:
     """Decays of the averaged weights kept; the first is what is exported and sampled."""
     ema_warmup: bool = False
     """Start with short averages: decay min(d, (1 + step) / (10 + step))."""
+    ema_lengths: list[float] = field(default_factory=list)
+    """Power-function averages kept (EDM2), by length relative to the run, such as [0.05, 0.1]: `dpt export --ema-length` makes
+    an average of any length of their snapshots."""
+    ema_snapshots: int = 32
+    """Most snapshots of these kept; when there are more, every second one goes."""
+    ema_snapshot_every: int = 0
+    """Steps between the first snapshots; 0: steps / ema_snapshots."""
     balance_loss_weight: float = 0.01
     """Weight of the experts' load-balancing loss, per layer."""
     router_z_loss_weight: float = 0.0
@@ -391,8 +400,18 @@ class TrainingConfig:
             f"dpt.training.ema_decays {self.ema_decays}: every decay must be in [0, 1).",
         )
         _check(
+            all(0.0 < length <= LONGEST_EMA for length in self.ema_lengths)
+            and len(set(self.ema_lengths)) == len(self.ema_lengths),
+            f"dpt.training.ema_lengths {self.ema_lengths}: every length must be in (0, {LONGEST_EMA}], and none there twice.",
+        )
+        _check(self.ema_snapshots >= 2, f"dpt.training.ema_snapshots is {self.ema_snapshots}; it must be at least 2.")
+        _check(
             self.lr_schedule == "constant" or self.lr_final > 0,
             f"dpt.training.lr_final is {self.lr_final}; the {self.lr_schedule} schedule needs a positive value.",
+        )
+        _check(
+            self.ema_snapshot_every >= 0,
+            f"dpt.training.ema_snapshot_every is {self.ema_snapshot_every}; it cannot be negative.",
         )
         for name in ("warmup_steps", "balance_loss_weight", "router_z_loss_weight", "checkpoint_every", "keep_every"):
             _check(getattr(self, name) >= 0, f"dpt.training.{name} is {getattr(self, name)}; it cannot be negative.")

@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -151,18 +151,22 @@ def check_file(path: Path, entry: Mapping[str, Any]) -> None:
 # --- from an engine and back --------------------------------------------------------------------------------------------
 
 
-def snapshot(engine: Engine) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
-    """This rank's share of the state, copied to the CPU: tensors by "STATE/PARAMETER", and each parameter's [offset, numel]."""
+def snapshot(engine: Engine, states: Sequence[str] | None = None) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
+    """This rank's share of the state, copied to the CPU: tensors by "STATE/PARAMETER", and each parameter's [offset, numel].
+
+    `states`: some of the optimizer's states; None: all of them, the weights and the buffers.
+    """
     tensors: dict[str, Tensor] = {}
     placed: dict[str, list[int]] = {}
     for fragment in fragments(engine.deepspeed):
         if not fragment.owned:
             continue
         placed[fragment.name] = [fragment.offset, fragment.numel]
-        tensors[f"master/{fragment.name}"] = _copy(fragment.master())
-        for state in engine.optimizer.state_names():
+        if states is None:
+            tensors[f"master/{fragment.name}"] = _copy(fragment.master())
+        for state in engine.optimizer.state_names() if states is None else states:
             tensors[f"{state}/{fragment.name}"] = _copy(fragment.state(engine.optimizer, state))
-    if distributed.is_main():
+    if distributed.is_main() and states is None:
         tensors |= {f"buffer/{name}": _copy(buffer) for name, buffer in persistent_buffers(engine.module).items()}
     return tensors, placed
 
@@ -184,16 +188,29 @@ def kept_averages(state: Mapping[str, Any]) -> dict[float, str]:
     return {decay: f"ema{number}" for number, decay in enumerate(decays) if decay > 0}
 
 
+def kept_lengths(state: Mapping[str, Any]) -> dict[float, str]:
+    """The power-function averages in a checkpoint or snapshot: relative length -> name of the optimizer state."""
+    return {length: name for name, length in state.get("lengths", {}).items()}
+
+
 @torch.no_grad()
 def restore(engine: Engine, checkpoint: Path, state: Mapping[str, Any]) -> None:
     """Set weights, moments, averages, buffers and counters from a verified checkpoint of any layout. Collective.
 
-    Averages are matched by decay; one that the checkpoint does not keep starts anew, as its weights.
+    Averages are matched by decay; one that the checkpoint does not keep starts anew, as its weights. Power-function averages
+    are matched by length; UserError for one that it does not keep, since its profile reaches back to the run's start.
     """
-    pieces = Pieces(checkpoint, state)
     optimizer = engine.optimizer
-    kept = kept_averages(state)
+    kept, lengths = kept_averages(state), kept_lengths(state)
+    for length in optimizer.ema_lengths.values():
+        if length not in lengths:
+            raise UserError(
+                f"{checkpoint} keeps no average of the relative length {length} (dpt.training.ema_lengths), which must be kept "
+                "from a run's start; leave it out, or choose another dpt.training.output_dir."
+            )
     sources = {name: kept.get(decay) for name, decay in optimizer.ema_decays.items()}
+    sources |= {name: lengths[length] for name, length in optimizer.ema_lengths.items()}
+    pieces = Pieces(checkpoint, state)
     optimizer.updates = state["engine"]["updates"]
     for fragment in fragments(engine.deepspeed):
         master = fragment.master()

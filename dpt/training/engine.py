@@ -52,6 +52,7 @@ class Engine:
             options | {"lr": 0.0},  # `step` sets it; a rehearsal that some of DeepSpeed's optimizers do must change nothing
             ema_decays=training.ema_decays,
             ema_warmup=training.ema_warmup,
+            ema_lengths=training.ema_lengths,
         )
         with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints memory tables
             self.deepspeed, *_ = deepspeed.initialize(model=module, optimizer=self.optimizer, config=config)

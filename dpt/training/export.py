@@ -21,6 +21,7 @@ from dpt.training.checkpoint import (
     read_state,
 )
 from dpt.training.outputs import CHECKPOINTS
+from dpt.training.rebuilding import rebuild
 
 
 def weights_sections(
@@ -43,16 +44,30 @@ def weights_sections(
     }
 
 
-def export(checkpoint: str | Path, out: str | Path, *, ema_decay: float | None = None) -> Path:
+def export(checkpoint: str | Path, out: str | Path, *, ema_decay: float | None = None, ema_length: float | None = None) -> Path:
     """Write a checkpoint's weights, plain and averaged, as the folder `out` that evaluation and the next stage load.
 
     `checkpoint`: a `step_...` folder, or a folder of such (or of a run), whose newest is taken. `ema_decay`: the average to
-    export, one of its `dpt.training.ema_decays`; None: the first. UserError if it is damaged or keeps no such average.
+    export, one of its `dpt.training.ema_decays`; None: the first. `ema_length`: instead an average of this relative length,
+    made of the run's snapshots (`dpt.training.rebuilding`). UserError if something is damaged, or there is no such average.
     """
     folder = resolve_checkpoint(Path(checkpoint))
-    averaged = checkpoint_weights(folder, ema=True, ema_decay=ema_decay)
+    if ema_length is not None:
+        averaged = rebuilt_weights(folder, ema_length)
+    else:
+        averaged = checkpoint_weights(folder, ema=True, ema_decay=ema_decay)
     plain = checkpoint_weights(folder, ema=False, check=False)
-    return export_weights(plain, out, ema=averaged.state if averaged.averaged else None)
+    ema = averaged.state if averaged.averaged else None
+    return export_weights(plain, out, ema=ema, sections=averaged.sections)
+
+
+def rebuilt_weights(checkpoint: Path, length: float) -> Weights:
+    """A checkpoint's weights averaged with the relative length `length`; "lineage" says it, and how well it is met."""
+    plain = checkpoint_weights(checkpoint, ema=False)
+    averages, residual = rebuild(checkpoint, length)
+    lineage = plain.sections["lineage"] | {"ema_length": length, "ema_residual": residual}
+    sections = {**plain.sections, "lineage": lineage}
+    return dataclasses.replace(plain, state=plain.state | averages, averaged=True, sections=sections)
 
 
 def load_weights(path: str | Path, *, ema: bool) -> Weights:

@@ -24,12 +24,12 @@ from dpt.training.export import export, weights_sections
 from dpt.training.failure import TrainingFailed, failure_report
 from dpt.training.fragments import parameter_shapes
 from dpt.training.optimizer import learning_rate
-from dpt.training.outputs import CHECKPOINTS, WEIGHTS, exported_step
+from dpt.training.outputs import AVERAGES, CHECKPOINTS, WEIGHTS, exported_step
 from dpt.training.pixel_loss import PixelLoss
 from dpt.training.records import Recorder, data_sheet_flops, measure_peak_flops
 from dpt.training.resume import Found, SkippedSamples, find_checkpoint, position_of, remarks, rewind_target
 from dpt.training.sampling import draw_classes, load_codec
-from dpt.training.saving import Saver
+from dpt.training.saving import Saver, SnapshotWriter
 from dpt.training.stages import learnt_codes, open_stage
 from dpt.training.step import Losses, LossModule, Preparation
 from dpt.training.watchdog import Watchdog
@@ -87,9 +87,7 @@ class Trainer:
             device=self.engine.device,
             dtype=self.engine.dtype,
         )
-        self.saver = Saver(
-            self.output_dir / CHECKPOINTS, keep_last=self.training.keep_last, keep_every=self.training.keep_every
-        )
+        self.saver = self._open_saver()
         self.expert_pictures = ExpertPictures(self.engine.module.network, self.config, self.output_dir / "routing")  # type: ignore[arg-type]
         self.tracking = self._start_tracking()
         self.recorder = self._start_recorder()
@@ -122,6 +120,7 @@ class Trainer:
                 continue
             self.watchdog.beat(self.step, "recording")
             self._record(result, lr)
+            self._take_snapshot()
             if self._agree_to_stop():
                 return self._leave()
             self._save_and_draw()
@@ -177,7 +176,7 @@ class Trainer:
         self.recorder.step_done(self.step, result, lr, **counts, skipped_samples=self.skipped_samples.count)
 
     def _agree_to_stop(self) -> bool:
-        """Whether any rank was asked to stop; concludes a checkpoint that all ranks have written."""
+        """Whether any rank was asked to stop; concludes what all ranks have written."""
         flags = self.control.agree(stop=bool(self.control.signal), busy=self.saver.busy)
         if self.saver.pending and not flags["busy"]:
             self.saver.finish()
@@ -245,6 +244,25 @@ class Trainer:
         narrow = device.type == "cuda" and self.recipe.precision != "fp32"
         codec.to(device, torch.bfloat16 if narrow else torch.float32)
         return PixelLoss(self.config, codec, codes=self.data_loader.codes)
+
+    def _open_saver(self) -> Saver:
+        """Of checkpoints and snapshots; ones of a course that is not gone on with are removed."""
+        training, snapshots = self.training, None
+        if training.ema_lengths:
+            every = training.ema_snapshot_every or max(1, -(-training.steps // training.ema_snapshots))
+            snapshots = SnapshotWriter(self.output_dir / AVERAGES, every=every, most=training.ema_snapshots)
+            snapshots.forget_after(self.step)
+        return Saver(
+            self.output_dir / CHECKPOINTS,
+            keep_last=training.keep_last,
+            keep_every=training.keep_every,
+            snapshots=snapshots,
+        )
+
+    def _take_snapshot(self) -> None:
+        begin = time.perf_counter()
+        self.saver.take_snapshot(self.engine, self.step)
+        self.recorder.pause(time.perf_counter() - begin)
 
     def _save(self) -> None:
         self.watchdog.beat(self.step, "saving")

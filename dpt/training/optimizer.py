@@ -8,6 +8,7 @@ import torch
 
 from dpt.config.sections import TrainingConfig
 from dpt.errors import UserError
+from dpt.training.averages import exponent, new_share
 
 DEFAULTS: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
 """DiT's recipe (Peebles and Xie 2023, section 4), where "optimizer.params" is silent."""
@@ -18,26 +19,40 @@ class AdamWEMA(torch.optim.AdamW):
 
     As states `ema0`, `ema1`, ... beside `exp_avg`, the averages are float32 whatever the compute type, and ZeRO shards them
     with the moments. They start as the initial weights: ema <- decay ema + (1 - decay) weights after every update.
+    Averages by power functions (`dpt.training.averages`) are the states `power0`, `power1`, ...: their first update makes them
+    the weights.
 
     Args:
         params: Parameters or groups of them.
         options: `lr`, `betas`, `eps`, `weight_decay`.
         ema_decays: One decay an average; averages of decay 0 are the weights themselves and are not stored.
         ema_warmup: Use decay min(d, (1 + n) / (10 + n)) at the n-th update.
+        ema_lengths: One relative length a power-function average.
     """
 
     def __init__(
-        self, params: Iterable[Any], options: Mapping[str, Any], *, ema_decays: Sequence[float] = (), ema_warmup: bool = False
+        self,
+        params: Iterable[Any],
+        options: Mapping[str, Any],
+        *,
+        ema_decays: Sequence[float] = (),
+        ema_warmup: bool = False,
+        ema_lengths: Sequence[float] = (),
     ) -> None:
         super().__init__(params, fused=True, **options)
         self.ema_decays = {f"ema{index}": decay for index, decay in enumerate(ema_decays) if decay > 0}
         self.ema_warmup = ema_warmup
+        self.ema_lengths = {f"power{index}": length for index, length in enumerate(ema_lengths)}
+        self._exponents = {name: exponent(length) for name, length in self.ema_lengths.items()}
         self.updates = 0
         """Updates made so far, which the caller counts; skipped steps do not."""
 
     def state_names(self) -> list[str]:
         """Names of the states that have the shape of the parameters."""
-        return ["exp_avg", "exp_avg_sq", *self.ema_decays]
+        return ["exp_avg", "exp_avg_sq", *self._averages()]
+
+    def _averages(self) -> list[str]:
+        return [*self.ema_decays, *self.ema_lengths]
 
     @torch.no_grad()
     def ensure_state(self, param: torch.Tensor) -> dict[str, Any]:
@@ -46,7 +61,7 @@ class AdamWEMA(torch.optim.AdamW):
         if not state:
             state["step"] = torch.tensor(float(self.updates), device=param.device)
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(param), torch.zeros_like(param)
-            state.update({name: param.detach().clone() for name in self.ema_decays})
+            state.update({name: param.detach().clone() for name in self._averages()})
         return state
 
     @torch.no_grad()
@@ -57,11 +72,15 @@ class AdamWEMA(torch.optim.AdamW):
         super().step(closure)
         if not params:
             return
+        for name, share in self._new_shares().items():
+            torch._foreach_lerp_([state[name] for state in states], params, share)
+
+    def _new_shares(self) -> dict[str, float]:
+        """The share that the new weights get in each average."""
         number = self.updates + 1  # not asked of a state, which may be on a GPU
-        for name, decay in self.ema_decays.items():
-            if self.ema_warmup:
-                decay = min(decay, (1 + number) / (10 + number))
-            torch._foreach_lerp_([state[name] for state in states], params, 1.0 - decay)
+        longest = (1 + number) / (10 + number) if self.ema_warmup else 1.0
+        shares = {name: 1.0 - min(decay, longest) for name, decay in self.ema_decays.items()}
+        return shares | {name: new_share(power, number) for name, power in self._exponents.items()}
 
 
 def optimizer_options(block: Mapping[str, Any]) -> dict[str, Any]:

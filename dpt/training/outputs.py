@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-CHECKPOINTS, WEIGHTS = "checkpoints", "weights"
+CHECKPOINTS, AVERAGES, WEIGHTS = "checkpoints", "averages", "weights"
 """Folders in a run's output folder."""
 
 

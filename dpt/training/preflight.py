@@ -10,7 +10,7 @@ from dpt import distributed
 from dpt.config.checks import batch_split, check_recipe, ranks_in_words, trained_model
 from dpt.config.recipe import Recipe, load_recipe
 from dpt.errors import UserError
-from dpt.models.costs import VAE_CHANNELS, VAE_PARAMS, Memory, Precision, memory, picture_bytes
+from dpt.models.costs import VAE_CHANNELS, VAE_PARAMS, Memory, Precision, memory, num_params, picture_bytes
 from dpt.models.decoder_costs import decoder_bytes
 
 OVERHEAD_BYTES = 600 * 2**20
@@ -28,6 +28,8 @@ class Needs:
     ranks: int
     """The ranks it is counted for: those given, or as many as expert parallelism needs."""
     missing_shards: list[str]
+    snapshots: int = 0
+    """Bytes that all snapshots of averages take on the disk, at most."""
 
     @property
     def bytes_per_rank(self) -> int:
@@ -43,7 +45,8 @@ class Needs:
         parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in sizes.items() if size)
         offloaded = f" and {host / 2**30:.2f} offloaded to the host" if host else ""
         line = f"Memory plan, GiB on each of {ranks_in_words(self.ranks)}: {parts}"
-        return f"{line}; {self.bytes_per_rank / 2**30:.2f} in all{offloaded}."
+        disk = f" Snapshots of averages take up to {self.snapshots / 2**30:.2f} GiB on the disk." if self.snapshots else ""
+        return f"{line}; {self.bytes_per_rank / 2**30:.2f} in all{offloaded}.{disk}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +79,7 @@ def needs(recipe: Recipe, stage: str, world_size: int) -> Needs:
         zero_stage=recipe.zero_stage,
         micro_batch_size=micro,
         precision=precision,
-        num_emas=sum(decay > 0 for decay in training.ema_decays),
+        num_emas=sum(decay > 0 for decay in training.ema_decays) + len(training.ema_lengths),
         activation_checkpointing=training.activation_checkpointing,
         pictures=pictures,
         **offload,
@@ -84,7 +87,8 @@ def needs(recipe: Recipe, stage: str, world_size: int) -> Needs:
     size = 4 if precision == "fp32" else 2
     cost = replace(cost, decoder=decoder_bytes(config, micro_batch_size=micro, size=size, vae_params=params))
     missing = [s for s in config.data.shards if "://" not in s and ":" not in s and "{" not in s and not Path(s).is_dir()]
-    return Needs(memory=cost, ranks=ranks, missing_shards=missing)
+    snapshots = 4 * len(training.ema_lengths) * training.ema_snapshots * num_params(model).total
+    return Needs(memory=cost, ranks=ranks, missing_shards=missing, snapshots=snapshots)
 
 
 def available() -> Available:

@@ -3,6 +3,7 @@
 import os
 import shutil
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from dpt import distributed
+from dpt.training.averages import spacing
 from dpt.training.checkpoint import (
     FORMAT_VERSION,
     checkpoint_name,
@@ -27,14 +29,17 @@ from dpt.training.engine import Engine
 from dpt.training.fragments import parameter_shapes
 
 
-class Saver:
-    """Checkpoints of a run in `folder`: at most one is being written at a time; old ones are removed.
+class Writer(ABC):
+    """States of a run in `folder`, complete or invisible: at most one is being written at a time; old ones are removed.
 
-    All methods but `busy` and `failed` are collective. A checkpoint that cannot be written is reported, and the run goes on.
+    All methods but `busy` are collective. One that cannot be written is reported, and the run goes on.
     """
 
-    def __init__(self, folder: Path, *, keep_last: int, keep_every: int) -> None:
-        self.folder, self.keep_last, self.keep_every = folder, keep_last, keep_every
+    noun: str
+    """What they are, for reports."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self._thread: threading.Thread | None = None
         self._state: dict[str, Any] = {}
         self._entry: dict[str, Any] = {}
@@ -47,7 +52,7 @@ class Saver:
 
     @property
     def pending(self) -> bool:
-        """Whether a checkpoint has been begun and not concluded; the same on all ranks."""
+        """Whether one has been begun and not concluded; the same on all ranks."""
         return bool(self._state)
 
     @property
@@ -57,17 +62,16 @@ class Saver:
 
     def begin(self, engine: Engine, step: int, state: Mapping[str, Any]) -> None:
         """Copy this rank's share and start to write it. `state`: what `state.json` shall say beside the engine's own."""
-        if self.pending:
+        if self._state:
             self.finish()
-        tensors, placed = snapshot(engine)
+        tensors, placed = self._copy(engine)
         self._state = {
             "format_version": FORMAT_VERSION,
             "step": step,
             "parameters": parameter_shapes(engine.module),
-            "buffers": [name.removeprefix("buffer/") for name in tensors if name.startswith("buffer/")],
-            "states": ["master", *engine.optimizer.state_names()],
-            "averages": dict(engine.optimizer.ema_decays),
+            "lengths": dict(engine.optimizer.ema_lengths),
             "engine": engine_state(engine),
+            **self._contents(engine, tensors),
             **state,
         }
         self._entry, self._error = {}, ""
@@ -81,9 +85,21 @@ class Saver:
         self._thread = threading.Thread(target=self._write, args=(target, tensors, placed), name="checkpoint")
         self._thread.start()
 
+    def _copy(self, engine: Engine) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
+        """What is saved, as `snapshot` gives it."""
+        return snapshot(engine)
+
+    def _contents(self, engine: Engine, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        """What `state.json` says of the tensors."""
+        return {
+            "buffers": [name.removeprefix("buffer/") for name in tensors if name.startswith("buffer/")],
+            "states": ["master", *engine.optimizer.state_names()],
+            "averages": dict(engine.optimizer.ema_decays),
+        }
+
     @staticmethod
     def _make_folder(target: Path, needed: int) -> str:
-        """Make the folder of a checkpoint of `needed` bytes; why that cannot be, if so."""
+        """Make the folder of `needed` bytes; why that cannot be, if so."""
         try:
             if shutil.disk_usage(target.parent).free < needed:
                 return "the disk is full"
@@ -104,7 +120,7 @@ class Saver:
             self._error = f"rank {distributed.rank()}: {getattr(error, 'strerror', None) or repr(error)}"
 
     def finish(self) -> bool:
-        """Wait until all ranks have written, then make the checkpoint visible; False if it could not be written."""
+        """Wait until all ranks have written, then make it visible; False if it could not be written."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -134,12 +150,16 @@ class Saver:
         os.rename(target, final)
         sync_folder(self.folder)
         self._forget_after(self._state["step"])
-        for old in find_checkpoints(self.folder)[self.keep_last :]:
-            if not (self.keep_every and step_of(old) % self.keep_every == 0):
+        for old in find_checkpoints(self.folder):
+            if not self._is_kept(old):
                 remove(old)
 
+    @abstractmethod
+    def _is_kept(self, old: Path) -> bool:
+        """Whether one of the complete ones still is, now that the newest one is."""
+
     def forget_after(self, step: int) -> None:
-        """Remove the checkpoints of later steps: the run has gone back and takes another course."""
+        """Remove those of later steps: the run has gone back and takes another course."""
         if distributed.is_main():
             self._forget_after(step)
         distributed.barrier()
@@ -154,7 +174,74 @@ class Saver:
         newest = next(iter(find_checkpoints(self.folder)), None)
         kept = f"the newest is still {newest.name}" if newest else "there is none yet"
         print(
-            f"The checkpoint of step {step} was not written: {reason}. It needs {needed / 1e9:.3f} GB in {self.folder}, where "
+            f"The {self.noun} of step {step} was not written: {reason}. It needs {needed / 1e9:.3f} GB in {self.folder}, where "
             f"{free / 1e9:.3f} GB are free; make room. Training goes on; {kept}.",
             flush=True,
         )
+
+
+class SnapshotWriter(Writer):
+    """Snapshots of the power-function averages: at most `most`, the first ones `every` steps apart (`averages.spacing`)."""
+
+    noun = "snapshot of averages"
+
+    def __init__(self, folder: Path, *, every: int, most: int) -> None:
+        super().__init__(folder)
+        self.every, self.most = every, most
+
+    def is_due(self, step: int) -> bool:
+        """Whether one is to be taken after `step` optimizer steps."""
+        return self._is_on_grid(step, step)
+
+    def _is_on_grid(self, step: int, now: int) -> bool:
+        return step % spacing(now, self.every, self.most) == 0
+
+    def _copy(self, engine: Engine) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
+        return snapshot(engine, list(engine.optimizer.ema_lengths))
+
+    def _contents(self, engine: Engine, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        return {"states": list(engine.optimizer.ema_lengths)}
+
+    def _is_kept(self, old: Path) -> bool:
+        return self._is_on_grid(step_of(old), self._state["step"])
+
+
+class Saver(Writer):
+    """Checkpoints of a run in `folder`, and snapshots of its averages, if it takes any.
+
+    A snapshot is on the disk before any checkpoint that was begun after it: a run that goes on from there will not take it
+    again.
+    """
+
+    noun = "checkpoint"
+
+    def __init__(self, folder: Path, *, keep_last: int, keep_every: int, snapshots: SnapshotWriter | None = None) -> None:
+        super().__init__(folder)
+        self.keep_last, self.keep_every, self.snapshots = keep_last, keep_every, snapshots
+
+    @property
+    def pending(self) -> bool:
+        return super().pending or (self.snapshots is not None and self.snapshots.pending)
+
+    @property
+    def busy(self) -> bool:
+        return super().busy or (self.snapshots is not None and self.snapshots.busy)
+
+    def take_snapshot(self, engine: Engine, step: int) -> None:
+        """Begin to write one, if it is due after `step` steps and the weights have been updated."""
+        if self.snapshots is not None and engine.optimizer.updates and self.snapshots.is_due(step):
+            self.snapshots.begin(engine, step, {})
+
+    def finish(self) -> bool:
+        if self.snapshots is not None and self.snapshots.pending:
+            self.snapshots.finish()
+        return not super().pending or super().finish()
+
+    def forget_after(self, step: int) -> None:
+        super().forget_after(step)
+        if self.snapshots is not None:
+            self.snapshots.forget_after(step)
+
+    def _is_kept(self, old: Path) -> bool:
+        newest = find_checkpoints(self.folder)[: self.keep_last]
+        return old in newest or bool(self.keep_every and step_of(old) % self.keep_every == 0)

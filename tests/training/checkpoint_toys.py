@@ -31,7 +31,7 @@ def make_saver(folder: Path, monkeypatch: pytest.MonkeyPatch | None = None, size
 
 
 def number_engine(number: int) -> Any:
-    optimizer = SimpleNamespace(state_names=list, ema_decays={})
+    optimizer = SimpleNamespace(state_names=list, ema_decays={}, ema_lengths={})
     return SimpleNamespace(number=number, module=None, optimizer=optimizer)
 
 

@@ -1,0 +1,78 @@
+"""An average of any relative length, made of a run's snapshots after the fact; needs neither DeepSpeed nor ranks."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpt.config.sections import LONGEST_EMA
+from dpt.errors import UserError
+from dpt.training.averages import Mix, Profile, exponent, mix
+from dpt.training.checkpoint import DamagedCheckpoint, Pieces, check_file, find_checkpoints, kept_lengths, read_state
+from dpt.training.outputs import AVERAGES
+
+_WORST = 0.1
+"""Largest residual of a profile that is still called an average of that length."""
+
+
+def rebuild(checkpoint: Path, length: float) -> tuple[dict[str, Tensor], float]:
+    """The parameters of a whole checkpoint averaged with the relative length `length`, float32, and the profile's residual.
+
+    Made of its own power-function averages and the snapshots of its run (the folder beside the checkpoints') up to its step,
+    weighted as `dpt.training.averages.mix` says. Holds one parameter of two snapshots at a time. UserError if there are no such
+    averages, one is damaged, or they come no nearer than a tenth to that length.
+    """
+    if not 0.0 < length <= LONGEST_EMA:
+        raise UserError(f"--ema-length {length} must be above 0 and at most {LONGEST_EMA}, as a share of the run.")
+    folders, states = _averages(checkpoint)
+    found = [
+        (number, name, Profile(exponent(kept), state["engine"]["updates"]))
+        for number, state in enumerate(states)
+        for kept, name in kept_lengths(state).items()
+    ]
+    state = states[0]
+    made = mix([profile for *_, profile in found], Profile(exponent(length), state["engine"]["updates"]))
+    if made.residual > _WORST:
+        raise UserError(
+            f"{checkpoint}: its {len(states) - 1} snapshots of the lengths {sorted(kept_lengths(state))} come no nearer than "
+            f"{made.residual:.0%} to the length {length}; choose a nearer one, or keep more (dpt.training.ema_snapshots)."
+        )
+    return _sum(folders, states, found, made), made.residual
+
+
+def _averages(checkpoint: Path) -> tuple[list[Path], list[dict[str, Any]]]:
+    """The checkpoint and the snapshots before it, whole, and their states."""
+    state = read_state(checkpoint)
+    if not kept_lengths(state) or not state["engine"]["updates"]:
+        raise UserError(
+            f"{checkpoint} keeps no power-function averages; set dpt.training.ema_lengths, such as [0.05, 0.1], before a run."
+        )
+    folders, states = [checkpoint], [state]
+    try:
+        for folder in find_checkpoints(checkpoint.parent.parent / AVERAGES):
+            snapshot = read_state(folder)
+            if snapshot["step"] < state["step"]:
+                for name, entry in snapshot["files"].items():
+                    check_file(folder / name, entry)
+                folders.append(folder)
+                states.append(snapshot)
+    except DamagedCheckpoint as error:
+        raise UserError(f"{error}; remove {folder} to do without it.") from error
+    return folders, states
+
+
+def _sum(
+    folders: list[Path], states: list[dict[str, Any]], found: list[tuple[int, str, Profile]], made: Mix
+) -> dict[str, Tensor]:
+    pieces = [Pieces(folder, state) for folder, state in zip(folders, states, strict=True)]
+    sums = {}
+    for name, shape in states[0]["parameters"].items():
+        total = torch.zeros(math.prod(shape), dtype=torch.float64)
+        for (number, kept, _), share in zip(found, made.shares, strict=True):
+            total.add_(pieces[number].whole(kept, name, shape).flatten().double(), alpha=share)
+        sums[name] = total.float().view(shape)
+    for files in pieces:
+        files.close()
+    return sums
