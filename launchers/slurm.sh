@@ -43,9 +43,9 @@ elif [[ $stage != evaluate ]]; then
 import sys
 from pathlib import Path
 from dpt.config.command import parse_command
-from dpt.training.outputs import WEIGHTS, exported_step
+from dpt.training.outputs import has_finished
 training = parse_command(sys.argv[1], "", "training", sys.argv[2:]).dpt.training
-print("finished" if exported_step(Path(training.output_dir) / WEIGHTS) >= training.steps else "stopped")
+print("finished" if has_finished(Path(training.output_dir), training.steps) else "stopped")
 ' "$stage" --ds_config "$recipe" "$@")
 fi
 

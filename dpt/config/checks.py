@@ -126,6 +126,10 @@ def _check_task(recipe: Recipe) -> None:
         )
     if config.task != "class" and config.data.horizontal_flip:
         _refuse(recipe, "dpt.data.horizontal_flip is for class images; perception shards are mirrored while encoding.")
+    if config.validation.every and config.task == "class":
+        _refuse(recipe, "dpt.validation.every is for perception; class images have no truths to be scored by.")
+    if config.validation.every and not (config.validation.data or config.evaluation.data):
+        _refuse(recipe, "dpt.validation.data is empty, and so is dpt.evaluation.data; name an evaluation shard folder.")
     one_step = config.diffusion.one_step
     if config.task == "class" and one_step:
         _refuse(recipe, 'dpt.diffusion.timesteps "last" is for perception; images of a class need several steps.')

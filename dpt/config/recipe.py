@@ -20,6 +20,7 @@ from dpt.config.sections import (
     TrackingConfig,
     TrainingConfig,
     UpcyclingConfig,
+    ValidationConfig,
 )
 from dpt.errors import UserError
 
@@ -77,6 +78,7 @@ class DptConfig:
     upcycling: UpcyclingConfig = field(default_factory=UpcyclingConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
 

@@ -495,6 +495,34 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ValidationConfig:
+    """Scores of evaluation sets while training, and what follows from them (perception only)."""
+
+    every: int = 0
+    """Steps between validations; 0: none. The last step is validated too."""
+    data: list[str] = field(default_factory=list)
+    """Evaluation shard folders; empty: those of dpt.evaluation.data."""
+    max_samples: int = 64
+    """Score only the first samples of each set; 0: all."""
+    steps: int = 10
+    """Sampler steps; what else concerns sampling is that of dpt.evaluation."""
+    ensemble: int = 1
+    """Ensemble size."""
+    metric: str = ""
+    """What tells the best weights, e.g. depth/abs_rel or depth/hypersim_val/delta1; empty: the first set's main metric."""
+    keep_best: bool = True
+    """Export the averaged weights of the best validation to OUTPUT_DIR/best."""
+    patience: int = 0
+    """End the training after so many validations in a row that were not better; 0: never."""
+
+    def __post_init__(self) -> None:
+        for name in ("every", "max_samples", "patience"):
+            _check(getattr(self, name) >= 0, f"dpt.validation.{name} is {getattr(self, name)}; it cannot be negative.")
+        _check(1 <= self.steps <= 1000, f"dpt.validation.steps is {self.steps}; it must be between 1 and 1000.")
+        _check(1 <= self.ensemble <= 50, f"dpt.validation.ensemble is {self.ensemble}; it must be between 1 and 50.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrackingConfig:
     """Where runs are recorded."""
 

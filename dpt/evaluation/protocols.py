@@ -67,6 +67,8 @@ class Protocol:
     higher_is_better: bool = False
 
 
+_HIGHER_IS_BETTER = {"delta1", "delta2", "delta3", "delta1_log_fit", "iou", "iou_pooled"}
+
 PROTOCOLS: dict[str, Protocol] = {
     p.name: p
     for p in (
@@ -251,6 +253,11 @@ def _score_log_fit(protocol: Protocol, prediction: np.ndarray, truth: np.ndarray
     scale, shift = fit_affine_log(p, g)
     found = depth_metrics(np.clip(scale * p.astype(np.float64) + shift, 1e-3, float(g.max())), g)
     return {f"{name}_log_fit": found[name] for name in ("abs_rel", "delta1")}
+
+
+def is_better(metric: str, value: float, other: float) -> bool:
+    """Whether a metric's value is better than another one."""
+    return value > other if metric in _HIGHER_IS_BETTER else value < other
 
 
 def average(rows: list[dict[str, float]]) -> dict[str, float]:

@@ -202,6 +202,7 @@ def _offloaded(plan: Memory, zero_stage: int, share: int, *, optimizer: bool, pa
 def picture_bytes(
     config: ModelConfig,
     *,
+    images: int = 1,
     guided: bool = True,
     precision: Precision = "bf16",
     vae_params: int = VAE_PARAMS,
@@ -209,14 +210,14 @@ def picture_bytes(
     height: int = 0,
     width: int = 0,
 ) -> int:
-    """Bytes for drawing class pictures one at a time (`dpt.training.sampling`); latents as in `macs`.
+    """Bytes for sampling while training, `images` at a time: class pictures (`dpt.training.sampling`), validation; as `macs`.
 
     A whole copy of the network, the VAE in float32, and the larger of a forward pass (of two latents if `guided`) and decoding.
     """
     size, pixels = 4 if precision == "fp32" else 2, 64 * (height or config.input_size) * (width or config.input_size)
-    tokens = (1 + guided) * num_tokens(config, height, width)
+    tokens = images * (1 + guided) * num_tokens(config, height, width)
     forward = tokens * (_kept_per_token(config, size) + 2 * config.hidden_size * size)
-    return size * num_params(config).total + 4 * vae_params + max(forward, 4 * 4 * vae_channels * pixels)
+    return size * num_params(config).total + 4 * vae_params + max(forward, images * 4 * 4 * vae_channels * pixels)
 
 
 def preset_table(

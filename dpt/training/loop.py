@@ -2,6 +2,7 @@
 
 import math
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,24 +25,28 @@ from dpt.training.export import export, weights_sections
 from dpt.training.failure import TrainingFailed, failure_report
 from dpt.training.fragments import parameter_shapes
 from dpt.training.optimizer import learning_rate
-from dpt.training.outputs import AVERAGES, CHECKPOINTS, WEIGHTS, exported_step
+from dpt.training.outputs import AVERAGES, BEST, CHECKPOINTS, WEIGHTS, exported_step
 from dpt.training.pixel_loss import PixelLoss
 from dpt.training.records import Recorder, data_sheet_flops, measure_peak_flops
 from dpt.training.resume import Found, SkippedSamples, find_checkpoint, position_of, remarks, rewind_target
-from dpt.training.sampling import draw_classes, load_codec
+from dpt.training.sampling import averaged_network, draw_classes, load_codec
 from dpt.training.saving import Saver, SnapshotWriter
 from dpt.training.stages import learnt_codes, open_stage
 from dpt.training.step import Losses, LossModule, Preparation
+from dpt.training.validation import Best, OpenValidator, Validator, export_averaged
 from dpt.training.watchdog import Watchdog
 
 
-def train(recipe: Recipe, stage_name: str) -> None:
-    """Run a stage: from its start, or its newest checkpoint, to exported weights. Raises UserError and TrainingFailed."""
+def train(recipe: Recipe, stage_name: str, open_validator: OpenValidator | None = None) -> None:
+    """Run a stage: from its start, or its newest checkpoint, to exported weights. Raises UserError and TrainingFailed.
+
+    `open_validator`: makes what scores networks for `dpt.validation`.
+    """
     training = recipe.dpt.training
     checkpoints, weights = Path(training.output_dir) / CHECKPOINTS, Path(training.output_dir) / WEIGHTS
     found = find_checkpoint(checkpoints, resume=training.resume)
-    if found is None or found[1]["step"] < training.steps:
-        Trainer(recipe, stage_name, found).run()
+    if found is None or (found[1]["step"] < training.steps and not Best.of(found[1]).stopped):
+        Trainer(recipe, stage_name, found, open_validator).run()
     else:
         if distributed.is_main() and exported_step(weights) != found[1]["step"]:
             export(found[0], weights)
@@ -51,22 +56,25 @@ def train(recipe: Recipe, stage_name: str) -> None:
 class Trainer:
     """A run in progress. `found`: the checkpoint that it goes on from. All methods are collective."""
 
-    def __init__(self, recipe: Recipe, stage_name: str, found: Found | None) -> None:
+    def __init__(
+        self, recipe: Recipe, stage_name: str, found: Found | None, open_validator: OpenValidator | None = None
+    ) -> None:
         self.training = recipe.dpt.training
         self.output_dir = Path(self.training.output_dir)
         self.step = self.samples_seen = self.skipped = self.skipped_in_a_row = 0
         self.skipped_samples = SkippedSamples()
         self.run_id = ""
+        self.best = Best()
         self.control, self.watchdog = Control(), Watchdog(self.training.timeout_s)
         self.control.listen()
         try:
-            self._build(recipe, stage_name, found)
+            self._build(recipe, stage_name, found, open_validator)
         except UserError:  # on all ranks together
             self.control.unlisten()
             self.watchdog.close()
             raise
 
-    def _build(self, recipe: Recipe, stage_name: str, found: Found | None) -> None:
+    def _build(self, recipe: Recipe, stage_name: str, found: Found | None, open_validator: OpenValidator | None) -> None:
         with distributed.together():
             self.stage = open_stage(recipe, stage_name, parents=found[1]["parents"] if found else None)
             self.recipe, self.config = self.stage.recipe, self.stage.recipe.dpt
@@ -74,6 +82,7 @@ class Trainer:
             self._take_counters(found[1])
         self.learnt_codes = learnt_codes(found[1]["sections"], str(found[0])) if found else self.stage.codes
         self._open_data_loader()
+        self.validator = self._open_validator(open_validator)
         pixel_loss = self._pixel_loss()
         self.macs = recipe_macs(self.config, self.config.model, *self.data_loader.latent_size)
         self.engine = Engine(self.recipe, LossModule(self.stage.build(), self.config, pixel_loss))
@@ -123,6 +132,8 @@ class Trainer:
             self._take_snapshot()
             if self._agree_to_stop():
                 return self._leave()
+            if self._validate():
+                break
             self._save_and_draw()
         return self._finish()
 
@@ -182,6 +193,30 @@ class Trainer:
             self.saver.finish()
         return flags["stop"] > 0
 
+    def _validate(self) -> bool:
+        """Score the averaged weights, if it is time to; whether the run ends here for want of a better score."""
+        every = self.config.validation.every
+        if self.validator is None or (self.step % every and self.step < self.training.steps):
+            return False
+        begin = time.perf_counter()
+        alive = partial(self.watchdog.beat, self.step, "validating")
+        alive()
+        figures = self.validator(averaged_network(self.engine, self.config), alive)
+        self.tracking.log_metrics({f"validation/{name}": value for name, value in figures.items()}, self.step)
+        value, patience = figures[self.validator.metric], self.config.validation.patience
+        self.best = self.best.after(self.step, value, self.validator, patience=patience)
+        if self.best.step == self.step and self.config.validation.keep_best:
+            export_averaged(self.engine, self.config, self._sections(), self.output_dir / BEST)
+        seconds = time.perf_counter() - begin
+        distributed.log(
+            f"step {self.step}: validation {self.validator.metric} {value:.4g}, best {self.best.value:.4g} at step "
+            f"{self.best.step}, {seconds:.1f} s"
+        )
+        self.recorder.pause(seconds)
+        if self.best.stopped and self.step < self.training.steps:
+            distributed.log(f"{self.best.misses} validations in a row were not better: the run ends here.")
+        return self.best.stopped
+
     def _save_and_draw(self) -> None:
         begin = time.perf_counter()
         every = self.training.checkpoint_every
@@ -201,6 +236,7 @@ class Trainer:
         self.step, self.samples_seen, self.skipped = state["step"], state["samples_seen"], state["skipped"]
         self.skipped_in_a_row = state.get("skipped_in_a_row", 0)
         self.skipped_samples = SkippedSamples.of(state)
+        self.best = Best.of(state)
         self.run_id = state["run_id"]
 
     @property
@@ -233,6 +269,13 @@ class Trainer:
                 codes=self.learnt_codes,
             )
         self.batches = iter(self.data_loader.stream)
+
+    def _open_validator(self, open_validator: OpenValidator | None) -> Validator | None:
+        if not self.config.validation.every:
+            return None
+        assert open_validator is not None, "launchers give one"
+        with distributed.together():
+            return open_validator(self.config, self.data_loader.codes, self.data_loader.depth_prompt)
 
     def _pixel_loss(self) -> PixelLoss | None:
         """With the decoder on the training device: in bf16 beside a network that is not in float32, on a GPU."""
@@ -276,6 +319,7 @@ class Trainer:
             "skipped": self.skipped,
             "skipped_in_a_row": self.skipped_in_a_row,
             "skipped_samples": self.skipped_samples.windows,
+            "validation": self.best.as_state(),
             "run_id": self.run_id,
             "layout": {
                 "world_size": distributed.world_size(),
@@ -284,15 +328,19 @@ class Trainer:
                 "precision": self.recipe.precision,
             },
             "recipe": self.recipe.to_dict(),
-            "sections": weights_sections(
-                self.config,
-                self.data_loader.vae,
-                self._lineage(),
-                codes=self.data_loader.codes,
-                depth_prompt=self.data_loader.depth_prompt,
-            ),
+            "sections": self._sections(),
             "dpt_version": __version__,
         }
+
+    def _sections(self) -> dict[str, Any]:
+        """What weights of this moment say of themselves."""
+        return weights_sections(
+            self.config,
+            self.data_loader.vae,
+            self._lineage(),
+            codes=self.data_loader.codes,
+            depth_prompt=self.data_loader.depth_prompt,
+        )
 
     def _lineage(self) -> dict[str, Any]:
         return {
@@ -302,6 +350,7 @@ class Trainer:
             "data_sha256": self.data_loader.data_sha256,
             "samples_seen": self.samples_seen,
             "step": self.step,
+            **({"stopped_early": True} if self.best.stopped else {}),
         }
 
     def _rewind(self, loss: float, keys: list[str]) -> None:

@@ -2,14 +2,29 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
-CHECKPOINTS, AVERAGES, WEIGHTS = "checkpoints", "averages", "weights"
+CHECKPOINTS, AVERAGES, WEIGHTS, BEST = "checkpoints", "averages", "weights", "best"
 """Folders in a run's output folder."""
+
+
+def has_finished(output_dir: Path, steps: int) -> bool:
+    """Whether a run of so many steps has exported its weights for good: those of its last step, or of an early end."""
+    weights = output_dir / WEIGHTS
+    return exported_step(weights) >= steps or bool(_lineage(weights).get("stopped_early"))
 
 
 def exported_step(weights: Path) -> int:
     """The training step of exported weights; -1 if there are none, or they do not say."""
     try:
-        return int(json.loads((weights / "config.json").read_text(encoding="utf-8"))["lineage"]["step"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return int(_lineage(weights)["step"])
+    except (ValueError, KeyError, TypeError):
         return -1
+
+
+def _lineage(weights: Path) -> dict[str, Any]:
+    """What exported weights say of their training; empty if there are none, or they do not say."""
+    try:
+        return dict(json.loads((weights / "config.json").read_text(encoding="utf-8"))["lineage"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}

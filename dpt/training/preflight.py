@@ -70,6 +70,11 @@ def needs(recipe: Recipe, stage: str, world_size: int) -> Needs:
     if config.task == "class":
         guided = config.sampling.guidance_scale != 1.0
         pictures = picture_bytes(model, guided=guided, precision=precision, vae_params=params, vae_channels=channels)
+    elif config.validation.every:
+        guided, images = config.evaluation.guidance_scale != 1.0, config.evaluation.batch_size
+        pictures = picture_bytes(
+            model, images=images, guided=guided, precision=precision, vae_params=params, vae_channels=channels
+        )
     zero = recipe.deepspeed.get("zero_optimization", {})
     offload = {part: zero.get(part, {}).get("device") == "cpu" for part in ("offload_optimizer", "offload_param")}
     cost = memory(

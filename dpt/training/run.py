@@ -2,15 +2,22 @@
 
 import os
 import sys
+from typing import TYPE_CHECKING
 
 from dpt import distributed
 from dpt.config.checks import split_note
 from dpt.config.recipe import Recipe
 from dpt.errors import UserError
 
+if TYPE_CHECKING:
+    from dpt.training.validation import OpenValidator
 
-def run_stage(recipe: Recipe, stage: str) -> None:
-    """Train `recipe` as `stage` ("pretrain", "finetune" or "upcycle"). UserError for bad input; exits 1 when training fails."""
+
+def run_stage(recipe: Recipe, stage: str, *, open_validator: "OpenValidator | None" = None) -> None:
+    """Train `recipe` as `stage` ("pretrain", "finetune" or "upcycle"). UserError for bad input; exits 1 when training fails.
+
+    `open_validator`: makes what scores networks for `dpt.validation`.
+    """
     distributed.set_environment()
     distributed.set_device()
     from dpt.training.preflight import available, check_memory, check_ranks
@@ -30,7 +37,7 @@ def run_stage(recipe: Recipe, stage: str) -> None:
     from dpt.training.loop import train
 
     try:
-        train(recipe, stage)
+        train(recipe, stage, open_validator)
     except TrainingFailed as error:
         distributed.log(f"{stage}: failed: {error}")
         distributed.shutdown()

@@ -19,7 +19,7 @@ from typing import Any
 
 from dpt import distributed
 
-PHASES = ("starting", "reading data", "computing", "updating weights", "recording", "saving")
+PHASES = ("starting", "reading data", "computing", "updating weights", "recording", "validating", "saving")
 """What a rank can be doing, in the order of a step."""
 
 

@@ -101,7 +101,8 @@ class Runs:
             recipe = load_recipe(self.recipe, {**run.fields, "training.output_dir": str(output)})
             if run.damage:
                 damage_newest(output / "checkpoints")
-            trainer = Trainer(recipe, run.stage, find_checkpoint(output / "checkpoints", resume=True))
+            found = find_checkpoint(output / "checkpoints", resume=True)
+            trainer = Trainer(recipe, run.stage, found, _open_validator)
             trainer._agree_to_stop = _signalled(trainer, run)  # type: ignore[method-assign]
             trainer.prepare = _poisoned(trainer, run)  # type: ignore[assignment]
             tags = output / "tags.json"
@@ -111,6 +112,12 @@ class Runs:
         except (TrainingFailed, UserError) as error:
             return str(error)
         return "stopped" if trainer.step < trainer.training.steps else "finished"
+
+
+def _open_validator(config: Any, codes: Mapping[str, str], depth_prompt: str) -> Any:
+    from dpt.evaluation.validation import Validator
+
+    return Validator(config, codes=codes, depth_prompt=depth_prompt)
 
 
 def _is_last() -> bool:

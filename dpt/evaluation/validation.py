@@ -1,0 +1,99 @@
+"""Scores of evaluation sets while training: what launchers hand to the training loop, which knows no evaluation itself."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from dpt import distributed, tasks
+from dpt.config.recipe import DptConfig
+from dpt.config.sections import EvaluationConfig
+from dpt.data.codec import load_vae
+from dpt.errors import UserError
+from dpt.evaluation.loading import LoadedModel
+from dpt.evaluation.prediction import Predictor
+from dpt.evaluation.protocols import average, is_better
+from dpt.evaluation.records import Record, Setting
+from dpt.evaluation.runner import check_set
+from dpt.evaluation.scoring import Scorer
+from dpt.evaluation.sets import open_sets
+
+
+class Validator:
+    """Scores a network under `config.validation`, on all ranks together; the figures do not depend on their number.
+
+    `codes` and `depth_prompt`: how the targets of training are coded, and what depth's second condition shows
+    (`dpt.training.data_loader`). UserError if the sets cannot be scored with such a network, or have no such metric.
+    """
+
+    def __init__(self, config: DptConfig, *, codes: Mapping[str, str], depth_prompt: str) -> None:
+        given = config.validation
+        self._model = dataclasses.replace(config.model, capacity_factor=0.0)  # as `averaged_network` builds it
+        self._codec = load_vae(config.data.vae, latent_channels=config.model.in_channels)
+        self._frame = LoadedModel(
+            network=nn.Identity(),
+            model=self._model,
+            diffusion=config.diffusion,
+            task=config.task,
+            codec=self._codec,
+            codes={**tasks.codes_of({}, ""), **codes},
+            depth_prompt=depth_prompt or tasks.DEPTH_PROMPT,
+        )
+        self._config = _sampling(config)
+        self._sets = open_sets(
+            given.data or config.evaluation.data,
+            protocol=self._config.protocol,
+            max_samples=given.max_samples,
+            cache_dir=config.data.cache_dir,
+        )
+        predictor = self._predictor(nn.Identity())
+        for one in self._sets:
+            check_set(one, predictor)
+        first = self._sets[0]
+        self.metric = given.metric or f"{first.task}/{first.protocol.main_metric}"
+        """Name of what tells the best weights, as in what calls give."""
+        wanted = self.metric.rpartition("/")[0]
+        if wanted not in self._places() and wanted:
+            raise UserError(
+                f'dpt.validation.metric "{self.metric}": there is no "{wanted}"; it may begin with {", ".join(self._places())}.'
+            )
+
+    def __call__(self, network: nn.Module, alive: Callable[[], None]) -> dict[str, float]:
+        """TASK/SET/METRIC of every set, and TASK/METRIC of the first one of its task. `alive` is called after each sample."""
+        predictor = self._predictor(network)
+        setting = Setting(steps=self._config.steps[0], ensemble=self._config.ensemble[0])
+        found: dict[str, float] = {}
+        for one in self._sets:
+            scorer = Scorer(one, self._config, predictor, Path())
+            mine: list[Record] = []
+            for records in scorer.records(
+                range(len(one))[distributed.rank() :: distributed.world_size()], frozenset({setting})
+            ):
+                mine += records
+                alive()
+            rows = sorted((r for part in distributed.gather_objects(mine) for r in part), key=lambda r: r.index)
+            figures = average([r.metrics for r in rows])
+            found |= {f"{one.task}/{one.name}/{name}": value for name, value in figures.items()}
+            found |= {f"{one.task}/{n}": v for n, v in figures.items() if f"{one.task}/{n}" not in found}
+        if self.metric not in found:
+            raise UserError(f'dpt.validation.metric "{self.metric}" is not among {", ".join(found)}.')
+        return found
+
+    def is_better(self, value: float, other: float) -> bool:
+        """Whether a value of `metric` is better than another."""
+        return is_better(self.metric.rpartition("/")[2], value, other)
+
+    def _places(self) -> list[str]:
+        return list(dict.fromkeys(place for one in self._sets for place in (one.task, f"{one.task}/{one.name}")))
+
+    def _predictor(self, network: nn.Module) -> Predictor:
+        return Predictor(dataclasses.replace(self._frame, network=network), config=self._config)
+
+
+def _sampling(config: DptConfig) -> EvaluationConfig:
+    """How validation samples: as evaluation does, at one setting, in the precision of the network that it is given."""
+    changes: dict[str, Any] = {"steps": [config.validation.steps], "ensemble": [config.validation.ensemble]}
+    changes |= {"precision": "bf16" if distributed.device().type == "cuda" else "fp32", "save_predictions": False}
+    return dataclasses.replace(config.evaluation, **changes).settled(config.diffusion)
