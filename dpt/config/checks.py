@@ -20,6 +20,7 @@ def check_recipe(recipe: Recipe, world_size: int, stage: str = "pretrain") -> No
     batch_split(recipe, world_size)
     _check_experts(recipe, world_size, trained_model(recipe, stage).num_experts)
     _check_task(recipe)
+    _check_bypass(recipe, trained_model(recipe, stage).depth)
     if all(recipe.deepspeed.get(name, {}).get("enabled", False) for name in ("bf16", "fp16")):
         _refuse(recipe, "bf16.enabled and fp16.enabled are both true; enable one.")
     optimizer = recipe.deepspeed.get("optimizer", {}).get("type", "AdamW")
@@ -138,6 +139,16 @@ def _check_task(recipe: Recipe) -> None:
             recipe,
             f"dpt.pixel_loss.weight is {config.pixel_loss.weight}, but dpt.diffusion.timesteps is "
             f'"{config.diffusion.timesteps}"; it needs "last", where the network predicts what can be decoded.',
+        )
+
+
+def _check_bypass(recipe: Recipe, depth: int) -> None:
+    training = recipe.dpt.training
+    if training.bypass_share and not training.bypassed(depth):
+        _refuse(
+            recipe,
+            f"dpt.training.bypass_share is {training.bypass_share:g}, but bypass_first {training.bypass_first} and bypass_last "
+            f"{training.bypass_last} leave none of {depth} blocks between them; lower them.",
         )
 
 

@@ -370,6 +370,12 @@ class TrainingConfig:
     """Weight of the experts' load-balancing loss, per layer."""
     router_z_loss_weight: float = 0.0
     """Weight of the router z-loss, per layer."""
+    bypass_share: float = 0.0
+    """Share of each sample's tokens, chosen at random, that go around the middle blocks in training (TREAD); 0: none."""
+    bypass_first: int = 2
+    """Blocks at the start that all tokens go through."""
+    bypass_last: int = 4
+    """Blocks at the end that all tokens go through."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass to save memory."""
     compile: bool = False
@@ -417,6 +423,16 @@ class TrainingConfig:
             _check(getattr(self, name) >= 0, f"dpt.training.{name} is {getattr(self, name)}; it cannot be negative.")
         for name in ("log_every", "keep_last", "max_skipped_steps", "timeout_s"):
             _check(getattr(self, name) > 0, f"dpt.training.{name} is {getattr(self, name)}; it must be positive.")
+        _check(0.0 <= self.bypass_share < 1.0, f"dpt.training.bypass_share is {self.bypass_share}; it must be in [0, 1).")
+        _check(self.bypass_first >= 0, f"dpt.training.bypass_first is {self.bypass_first}; it cannot be negative.")
+        _check(
+            self.bypass_last > 0,
+            f"dpt.training.bypass_last is {self.bypass_last}; the last block at least must see all tokens: set 1 or more.",
+        )
+
+    def bypassed(self, depth: int) -> range:
+        """The blocks, of so many, that tokens go around; empty if there are none between the first and the last ones."""
+        return range(self.bypass_first, depth - self.bypass_last)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -107,14 +107,32 @@ def macs(config: ModelConfig, height: int = 0, width: int = 0) -> Macs:
     d, t, patch = config.hidden_size, num_tokens(config, height, width), config.patch_size**2
     inputs = t * _in_channels(config) * patch * d + FREQUENCY_EMBEDDING_SIZE * d + config.clip_embedding_size * d
     ends = d * d + 2 * d * d + t * d * patch * _out_channels(config)  # timesteps' second layer, final layer
-    product = t * t * d  # scores, and their weighted sum
-    block = 6 * d * d + 4 * t * d * d + 2 * product + t * _mlp_macs_per_token(config)
-    forward = inputs + ends + config.depth * block
+    forward = inputs + ends + config.depth * _block_macs(config, t)
     return Macs(
         forward=forward,
         training=3 * forward - inputs,  # no gradient with respect to the network's inputs
-        attention_recompute=config.depth * product,
+        attention_recompute=config.depth * t * t * d,
     )
+
+
+def _block_macs(config: ModelConfig, tokens: int) -> int:
+    """Of one block's forward pass: adaLN, attention's products, its scores and their weighted sum, the MLP or experts."""
+    d = config.hidden_size
+    return 6 * d * d + 4 * tokens * d * d + 2 * tokens * tokens * d + tokens * _mlp_macs_per_token(config)
+
+
+def kept_tokens(tokens: int, share: float) -> int:
+    """How many of a sample's tokens go through the blocks that a `share` of them bypasses."""
+    return max(1, round(tokens * (1.0 - share)))
+
+
+def with_bypass(whole: Macs, config: ModelConfig, share: float, blocks: int, height: int = 0, width: int = 0) -> Macs:
+    """MACs of one sample of which, in training, a share of the tokens bypasses so many blocks; `forward` stays."""
+    t = num_tokens(config, height, width)
+    kept = kept_tokens(t, share)
+    saved = blocks * (_block_macs(config, t) - _block_macs(config, kept))
+    recompute = whole.attention_recompute - blocks * (t * t - kept * kept) * config.hidden_size
+    return replace(whole, training=whole.training - 3 * saved, attention_recompute=recompute)
 
 
 def memory(

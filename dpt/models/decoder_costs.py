@@ -8,7 +8,7 @@ from typing import Any
 
 from dpt.config.recipe import DptConfig
 from dpt.config.sections import ModelConfig
-from dpt.models.costs import Macs, macs
+from dpt.models.costs import Macs, macs, with_bypass
 
 STABLE_DIFFUSION: dict[str, Any] = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4}
 """The decoder of Stable Diffusion 1 and 2, which VAEs whose config is not on this disk count as."""
@@ -73,9 +73,12 @@ def decoder_costs(config: Mapping[str, Any], height: int, width: int) -> Decoder
 def recipe_macs(config: DptConfig, model: ModelConfig, height: int = 0, width: int = 0) -> Macs:
     """MACs of one sample of `model` (the architecture trained) under a recipe, for latents of height x width (0: input_size).
 
-    A pixel loss decodes the truth and the prediction, and leads gradients back through the decoder.
+    A pixel loss decodes the truth and the prediction, and leads gradients back through the decoder; tokens that bypass blocks
+    save those.
     """
     network = macs(model, height, width)
+    if share := config.training.bypass_share:
+        network = with_bypass(network, model, share, len(config.training.bypassed(model.depth)), height, width)
     if not config.pixel_loss.weight:
         return network
     decoder = decoder_costs(vae_config(config.data.vae), height or model.input_size, width or model.input_size)

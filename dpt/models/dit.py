@@ -99,6 +99,7 @@ class DiT(nn.Module):
         self.in_channels = config.in_channels * (1 + config.num_conditions)
         self.out_channels = config.in_channels * (2 if config.learn_sigma else 1)
         self.activation_checkpointing = False
+        self.bypassed = range(0)
         self._positions: dict[tuple[int, int], Tensor] = {}
         size = config.hidden_size
         self.x_embedder: PatchEmbed | PatchEmbedRouter
@@ -138,6 +139,10 @@ class DiT(nn.Module):
         """Recompute each block in the backward pass instead of keeping its activations."""
         self.activation_checkpointing = enabled
 
+    def set_bypass(self, blocks: range) -> None:
+        """Let only the tokens that `forward` is told to keep go through these blocks (TREAD, Krause et al. 2025)."""
+        self.bypassed = blocks
+
     def compile_blocks(self, **options: Any) -> None:
         """Compile each block in place with torch.compile and its `options`; the dispatch to experts stays out of the graph."""
         for block in self.blocks:
@@ -151,6 +156,7 @@ class DiT(nn.Module):
         embeddings: Tensor | None = None,
         task_labels: Tensor | None = None,
         earlier: EarlierRouting | None = None,
+        kept: Tensor | None = None,
     ) -> DiTOutput:
         """noisy_latents [B, C (1 + num_conditions), h, w], timesteps [B], labels int64 [B] in 0..num_classes.
 
@@ -158,8 +164,9 @@ class DiT(nn.Module):
         `embeddings` [B, clip_embedding_size]: CLIP image embeddings, zeros for samples without one; None is all zeros.
         `task_labels` int64 [B] choose the input convolution if there is one a task (the last patch_embed_tasks labels); None:
         `labels`, which must then hold no null label. `earlier`: sums of `tokens_per_expert` and `router_probs` over the step's
-        earlier micro-batches, which the balance loss takes in (`dpt.models.moe.summarize`). Raises UserError if h or w is no
-        multiple of patch_size or the channels are not the model's.
+        earlier micro-batches, which the balance loss takes in (`dpt.models.moe.summarize`). `kept` int64 [B, K]: the tokens of
+        each sample that go through the blocks of `set_bypass`, while the others are carried around them; None: all. Raises
+        UserError if h or w is no multiple of patch_size or the channels are not the model's.
         """
         tasks = labels if task_labels is None else task_labels
         x = self._embed(noisy_latents, tasks.expand(len(noisy_latents)))  # [B, T, D]
@@ -169,7 +176,12 @@ class DiT(nn.Module):
                 embeddings = conditioning.new_zeros(labels.shape[0], self.config.clip_embedding_size)
             conditioning = conditioning + self.clip_embedder(embeddings.to(conditioning.dtype))
         stats = []
-        for block in self.blocks:
+        carried, index = x, None if kept is None else kept.unsqueeze(-1).expand(-1, -1, x.shape[-1])  # [B, K, D]
+        for number, block in enumerate(self.blocks):
+            if index is not None and number == self.bypassed.start:
+                carried, x = x, x.gather(1, index)
+            if index is not None and number == self.bypassed.stop:
+                x = carried.scatter(1, index, x)
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x, routed = checkpoint(block, x, conditioning, use_reentrant=False, preserve_rng_state=False)
             else:

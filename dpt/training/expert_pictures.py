@@ -13,7 +13,8 @@ from dpt.training.step import Inputs
 
 
 class ExpertPictures:
-    """Watches the forward passes of the steps that are drawn; at all others it does nothing."""
+    """Watches the forward passes of the steps that are drawn; at all others it does nothing, nor where tokens bypass blocks:
+    experts of different layers then see different ones."""
 
     def __init__(self, network: DiT, config: DptConfig, folder: Path) -> None:
         self.network, self.config, self.folder = network, config, folder
@@ -22,7 +23,7 @@ class ExpertPictures:
     def begin(self, drawn: bool) -> None:
         """Before a step: count its routing if it is one that is drawn."""
         self.tally = None
-        if drawn and self.config.model.num_experts:
+        if drawn and self.config.model.num_experts and not self.config.training.bypass_share:
             self.tally = RoutingTally(self.network, num_train_timesteps=self.config.diffusion.num_train_timesteps)
 
     @contextmanager

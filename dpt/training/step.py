@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from dpt.config.recipe import DptConfig
 from dpt.data.codec import mean_latents, sample_latents
-from dpt.diffusion.noise import Draws, initial_noise
+from dpt.diffusion.noise import Draws, initial_noise, uniform
 from dpt.diffusion.objective import DiffusionObjective
 from dpt.errors import UserError
+from dpt.models.costs import kept_tokens, num_tokens
 from dpt.models.dit import DiT
 from dpt.models.moe import EarlierRouting
 from dpt.tasks import TASKS, label_id
@@ -42,6 +43,8 @@ class Inputs(NamedTuple):
     """float32 [B, C, h, w]."""
     valid: Tensor | None
     """uint8 [B, h, w], 1 where the loss counts; None: everywhere."""
+    kept: Tensor | None = None
+    """int64 [B, K], in order: the tokens that go through the blocks that the others bypass; None: all tokens do."""
 
 
 class Losses(NamedTuple):
@@ -76,6 +79,8 @@ class LossModule(nn.Module):
         super().__init__()
         self.pixel_loss, self.pixel_config = pixel_loss, config.pixel_loss
         self.network = network
+        if config.training.bypass_share:
+            network.set_bypass(config.training.bypassed(network.config.depth))
         self.objective = DiffusionObjective(config.diffusion)
         self.balance_weight = config.training.balance_loss_weight
         self.z_weight = config.training.router_z_loss_weight
@@ -91,10 +96,11 @@ class LossModule(nn.Module):
         noise: Tensor,
         noisy_latents: Tensor,
         valid: Tensor | None,
+        kept: Tensor | None = None,
         earlier: EarlierRouting | None = None,
     ) -> Losses:
         times = self.objective.network_time(timesteps)
-        out = self.network(network_input, times, labels, embeddings, task_labels, earlier)
+        out = self.network(network_input, times, labels, embeddings, task_labels, earlier, kept)
         losses = self.objective.loss(out.prediction, latents, noise, noisy_latents, timesteps, valid)
         loss, mse = losses["loss"], losses["mse"]
         pixel = torch.zeros_like(mse)
@@ -161,7 +167,17 @@ class Preparation:
             noise=noise,
             noisy_latents=noisy_latents,
             valid=batch.get("valid"),
+            kept=self._kept(latents.shape[2:], draws),
         )
+
+    def _kept(self, size: Sequence[int], draws: Draws) -> Tensor | None:
+        """Each sample's own random choice of tokens, at any split of the batch."""
+        share = self.config.training.bypass_share
+        if not share:
+            return None
+        tokens = num_tokens(self.config.model, *size)
+        order = uniform(draws.seeds("bypass"), (tokens,)).argsort(dim=1, stable=True)
+        return order[:, : kept_tokens(tokens, share)].sort(dim=1).values
 
     def _image(self, batch: Mapping[str, Any], draws: Draws) -> Tensor:
         """The image's moments [B, 2, C, h, w], mirrored half of the time if asked for."""

@@ -8,9 +8,11 @@ import torch
 from torch.utils import flop_counter
 
 from dpt.config.presets import PRESETS, preset_values
-from dpt.config.sections import ModelConfig
+from dpt.config.recipe import DptConfig
+from dpt.config.sections import ModelConfig, TrainingConfig
 from dpt.models import build_model
-from dpt.models.costs import macs, num_params, num_tokens, preset_table
+from dpt.models.costs import kept_tokens, macs, num_params, num_tokens, preset_table
+from dpt.models.decoder_costs import recipe_macs
 
 aten = torch.ops.aten
 TINY = {"hidden_size": 32, "depth": 2, "num_heads": 4, "input_size": 8, "num_classes": 10}
@@ -79,24 +81,43 @@ def test_parameters_of_every_family_equal_the_built_network(family):
     assert sum(p.numel() for p in build_model(config).parameters()) == expected
 
 
+ATTENTION_FLOPS = {  # torch counts these on GPUs only
+    aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: flop_counter.sdpa_flop_count(q, k, v),
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda grad, q, k, v, *_, **__: (
+        flop_counter.sdpa_backward_flop_count(grad, q, k, v)
+    ),
+}
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_macs_equal_torchs_counter(family):
     config = ModelConfig(**TINY | FAMILIES[family])
     model, batch = build_model(config), 3
     latents, labels = torch.randn(batch, model.in_channels, 8, 12), torch.tensor([6, 7, 9])
-    formulas = {  # torch counts these on GPUs only
-        aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: flop_counter.sdpa_flop_count(q, k, v),
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda grad, q, k, v, *_, **__: (
-            flop_counter.sdpa_backward_flop_count(grad, q, k, v)
-        ),
-    }
-    with flop_counter.FlopCounterMode(display=False, custom_mapping=formulas) as counter:
+    with flop_counter.FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOPS) as counter:
         out = model(latents, labels, labels)
         forward = counter.get_total_flops()
         out.prediction.sum().backward()
     expected = macs(config, 8, 12)
     assert forward == 2 * batch * expected.forward
     assert counter.get_total_flops() == 2 * batch * (expected.training + expected.attention_recompute)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_macs_with_a_bypass_equal_torchs_counter(family):
+    config = ModelConfig(**TINY | FAMILIES[family] | {"depth": 5})
+    training = TrainingConfig(bypass_share=0.75, bypass_first=1, bypass_last=2)
+    model, batch, blocks = build_model(config), 3, training.bypassed(config.depth)
+    model.set_bypass(blocks)
+    latents, labels = torch.randn(batch, model.in_channels, 8, 12), torch.tensor([6, 7, 9])
+    kept = torch.arange(kept_tokens(num_tokens(config, 8, 12), training.bypass_share)).expand(batch, -1)
+    with flop_counter.FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOPS) as counter:
+        model(latents, labels, labels, kept=kept).prediction.sum().backward()
+    expected = recipe_macs(DptConfig(model=config, training=training), config, 8, 12)
+    assert blocks == range(1, 3)
+    assert counter.get_total_flops() == 2 * batch * (expected.training + expected.attention_recompute)
+    assert expected.forward == macs(config, 8, 12).forward  # predictions take all tokens
+    assert expected.training < macs(config, 8, 12).training
 
 
 def grouped_mm_flop(a_shape, b_shape, *args, out_shape=None, **kwargs):

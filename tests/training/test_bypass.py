@@ -1,0 +1,107 @@
+"""Tokens that go around the middle blocks in training (TREAD): what the network computes, and how a batch is split."""
+
+import dataclasses
+
+import pytest
+import torch
+from training_runs import Runs, ToyRun, ep, zero
+from training_toys import records
+
+from dpt.config.checks import check_recipe
+from dpt.config.recipe import load_recipe
+from dpt.config.sections import ModelConfig
+from dpt.errors import UserError
+from dpt.models.dit import DiT
+
+MODEL = ModelConfig(input_size=8, hidden_size=32, depth=6, num_heads=2, num_classes=8)
+
+
+def network(**fields: object) -> DiT:
+    torch.manual_seed(0)
+    made = DiT(dataclasses.replace(MODEL, **fields))
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return made
+
+
+def forward(made: DiT, kept: torch.Tensor | None = None) -> torch.Tensor:
+    torch.manual_seed(1)
+    return made(torch.randn(2, 4, 8, 8), torch.tensor([3, 700]), torch.tensor([1, 8]), kept=kept).prediction
+
+
+def test_keeping_all_tokens_changes_nothing_and_none_of_the_others_is_touched() -> None:
+    made = network()
+    everything = forward(made)
+    made.set_bypass(range(2, 5))
+    torch.testing.assert_close(forward(made), everything)  # nothing is said: all tokens
+    torch.testing.assert_close(forward(made, torch.arange(16).expand(2, -1)), everything)
+    kept = torch.tensor([[0, 3, 7, 9], [1, 2, 4, 15]])
+    seen: list[tuple[int, ...]] = []
+    hooks = [block.register_forward_pre_hook(lambda _, args: seen.append(tuple(args[0].shape))) for block in made.blocks]
+    forward(made, kept)
+    for hook in hooks:
+        hook.remove()
+    assert [shape[1] for shape in seen] == [16, 16, 4, 4, 4, 16]
+
+
+def test_bypassing_tokens_pass_as_they_were() -> None:
+    """With the last block an identity, the tokens before the final layer are those before the bypassed blocks."""
+    made = network()
+    made.set_bypass(range(2, 5))
+    kept = torch.tensor([[0, 3, 7, 9], [1, 2, 4, 15]])
+    entering, leaving = [], []
+    hooks = [
+        made.blocks[1].register_forward_hook(lambda _, args, out: entering.append(out[0])),
+        made.blocks[5].register_forward_pre_hook(lambda _, args: leaving.append(args[0])),
+    ]
+    forward(made, kept)
+    for hook in hooks:
+        hook.remove()
+    others = torch.ones(2, 16, dtype=torch.bool).scatter(1, kept, False)
+    assert torch.equal(entering[0][others], leaving[0][others])
+    assert not torch.isclose(entering[0][~others], leaving[0][~others]).all(-1).any()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """The same run on one rank and on two, with and without accumulation, and stopped on the way."""
+    runs = Runs(tmp_path_factory.mktemp("bypass"))
+    fields = {"model.depth": 4, "training.bypass_share": 0.5, "training.bypass_first": 1, "training.bypass_last": 1}
+    experts = {"model.depth": 4, **{k: v for k, v in fields.items() if k != "model.depth"}}
+    runs.train(1, [ToyRun(name="one", fields=fields | zero(1)), ToyRun(name="whole", fields={"model.depth": 4} | zero(1))])
+    runs.train(
+        2,
+        [
+            ToyRun(name="two", fields=fields | zero(2) | {"train_micro_batch_size_per_gpu": 2}),
+            ToyRun(name="resumed", fields=fields | zero(1), sigterm_at=6, ends="stopped"),
+            ToyRun(name="resumed", fields=fields | zero(1)),
+            ToyRun(name="experts", fields=experts | ep(1, 2)),
+        ],
+    )
+    return runs
+
+
+def test_splits_and_stops_change_nothing(runs: Runs) -> None:
+    one = records(runs("one"))
+    for name in ("two", "resumed"):
+        for record, other in zip(one, records(runs(name)), strict=True):
+            assert other["train/loss"] == pytest.approx(record["train/loss"], rel=2e-4), name
+    whole = records(runs("whole"))
+    assert one[-1]["compute/train_macs"] < whole[-1]["compute/train_macs"]
+    assert one[0]["train/loss"] == pytest.approx(whole[0]["train/loss"], rel=1e-4)  # blocks begin as identities
+    assert one[-1]["train/loss"] != pytest.approx(whole[-1]["train/loss"], rel=1e-6)
+    assert all(record["train/loss"] < 10 for record in records(runs("experts")))
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"training.bypass_share": 1.0}, "in \\[0, 1\\)"),
+        ({"training.bypass_share": 0.5, "training.bypass_last": 0}, "set 1 or more"),
+        ({"training.bypass_share": 0.5}, "leave none of 2 blocks"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(runs: Runs, fields: dict[str, object], sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        check_recipe(load_recipe(runs.recipe, fields), 1)
