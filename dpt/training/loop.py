@@ -2,16 +2,17 @@
 
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dpt import __version__, distributed
-from dpt.config.checks import batch_split
+from dpt.config.checks import batch_split, trains_with_muon
 from dpt.config.recipe import Recipe
 from dpt.errors import UserError
-from dpt.models.costs import num_params
+from dpt.models.costs import Macs, muon_macs, num_params
 from dpt.models.decoder_costs import recipe_macs
 from dpt.models.moe import EarlierRouting
 from dpt.tracking import Run, start_run
@@ -27,7 +28,7 @@ from dpt.training.optimizer import learning_rate
 from dpt.training.outputs import AVERAGES, CHECKPOINTS, WEIGHTS, exported_step
 from dpt.training.pixel_loss import PixelLoss
 from dpt.training.records import Recorder, data_sheet_flops, measure_peak_flops
-from dpt.training.resume import Found, SkippedSamples, find_checkpoint, position_of, remarks, rewind_target
+from dpt.training.resume import Found, SkippedSamples, check_network, find_checkpoint, position_of, remarks, rewind_target
 from dpt.training.sampling import draw_classes, load_codec
 from dpt.training.saving import Saver, SnapshotWriter
 from dpt.training.stages import open_stage
@@ -74,7 +75,7 @@ class Trainer:
             self._take_counters(found[1])
         self._open_data_loader()
         pixel_loss = self._pixel_loss()
-        self.macs = recipe_macs(self.config, self.config.model, *self.data_loader.latent_size)
+        self.macs = self._count_macs()
         self.engine = Engine(self.recipe, LossModule(self.stage.build(), self.config, pixel_loss))
         self.stage.start = None  # the engine has them now
         if found is not None:
@@ -209,11 +210,7 @@ class Trainer:
 
     def _go_back(self, checkpoint: Path, state: dict[str, Any]) -> None:
         """Take up the state of a checkpoint."""
-        if state["parameters"] != parameter_shapes(self.engine.module):
-            raise UserError(
-                f"{checkpoint} is of another network than dpt.model; choose another dpt.training.output_dir, or set "
-                "dpt.training.weights to start from it."
-            )
+        check_network(checkpoint, state, self.recipe, parameter_shapes(self.engine.module))
         restore(self.engine, checkpoint, state)
         self._take_counters(state)
         for sentence in remarks(checkpoint, state, self.recipe, self.data_loader.data_sha256):
@@ -232,6 +229,14 @@ class Trainer:
                 flow_code=self.stage.flow_code,
             )
         self.batches = iter(self.data_loader.stream)
+
+    def _count_macs(self) -> Macs:
+        """Of a sample, with its share of what Muon computes in a step."""
+        macs = recipe_macs(self.config, self.config.model, *self.data_loader.latent_size)
+        if not trains_with_muon(self.recipe.deepspeed.get("optimizer", {})):
+            return macs
+        batch, _, _ = batch_split(self.recipe, distributed.world_size())
+        return replace(macs, training=macs.training + muon_macs(self.config.model) // batch)
 
     def _pixel_loss(self) -> PixelLoss | None:
         """With the decoder on the training device: in bf16 beside a network that is not in float32, on a GPU."""
