@@ -98,12 +98,14 @@ def check_network(checkpoint: Path, state: Mapping[str, Any], recipe: Recipe, pa
             f"{checkpoint} holds the states of {kinds[0]}, and optimizer.type is {kinds[1]}; set it back, or start another run "
             "from its weights (dpt.training.weights)."
         )
-    before, now = state["recipe"]["dpt"]["model"].get("base_width", 0), recipe.dpt.model.base_width
-    if before != now:
-        raise UserError(
-            f"{checkpoint} was trained with dpt.model.base_width {before}, and it is {now} here, which is another function of "
-            f"the same weights; set it to {before}."
-        )
+    model, source = recipe.dpt.model, state["recipe"]["dpt"]["model"]
+    for name in ("base_width", "base_head_size") if model.base_width else ("base_width",):
+        before, now = source.get(name, 0), getattr(model, name)
+        if before != now:
+            raise UserError(
+                f"{checkpoint} was trained with dpt.model.{name} {before}, and it is {now} here, another function of the "
+                f"same weights; set it to {before}."
+            )
 
 
 def remarks(checkpoint: Path, state: Mapping[str, Any], recipe: Recipe, data_sha256: str) -> list[str]:
