@@ -167,7 +167,7 @@ def memory(
         ema=4 * num_emas * optimizer,
         activations=_activation_bytes(config, tokens, size, ep_size, activation_checkpointing),
     )
-    working = 16 * _muon_params(config)[1] // ep_size if muon else 0  # float32 twice, bf16 or float32 and its square
+    working = 24 * _muon_params(config)[1] // ep_size if muon else 0  # six copies in float32, as on a CPU
     plan = replace(plan, pictures=max(0, pictures - plan.activations), orthogonal=max(0, working - plan.activations))
     return _offloaded(plan, zero_stage, size * share, optimizer=offload_optimizer, param=offload_param)
 

@@ -7,6 +7,7 @@ import torch
 from training_runs import BF16, Runs, ToyRun, ep, newest_tensors, zero
 from training_toys import MOE, make_recipe, records
 
+from benchmarks.memory import LiveBytes
 from dpt.config.checks import check_recipe
 from dpt.config.recipe import load_recipe
 from dpt.config.sections import ModelConfig
@@ -140,7 +141,21 @@ def test_the_plan_counts_one_moment_of_matrices_and_their_workspace() -> None:
     adam, muon = (memory(config, ranks=2, micro_batch_size=1, muon=muon) for muon in (False, True))
     assert adam.moments - muon.moments == pytest.approx(4 * _muon_params(config)[0] / 2, abs=8)
     assert adam.orthogonal == 0
-    assert muon.orthogonal == max(0, 16 * _muon_params(config)[1] - muon.activations)
+    assert muon.orthogonal == max(0, 24 * _muon_params(config)[1] - muon.activations)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"), [("adaLN_modulation.1.weight", (576, 96)), ("moe.experts.gate_up_weight", (8, 768, 96))]
+)
+def test_the_workspace_is_within_what_is_planned(name: str, shape: tuple[int, ...]) -> None:
+    weight = torch.nn.Parameter(torch.randn(shape))
+    weight.grad, numel = torch.randn(shape), weight.numel()
+    optimizer = Muon([{"params": [weight], "muon": True}], OPTIONS)
+    held = Fragment(name=f"blocks.0.{name}", shape=shape, offset=0, numel=numel, flat=weight, start=0, owned=True)
+    optimizer.set_layout([held])
+    with LiveBytes([weight, weight.grad, *optimizer.ensure_state(weight).values()]) as live:
+        optimizer.step()
+    assert 0.7 * 24 * numel < live.peak <= 24.1 * numel
 
 
 def test_products_are_counted() -> None:
@@ -180,7 +195,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     listed = [ToyRun(name=name, fields=fields) for name, fields in LAYOUTS.items()]
     for at, ends in ((5, "stopped"), (-1, "finished")):
         listed.append(ToyRun(name="parts", fields=LAYOUTS["experts_ep2"], sigterm_at=at, ends=ends))
-    listed.append(ToyRun(name="bf16", fields=zero(2, BF16, MUON)))
+    listed += [ToyRun(name=f"bf16_zero{stage}", fields=zero(stage, BF16, MUON)) for stage in range(3)]
     listed.append(ToyRun(name="adam", fields=zero(1), sigterm_at=4, ends="stopped"))
     listed.append(ToyRun(name="adam", fields=zero(1, MUON), ends=None))
     runs.refusal = runs.train(2, [road[1], *listed])[-1]  # type: ignore[attr-defined]
@@ -215,8 +230,10 @@ def test_compute_counts_muon(trained: Runs) -> None:
     assert found["compute/train_macs"] == found["train/samples_seen"] * (macs(model).training + muon_macs(model) // 8)
 
 
-def test_bf16_trains(trained: Runs) -> None:
-    found, wanted = ([record["train/loss"] for record in records(trained(run))] for run in ("bf16", "dense"))
+@pytest.mark.parametrize("stage", range(3))
+def test_bf16_trains(trained: Runs, stage: int) -> None:
+    names = (f"bf16_zero{stage}", "dense")
+    found, wanted = ([record["train/loss"] for record in records(trained(run))] for run in names)
     assert found == pytest.approx(wanted, rel=0.05)
 
 
