@@ -398,7 +398,7 @@ class TrainingConfig:
     ema_snapshots: int = 32
     """Most snapshots of these kept; when there are more, every second one goes."""
     ema_snapshot_every: int = 0
-    """Steps between the first snapshots; 0: steps / ema_snapshots."""
+    """Steps between the first snapshots; 0: the power of two above steps / ema_snapshots."""
     balance_loss_weight: float = 0.01
     """Weight of the experts' load-balancing loss, per layer."""
     router_z_loss_weight: float = 0.0

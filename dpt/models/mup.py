@@ -24,22 +24,18 @@ from torch import Tensor, nn
 from dpt.config.sections import ModelConfig
 
 _ROUTER = re.compile(r"blocks\.\d+\.moe\.gate\.weight")
-_HIDDEN = re.compile(
-    r"(blocks\.\d+\.(attn\.(qkv|proj)|mlp\.fc[12]|moe\.shared\.(gate_up|down)|adaLN_modulation\.1)"
+_FROM_WIDTH = re.compile(
+    r"(blocks\.\d+\.(attn\.(qkv|proj)|mlp\.fc[12]|moe\.gate|moe\.shared\.(gate_up|down)|adaLN_modulation\.1)"
     r"|t_embedder\.mlp\.2|final_layer\.adaLN_modulation\.1)\.weight"
     r"|blocks\.\d+\.moe\.experts\.\w+_weight"
 )
+"""Matrices that take the width to something, but the final layer's."""
 _PATCHES = re.compile(r"x_embedder\.(proj\.)?weight")
-
-
-def is_hidden(name: str) -> bool:
-    """Whether the parameter `name` of a DiT takes the width to the width: a matrix of a block, or of the conditioning."""
-    return _HIDDEN.fullmatch(name) is not None
 
 
 def rate_divisor(name: str, config: ModelConfig) -> float:
     """By what the learning rate of a parameter is divided (and its weight decay multiplied: their product stays)."""
-    return config.width_ratio if is_hidden(name) or _ROUTER.fullmatch(name) else 1.0
+    return config.width_ratio if _FROM_WIDTH.fullmatch(name) else 1.0
 
 
 @torch.no_grad()

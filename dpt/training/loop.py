@@ -16,6 +16,7 @@ from dpt.models.costs import Macs, muon_macs, num_params
 from dpt.models.decoder_costs import recipe_macs
 from dpt.models.moe import EarlierRouting
 from dpt.tracking import Run, start_run
+from dpt.training.averages import first_spacing
 from dpt.training.checkpoint import checkpoint_name, restore
 from dpt.training.control import Control
 from dpt.training.data_loader import open_data_loader
@@ -253,7 +254,7 @@ class Trainer:
         """Of checkpoints and snapshots; ones of a course that is not gone on with are removed."""
         training, snapshots = self.training, None
         if training.ema_lengths:
-            every = training.ema_snapshot_every or max(1, -(-training.steps // training.ema_snapshots))
+            every = training.ema_snapshot_every or first_spacing(training.steps, training.ema_snapshots)
             snapshots = SnapshotWriter(self.output_dir / AVERAGES, every=every, most=training.ema_snapshots)
             snapshots.forget_after(self.step)
         return Saver(
