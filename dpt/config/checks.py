@@ -1,6 +1,7 @@
 """What must hold between the sections of a recipe and the machine, checked before any work starts (no torch)."""
 
-from typing import NoReturn
+from collections.abc import Mapping
+from typing import Any, NoReturn
 
 from dpt.config.recipe import Recipe
 from dpt.config.sections import ModelConfig
@@ -23,9 +24,29 @@ def check_recipe(recipe: Recipe, world_size: int, stage: str = "pretrain") -> No
     _check_bypass(recipe, trained_model(recipe, stage).depth)
     if all(recipe.deepspeed.get(name, {}).get("enabled", False) for name in ("bf16", "fp16")):
         _refuse(recipe, "bf16.enabled and fp16.enabled are both true; enable one.")
-    optimizer = recipe.deepspeed.get("optimizer", {}).get("type", "AdamW")
-    if optimizer.lower() not in ("adam", "adamw"):
-        _refuse(recipe, f'optimizer.type is "{optimizer}"; the optimizer here is AdamW (it carries the averaged weights).')
+    _check_optimizer(recipe)
+
+
+def trains_with_muon(optimizer: Mapping[str, Any]) -> bool:
+    """Whether DeepSpeed's "optimizer" object asks for Muon rather than AdamW."""
+    return str(optimizer.get("type", "AdamW")).lower() == "muon"
+
+
+def _check_optimizer(recipe: Recipe) -> None:
+    optimizer = recipe.deepspeed.get("optimizer", {})
+    kind = optimizer.get("type", "AdamW")
+    if str(kind).lower() not in ("adam", "adamw", "muon"):
+        _refuse(
+            recipe, f'optimizer.type is "{kind}"; the optimizers here are AdamW and Muon (they carry the averaged weights).'
+        )
+    if not trains_with_muon(optimizer):
+        return
+    if recipe.zero_stage == 3:
+        _refuse(
+            recipe, "optimizer.type Muon needs whole matrices, which ZeRO stage 3 cuts up; set zero_optimization.stage to 2."
+        )
+    if recipe.deepspeed.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none":
+        _refuse(recipe, "zero_optimization.offload_optimizer does not go with optimizer.type Muon; remove it, or use AdamW.")
 
 
 def batch_split(recipe: Recipe, world_size: int) -> tuple[int, int, int]:

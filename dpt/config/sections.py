@@ -3,6 +3,7 @@
 Validation of single fields is here (`__post_init__`); what concerns several sections is in `recipe.py`.
 """
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -77,11 +78,32 @@ class ModelConfig:
     """Most tokens an expert takes, as a multiple of the even share; further ones are dropped. 0: no limit."""
     router_bias_balancing: bool = False
     """Balance experts by a routing bias instead of (or beside) the balance loss."""
+    base_width: int = 0
+    """muP: the hidden_size whose learning rate is to serve every width; 0: the standard parametrisation."""
+    base_head_size: int = 64
+    """muP: head size at which attention scores have their usual scale; they are divided by the head size, not by its root."""
 
     def __post_init__(self) -> None:
-        for name in ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads", "num_classes", "top_k"):
+        for name in (
+            "input_size",
+            "patch_size",
+            "in_channels",
+            "hidden_size",
+            "depth",
+            "num_heads",
+            "num_classes",
+            "top_k",
+            "base_head_size",
+        ):
             _check(getattr(self, name) >= 1, f"dpt.model.{name} is {getattr(self, name)}; it must be at least 1.")
-        for name in ("num_conditions", "patch_embed_tasks", "clip_embedding_size", "num_experts", "shared_expert_width"):
+        for name in (
+            "num_conditions",
+            "patch_embed_tasks",
+            "clip_embedding_size",
+            "num_experts",
+            "shared_expert_width",
+            "base_width",
+        ):
             _check(getattr(self, name) >= 0, f"dpt.model.{name} is {getattr(self, name)}; it cannot be negative.")
         _check(
             self.patch_embed_tasks <= self.num_classes,
@@ -111,6 +133,17 @@ class ModelConfig:
             0.0 <= self.class_dropout_prob < 1.0,
             f"dpt.model.class_dropout_prob is {self.class_dropout_prob}; it is a probability in [0, 1).",
         )
+
+    @property
+    def width_ratio(self) -> float:
+        """muP's width multiplier: hidden_size over base_width; 1 without muP."""
+        return self.hidden_size / self.base_width if self.base_width else 1.0
+
+    @property
+    def attention_scale(self) -> float:
+        """What attention scores q.k are multiplied by."""
+        head_size = self.hidden_size // self.num_heads
+        return math.sqrt(self.base_head_size) / head_size if self.base_width else 1.0 / math.sqrt(head_size)
 
     @property
     def mlp_width(self) -> int:
@@ -365,7 +398,7 @@ class TrainingConfig:
     ema_snapshots: int = 32
     """Most snapshots of these kept; when there are more, every second one goes."""
     ema_snapshot_every: int = 0
-    """Steps between the first snapshots; 0: steps / ema_snapshots."""
+    """Steps between the first snapshots; 0: the power of two above steps / ema_snapshots."""
     balance_loss_weight: float = 0.01
     """Weight of the experts' load-balancing loss, per layer."""
     router_z_loss_weight: float = 0.0

@@ -66,26 +66,34 @@ def _missing(name: str) -> str | None:
     return None
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v; q, k, v and the result [B, heads, T, d]. FlashAttention is used in bf16 and fp16 on GPUs."""
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+    """softmax(scale q k^T) v; q, k, v and the result [B, heads, T, d]; `scale` None: 1 / sqrt(d).
+
+    FlashAttention is used in bf16 and fp16 on GPUs.
+    """
     if not q.is_cuda or q.dtype not in _HALF:
-        return products.attention(q, k, v)
+        return products.attention(q, k, v, scale)
     if _chosen == "flash2":
         from flash_attn import flash_attn_func  # an optional package, there only if it was named
 
-        return flash_attn_func(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+        parts = (x.transpose(1, 2) for x in (q, k, v))
+        return flash_attn_func(*parts, softmax_scale=scale).transpose(1, 2)
     order = _ORDER if _chosen == "sdpa" else [SDPBackend.FLASH_ATTENTION]  # no silent fall back from a named kernel
     with sdpa_kernel(order, set_priority=True):
-        return F.scaled_dot_product_attention(q, k, v)
+        return F.scaled_dot_product_attention(q, k, v, scale=scale)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with biases and optional per-head LayerNorm of queries and keys: [B, T, D] -> [B, T, D]."""
+    """Multi-head self-attention with biases and optional per-head LayerNorm of queries and keys: [B, T, D] -> [B, T, D].
 
-    def __init__(self, hidden_size: int, num_heads: int, *, qk_norm: bool = False) -> None:
+    `scale`: of the scores; None: 1 / sqrt(head size).
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int, *, qk_norm: bool = False, scale: float | None = None) -> None:
         super().__init__()
         head_size = hidden_size // num_heads
         self.num_heads = num_heads
+        self.scale = scale
         self.qkv = Linear(hidden_size, 3 * hidden_size)
         self.q_norm = nn.LayerNorm(head_size, eps=1e-6) if qk_norm else nn.Identity()
         self.k_norm = nn.LayerNorm(head_size, eps=1e-6) if qk_norm else nn.Identity()
@@ -94,5 +102,5 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         # Unbound before they are transposed: the three gradients then come together in one pass.
         q, k, v = (part.transpose(1, 2) for part in self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2))
-        out = attention(self.q_norm(q), self.k_norm(k), v)
+        out = attention(self.q_norm(q), self.k_norm(k), v, self.scale)
         return self.proj(out.transpose(1, 2).flatten(2))

@@ -57,13 +57,15 @@ class Memory:
     buckets: int
     """DeepSpeed's buffer for exchanging gradients, of its default size (ZeRO 1 to 3)."""
     moments: int
-    """Adam's two, float32."""
+    """Adam's two, float32; one of those matrices that Muon trains."""
     ema: int
     """Averaged weights, float32."""
     activations: int
     """Kept for the backward pass, and its largest temporaries."""
     pictures: int = 0
     """Drawing class pictures, as far as the activations, which are free by then, leave no room for it."""
+    orthogonal: int = 0
+    """What Muon makes updates in, as far as the activations leave no room for it."""
     decoder: int = 0
     """A pixel loss: the VAE's weights, and what its decoder keeps for the backward pass."""
     host: int = 0
@@ -150,8 +152,9 @@ def memory(
     offload_optimizer: bool = False,
     offload_param: bool = False,
     pictures: int = 0,
+    muon: bool = False,
 ) -> Memory:
-    """Bytes on each of `ranks` when training with AdamW and DeepSpeed's ZeRO stage (0 to 3); latents as in `macs`.
+    """Bytes on each of `ranks` when training with AdamW (or Muon) and DeepSpeed's ZeRO stage (0 to 3); latents as in `macs`.
 
     ZeRO divides over all ranks: optimizer states (stage 1), gradients too (2), weights too (3); experts' ones over the ranks
     that hold the same experts, which comes to the same. `offload_optimizer` (stages 1 to 3) and `offload_param` (stage 3) are
@@ -178,12 +181,37 @@ def memory(
         master_weights=4 * optimizer if keeps_master else 0,
         gradients=_gradient_bytes(precision, zero_stage, held, share),
         buckets=_bucket_bytes(precision, zero_stage, held),
-        moments=8 * optimizer,
+        moments=8 * optimizer - (4 * math.ceil(optimizer * _muon_params(config)[0] / count.total) if muon else 0),
         ema=4 * num_emas * optimizer,
         activations=_activation_bytes(config, tokens, size, ep_size, activation_checkpointing),
     )
-    plan = replace(plan, pictures=max(0, pictures - plan.activations))
+    working = 24 * _muon_params(config)[1] // ep_size if muon else 0  # six copies in float32, as on a CPU
+    plan = replace(plan, pictures=max(0, pictures - plan.activations), orthogonal=max(0, working - plan.activations))
     return _offloaded(plan, zero_stage, size * share, optimizer=offload_optimizer, param=offload_param)
+
+
+def _muon_stacks(config: ModelConfig) -> list[tuple[int, int, int]]:
+    """The parameters of a block that Muon trains (`dpt.training.muon`): matrices in each, rows and columns."""
+    d, width, experts, shared = config.hidden_size, config.mlp_width, config.num_experts, config.shared_expert_width
+    inputs = 2 if _is_swiglu(config) else 1
+    stacks = [(3, d, d), (1, d, d), (6, d, d), (inputs * max(experts, 1), width, d), (max(experts, 1), d, width)]
+    return stacks + ([(2, shared, d), (1, d, shared)] if experts and shared else [])
+
+
+def _muon_params(config: ModelConfig) -> tuple[int, int]:
+    """Numbers in all matrices that Muon trains, and in the largest parameter of them."""
+    sizes = [math.prod(stack) for stack in _muon_stacks(config)]
+    return config.depth * sum(sizes), max(sizes)
+
+
+def muon_macs(config: ModelConfig) -> int:
+    """MACs of making a step's updates orthogonal, in all: five iterations of three products (`dpt.training.muon`)."""
+
+    def matrix(rows: int, columns: int) -> int:
+        short, long = sorted((rows, columns))
+        return 5 * short * short * (2 * long + short)
+
+    return config.depth * sum(count * matrix(rows, columns) for count, rows, columns in _muon_stacks(config))
 
 
 def _gradient_bytes(precision: Precision, zero_stage: int, held: int, share: int) -> int:

@@ -28,6 +28,7 @@ from dpt.models.layers import (
     unpatchify,
 )
 from dpt.models.moe import EarlierRouting, MoE, Router, RouterStats, summarize
+from dpt.models.mup import scale_initial_weights
 from dpt.models.products import Linear
 
 
@@ -56,7 +57,8 @@ class DiTBlock(nn.Module):
     def __init__(self, config: ModelConfig, ep_size: int) -> None:
         super().__init__()
         size = config.hidden_size
-        self.attn = Attention(size, config.num_heads, qk_norm=config.qk_norm)
+        scale = config.attention_scale if config.base_width else None
+        self.attn = Attention(size, config.num_heads, qk_norm=config.qk_norm, scale=scale)
         self.mlp_norm_eps = config.mlp_norm_eps
         self.mlp = None if config.num_experts else Mlp(size, config.mlp_width)
         self.moe = _build_moe(config, ep_size) if config.num_experts else None
@@ -112,11 +114,14 @@ class DiT(nn.Module):
         self.clip_embedder = Linear(config.clip_embedding_size, size, bias=False) if config.clip_embedding_size else None
         blocks = nn.ModuleList(DiTBlock(config, ep_size) for _ in range(config.depth))
         self.blocks: Sequence[DiTBlock] = blocks  # type: ignore[assignment]
-        self.final_layer = FinalLayer(size, config.patch_size, self.out_channels)
+        self.final_layer = FinalLayer(size, config.patch_size, self.out_channels, config.width_ratio)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """DiT's initialisation: xavier-uniform linear layers, and zeros where a block or the network adds its result."""
+        """DiT's initialisation: xavier-uniform linear layers, and zeros where a block or the network adds its result.
+
+        With `base_width`, each deviation is that of this width times what muP says (`dpt.models.mup`).
+        """
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -127,6 +132,8 @@ class DiT(nn.Module):
                 module.reset_parameters()
             elif isinstance(module, MoE):
                 module.reset_experts()
+        if self.config.base_width:
+            scale_initial_weights(self.named_parameters(), self.config)
         zeros: list[Any] = [b.adaLN_modulation[1] for b in self.blocks]
         zeros += [self.final_layer.adaLN_modulation[1], self.final_layer.linear]
         for linear in zeros:

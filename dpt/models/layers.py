@@ -178,13 +178,18 @@ class SwiGLU(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Modulated norm and a linear layer to patches: x [B, T, D], conditioning [B or 1, D] -> [B, T, p p C_out]."""
+    """Modulated norm and a linear layer to patches: x [B, T, D], conditioning [B or 1, D] -> [B, T, p p C_out].
 
-    def __init__(self, hidden_size: int, patch_size: int, out_channels: int) -> None:
+    The linear layer's products are divided by `divisor` (muP), its bias is not.
+    """
+
+    def __init__(self, hidden_size: int, patch_size: int, out_channels: int, divisor: float = 1.0) -> None:
         super().__init__()
+        self.divisor = divisor
         self.linear = Linear(hidden_size, patch_size * patch_size * out_channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(hidden_size, 2 * hidden_size))
 
     def forward(self, x: Tensor, conditioning: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(conditioning).chunk(2, dim=1)
-        return self.linear(modulated_norm(x, shift, scale))
+        x = modulated_norm(x, shift, scale)
+        return self.linear(x if self.divisor == 1.0 else x / self.divisor)

@@ -20,6 +20,7 @@ from dpt.config.sections import DiffusionConfig, ModelConfig
 from dpt.errors import UserError
 from dpt.models.dit import DiT
 from dpt.models.layers import position_table
+from dpt.models.mup import standard
 from dpt.models.schedulers import pipeline_scheduler
 from dpt.models.weight_files import DIFFUSERS_WEIGHTS, read_diffusers_tensors, read_json_object, read_tensors
 from dpt.models.weight_maps import (
@@ -267,6 +268,7 @@ def export_weights(
 
 
 def _write_diffusers(config: ModelConfig, state: Mapping[str, Tensor], path: Path) -> Path:
+    config, state = standard(config, state)  # diffusers knows no muP
     values = config_to_diffusers(config)
     tensors: dict[str, Tensor] = {}
     for name, tensor in state.items():

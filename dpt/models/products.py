@@ -82,11 +82,11 @@ def baddbmm(bias: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return torch.baddbmm(bias, a, b)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v by PyTorch's kernels; q, k, v and the result [B, heads, T, d]."""
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+    """softmax(scale q k^T) v by PyTorch's kernels; q, k, v and the result [B, heads, T, d]; `scale` None: 1 / sqrt(d)."""
     if not is_widened(q):
-        return F.scaled_dot_product_attention(q, k, v)
-    result: Tensor = _WidenedAttention.apply(q, k, v)
+        return F.scaled_dot_product_attention(q, k, v, scale=scale)
+    result: Tensor = _WidenedAttention.apply(q, k, v, scale)
     return result
 
 
@@ -94,16 +94,18 @@ class _WidenedAttention(torch.autograd.Function):
     """A function of its own rather than hooks on what is saved, which would hide it from activation checkpointing."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        wide, log_sums = aten._scaled_dot_product_flash_attention_for_cpu(q.float(), k.float(), v.float())
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+        ctx.scale = scale
+        wide, log_sums = aten._scaled_dot_product_flash_attention_for_cpu(q.float(), k.float(), v.float(), scale=scale)
         out: Tensor = wide.to(q.dtype)
         ctx.save_for_backward(q, k, v, out, log_sums)
         return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         *narrow, log_sums = ctx.saved_tensors
         wide = [t.float() for t in (grad, *narrow)]
-        gradients = aten._scaled_dot_product_flash_attention_for_cpu_backward(*wide, log_sums, 0.0, False)
-        return tuple(t.to(grad.dtype) for t in gradients)
+        backward = aten._scaled_dot_product_flash_attention_for_cpu_backward
+        gradients = backward(*wide, log_sums, 0.0, False, scale=ctx.scale)
+        return *(t.to(grad.dtype) for t in gradients), None

@@ -20,8 +20,9 @@ def upcycle(weights: Weights, upcycling: UpcyclingConfig, *, seed: int = 0) -> W
     to m finer experts that share a router row, so that they are chosen together; their second layers count m-fold, since each
     gets an m-th of the weight (virtual groups, He et al., "Upcycling Large Language Models into Mixture of Experts", 2024,
     section 4). `noise_std`, times each tensor's standard deviation, breaks the copies' symmetry at the price of exactness.
-    Routers start uniform in +-1 / sqrt(hidden_size); the same `seed` gives the same routers and noise. Raises UserError for a
-    network that has experts already, or a granularity that does not divide its MLPs' width.
+    Routers start uniform in +-1 / sqrt(hidden_size), with muP over the root of its width ratio too; the same `seed` gives the
+    same routers and noise. Raises UserError for a network that has experts already, or a granularity that does not divide its
+    MLPs' width.
     """
     dense, m = weights.config, upcycling.granularity
     if dense.num_experts:
@@ -40,7 +41,7 @@ def upcycle(weights: Weights, upcycling: UpcyclingConfig, *, seed: int = 0) -> W
             experts = _split(mlp, f"{match[2]}.{match[3]}", m).repeat(upcycling.num_experts, *(1 for _ in mlp.shape))
             state[name] = _add_noise(experts, upcycling.noise_std, generator)
         elif name.endswith(".moe.gate.weight"):
-            bound = 1 / math.sqrt(config.hidden_size)
+            bound = 1 / math.sqrt(config.hidden_size * config.width_ratio)
             rows = torch.empty(upcycling.num_experts, config.hidden_size).uniform_(-bound, bound, generator=generator)
             state[name] = rows.repeat_interleave(m, dim=0)
         elif name.endswith(".moe.gate.bias_steps"):

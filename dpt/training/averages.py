@@ -65,6 +65,11 @@ def _weights(profile: Profile, edges: np.ndarray) -> np.ndarray:
     return np.diff(np.clip(edges / profile.updates, 0.0, 1.0) ** (profile.exponent + 1))
 
 
+def first_spacing(steps: int, most: int) -> int:
+    """Steps between the snapshots of a run of `steps`, at most `most`: a power of two, so that longer runs share them."""
+    return 1 << (max(1, -(-steps // most)) - 1).bit_length()
+
+
 def spacing(step: int, every: int, most: int) -> int:
     """Steps between the snapshots that are kept at `step`: `every`, doubled until at most `most` of them fit.
 

@@ -164,7 +164,7 @@ def snapshot(engine: Engine, states: Sequence[str] | None = None) -> tuple[dict[
         placed[fragment.name] = [fragment.offset, fragment.numel]
         if states is None:
             tensors[f"master/{fragment.name}"] = _copy(fragment.master())
-        for state in engine.optimizer.state_names() if states is None else states:
+        for state in engine.optimizer.names_of(fragment.flat) if states is None else states:
             tensors[f"{state}/{fragment.name}"] = _copy(fragment.state(engine.optimizer, state))
     if distributed.is_main() and states is None:
         tensors |= {f"buffer/{name}": _copy(buffer) for name, buffer in persistent_buffers(engine.module).items()}
@@ -216,7 +216,7 @@ def restore(engine: Engine, checkpoint: Path, state: Mapping[str, Any]) -> None:
         master = fragment.master()
         pieces.read_into(master, "master", fragment.name, fragment.offset)
         optimizer.ensure_state(fragment.flat)["step"].fill_(optimizer.updates)
-        for name in optimizer.state_names():
+        for name in optimizer.names_of(fragment.flat):
             source = sources.get(name, name)
             if source is None:
                 fragment.state(optimizer, name).copy_(master)

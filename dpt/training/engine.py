@@ -11,11 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from dpt import distributed
-from dpt.config.checks import batch_split
+from dpt.config.checks import batch_split, trains_with_muon
 from dpt.config.recipe import Recipe
 from dpt.errors import UserError
 from dpt.models.costs import REDUCE_BUCKET_SIZE
 from dpt.training import deepspeed_internals as internals
+from dpt.training.fragments import fragments
+from dpt.training.groups import parameter_groups
+from dpt.training.muon import Muon
 from dpt.training.optimizer import AdamWEMA, optimizer_options
 
 _PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -47,8 +50,9 @@ class Engine:
         options = optimizer_options(recipe.deepspeed.get("optimizer", {}))
         self.base_lr: float = options["lr"]
         training = recipe.dpt.training
-        self.optimizer = AdamWEMA(
-            _parameter_groups(module),
+        with_muon = trains_with_muon(recipe.deepspeed.get("optimizer", {}))
+        self.optimizer = (Muon if with_muon else AdamWEMA)(
+            parameter_groups(module, recipe.dpt.model, options["weight_decay"], with_muon=with_muon),
             options | {"lr": 0.0},  # `step` sets it; a rehearsal that some of DeepSpeed's optimizers do must change nothing
             ema_decays=training.ema_decays,
             ema_warmup=training.ema_warmup,
@@ -59,6 +63,8 @@ class Engine:
         if distributed.world_size() == 1 and not internals.reduces_gradients(self.deepspeed.optimizer):
             internals.keep_gradients(self.deepspeed)  # it would copy all gradients into buckets and back, for nobody
         self.optimizer.state.clear()
+        if isinstance(self.optimizer, Muon):
+            self.optimizer.set_layout(fragments(self.deepspeed))
         self.module = module
         self.device: torch.device = self.deepspeed.device
 
@@ -76,7 +82,7 @@ class Engine:
     def step(self, lr: float) -> StepResult:
         """Update the weights with learning rate `lr`, unless the gradients are not finite on some rank."""
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr / group["rate_divisor"]
         wrapper = self.deepspeed.optimizer
         if wrapper is not self.optimizer:
             self.deepspeed.step()
@@ -122,16 +128,6 @@ def deepspeed_config(recipe: Recipe, world_size: int, numel: int) -> dict[str, A
             if world_size == 1 and "offload_optimizer" not in zero:
                 zero["stage"] = 1  # nothing to reduce, and no buckets to copy gradients through
     return config
-
-
-def _parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
-    """One group, or, with experts spread over ranks, those apart from the rest, as DeepSpeed needs them."""
-    group = {"params": [p for p in module.parameters() if p.requires_grad], "name": "all"}
-    if all(getattr(p, "allreduce", True) for p in module.parameters()):
-        return [group]
-    from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
-
-    return split_params_into_different_moe_groups_for_optimizer(group)
 
 
 def _check(recipe: Recipe) -> None:

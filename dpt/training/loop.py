@@ -2,6 +2,7 @@
 
 import math
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,14 @@ from typing import Any
 import torch
 
 from dpt import __version__, distributed
-from dpt.config.checks import batch_split
+from dpt.config.checks import batch_split, trains_with_muon
 from dpt.config.recipe import Recipe
 from dpt.errors import UserError
-from dpt.models.costs import num_params
+from dpt.models.costs import Macs, muon_macs, num_params
 from dpt.models.decoder_costs import recipe_macs
 from dpt.models.moe import EarlierRouting
 from dpt.tracking import Run, start_run
+from dpt.training.averages import first_spacing
 from dpt.training.checkpoint import checkpoint_name, restore
 from dpt.training.control import Control
 from dpt.training.data_loader import open_data_loader
@@ -28,7 +30,7 @@ from dpt.training.optimizer import learning_rate
 from dpt.training.outputs import AVERAGES, BEST, CHECKPOINTS, WEIGHTS, exported_step
 from dpt.training.pixel_loss import PixelLoss
 from dpt.training.records import Recorder, data_sheet_flops, measure_peak_flops
-from dpt.training.resume import Found, SkippedSamples, find_checkpoint, position_of, remarks, rewind_target
+from dpt.training.resume import Found, SkippedSamples, check_network, find_checkpoint, position_of, remarks, rewind_target
 from dpt.training.sampling import averaged_network, draw_classes, load_codec
 from dpt.training.saving import Saver, SnapshotWriter
 from dpt.training.stages import learnt_codes, open_stage
@@ -84,7 +86,7 @@ class Trainer:
         self._open_data_loader()
         self.validator = self._open_validator(open_validator)
         pixel_loss = self._pixel_loss()
-        self.macs = recipe_macs(self.config, self.config.model, *self.data_loader.latent_size)
+        self.macs = self._count_macs()
         self.engine = Engine(self.recipe, LossModule(self.stage.build(), self.config, pixel_loss))
         self.stage.start = None  # the engine has them now
         if found is not None:
@@ -246,11 +248,7 @@ class Trainer:
 
     def _go_back(self, checkpoint: Path, state: dict[str, Any]) -> None:
         """Take up the state of a checkpoint."""
-        if state["parameters"] != parameter_shapes(self.engine.module):
-            raise UserError(
-                f"{checkpoint} is of another network than dpt.model; choose another dpt.training.output_dir, or set "
-                "dpt.training.weights to start from it."
-            )
+        check_network(checkpoint, state, self.recipe, parameter_shapes(self.engine.module))
         restore(self.engine, checkpoint, state)
         self._take_counters(state)
         for sentence in remarks(checkpoint, state, self.recipe, self.data_loader.data_sha256):
@@ -277,6 +275,14 @@ class Trainer:
         with distributed.together():
             return open_validator(self.config, self.data_loader.codes, self.data_loader.depth_prompt)
 
+    def _count_macs(self) -> Macs:
+        """Of a sample, with its share of what Muon computes in a step."""
+        macs = recipe_macs(self.config, self.config.model, *self.data_loader.latent_size)
+        if not trains_with_muon(self.recipe.deepspeed.get("optimizer", {})):
+            return macs
+        batch, _, _ = batch_split(self.recipe, distributed.world_size())
+        return replace(macs, training=macs.training + muon_macs(self.config.model) // batch)
+
     def _pixel_loss(self) -> PixelLoss | None:
         """With the decoder on the training device: in bf16 beside a network that is not in float32, on a GPU."""
         if not self.config.pixel_loss.weight:
@@ -292,7 +298,7 @@ class Trainer:
         """Of checkpoints and snapshots; ones of a course that is not gone on with are removed."""
         training, snapshots = self.training, None
         if training.ema_lengths:
-            every = training.ema_snapshot_every or max(1, -(-training.steps // training.ema_snapshots))
+            every = training.ema_snapshot_every or first_spacing(training.steps, training.ema_snapshots)
             snapshots = SnapshotWriter(self.output_dir / AVERAGES, every=every, most=training.ema_snapshots)
             snapshots.forget_after(self.step)
         return Saver(

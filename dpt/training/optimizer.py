@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from dpt.config.checks import trains_with_muon
 from dpt.config.sections import TrainingConfig
 from dpt.errors import UserError
 from dpt.training.averages import exponent, new_share
@@ -51,6 +52,13 @@ class AdamWEMA(torch.optim.AdamW):
         """Names of the states that have the shape of the parameters."""
         return ["exp_avg", "exp_avg_sq", *self._averages()]
 
+    def names_of(self, param: torch.Tensor) -> list[str]:
+        """Names of those that `param` has."""
+        return [*self._moments(param), *self._averages()]
+
+    def _moments(self, param: torch.Tensor) -> list[str]:
+        return ["exp_avg", "exp_avg_sq"]
+
     def _averages(self) -> list[str]:
         return [*self.ema_decays, *self.ema_lengths]
 
@@ -60,20 +68,24 @@ class AdamWEMA(torch.optim.AdamW):
         state = self.state[param]
         if not state:
             state["step"] = torch.tensor(float(self.updates), device=param.device)
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(param), torch.zeros_like(param)
+            state.update({name: torch.zeros_like(param) for name in self._moments(param)})
             state.update({name: param.detach().clone() for name in self._averages()})
         return state
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         """One update of the current groups' parameters that have gradients. DeepSpeed calls it once for each group."""
         params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         states = [self.ensure_state(p) for p in params]
-        super().step(closure)
+        self._update()
         if not params:
             return
         for name, share in self._new_shares().items():
             torch._foreach_lerp_([state[name] for state in states], params, share)
+
+    def _update(self) -> None:
+        """Update the current groups' parameters, whose states there are."""
+        super().step()
 
     def _new_shares(self) -> dict[str, float]:
         """The share that the new weights get in each average."""
@@ -84,14 +96,16 @@ class AdamWEMA(torch.optim.AdamW):
 
 
 def optimizer_options(block: Mapping[str, Any]) -> dict[str, Any]:
-    """The options in DeepSpeed's "optimizer" object over the defaults; UserError for what AdamW does not know."""
+    """The options in DeepSpeed's "optimizer" object over the defaults; UserError for what its optimizer does not know."""
+    kind = "Muon" if trains_with_muon(block) else "AdamW"
+    defaults = DEFAULTS | ({"momentum": 0.95} if kind == "Muon" else {})
     given = dict(block.get("params", {}))
     for name in ("torch_adam", "adam_w_mode"):  # DeepSpeed's switches between implementations; there is one here
         given.pop(name, None)
-    unknown = sorted(set(given) - set(DEFAULTS))
+    unknown = sorted(set(given) - set(defaults))
     if unknown:
-        raise UserError(f"optimizer.params.{unknown[0]} is unknown; AdamW takes {', '.join(DEFAULTS)}.")
-    options = DEFAULTS | given
+        raise UserError(f"optimizer.params.{unknown[0]} is unknown; {kind} takes {', '.join(defaults)}.")
+    options = defaults | given
     options["betas"] = tuple(options["betas"])
     return options
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import cast
 
 from dpt import distributed
-from dpt.config.checks import batch_split, check_recipe, ranks_in_words, trained_model
+from dpt.config.checks import batch_split, check_recipe, ranks_in_words, trained_model, trains_with_muon
 from dpt.config.recipe import Recipe, load_recipe
 from dpt.errors import UserError
 from dpt.models.costs import VAE_CHANNELS, VAE_PARAMS, Memory, Precision, memory, num_params, picture_bytes
@@ -87,6 +87,7 @@ def needs(recipe: Recipe, stage: str, world_size: int) -> Needs:
         num_emas=sum(decay > 0 for decay in training.ema_decays) + len(training.ema_lengths),
         activation_checkpointing=training.activation_checkpointing,
         pictures=pictures,
+        muon=trains_with_muon(recipe.deepspeed.get("optimizer", {})),
         **offload,
     )
     size = 4 if precision == "fp32" else 2

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dpt.config.checks import trains_with_muon
 from dpt.config.recipe import Recipe
 from dpt.errors import UserError
 from dpt.tracking.run import flatten
@@ -82,6 +83,29 @@ def rewind_target(folder: Path, skipped: SkippedSamples) -> Found | None:
     """
     found = newest_checkpoint(folder, wanted=lambda state: not state.get("skipped_in_a_row", 0))
     return None if found is None or skipped.begin_at(position_of(found[1])) else found
+
+
+def check_network(checkpoint: Path, state: Mapping[str, Any], recipe: Recipe, parameters: Mapping[str, list[int]]) -> None:
+    """UserError unless a checkpoint with this state is of the network of `recipe`, which has such parameters."""
+    if state["parameters"] != parameters:
+        raise UserError(
+            f"{checkpoint} is of another network than dpt.model; choose another dpt.training.output_dir, or set "
+            "dpt.training.weights to start from it."
+        )
+    kinds = ["Muon" if trains_with_muon(r.get("optimizer", {})) else "AdamW" for r in (state["recipe"], recipe.deepspeed)]
+    if kinds[0] != kinds[1]:
+        raise UserError(
+            f"{checkpoint} holds the states of {kinds[0]}, and optimizer.type is {kinds[1]}; set it back, or start another run "
+            "from its weights (dpt.training.weights)."
+        )
+    model, source = recipe.dpt.model, state["recipe"]["dpt"]["model"]
+    for name in ("base_width", "base_head_size") if model.base_width else ("base_width",):
+        before, now = source.get(name, 0), getattr(model, name)
+        if before != now:
+            raise UserError(
+                f"{checkpoint} was trained with dpt.model.{name} {before}, and it is {now} here, another function of the "
+                f"same weights; set it to {before}."
+            )
 
 
 def remarks(checkpoint: Path, state: Mapping[str, Any], recipe: Recipe, data_sha256: str) -> list[str]:

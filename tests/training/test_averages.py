@@ -13,7 +13,7 @@ from dpt.config.recipe import load_recipe
 from dpt.config.sections import LONGEST_EMA
 from dpt.errors import UserError
 from dpt.training import preflight, saving
-from dpt.training.averages import Profile, exponent, mix, new_share, spacing
+from dpt.training.averages import Profile, exponent, first_spacing, mix, new_share, spacing
 from dpt.training.checkpoint import find_checkpoints, step_of
 from dpt.training.optimizer import DEFAULTS, AdamWEMA
 from dpt.training.saving import SnapshotWriter
@@ -80,6 +80,19 @@ def test_snapshots_are_bounded_whatever_the_length_of_the_run(tmp_path: Path, mo
         assert kept == list(range(apart, step + 1, apart))
         assert len(kept) <= 4
     assert kept == [24, 48, 72, 96]
+
+
+def test_a_longer_run_keeps_snapshots_of_the_shorter_one() -> None:
+    for steps, longer in ((240, 480), (1000, 1100), (24, 400_000), (1, 2)):
+        short, long = (first_spacing(n, 12) for n in (steps, longer))
+        assert steps <= 12 * short < 2 * steps + 24
+        assert long % short == 0
+
+
+def test_one_average_alone_is_a_mix() -> None:
+    made = mix([Profile(exponent(0.1), 50)], Profile(exponent(0.1), 50))
+    assert made.shares == [1.0]
+    assert made.residual == 0.0
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from dpt.config.recipe import Recipe, load_recipe
 from dpt.errors import UserError
 from dpt.training import loop
 from dpt.training.checkpoint import checkpoint_name, kept_averages, rank_file, read_state
-from dpt.training.resume import SkippedSamples, find_checkpoint, position_of, remarks, rewind_target
+from dpt.training.resume import SkippedSamples, check_network, find_checkpoint, position_of, remarks, rewind_target
 
 
 def test_windows_move_the_stream_on_and_are_kept_in_the_state() -> None:
@@ -97,3 +97,24 @@ def test_what_differs_from_the_checkpoint_is_said(tmp_path: Path) -> None:
         "The shards are not the ones of that checkpoint: the order of samples begins anew.",
     ]
     assert kept_averages(_state(before)) == {0.9: "ema0", 0.5: "ema1"}  # of a version that did not name them
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"model.base_width": 8}, "trained with dpt.model.base_head_size 64, and it is 32 here"),
+        ({"model.base_width": 16}, "trained with dpt.model.base_width 8, and it is 16 here"),
+        ({"model.base_width": 0}, "trained with dpt.model.base_width 8, and it is 0 here"),
+        ({"optimizer.type": "Muon"}, "holds the states of AdamW, and optimizer.type is Muon"),
+    ],
+)
+def test_a_checkpoint_of_another_function_or_optimizer_is_refused(tmp_path: Path, fields: dict[str, Any], words: str) -> None:
+    path = make_recipe(tmp_path / "run.json", [])
+    before = load_recipe(path, {"model.base_width": 8})
+    state = _state(before, parameters={"w": [2]})
+    check_network(tmp_path, state, before, {"w": [2]})
+    with pytest.raises(UserError, match=r"is of another network than dpt\.model"):
+        check_network(tmp_path, state, before, {"w": [3]})
+    with pytest.raises(UserError) as refusal:
+        check_network(tmp_path, state, load_recipe(path, {"model.base_head_size": 32, **fields}), {"w": [2]})
+    assert words in str(refusal.value)
