@@ -19,6 +19,7 @@ COMMANDS = {
     "presets": "model sizes: parameters, MACs, bytes per rank",
     "cluster": "training on many GPUs, on paper: layouts, times, memory, recipes",
     "routing": "which experts get which tokens",
+    "experts": "how different experts become in training",
     "export": "weights of a checkpoint as a folder",
     "import": "public weights as a folder",
     "sync": "send records that an outage of the MLflow server has kept back",

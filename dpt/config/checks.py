@@ -1,5 +1,6 @@
 """What must hold between the sections of a recipe and the machine, checked before any work starts (no torch)."""
 
+import json
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
@@ -116,6 +117,7 @@ def _check_experts(recipe: Recipe, world_size: int, experts: int) -> None:
     ep_size, stage = recipe.dpt.training.ep_size, recipe.zero_stage
     if stage not in (0, 1, 2, 3):
         _refuse(recipe, f"zero_optimization.stage is {stage}; it must be 0, 1, 2 or 3.")
+    _check_gates(recipe, experts)
     if ep_size > 1 and experts == 0:
         _refuse(recipe, f"dpt.training.ep_size is {ep_size}, but the model is dense; set it to 1.")
     if world_size % ep_size:
@@ -135,6 +137,27 @@ def _check_experts(recipe: Recipe, world_size: int, experts: int) -> None:
             )
     if experts % ep_size:
         _refuse(recipe, f"dpt.training.ep_size {ep_size} does not divide dpt.model.num_experts {experts}; choose a divisor.")
+
+
+def _check_gates(recipe: Recipe, experts: int) -> None:
+    """Fields that mean nothing without experts, or with one kind of gate."""
+    model, training = recipe.dpt.model, recipe.dpt.training
+    if not experts:
+        for name, off, value in (
+            ("model.router_gate", "softmax", model.router_gate),
+            ("model.router_bias_balancing", False, model.router_bias_balancing),
+            ("training.expert_distance_every", 0, training.expert_distance_every),
+        ):
+            if value != off:
+                _refuse(recipe, f"dpt.{name} is {json.dumps(value)}, but the model is dense; set it to {json.dumps(off)}.")
+    if model.router_gate == "sigmoid" and training.router_z_loss_weight:
+        _refuse(
+            recipe,
+            f"dpt.training.router_z_loss_weight is {training.router_z_loss_weight}; it is of a softmax's log-partition, which "
+            'router_gate "sigmoid" has not: set it to 0.',
+        )
+    if training.expert_distance_every and experts == 1:
+        _refuse(recipe, "dpt.training.expert_distance_every is set, but a layer has one expert only; set it to 0.")
 
 
 def _check_task(recipe: Recipe) -> None:

@@ -70,6 +70,8 @@ class ModelConfig:
     """Experts that each token is sent to."""
     expert_activation: Literal["swiglu", "gelu"] = "swiglu"
     """SwiGLU without biases (trained from scratch) or the dense GELU MLP with biases (upcycled)."""
+    router_gate: Literal["softmax", "sigmoid"] = "softmax"
+    """How a router's scores become experts' weights: softmax over all experts, or each expert's own sigmoid (DeepSeek-V3)."""
     shared_expert_width: int = 0
     """Width of the SwiGLU expert that every token passes through; 0: none."""
     normalize_top_k: bool = False
@@ -321,6 +323,8 @@ class UpcyclingConfig:
     """Finer experts that each copy is split into."""
     noise_std: float = 0.0
     """Noise added to the copies, in units of each weight's own standard deviation, to break their symmetry."""
+    reinit_share: float = 0.0
+    """Share of each copy's hidden units that are drawn anew (Drop-Upcycling: 0.5); 0: exact copies."""
 
     def __post_init__(self) -> None:
         _check(self.num_experts >= 1, f"dpt.upcycling.num_experts is {self.num_experts}; it must be at least 1.")
@@ -330,6 +334,15 @@ class UpcyclingConfig:
         )
         _check(self.granularity >= 1, f"dpt.upcycling.granularity is {self.granularity}; it must be at least 1.")
         _check(self.noise_std >= 0, f"dpt.upcycling.noise_std is {self.noise_std}; it cannot be negative.")
+        _check(
+            0.0 <= self.reinit_share <= 1.0,
+            f"dpt.upcycling.reinit_share is {self.reinit_share}; it is a share between 0 and 1.",
+        )
+        _check(
+            self.reinit_share == 0 or self.num_experts > 1,
+            f"dpt.upcycling.reinit_share is {self.reinit_share}, but num_experts is 1, which has no other to differ from; set "
+            "it to 0.",
+        )
 
     def apply(self, dense: ModelConfig) -> ModelConfig:
         """The architecture that upcycling makes of a dense one: num_experts copies of each MLP, split granularity times."""
@@ -419,6 +432,8 @@ class TrainingConfig:
     """Steps between resume checkpoints; 0: only at the end."""
     keep_last: int = 2
     """Newest checkpoints kept."""
+    expert_distance_every: int = 0
+    """Steps between measurements of how different each layer's experts are (experts/distance); 0: none."""
     keep_every: int = 0
     """Checkpoints at multiples of this step are kept for good; 0: none."""
     resume: bool = True
@@ -452,7 +467,14 @@ class TrainingConfig:
             self.ema_snapshot_every >= 0,
             f"dpt.training.ema_snapshot_every is {self.ema_snapshot_every}; it cannot be negative.",
         )
-        for name in ("warmup_steps", "balance_loss_weight", "router_z_loss_weight", "checkpoint_every", "keep_every"):
+        for name in (
+            "warmup_steps",
+            "balance_loss_weight",
+            "router_z_loss_weight",
+            "checkpoint_every",
+            "keep_every",
+            "expert_distance_every",
+        ):
             _check(getattr(self, name) >= 0, f"dpt.training.{name} is {getattr(self, name)}; it cannot be negative.")
         for name in ("log_every", "keep_last", "max_skipped_steps", "timeout_s"):
             _check(getattr(self, name) > 0, f"dpt.training.{name} is {getattr(self, name)}; it must be positive.")

@@ -13,7 +13,7 @@ from dpt.models.weights import Weights, check_state
 _ADAPTED = {"num_conditions", "num_classes", "patch_embed_tasks", "clip_embedding_size", "router_bias_balancing"}
 _FREE = {"preset", "input_size", "class_dropout_prob", "capacity_factor"}
 """Fields that no tensor depends on; positions are computed for every size."""
-_OF_EXPERTS = {"top_k", "expert_activation", "shared_expert_width", "normalize_top_k"}
+_OF_EXPERTS = {"top_k", "expert_activation", "shared_expert_width", "normalize_top_k", "router_gate"}
 """Fields that mean nothing without experts."""
 
 

@@ -230,7 +230,8 @@ class DiT(nn.Module):
 
     @torch.no_grad()
     def update_router_bias(self, tokens_per_expert: Tensor) -> None:
-        """Loss-free balancing: each expert's routing bias one step towards the mean load.
+        """Loss-free balancing: each expert's routing bias one step towards the mean load, then all of a layer's alike, so that
+        their mean stays within half a step of zero: a common part chooses nobody, and would only grow.
 
         tokens_per_expert [L, E]: the whole batch's slots, summed over micro-batches; call once an optimizer step. Nothing
         happens without `router_bias_balancing` (Wang et al., 2024, Algorithm 1).
@@ -240,6 +241,7 @@ class DiT(nn.Module):
             if gate is not None and gate.bias_steps is not None:
                 counts = counts.to(gate.bias_steps.device).double()
                 gate.bias_steps += (counts.mean() - counts).sign().long()
+                gate.bias_steps -= gate.bias_steps.double().mean().round().long()
 
 
 def build_model(model: str | ModelConfig, *, ep_size: int = 1, **overrides: Any) -> DiT:

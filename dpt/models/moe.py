@@ -20,6 +20,9 @@ from dpt.models.layers import SwiGLU
 BIAS_STEP = 1e-3
 """Step of the loss-free routing bias (Wang et al., "Auxiliary-Loss-Free Load Balancing", 2024, section 3: u = 0.001)."""
 
+_LEAST_GATE = 1e-20
+"""Least sum of gates that is divided by: sigmoids may all be 0."""
+
 
 class RouterStats(NamedTuple):
     """What one layer's router did with this rank's tokens."""
@@ -27,7 +30,8 @@ class RouterStats(NamedTuple):
     mean_probs: Tensor
     """Mean router probability of each expert, float32 [E], with gradient."""
     z_loss: Tensor
-    """Mean squared log-partition of the router's logits, float32 [], with gradient (Zoph et al., "ST-MoE", 2022, eq. 5)."""
+    """Mean squared log-partition of the router's logits, float32 [], with gradient (Zoph et al., "ST-MoE", 2022, eq. 5); 0
+    for sigmoids, which have no partition."""
     entropy: Tensor
     """Mean entropy of a token's router probabilities, in nats, float32 []."""
     counts: Tensor
@@ -44,7 +48,7 @@ class Routing(NamedTuple):
     experts_TK: Tensor
     """Chosen experts, int64, best first."""
     probs_TE: Tensor
-    """Softmax of the logits, float32."""
+    """Softmax of the logits, or their sigmoids over the sum of these; float32."""
     z_loss: Tensor
     """As in RouterStats."""
     entropy: Tensor
@@ -52,14 +56,21 @@ class Routing(NamedTuple):
 
 
 class Router(nn.Module):
-    """Softmax router in float32: tokens [T, D] -> Routing."""
+    """Router in float32: tokens [T, D] -> Routing.
+
+    Gates are a softmax over the experts or, with `sigmoid`, each expert's own (DeepSeek-AI, "DeepSeek-V3", 2024, section
+    2.1.2): then one expert's score does not sink where another's rises.
+    """
 
     bias_steps: Tensor | None
 
-    def __init__(self, hidden_size: int, num_experts: int, top_k: int, *, normalize: bool, biased: bool) -> None:
+    def __init__(
+        self, hidden_size: int, num_experts: int, top_k: int, *, normalize: bool, biased: bool, sigmoid: bool = False
+    ) -> None:
         super().__init__()
         self.top_k = top_k
         self.normalize = normalize
+        self.sigmoid = sigmoid
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
         # Whole steps, so that casting a model to bf16 cannot round the bias.
         self.register_buffer("bias_steps", torch.zeros(num_experts, dtype=torch.int64) if biased else None)
@@ -71,13 +82,18 @@ class Router(nn.Module):
     def forward(self, x_TD: Tensor) -> Routing:
         with torch.autocast(x_TD.device.type, enabled=False):
             logits_TE = F.linear(x_TD.float(), self.weight.float())
-            probs_TE = logits_TE.softmax(dim=-1)
+            gates_TE = logits_TE.sigmoid() if self.sigmoid else logits_TE.softmax(dim=-1)
             # The bias decides who is chosen, never the weight that an expert gets.
-            scores_TE = probs_TE if self.bias_steps is None else probs_TE + BIAS_STEP * self.bias_steps
+            scores_TE = gates_TE if self.bias_steps is None else gates_TE + BIAS_STEP * self.bias_steps
             experts_TK = scores_TE.topk(self.top_k, dim=-1).indices
-            weights_TK = probs_TE.gather(1, experts_TK)
+            weights_TK = gates_TE.gather(1, experts_TK)
             if self.normalize:
-                weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True)
+                weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True).clamp(min=_LEAST_GATE)
+            if self.sigmoid:
+                probs_TE = gates_TE / gates_TE.sum(dim=-1, keepdim=True).clamp(min=_LEAST_GATE)
+                entropy = torch.special.entr(probs_TE.detach()).sum() / len(x_TD)
+                return Routing(weights_TK, experts_TK, probs_TE, logits_TE.new_zeros(()), entropy)
+            probs_TE = gates_TE
             log_partition_T = logits_TE.logsumexp(dim=-1)
             # -sum p log p = log-partition - sum p logit: one dot product.
             mean_logit = probs_TE.detach().flatten().dot(logits_TE.detach().flatten()) / len(x_TD)
@@ -123,6 +139,7 @@ class MoE(nn.Module):
             config.top_k,
             normalize=config.normalize_top_k,
             biased=config.router_bias_balancing,
+            sigmoid=config.router_gate == "sigmoid",
         )
         num_local_experts = num_local_experts or config.num_experts
         self.experts = Experts(num_local_experts, config.hidden_size, config.mlp_width, config.expert_activation)

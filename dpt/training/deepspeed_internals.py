@@ -10,7 +10,8 @@ one differs. Imports run downward only, so two files keep theirs:
 - dpt/distributed.py turns off `deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"]`.
 """
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -81,6 +82,19 @@ class Place(NamedTuple):
 def whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
     """Of a parameter that ZeRO 3 may have emptied: `ds_shape`."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+@contextlib.contextmanager
+def gathered(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """A context in which parameters are whole on every rank, where ZeRO stage 3 has divided them. Collective."""
+    divided = [p for p in parameters if hasattr(p, "ds_id")]
+    if not divided:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(divided):
+        yield
 
 
 def flat_groups(optimizer: Any) -> list[tuple[list[nn.Parameter], Tensor]] | None:

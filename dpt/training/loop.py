@@ -15,12 +15,14 @@ from dpt.config.recipe import Recipe
 from dpt.errors import UserError
 from dpt.models.costs import Macs, muon_macs, num_params
 from dpt.models.decoder_costs import recipe_macs
+from dpt.models.expert_distance import expert_distances
 from dpt.models.moe import EarlierRouting
 from dpt.tracking import Run, start_run
 from dpt.training.averages import first_spacing
 from dpt.training.checkpoint import checkpoint_name, restore
 from dpt.training.control import Control
 from dpt.training.data_loader import open_data_loader
+from dpt.training.deepspeed_internals import gathered
 from dpt.training.engine import Engine, StepResult
 from dpt.training.expert_pictures import ExpertPictures
 from dpt.training.export import export, weights_sections
@@ -120,6 +122,8 @@ class Trainer:
 
     def _train(self) -> None:
         self._announce()
+        if self.step == 0:
+            self.recorder.note_start(self._expert_distance())
         while self.step < self.training.steps:
             losses, keys = self._accumulate()
             lr = learning_rate(self.training, self.engine.base_lr, self.step)
@@ -185,8 +189,18 @@ class Trainer:
         return True
 
     def _record(self, result: StepResult, lr: float) -> None:
+        begin = time.perf_counter()
+        self.recorder.note(self._expert_distance())
+        self.recorder.pause(time.perf_counter() - begin)
         counts = {"skipped_steps": self.skipped, "samples_seen": self.samples_seen}
         self.recorder.step_done(self.step, result, lr, **counts, skipped_samples=self.skipped_samples.count)
+
+    def _expert_distance(self) -> dict[str, float]:
+        """How different experts are, mean over layers, at the steps where that is measured. Collective."""
+        every = self.training.expert_distance_every
+        if not every or (self.step % every and self.step != self.training.steps):
+            return {}
+        return {"experts/distance": float(expert_distances(self.engine.module.network, gathered).mean())}  # type: ignore[arg-type]
 
     def _agree_to_stop(self) -> bool:
         """Whether any rank was asked to stop; concludes what all ranks have written."""

@@ -116,6 +116,7 @@ class Recorder:
         self.run, self.steps, self.every, self.dense, self.pixel_loss = run, steps, every, dense, pixel_loss
         self.global_batch_size, self.macs = global_batch_size, macs
         self.matrix_flops, self.data_sheet_flops = matrix_flops, data_sheet_flops
+        self.noted: dict[str, float] = {}
         self.path = output_dir / "records.jsonl"
         if distributed.is_main():
             output_dir.mkdir(parents=True, exist_ok=True)
@@ -136,12 +137,24 @@ class Recorder:
         """Count time spent waiting for data."""
         self.waited += seconds
 
+    def note(self, metrics: Mapping[str, float]) -> None:
+        """Metrics of the step that ends with the next `step_done`; they are recorded whether the others are or not."""
+        self.noted |= metrics
+
+    def note_start(self, metrics: Mapping[str, float]) -> None:
+        """Metrics of the weights that training starts from, for MLflow."""
+        if metrics and distributed.is_main():
+            self.run.log_metrics(dict(metrics), 0)
+
     def step_done(
         self, step: int, result: StepResult, lr: float, *, skipped_steps: int, samples_seen: int, skipped_samples: int
     ) -> None:
         """After optimizer step number `step` (1 is the first): write a record if it is time. Collective."""
         self.done += 1
+        noted, self.noted = self.noted, {}
         if step % self.every and step != self.steps and step != 1:
+            if noted and distributed.is_main():
+                self._keep(step, noted)
             return
         elapsed = max(time.perf_counter() - self.started - self.paused, 1e-9)
         means = distributed.all_reduce_mean({**self.sums.means(), "wait": self.waited / elapsed})
@@ -161,6 +174,7 @@ class Recorder:
             "compute/forward_macs": float(self.macs["forward"]),
             "compute/train_macs": float(self.macs["training"]) * samples_seen,
             **self.sums.experts(),
+            **noted,
         }
         if self.data_sheet_flops:
             metrics["perf/mfu"] = flops / (self.data_sheet_flops * distributed.world_size())
@@ -175,9 +189,13 @@ class Recorder:
     def _write(self, step: int, metrics: dict[str, float], seconds_left: float) -> None:
         if not distributed.is_main():
             return
+        self._keep(step, metrics)
+        distributed.log(_line(step, self.steps, metrics, seconds_left))
+
+    def _keep(self, step: int, metrics: Mapping[str, float]) -> None:
+        """In MLflow and on disk."""
         finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
         self.run.log_metrics(finite, step)
-        distributed.log(_line(step, self.steps, metrics, seconds_left))
         try:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **dict.fromkeys(metrics), **finite}) + "\n")  # JSON has null, but no NaN
@@ -199,6 +217,8 @@ def _line(step: int, steps: int, m: Mapping[str, float], seconds_left: float) ->
     ]
     if "experts/max_load" in m:
         parts.append(f"expert load {m['experts/min_load']:.2f}-{m['experts/max_load']:.2f}")
+    if "experts/distance" in m:
+        parts.append(f"expert distance {m['experts/distance']:.3g}")
     minutes, seconds = divmod(round(seconds_left), 60)
     return " | ".join([*parts, f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d} left"])
 

@@ -23,6 +23,15 @@ FAMILIES = {
     "task convolutions": {"num_conditions": 1, "patch_embed_tasks": 4},
     "swiglu": {"num_experts": 4, "expert_activation": "swiglu", "shared_expert_width": 48},
     "gelu": {"num_experts": 4, "expert_activation": "gelu", "top_k": 3, "mlp_ratio": 2.0},
+    "fine": {
+        "num_experts": 12,
+        "top_k": 5,
+        "mlp_ratio": 0.5,
+        "shared_expert_width": 16,
+        "router_gate": "sigmoid",
+        "router_bias_balancing": True,
+        "normalize_top_k": True,
+    },
 }
 PAPER = {  # total and active parameters, forward GMACs at 256 and 1024 tokens
     "a1": (14_799_392, 14_799_392, 2.83, 16.1),
@@ -72,6 +81,19 @@ def test_parameters_of_every_preset_equal_the_built_network(preset):
     assert num_params(config).total == sum(p.numel() for p in model.parameters()) + table
     routed = sum(p.numel() for n, p in model.named_parameters() if ".experts." in n)
     assert num_params(config).routed == routed
+
+
+@pytest.mark.parametrize(("name", "experts"), [("S", 16), ("S", 48), ("L", 16), ("L", 48)])
+def test_fine_experts_take_the_dense_networks_compute(name, experts):
+    """But for the router; widths are multiples of 8, which products in bf16 take."""
+    dense, fine = (ModelConfig(**preset_values(preset)) for preset in (f"{name}/2", f"{name}/2-E{experts}"))
+    for side in (32, 64):
+        router = fine.depth * num_tokens(fine, side, side) * fine.hidden_size * fine.num_experts
+        assert macs(fine, side, side).forward - router == pytest.approx(macs(dense, side, side).forward, rel=1e-3)
+        assert router < 0.02 * macs(dense, side, side).forward
+    assert fine.mlp_width % 8 == fine.shared_expert_width % 8 == 0
+    assert num_params(fine).total > 3 * num_params(dense).total
+    assert 0.95 < num_params(fine).active / num_params(dense).active < 1.05
 
 
 @pytest.mark.parametrize("family", FAMILIES)

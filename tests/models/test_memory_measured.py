@@ -13,6 +13,15 @@ from tests.gloo import run_ranks
 
 TINY = {"hidden_size": 32, "depth": 2, "num_heads": 4, "input_size": 8, "num_classes": 10}
 
+FINE = {
+    "num_experts": 48,
+    "top_k": 5,
+    "mlp_ratio": 0.5,
+    "shared_expert_width": 48,
+    "router_gate": "sigmoid",
+    "normalize_top_k": True,
+}
+
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize(
@@ -24,6 +33,7 @@ TINY = {"hidden_size": 32, "depth": 2, "num_heads": 4, "input_size": 8, "num_cla
         {"num_experts": 8, "expert_activation": "swiglu"},
         {"num_experts": 8, "expert_activation": "gelu"},
         {"num_experts": 16, "expert_activation": "gelu", "batch": 1},
+        {**FINE, "router_bias_balancing": True},
     ],
     ids=str,
 )

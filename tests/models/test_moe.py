@@ -188,11 +188,52 @@ def test_loss_free_bias_moves_choices_not_weights():
     model.update_router_bias(torch.tensor([[9, 1, 5, 5]]))
     assert gate.bias_steps.tolist() == [-1, 1, 0, 0]
     x = torch.randn(20, 16)
+    for _ in range(7):  # one expert gets nothing: its bias rises, and all sink so that their mean stays about zero
+        model.update_router_bias(torch.tensor([[9, 0, 9, 9]]))
+    assert gate.bias_steps[1] - gate.bias_steps[2] == 1 + 2 * 7
+    assert abs(gate.bias_steps.double().mean()) <= 0.5
     gate.bias_steps.copy_(torch.tensor([0, 0, 0, int(2 / BIAS_STEP)]))
     routing = gate(x)
     assert (routing.experts_TK[:, 0] == 3).all()
     torch.testing.assert_close(routing.weights_TK, routing.probs_TE.gather(1, routing.experts_TK))
     assert model.bfloat16().blocks[0].moe.gate.bias_steps.tolist() == [0, 0, 0, 2000]
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_sigmoid_gates_by_hand(normalize):
+    """Each expert's own sigmoid; the bias chooses, and is no part of the weights; the balance loss takes shares of the sum."""
+    router = Router(16, 6, 2, normalize=normalize, biased=True, sigmoid=True)
+    router.reset_parameters()
+    router.bias_steps.copy_(torch.tensor([0, 0, 0, 0, 0, int(2 / BIAS_STEP)]))
+    x = torch.randn(40, 16)
+    routing = router(x)
+    gates = (x @ router.weight.T).sigmoid()
+    assert (routing.experts_TK[:, 0] == 5).all()
+    assert torch.equal(routing.experts_TK[:, 1], gates[:, :5].argmax(1))
+    chosen = gates.gather(1, routing.experts_TK)
+    torch.testing.assert_close(routing.weights_TK, chosen / chosen.sum(1, keepdim=True) if normalize else chosen)
+    torch.testing.assert_close(routing.probs_TE, gates / gates.sum(1, keepdim=True))
+    torch.testing.assert_close(routing.entropy, torch.distributions.Categorical(routing.probs_TE).entropy().mean())
+    assert routing.z_loss == 0
+    with torch.no_grad():
+        router.weight.zero_().add_(-1.0)
+    lost = router(1e3 * torch.ones(3, 16))  # every gate is 0
+    assert lost.weights_TK.isfinite().all()
+    assert lost.probs_TE.isfinite().all()
+
+
+def test_a_layer_with_sigmoid_gates_is_the_sum_over_its_experts():
+    layer = moe(num_experts=4, top_k=2, shared_expert_width=8, router_gate="sigmoid", normalize_top_k=True)
+    x = torch.randn(2, 5, 16)
+    y, stats = layer(x)
+    routing = layer.gate(x.flatten(0, 1))
+    every = torch.stack([
+        layer.experts(x.flatten(0, 1), torch.tensor([10 * (e == n) for n in range(4)])) for e in range(4)
+    ])  # fmt: skip
+    wanted = sum(routing.weights_TK[:, k, None] * every[routing.experts_TK[:, k], torch.arange(10)] for k in range(2))
+    torch.testing.assert_close(y, (wanted + layer.shared(x.flatten(0, 1))).view_as(x))
+    summarize([stats]).load_balancing_loss.backward()
+    assert layer.gate.weight.grad.abs().sum() > 0
 
 
 def test_same_gradients_under_loss_scaling():

@@ -9,6 +9,7 @@ from dpt.config.presets import PRESETS, preset_values
 from dpt.config.sections import ModelConfig, UpcyclingConfig
 from dpt.errors import UserError
 from dpt.models import Weights, adapt, build_model, upcycle
+from dpt.models.expert_distance import expert_distances
 
 SMALL = {"hidden_size": 32, "depth": 2, "num_heads": 4, "input_size": 8, "num_classes": 10}
 DENSE = [name for name, values in PRESETS.items() if "num_experts" not in values]
@@ -163,3 +164,71 @@ def test_other_differences_are_refused(fields, named):
         adapt(routed, dataclasses.replace(routed.config, patch_embed_tasks=0))
     with pytest.raises(UserError, match="num_conditions"):
         adapt(routed, dataclasses.replace(routed.config, num_conditions=2))
+
+
+@pytest.mark.parametrize("granularity", [1, 2])
+def test_redrawn_units_have_the_statistics_of_what_they_replace(granularity):
+    """A share of each expert's hidden units, its own, in both layers; the rest are copies; routers and noise are as without."""
+    weights = dense(hidden_size=64, depth=1)
+    settings = {"num_experts": 4, "granularity": granularity}
+    plain = upcycle(weights, UpcyclingConfig(**settings), seed=3).state
+    drawn = upcycle(weights, UpcyclingConfig(**settings, reinit_share=0.25), seed=3)
+    again = upcycle(weights, UpcyclingConfig(**settings, reinit_share=0.25), seed=3)
+    assert all(torch.equal(drawn.state[n], again.state[n]) for n in plain)
+    width = 256 // granularity
+    prefix, units = "blocks.0.moe.experts.", []
+    for name, kind in (("fc1_weight", 2), ("fc1_bias", None), ("fc2_weight", 1)):
+        moved = drawn.state[prefix + name] != plain[prefix + name]
+        moved = moved if kind is None else moved.all(kind)
+        units.append(moved)
+        assert moved.sum(1).tolist() == [width // 4] * 4 * granularity
+    assert all(torch.equal(moved, units[0]) for moved in units)
+    assert not torch.equal(units[0][0], units[0][-1])
+    rest = {n for n in plain if not torch.equal(plain[n], drawn.state[n])}
+    assert rest == {prefix + n for n in ("fc1_weight", "fc1_bias", "fc2_weight")}
+    for expert, moved in enumerate(units[0]):
+        for name in ("fc1_weight", "fc2_weight"):
+            old, new = (state[prefix + name][expert] for state in (plain, drawn.state))
+            old, new = (x[moved] if name == "fc1_weight" else x[:, moved] for x in (old, new))
+            assert new.std() == pytest.approx(old.std().item(), rel=0.05)
+            assert new.mean() == pytest.approx(old.mean().item(), abs=4 * old.std().item() / old.numel() ** 0.5)
+
+
+def test_redrawing_all_makes_experts_strangers_and_a_share_less_so():
+    distances = {}
+    for share in (0.0, 0.25, 1.0):
+        config = UpcyclingConfig(num_experts=4, reinit_share=share)
+        distances[share] = expert_distances(upcycle(dense(hidden_size=64), config).build())
+    assert distances[0.0].max() < 1e-6
+    # A unit differs between two experts if it is drawn in either: 1 - (1 - r)^2 of them.
+    expected = (2 * (1 - 0.75**2)) ** 0.5
+    torch.testing.assert_close(distances[0.25], torch.full((2,), expected, dtype=torch.float64), rtol=0.05, atol=0)
+    torch.testing.assert_close(distances[1.0], torch.full((2,), 2**0.5, dtype=torch.float64), rtol=0.02, atol=0)
+    assert expert_distances(dense().build()).numel() == 0
+
+
+def test_distance_is_that_over_all_pairs():
+    model = build_model(ModelConfig(**SMALL, num_experts=5, shared_expert_width=8))
+    experts = [torch.cat([p[e].flatten() for p in model.blocks[1].moe.experts.parameters()]) for e in range(5)]
+    pairs = torch.stack([(a - b).square().sum() for i, a in enumerate(experts) for b in experts[:i]])
+    wanted = (pairs.mean() / torch.stack(experts).square().sum(1).mean()).sqrt()
+    assert expert_distances(model)[1].item() == pytest.approx(wanted.item(), rel=1e-5)
+
+
+def test_upcycling_to_sigmoid_gates_preserves_the_function():
+    weights = dense()
+    target = dataclasses.replace(weights.config, router_gate="sigmoid", router_bias_balancing=True)
+    upcycled = upcycle(adapt(weights, target), UpcyclingConfig(num_experts=4))
+    assert upcycled.build().blocks[0].moe.gate.sigmoid
+    torch.testing.assert_close(predict(upcycled), predict(weights), atol=1e-5, rtol=1e-5)
+    with pytest.raises(UserError, match=r"router_gate is softmax, but the weights .* have sigmoid; set it to sigmoid"):
+        adapt(upcycled, dataclasses.replace(upcycled.config, router_gate="softmax"))
+
+
+@pytest.mark.parametrize(("fields", "words"), [
+    ({"reinit_share": 1.5}, "it is a share between 0 and 1"),
+    ({"reinit_share": 0.5, "num_experts": 1, "top_k": 1}, "no other to differ from"),
+])  # fmt: skip
+def test_redrawing_that_makes_no_sense_is_refused(fields, words):
+    with pytest.raises(UserError, match=words):
+        UpcyclingConfig(**fields)

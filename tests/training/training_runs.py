@@ -24,7 +24,7 @@ STEPS = 12
 """Of a run, at 8 samples each."""
 
 ACCUMULATED = {"train_micro_batch_size_per_gpu": 2, "training.balance_loss_weight": 0.0}
-BIASES = {"model.router_bias_balancing": True}
+BIASES = {"model.router_bias_balancing": True, "model.router_gate": "sigmoid", "training.router_z_loss_weight": 0.0}
 BF16 = {"bf16.enabled": True}
 
 

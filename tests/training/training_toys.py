@@ -115,6 +115,7 @@ MOE = {
     "model.shared_expert_width": 16,
     "training.router_z_loss_weight": 1e-3,
     "training.ema_warmup": True,
+    "training.expert_distance_every": 5,
 }
 
 
