@@ -29,8 +29,9 @@ def upcycle(weights: Weights, upcycling: UpcyclingConfig, *, seed: int = 0) -> W
     (Nakamura et al., "Drop-Upcycling", 2025, section 3.2). `noise_std`, times each tensor's standard deviation, is added to the
     copies. Both make experts different, at the price of exactness.
 
-    Routers start uniform in +-1 / sqrt(hidden_size), with muP over the root of its width ratio too; the same `seed` gives the same routers, draws and noise. Raises UserError
-    for a network that has experts already, or a granularity that does not divide its MLPs' width.
+    Routers start uniform in +-1 / sqrt(hidden_size), with muP over the root of its width ratio too; the same `seed` gives the
+    same routers, draws and noise. Raises UserError for a network that has experts already, or a granularity that does not
+    divide its MLPs' width.
     """
     dense, m = weights.config, upcycling.granularity
     if dense.num_experts:
