@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from training_runs import BF16, Runs, ToyRun, ep, newest_tensors, zero
+from training_runs import BF16, Runs, ToyRun, asks_for_slow, ep, marked, newest_tensors, zero
 from training_toys import MOE, make_recipe, records
 
 from benchmarks.memory import LiveBytes
@@ -180,22 +180,24 @@ LAYOUTS = {
     "experts_ep2": ep(2, 2, MUON),
     "mup_zero2": zero(2, MUON, {"model.base_width": 8}),
 }
+HALF = {f"bf16_zero{stage}": zero(stage, BF16, MUON) for stage in range(3)}
+SLOW = {"dense_zero0", "experts_zero2", "bf16_zero0", "bf16_zero1"}
+"""Left to `make test-all`."""
 LEGS = ((1, 4), (2, 8), (4, -1))
 """Ranks of a run, and the step at which it goes on with others."""
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    runs = Runs(tmp_path_factory.mktemp("muon"))
+def trained(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Runs:
+    runs, left_out = Runs(tmp_path_factory.mktemp("muon")), set() if asks_for_slow(request) else SLOW
     road = [
         ToyRun(name="road", fields=zero(1 + (ranks > 1), MUON), sigterm_at=at, ends="finished" if at < 0 else "stopped")
         for ranks, at in LEGS
     ]
     runs.train(1, [road[0], *(ToyRun(name=name, fields=fields) for name, fields in STRAIGHT.items())])
-    listed = [ToyRun(name=name, fields=fields) for name, fields in LAYOUTS.items()]
+    listed = [ToyRun(name=name, fields=fields) for name, fields in (LAYOUTS | HALF).items() if name not in left_out]
     for at, ends in ((5, "stopped"), (-1, "finished")):
         listed.append(ToyRun(name="parts", fields=LAYOUTS["experts_ep2"], sigterm_at=at, ends=ends))
-    listed += [ToyRun(name=f"bf16_zero{stage}", fields=zero(stage, BF16, MUON)) for stage in range(3)]
     listed.append(ToyRun(name="adam", fields=zero(1), sigterm_at=4, ends="stopped"))
     listed.append(ToyRun(name="adam", fields=zero(1, MUON), ends=None))
     runs.refusal = runs.train(2, [road[1], *listed])[-1]  # type: ignore[attr-defined]
@@ -203,7 +205,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return runs
 
 
-@pytest.mark.parametrize("name", [*LAYOUTS, "road"])
+@pytest.mark.parametrize("name", [marked(SLOW, name) for name in (*LAYOUTS, "road")])
 def test_any_number_of_ranks_makes_the_same_updates(trained: Runs, name: str) -> None:
     wanted = "dense" if name == "road" else name.split("_")[0]
     losses = [[record["train/loss"] for record in records(trained(run))] for run in (name, wanted)]
@@ -230,10 +232,9 @@ def test_compute_counts_muon(trained: Runs) -> None:
     assert found["compute/train_macs"] == found["train/samples_seen"] * (macs(model).training + muon_macs(model) // 8)
 
 
-@pytest.mark.parametrize("stage", range(3))
-def test_bf16_trains(trained: Runs, stage: int) -> None:
-    names = (f"bf16_zero{stage}", "dense")
-    found, wanted = ([record["train/loss"] for record in records(trained(run))] for run in names)
+@pytest.mark.parametrize("name", [marked(SLOW, name) for name in HALF])
+def test_bf16_trains(trained: Runs, name: str) -> None:
+    found, wanted = ([record["train/loss"] for record in records(trained(run))] for run in (name, "dense"))
     assert found == pytest.approx(wanted, rel=0.05)
 
 

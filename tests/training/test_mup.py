@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DiTTransformer2DModel
-from training_runs import BIASES, Runs, ToyRun, ep, newest_tensors, zero
+from training_runs import BIASES, Runs, ToyRun, asks_for_slow, ep, marked, newest_tensors, zero
 from training_toys import MOE, records
 
 from dpt.config.sections import ModelConfig, UpcyclingConfig
@@ -80,7 +80,9 @@ def _slopes(widths: tuple[int, ...], base_width: int, fields: dict[str, object])
     return {name: float((x * y).sum() / x.square().sum()) for name, y in logs.items()}
 
 
-@pytest.mark.parametrize(("fields", "bound"), [({}, 0.15), (EXPERTS, 0.25)], ids=["dense", "experts"])
+@pytest.mark.parametrize(
+    ("fields", "bound"), [pytest.param({}, 0.15, id="dense"), pytest.param(EXPERTS, 0.25, id="experts", marks=pytest.mark.slow)]
+)
 def test_activations_keep_their_scale_over_widths(fields: dict[str, object], bound: float) -> None:
     with_mup, without = _slopes(WIDTHS, 64, fields), _slopes((64, 512), 0, fields)
     assert len(with_mup) == 16
@@ -190,14 +192,17 @@ LAYOUTS = {
     "experts_zero3": zero(3, MOE, MUP),
 }
 
+SLOW = {"dense_zero0", "dense_zero2"}
+"""Left to `make test-all`."""
+
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    runs = Runs(tmp_path_factory.mktemp("mup"))
+def runs(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Runs:
+    runs, left_out = Runs(tmp_path_factory.mktemp("mup")), set() if asks_for_slow(request) else SLOW
     trained = [ToyRun(name=name, fields=fields) for name, fields in STRAIGHT.items()]
     trained.append(ToyRun(name="changing", fields=STRAIGHT["experts"] | BIASES, sigterm_at=6, ends="stopped"))
     runs.train(1, trained)
-    trained = [ToyRun(name=name, fields=fields) for name, fields in LAYOUTS.items()]
+    trained = [ToyRun(name=name, fields=fields) for name, fields in LAYOUTS.items() if name not in left_out]
     for at, end in ((5, "stopped"), (-1, "finished")):
         trained.append(ToyRun(name="parts", fields=LAYOUTS["dense_zero3"], sigterm_at=at, ends=end))
     trained.append(ToyRun(name="changing", fields=ep(2, 2, BIASES), ends=None))
@@ -205,7 +210,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return runs
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", [marked(SLOW, name) for name in LAYOUTS])
 def test_every_layout_trains_the_same(runs: Runs, name: str) -> None:
     found, wanted = ([record["train/loss"] for record in records(runs(run))] for run in (name, name.split("_")[0]))
     assert found == pytest.approx(wanted, rel=2e-4)
