@@ -97,7 +97,7 @@ class OneAtATime:
         for number in range(self.config.ensemble[-1]):
             latents = self.member(self.conditions(image), key, number)
             decoded.append(self.codec.decode(latents))
-        return tasks.decode_depth(torch.cat(decoded))
+        return tasks.decode_depth(torch.cat(decoded), self.predictor.codes[TASK])
 
     def __call__(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
         return [textbook.median_compilation(self.members(image, str(i)).cpu().numpy()) for i, image in enumerate(images)]

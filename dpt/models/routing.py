@@ -210,15 +210,17 @@ def _per_layer(values: FloatArray, y_label: str, rows: list[str]) -> "Figure":
 
 
 def _grid(values: FloatArray, layers: int, experts: int) -> "Figure":
-    """[L, E, h, w]: a map an expert and layer, all on one scale."""
+    """[L, E, h, w]: a map an expert and layer, all on one scale. One image: 24 layers of 48 experts as axes take minutes."""
+    height, width = values.shape[2:]
+    tiled = np.full((layers, experts, height + 1, width + 1), np.nan)  # a gap behind and below each map
+    tiled[..., :height, :width] = values
     figure = _figure(0.8 * experts + 1.5, 0.8 * layers + 0.8)
-    all_axes: Any = figure.subplots(layers, experts, squeeze=False)
-    for (layer, expert), axes in np.ndenumerate(all_axes):
-        image = axes.imshow(values[layer, expert], vmin=0, vmax=np.nanmax(values), interpolation="nearest")
-        axes.set(xticks=[], yticks=[])
-        if layer == 0:
-            axes.set_title(f"expert {expert}", fontsize=7)
-        if expert == 0:
-            axes.set_ylabel(f"layer {layer}", fontsize=7)
-    figure.colorbar(image, ax=all_axes, label="share")
+    axes = figure.subplots()
+    whole = tiled.transpose(0, 2, 1, 3).reshape(layers * (height + 1), experts * (width + 1))[:-1, :-1]
+    image = axes.imshow(whole, vmin=0, vmax=np.nanmax(values), aspect="auto", interpolation="nearest")
+    axes.set(xlabel="expert", ylabel="layer")
+    axes.set_xticks([(width + 1) * e + (width - 1) / 2 for e in range(experts)], [str(e) for e in range(experts)])
+    axes.set_yticks([(height + 1) * n + (height - 1) / 2 for n in range(layers)], [str(n) for n in range(layers)])
+    axes.spines[:].set_visible(False)
+    figure.colorbar(image, label="share")
     return figure

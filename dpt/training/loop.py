@@ -358,9 +358,14 @@ class Trainer:
             self.config,
             self.data_loader.vae,
             self._lineage(),
-            codes=self.data_loader.codes,
+            codes=self._codes(),
             depth_prompt=self.data_loader.depth_prompt,
         )
+
+    def _codes(self) -> dict[str, str]:
+        """How the targets are coded of all tasks that the weights can predict: a generalist keeps what it is not shown now."""
+        known = {**self.learnt_codes, **self.data_loader.codes}
+        return {task: code for task, code in known.items() if self.config.task in (task, "generalist")}
 
     def _lineage(self) -> dict[str, Any]:
         return {
