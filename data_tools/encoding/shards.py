@@ -15,8 +15,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from dpt.data.manifest import ShardRecord
-from dpt.data.reader import BLOCK, END, MEMBER_ORDER, npy_header
+from dpt.data.manifest import MEMBER_ORDER, ShardRecord
+from dpt.data.reader import BLOCK, END, npy_header
 from dpt.errors import UserError
 
 _DTYPES = ("float16", "float32", "int64", "uint8")

@@ -192,3 +192,15 @@ def test_tars_of_other_programs(make_shards, tmp_path: Path) -> None:
         path = tmp_path / f"repacked{number}.tar"
         subprocess.run(["tar", "cf", path, *options, "-C", tmp_path, *names], check=True)
         assert read_all(path, 4, read_manifest(folder)) == [0, 1, 2, 3]
+
+
+def test_a_folder_names_what_cannot_be_read(make_shards) -> None:
+    folder = make_shards([2, 2, 2])
+    (folder / "000001.tar").unlink()
+    (folder / "000002.tar").write_bytes(b"no tar")
+    samples = ShardFolder(folder)
+    assert samples[1]["key"] == "s00001"
+    with pytest.raises(SampleError, match=r"sample 1 of .*000001.tar: the shard cannot be read \(No such file"):
+        samples[3]
+    with pytest.raises(SampleError, match=r"sample 0 of .*000002.tar: the shard cannot be read \(.* is no readable tar"):
+        samples[4]
