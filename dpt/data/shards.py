@@ -18,10 +18,10 @@ class ShardFolder:
     manifest is not whole; SampleError names a sample that cannot be read.
     """
 
-    def __init__(self, source: str | Path, *, cache_dir: str = "", patience: Patience | None = None) -> None:
-        self._patience, self._cache_dir = patience or Patience(), cache_dir
+    def __init__(self, source: str | Path, *, cache_dir: str = "") -> None:
+        self._cache_dir = cache_dir
         self.folder = Path(source)
-        self._source = resolve(str(source), self._patience)
+        self._source = resolve(str(source), Patience())
         self.manifest = self._source.manifest
         self._starts = np.cumsum([0, *(shard.num_samples for shard in self.manifest.shards)])
         self._open: tuple[int, Shard] | None = None
@@ -36,7 +36,7 @@ class ShardFolder:
         row, url = number - int(self._starts[index]), self._source.urls[index]
         if self._open is None or self._open[0] != index:
             self.close()
-            patience = self._patience if is_url(url) else Patience(retries=0)
+            patience = Patience() if is_url(url) else Patience(retries=0)  # a network may recover
             self._open = index, Shard(self._source, index, Workers(0, ""), patience, self._cache_dir)
         try:
             return self._open[1].read(row, 1, lambda reader: reader.sample(row))
