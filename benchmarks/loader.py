@@ -19,8 +19,8 @@ import numpy as np
 import torch
 
 from benchmarks import harness
+from data_tools.encoding.shards import ShardWriter
 from dpt.data.manifest import Manifest, MemberSpec, VAERecord, read_manifest, write_manifest
-from dpt.data.shards import ShardWriter
 from dpt.data.stream import LatentStream
 
 SAMPLES_PER_SHARD = 1024

@@ -147,7 +147,7 @@ def _encoder(arguments: argparse.Namespace) -> Any:
     import torch
 
     from data_tools.encoding.pipeline import BatchEncoder
-    from dpt.data.clip import load_clip
+    from dpt.clip import load_clip
     from dpt.data.codec import load_vae
 
     codec = load_vae(arguments.vae)

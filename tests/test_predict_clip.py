@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from dpt import cli
-from dpt.data.clip import load_clip
+from dpt.clip import load_clip
 from dpt.evaluation.prediction import Predictor
 from dpt.tasks import visible_object
 from tests.test_cli import export_tiny

@@ -15,10 +15,10 @@ from data_tools.encoding.pipeline import BatchEncoder, Encoded, SampleEncoder
 from data_tools.encoding.reading import Unread, read_ahead
 from data_tools.encoding.records import Description, Records
 from data_tools.encoding.samples import Layout
+from data_tools.encoding.shards import ShardWriter, shard_key
 from data_tools.readers import Reader
 from dpt.data.manifest import Manifest, Skipped, VAERecord, read_manifest, write_manifest
 from dpt.data.order import permutation
-from dpt.data.shards import ShardWriter, shard_key
 from dpt.errors import UserError
 from dpt.progress import Progress, progress
 from dpt.tasks import DEPTH_CODE

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from data_tools.encoding.samples import Prepared
 from dpt import tasks
-from dpt.data.clip import ClipEncoder
+from dpt.clip import ClipEncoder
 from dpt.data.codec import VAECodec
 
 _QUEUED = 8

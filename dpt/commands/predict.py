@@ -22,7 +22,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from dpt.data.clip import load_clip
+    from dpt.clip import load_clip
     from dpt.evaluation.outputs import write_outputs
     from dpt.evaluation.prediction import Predictor
     from dpt.training.export import load_weights

@@ -1,11 +1,9 @@
-"""Reading ahead: threads that open (or fetch) shards, and read blocks of neighbouring rows before they are needed."""
+"""Threads that open (or fetch) shards, and read blocks of neighbouring rows before they are needed."""
 
 import queue
 import threading
-import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
@@ -67,61 +65,57 @@ class Shard:
         self._open = partial(openers.submit, patience.retry, partial(open_shard, source, number, patience, cache_dir))
         self._opened: Future[ShardReader] = self._open()
 
-    def read(self, action: Callable[[ShardReader], T]) -> T:
-        """`action(reader)`, after an OSError again on a newly opened file. ShardError if it cannot be opened."""
-        try:
-            return action(self._reader())
-        except OSError:
-            return self._patience.retry(lambda: action(self._reader(anew=True)))
+    def read(self, first: int, count: int, action: Callable[[ShardReader], T]) -> T:
+        """`action(reader)`, which reads `count` samples from number `first` on; after an OSError again, on the file anew.
 
-    def _reader(self, anew: bool = False) -> ShardReader:
-        if anew:
-            self._opened = self._open()
-        error = self._opened.exception()  # not raised: its traceback would keep blocks alive
-        if isinstance(error, OSError | SampleError):
-            raise ShardError(f"the shard cannot be read ({getattr(error, 'strerror', None) or error})")
-        return self._opened.result()
+        SampleError if they cannot be read, ShardError if none can; any other failure becomes a UserError that names them.
+        """
+
+        def attempt() -> T:
+            error = self._opened.exception()  # not raised: its traceback would keep blocks alive
+            if isinstance(error, OSError | SampleError):
+                raise ShardError(f"the shard cannot be read ({getattr(error, 'strerror', None) or error})")
+            try:
+                return action(self._opened.result())
+            except OSError:
+                self._opened = self._open()
+                raise
+
+        try:
+            return self._patience.retry(attempt)
+        except OSError as error:
+            raise SampleError(error.strerror or str(error)) from error
+        except (SampleError, UserError, Stopped):
+            raise
+        except Exception as error:
+            which = f"samples {first} to {first + count - 1}" if count > 1 else f"sample {first}"
+            raise UserError(
+                f"{which} of {self.url}: the thread that reads failed ({type(error).__name__}: {error}); start the run again, "
+                "and report it if it comes back."
+            ) from error
 
 
 class Block:
-    """Neighbouring rows of a shard, from number `first` on, and where they are: in `rows`, from row `at` on."""
+    """Neighbouring rows of a shard, from number `first` on, that are being read into `rows`, from row `at` on."""
 
-    def __init__(self, shard: Shard, first: int, rows: Rows) -> None:
+    def __init__(self, shard: Shard, first: int, rows: Rows, readers: Workers) -> None:
         self.shard, self.first, self._rows = shard, first, rows
-        self._count = min(rows.block, shard.num_samples - first)
-        self._reading: Future[None] | None = None
-        self.at = -1
+        self._count = min(rows.size, shard.num_samples - first)
+        self.at = rows.free.pop()
+        self._reading: Future[None] | None = readers.submit(self._read)
 
-    def begin(self, readers: Workers) -> None:
-        """Have it read, once. What cannot be read is not sound: each sample is tried alone when its turn comes, and named."""
-        if self.at < 0:
-            self.at = self._rows.take()
-            weakref.finalize(self, self._rows.give_back, self.at).atexit = False
-            self._reading = readers.submit(self._read)
+    def __del__(self) -> None:
+        self._rows.free.append(self.at)
 
     def _read(self) -> None:
+        """What cannot be read is not sound: each sample is tried alone when its turn comes, and named."""
         try:
-            self.shard.read(lambda reader: reader.rows(self.first, self._count, self._rows, self.at))
-        except (OSError, SampleError):
+            self.shard.read(self.first, self._count, lambda reader: reader.rows(self.first, self._count, self._rows, self.at))
+        except SampleError:
             self._rows.sound[self.at : self.at + self._count] = False
 
     def wait(self) -> None:
-        """Until it is read."""
+        """Until it is read. UserError if the thread failed for a reason other than unreadable data."""
         if self._reading is not None:
-            with naming(f"samples {self.first} to {self.first + self._count - 1} of {self.shard.url}"):
-                self._reading.result()
+            self._reading.result()
             self._reading = None
-
-
-@contextmanager
-def naming(samples: str) -> Iterator[None]:
-    """What a thread fails with, other than unreadable data, as a UserError that names the samples."""
-    try:
-        yield
-    except (SampleError, UserError, Stopped):
-        raise
-    except Exception as error:
-        raise UserError(
-            f"{samples}: the thread that reads them failed ({type(error).__name__}: {error}); "
-            "start the run again, and report it if it comes back."
-        ) from error

@@ -14,6 +14,11 @@ from dpt.tasks import TASKS
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
+MEMBER_ORDER = (
+    "label", "valid", "clip", "latents", "latents_mirrored", "cond_latents", "target_latents", "image", "truth", "code_mask",
+)  # fmt: skip
+"""Order of the arrays in a sample; `meta` follows."""
+_EVALUATION_MEMBERS = ("image", "truth", "code_mask")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,3 +209,30 @@ def check_manifests(
             raise UserError(
                 f"{name}: the resolution is {manifest.resolution} px but {other} {size} px; encode the set at {size} px."
             )
+
+
+def choose_members(manifests: Mapping[str, Manifest], wanted: Collection[str] | None) -> dict[str, MemberSpec]:
+    """The members of a batch from all sets: `wanted`, or all but the evaluation's.
+
+    Sets may differ in which members they have and in the length of a member's first axis (number of targets): the batch has
+    the largest, filled up with zeros. UserError if they differ otherwise, or if no set has a wanted member.
+    """
+    chosen = set(MEMBER_ORDER) - set(_EVALUATION_MEMBERS) if wanted is None else set(wanted)
+    first_name = next(iter(manifests))
+    specs: dict[str, MemberSpec] = {}
+    for name, manifest in manifests.items():
+        for member in (member for member in MEMBER_ORDER if member in chosen and member in manifest.members):
+            spec = manifest.members[member]
+            if -1 in spec.shape:
+                raise UserError(f"{name}: {member} differs in size between samples; encode training sets to one size.")
+            other = specs.setdefault(member, spec)
+            if (other.dtype, other.shape[1:], len(other.shape)) != (spec.dtype, spec.shape[1:], len(spec.shape)):
+                raise UserError(
+                    f"{name}: {member} is {spec.dtype} {list(spec.shape)} but {other.dtype} {list(other.shape)} in "
+                    f"{first_name}; encode both sets alike."
+                )
+            if spec.shape > other.shape:
+                specs[member] = spec
+    if missing := sorted(set(wanted or ()) - set(specs)):
+        raise UserError(f"{first_name}: the shards hold no {missing[0]}; encode the set with it.")
+    return specs

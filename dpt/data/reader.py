@@ -1,36 +1,30 @@
 """Reading shards: any sample of a tar by its number, and without parsing where all samples are laid out as our writer does.
 
-The manifest tells which bytes such a sample has for headers, and where its arrays are: a shard is then an array of rows. Blocks
-of neighbouring rows are read at once, taken apart by the read itself, and their headers only compared with what they must be.
-Other tars are walked once and read sample by sample.
-Reads, not memory maps: a file that shrinks or a disk that fails is then an error that names the sample, not a dead process.
+The manifest tells how long such a sample is, and where in it the arrays are: the shard is an array of rows. Neighbouring rows
+are read at once, and of their headers it is only compared whether they are what they must be. Other tars are walked once and
+read sample by sample. Reads, not memory maps: a file that shrinks is then an error that names the sample, not a dead process.
 """
 
 import io
 import json
 import math
 import os
-import sys
 import tarfile
 import weakref
 from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache
+from itertools import groupby
+from operator import itemgetter
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from dpt.data.manifest import MemberSpec, ShardRecord
+from dpt.data.manifest import MEMBER_ORDER, MemberSpec, ShardRecord
 
 BLOCK = 512
 """A tar's unit: headers are one block, members are padded to whole ones."""
 END = bytes(2 * BLOCK)
-MEMBER_ORDER = (
-    "label", "valid", "clip", "latents", "latents_mirrored", "cond_latents", "target_latents", "image", "truth", "code_mask",
-)  # fmt: skip
-"""Order of the arrays in a sample; `meta` follows."""
 _PROBES = 4
-_MOST_BUFFERS = 1024
-"""What one read can fill (Linux's IOV_MAX)."""
 
 
 class SampleError(Exception):
@@ -46,89 +40,65 @@ def npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
     return buffer.getvalue()
 
 
-def row_bytes(record: ShardRecord, members: Mapping[str, MemberSpec]) -> int:
-    """Bytes from one sample of a shard to the next if it can be an array of rows; 0 if the manifest tells that it is none."""
-    if any(-1 in spec.shape for spec in members.values()):
-        return 0
-    stride, rest = divmod(record.bytes - len(END), record.num_samples)
-    least = sum(BLOCK + -(-_npy_bytes(spec) // BLOCK) * BLOCK for spec in members.values())
-    return 0 if rest or stride % BLOCK or stride < least else stride
+def _array_bytes(spec: MemberSpec) -> int:
+    return np.dtype(spec.dtype).itemsize * math.prod(max(side, 0) for side in spec.shape)
 
 
-def _npy_bytes(spec: MemberSpec) -> int:
-    return len(npy_header(spec.dtype, spec.shape)) + np.dtype(spec.dtype).itemsize * math.prod(spec.shape)
+def _member_bytes(spec: MemberSpec) -> int:
+    """Of a tar's header and the .npy file, padded."""
+    return BLOCK + -(-(len(npy_header(spec.dtype, spec.shape)) + _array_bytes(spec)) // BLOCK) * BLOCK
 
 
 class Rows:
-    """Memory for blocks of rows, taken apart by member; reused for ever, as fresh pages cost as much as filling them.
+    """Memory for `slots` blocks of `size` rows each; reused for ever, as fresh pages cost as much as filling them.
 
-    members: all of a set; wanted: those to keep; stride: bytes of the longest row. It has room for `slots` blocks of `block`
-    rows, but is memory only where it was once read into.
+    A row is what a sample is in a tar, up to the end of the last of the `wanted` members; `members`: all that it has.
     """
 
-    def __init__(self, members: Mapping[str, MemberSpec], wanted: Collection[str], stride: int, block: int, slots: int) -> None:
-        self.block, self._free = block, list(range(slots))[::-1]
+    def __init__(self, members: Mapping[str, MemberSpec], wanted: Collection[str], size: int, slots: int) -> None:
+        self.size, self.free = size, list(range(0, slots * size, size))[::-1]
+        """Rows of a block, and the first row of each unused slot."""
         self.arrays: dict[str, np.ndarray] = {}
-        """The wanted members, `[slots * block, ...]`."""
-        self.sound = np.zeros(slots * block, bool)
+        """The wanted members, `[slots * size, ...]`."""
+        self.sound = np.zeros(slots * size, bool)
         """Which rows came whole and have the headers that they must have."""
-        layout, expected, position = [], [], 0
+        starts: dict[str, int] = {}
+        checked, expected, end, kept = [], [], 0, 0
         for name in (name for name in MEMBER_ORDER if name in members):
-            spec = members[name]
-            header, info = npy_header(spec.dtype, spec.shape), tarfile.TarInfo(name)
-            info.size = _npy_bytes(spec)
+            spec, start = members[name], end
+            end = start + _member_bytes(spec)
             if name in wanted:
-                self.arrays[name] = np.empty((slots * block, *spec.shape), spec.dtype)
-                layout.append((name, position, position + BLOCK + len(header)))
-                expected.append(np.frombuffer(info.tobuf(tarfile.USTAR_FORMAT) + header, np.int64))
-            position += BLOCK + -(-info.size // BLOCK) * BLOCK
-        self._headers = np.empty((slots * block, 8 * sum(map(len, expected))), np.uint8)
-        self._pieces: list[tuple[memoryview, int, int, int]] = []
-        """Where a row's bytes go, in order: memory, its bytes for a row, and the first of these and how many."""
-        self._buffers: dict[tuple[int, int], list[memoryview]] = {}
-        self._unread = memoryview(bytearray(stride))
-        checked, width, done = [], 0, 0
-        for name, start, data in layout:
-            array, size = self.arrays[name].reshape(-1).view(np.uint8).data, self.arrays[name][0].nbytes
-            self._pieces.append((self._unread, 0, 0, start - done))
-            self._pieces.append((self._headers.reshape(-1).data, self._headers.shape[1], width, data - start))
-            self._pieces.append((array, size, 0, size))
-            # In 8-byte words: the low digits of the size and the magic of the tar header, and the whole npy header.
-            checked += [(width // 8 + word) for word in (16, 32, *range(BLOCK // 8, (data - start) // 8))]
-            width, done = width + data - start, data + size
-        self._end = done
-        self._checked, self._expected = np.array(checked), np.concatenate(expected)[checked]
-
-    def take(self) -> int:
-        """First row of an unused slot."""
-        return self._free.pop() * self.block
-
-    def give_back(self, first: int) -> None:
-        """The slot that begins at row `first` is not needed any more."""
-        self._free.append(first // self.block)
+                npy, info = npy_header(spec.dtype, spec.shape), tarfile.TarInfo(name)
+                info.size = len(npy) + _array_bytes(spec)
+                # In 8-byte words: the low digits of the size and the magic of the tar's header, and all of the array's.
+                words = [16, 32, *range(BLOCK // 8, (BLOCK + len(npy)) // 8)]
+                checked += [start // 8 + word for word in words]
+                expected += np.frombuffer(info.tobuf(tarfile.USTAR_FORMAT) + npy, np.int64)[words].tolist()
+                if not starts:
+                    self._name = start  # of the sample, in its first header
+                starts[name], kept = start + BLOCK + len(npy), end
+        self._checked, self._expected = np.array(checked), np.array(expected)
+        self._memory, self._unread = np.empty((slots * size, kept), np.uint8), np.empty(0, np.uint8)
+        for name, start in starts.items():
+            values = self._memory[:, start : start + _array_bytes(members[name])].view(members[name].dtype)
+            self.arrays[name] = values.reshape(-1, *members[name].shape)
 
     def read(self, descriptor: int, offset: int, stride: int, at: int, count: int) -> None:
         """Read `count` rows of a file, `stride` bytes each from byte `offset` on, into the rows from number `at` on."""
-        if (at, stride) not in self._buffers:
-            pieces = [*self._pieces, (self._unread, 0, 0, stride - self._end)]
-            self._buffers[at, stride] = [
-                memory[row * width + first : row * width + first + size]
-                for row in range(at, at + self.block)
-                for memory, width, first, size in pieces
-            ]
-        buffers, of_row = self._buffers[at, stride], len(self._pieces) + 1
+        memory = self._memory[at : at + count]
+        if len(self._unread) < stride:
+            self._unread = np.empty(stride, np.uint8)
+        rest = self._unread[: stride - memory.shape[1]].data
+        parts = [part for row in memory for part in (row.data, rest)]
+        whole = os.preadv(descriptor, parts, offset) // stride
+        words = memory[:whole].view(np.int64)[:, self._checked]
         self.sound[at : at + count] = False
-        most, end = _MOST_BUFFERS // of_row, at + count
-        for row in range(at, end, most):
-            part = buffers[(row - at) * of_row : (min(row + most, end) - at) * of_row]
-            whole = os.preadv(descriptor, part, offset + (row - at) * stride) // stride
-            words = self._headers[row : row + whole].view(np.int64)[:, self._checked]
-            self.sound[row : row + whole] = (words == self._expected).all(axis=1)
+        self.sound[at : at + whole] = (words == self._expected).all(axis=1)
 
     def keys(self, rows: np.ndarray) -> list[str]:
         """The keys of some rows."""
-        names = self._headers[rows, :100].view("S100")[:, 0].tolist()
-        return [name.partition(b".")[0].decode("latin1") for name in names]
+        names = self._memory[rows, self._name : self._name + 100].tobytes().decode("latin1")
+        return [names[at : at + 100].partition(".")[0] for at in range(0, len(names), 100)]
 
 
 class ShardReader:
@@ -141,67 +111,61 @@ class ShardReader:
         self._file, self._descriptor = file, file.fileno()
         self.close = weakref.finalize(self, file.close)
         """Close the file."""
-        self._stride, size = row_bytes(record, members), os.fstat(self._descriptor).st_size
-        self._spans: list[tuple[int, int]] = []
+        self._stride = self._row_bytes(record, members)
+        self._spans = [] if self._stride else self._walk(name)
         """Where the samples are, first byte and end, of a tar that is no array of rows."""
-        whole = min(record.num_samples, size // (self._stride or sys.maxsize))  # less if it is truncated
-        probes = sorted({(whole - 1) * i // _PROBES for i in range(_PROBES + 1)} if whole else ())
-        sound = 0
-        if probes:
-            probe = Rows(members, members, self._stride, 1, len(probes))
-            for at, row in enumerate(probes):
-                probe.read(self._descriptor, row * self._stride, self._stride, at, 1)
-            sound = int(probe.sound.sum())
-        if sound < max(1, len(probes) * (0.5 if size == record.bytes else 1.0)):
-            self._stride, self._spans = 0, self._walk(name)
 
     def rows(self, first: int, count: int, into: Rows, at: int) -> None:
         """Read `count` rows from number `first` on into those of `into` from `at` on. OSError if the file cannot be read."""
-        into.sound[at : at + count] = False
         if self._stride:
             into.read(self._descriptor, first * self._stride, self._stride, at, count)
+        else:
+            into.sound[at : at + count] = False
 
     def sample(self, row: int, members: Sequence[str] | None = None) -> dict[str, Any]:
         """One sample: `key`, its arrays and `meta` (dict); of the arrays only `members` if given. SampleError if damaged,
         OSError if the file cannot be read."""
-        if self._stride:
-            start, end = row * self._stride, (row + 1) * self._stride
-        elif row < len(self._spans):
+        start, end = row * self._stride, (row + 1) * self._stride
+        if not self._stride and row < len(self._spans):
             start, end = self._spans[row]
-        else:
-            raise SampleError("the tar is truncated")
         content = os.pread(self._descriptor, end - start, start)
-        if len(content) < end - start:
+        if not content or len(content) < end - start:
             raise SampleError("the tar is truncated")
         return _parse_sample(content, members)
 
+    def _row_bytes(self, record: ShardRecord, members: Mapping[str, MemberSpec]) -> int:
+        """Bytes from one sample to the next if the tar is an array of rows, else 0."""
+        stride, rest = divmod(record.bytes - len(END), record.num_samples)
+        least = sum(_member_bytes(spec) for spec in members.values())
+        if rest or stride % BLOCK or stride < least or any(-1 in spec.shape for spec in members.values()):
+            return 0
+        size = os.fstat(self._descriptor).st_size
+        whole = min(record.num_samples, size // stride)  # less if it is truncated
+        probes = sorted({(whole - 1) * i // _PROBES for i in range(_PROBES + 1)} if whole else ())
+        probe = Rows(members, members, 1, len(probes))
+        for at, row in enumerate(probes):
+            probe.read(self._descriptor, row * stride, stride, at, 1)
+        share = 0.5 if size == record.bytes else 1.0  # of a tar as written, some may be damaged
+        return stride if probes and probe.sound.mean() >= share else 0
+
     def _walk(self, name: str) -> list[tuple[int, int]]:
         """(first byte, end) of every complete sample of a tar whose samples differ."""
-        spans: list[tuple[int, int]] = []
-        names: list[list[str]] = []
+        found: list[tuple[str, str, int, int]] = []
         size = os.fstat(self._descriptor).st_size
-        last_key = None
         try:
             self._file.seek(0)
             with tarfile.open(fileobj=self._file, mode="r:") as tar:
                 for info in tar:
                     end = info.offset_data + -(-info.size // BLOCK) * BLOCK
-                    key, rest = _split_name(info.name)
-                    if not info.isfile() or end > size:
-                        continue
-                    if key == last_key:
-                        spans[-1] = (spans[-1][0], end)
-                        names[-1].append(rest)
-                    else:
-                        spans.append((info.offset, end))
-                        names.append([rest])
-                    last_key = key
+                    if info.isfile() and end <= size:
+                        found.append((*_split_name(info.name), info.offset, end))
         except (tarfile.TarError, OSError) as error:
-            if not spans:
+            if not found:
                 raise SampleError(f"{name} is no readable tar ({error})") from error
-        if names and names[-1] != names[0]:
-            spans.pop()  # cut off after some of its members
-        return spans
+        samples = [list(members) for _, members in groupby(found, key=itemgetter(0))]
+        if samples and [member[1] for member in samples[-1]] != [member[1] for member in samples[0]]:
+            samples.pop()  # cut off after some of its members
+        return [(members[0][2], members[-1][3]) for members in samples]
 
 
 def _split_name(name: str) -> tuple[str, str]:

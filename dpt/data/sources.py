@@ -2,6 +2,7 @@
 patience for sources that fail or stall."""
 
 import dataclasses
+import io
 import os
 import re
 import select
@@ -18,7 +19,7 @@ from typing import Any, BinaryIO, TypeVar
 from braceexpand import braceexpand
 
 from dpt.data.manifest import MANIFEST_NAME, Manifest, ShardRecord, parse_manifest, read_manifest
-from dpt.data.reader import SampleError, ShardReader
+from dpt.data.reader import ShardReader
 from dpt.errors import UserError
 
 T = TypeVar("T")
@@ -79,32 +80,26 @@ def resolve(source: str, patience: Patience) -> ShardSet:
     knows. The manifest is read from beside the shards. UserError if something is missing.
     """
     urls = list(braceexpand(source)) if ".tar" in source and not Path(source).is_dir() else []
-    names = [_TAR_NAME.findall(url)[-1].rsplit("/", 1)[-1] for url in urls if _TAR_NAME.search(url)]
-    if len(names) < len(urls):
+    tars = [name for url in urls for name in list(_TAR_NAME.finditer(url))[-1:]]
+    if len(tars) < len(urls):
         raise UserError(f"{source}: a shard's name must end in .tar; name the tars or their folder.")
+    base = source.rstrip("/") if is_url(source) else str(Path(source))
     if not is_url(source):
-        folder = Path(urls[0]).parent if urls else Path(source)
-        manifest = read_manifest(folder)
-        urls = urls or [str(folder / shard.name) for shard in manifest.shards]
+        manifest = read_manifest(Path(urls[0]).parent if urls else base)
+    elif urls:
+        beside = urls[0][: tars[0].start()] + MANIFEST_NAME + urls[0][tars[0].end() :]
+        manifest = _fetch_manifest(beside, source, patience)
+    elif source.startswith("pipe:"):
+        raise UserError(f"{source}: name the tars behind a command by a brace pattern such as {{000000..000127}}.tar.")
     else:
-        if not urls and source.startswith("pipe:"):
-            raise UserError(f"{source}: name the tars behind a command by a brace pattern such as {{000000..000127}}.tar.")
-        base = source.rstrip("/")
-        where = _beside(urls[0]) if urls else f"{base}/{MANIFEST_NAME}"
-        manifest = _fetch_manifest(where, source, patience)
-        urls = urls or [f"{base}/{shard.name}" for shard in manifest.shards]
-    return ShardSet(name=source, manifest=_choose(manifest, names, source), urls=tuple(urls))
-
-
-def _beside(url: str) -> str:
-    """The URL (or command) with the shard's name replaced by the manifest's."""
-    last = list(_TAR_NAME.finditer(url))[-1]
-    return url[: last.start()] + MANIFEST_NAME + url[last.end() :]
+        manifest = _fetch_manifest(f"{base}/{MANIFEST_NAME}", source, patience)
+    if urls:
+        manifest = _choose(manifest, [name.group() for name in tars], source)
+    urls = urls or [f"{base}/{shard.name}" for shard in manifest.shards]
+    return ShardSet(name=source, manifest=manifest, urls=tuple(urls))
 
 
 def _choose(manifest: Manifest, names: list[str], source: str) -> Manifest:
-    if not names:
-        return manifest
     known = {shard.name: shard for shard in manifest.shards}
     if unknown := [name for name in names if name not in known]:
         raise UserError(
@@ -116,16 +111,14 @@ def _choose(manifest: Manifest, names: list[str], source: str) -> Manifest:
 
 def _fetch_manifest(url: str, source: str, patience: Patience) -> Manifest:
     def load() -> bytes:
-        with tempfile.TemporaryFile() as file:
-            fetch(url, file, patience)
-            file.seek(0)
-            return file.read()
+        fetch(url, content := io.BytesIO(), patience)
+        return content.getvalue()
 
     try:
-        content = patience.retry(load)
+        text = patience.retry(load).decode("utf-8", errors="replace")
     except OSError as error:
         raise UserError(f"{source}: no manifest can be fetched from {url} ({error}); check the address.") from error
-    return parse_manifest(content.decode("utf-8", errors="replace"), url)
+    return parse_manifest(text, url)
 
 
 def open_shard(source: ShardSet, number: int, patience: Patience, cache_dir: str = "") -> ShardReader:
@@ -135,45 +128,50 @@ def open_shard(source: ShardSet, number: int, patience: Patience, cache_dir: str
     """
     record, url = source.manifest.shards[number], source.urls[number]
     if is_url(url):
-        file = _fetch_shard(url, record, patience, Path(cache_dir) if cache_dir else None)
+        file = _fetch_shard(url, record, patience, cache_dir)
     else:
-        file = open(url, "rb", buffering=0)  # noqa: SIM115 the reader owns it
-        if hasattr(os, "posix_fadvise"):  # its samples are soon read in random order
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
-    try:
-        return ShardReader(file, url, record, source.manifest.members)
-    except (OSError, SampleError):
-        file.close()
-        raise
+        file = open(url, "rb", buffering=0)  # noqa: SIM115 the reader closes it
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)  # its samples are soon read in random order
+    return ShardReader(file, url, record, source.manifest.members)
 
 
-def _fetch_shard(url: str, record: ShardRecord, patience: Patience, cache: Path | None) -> BinaryIO:
-    if cache is None:
-        file: Any = tempfile.TemporaryFile(prefix="dpt-shard-")  # noqa: SIM115 open as long as it is read
-    else:
-        kept = cache / f"{record.sha256[:16]}-{record.name}"
+def _fetch_shard(url: str, record: ShardRecord, patience: Patience, cache_dir: str) -> BinaryIO:
+    kept = Path(cache_dir) / f"{record.sha256[:16]}-{record.name}"
+    if cache_dir:
         if kept.is_file() and kept.stat().st_size == record.bytes:
             return kept.open("rb", buffering=0)
-        cache.mkdir(parents=True, exist_ok=True)
-        file = tempfile.NamedTemporaryFile(dir=cache, prefix=".", suffix=".part", delete=False)  # noqa: SIM115 likewise
+        kept.parent.mkdir(parents=True, exist_ok=True)
+    file: Any = tempfile.NamedTemporaryFile(dir=cache_dir or None, prefix=".dpt-", suffix=".part", delete=False)  # noqa: SIM115
     try:
+        if not cache_dir:
+            os.unlink(file.name)  # it goes with the process, however that ends
         fetch(url, file, patience)
         if (found := os.fstat(file.fileno()).st_size) != record.bytes:
             raise OSError(f"{found} of {record.bytes} bytes came")
-        if cache is not None:
+        if cache_dir:
             Path(file.name).replace(kept)
     except BaseException:
         file.close()
-        if cache is not None:
-            Path(file.name).unlink(missing_ok=True)
+        Path(file.name).unlink(missing_ok=True)
         raise
     return file
 
 
 def fetch(url: str, file: BinaryIO, patience: Patience) -> None:
     """Copy what `url` gives into `file`. OSError if the source fails, or gives nothing for `stall_s` seconds."""
+    from webdataset import gopen
+
     try:
-        _copy(url, file, patience)
+        source = gopen(f"pipe:aws s3 cp {shlex.quote(url)} -" if url.startswith("s3://") else url, "rb", bufsize=0)
+        try:
+            _copy(getattr(source, "stream", source).fileno(), file, patience)
+        except BaseException:
+            if (process := getattr(source, "proc", None)) is not None:
+                process.kill()
+            with suppress(OSError):  # killed
+                source.close()
+            raise
+        source.close()  # raises if the command failed
     except Stopped:
         raise
     except Exception as error:  # handlers of URLs raise what they like
@@ -181,28 +179,15 @@ def fetch(url: str, file: BinaryIO, patience: Patience) -> None:
     file.flush()
 
 
-def _copy(url: str, file: BinaryIO, patience: Patience) -> None:
-    from webdataset import gopen
-
-    source = gopen(f"pipe:aws s3 cp {shlex.quote(url)} -" if url.startswith("s3://") else url, "rb", bufsize=0)
-    descriptor = getattr(source, "stream", source).fileno()
+def _copy(descriptor: int, file: BinaryIO, patience: Patience) -> None:
     poll, last = select.poll(), time.monotonic()
     poll.register(descriptor, select.POLLIN)
-    try:
-        while True:
-            if patience.stop.is_set():
-                raise Stopped
-            if poll.poll(_LOOK_EVERY_MS):
-                if not (chunk := os.read(descriptor, _CHUNK_BYTES)):
-                    break
-                file.write(chunk)
-                last = time.monotonic()
-            elif time.monotonic() - last > patience.stall_s:
-                raise TimeoutError(f"nothing came for {patience.stall_s:g} s")
-    except BaseException:
-        if (process := getattr(source, "proc", None)) is not None:
-            process.kill()
-        with suppress(OSError):  # killed
-            source.close()
-        raise
-    source.close()  # raises if the command failed
+    while not patience.stop.is_set():
+        if poll.poll(_LOOK_EVERY_MS):
+            if not (chunk := os.read(descriptor, _CHUNK_BYTES)):
+                return
+            file.write(chunk)
+            last = time.monotonic()
+        elif time.monotonic() - last > patience.stall_s:
+            raise TimeoutError(f"nothing came for {patience.stall_s:g} s")
+    raise Stopped

@@ -5,21 +5,21 @@ micro-batches the next `micro_batch_size * world_size` of those; rank r every `w
 number of ranks and any accumulation see the same batches, and the stream can be resumed at any position.
 """
 
-import atexit
-import threading
-from collections import deque
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import suppress
-from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
-from dpt.data.batches import Batch, BatchReader, Place, choose_members, set_size
-from dpt.data.blocks import Workers
-from dpt.data.manifest import Manifest, check_manifests
-from dpt.data.order import MixtureOrder, num_lanes
+from dpt.data.batches import Batch, BatchReader, Place
+from dpt.data.manifest import Manifest, check_manifests, choose_members
+from dpt.data.order import MixtureOrder, SetSize, num_lanes
 from dpt.data.sources import Patience, resolve
 from dpt.errors import UserError
+
+_BLOCK_BYTES = 1 << 20
+_LARGEST_BLOCK = 64
+_LOCATED = 1024
+"""Samples located at a time."""
 
 
 class LatentStream:
@@ -76,14 +76,26 @@ class LatentStream:
         self._rank, self._world_size, self._start = rank, world_size, start_sample
         self._handed = 0
         self._bad: dict[Place, str] = {}
-        self._max_bad, self._prefetch, self._cache_dir = max_bad_samples, prefetch, cache_dir
-        self._pin, self._num_workers = pin_memory, num_workers
-        self._patience = patience or Patience()
-        self._sets = [resolve(source, self._patience) for source in sources]
+        patience = patience or Patience()
+        self._sets = [resolve(source, patience) for source in sources]
         check_manifests(self.manifests, tasks={found.manifest.task for found in self._sets})
-        self._specs = choose_members(self._sets, members)
         sizes = [set_size(found.manifest) for found in self._sets]
         self._order = MixtureOrder(sizes, weights, num_lanes(global_batch_size), seed)
+        self._new_reader = partial(
+            BatchReader,
+            batch_size=micro,
+            sets=self._sets,
+            sizes=sizes,
+            lanes=self._order.lanes,
+            specs=choose_members(self.manifests, members),
+            threads=num_workers,
+            ahead=prefetch,
+            bad=self._bad,
+            max_bad_samples=max_bad_samples,
+            pin_memory=pin_memory,
+            patience=patience,
+            cache_dir=cache_dir,
+        )
 
     @property
     def samples_seen(self) -> int:
@@ -106,42 +118,23 @@ class LatentStream:
         return list(self._bad.values())
 
     def __iter__(self) -> Iterator[Batch]:
-        patience = replace(self._patience, stop=threading.Event())
-        reader = BatchReader(
-            sets=self._sets,
-            order=self._order,
-            specs=self._specs,
-            positions=self._positions,
-            share=self._world_size,
-            threads=self._num_workers,
-            ahead=self._prefetch,
-            bad=self._bad,
-            max_bad_samples=self._max_bad,
-            pin_memory=self._pin,
-            patience=patience,
-            cache_dir=self._cache_dir,
-        )
-        batches, filler = reader.batches(self._handed), Workers(1, "data fill")
-        filled = deque(filler.submit(next, batches) for _ in range(self._prefetch))
+        for batch in self._new_reader(places=self._places(self._handed)):
+            self._handed += 1
+            yield batch
 
-        def close() -> None:
-            patience.stop.set()
-            filler.close()
-            with suppress(ValueError):  # the thread is stuck in a read, which nothing can end
-                batches.close()
+    def _places(self, number: int) -> Iterator[Sequence[np.ndarray]]:
+        """Positions, sets, shards and rows of this rank's micro-batches from `number` on, the run's first being 0."""
+        size = self.micro_batch_size
+        shape = (max(1, _LOCATED // size), size)
+        while True:
+            positions = self._start + self._rank + self._world_size * (number * size + np.arange(np.prod(shape)))
+            located = (positions, *self._order.locate(positions))
+            yield from zip(*(values.reshape(shape) for values in located), strict=True)
+            number += shape[0]
 
-        atexit.register(close)  # a thread at work while the interpreter is taken apart ends in an abort
-        try:
-            while True:
-                batch = filled.popleft().result()
-                filled.append(filler.submit(next, batches))
-                self._handed += 1
-                yield batch
-        finally:
-            atexit.unregister(close)
-            close()
 
-    def _positions(self, number: int) -> np.ndarray:
-        """Global positions, int64 `[B]`, of this rank's micro-batch `number`, counted from the start of this run."""
-        first = number * self.micro_batch_size
-        return self._start + self._rank + self._world_size * np.arange(first, first + self.micro_batch_size)
+def set_size(manifest: Manifest) -> SetSize:
+    """What the stream's order depends on. A block is about a megabyte: long reads from disks, little memory."""
+    row_bytes = sum(shard.bytes for shard in manifest.shards) // manifest.num_samples
+    block = max(1, min(_LARGEST_BLOCK, _BLOCK_BYTES // max(row_bytes, 1)))
+    return SetSize(counts=tuple(shard.num_samples for shard in manifest.shards), block=block)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from hypothesis import settings
 
+from data_tools.encoding.shards import ShardWriter
 from dpt.data.manifest import Manifest, MemberSpec, VAERecord, write_manifest
-from dpt.data.shards import ShardWriter
 
 settings.register_profile("dpt", deadline=None, derandomize=True)  # shared machines are slow now and then
 settings.load_profile("dpt")

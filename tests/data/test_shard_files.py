@@ -14,9 +14,10 @@ import webdataset as wds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_tools.encoding.shards import ShardWriter, file_sha256, npy_bytes, shard_key
 from dpt.data.manifest import Manifest, read_manifest
 from dpt.data.reader import BLOCK, SampleError, ShardReader
-from dpt.data.shards import ShardFolder, ShardWriter, file_sha256, iter_samples, npy_bytes, shard_key
+from dpt.data.shards import ShardFolder
 from dpt.errors import UserError
 
 DTYPES = ("float16", "float32", "int64", "uint8")
@@ -63,7 +64,7 @@ def test_round_trip_and_order_of_members(make_shards) -> None:
     assert names[:5] == [
         f"s00004.{m}" for m in ("valid.npy", "clip.npy", "cond_latents.npy", "target_latents.npy", "meta.json")
     ]
-    samples = list(iter_samples(folder, start=2))
+    samples = list(ShardFolder(folder))[2:]
     assert [s["key"] for s in samples] == [f"s{i:05d}" for i in range(2, 7)]
     for number, sample in enumerate(samples, 2):
         assert sample["meta"] == {"number": number}
@@ -97,8 +98,8 @@ def test_samples_of_differing_size(make_shards) -> None:
         return {"image": np.full((number + 1, 700, 3), number, np.uint8), "label": np.array(number, np.int64)}
 
     folder = make_shards([4], sample)
-    assert [s["image"].shape[0] for s in iter_samples(folder)] == [1, 2, 3, 4]
-    assert [int(s["label"]) for s in iter_samples(folder)] == [0, 1, 2, 3]
+    assert [s["image"].shape[0] for s in ShardFolder(folder)] == [1, 2, 3, 4]
+    assert [int(s["label"]) for s in ShardFolder(folder)] == [0, 1, 2, 3]
 
 
 def test_an_exception_leaves_nothing(tmp_path: Path) -> None:
@@ -114,7 +115,8 @@ def test_one_writer_at_a_time(tmp_path: Path) -> None:
 
 def test_a_killed_writer_is_taken_over(tmp_path: Path) -> None:
     code = (
-        "import os, sys, pathlib; from dpt.data.shards import ShardWriter; w = ShardWriter(pathlib.Path(sys.argv[1])); "
+        "import os, sys, pathlib; from data_tools.encoding.shards import ShardWriter\n"
+        "w = ShardWriter(pathlib.Path(sys.argv[1])); "
         "w._file.write(b'x' * 9999); w._file.flush(); os.kill(os.getpid(), 9)"
     )
     path = tmp_path / "0.tar"
@@ -190,3 +192,15 @@ def test_tars_of_other_programs(make_shards, tmp_path: Path) -> None:
         path = tmp_path / f"repacked{number}.tar"
         subprocess.run(["tar", "cf", path, *options, "-C", tmp_path, *names], check=True)
         assert read_all(path, 4, read_manifest(folder)) == [0, 1, 2, 3]
+
+
+def test_a_folder_names_what_cannot_be_read(make_shards) -> None:
+    folder = make_shards([2, 2, 2])
+    (folder / "000001.tar").unlink()
+    (folder / "000002.tar").write_bytes(b"no tar")
+    samples = ShardFolder(folder)
+    assert samples[1]["key"] == "s00001"
+    with pytest.raises(SampleError, match=r"sample 1 of .*000001.tar: the shard cannot be read \(No such file"):
+        samples[3]
+    with pytest.raises(SampleError, match=r"sample 0 of .*000002.tar: the shard cannot be read \(.* is no readable tar"):
+        samples[4]

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpt.data import batches as batches_module
+from dpt.data import stream as stream_module
 from dpt.data.order import MAX_LANES, MixtureOrder, SetSize, num_lanes, permutation
 from dpt.data.reader import ShardReader
 from dpt.data.stream import LatentStream
@@ -176,7 +176,7 @@ def test_readers_without_a_sample_in_some_batches(folder: Path) -> None:
 
 
 def test_a_rare_set_is_not_read_again_and_again(make_shards, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batches_module, "_PLANNED_SAMPLES", 64)
+    monkeypatch.setattr(stream_module, "_LOCATED", 64)
     rows: Counter = Counter()
     original = ShardReader.rows
 

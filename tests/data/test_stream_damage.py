@@ -81,7 +81,7 @@ def test_missing_shard(folder: Path) -> None:
 
 
 def test_shard_that_vanishes_on_the_way(make_shards, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batches_module, "_PLANNED_SAMPLES", 5)
+    monkeypatch.setattr(batches_module, "_OPENED_AHEAD", 5)
     folder = make_shards([10] * 8)
     found = stream(folder, global_batch_size=1, prefetch=1, max_bad_samples=70)
     batches = iter(found)
@@ -97,7 +97,7 @@ def test_shard_that_vanishes_on_the_way(make_shards, monkeypatch: pytest.MonkeyP
 
 
 def test_shard_cut_off_while_open(make_shards, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batches_module, "_PLANNED_SAMPLES", 5)  # else all of a set so small is in memory at once
+    monkeypatch.setattr(batches_module, "_OPENED_AHEAD", 5)
     folder = make_shards([200, 200])
     found = stream(folder, prefetch=1)
     batches = iter(found)

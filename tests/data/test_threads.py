@@ -99,7 +99,7 @@ def test_a_rank_opens_its_own_share_of_every_set(make_shards, monkeypatch: pytes
     for rank in range(4):
         opened.clear()
         mine = LatentStream(names, rank=rank, world_size=4, prefetch=1, **options)
-        monkeypatch.setattr(batches, "_PLANNED_SAMPLES", 1)
+        monkeypatch.setattr(batches, "_OPENED_AHEAD", 1)
         assert [batch["key"] for batch in islice(mine, 32)] == [batch[rank::4] for batch in whole[:32]]
         shares.append([sum(name == own for own, _ in opened) for name in names])
     assert all(count <= 32 / 4 + 2 * 2 for share in shares for count in share)  # two lanes, which may begin amid a shard
@@ -165,7 +165,6 @@ def test_fetching_goes_on_past_the_first_shards(make_shards, monkeypatch: pytest
         original(url, file, patience)
 
     monkeypatch.setattr(sources, "fetch", fetching)
-    monkeypatch.setattr(batches, "_PLANNED_SAMPLES", 64)
     reader = LatentStream([f"pipe:cat {folder}/{{000000..000039}}.tar"], global_batch_size=64, num_workers=2, patience=HASTY)
     found = iter(reader)
     next(found)

@@ -14,10 +14,11 @@ from encode_runs import SIDE, arguments, encode_alone
 from PIL import Image
 
 from data_tools.encode import main
+from data_tools.encoding.shards import ShardWriter
 from dpt import tasks
 from dpt.data.codec import load_vae
 from dpt.data.manifest import read_manifest
-from dpt.data.shards import ShardWriter, iter_samples
+from dpt.data.shards import ShardFolder
 from dpt.data.stream import LatentStream
 
 
@@ -62,7 +63,7 @@ def test_class_images(pictures: Path, tmp_path: Path, vae: str) -> None:
     assert manifest.vae.sha256 == load_vae(vae).sha256
     assert manifest.mirrored
     assert sorted(contents(out)) == ["000000.tar", "000001.tar", "000002.tar", "manifest.json"]
-    samples = list(iter_samples(out))
+    samples = list(ShardFolder(out))
     sources = [sample["meta"]["source"] for sample in samples]
     assert len(set(sources)) == 11
     assert sources != sorted(sources)  # shuffled: neighbours in a folder are not neighbours in a shard
@@ -227,7 +228,7 @@ def test_finish_writes_the_manifest_of_finished_shards(pictures: Path, tmp_path:
 
 
 def test_a_job_in_the_way(pictures: Path, tmp_path: Path, vae: str, capsys: pytest.CaptureFixture) -> None:
-    from dpt.data.shards import ShardWriter
+    from data_tools.encoding.shards import ShardWriter
 
     out = tmp_path / "out"
     main(arguments(pictures, out, vae, "--shards", "0/2"))

@@ -13,7 +13,7 @@ from data_tools.inspect import main as inspect_main
 from data_tools.readers import READERS, ReadError, Sample
 from dpt import tasks
 from dpt.data.manifest import read_manifest
-from dpt.data.shards import iter_samples
+from dpt.data.shards import ShardFolder
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def test_depth(made, tmp_path: Path, vae: str) -> None:
     reader = made("depth", SIZES)
     out = tmp_path / "out"
     main(arguments(tmp_path, out, vae, "--max-skipped-share", "0.5", "--shuffle-seed", "-1", dataset="made"))
-    samples = list(iter_samples(out))
+    samples = list(ShardFolder(out))
     assert [sample["key"] for sample in samples] == ["scene/00", "scene/01", "scene/02", "scene/04"]
     for sample in samples:
         source = reader.read(sample["key"])
@@ -98,11 +98,11 @@ def test_evaluation_keeps_truth_at_its_size(made, tmp_path: Path, vae: str, fit:
     assert manifest.members["truth"].shape == (-1, -1)
     assert manifest.members["image"].shape == (-1, -1, 3)
     assert manifest.members["cond_latents"].shape == ((1, 2, 4, -1, 4) if fit == "aspect" else (1, 2, 4, 4, 4))
-    for sample in iter_samples(out):
+    for sample in ShardFolder(out):
         source = reader.read(sample["key"])
         np.testing.assert_array_equal(sample["truth"], source.depth)
         np.testing.assert_array_equal(sample["image"], source.images[0])
-    assert [sample["key"] for sample in iter_samples(out)] == reader.keys()
+    assert [sample["key"] for sample in ShardFolder(out)] == reader.keys()
 
 
 def test_depth_codes_are_in_the_targets_and_in_the_manifest(made, tmp_path: Path, vae: str, capsys) -> None:
@@ -130,7 +130,7 @@ def test_ground_truth_prompt(made, tmp_path: Path, vae: str) -> None:
     main(arguments(tmp_path, tmp_path / "out", vae, "--prompt", "ground_truth", dataset="made"))
     valid = np.ones((SIDE, SIDE), bool)
     valid[: SIDE // 4] = False
-    for sample in iter_samples(tmp_path / "out"):
+    for sample in ShardFolder(tmp_path / "out"):
         np.testing.assert_allclose(sample["cond_latents"][1], encode_alone(vae, tasks.mask_image(valid)), atol=2e-3)
 
 
@@ -138,7 +138,7 @@ def test_flow_and_its_mirror_image(made, tmp_path: Path, vae: str) -> None:
     reader = made("flow", SIZES)
     out = tmp_path / "out"
     main(arguments(tmp_path, out, vae, "--mirrored", dataset="made"))
-    samples = {sample["key"]: sample for sample in iter_samples(out)}
+    samples = {sample["key"]: sample for sample in ShardFolder(out)}
     assert len(samples) == 10
     for key in sorted(reader.keys()):
         source = reader.read(key)
@@ -158,7 +158,7 @@ def test_fits(made, tmp_path: Path, vae: str, fit: str) -> None:
     reader = made("depth", [(48, 64), (64, 32)])
     out = tmp_path / "out"
     main(arguments(tmp_path, out, vae, "--fit", fit, "--prompt", "none", dataset="made"))
-    for sample in iter_samples(out):
+    for sample in ShardFolder(out):
         image = reader.read(sample["key"]).images[0]
         height, width = image.shape[:2]
         if fit == "crop":
@@ -188,7 +188,7 @@ def test_amodal_with_clip_embeddings(made, tmp_path: Path, vae: str) -> None:
     assert manifest.members["clip"].shape == (6,)
     assert len(manifest.encoding["clip_sha256"]) == 64
     mean, std = torch.tensor([0.48145466, 0.4578275, 0.40821073]), torch.tensor([0.26862954, 0.26130258, 0.27577711])
-    for sample in iter_samples(out):
+    for sample in ShardFolder(out):
         source = reader.read(sample["key"])
         assert source.mask is not None
         whole = tasks.image_to_float(tasks.resize_image(np.where(source.mask[..., None], source.images[0], 255), (SIDE, SIDE)))
@@ -212,7 +212,7 @@ def test_amodal_evaluation_sets_keep_the_mask_that_the_true_picture_gives(tmp_pa
     out = tmp_path / "out"
     (tmp_path / "root" / "val.txt").write_text("7\n")
     main(arguments(tmp_path / "root", out, vae, "--split", "val", "--evaluation", dataset="pix2gestalt"))
-    (sample,) = iter_samples(out)
+    (sample,) = ShardFolder(out)
     assert sample["code_mask"].sum() == 64
     np.testing.assert_array_equal(sample["code_mask"] > 0, (mask > 0) & (whole[..., 0] == 90))
 

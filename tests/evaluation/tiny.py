@@ -7,10 +7,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data_tools.encoding.shards import ShardWriter
 from dpt import tasks
 from dpt.config.sections import DiffusionConfig, ModelConfig
 from dpt.data.manifest import Manifest, MemberSpec, VAERecord, write_manifest
-from dpt.data.shards import ShardWriter
 from dpt.evaluation.loading import LoadedModel
 from dpt.models.dit import DiT
 

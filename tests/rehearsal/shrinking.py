@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from data_tools.encoding.shards import ShardWriter
 from dpt.config.checks import batch_split
 from dpt.config.recipe import Recipe, load_recipe
 from dpt.config.sections import ModelConfig
 from dpt.data.manifest import Manifest, MemberSpec, VAERecord, write_manifest
-from dpt.data.shards import ShardWriter
 from dpt.models.dit import DiT
 from dpt.models.pretrained import export_weights
 from dpt.models.weights import Weights

@@ -121,7 +121,7 @@ def test_sample_bytes_are_those_of_a_shard(tmp_path):
     """Two members of 16 KiB with their headers, a label, the description."""
     import numpy as np
 
-    from dpt.data.shards import ShardWriter
+    from data_tools.encoding.shards import ShardWriter
 
     config = ModelConfig()
     moments = np.zeros((2, 4, 32, 32), np.float16)

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from data_tools.encoding.shards import ShardWriter
 from dpt.data.manifest import Manifest, MemberSpec, VAERecord, write_manifest
-from dpt.data.shards import ShardWriter
 
 ROOT = Path(__file__).resolve().parents[2]
 CLASSES = 8
