@@ -85,7 +85,7 @@ def test_class_images(pictures: Path, tmp_path: Path, vae: str) -> None:
 def test_a_limit_takes_the_first_of_the_order(pictures: Path, tmp_path: Path, vae: str, capsys: pytest.CaptureFixture) -> None:
     main(arguments(pictures, tmp_path / "all", vae))
     main(arguments(pictures, tmp_path / "five", vae, "--limit", "5"))
-    keys = {name: [sample["key"] for sample in iter_samples(tmp_path / name)] for name in ("all", "five")}
+    keys = {name: [sample["key"] for sample in ShardFolder(tmp_path / name)] for name in ("all", "five")}
     assert keys["five"] == keys["all"][:5]
     assert "--limit is 0" in refusal(capsys, *arguments(pictures, tmp_path / "none", vae, "--limit", "0"))
 

@@ -112,7 +112,7 @@ def test_depth_codes_are_in_the_targets_and_in_the_manifest(made, tmp_path: Path
         main(arguments(tmp_path, out, vae, "--depth-code", code, dataset="made"))
         manifest = read_manifest(out)
         assert tasks.target_code("depth", manifest.encoding, "") == code
-        for sample in iter_samples(out):
+        for sample in ShardFolder(out):
             source = reader.read(sample["key"])
             maps = [tasks.resize_nearest(values, (SIDE, SIDE)) for values in (source.depth, source.valid)]
             target, constants = tasks.encode_depth(*maps, code=code)

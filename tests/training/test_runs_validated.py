@@ -8,12 +8,12 @@ import pytest
 from training_runs import STEPS, Runs, ToyRun, zero
 from training_toys import SIDE, make_shards
 
+from data_tools.encoding.shards import ShardWriter
 from dpt.config.checks import check_recipe
 from dpt.config.recipe import load_recipe
 from dpt.config.sections import EvaluationConfig
 from dpt.data.codec import load_vae
 from dpt.data.manifest import Manifest, MemberSpec, VAERecord, write_manifest
-from dpt.data.shards import ShardWriter
 from dpt.errors import UserError
 from dpt.evaluation.runner import evaluate
 from dpt.models.costs import num_params
