@@ -131,6 +131,14 @@ def find(records: Sequence[RunRecord], family: Sequence[RunRecord], spec: Figure
     return findings
 
 
+def metric_label(y: str) -> str:
+    """What stands at the axis of a metric, or of "1-METRIC"."""
+    complement, name = (True, y[2:]) if y.startswith("1-") else (False, y)
+    shown = METRICS.get(name.rpartition("/")[2]) if name.startswith("eval/") else None
+    title = shown.title.removesuffix(" ↓").removesuffix(" ↑").removesuffix(" %") if shown else name
+    return f"1 - {title}" if complement else title
+
+
 def draw(findings: Findings, path: Path, *, watermark: str = "") -> Path:
     """Write the figure in the format of the file's suffix, and its data beside it as JSON, and as a table where runs repeat.
 
@@ -141,7 +149,9 @@ def draw(findings: Findings, path: Path, *, watermark: str = "") -> Path:
     bars = {name: [(m.x, m.y, m.half_width) for m in findings.means if m.group == name] for name in pairs}
     ringed = [(p.x, p.y) for p in findings.chosen]
     joined = not spec.curve and (spec.frontier or not spec.law)
-    figure = law_figure(pairs, findings.fits, X_NAMES.get(spec.x, spec.x), spec.y, chosen=ringed, join=joined, bars=bars)
+    figure = law_figure(
+        pairs, findings.fits, X_NAMES.get(spec.x, spec.x), metric_label(spec.y), chosen=ringed, join=joined, bars=bars
+    )
     if watermark:
         figure.text(0.5, 0.5, watermark, fontsize=48, color="#e03131", alpha=0.35, rotation=25, ha="center", va="center")
     save(figure, path)

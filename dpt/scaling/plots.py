@@ -51,6 +51,17 @@ def new_axes(x_label: str, y_label: str, *, log_x: bool = False, log_y: bool = F
     return figure, axes
 
 
+def _plain_ticks(axes: Any) -> None:
+    """Numbers that people read, such as 1, 2, 5, 10, on logarithmic axes that span less than three decades of them."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    for axis, (low, high) in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
+        if low >= 1e-4 and high <= 1e5 and high < 1e3 * low:
+            axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high > 10 * low else (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0)))
+            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axis.set_minor_formatter(NullFormatter())
+
+
 def curves(series: Mapping[str, Points], x_label: str, y_label: str, *, log_x: bool = False, log_y: bool = False) -> Any:
     """Lines over a common axis: a thin line through the points as recorded, a strong one through their running mean."""
     figure, axes = new_axes(x_label, y_label, log_x=log_x, log_y=log_y)
@@ -106,8 +117,10 @@ def law_figure(
         line, low, high = fit.predict(along)
         axes.fill_between(along, low, high, color=colour, alpha=0.12, linewidth=0)
         axes.plot(along, line, color=colour, linestyle="--", linewidth=1.4, label=_mathematical(fit.law))
+    _plain_ticks(axes)
     if fits or any(groups):
-        axes.legend(fontsize=9, frameon=False)
+        beside = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)} if len(groups) + len(fits) > 4 else {}
+        axes.legend(fontsize=9, frameon=False, **beside)
     return figure
 
 
