@@ -288,7 +288,7 @@ def test_records_and_pictures_reach_console_file_and_mlflow(tmp_path: Path) -> N
         "grad norm #",
         r"lr 3\.00e-03",
         "# samples/s",
-        "MFU #%",
+        "#% of matrix peak",
         "data wait #%",
         "# GiB",
     ]
