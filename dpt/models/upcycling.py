@@ -26,7 +26,7 @@ def upcycle(weights: Weights, upcycling: UpcyclingConfig, *, seed: int = 0) -> W
 
     `reinit_share` draws that share of each expert's hidden units anew, each expert's own: their rows of the first layer,
     entries of its bias and columns of the second, normal with the mean and standard deviation of the values that they replace
-    (Nakamura et al., "Drop-Upcycling", 2025, section 3.2). `noise_std`, times each tensor's standard deviation, is added to the
+    (Nakamura et al., "Drop-Upcycling", 2025, section 3). `noise_std`, times each tensor's standard deviation, is added to the
     copies. Both make experts different, at the price of exactness.
 
     Routers start uniform in +-1 / sqrt(hidden_size), with muP over the root of its width ratio too; the same `seed` gives the

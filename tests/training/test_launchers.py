@@ -288,11 +288,11 @@ def test_records_and_pictures_reach_console_file_and_mlflow(tmp_path: Path) -> N
         "grad norm #",
         r"lr 3\.00e-03",
         "# samples/s",
-        "MFU #%",
+        "#% of matrix peak",
         "data wait #%",
         "# GiB",
     ]
-    line = r" \| ".join([*pieces, "expert load #-#", "0:00:00 left"]).replace("#", r"[\d.e+-]+")
+    line = r" \| ".join([*pieces, "expert load #-#", "expert distance #", "0:00:00 left"]).replace("#", r"[\d.e+-]+")
     assert re.search(line, done.stdout), done.stdout
 
     client = MlflowClient(tracking["tracking.uri"])
@@ -309,6 +309,9 @@ def test_records_and_pictures_reach_console_file_and_mlflow(tmp_path: Path) -> N
         "experts/min_load",
         "experts/max_load",
     } < {*run.data.metrics}
+    distances = client.get_metric_history(run.info.run_id, "experts/distance")
+    assert [m.step for m in distances] == [0, 5]  # of the weights that it starts from, and at the end
+    assert distances[1].value == lines[-1]["experts/distance"]
     pictures = sorted(Path(file.path).name for file in client.list_artifacts(run.info.run_id, "pictures"))
     classes = [name for name in pictures if name.startswith("classes")]
     assert classes == [f"classes_{step:08d}.png" for step in (2, 4, 5)]
