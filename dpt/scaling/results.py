@@ -35,6 +35,8 @@ class Metric:
 METRICS: dict[str, Metric] = {
     "abs_rel": Metric(title="AbsRel % ↓", scale=100, digits=2),
     "delta1": Metric(title="δ1 % ↑", scale=100, digits=1, lower_is_better=False),
+    "abs_rel_log_fit": Metric(title="AbsRel %, log fit ↓", scale=100, digits=2),
+    "delta1_log_fit": Metric(title="δ1 %, log fit ↑", scale=100, digits=1, lower_is_better=False),
     "epe": Metric(title="EPE px ↓", scale=1, digits=3),
     "epe_fit": Metric(title="EPE px, fitted ↓", scale=1, digits=3),
     "iou": Metric(title="mIoU % ↑", scale=100, digits=1, lower_is_better=False),
