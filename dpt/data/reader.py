@@ -78,20 +78,20 @@ class Rows:
                     self._name = start  # of the sample, in its first header
                 starts[name], kept = start + BLOCK + len(npy), end
         self._checked, self._expected = np.array(checked), np.array(expected)
-        self._memory, self._unread = np.empty((slots * size, kept), np.uint8), np.empty(0, np.uint8)
+        self._memory = np.empty((slots * size, kept), np.uint8)
+        self._parts: dict[tuple[int, int], list[memoryview]] = {}
+        """Of a slot, by its first row and the bytes of a sample: where to read each row to, and the rest of its sample."""
         for name, start in starts.items():
             values = self._memory[:, start : start + _array_bytes(members[name])].view(members[name].dtype)
             self.arrays[name] = values.reshape(-1, *members[name].shape)
 
     def read(self, descriptor: int, offset: int, stride: int, at: int, count: int) -> None:
         """Read `count` rows of a file, `stride` bytes each from byte `offset` on, into the rows from number `at` on."""
-        memory = self._memory[at : at + count]
-        if len(self._unread) < stride:
-            self._unread = np.empty(stride, np.uint8)
-        rest = self._unread[: stride - memory.shape[1]].data
-        parts = [part for row in memory for part in (row.data, rest)]
-        whole = os.preadv(descriptor, parts, offset) // stride
-        words = memory[:whole].view(np.int64)[:, self._checked]
+        if (at, stride) not in self._parts:
+            rest = memoryview(bytearray(stride - self._memory.shape[1]))
+            self._parts[at, stride] = [part for row in self._memory[at : at + self.size] for part in (row.data, rest)]
+        whole = os.preadv(descriptor, self._parts[at, stride][: 2 * count], offset) // stride
+        words = self._memory[at : at + whole].view(np.int64)[:, self._checked]
         self.sound[at : at + count] = False
         self.sound[at : at + whole] = (words == self._expected).all(axis=1)
 
