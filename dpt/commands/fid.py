@@ -4,8 +4,8 @@ An interrupted run goes on where it stopped. On several GPUs: deepspeed --module
 """
 
 import argparse
+import dataclasses
 import os
-from typing import Any
 
 from dpt.commands.options import add_sampling_options, sampling_config
 from dpt.config.generation import GenerationConfig
@@ -67,9 +67,7 @@ def run(arguments: argparse.Namespace) -> None:
 def _recipe(arguments: argparse.Namespace) -> Recipe:
     """The command line as a recipe, which is what MLflow keeps."""
     source = "the command line"
-    names = ("images", "reference", "num_images", "labels", "guidance_channels", "features", "features_sha256", "dinov2")
-    names += ("dinov2_sha256", "neighbours", "manifold_images", "save_reference")
-    generation: dict[str, Any] = {name: getattr(arguments, name) for name in names}
+    generation = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(GenerationConfig)}
     tracking = {"uri": arguments.uri, "experiment": arguments.experiment, "enabled": not arguments.no_tracking}
     return Recipe(
         deepspeed={},

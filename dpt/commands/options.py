@@ -44,7 +44,9 @@ def add_sampling_options(
     parser.add_argument("--guidance-interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("LOW", "HIGH"),
                         help="noise levels, as shares of the timesteps, at which guidance acts (default: 0 1)")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="seed of the initial noise (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=16, help="predictions computed at once (default: %(default)s)")
+    parser.add_argument(
+        "--batch-size", "--batch", type=int, default=16, help="predictions computed at once (default: %(default)s)"
+    )
     parser.add_argument("--precision", default="fp32", choices=("fp32", "tf32", "bf16"),
                         help="of the network's products; tf32 is for GPUs (default: %(default)s)")  # fmt: skip
     if not on_ranks:

@@ -16,7 +16,7 @@ from dpt.evaluation.feature_networks import FeatureNetwork
 from dpt.evaluation.image_metrics import Moments, ScoreSums, combine_moments, frechet_distance, precision_recall
 from dpt.evaluation.image_sources import ImageSource, Statistics
 from dpt.evaluation.prediction import Predictor, float32_products
-from dpt.progress import progress
+from dpt.progress import Progress, progress
 
 _ROWS = 2048
 
@@ -76,12 +76,9 @@ def collect_features(
     pooled, spatial, scores = _Sums(), _Sums(), ScoreSums()
     found: list[tuple[np.ndarray, np.ndarray]] = []
     starts = range(distributed.rank() * batch_size, count, distributed.world_size() * batch_size)
-    with (
-        distributed.together(),
-        float32_products("fp32", distributed.device()),
-        progress(len(starts), f"features of {title}", "batch") as bar,
-    ):
-        for start in starts:
+    bar: Progress[int] = progress(starts, f"features of {title}", "batch")
+    with distributed.together(), float32_products("fp32", distributed.device()):
+        for start in bar:
             numbers = np.arange(start, min(start + batch_size, count))
             batch = np.stack([source[int(i)] for i in numbers])
             features = network(torch.from_numpy(batch).permute(0, 3, 1, 2).contiguous())
@@ -94,7 +91,6 @@ def collect_features(
                 scores.add(numbers.tolist(), features.probabilities.numpy())
             chosen = np.isin(numbers, kept)
             found.append((numbers[chosen], features.pooled.numpy()[chosen]))
-            bar.update()
     pooled.flush()
     spatial.flush()
     parts = distributed.gather_objects((pooled.total, spatial.total, scores, found))
@@ -161,10 +157,7 @@ def write_samples(
     seed, its number and its label, and not on who computes it. settings: all else that the images depend on, kept in
     FOLDER/settings.json. UserError if the images there were made with other ones.
     """
-    with distributed.together():
-        if distributed.is_main():
-            folder.mkdir(parents=True, exist_ok=True)
-            _check_settings(folder, settings or {})
+    claim_folder(folder, settings or {})
     size = predictor.config.batch_size
     batches = [range(start, min(start + size, len(labels))) for start in range(0, len(labels), size)]
     there = {path.name for path in folder.glob("*.png")}
@@ -173,7 +166,8 @@ def write_samples(
     if done:
         distributed.log(f"{folder} has {done} of {len(labels)} images.")
     mine = missing[distributed.rank() :: distributed.world_size()]
-    with distributed.together(), progress(sum(map(len, mine)), "generate", "image") as bar:
+    bar: Progress[int] = progress(sum(map(len, mine)), "generate", "image")
+    with distributed.together(), bar:
         for batch in mine:
             images = predictor.generate(
                 [labels[i] for i in batch],
@@ -190,8 +184,15 @@ def write_samples(
     distributed.barrier()
 
 
+def claim_folder(folder: Path, settings: dict[str, Any]) -> None:
+    """Keep the settings beside the images to come; UserError if those there are of other ones. Collective."""
+    with distributed.together():
+        if distributed.is_main():
+            folder.mkdir(parents=True, exist_ok=True)
+            _check_settings(folder, settings)
+
+
 def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
-    """Keep the settings beside the images; UserError if those there are of other ones."""
     file = folder / "settings.json"
     settings = json.loads(json.dumps(settings, default=str))
     if file.is_file():

@@ -11,7 +11,7 @@ from dpt.config.recipe import Recipe
 from dpt.config.sections import DataConfig, EvaluationConfig
 from dpt.errors import UserError
 from dpt.evaluation.feature_networks import FeatureNetwork, load_dinov2, load_features
-from dpt.evaluation.generation import collect_features, compare_features, spread_labels, write_samples
+from dpt.evaluation.generation import claim_folder, collect_features, compare_features, spread_labels, write_samples
 from dpt.evaluation.image_metrics import frechet_distance
 from dpt.evaluation.image_sources import ImageSource, label_counts
 from dpt.evaluation.prediction import Predictor
@@ -62,6 +62,10 @@ def score_generation(
         _check_counts(config, count, reference)
         labels = [] if predictor is None else _labels(config, predictor.model.num_classes, cache_dir)
     settings = _settings(config, evaluation, predictor, count, resolution, network, dinov2, reference)
+    made_with: dict[str, Any] = {}
+    if predictor is not None:
+        made_with = {**settings["sampling"], "weights_sha256": weights_sha256(predictor), "labels": config.labels}
+        claim_folder(output / "images", made_with)
     distributed.log(format_settings(settings))
     real, real_dinov2 = reference.statistics(network), None
     if dinov2 is not None and reference.source is not None:
@@ -73,7 +77,7 @@ def score_generation(
             labels,
             steps=evaluation.steps[-1],
             guidance_channels=config.guidance_channels,
-            settings={**settings["sampling"], "weights_sha256": weights_sha256(predictor), "labels": config.labels},
+            settings=made_with,
         )
         images = ImageSource(output / "images", resolution, count=count)
     generated = collect_features(images, network, title="the images")

@@ -107,7 +107,9 @@ def _shard_codec(shards: ShardFolder, codec: Any) -> Any:
 
 
 def label_counts(path: str, num_classes: int, cache_dir: str = "") -> list[int]:
-    """How often each of `num_classes` labels is in class shards. UserError if there are others."""
+    """How often each of `num_classes` labels is in class shards. UserError if there are others, or it is something else."""
+    if not is_url(path) and not (Path(path) / MANIFEST_NAME).is_file():
+        raise UserError(f"{path}: shares of the labels are taken from class shards; give those as reference.")
     shards = _open_shards(path, cache_dir)
     counts = [0] * num_classes
     for number in range(len(shards)):
@@ -221,5 +223,5 @@ def write_statistics(path: str | Path, statistics: Statistics) -> None:
     }
     temporary = path.with_name(f".{path.name}.part")
     with temporary.open("wb") as file:
-        np.savez(file, allow_pickle=False, **{name: value for name, value in arrays.items() if value is not None})  # type: ignore[arg-type]
+        np.savez(file, allow_pickle=False, **{name: value for name, value in arrays.items() if value is not None})
     temporary.replace(path)
