@@ -87,10 +87,11 @@ def test_fid_of_weights_against_shards(tmp_path: Path, capsys, monkeypatch) -> N
 
     depth = _weights(tmp_path, "depth")
     np.savez(tmp_path / "small.npz", random_images(9, 0, side=32))
+    np.savez(tmp_path / "fitting.npz", random_images(9, 0, side=64))
     for arguments, words in (
         ([*command[:1], str(depth), *command[2:]], "only class-conditional weights generate images"),
         ([*command, "--guidance", "3"], "made with guidance_scale 1.5, not 3.0"),
-        ([*command, "--reference", str(tmp_path / "small.npz")], "shares of the labels are taken from class shards"),
+        ([*command, "--reference", str(tmp_path / "fitting.npz")], "shares of the labels are taken from class shards"),
         (
             [*command, "--reference", str(tmp_path / "small.npz"), "--labels", "balanced"],
             "32 x 32 pixels, for images of 64 x 64",

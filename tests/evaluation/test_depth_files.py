@@ -16,7 +16,7 @@ def read_exr(path: Path) -> np.ndarray:
     assert struct.unpack_from("<2i", data) == (20000630, 2)
     at, attributes = 8, {}
     while data[at]:
-        name, kind, rest = data[at:].split(b"\0", 2)
+        name, kind, _ = data[at:].split(b"\0", 2)
         at += len(name) + len(kind) + 2
         (size,) = struct.unpack_from("<i", data, at)
         attributes[name.decode()] = (kind.decode(), data[at + 4 : at + 4 + size])

@@ -44,7 +44,7 @@ def test_a_long_video_neither_flickers_nor_fades():
         if number == 0:
             first, limits = last, carried.limits
     assert last.value.std() == pytest.approx(first.value.std(), rel=0.1)
-    assert last.value.mean() == pytest.approx(first.value.mean(), abs=0.1 * first.value.std())
+    assert last.value.mean() == pytest.approx(first.value.mean(), abs=0.1 * float(first.value.std()))
     assert carried.limits == limits
     carried.align(_prediction(-scene))  # a cut
     assert carried.limits != limits
@@ -100,7 +100,7 @@ def test_frames_start_from_the_same_noise_and_a_stopped_video_goes_on(tmp_path, 
     files = predict_video(predictor, clip, tmp_path / "gif", task="depth", outputs=outputs)
     assert files[-1] == tmp_path / "gif" / "clip_depth.gif"
     with Image.open(files[-1]) as made:
-        assert (made.n_frames, made.size) == (5, (32, 32))
+        assert (made.n_frames, made.size) == (4, (32, 32))  # equal ones are one
     with pytest.raises(UserError, match="whole objects need a mask"):
         predict_video(predictor, clip, tmp_path / "gif", task="amodal", outputs=OutputConfig())
 
