@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import runpy
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -51,10 +53,36 @@ def _weights(folder: Path, task: str = "class") -> Path:
     return export_weights(model, folder / task, sections=sections)
 
 
-def test_fid_of_weights_against_shards(tmp_path: Path, capsys, monkeypatch) -> None:
+@pytest.fixture(autouse=True)
+def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "0")  # so that they are put back
         monkeypatch.delenv(name)
+
+
+def test_the_evaluator_scores_images_where_a_reference_is_named(tmp_path: Path, capsys, monkeypatch) -> None:
+    path, sha256 = save_network(Random(), tmp_path / "features.pt")
+    np.savez(tmp_path / "real.npz", random_images(9, 0, side=64))
+    recipe = {"generation": {"reference": str(tmp_path / "real.npz"), "num_images": 5, "features": path}}
+    recipe["generation"]["features_sha256"] = sha256
+    recipe |= {"tracking": {"offline": True}, "evaluation": {"steps": [1], "output_dir": str(tmp_path / "out")}}
+    (tmp_path / "recipe.json").write_text(json.dumps({"dpt": recipe}))
+    launcher = Path(__file__).resolve().parents[1] / "launchers" / "evaluate.py"
+    command = ["--ds_config", str(tmp_path / "recipe.json"), "--weights", str(_weights(tmp_path))]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *command])
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(launcher), run_name="__main__")
+    assert "Inception Score" in capsys.readouterr().out
+    (spool,) = (tmp_path / "out" / "tracking").glob("*.jsonl")
+    records = [json.loads(line) for line in spool.read_text().splitlines()]
+    (start,) = [r for r in records if r["kind"] == "start"]
+    (metrics,) = [r for r in records if r["kind"] == "metrics"]
+    assert (start["stage"], start["parents"]) == ("evaluate", ["the-training"])  # which nests it in MLflow
+    figures = json.loads((tmp_path / "out" / "fid.json").read_text())["metrics"]
+    assert {f"eval/class/{n}": v for n, v in figures.items()}.items() <= metrics["values"].items()
+
+
+def test_fid_of_weights_against_shards(tmp_path: Path, capsys, monkeypatch) -> None:
     weights, shards = _weights(tmp_path), _shards(tmp_path / "shards", [0, 1, 1, 1, 3, 3])
     path, sha256 = save_network(Random(), tmp_path / "features.pt")
     network = ["--features", path, "--features-sha256", sha256]

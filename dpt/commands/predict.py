@@ -77,18 +77,19 @@ def run(arguments: argparse.Namespace) -> None:
     )
     task = arguments.task or predictor.task
     settings = {name: value for name, value in vars(arguments).items() if name not in _NOT_SETTINGS}
-    done = predict_files(
-        predictor,
-        jobs,
-        arguments.out,
-        task=task,
-        outputs=outputs,
-        resolution=arguments.resolution,
-        embed=_embedding(arguments, predictor, task),
-        settings={"task": task, "weights": weights_sha256(predictor), **settings},
-        again=arguments.again,
-        report=lambda path: print(path, flush=True),
-    )
+    with distributed.together():
+        done = predict_files(
+            predictor,
+            jobs,
+            arguments.out,
+            task=task,
+            outputs=outputs,
+            resolution=arguments.resolution,
+            embed=_embedding(arguments, predictor, task),
+            settings={"task": task, "weights": weights_sha256(predictor), **settings},
+            again=arguments.again,
+            report=lambda path: print(path, flush=True),
+        )
     failed = [text for part in distributed.gather_objects(done.failed) for text in part]
     skipped = sum(distributed.gather_objects(done.skipped))
     if skipped:

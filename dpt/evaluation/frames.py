@@ -169,7 +169,7 @@ def _decode(path: Path) -> Iterator[np.ndarray]:
             for frame in container.decode(video=0):
                 yield frame.to_ndarray(format="rgb24")
         except av.error.FFmpegError as error:
-            raise UserError(f"{path}: the video breaks off ({error}); what was read before is written.") from error
+            raise UserError(f"{path}: the video breaks off ({error}); cut it there, or convert it anew.") from error
 
 
 def write_video(path: Path, pictures: Sequence[Path], rate: float, kind: str = ".mp4") -> None:

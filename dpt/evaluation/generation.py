@@ -80,8 +80,8 @@ def collect_features(
     with distributed.together(), float32_products("fp32", distributed.device()):
         for start in bar:
             numbers = np.arange(start, min(start + batch_size, count))
-            batch = np.stack([source[int(i)] for i in numbers])
-            features = network(torch.from_numpy(batch).permute(0, 3, 1, 2).contiguous())
+            batch = torch.from_numpy(source.batch(numbers.tolist()))
+            features = network(batch.permute(0, 3, 1, 2).contiguous())
             if not bool(features.pooled.isfinite().all()):
                 raise UserError(f"{network.name}: the features of {title} {start} and on are not finite; give another network.")
             pooled.add(features.pooled.numpy())

@@ -201,7 +201,9 @@ def run_generation(recipe: Recipe, *, vae: str = "", read: Callable[..., Weights
     ) as run:
         summary = score_generation(config, evaluation, predictor, cache_dir=recipe.dpt.data.cache_dir)
         settings = summary["settings"]
-        run.set_tags({"dpt.dataset": config.reference, "dpt.protocol": format_settings(settings).replace("\n", "; ")})
+        run.set_tags(
+            {"dpt.dataset": Path(config.reference).name, "dpt.protocol": format_settings(settings).replace("\n", "; ")}
+        )
         figures = summary["metrics"] | {"num_samples": float(settings["num_images"])}
         if "macs_per_image" in settings:
             figures["macs"] = settings["macs_per_image"]

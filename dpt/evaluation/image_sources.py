@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from dpt import distributed
 from dpt.data.codec import load_vae, mean_latents
 from dpt.data.manifest import MANIFEST_NAME
 from dpt.data.reader import SampleError
@@ -57,7 +58,7 @@ class ImageSource(Sequence[np.ndarray]):
             raise UserError(
                 f"{path}: no images there; give a folder of pictures, an .npz with arr_0 uint8 [N, H, W, 3], or shards."
             )
-        self.resolution = resolution or min(self._read(0).shape[:2])
+        self.resolution = resolution or min(self._read([0])[0].shape[:2])
 
     @property
     def prepared(self) -> bool:
@@ -70,21 +71,25 @@ class ImageSource(Sequence[np.ndarray]):
         return min(found, self._count) if self._count else found
 
     def __getitem__(self, number: Any) -> Any:
-        image = self._read(number)
-        same = image.shape[:2] == (self.resolution, self.resolution)
-        return image if same else centre_crop(image, self.resolution)
+        return self.batch([number])[0]
 
-    def _read(self, number: int) -> np.ndarray:
+    def batch(self, numbers: Sequence[int]) -> np.ndarray:
+        """Images uint8 `[B, H, W, 3]` by their numbers."""
+        side = (self.resolution, self.resolution)
+        images = self._read(numbers)
+        return np.stack([image if image.shape[:2] == side else centre_crop(image, self.resolution) for image in images])
+
+    def _read(self, numbers: Sequence[int]) -> list[np.ndarray]:
         if self._shards is not None:
             try:
-                latents = self._shards[number]["latents"]
+                moments = np.stack([self._shards[number]["latents"] for number in numbers])
             except SampleError as error:
                 raise UserError(f"{error}; encode the set anew.") from error
-            scaled = mean_latents(torch.from_numpy(latents), self._codec.scaling_factor)
-            return image_to_uint8(self._codec.decode(scaled[None])[0].cpu().numpy())
+            decoded = self._codec.decode(mean_latents(torch.from_numpy(moments), self._codec.scaling_factor))
+            return [image_to_uint8(image) for image in decoded.cpu().numpy()]
         if self._array is not None:
-            return np.asarray(self._array[number])
-        return read_picture(self._files[number])
+            return [np.asarray(self._array[number]) for number in numbers]
+        return [read_picture(self._files[number]) for number in numbers]
 
 
 def _open_shards(path: str, cache_dir: str) -> ShardFolder:
@@ -98,7 +103,7 @@ def _shard_codec(shards: ShardFolder, codec: Any) -> Any:
     """The VAE of the shards' latents: `codec` if it is that one. UserError if it cannot be had."""
     record = shards.manifest.vae
     if codec is None:
-        codec = load_vae(record.name, latent_channels=record.latent_channels)
+        codec = load_vae(record.name, latent_channels=record.latent_channels).to(distributed.device())
     if codec.sha256 != record.sha256:
         raise UserError(
             f"{shards.folder}: the latents were made by VAE {record.name!r}, not by the one at hand; name that one."

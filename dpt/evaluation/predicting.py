@@ -1,5 +1,7 @@
 """Predictions for any number of files: a few in memory at a time, written as they come, gone on with after a stop."""
 
+import contextlib
+import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -9,6 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from dpt import distributed
@@ -16,8 +19,9 @@ from dpt.errors import UserError
 from dpt.evaluation.frames import Source
 from dpt.evaluation.outputs import OutputConfig, write_outputs
 from dpt.evaluation.prediction import Predictor
+from dpt.evaluation.videos import predict_video
 from dpt.pictures import read_mask, read_picture
-from dpt.progress import progress
+from dpt.progress import Progress, progress
 
 Embed = Callable[[np.ndarray, np.ndarray], Tensor]
 """uint8 `[H, W, 3]`, mask bool `[H, W]` -> CLIP embedding `[D]`."""
@@ -51,7 +55,8 @@ class DoneLog:
 
     def __init__(self, out: Path, settings: Any) -> None:
         self._out, self._folder = out, out / ".done"
-        self._settings = json.loads(json.dumps(settings, default=str))
+        text = json.dumps(settings, sort_keys=True, default=str)
+        self._settings = hashlib.sha256(text.encode()).hexdigest()[:16]
         self._file: IO[str] | None = None
 
     def read(self) -> dict[str, list[Any]]:
@@ -115,50 +120,57 @@ def predict_files(
     `again`. Ranks share the jobs: videos one by one, pictures in batches that are the same for any number of ranks. What cannot
     be read is left out and named in the result; the rest is written. UserError if the network cannot predict at all.
     """
-    from dpt.evaluation.videos import predict_video
-
     task = predictor.check_task(task or predictor.task).name
     outputs = outputs or OutputConfig()
     outputs.for_task(task)
-    log = DoneLog(out, settings)
+    log, done = DoneLog(out, settings), Progressed()
     known = distributed.broadcast_object(log.read() if distributed.is_main() else {}) if settings is not None else {}
-    done = Progressed()
-    videos = [job for job in jobs if job.source.is_video]
-    pictures = [job for job in jobs if not job.source.is_video]
-    size = max(1, predictor.config.batch_size // predictor.config.ensemble[-1])
-    batches = [pictures[start : start + size] for start in range(0, len(pictures), size)]
-    rank, ranks = distributed.rank(), distributed.world_size()
-    mine = [[j for j in batch if again or not log.has(known, j)] for batch in batches[rank::ranks]]
-    mine_videos = [j for j in videos[rank::ranks] if again or not log.has(known, j)]
-    done.skipped = sum(map(len, batches[rank::ranks])) + len(videos[rank::ranks]) - sum(map(len, mine)) - len(mine_videos)
-    total = sum(map(len, mine)) + len(mine_videos)
-    with progress(total, f"predict {task}", "file") as bar:
-        for batch, read in _read_ahead([b for b in mine if b], task):
-            problems = [r for r in read if isinstance(r, str)]
-            done.failed += problems
-            bar.update(len(problems))
-            sound = [(j, r) for j, r in zip(batch, read, strict=True) if not isinstance(r, str)]
+    batches, videos = _share(jobs, max(1, predictor.config.batch_size // predictor.config.ensemble[-1]))
+    here = sum(map(len, batches)) + len(videos)
+    if not again:
+        batches = [[job for job in batch if not log.has(known, job)] for batch in batches]
+        videos = [job for job in videos if not log.has(known, job)]
+    total = sum(map(len, batches)) + len(videos)
+    done.skipped = here - total
+    bar: Progress[int] = progress(total, f"predict {task}", "file")
+
+    def keep(job: Job, files: list[Path]) -> None:
+        log.add(job, files)
+        done.written += files
+        for file in files:
+            report(file)
+        bar.update()
+
+    def leave_out(problem: str) -> None:
+        done.failed.append(problem)
+        bar.update()
+
+    with contextlib.closing(log), bar:
+        for batch, read in _read_ahead([batch for batch in batches if batch], task):
+            for problem in (r for r in read if isinstance(r, str)):
+                leave_out(problem)
+            sound = [(job, r) for job, r in zip(batch, read, strict=True) if not isinstance(r, str)]
             for job, files in _predict_batch(predictor, sound, out, task, outputs, resolution, embed):
-                log.add(job, files)
-                done.written += files
-                for file in files:
-                    report(file)
-                bar.update()
-        for job in mine_videos:
+                keep(job, files)
+        for job in videos:
+            made_with = None if again else settings
             try:
                 files = predict_video(
-                    predictor, job.source, out, task=task, outputs=outputs, resolution=resolution, settings=settings
+                    predictor, job.source, out, task=task, outputs=outputs, resolution=resolution, settings=made_with
                 )
+                keep(job, files)
             except UserError as error:
-                done.failed.append(str(error))
-            else:
-                log.add(job, files)
-                done.written += files
-                for file in files:
-                    report(file)
-            bar.update()
-    log.close()
+                leave_out(str(error))
     return done
+
+
+def _share(jobs: Sequence[Job], size: int) -> tuple[list[list[Job]], list[Job]]:
+    """This rank's pictures, in batches of `size`, and its videos."""
+    rank, ranks = distributed.rank(), distributed.world_size()
+    videos = [job for job in jobs if job.source.is_video]
+    pictures = [job for job in jobs if not job.source.is_video]
+    batches = [pictures[start : start + size] for start in range(0, len(pictures), size)]
+    return batches[rank::ranks], videos[rank::ranks]
 
 
 def _predict_batch(
@@ -171,8 +183,6 @@ def _predict_batch(
     embed: Embed | None,
 ) -> Iterator[tuple[Job, list[Path]]]:
     """Predictions of pictures that are read, written one by one."""
-    import torch
-
     if not batch:
         return
     images = [image for _, (image, _) in batch]

@@ -13,7 +13,7 @@ from dpt.errors import UserError
 from dpt.evaluation.frames import ANIMATIONS, Source, can_encode, count_frames, frame_rate, iter_frames, write_video
 from dpt.evaluation.outputs import OutputConfig, write_atomically, write_outputs
 from dpt.evaluation.prediction import Prediction, Predictor
-from dpt.progress import progress
+from dpt.progress import Progress, progress
 
 CUT = 0.5
 """Correlation of two frames' depths below which the later one begins a new scene."""
@@ -98,8 +98,9 @@ def predict_video(
     steps = _pairs(iter_frames(source)) if task == "flow" else ((frame, None) for frame in iter_frames(source))
     number = start
     files: list[Path] = [f for i in range(start) for f in sorted(folder.glob(f"{i:06d}_*"))]
-    with progress(max(total - start, 0), f"predict {name}", "frame") as bar:
-        frames = islice(steps, start, None)
+    frames = islice(steps, start, None)
+    bar: Progress[int] = progress(max(total - start, 0), f"predict {name}", "frame")
+    with bar:
         while batch := list(islice(frames, size)):
             if len({image.shape for image, _ in batch}) > 1:
                 raise UserError(f"{source.path}: its frames differ in size from number {number} on; give those of one video.")
