@@ -51,7 +51,7 @@ def test_folders_in_every_format_and_what_cannot_be_read(pictures, tmp_path, cap
     printed = capsys.readouterr()
     assert stop.value.code == 2
     assert "broken.png: not a picture that can be read" in printed.err
-    assert "(1 of 6 could not be predicted; the others are written.)" in printed.err
+    assert "; 1 of 6 could not be predicted, the others are written." in printed.err
     written = sorted(Path(line) for line in printed.out.splitlines())
     assert len(written) == 25
     assert all(path.is_file() for path in written)

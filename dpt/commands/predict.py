@@ -96,8 +96,8 @@ def run(arguments: argparse.Namespace) -> None:
         distributed.log(f"{skipped} of {len(jobs)} were there already, with the same settings (--again predicts them anew).")
     distributed.shutdown()
     if failed:
-        more = f" ({len(failed)} of {len(jobs)} could not be predicted; the others are written.)" if len(jobs) > 1 else ""
-        raise UserError(f"{failed[0]}{more}")
+        rest = f"; {len(failed)} of {len(jobs)} could not be predicted, the others are written." if len(jobs) > 1 else "."
+        raise UserError(failed[0].rstrip(".") + rest)
 
 
 _NOT_SETTINGS = (

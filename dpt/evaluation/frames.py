@@ -162,9 +162,9 @@ def _open(path: Path) -> Any:
 
 
 def _decode(path: Path) -> Iterator[np.ndarray]:
-    import av
-
     with _open(path) as container:
+        import av
+
         try:
             for frame in container.decode(video=0):
                 yield frame.to_ndarray(format="rgb24")
