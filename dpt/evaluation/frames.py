@@ -149,7 +149,7 @@ def _open(path: Path) -> Any:
         import av
     except ImportError as error:
         raise UserError(
-            f"{path}: reading videos needs the package av (pip install av); or give a folder with --frames."
+            f"{path}: reading videos needs the package av (install dpt[video]); or give a folder with --frames."
         ) from error
     try:
         container = av.open(str(path))
