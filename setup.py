@@ -44,6 +44,7 @@ setup(
     extras_require={
         "flash": ["flash-attn>=2.8"],
         "clip": ["transformers>=5.0"],
+        "video": ["av>=14"],
         "test": [
             "pytest>=9",
             "pytest-xdist>=3.6",

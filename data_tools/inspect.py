@@ -13,10 +13,9 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from data_tools.encoding.shards import file_sha256
 from dpt import distributed, tasks
 from dpt.data.codec import VAECodec, load_vae
-from dpt.data.manifest import Manifest
+from dpt.data.manifest import Manifest, file_sha256
 from dpt.data.reader import SampleError
 from dpt.data.shards import ShardFolder
 from dpt.errors import UserError, reported

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 COMMANDS = {
     "predict": "depth, optical flow or whole-object masks of pictures",
     "sample": "class-conditional images",
+    "fid": "FID, sFID, Inception Score, precision, recall and FD-DINOv2 of class-conditional weights",
     "report": "write one HTML page about an experiment",
     "compare": "put runs side by side",
     "laws": "fit power laws to runs and draw them",
@@ -30,6 +31,10 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; bad input ends in one sentence and exit code 2."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments and arguments[0].startswith(
+        "--local_rank="
+    ):  # which the DeepSpeed launcher puts first; it sets LOCAL_RANK too
+        del arguments[0]
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(usage())
         return 0

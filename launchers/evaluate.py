@@ -1,4 +1,5 @@
-"""Score a model's predictions by each data set's own protocol, over sampler steps and ensemble sizes."""
+"""Score a model's predictions by each data set's own protocol, over sampler steps and ensemble sizes; or, with
+--generation.reference, the images of class-conditional weights."""
 
 import os
 
@@ -12,9 +13,13 @@ if __name__ == "__main__":
         recipe = parse_command("evaluate", __doc__ or "", "evaluation")
         if int(os.environ["WORLD_SIZE"]) > 1:
             distributed.init()
+        from dpt.evaluation.generation_runner import format_metrics, run_generation
         from dpt.evaluation.runner import run_evaluation
         from dpt.evaluation.summary import format_summary
         from dpt.training.export import load_weights
 
-        distributed.log(format_summary(run_evaluation(recipe, read=load_weights)))
+        if recipe.dpt.generation.reference:
+            distributed.log(format_metrics(run_generation(recipe, read=load_weights)))
+        else:
+            distributed.log(format_summary(run_evaluation(recipe, read=load_weights)))
         distributed.shutdown()

@@ -115,9 +115,3 @@ def npy_bytes(array: np.ndarray) -> bytes:
     assert array.dtype.name in _DTYPES, f"members have dtype {', '.join(_DTYPES)}, not {array.dtype}"
     little = array.astype(array.dtype.newbyteorder("<"), copy=False)
     return npy_header(array.dtype.name, array.shape) + little.tobytes(order="C")
-
-
-def file_sha256(path: str | Path) -> str:
-    """Hash of a file's bytes."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

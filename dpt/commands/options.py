@@ -1,6 +1,7 @@
 """Options that several commands share."""
 
 import argparse
+from typing import Any
 
 from dpt.config.recipe import section_from_dict
 from dpt.config.sections import EvaluationConfig, TrackingConfig
@@ -26,12 +27,15 @@ def selected_runs(arguments: argparse.Namespace) -> tuple[list[RunRecord], list[
     return records, with_ancestors(records, arguments.uri)
 
 
-def add_sampling_options(parser: argparse.ArgumentParser, *, steps: int, guidance: float) -> None:
-    """Weights, and how the sampler goes."""
-    parser.add_argument("--weights", required=True, help="exported weights, a checkpoint, or public weights")
+def add_sampling_options(
+    parser: argparse.ArgumentParser, *, steps: int, guidance: float, sampler: str = "ddim", on_ranks: bool = False
+) -> None:
+    """Weights, and how the sampler goes. on_ranks: for a command with its own `weights`, whose ranks have a device each."""
+    if not on_ranks:
+        parser.add_argument("--weights", required=True, help="exported weights, a checkpoint, or public weights")
     parser.add_argument("--vae", default="", help="VAE, where the weights do not name theirs")
     parser.add_argument("--steps", type=int, default=steps, help="sampler steps (default: %(default)s)")
-    parser.add_argument("--sampler", default="ddim", choices=("ddim", "ddpm", "dpmsolver++"), help="(default: %(default)s)")
+    parser.add_argument("--sampler", default=sampler, choices=("ddim", "ddpm", "dpmsolver++"), help="(default: %(default)s)")
     parser.add_argument("--schedule", default="", choices=("linear", "scaled_linear", "squaredcos_cap_v2"),
                         help="noise schedule at test time, with its usual betas (default: the one of training)")  # fmt: skip
     parser.add_argument("--timestep-spacing", default="", choices=("leading", "trailing", "linspace"),
@@ -40,15 +44,18 @@ def add_sampling_options(parser: argparse.ArgumentParser, *, steps: int, guidanc
     parser.add_argument("--guidance-interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("LOW", "HIGH"),
                         help="noise levels, as shares of the timesteps, at which guidance acts (default: 0 1)")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="seed of the initial noise (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=16, help="predictions computed at once (default: %(default)s)")
+    parser.add_argument(
+        "--batch-size", "--batch", type=int, default=16, help="predictions computed at once (default: %(default)s)"
+    )
     parser.add_argument("--precision", default="fp32", choices=("fp32", "tf32", "bf16"),
                         help="of the network's products; tf32 is for GPUs (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--device", help="e.g. cuda:0 or cpu (default: the accelerator, if there is one)")
+    if not on_ranks:
+        parser.add_argument("--device", help="e.g. cuda:0 or cpu (default: the accelerator, if there is one)")
 
 
-def sampling_config(arguments: argparse.Namespace) -> EvaluationConfig:
-    """The options of `add_sampling_options` (and --ensemble) as the section that the predictor takes."""
-    values = {
+def sampling_config(arguments: argparse.Namespace, **more: Any) -> EvaluationConfig:
+    """The options of `add_sampling_options` (and --ensemble) as the section that the predictor takes, with further fields."""
+    values = more | {
         "steps": [arguments.steps],
         "ensemble": [getattr(arguments, "ensemble", 1)],
         "sampler": arguments.sampler,

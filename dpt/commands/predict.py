@@ -1,68 +1,165 @@
-"""Predict depth, optical flow or whole-object masks of pictures with trained weights."""
+"""Predict depth, optical flow or whole-object masks of pictures, folders and videos with trained weights.
+
+Results are written as they come; the same command goes on after a stop. On several GPUs: deepspeed --module dpt.cli predict
+..., or torchrun -m dpt.cli predict ...
+"""
 
 import argparse
+import os
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from dpt.commands.options import add_sampling_options, sampling_config
 from dpt.errors import UserError
-from dpt.pictures import read_mask, read_picture
-from dpt.tasks import visible_object
+
+if TYPE_CHECKING:
+    from dpt.evaluation.frames import Source
+    from dpt.evaluation.predicting import Embed, Job
+    from dpt.evaluation.prediction import Predictor
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="pictures of any size")
+    parser.add_argument("inputs", nargs="+", type=Path, metavar="INPUT", help="pictures of any size, folders of them, videos")
     parser.add_argument("--task", choices=("depth", "flow", "amodal"), help="(default: what the weights are for)")
-    parser.add_argument("--second", nargs="+", type=Path, default=[], help="flow: the second frame of each picture")
-    parser.add_argument("--mask", nargs="+", type=Path, default=[], help="amodal: the visible mask of each picture's object")
+    parser.add_argument("--second", nargs="+", type=Path, default=[],
+                        help="flow: second frame of each picture, or a folder with the same names")  # fmt: skip
+    parser.add_argument("--mask", nargs="+", type=Path, default=[],
+                        help="amodal: visible mask of each picture's object, or a folder with the same names")  # fmt: skip
     parser.add_argument("--clip", default="", metavar="FOLDER", help="amodal: CLIP image tower, if the weights need one")
+    parser.add_argument("--pattern", action="append", default=[],
+                        help='which files of folders, e.g. "*.png" (repeatable; default: all pictures and videos)')  # fmt: skip
+    parser.add_argument("--no-recursive", action="store_true", help="leave out folders within folders")
+    parser.add_argument("--frames", action="store_true", help="the pictures of a folder are the frames of one video, by name")
     parser.add_argument("--out", type=Path, default=Path("predictions"), help="folder of the results (default: %(default)s)")
+    parser.add_argument("--formats", default="",
+                        help="depth: npy, png16, colour, exr, ply; flow: flo, colour; amodal: mask, overlay "
+                             "(default: npy,png16,colour; the others: both)")  # fmt: skip
+    parser.add_argument("--fov", type=float, default=60.0,
+                        help="ply: the camera's horizontal field of view in degrees (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--focal", type=float, default=0.0, help="ply: focal length in pixels, in place of --fov")
+    parser.add_argument("--depth-range", type=float, nargs=2, default=(1.0, 5.0), metavar=("NEAR", "FAR"),
+                        help="ply: distances of the least and greatest depth, which is known up to scale and shift "
+                             "(default: 1 5)")  # fmt: skip
+    parser.add_argument("--again", action="store_true", help="predict what is there already, too")
     parser.add_argument("--resolution", type=int, default=0, help="longest side shown to the network (default: as trained)")
     parser.add_argument("--ensemble", type=int, default=1, help="predictions that are merged (default: %(default)s)")
     add_sampling_options(parser, steps=50, guidance=1.0)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from dpt.clip import load_clip
-    from dpt.evaluation.outputs import write_outputs
-    from dpt.evaluation.prediction import Predictor
-    from dpt.training.export import load_weights
+    from dpt import distributed
+    from dpt.evaluation.frames import find_sources
+    from dpt.evaluation.outputs import OutputConfig, formats_from_text
 
     if arguments.second and arguments.mask:
         raise UserError("--second is for flow and --mask for amodal; give one of them.")
-    if arguments.clip and len(arguments.mask) != len(arguments.images):
-        raise UserError(
-            f"--clip embeds visible objects: give a --mask for each picture ({len(arguments.images)} pictures, "
-            f"{len(arguments.mask)} masks)."
-        )
-    images = [read_picture(path) for path in arguments.images]
-    others = [read_picture(p) for p in arguments.second] or [read_mask(p) for p in arguments.mask]
-    for path, image, other in zip(arguments.images, images, others, strict=False):
-        if other.shape[:2] != image.shape[:2]:
-            sizes = [f"{a.shape[1]} x {a.shape[0]}" for a in (image, other)]
-            raise UserError(
-                f"{path} is of {sizes[0]} pixels, its {'second frame' if arguments.second else 'mask'} of {sizes[1]}."
-            )
-    names = _unique_names(arguments.images)
+    outputs = OutputConfig(
+        formats=formats_from_text(arguments.formats),
+        fov=arguments.fov,
+        focal=arguments.focal,
+        near=arguments.depth_range[0],
+        far=arguments.depth_range[1],
+    )
+    sources = find_sources(
+        arguments.inputs, patterns=arguments.pattern, recursive=not arguments.no_recursive, as_frames=arguments.frames
+    )
+    jobs = _jobs(sources, arguments)
+    distributed.set_environment()
+    if int(os.environ["WORLD_SIZE"]) > 1:
+        distributed.init()
+    from dpt.evaluation.predicting import predict_files
+    from dpt.evaluation.prediction import Predictor
+    from dpt.evaluation.runner import weights_sha256
+    from dpt.training.export import load_weights
+
     predictor = Predictor(
         arguments.weights, config=sampling_config(arguments), vae=arguments.vae, device=arguments.device, read=load_weights
     )
     task = arguments.task or predictor.task
-    embeddings = None
-    if arguments.clip:
-        if task != "amodal" or not predictor.model.clip_embedding_size:
-            raise UserError(f"--clip is for amodal weights with CLIP embeddings; {arguments.weights} takes none: leave it out.")
-        clip = load_clip(arguments.clip)
-        clip.model.to(predictor.device)
-        embeddings = clip([visible_object(image, mask) for image, mask in zip(images, others, strict=True)])
-    predictions = predictor(
-        images, task=task, others=others or None, embeddings=embeddings, keys=names, resolution=arguments.resolution
-    )
-    for name, image, prediction in zip(names, images, predictions, strict=True):
-        for path in write_outputs(prediction, task, image, arguments.out, name):
-            print(path)
+    settings = {name: value for name, value in vars(arguments).items() if name not in _NOT_SETTINGS}
+    with distributed.together():
+        done = predict_files(
+            predictor,
+            jobs,
+            arguments.out,
+            task=task,
+            outputs=outputs,
+            resolution=arguments.resolution,
+            embed=_embedding(arguments, predictor, task),
+            settings={"task": task, "weights": weights_sha256(predictor), **settings},
+            again=arguments.again,
+            report=lambda path: print(path, flush=True),
+        )
+    failed = [text for part in distributed.gather_objects(done.failed) for text in part]
+    skipped = sum(distributed.gather_objects(done.skipped))
+    if skipped:
+        distributed.log(f"{skipped} of {len(jobs)} were there already, with the same settings (--again predicts them anew).")
+    distributed.shutdown()
+    if failed:
+        rest = f"; {len(failed)} of {len(jobs)} could not be predicted, the others are written." if len(jobs) > 1 else "."
+        raise UserError(failed[0].rstrip(".") + rest)
 
 
-def _unique_names(paths: list[Path]) -> list[str]:
-    """The files' names without suffix, numbered where two are the same."""
-    stems = [p.stem for p in paths]
-    return [stem if stems.count(stem) == 1 else f"{stem}_{stems[:i].count(stem)}" for i, stem in enumerate(stems)]
+_NOT_SETTINGS = (
+    "inputs",
+    "second",
+    "mask",
+    "pattern",
+    "no_recursive",
+    "frames",
+    "out",
+    "again",
+    "batch_size",
+    "device",
+    "weights",
+)
+"""Options that a picture's results do not depend on (which files belong to it is kept beside them)."""
+
+
+def _jobs(sources: "list[Source]", arguments: argparse.Namespace) -> "list[Job]":
+    """Each source with its second frame or mask."""
+    from dpt.evaluation.predicting import Job
+
+    given, option = (arguments.second, "--second") if arguments.second else (arguments.mask, "--mask")
+    if not given:
+        if arguments.clip:
+            raise UserError(
+                f"--clip embeds visible objects: give a --mask for each picture ({len(sources)} pictures, 0 masks)."
+            )
+        return [Job(source=source) for source in sources]
+    if any(source.is_video for source in sources):
+        raise UserError(f"{option} is for pictures; a video's frames follow each other.")
+    if len(given) == 1 and given[0].is_dir():
+        return [Job(source=source, other=_namesake(given[0], source, option)) for source in sources]
+    if len(given) != len(sources):
+        what = "second frame" if arguments.second else "visible mask"
+        raise UserError(f"{option}: each picture needs one {what}; {len(given)} were given for {len(sources)}.")
+    return [Job(source=source, other=other) for source, other in zip(sources, given, strict=True)]
+
+
+def _namesake(folder: Path, source: "Source", option: str) -> Path:
+    """The file of `folder` that is named as the source is, whatever its suffix."""
+    from dpt.evaluation.frames import PICTURES
+
+    for suffix in (source.path.suffix, *PICTURES):
+        if (path := folder / f"{source.name}{suffix}").is_file():
+            return path
+    raise UserError(f"{option} {folder}: nothing there is named {source.name}; name the files as the pictures are.")
+
+
+def _embedding(arguments: argparse.Namespace, predictor: "Predictor", task: str) -> "Embed | None":
+    """What embeds visible objects, if the command names an image tower."""
+    from dpt.clip import load_clip
+    from dpt.tasks import visible_object
+
+    if not arguments.clip:
+        return None
+    if task != "amodal" or not predictor.model.clip_embedding_size:
+        raise UserError(f"--clip is for amodal weights with CLIP embeddings; {arguments.weights} takes none: leave it out.")
+    clip = load_clip(arguments.clip)
+    clip.model.to(predictor.device)
+
+    def embed(image: Any, mask: Any) -> Any:
+        return clip([visible_object(image, mask)])[0]
+
+    return embed

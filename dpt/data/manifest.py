@@ -236,3 +236,9 @@ def choose_members(manifests: Mapping[str, Manifest], wanted: Collection[str] | 
     if missing := sorted(set(wanted or ()) - set(specs)):
         raise UserError(f"{first_name}: the shards hold no {missing[0]}; encode the set with it.")
     return specs
+
+
+def file_sha256(path: str | Path) -> str:
+    """Hash of a file's bytes."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

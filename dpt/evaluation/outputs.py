@@ -1,44 +1,138 @@
-"""A prediction as the files that a user of `dpt predict` gets."""
+"""A prediction as the files that a user of `dpt predict` gets. Every file is whole or not there."""
 
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from dpt.errors import UserError
+from dpt.evaluation.depth_files import point_cloud, write_exr, write_ply
 from dpt.evaluation.given import write_flo
 from dpt.evaluation.pictures import colour_depth, colour_error, colour_flow, overlay_mask
 from dpt.evaluation.prediction import Prediction
 
+FORMATS = {
+    "depth": ("npy", "png16", "colour", "exr", "ply"),
+    "flow": ("flo", "colour"),
+    "amodal": ("mask", "overlay"),
+}
+"""What a task's predictions can be written as."""
+DEFAULT_FORMATS = {"depth": ("npy", "png16", "colour"), "flow": ("flo", "colour"), "amodal": ("mask", "overlay")}
 
-def write_outputs(prediction: Prediction, task: str, image: np.ndarray, folder: Path, name: str) -> list[Path]:
+
+@dataclass(frozen=True, kw_only=True)
+class OutputConfig:
+    """Which files are written, and what a point cloud needs that depth up to scale and shift does not say."""
+
+    formats: tuple[str, ...] = ()
+    """Of `FORMATS`; empty: the task's `DEFAULT_FORMATS`."""
+    fov: float = 60.0
+    """Horizontal field of view of the camera in degrees."""
+    focal: float = 0.0
+    """Its focal length in pixels, in place of `fov`; 0: by `fov`."""
+    near: float = 1.0
+    """Distance that a point cloud gives to the least depth; with `far`, what it gives to the greatest, in any unit."""
+    far: float = 5.0
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.fov < 180.0:
+            raise UserError(f"--fov is {self.fov:g}; a field of view is between 0 and 180 degrees.")
+        if self.focal < 0.0:
+            raise UserError(f"--focal is {self.focal:g}; a focal length in pixels is positive.")
+        if not 0.0 < self.near < self.far:
+            raise UserError(f"--depth-range is {self.near:g} {self.far:g}; it must obey 0 < NEAR < FAR.")
+
+    def for_task(self, task: str) -> tuple[str, ...]:
+        """The formats for a task; UserError if it has not one of them."""
+        for name in self.formats:
+            if name not in FORMATS[task]:
+                raise UserError(f"--formats {name}: predictions of {task} are written as {', '.join(FORMATS[task])}.")
+        return self.formats or DEFAULT_FORMATS[task]
+
+
+def write_outputs(
+    prediction: Prediction,
+    task: str,
+    image: np.ndarray,
+    folder: Path,
+    name: str,
+    *,
+    config: OutputConfig | None = None,
+    limits: tuple[float, float] | None = None,
+) -> list[Path]:
     """Write FOLDER/NAME_*; the files in order.
 
-    depth: _depth.npy float32 (up to scale and shift), _depth.png 16 bits (least to greatest depth on 0 to 65535) and
-    _depth_colour.png. flow: _flow.flo in pixels, _flow.png on the colour wheel (full colour at the longest motion). amodal:
-    _mask.png, _overlay.png. With an ensemble also _uncertainty.npy and .png. image: the input uint8 `[H, W, 3]`.
+    depth: _depth.npy float32 (up to scale and shift), _depth.png 16 bits (least to greatest depth on 0 to 65535),
+    _depth_colour.png, _depth.exr (float32) and _depth.ply (points with the picture's colours; see `point_cloud`: least to
+    greatest depth on `config.near` to `config.far`). flow: _flow.flo in pixels, _flow.png on the colour wheel (full colour at
+    the longest motion). amodal: _mask.png, _overlay.png. With an ensemble also _uncertainty.npy and .png. image: the input
+    uint8 `[H, W, 3]`. limits: the depths, or (0, motion in pixels), that stand for the least and greatest, as the frames of a
+    video share them; default: the prediction's own.
     """
+    config = config or OutputConfig()
     folder.mkdir(parents=True, exist_ok=True)
     written: list[Path] = []
 
-    def place(suffix: str) -> Path:
+    def place(suffix: str, write: Callable[[Path], object]) -> None:
         written.append(folder / f"{name}_{suffix}")
-        return written[-1]
+        write_atomically(written[-1], write)
+
+    def picture(suffix: str, pixels: np.ndarray) -> None:
+        place(suffix, lambda path: Image.fromarray(pixels).save(path, format="png"))
 
     value = prediction.value
+    formats = config.for_task(task)
     if task == "depth":
-        low, high = float(value.min()), float(value.max())
-        unit = (value - low) / max(high - low, 1e-9)
-        np.save(place("depth.npy"), value)
-        Image.fromarray((unit * 65535).round().astype(np.uint16)).save(place("depth.png"))
-        Image.fromarray(colour_depth(value, *np.quantile(value, (0.02, 0.98)))).save(place("depth_colour.png"))
+        low, high = limits or (float(value.min()), float(value.max()))
+        unit = ((value - low) / max(high - low, 1e-9)).clip(0.0, 1.0)
+        if "npy" in formats:
+            place("depth.npy", lambda path: _save(path, value))
+        if "png16" in formats:
+            picture("depth.png", (unit * 65535).round().astype(np.uint16))
+        if "colour" in formats:
+            picture("depth_colour.png", colour_depth(value, *(limits or np.quantile(value, (0.02, 0.98)))))
+        if "exr" in formats:
+            place("depth.exr", lambda path: write_exr(path, value))
+        if "ply" in formats:
+            focal = config.focal or 0.5 * value.shape[1] / math.tan(math.radians(config.fov) / 2)
+            points = point_cloud(config.near + (config.far - config.near) * unit, focal)
+            place("depth.ply", lambda path: write_ply(path, points, image))
     elif task == "flow":
-        write_flo(place("flow.flo"), value)
-        Image.fromarray(colour_flow(value, float(np.hypot(*value).max()))).save(place("flow.png"))
+        if "flo" in formats:
+            place("flow.flo", lambda path: write_flo(path, value))
+        if "colour" in formats:
+            picture("flow.png", colour_flow(value, limits[1] if limits else float(np.hypot(*value).max())))
     else:
-        Image.fromarray(value.astype(np.uint8) * 255).save(place("mask.png"))
-        Image.fromarray(overlay_mask(image, value)).save(place("overlay.png"))
+        if "mask" in formats:
+            picture("mask.png", value.astype(np.uint8) * 255)
+        if "overlay" in formats:
+            picture("overlay.png", overlay_mask(image, value))
     if prediction.uncertainty.any():
-        np.save(place("uncertainty.npy"), prediction.uncertainty)
-        high = float(np.quantile(prediction.uncertainty, 0.99))
-        Image.fromarray(colour_error(prediction.uncertainty, high)).save(place("uncertainty.png"))
+        place("uncertainty.npy", lambda path: _save(path, prediction.uncertainty))
+        picture("uncertainty.png", colour_error(prediction.uncertainty, float(np.quantile(prediction.uncertainty, 0.99))))
     return written
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` make a file beside `path`, then put it in its place: a stop leaves no half of one."""
+    temporary = path.with_name(f".{path.name}.part")
+    write(temporary)
+    temporary.replace(path)
+
+
+def _save(path: Path, values: np.ndarray) -> None:
+    with path.open("wb") as file:
+        np.save(file, values)
+
+
+def formats_from_text(text: str) -> tuple[str, ...]:
+    """ "npy,exr" -> ("npy", "exr"); UserError for unknown ones."""
+    known: Sequence[str] = list(dict.fromkeys(name for names in FORMATS.values() for name in names))
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    for name in names:
+        if name not in known:
+            raise UserError(f"--formats {name}: unknown; known are {', '.join(known)}.")
+    return names

@@ -269,9 +269,13 @@ class Predictor:
 
     def prediction_macs(self, task: str, height: int, width: int, *, steps: int, ensemble: int) -> float:
         """Multiply-accumulates of the network for one prediction from latents of height x width; guided steps count twice."""
+        each = float(macs(self.model, height, width).forward) * self.passes(steps)
+        return each * ensemble * len(tasks.task_spec(task).targets)
+
+    def passes(self, steps: int) -> int:
+        """The network's forward passes for one latent image; guided steps take two."""
         doubled = self.config.guidance_scale != 1.0
-        passes = sum(1 + (doubled and step.guided) for step in self._plan(steps).steps)
-        return float(macs(self.model, height, width).forward) * passes * ensemble * len(tasks.task_spec(task).targets)
+        return sum(1 + (doubled and step.guided) for step in self._plan(steps).steps)
 
     # --- class-conditional images ---------------------------------------------------------------------------------------
 

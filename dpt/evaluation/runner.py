@@ -134,10 +134,10 @@ def _fingerprint(one: EvaluationSet, config: EvaluationConfig, predictor: Predic
     names += ("precision", "seed", "save_predictions")
     sampling = {name: getattr(config, name) for name in names}
     chosen = {"schedule": predictor.diffusion.beta_schedule, "timestep_spacing": predictor.diffusion.timestep_spacing}
-    return shared | sampling | chosen | {"weights": _weights_sha256(predictor)}
+    return shared | sampling | chosen | {"weights": weights_sha256(predictor)}
 
 
-def _weights_sha256(predictor: Predictor) -> str:
+def weights_sha256(predictor: Predictor) -> str:
     """Hash of the network's weights by name and of what else decides its predictions."""
     digest = hashlib.sha256(
         repr(

@@ -77,8 +77,8 @@ def _is_used(name: str, stage: str) -> bool:
     if name.startswith(_OWN_FIELDS):
         return False
     if stage == "evaluate":
-        return name.startswith("evaluation.") or name == "task"
-    only = {"evaluation": "evaluate", "upcycling": "upcycle", "sampling": "pretrain"}
+        return name.startswith(("evaluation.", "generation.")) or name == "task"
+    only = {"evaluation": "evaluate", "generation": "evaluate", "upcycling": "upcycle", "sampling": "pretrain"}
     return only.get(name.partition(".")[0], stage) == stage
 
 

@@ -41,8 +41,14 @@ METRICS: dict[str, Metric] = {
     "epe_fit": Metric(title="EPE px, fitted ↓", scale=1, digits=3),
     "iou": Metric(title="mIoU % ↑", scale=100, digits=1, lower_is_better=False),
     "iou_pooled": Metric(title="pooled IoU % ↑", scale=100, digits=1, lower_is_better=False),
+    "fid": Metric(title="FID ↓", scale=1, digits=2),
+    "sfid": Metric(title="sFID ↓", scale=1, digits=2),
+    "inception_score": Metric(title="IS ↑", scale=1, digits=1, lower_is_better=False),
+    "precision": Metric(title="precision ↑", scale=1, digits=3, lower_is_better=False),
+    "recall": Metric(title="recall ↑", scale=1, digits=3, lower_is_better=False),
+    "fd_dinov2": Metric(title="FD-DINOv2 ↓", scale=1, digits=1),
 }
-MAIN_METRIC = {"depth": "abs_rel", "flow": "epe", "amodal": "iou"}
+MAIN_METRIC = {"depth": "abs_rel", "flow": "epe", "amodal": "iou", "class": "fid"}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,6 +35,8 @@ def test_only_what_differs_is_shown(runs):
     fields = differing_fields(runs[:2])
     assert fields == {"training.steps": ["10", "20"]}
     assert differing_fields(runs) == {"training.steps": ["10", "20", "–"]}
+    channels = [made_run(str(n), stage="evaluate", params={"generation.guidance_channels": str(n)}) for n in (0, 3)]
+    assert differing_fields([*runs, *channels])["generation.guidance_channels"] == ["–", "–", "–", "0", "3"]
 
 
 def test_metrics_compute_cost_and_ancestors(runs):

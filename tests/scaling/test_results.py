@@ -42,6 +42,22 @@ def test_flow_counts_its_two_passes_and_single_settings_come_from_the_recipe():
     assert (row.dataset, row.steps, row.ensemble, row.macs) == ("flying_chairs", 4, 3, 2 * 4 * 3 * 1e9)
 
 
+def test_generated_images_are_rows_like_any_other():
+    metrics = {"fid": 2.271, "sfid": 4.6, "inception_score": 278.2, "precision": 0.83, "recall": 0.57}
+    run = made_run(
+        stage="evaluate",
+        params={"evaluation.steps": "[250]", "evaluation.ensemble": "[1]"},
+        tags={"dpt.dataset": "imagenet256.npz"},
+        metrics={f"eval/class/{name}": value for name, value in (metrics | {"macs": 6e13, "num_samples": 5e4}).items()},
+    )
+    (row,) = results_table([run])
+    assert (row.dataset, row.steps, row.macs, row.num_samples) == ("imagenet256.npz", 250, 6e13, 50_000)
+    text = format_table([row])
+    assert "FID ↓" in text
+    assert "2.27" in text
+    assert "278.2" in text
+
+
 def test_of_runs_with_one_label_the_newest_counts():
     rows = results_table([
         evaluation("new", start=2.0, **{"eval/depth/abs_rel/s1_n1": 0.2}),

@@ -1,0 +1,197 @@
+"""Pictures and videos that a user names: which there are, their frames one after the other, and videos written from frames."""
+
+import importlib.util
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from dpt.errors import UserError
+from dpt.pictures import read_picture
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+VIDEOS = (".mp4", ".mov", ".mkv", ".avi", ".webm", ".m4v")
+ANIMATIONS = (".gif",)
+FRAME_RATE = 25.0
+"""Frames per second of a video made from pictures."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """One thing to predict for: a picture, or a video as a file or as its frames' files."""
+
+    name: str
+    """Where its results go below the output folder, without suffix; also what seeds its noise."""
+    path: Path
+    """The picture, the video, or the frames' folder."""
+    frames: tuple[Path, ...] = ()
+    """The frames of a video that is given as pictures."""
+
+    @property
+    def is_video(self) -> bool:
+        """Whether it has frames."""
+        if self.frames or self.path.suffix.lower() in VIDEOS:
+            return True
+        if self.path.suffix.lower() not in ANIMATIONS:
+            return False
+        try:
+            return _num_frames(self.path) > 1
+        except UserError:  # reading it as a picture will say so
+            return False
+
+
+def find_sources(
+    inputs: Sequence[Path], *, patterns: Sequence[str] = (), recursive: bool = True, as_frames: bool = False
+) -> list[Source]:
+    """The pictures and videos that `inputs` name, in order: files as they are, folders by name.
+
+    patterns: which files of a folder are meant, such as "*.png" or "cam0/*.jpg", matched from the right; empty: all pictures
+    and videos. recursive: with subfolders. as_frames: the pictures of a folder are the frames of one video. A file's result is
+    named after it, a folder's after the paths within it. UserError for what is not there, and for folders without any.
+    """
+    found: list[Source] = []
+    for path in inputs:
+        if path.is_dir():
+            found += _of_folder(path, patterns, recursive, as_frames)
+        elif path.is_file():
+            found.append(Source(name=path.stem, path=path))
+        else:
+            raise UserError(f"{path}: there is no such file or folder; check the path.")
+    return _unique(found)
+
+
+def _of_folder(folder: Path, patterns: Sequence[str], recursive: bool, as_frames: bool) -> list[Source]:
+    known = PICTURES + VIDEOS + ANIMATIONS
+    files = [p for p in sorted(folder.rglob("*") if recursive else folder.iterdir()) if p.is_file() and p.name[0] != "."]
+    files = [p for p in files if (any(p.match(pattern) for pattern in patterns) if patterns else p.suffix.lower() in known)]
+    if not files:
+        which = f"file like {' or '.join(patterns)}" if patterns else "picture or video"
+        raise UserError(f"{folder}: no {which} there; name another folder, or --pattern.")
+    if not as_frames:
+        return [Source(name=str(p.relative_to(folder).with_suffix("")), path=p) for p in files]
+    groups: dict[Path, list[Path]] = {}
+    for file in files:
+        groups.setdefault(file.parent, []).append(file)
+    return [
+        Source(
+            name=str(parent.relative_to(folder)) if parent != folder else folder.resolve().name, path=parent, frames=tuple(g)
+        )
+        for parent, g in groups.items()
+    ]
+
+
+def _unique(sources: list[Source]) -> list[Source]:
+    """The same with their names numbered where several are equal."""
+    counts = Counter(source.name for source in sources)
+    seen: dict[str, int] = {}
+    result = []
+    for source in sources:
+        number = seen.get(source.name, 0)
+        seen[source.name] = number + 1
+        name = f"{source.name}_{number}" if counts[source.name] > 1 else source.name
+        result.append(Source(name=name, path=source.path, frames=source.frames))
+    return result
+
+
+def iter_frames(source: Source) -> Iterator[np.ndarray]:
+    """A video's frames uint8 `[H, W, 3]`, one at a time. UserError if it cannot be read, naming the frame."""
+    if source.frames:
+        yield from (read_picture(path) for path in source.frames)
+    elif source.path.suffix.lower() in ANIMATIONS:
+        with Image.open(source.path) as image:
+            for number in range(_num_frames(source.path)):
+                image.seek(number)
+                yield np.array(image.convert("RGB"))
+    else:
+        yield from _decode(source.path)
+
+
+def count_frames(source: Source) -> int:
+    """Number of frames, 0 if the file does not say."""
+    if source.frames:
+        return len(source.frames)
+    if source.path.suffix.lower() in ANIMATIONS:
+        return _num_frames(source.path)
+    with _open(source.path) as container:
+        return int(container.streams.video[0].frames)
+
+
+def frame_rate(source: Source) -> float:
+    """Frames per second; `FRAME_RATE` where nothing says it."""
+    if source.frames:
+        return FRAME_RATE
+    if source.path.suffix.lower() in ANIMATIONS:
+        with Image.open(source.path) as image:
+            return 1000.0 / (image.info.get("duration") or 1000.0 / FRAME_RATE)
+    with _open(source.path) as container:
+        return float(container.streams.video[0].average_rate or FRAME_RATE)
+
+
+def _num_frames(path: Path) -> int:
+    try:
+        with Image.open(path) as image:
+            return int(getattr(image, "n_frames", 1))
+    except (OSError, ValueError, SyntaxError) as error:
+        raise UserError(f"{path}: not a picture that can be read ({error}).") from error
+
+
+def can_encode() -> bool:
+    """Whether a library is installed that reads and writes video files."""
+    return importlib.util.find_spec("av") is not None
+
+
+def _open(path: Path) -> Any:
+    try:
+        import av
+    except ImportError as error:
+        raise UserError(
+            f"{path}: reading videos needs the package av (install dpt[video]); or give a folder with --frames."
+        ) from error
+    try:
+        container = av.open(str(path))
+    except (av.error.FFmpegError, OSError, ValueError) as error:
+        raise UserError(f"{path}: not a video that can be read ({error}).") from error
+    if not container.streams.video:
+        container.close()
+        raise UserError(f"{path}: the file has no pictures in it.")
+    return container
+
+
+def _decode(path: Path) -> Iterator[np.ndarray]:
+    with _open(path) as container:
+        import av
+
+        try:
+            for frame in container.decode(video=0):
+                yield frame.to_ndarray(format="rgb24")
+        except av.error.FFmpegError as error:
+            raise UserError(f"{path}: the video breaks off ({error}); cut it there, or convert it anew.") from error
+
+
+def write_video(path: Path, pictures: Sequence[Path], rate: float, kind: str = ".mp4") -> None:
+    """Make the video `path` of picture files of one size: ".gif" by Pillow, ".mp4" (H.264) by the package av.
+
+    Sides are made even, as the codec wants them, by leaving out a last row or column.
+    """
+    if kind == ".gif":
+        frames = (Image.open(p) for p in pictures[1:])
+        with Image.open(pictures[0]) as first:
+            first.save(path, format="gif", save_all=True, append_images=frames, duration=round(1000 / rate), loop=0)
+        return
+    from fractions import Fraction
+
+    import av
+
+    with av.open(str(path), "w", format="mp4") as container:
+        stream = container.add_stream("h264", rate=Fraction(rate).limit_denominator(1001))
+        with Image.open(pictures[0]) as first:
+            stream.width, stream.height = first.width // 2 * 2, first.height // 2 * 2
+        stream.pix_fmt = "yuv420p"
+        for picture in pictures:
+            pixels = np.ascontiguousarray(read_picture(picture)[: stream.height, : stream.width])
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode(None))

@@ -1,0 +1,214 @@
+"""The stage that scores class-conditional weights: generate, compare with real images, write down under which settings."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from dpt import distributed
+from dpt.config.generation import GenerationConfig
+from dpt.config.recipe import Recipe
+from dpt.config.sections import DataConfig, EvaluationConfig
+from dpt.errors import UserError
+from dpt.evaluation.feature_networks import FeatureNetwork, load_dinov2, load_features
+from dpt.evaluation.generation import claim_folder, collect_features, compare_features, spread_labels, write_samples
+from dpt.evaluation.image_metrics import frechet_distance
+from dpt.evaluation.image_sources import ImageSource, label_counts
+from dpt.evaluation.prediction import Predictor
+from dpt.evaluation.references import Reference
+from dpt.evaluation.runner import weights_sha256
+from dpt.models.attention import use_backend
+from dpt.models.costs import macs
+from dpt.models.pretrained import read_weights
+from dpt.models.weights import Weights
+
+SUMMARY_VERSION = 1
+TITLES = {
+    "fid": "FID",
+    "sfid": "sFID",
+    "inception_score": "Inception Score",
+    "precision": "precision",
+    "recall": "recall",
+    "fd_dinov2": "FD-DINOv2",
+}
+_PICTURES = 16
+_SAMPLING = ("sampler", "eta", "step_power", "guidance_scale", "guidance_low", "guidance_high", "precision", "seed")
+
+
+def score_generation(
+    config: GenerationConfig, evaluation: EvaluationConfig, predictor: Predictor | None = None, *, cache_dir: str = ""
+) -> dict[str, Any]:
+    """Generate images with `predictor` (or take `config.images`) and compare them with `config.reference`. Collective.
+
+    Writes OUT/images/NNNNNN.png, from which an interrupted run goes on, and OUT/fid.json, below `evaluation.output_dir`.
+    Returns what the file holds, {"version", "metrics", "settings"}, on every rank. All that can be checked is checked before
+    the first image is made. UserError for bad input.
+    """
+    output = Path(evaluation.output_dir)
+    with distributed.together():
+        network = load_features(config.features, config.features_sha256)
+        dinov2 = load_dinov2(config.dinov2, config.dinov2_sha256) if config.dinov2 else None
+        if predictor is None:
+            images = ImageSource(config.images)
+            resolution, count = images.resolution, len(images)
+        else:
+            resolution, count = predictor.model.input_size * predictor.codec.downsampling, config.num_images
+        codec = None if predictor is None else predictor.codec
+        reference = Reference(config, network, resolution, codec=codec, cache_dir=cache_dir)
+        if dinov2 is not None and reference.stored is not None:
+            raise UserError(
+                f"{config.reference}: FD-DINOv2 needs all images of the reference; give those, or leave out --dinov2."
+            )
+        _check_counts(config, count, reference)
+        labels = [] if predictor is None else _labels(config, predictor.model.num_classes, cache_dir)
+    settings = _settings(config, evaluation, predictor, count, resolution, network, dinov2, reference)
+    made_with: dict[str, Any] = {}
+    if predictor is not None:
+        made_with = {**settings["sampling"], "weights_sha256": weights_sha256(predictor), "labels": config.labels}
+        claim_folder(output / "images", made_with)
+    distributed.log(format_settings(settings))
+    real, real_dinov2 = reference.statistics(network), None
+    if dinov2 is not None and reference.source is not None:
+        real_dinov2 = collect_features(reference.source, dinov2, manifold_images=1, title="the reference (DINOv2)").moments
+    if predictor is not None:
+        write_samples(
+            predictor,
+            output / "images",
+            labels,
+            steps=evaluation.steps[-1],
+            guidance_channels=config.guidance_channels,
+            settings=made_with,
+        )
+        images = ImageSource(output / "images", resolution, count=count)
+    generated = collect_features(images, network, title="the images")
+    metrics = compare_features(generated, real, neighbours=config.neighbours)
+    if dinov2 is not None and real_dinov2 is not None:
+        own = collect_features(images, dinov2, manifold_images=1, title="the images (DINOv2)").moments
+        metrics["fd_dinov2"] = frechet_distance(own.mean, own.covariance, real_dinov2.mean, real_dinov2.covariance)
+    summary = {"version": SUMMARY_VERSION, "metrics": metrics, "settings": settings}
+    if distributed.is_main():
+        output.mkdir(parents=True, exist_ok=True)
+        temporary = output / ".fid.part"
+        temporary.write_text(json.dumps(summary, indent=2, default=str) + "\n", encoding="utf-8")
+        temporary.replace(output / "fid.json")
+    distributed.barrier()
+    return summary
+
+
+def _check_counts(config: GenerationConfig, count: int, reference: Reference) -> None:
+    """UserError if there are too few images for precision and recall, before any is made."""
+    if reference.manifold and min(count, reference.manifold) <= config.neighbours:
+        raise UserError(
+            f"precision and recall need more than {config.neighbours} images of each kind; {count} generated and "
+            f"{reference.manifold} real ones are given: more images, or fewer --neighbours."
+        )
+
+
+def _labels(config: GenerationConfig, num_classes: int, cache_dir: str) -> list[int]:
+    """Classes of the images to generate."""
+    if config.labels == "balanced":
+        return spread_labels(config.num_images, [1.0] * num_classes)
+    return spread_labels(config.num_images, label_counts(config.reference, num_classes, cache_dir))
+
+
+def _settings(
+    config: GenerationConfig,
+    evaluation: EvaluationConfig,
+    predictor: Predictor | None,
+    count: int,
+    resolution: int,
+    network: FeatureNetwork,
+    dinov2: FeatureNetwork | None,
+    reference: Reference,
+) -> dict[str, Any]:
+    """All that the figures depend on."""
+    features = [{"name": n.name, "sha256": n.sha256, "resize": n.resize} for n in (network, dinov2) if n is not None]
+    settings: dict[str, Any] = {
+        "num_images": count,
+        "resolution": resolution,
+        "reference": {"path": config.reference, "kind": reference.kind, "num_images": reference.count or None},
+        "features": features,
+        "precision_recall": {"neighbours": config.neighbours, "real": reference.manifold, "generated": count},
+    }
+    if predictor is None:
+        return settings | {"images": config.images}
+    passes = predictor.passes(evaluation.steps[-1])
+    sampling = {
+        "steps": evaluation.steps[-1],
+        **{name: getattr(evaluation, name) for name in _SAMPLING},
+        "guidance_channels": config.guidance_channels or predictor.model.in_channels,
+        "schedule": predictor.diffusion.beta_schedule,
+        "timestep_spacing": predictor.diffusion.timestep_spacing,
+        "ema": evaluation.use_ema,
+        "vae": getattr(predictor.codec, "name", ""),
+        "vae_sha256": predictor.codec.sha256,
+    }
+    return settings | {
+        "weights": evaluation.weights,
+        "labels": config.labels,
+        "sampling": sampling,
+        "macs_per_image": float(macs(predictor.model).forward) * passes,
+        "lineage": predictor.lineage,
+    }
+
+
+def format_settings(settings: dict[str, Any]) -> str:
+    """The settings that change the figures, as lines of text."""
+    reference, known = settings["reference"], settings["reference"]["num_images"]
+    lines = [
+        f"{settings['num_images']} images of {settings['resolution']} pixels against {reference['path']} ({reference['kind']}"
+        + (f", {known} images)" if known else ")"),
+        *(f"features: {f['name']} (sha256 {f['sha256'][:12]}), resized: {f['resize']}" for f in settings["features"]),
+    ]
+    if "sampling" in settings:
+        found = settings["sampling"]
+        lines.append(f"labels {settings['labels']}, " + ", ".join(f"{n} {v}" for n, v in found.items() if n != "vae_sha256"))
+    return "\n".join(lines)
+
+
+def format_metrics(summary: dict[str, Any]) -> str:
+    """The figures, a line each."""
+    return "\n".join(f"{TITLES[name]:16}{value:.4f}" for name, value in summary["metrics"].items())
+
+
+def run_generation(recipe: Recipe, *, vae: str = "", read: Callable[..., Weights] = read_weights) -> dict[str, Any]:
+    """`score_generation` of a recipe's `dpt.generation`, recorded in MLflow as a run nested in the one that trained the
+    weights; `vae` (empty: the recipe's) and `read` as in `dpt.evaluation.loading.load_model`."""
+    from dpt.tracking import start_run
+
+    config, evaluation = recipe.dpt.generation, recipe.dpt.evaluation
+    if not config.reference:
+        raise UserError("dpt.generation.reference is empty; name class shards, a folder of pictures, or an .npz.")
+    if not config.images and not evaluation.weights:
+        raise UserError("dpt.evaluation.weights is empty; name the weights to evaluate, or dpt.generation.images.")
+    if config.images and config.labels == "shares":
+        raise UserError("dpt.generation.labels says which images are generated, and dpt.generation.images are ready-made.")
+    distributed.log(use_backend(recipe.dpt.attention_backend))
+    output = Path(evaluation.output_dir)
+    predictor = None
+    if not config.images:
+        vae = vae or (recipe.dpt.data.vae if recipe.dpt.data.vae != DataConfig().vae else "")
+        predictor = Predictor(evaluation.weights, config=evaluation, vae=vae, read=read)
+        evaluation = predictor.config
+        if predictor.task != "class":
+            raise UserError(
+                f"{evaluation.weights} were trained for {predictor.task}; only class-conditional weights generate images."
+            )
+    parent = str(predictor.lineage.get("run_id") or "") if predictor is not None else ""
+    name = f"fid {Path(config.images or evaluation.weights).name}"
+    with start_run(
+        recipe.dpt.tracking, stage="evaluate", name=name, params=recipe.to_dict(), parents=[parent], output_dir=output, tags={}
+    ) as run:
+        summary = score_generation(config, evaluation, predictor, cache_dir=recipe.dpt.data.cache_dir)
+        settings = summary["settings"]
+        run.set_tags(
+            {"dpt.dataset": Path(config.reference).name, "dpt.protocol": format_settings(settings).replace("\n", "; ")}
+        )
+        figures = summary["metrics"] | {"num_samples": float(settings["num_images"])}
+        if "macs_per_image" in settings:
+            figures["macs"] = settings["macs_per_image"]
+        run.log_metrics({f"eval/class/{name}": value for name, value in figures.items()}, step=0)
+        run.log_artifact(output / "fid.json")
+        for picture in sorted((output / "images").glob("*.png"))[:_PICTURES] if predictor is not None else ():
+            run.log_picture(picture, picture.stem)
+    return summary

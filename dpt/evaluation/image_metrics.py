@@ -1,0 +1,144 @@
+"""Distances between two sets of images from their features: Frechet distance, Inception Score, precision and recall."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dpt import distributed
+from dpt.errors import UserError
+
+SPLIT = 5000
+"""Images of one estimate of the Inception Score, as in ADM's evaluator."""
+_ROWS = 2048
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moments:
+    """A set's features in two moments, float64. What is added up in parts comes out the same to rounding."""
+
+    count: int
+    """Images; 0: not known (a file that holds only the moments)."""
+    mean: np.ndarray
+    """`[D]`."""
+    scatter: np.ndarray
+    """`[D, D]`: sum of the products of centred features."""
+
+    @classmethod
+    def of(cls, features: np.ndarray) -> "Moments":
+        """Those of features `[N, D]`, N at least 1."""
+        mean = features.mean(axis=0, dtype=np.float64)
+        scatter = np.zeros((features.shape[1],) * 2)
+        for start in range(0, len(features), _ROWS):
+            centred = features[start : start + _ROWS] - mean
+            scatter += centred.T @ centred
+        return cls(count=len(features), mean=mean, scatter=scatter)
+
+    def __add__(self, other: "Moments") -> "Moments":
+        """Those of both sets together (Chan, Golub and LeVeque 1979)."""
+        count = self.count + other.count
+        apart = other.mean - self.mean
+        scatter = self.scatter + other.scatter + np.outer(apart, apart) * (self.count * other.count / count)
+        return Moments(count=count, mean=self.mean + apart * (other.count / count), scatter=scatter)
+
+    @property
+    def covariance(self) -> np.ndarray:
+        """The unbiased covariance `[D, D]`. UserError for a single image."""
+        if self.count < 2:
+            raise UserError("a Frechet distance needs at least two images of each kind.")
+        return self.scatter / (self.count - 1)
+
+
+def combine_moments(parts: Sequence[Moments | None]) -> Moments | None:
+    """Those of all parts together; None if there are none."""
+    total: Moments | None = None
+    for part in parts:
+        if part is not None:
+            total = part if total is None else total + part
+    return total
+
+
+def frechet_distance(mean_a: np.ndarray, covariance_a: np.ndarray, mean_b: np.ndarray, covariance_b: np.ndarray) -> float:
+    """Frechet distance of two normal distributions (Heusel et al. 2017): |m_a - m_b|^2 + tr(A + B - 2 (A B)^(1/2)).
+
+    tr (A B)^(1/2) is the sum of the roots of the eigenvalues of A^(1/2) B A^(1/2), which is symmetric and positive.
+    """
+    if mean_a.shape != mean_b.shape:
+        raise UserError(f"features have {mean_a.size} and {mean_b.size} dimensions; use the same feature network for both.")
+    values, vectors = np.linalg.eigh(covariance_a)
+    root = vectors * np.sqrt(values.clip(min=0.0)) @ vectors.T
+    roots = np.sqrt(np.linalg.eigvalsh(root @ covariance_b @ root).clip(min=0.0))
+    return float(np.sum((mean_a - mean_b) ** 2) + np.trace(covariance_a) + np.trace(covariance_b) - 2.0 * roots.sum())
+
+
+class ScoreSums:
+    """What the Inception Score needs of class probabilities, for each split of `SPLIT` images by their numbers."""
+
+    def __init__(self) -> None:
+        self.sums: dict[int, list[Any]] = {}
+        """Split -> [images, sum of p log p, sum of p `[K]`]."""
+
+    def add(self, numbers: Sequence[int], probabilities: np.ndarray) -> None:
+        """Take up images by number, with their probabilities `[B, K]`."""
+        values = torch.from_numpy(probabilities).double()
+        negative_entropy = torch.special.xlogy(values, values).sum(1).numpy()
+        for row, number in enumerate(numbers):
+            part = self.sums.setdefault(number // SPLIT, [0, 0.0, 0.0])
+            part[0] += 1
+            part[1] += float(negative_entropy[row])
+            part[2] = part[2] + values[row].numpy()
+
+    def merge(self, other: "ScoreSums") -> None:
+        """Take up another's images."""
+        for split, (count, entropy, total) in other.sums.items():
+            part = self.sums.setdefault(split, [0, 0.0, 0.0])
+            part[0], part[1], part[2] = part[0] + count, part[1] + entropy, part[2] + total
+
+    def score(self) -> float:
+        """Mean over splits of exp(mean KL(p(y|x) || p(y))) (Salimans et al. 2016, as ADM's evaluator splits)."""
+        scores = []
+        for count, entropy, total in (self.sums[split] for split in sorted(self.sums)):
+            mean = torch.from_numpy(np.asarray(total)) / count
+            scores.append(float(np.exp(entropy / count - torch.special.xlogy(mean, mean).sum().item())))
+        return float(np.mean(scores))
+
+
+def precision_recall(real: np.ndarray, generated: np.ndarray, neighbours: int = 3) -> tuple[float, float]:
+    """Precision and recall of features `[N, D]`, `[M, D]` (Kynkaanniemi et al. 2019), on every rank; the ranks share the work.
+
+    The share of generated features inside the balls around real ones that reach to their k-th nearest real neighbour, and the
+    other way round. Collective: every rank gives the same features.
+    """
+    if min(len(real), len(generated)) <= neighbours:
+        raise UserError(
+            f"precision and recall need more than {neighbours} images of each kind; {len(generated)} generated and {len(real)} "
+            "real ones are given."
+        )
+    device = distributed.device()
+    centre = real.mean(axis=0)  # distances are taken from products, which lose digits far from zero
+    a, b = (torch.from_numpy(x - centre).to(device) for x in (real, generated))
+    return _share_inside(b, a, _radii(a, neighbours)), _share_inside(a, b, _radii(b, neighbours))
+
+
+def _parts(points: Tensor) -> tuple[tuple[Tensor, ...], range]:
+    """`points` in blocks of rows, and the numbers of those that are this rank's."""
+    blocks = points.split(_ROWS)
+    return blocks, range(distributed.rank(), len(blocks), distributed.world_size())
+
+
+def _radii(points: Tensor, neighbours: int) -> Tensor:
+    """Distance `[N]` of each point to its k-th nearest other."""
+    blocks, mine = _parts(points)
+    found = {i: torch.cdist(blocks[i], points).kthvalue(neighbours + 1, dim=1).values.cpu().numpy() for i in mine}
+    all_found = {i: radii for part in distributed.gather_objects(found) for i, radii in part.items()}
+    return torch.from_numpy(np.concatenate([all_found[i] for i in range(len(blocks))])).to(points.device)
+
+
+def _share_inside(points: Tensor, centres: Tensor, radii: Tensor) -> float:
+    """Share of `points` within the radius of any centre."""
+    blocks, mine = _parts(points)
+    inside = sum(int((torch.cdist(blocks[i], centres) <= radii).any(dim=1).sum()) for i in mine)
+    return distributed.all_reduce_sum({"inside": float(inside)})["inside"] / len(points)

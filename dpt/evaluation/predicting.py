@@ -1,0 +1,233 @@
+"""Predictions for any number of files: a few in memory at a time, written as they come, gone on with after a stop."""
+
+import contextlib
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dpt import distributed
+from dpt.errors import UserError
+from dpt.evaluation.frames import Source
+from dpt.evaluation.outputs import OutputConfig, write_outputs
+from dpt.evaluation.prediction import Predictor
+from dpt.evaluation.videos import predict_video
+from dpt.pictures import read_mask, read_picture
+from dpt.progress import Progress, progress
+
+Embed = Callable[[np.ndarray, np.ndarray], Tensor]
+"""uint8 `[H, W, 3]`, mask bool `[H, W]` -> CLIP embedding `[D]`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One source, with what its task needs beside it."""
+
+    source: Source
+    other: Path | None = None
+    """flow: the second frame; amodal: the visible mask."""
+
+
+@dataclass(kw_only=True)
+class Progressed:
+    """What a call of `predict_files` did on this rank."""
+
+    written: list[Path] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
+    """A sentence for each source that could not be predicted."""
+    skipped: int = 0
+    """Sources that were done already."""
+
+
+class DoneLog:
+    """Which results are there, one JSON line each, so that a stopped run goes on: below OUT/.done, a file a rank.
+
+    A result counts if it was made with the same settings of the same file, and its files are still there.
+    """
+
+    def __init__(self, out: Path, settings: Any) -> None:
+        self._out, self._folder = out, out / ".done"
+        text = json.dumps(settings, sort_keys=True, default=str)
+        self._settings = hashlib.sha256(text.encode()).hexdigest()[:16]
+        self._file: IO[str] | None = None
+
+    def read(self) -> dict[str, list[Any]]:
+        """Name -> [stamp, files] of the results with these settings, whatever ranks wrote them."""
+        newest: dict[str, list[Any]] = {}
+        for path in self._folder.glob("*.jsonl"):
+            for line in path.read_text(encoding="utf-8").split("\n"):
+                try:
+                    when, name, *rest = json.loads(line)
+                except ValueError:  # a line that a kill left torn
+                    continue
+                if name not in newest or newest[name][0] < when:
+                    newest[name] = [when, *rest]
+        return {name: [stamp, files] for name, (_, settings, stamp, files) in newest.items() if settings == self._settings}
+
+    def has(self, known: dict[str, list[Any]], job: Job) -> bool:
+        """Whether a job's results are there, by what `read` gave."""
+        stamp, files = known.get(job.source.name, (None, []))
+        return stamp == _stamp(job) and all((self._out / file).is_file() for file in files)
+
+    def add(self, job: Job, files: Sequence[Path]) -> None:
+        """Keep that a job is done."""
+        if self._file is None:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._file = (self._folder / f"{distributed.rank():05d}.jsonl").open("a", encoding="utf-8")
+            self._file.write("\n")  # what a kill left torn ends here
+        names = [str(file.relative_to(self._out)) for file in files]
+        self._file.write(json.dumps([time.time(), job.source.name, self._settings, _stamp(job), names]) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+
+
+def _stamp(job: Job) -> list[Any]:
+    """What says that a source's files have not changed."""
+    files = [*(job.source.frames or (job.source.path,)), *((job.other,) if job.other else ())]
+    stats = [file.stat() for file in files]
+    return [len(files), sum(s.st_size for s in stats), max(s.st_mtime_ns for s in stats)]
+
+
+def predict_files(
+    predictor: Predictor,
+    jobs: Sequence[Job],
+    out: Path,
+    *,
+    task: str = "",
+    outputs: OutputConfig | None = None,
+    resolution: int = 0,
+    embed: Embed | None = None,
+    settings: Any = None,
+    again: bool = False,
+    report: Callable[[Path], None] = lambda path: None,
+) -> Progressed:
+    """Predict for every job and write OUT/NAME_*, see `write_outputs`; videos as in `dpt.evaluation.videos`.
+
+    At most two batches of pictures are in memory. Results appear one by one, each file whole; `report` is told of it. With
+    `settings` (all that the results depend on beside their files) what an earlier call has written is not done again, unless
+    `again`. Ranks share the jobs: videos one by one, pictures in batches that are the same for any number of ranks. What cannot
+    be read is left out and named in the result; the rest is written. UserError if the network cannot predict at all.
+    """
+    task = predictor.check_task(task or predictor.task).name
+    outputs = outputs or OutputConfig()
+    outputs.for_task(task)
+    log, done = DoneLog(out, settings), Progressed()
+    known = distributed.broadcast_object(log.read() if distributed.is_main() else {}) if settings is not None else {}
+    batches, videos = _share(jobs, max(1, predictor.config.batch_size // predictor.config.ensemble[-1]))
+    here = sum(map(len, batches)) + len(videos)
+    if not again:
+        batches = [[job for job in batch if not log.has(known, job)] for batch in batches]
+        videos = [job for job in videos if not log.has(known, job)]
+    total = sum(map(len, batches)) + len(videos)
+    done.skipped = here - total
+    bar: Progress[int] = progress(total, f"predict {task}", "file")
+
+    def keep(job: Job, files: list[Path]) -> None:
+        log.add(job, files)
+        done.written += files
+        for file in files:
+            report(file)
+        bar.update()
+
+    def leave_out(problem: str) -> None:
+        done.failed.append(problem)
+        bar.update()
+
+    with contextlib.closing(log), bar:
+        for batch, read in _read_ahead([batch for batch in batches if batch], task):
+            for problem in (r for r in read if isinstance(r, str)):
+                leave_out(problem)
+            sound = [(job, r) for job, r in zip(batch, read, strict=True) if not isinstance(r, str)]
+            for job, files in _predict_batch(predictor, sound, out, task, outputs, resolution, embed):
+                keep(job, files)
+        for job in videos:
+            made_with = None if again else settings
+            try:
+                files = predict_video(
+                    predictor, job.source, out, task=task, outputs=outputs, resolution=resolution, settings=made_with
+                )
+                keep(job, files)
+            except UserError as error:
+                leave_out(str(error))
+    return done
+
+
+def _share(jobs: Sequence[Job], size: int) -> tuple[list[list[Job]], list[Job]]:
+    """This rank's pictures, in batches of `size`, and its videos."""
+    rank, ranks = distributed.rank(), distributed.world_size()
+    videos = [job for job in jobs if job.source.is_video]
+    pictures = [job for job in jobs if not job.source.is_video]
+    batches = [pictures[start : start + size] for start in range(0, len(pictures), size)]
+    return batches[rank::ranks], videos[rank::ranks]
+
+
+def _predict_batch(
+    predictor: Predictor,
+    batch: Sequence[tuple[Job, Any]],
+    out: Path,
+    task: str,
+    outputs: OutputConfig,
+    resolution: int,
+    embed: Embed | None,
+) -> Iterator[tuple[Job, list[Path]]]:
+    """Predictions of pictures that are read, written one by one."""
+    if not batch:
+        return
+    images = [image for _, (image, _) in batch]
+    others = [other for _, (_, other) in batch]
+    embeddings = None
+    if embed is not None:
+        embeddings = torch.stack([embed(image, other) for image, other in zip(images, others, strict=True)])
+    predictions = predictor(
+        images,
+        task=task,
+        others=None if others[0] is None else others,
+        embeddings=embeddings,
+        keys=[job.source.name for job, _ in batch],
+        resolution=resolution,
+    )
+    for (job, (image, _)), prediction in zip(batch, predictions, strict=True):
+        place = out / job.source.name
+        yield job, write_outputs(prediction, task, image, place.parent, place.name, config=outputs)
+
+
+def _read_ahead(batches: Sequence[Sequence[Job]], task: str) -> Iterator[tuple[Sequence[Job], list[Any]]]:
+    """Batches with what was read for them, the next one read while one is worked on."""
+    with ThreadPoolExecutor(1) as pool:
+        waiting = [pool.submit(_read_batch, batches[0], task)] if batches else []
+        for number, batch in enumerate(batches):
+            read = waiting.pop().result()
+            if number + 1 < len(batches):
+                waiting.append(pool.submit(_read_batch, batches[number + 1], task))
+            yield batch, read
+
+
+def _read_batch(batch: Sequence[Job], task: str) -> list[Any]:
+    """For each job (image, other or None), or the sentence that says why it cannot be had."""
+    found: list[Any] = []
+    for job in batch:
+        try:
+            image = read_picture(job.source.path)
+            other = None
+            if job.other is not None:
+                other = read_picture(job.other) if task == "flow" else read_mask(job.other)
+                if other.shape[:2] != image.shape[:2]:
+                    sizes = [f"{a.shape[1]} x {a.shape[0]}" for a in (image, other)]
+                    what = "second frame" if task == "flow" else "mask"
+                    raise UserError(f"{job.source.path} is of {sizes[0]} pixels, its {what} of {sizes[1]}.")
+            found.append((image, other))
+        except UserError as error:
+            found.append(str(error))
+    return found

@@ -1,0 +1,178 @@
+"""Videos: every frame starts from the same noise, and depth, which is known up to scale and shift, is carried along."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dpt.errors import UserError
+from dpt.evaluation.frames import ANIMATIONS, Source, can_encode, count_frames, frame_rate, iter_frames, write_video
+from dpt.evaluation.outputs import OutputConfig, write_atomically, write_outputs
+from dpt.evaluation.prediction import Prediction, Predictor
+from dpt.progress import Progress, progress
+
+CUT = 0.5
+"""Correlation of two frames' depths below which the later one begins a new scene."""
+_KEPT = 0.7
+
+
+@dataclass(kw_only=True)
+class Carried:
+    """What later frames of a video take from earlier ones."""
+
+    depth: np.ndarray | None = None
+    """float32 `[H, W]`, the last frame's, aligned; None at the beginning."""
+    limits: tuple[float, float] = (0.0, 1.0)
+    """What colours and 16-bit pictures go from and to: the scene's first frame's range and a quarter of it on both sides."""
+
+    def align(self, prediction: Prediction) -> Prediction:
+        """The next frame's depth and uncertainty, scaled and shifted to the last one's (`align_to`); a cut begins anew."""
+        value, uncertainty = prediction.value, prediction.uncertainty
+        fit = align_to(value, self.depth) if self.depth is not None and self.depth.shape == value.shape else None
+        if fit is not None:
+            scale, shift = fit
+            value, uncertainty = (scale * value + shift).astype(np.float32), (scale * uncertainty).astype(np.float32)
+        else:
+            low, high = float(value.min()), float(value.max())
+            margin = 0.25 * max(high - low, 1e-6)
+            self.limits = (low - margin, high + margin)
+        self.depth = value
+        return Prediction(value=value, uncertainty=uncertainty)
+
+
+def align_to(depth: np.ndarray, reference: np.ndarray) -> tuple[float, float] | None:
+    """Scale and shift that give `depth` `[H, W]` the mean and spread of `reference`, over the pixels that agree best.
+
+    Means and standard deviations are matched rather than squares minimised: least squares shrinks the scale a little at every
+    frame, by the correlation, and a long video would fade. A first fit over all pixels chooses the 70% with the least
+    differences, so that what moves does not count; the second is over those. None, which is a cut, if the two do not correlate,
+    or a map is constant.
+    """
+    a, b = depth.astype(np.float64).ravel(), reference.astype(np.float64).ravel()
+    fit = _match(a, b)
+    if fit is None:
+        return None
+    apart = np.abs(fit[0] * a + fit[1] - b)
+    inside = apart <= np.quantile(apart, _KEPT)
+    return _match(a[inside], b[inside])
+
+
+def _match(a: np.ndarray, b: np.ndarray) -> tuple[float, float] | None:
+    spread_a, spread_b = float(a.std()), float(b.std())
+    if min(spread_a, spread_b) <= 1e-9:
+        return None
+    correlation = float(np.mean((a - a.mean()) * (b - b.mean()))) / (spread_a * spread_b)
+    if correlation < CUT:
+        return None
+    scale = spread_b / spread_a
+    return scale, float(b.mean() - scale * a.mean())
+
+
+def predict_video(
+    predictor: Predictor,
+    source: Source,
+    out: Path,
+    *,
+    task: str,
+    outputs: OutputConfig,
+    resolution: int = 0,
+    settings: Any = None,
+) -> list[Path]:
+    """Predict a video's frames and write OUT/NAME/NNNNNN_*, and the colour pictures as OUT/NAME_TASK.mp4 (.gif for one).
+
+    A batch of frames is in memory at a time. Depth: see `Carried`. Flow: from each frame to the next, so one frame less.
+    Without the package av there is no video of the results but the pictures alone. With `settings`, a stopped video goes on
+    after its last batch. UserError for amodal masks, which a video has none of, and for videos that cannot be read.
+    """
+    if task == "amodal":
+        raise UserError(f"{source.path}: whole objects need a mask for each picture; give pictures, not a video.")
+    folder, name = out / source.name, Path(source.name).name
+    state = _State(out / ".done" / f"{source.name.replace('/', '__')}.npz", settings)
+    carried, start = state.read() if settings is not None else (Carried(), 0)
+    total = count_frames(source) - (task == "flow")
+    size = max(1, predictor.config.batch_size // predictor.config.ensemble[-1])
+    steps = _pairs(iter_frames(source)) if task == "flow" else ((frame, None) for frame in iter_frames(source))
+    number = start
+    files: list[Path] = [f for i in range(start) for f in sorted(folder.glob(f"{i:06d}_*"))]
+    frames = islice(steps, start, None)
+    bar: Progress[int] = progress(max(total - start, 0), f"predict {name}", "frame")
+    with bar:
+        while batch := list(islice(frames, size)):
+            if len({image.shape for image, _ in batch}) > 1:
+                raise UserError(f"{source.path}: its frames differ in size from number {number} on; give those of one video.")
+            predictions = predictor(
+                [image for image, _ in batch],
+                task=task,
+                others=[after for _, after in batch if after is not None] or None,
+                keys=[source.name] * len(batch),
+                resolution=resolution,
+            )
+            for (image, _), prediction in zip(batch, predictions, strict=True):
+                if task == "depth":
+                    prediction = carried.align(prediction)
+                elif number == 0:
+                    carried.limits = (0.0, 1.5 * float(np.hypot(*prediction.value).max()))
+                files += write_outputs(prediction, task, image, folder, f"{number:06d}", config=outputs, limits=carried.limits)
+                number += 1
+            if settings is not None:
+                state.write(carried, number)
+            bar.update(len(batch))
+    if not number:
+        raise UserError(f"{source.path}: the video has no {'pair of frames' if task == 'flow' else 'frame'}.")
+    colours = sorted(f for f in files if f.name.endswith(("_depth_colour.png", "_flow.png")))
+    suffix = ".gif" if source.path.suffix.lower() in ANIMATIONS else ".mp4"
+    if colours and (suffix == ".gif" or can_encode()):
+        files.append(out / f"{source.name}_{task}{suffix}")
+        write_atomically(files[-1], lambda path: write_video(path, colours, frame_rate(source), suffix))
+    state.remove()
+    return files
+
+
+def _pairs(frames: Iterator[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Each frame with the next."""
+    before: np.ndarray | None = None
+    for frame in frames:
+        if before is not None:
+            yield before, frame
+        before = frame
+
+
+class _State:
+    """How far a video is, as a file: the number of the next frame and what is carried to it."""
+
+    def __init__(self, path: Path, settings: Any) -> None:
+        self._path, self._settings = path, json.dumps(settings, sort_keys=True, default=str)
+
+    def read(self) -> tuple[Carried, int]:
+        """Where to go on; the beginning if there is nothing, or it is of other settings."""
+        try:
+            with np.load(self._path, allow_pickle=False) as found:
+                if str(found["settings"]) != self._settings:
+                    return Carried(), 0
+                depth = found["depth"] if found["depth"].size else None
+                low, high = (float(v) for v in found["limits"])
+                return Carried(depth=depth, limits=(low, high)), int(found["number"])
+        except (OSError, ValueError, KeyError):
+            return Carried(), 0
+
+    def write(self, carried: Carried, number: int) -> None:
+        """Keep it."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        depth = np.zeros((0, 0), np.float32) if carried.depth is None else carried.depth
+
+        def save(path: Path) -> None:
+            with path.open("wb") as file:
+                np.savez(
+                    file, allow_pickle=False, depth=depth, limits=np.array(carried.limits),
+                    number=np.array(number), settings=np.array(self._settings),
+                )  # fmt: skip
+
+        write_atomically(self._path, save)
+
+    def remove(self) -> None:
+        """The video is done."""
+        self._path.unlink(missing_ok=True)

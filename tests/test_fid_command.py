@@ -1,0 +1,139 @@
+"""`dpt fid` as a user meets it: against shards, recorded in MLflow below the training, bad input in one sentence."""
+
+import dataclasses
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from data_tools.encoding.shards import ShardWriter
+from dpt import cli
+from dpt.config.sections import DiffusionConfig, ModelConfig
+from dpt.data.codec import load_vae
+from dpt.data.manifest import Manifest, MemberSpec, VAERecord, write_manifest
+from dpt.models.dit import DiT
+from dpt.models.pretrained import export_weights
+from tests.evaluation.image_networks import Random, random_images, save_network
+
+
+def _shards(folder: Path, labels: list[int]) -> Path:
+    codec = load_vae()
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    with ShardWriter(folder / "000000.tar") as writer:
+        for number, label in enumerate(labels):
+            latents = rng.normal(0, 1 / codec.scaling_factor, (2, 4, 8, 8)).astype(np.float16)
+            members = {"label": np.int64(label), "latents": latents}
+            writer.add(f"{number:04d}", {n: np.asarray(v) for n, v in members.items()}, {})
+        record = writer.commit()
+    write_manifest(
+        folder,
+        Manifest(
+            dataset="tiny", split="train", task="class", resolution=64, num_samples=len(labels), shards=(record,),
+            members={"label": MemberSpec(dtype="int64", shape=()), "latents": MemberSpec(dtype="float16", shape=(2, 4, 8, 8))},
+            vae=VAERecord(name="embedded", sha256=codec.sha256, scaling_factor=codec.scaling_factor, latent_channels=4),
+        ),
+    )  # fmt: skip
+    return folder
+
+
+def _weights(folder: Path, task: str = "class") -> Path:
+    torch.manual_seed(0)
+    model = DiT(ModelConfig(hidden_size=32, depth=1, num_heads=2, input_size=8, num_classes=4 + (task != "class")))
+    sections = {
+        "task": task,
+        "diffusion": dataclasses.asdict(DiffusionConfig()),
+        "vae": {"name": "embedded"},
+        "lineage": {"run_id": "the-training"},
+    }
+    return export_weights(model, folder / task, sections=sections)
+
+
+@pytest.fixture(autouse=True)
+def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "0")  # so that they are put back
+        monkeypatch.delenv(name)
+
+
+def test_the_evaluator_scores_images_where_a_reference_is_named(tmp_path: Path, capsys, monkeypatch) -> None:
+    path, sha256 = save_network(Random(), tmp_path / "features.pt")
+    np.savez(tmp_path / "real.npz", random_images(9, 0, side=64))
+    recipe = {"generation": {"reference": str(tmp_path / "real.npz"), "num_images": 5, "features": path}}
+    recipe["generation"]["features_sha256"] = sha256
+    recipe |= {"tracking": {"offline": True}, "evaluation": {"steps": [1], "output_dir": str(tmp_path / "out")}}
+    (tmp_path / "recipe.json").write_text(json.dumps({"dpt": recipe}))
+    launcher = Path(__file__).resolve().parents[1] / "launchers" / "evaluate.py"
+    command = ["--ds_config", str(tmp_path / "recipe.json"), "--weights", str(_weights(tmp_path))]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *command])
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(launcher), run_name="__main__")
+    assert "Inception Score" in capsys.readouterr().out
+    (spool,) = (tmp_path / "out" / "tracking").glob("*.jsonl")
+    records = [json.loads(line) for line in spool.read_text().splitlines()]
+    (start,) = [r for r in records if r["kind"] == "start"]
+    (metrics,) = [r for r in records if r["kind"] == "metrics"]
+    assert (start["stage"], start["parents"]) == ("evaluate", ["the-training"])  # which nests it in MLflow
+    figures = json.loads((tmp_path / "out" / "fid.json").read_text())["metrics"]
+    assert {f"eval/class/{n}": v for n, v in figures.items()}.items() <= metrics["values"].items()
+
+
+def test_fid_of_weights_against_shards(tmp_path: Path, capsys, monkeypatch) -> None:
+    weights, shards = _weights(tmp_path), _shards(tmp_path / "shards", [0, 1, 1, 1, 3, 3])
+    path, sha256 = save_network(Random(), tmp_path / "features.pt")
+    network = ["--features", path, "--features-sha256", sha256]
+    started: list[dict] = []
+    import dpt.tracking
+
+    start = dpt.tracking.start_run
+    monkeypatch.setattr(dpt.tracking, "start_run", lambda *a, **k: (started.append(k), start(*a, **k))[1])
+    command = ["fid", str(weights), "--reference", str(shards), *network, "--num-images", "6", "--steps", "1"]
+    command += ["--no-tracking", "--out", str(tmp_path / "out"), "--labels", "shares", "--guidance", "1.5"]
+    assert cli.main(["--local_rank=0", *command]) == 0  # as the DeepSpeed launcher starts it
+    printed = capsys.readouterr().out
+    for words in (
+        "FID",
+        "sFID",
+        "Inception Score",
+        "precision",
+        "recall",
+        "guidance_scale 1.5",
+        "sampler ddpm",
+        "decoded latents",
+    ):
+        assert words in printed
+    assert started[0]["parents"] == ["the-training"]
+    assert started[0]["stage"] == "evaluate"
+    summary = json.loads((tmp_path / "out" / "fid.json").read_text())
+    assert summary["settings"]["reference"] == {"path": str(shards), "kind": "decoded latents", "num_images": 6}
+    assert summary["settings"]["sampling"]["vae"] == "embedded"
+    assert len(list((tmp_path / "out" / "images").glob("*.png"))) == 6
+
+    depth = _weights(tmp_path, "depth")
+    np.savez(tmp_path / "small.npz", random_images(9, 0, side=32))
+    np.savez(tmp_path / "fitting.npz", random_images(9, 0, side=64))
+    for arguments, words in (
+        ([*command[:1], str(depth), *command[2:]], "only class-conditional weights generate images"),
+        ([*command, "--guidance", "3"], "made with guidance_scale 1.5, not 3.0"),
+        ([*command, "--reference", str(tmp_path / "fitting.npz")], "shares of the labels are taken from class shards"),
+        (
+            [*command, "--reference", str(tmp_path / "small.npz"), "--labels", "balanced"],
+            "32 x 32 pixels, for images of 64 x 64",
+        ),
+        ([*command, "--reference", str(tmp_path / "none")], "none: no images there"),
+        ([*command, "--features-sha256", "0" * 64], "its sha256 is"),
+        ([*command, "--num-images", "2"], "precision and recall need more than 3 images"),
+        ([*command, "--num-images", "1"], "num_images is 1; it must be at least 2"),
+        ([*command, "--images", str(tmp_path)], "give weights to score, or ready-made pictures"),
+        ([*command, "--save-reference", "x"], "must end in .npz"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(arguments)
+        error = capsys.readouterr().err
+        assert stop.value.code == 2
+        assert words in error
+        assert error.count("\n") == 1

@@ -1,0 +1,169 @@
+"""`dpt predict` over folders: every format, resumed after a stop, shared by ranks, what cannot be read is named."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dpt import cli
+from dpt.config.sections import EvaluationConfig
+from dpt.evaluation import Predictor, predicting
+from dpt.evaluation.frames import find_sources
+from dpt.evaluation.predicting import Job, predict_files
+from tests.evaluation.tiny import make_model
+from tests.gloo import run_ranks
+from tests.test_cli import export_tiny
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """Five pictures in folders, one of them turned by its EXIF orientation."""
+    folder = tmp_path / "in"
+    rng = np.random.default_rng(0)
+    for name in ("a/one.png", "a/two.jpg", "b/deep/one.png", "three.png", "four.tif"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 255, (40, 56, 3), dtype=np.uint8)).save(folder / name)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    Image.open(folder / "a/two.jpg").save(folder / "a/two.jpg", exif=exif)
+    (folder / "notes.txt").write_text("no picture")
+    (folder / ".hidden.png").write_text("no picture either")
+    return folder
+
+
+@pytest.fixture
+def launcher_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "0")  # so that they are put back
+        monkeypatch.delenv(name)
+
+
+def test_folders_in_every_format_and_what_cannot_be_read(pictures, tmp_path, capsys, launcher_variables) -> None:
+    weights = export_tiny(tmp_path, "depth", num_conditions=1)
+    out = tmp_path / "out"
+    (pictures / "b" / "broken.png").write_bytes(b"nothing")
+    command = ["predict", str(pictures), "--weights", str(weights), "--steps", "1", "--out", str(out), "--batch", "2"]
+    command += ["--formats", "npy,png16,colour,exr,ply", "--focal", "50"]
+    with pytest.raises(SystemExit) as stop:
+        cli.main(command)
+    printed = capsys.readouterr()
+    assert stop.value.code == 2
+    assert "broken.png: not a picture that can be read" in printed.err
+    assert "; 1 of 6 could not be predicted, the others are written." in printed.err
+    written = sorted(Path(line) for line in printed.out.splitlines())
+    assert len(written) == 25
+    assert all(path.is_file() for path in written)
+    assert np.load(out / "a" / "two_depth.npy").shape == (56, 40)  # upright
+    assert {p.name for p in (out / "b" / "deep").iterdir()} == {
+        f"one_depth{end}" for end in (".npy", ".png", "_colour.png", ".exr", ".ply")
+    }
+    assert not list(out.rglob("*.part"))
+
+    (pictures / "b" / "broken.png").unlink()
+    (out / "three_depth.npy").unlink()
+    assert cli.main(command) == 0  # what is there stays
+    printed = capsys.readouterr().out
+    assert [Path(line).name.split("_")[0] for line in printed.splitlines()[:-1]] == ["three"] * 5
+    assert "4 of 5 were there already" in printed
+    assert cli.main([*command, "--steps", "2"]) == 0  # other settings: all anew
+    assert len(capsys.readouterr().out.splitlines()) == 25
+    assert cli.main([*command, "--steps", "2", "--pattern", "a/*.png", "--again"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 5
+
+    for more, words in (
+        (["--formats", "tga"], "--formats tga: unknown"),
+        (["--formats", "flo"], "--formats flo: predictions of depth are written as npy, png16"),
+        (["--fov", "180"], "a field of view is between 0 and 180"),
+        (["--depth-range", "3", "2"], "0 < NEAR < FAR"),
+        (["--pattern", "*.exr"], r"no file like *.exr there"),
+        (["--second", str(pictures / "three.png")], "each picture needs one second frame; 1 were given for 5"),
+        (["--mask", str(pictures / "a")], "nothing there is named"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            cli.main([*command, *more])
+        assert stop.value.code == 2
+        assert words in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["predict", str(tmp_path / "none"), "--weights", str(weights)])
+    assert "there is no such file or folder" in capsys.readouterr().err
+
+
+def _predictor() -> Predictor:
+    config = EvaluationConfig(batch_size=2, steps=[1])
+    return Predictor(make_model(num_conditions=1), config=config, device="cpu")
+
+
+def test_ranks_share_the_files_and_give_the_same(pictures, tmp_path) -> None:
+    jobs = [Job(source=source) for source in find_sources([pictures])]
+    predict_files(_predictor(), jobs, tmp_path / "one")
+    ranks = run_ranks(2, lambda: [str(p) for p in predict_files(_predictor(), jobs, tmp_path / "two", settings=[1]).written])
+    assert all(ranks)
+    assert not set(ranks[0]) & set(ranks[1])
+    names = {p.relative_to(tmp_path / "one") for p in (tmp_path / "one").rglob("*.npy")}
+    assert len(names) == 5
+    for name in names:
+        assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+    again = predict_files(_predictor(), jobs, tmp_path / "two", settings=[1])
+    assert (again.skipped, again.written) == (5, [])
+
+
+def test_a_stop_keeps_what_is_written_and_memory_is_bounded(pictures, tmp_path, monkeypatch) -> None:
+    jobs = [Job(source=source) for source in find_sources([pictures])]
+    write, seen = predicting.write_outputs, []
+    batches = []
+    call = Predictor.__call__
+    monkeypatch.setattr(
+        Predictor, "__call__", lambda self, images, **k: (batches.append(len(images)), call(self, images, **k))[1]
+    )
+
+    def stopped(*arguments, **more):
+        seen.append(arguments)
+        if len(seen) == 4:
+            raise KeyboardInterrupt
+        return write(*arguments, **more)
+
+    monkeypatch.setattr(predicting, "write_outputs", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        predict_files(_predictor(), jobs, tmp_path / "out", settings=[1])
+    log = next((tmp_path / "out" / ".done").glob("*.jsonl"))
+    with log.open("a") as file:  # and a line that the kill left torn
+        file.write('[1.0, "four", [1], [')
+    monkeypatch.setattr(predicting, "write_outputs", write)
+    done = predict_files(_predictor(), jobs, tmp_path / "out", settings=[1])
+    assert done.skipped == 3
+    assert len(list((tmp_path / "out").rglob("*.npy"))) == 5
+    assert max(batches) <= 2
+    # A picture that has changed since is predicted again.
+    os.utime(pictures / "three.png", (1, 1))
+    assert predict_files(_predictor(), jobs, tmp_path / "out", settings=[1]).skipped == 4
+
+
+def test_flow_of_pairs_in_two_folders(tmp_path) -> None:
+    rng = np.random.default_rng(0)
+    for folder in ("first", "second"):
+        (tmp_path / folder).mkdir()
+        for name in ("x", "y"):
+            Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(tmp_path / folder / f"{name}.png")
+    Image.fromarray(rng.integers(0, 255, (16, 32, 3), dtype=np.uint8)).save(tmp_path / "second" / "y.png")
+    predictor = Predictor(make_model("flow"), config=EvaluationConfig(steps=[1]), device="cpu")
+    sources = find_sources([tmp_path / "first"])
+    jobs = [Job(source=s, other=tmp_path / "second" / f"{s.name}.png") for s in sources]
+    done = predict_files(predictor, jobs, tmp_path / "out")
+    assert [p.name for p in done.written] == ["x_flow.flo", "x_flow.png"]
+    assert done.failed == [f"{tmp_path / 'first' / 'y.png'} is of 32 x 32 pixels, its second frame of 32 x 16."]
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/predicting.md"])
+def test_the_five_lines_of_python_run(page, pictures, tmp_path) -> None:
+    text = (Path(__file__).resolve().parents[1] / page).read_text(encoding="utf-8")
+    block = text.split("From Python:\n\n")[1].split("\n\n")[0]
+    code = "\n".join(line.removeprefix("    ") for line in block.splitlines())
+    assert code.count("\n") == 4
+    code = code.replace("runs/depth/weights", str(export_tiny(tmp_path, "depth", num_conditions=1)))
+    code = code.replace("photo.jpg", str(pictures / "a" / "two.jpg")).replace("ensemble=5", "ensemble=1, steps=1")
+    names: dict = {}
+    exec(code, names)
+    assert names["depth"].shape == (56, 40)
+    assert names["depth"].dtype == np.float32
