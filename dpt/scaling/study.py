@@ -30,7 +30,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from dpt.config.checks import trained_model
+from dpt.config.checks import trained_model, trains_with_muon
 from dpt.config.recipe import Recipe, load_recipe, section_from_dict
 from dpt.errors import UserError
 from dpt.models import costs
@@ -231,7 +231,8 @@ def expected_macs(study: Study, launch: Launch) -> float:
     if launch.launcher != "evaluate":
         model = trained_model(recipe, launch.launcher)
         samples = recipe.dpt.training.steps * recipe.deepspeed.get("train_batch_size", 1)
-        return float(recipe_macs(recipe.dpt, model).training) * samples
+        updates = costs.muon_macs(model) if trains_with_muon(recipe.deepspeed.get("optimizer", {})) else 0
+        return float(recipe_macs(recipe.dpt, model).training) * samples + updates * recipe.dpt.training.steps
     parent = next((other for other in study.launches if other.name == launch.parent), None)
     if parent is None:
         return 0.0

@@ -14,8 +14,8 @@ import webdataset as wds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_tools.encoding.shards import ShardWriter, file_sha256, npy_bytes, shard_key
-from dpt.data.manifest import Manifest, read_manifest
+from data_tools.encoding.shards import ShardWriter, npy_bytes, shard_key
+from dpt.data.manifest import Manifest, file_sha256, read_manifest
 from dpt.data.reader import BLOCK, SampleError, ShardReader
 from dpt.data.shards import ShardFolder
 from dpt.errors import UserError
