@@ -64,10 +64,9 @@ class Protocol:
     """Longest side, in pixels, at which images are shown to the network in publications; 0: their own size."""
     main_metric: str = ""
     """The metric that ranks samples, and the first in tables."""
-    higher_is_better: bool = False
 
 
-_HIGHER_IS_BETTER = {"delta1", "delta2", "delta3", "delta1_log_fit", "iou", "iou_pooled"}
+HIGHER_IS_BETTER = {"delta1", "delta2", "delta3", "delta1_log_fit", "iou", "iou_pooled"}
 
 PROTOCOLS: dict[str, Protocol] = {
     p.name: p
@@ -137,14 +136,14 @@ PROTOCOLS: dict[str, Protocol] = {
             main_metric="abs_rel",
         ),
         Protocol(name="flying_chairs", task="flow", datasets=("flying_chairs",), num_samples=640, main_metric="epe"),
-        Protocol(name="pix2gestalt", task="amodal", datasets=("pix2gestalt",), main_metric="iou", higher_is_better=True),
-        Protocol(name="coco_a", task="amodal", datasets=("coco_amodal", "cocoa"), main_metric="iou", higher_is_better=True),
-        Protocol(name="mp3d_amodal", task="amodal", datasets=("mp3d_amodal", "mp3d"), main_metric="iou", higher_is_better=True),
+        Protocol(name="pix2gestalt", task="amodal", datasets=("pix2gestalt",), main_metric="iou"),
+        Protocol(name="coco_a", task="amodal", datasets=("coco_amodal", "cocoa"), main_metric="iou"),
+        Protocol(name="mp3d_amodal", task="amodal", datasets=("mp3d_amodal", "mp3d"), main_metric="iou"),
         Protocol(
             name="synthetic_depth", task="depth", valid_range=(1e-3, math.inf), clip=(1e-3, math.inf), main_metric="abs_rel"
         ),
         Protocol(name="synthetic_flow", task="flow", main_metric="epe"),
-        Protocol(name="synthetic_amodal", task="amodal", main_metric="iou", higher_is_better=True),
+        Protocol(name="synthetic_amodal", task="amodal", main_metric="iou"),
     )
 }
 
@@ -257,7 +256,7 @@ def _score_log_fit(protocol: Protocol, prediction: np.ndarray, truth: np.ndarray
 
 def is_better(metric: str, value: float, other: float) -> bool:
     """Whether a metric's value is better than another one."""
-    return value > other if metric in _HIGHER_IS_BETTER else value < other
+    return value > other if metric in HIGHER_IS_BETTER else value < other
 
 
 def average(rows: list[dict[str, float]]) -> dict[str, float]:

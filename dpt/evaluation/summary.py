@@ -5,7 +5,7 @@ import random
 from collections.abc import Iterable
 from typing import Any
 
-from dpt.evaluation.protocols import average
+from dpt.evaluation.protocols import HIGHER_IS_BETTER, average
 from dpt.evaluation.records import REFERENCES, Record, list_sha256
 from dpt.evaluation.sets import EvaluationSet
 
@@ -47,7 +47,7 @@ def pick_samples(one: EvaluationSet, records: Iterable[Record], count: int) -> d
     if not rows:
         return {}
     last = max(r.setting for r in rows if r.setting.kind in ("model", "given"))
-    metric, sign = one.protocol.main_metric, -1.0 if one.protocol.higher_is_better else 1.0
+    metric, sign = one.protocol.main_metric, -1.0 if one.protocol.main_metric in HIGHER_IS_BETTER else 1.0
     ranked = sorted((r for r in rows if r.setting == last), key=lambda r: (sign * r.metrics[metric], r.index))
     middle = max(0, (len(ranked) - count) // 2)
     drawn = random.Random(0).sample(ranked, min(count, len(ranked)))

@@ -14,7 +14,7 @@ from dpt.errors import UserError
 from dpt.evaluation.ensembling import merge_depth
 from dpt.evaluation.generation import ImageSource
 from dpt.evaluation.prediction import Predictor
-from dpt.evaluation.protocols import PROTOCOLS, average, score
+from dpt.evaluation.protocols import HIGHER_IS_BETTER, PROTOCOLS, average, score
 from dpt.evaluation.runner import check_set, evaluate
 from dpt.evaluation.sets import EvaluationSet
 from dpt.evaluation.summary import protocol_line, tracked_metrics
@@ -31,7 +31,7 @@ def test_every_main_metric_is_an_average_and_a_column(protocol):
     protocol = dataclasses.replace(protocol, crop=None)
     figures = average([score(protocol, truth, truth)])
     assert protocol.main_metric in figures
-    assert METRICS[protocol.main_metric].lower_is_better is not protocol.higher_is_better
+    assert METRICS[protocol.main_metric].lower_is_better is not (protocol.main_metric in HIGHER_IS_BETTER)
 
 
 def test_each_set_of_a_generalist_keeps_its_name_and_protocol(tmp_path):
