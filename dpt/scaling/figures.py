@@ -36,7 +36,7 @@ class FigureSpec:
     predictions: int = 0
     """For x "total_macs": predictions whose compute is added to that of the training."""
     curve: bool = False
-    """All recorded values of a training metric, not the last alone."""
+    """All recorded values of a training metric, not the last alone; for laws and frontiers without the training's beginning."""
     frontier: bool = False
     """One law through the least y that each x can buy."""
     offset: bool = False
@@ -112,6 +112,7 @@ def find(records: Sequence[RunRecord], family: Sequence[RunRecord], spec: Figure
         steps=spec.steps,
         ensemble=spec.ensemble,
         curve=spec.curve,
+        settle=spec.law or spec.frontier,
         predictions=spec.predictions,
     )
     repeats = means(points, spec.over) if spec.over else []

@@ -48,6 +48,7 @@ def collect(
     steps: int | None = None,
     ensemble: int | None = None,
     curve: bool = False,
+    settle: bool = True,
     predictions: int = 0,
 ) -> list[Point]:
     """Points of `records`; `family` holds them and their ancestors.
@@ -55,14 +56,15 @@ def collect(
     `y` is a metric, or "1-METRIC" for the error of a share. A metric "eval/TASK/[SET/]NAME" gives a point for each evaluation
     (its main setting, or the one with these `steps` and `ensemble`), and for each of its settings if `x` is a test-time
     quantity; SET is needed where an evaluation has several sets of the task. Another metric gives each training's last value,
-    or with `curve` what was recorded all along: without the beginning (`settled`), in means over stretches (`stretches`).
+    or with `curve` what was recorded all along in means over stretches (`stretches`), without the beginning (`settled`) if
+    `settle` is set.
     Raises UserError if nothing fits.
     """
     name, complement = (y[2:], True) if y.startswith("1-") else (y, False)
     if name.startswith("eval/"):
         points = _evaluated(records, family, x, name, group_by, steps, ensemble, predictions)
     else:
-        points = _trained(records, family, x, name, group_by, curve)
+        points = _trained(records, family, x, name, group_by, curve, settle)
     if not points:
         raise UserError(f'no run has both x "{x}" and y "{y}"; x may be {", ".join(X_NAMES)}, a metric, or a numeric field.')
     return [Point(x=p.x, y=1 - p.y, group=p.group, run=p.run) for p in points] if complement else points
@@ -105,7 +107,7 @@ def _row_x(row: Row, x: str) -> float | None:
 
 
 def _trained(
-    records: Sequence[RunRecord], family: Sequence[RunRecord], x: str, name: str, group_by: str, curve: bool
+    records: Sequence[RunRecord], family: Sequence[RunRecord], x: str, name: str, group_by: str, curve: bool, settle: bool
 ) -> list[Point]:
     points = []
     for record in records:
@@ -114,7 +116,7 @@ def _trained(
         group = text_value(record, family, group_by)
         history = record.history(name)
         if curve:
-            pairs = stretches(along(record, family, x, settled(record, history)))
+            pairs = stretches(along(record, family, x, settled(record, history) if settle else history))
         else:
             value = run_value(record, family, x)
             pairs = [] if value is None else [(value, final_value(history))]
