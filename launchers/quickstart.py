@@ -12,7 +12,6 @@ import os
 import shlex
 import shutil
 import socket
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -22,10 +21,12 @@ import torch
 
 from dpt.errors import UserError, reported
 from dpt.evaluation.summary import format_summary
+from dpt.scaling.processes import start_forked, start_fresh
 from dpt.scaling.report import format_table, results_table
 from dpt.tracking.read import load_runs
 
 ROOT = Path(__file__).resolve().parents[1]
+_POLL_S = 0.2
 EXPERIMENT = "quickstart"
 DEFAULT_OUT = "runs/quickstart"
 STEPS, ENSEMBLE = 10, 5
@@ -47,6 +48,8 @@ class Step:
     command: list[str]
     result: Path
     folder: Path
+    needs: tuple[Path, ...] = ()
+    """Results of earlier steps that it reads."""
 
 
 def python(*arguments: str) -> list[str]:
@@ -54,8 +57,8 @@ def python(*arguments: str) -> list[str]:
 
 
 def launch(launcher: str, recipe: str, *fields: str) -> list[str]:
-    """DeepSpeed's launcher, one recipe, and the fields that differ; evaluating on one CPU needs no launcher's start-up time."""
-    start = python() if launcher == "evaluate" else ["deepspeed", "--quiet"]
+    """A launcher, one recipe, and the fields that differ; one process on the CPU needs no start-up time of DeepSpeed's own."""
+    start = ["deepspeed", "--quiet"] if torch.cuda.is_available() else python()
     return [*start, f"launchers/{launcher}.py", "--ds_config", f"ds_configs/{recipe}.json", *fields]
 
 
@@ -72,6 +75,7 @@ def road(out: Path, scenes: int, uri: str) -> list[Step]:
             folder=out / "scenes",
         )
     ]
+    rendered = steps[0].result
     depth = ["--dataset", "hypersim", "--root", f"{out}/scenes/hypersim", "--prompt", "none"]
     for name, arguments in {
         "class_train": ["--dataset", "imagenet", "--root", f"{out}/scenes/imagenet", "--split", "train"],
@@ -94,6 +98,7 @@ def road(out: Path, scenes: int, uri: str) -> list[Step]:
                 ),
                 result=shards / name / "manifest.json",
                 folder=shards / name,
+                needs=(rendered,),
             )
         )
 
@@ -101,20 +106,25 @@ def road(out: Path, scenes: int, uri: str) -> list[Step]:
         """The shards, where they are not those of the recipes."""
         return [] if out == Path(DEFAULT_OUT) else [field, f"{shards}/{name}"]
 
-    def trained(name: str, title: str, command: list[str]) -> None:
-        fields = ["--output_dir", f"{out}/{name}", "--tracking.run_name", name, *tracking]
-        fields += elsewhere("--data.shards", "class_train" if name == "pretrain" else "depth_train")
-        folder = out / name
-        steps.append(Step(title=title, command=[*command, *fields], result=folder / "weights" / "config.json", folder=folder))
+    def exported(name: str) -> Path:
+        return out / name / "weights" / "config.json"
+
+    def trained(name: str, title: str, launcher: str, recipe: str, *options: str, after: str = "") -> None:
+        data = "class_train" if name == "pretrain" else "depth_train"
+        fields = [*options, *(weights(after) if after else [])]
+        fields += ["--output_dir", f"{out}/{name}", "--tracking.run_name", name, *tracking, *elsewhere("--data.shards", data)]
+        needs = [shards / data / "manifest.json", *([exported(after)] if after else [])]
+        command = launch(launcher, recipe, *fields)
+        steps.append(Step(title=title, command=command, result=exported(name), folder=out / name, needs=tuple(needs)))
 
     def weights(name: str) -> list[str]:
         return ["--weights", f"{out}/{name}/weights"]
 
-    trained("pretrain", "pre-train a class-conditional DiT", launch("pretrain", "quickstart"))
-    trained("untrained", "set up an untrained depth model", launch("finetune", "quickstart_depth", "--steps", "0"))
-    trained("depth", "fine-tune for depth after pre-training", launch("finetune", "quickstart_depth", *weights("pretrain")))
-    trained("upcycled", "upcycle to experts and train on", launch("upcycle", "quickstart_upcycle", *weights("depth")))
-    trained(ONE_STEP, "train for depth at the last timestep alone", launch("finetune", "quickstart_one_step"))
+    trained("pretrain", "pre-train a class-conditional DiT", "pretrain", "quickstart")
+    trained(ONE_STEP, "train for depth at the last timestep alone", "finetune", "quickstart_one_step")
+    trained("depth", "fine-tune for depth after pre-training", "finetune", "quickstart_depth", after="pretrain")
+    trained("upcycled", "upcycle to experts and train on", "upcycle", "quickstart_upcycle", after="depth")
+    trained("untrained", "set up an untrained depth model", "finetune", "quickstart_depth", "--steps", "0")
     for label, name in MODELS.items():
         recipe, fields = "quickstart_depth", ["--steps", str(STEPS), "--ensemble", f"1,{ENSEMBLE}"]
         if name == ONE_STEP:
@@ -128,6 +138,7 @@ def road(out: Path, scenes: int, uri: str) -> list[Step]:
                 command=launch("evaluate", recipe, *weights(name), *fields, *tracking, *naming),
                 result=out / "evaluate" / name / "summary.json",
                 folder=out / "evaluate" / name,
+                needs=(exported(name), shards / "depth_val" / "manifest.json"),
             )
         )
     if not uri:
@@ -138,6 +149,7 @@ def road(out: Path, scenes: int, uri: str) -> list[Step]:
             command=python("-m", "dpt.cli", "sync", str(out)),
             result=out / "mlflow.db",
             folder=out / "sync",
+            needs=tuple(out / "evaluate" / name / "summary.json" for name in MODELS.values()),
         )
     )
     steps.append(
@@ -146,34 +158,87 @@ def road(out: Path, scenes: int, uri: str) -> list[Step]:
             command=python("-m", "dpt.cli", "report", EXPERIMENT, "--uri", uri, "--out", f"{out}/report/index.html"),
             result=out / "report" / "index.html",
             folder=out / "report",
+            needs=(out / "mlflow.db",),
         )
     )
     return steps
 
 
-def run_road(steps: list[Step], out: Path) -> None:
-    """Run what is not done. A step whose command or recipe changed, and all after it, are done again; others continue."""
+def run_road(steps: list[Step], out: Path, jobs: int) -> None:
+    """Run what is not done, `jobs` steps at a time, each on its share of the CPU threads; their output is kept in `out`/logs.
+
+    A step waits for those whose results it reads. One whose command or recipe changed, and all that read what it makes, are
+    done again; others continue. UserError if one fails: no further one starts then, and those that run beside it end first.
+    """
     record = out / "commands.json"
     begun: dict[str, list[str]] = json.loads(record.read_text()) if record.exists() else {}
-    stale = False
-    for number, step in enumerate(steps, 1):
-        head = f"[{number}/{len(steps)}] {step.title}"
-        identity = _identity(step)
-        same = not stale and begun.get(step.title) == identity
-        if same and step.result.exists():
-            print(f"{head}: done before", flush=True)
-            continue
-        stale = True
-        if not same:
-            _remove(step.folder, out)
-        begun[step.title] = identity
-        record.write_text(json.dumps(begun, indent=1))
-        print(f"\n{head}\n  $ {shlex.join(_shown(step.command))}", flush=True)
-        started = time.monotonic()
-        code = subprocess.run(_on_free_port(step.command), cwd=ROOT, env=_environment()).returncode
-        if code != 0 or not step.result.exists():
-            raise UserError(f"step {number} ({step.title}) ended with exit code {code}; mend what it says above and run again.")
-        print(f"  done in {time.monotonic() - started:.0f} s", flush=True)
+    numbers = {step.title: number for number, step in enumerate(steps, 1)}
+    waiting, running, done_again = list(steps), list[_Running](), set[Path]()
+    failures = list[str]()
+    try:
+        while running or (waiting and not failures):
+            unmade = {step.result for step in waiting} | {one.step.result for one in running}
+            for step in [step for step in waiting if not unmade.intersection(step.needs)]:
+                if failures or len(running) == jobs:
+                    break
+                waiting.remove(step)
+                head, identity = f"[{numbers[step.title]}/{len(steps)}] {step.title}", _identity(step)
+                same = begun.get(step.title) == identity and not done_again.intersection(step.needs)
+                if same and step.result.exists():
+                    print(f"{head}: done before", flush=True)
+                    continue
+                if not same:
+                    _remove(step.folder, out)
+                begun[step.title] = identity
+                record.write_text(json.dumps(begun, indent=1))
+                print(f"\n{head}\n  $ {shlex.join(_shown(step.command))}", flush=True)
+                running.append(_Running(step, numbers[step.title], out / "logs", jobs))
+            time.sleep(_POLL_S)
+            for one in list(running):
+                code = one.process.exit_code()
+                one.show()
+                if code is None:
+                    continue
+                running.remove(one)
+                done_again.add(one.step.result)
+                if code != 0 or not one.step.result.exists():
+                    failures.append(f"step {one.number} ({one.step.title}) ended with exit code {code}")
+                else:
+                    print(f"[{one.number}/{len(steps)}] done in {time.monotonic() - one.begun:.0f} s", flush=True)
+    finally:
+        for one in running:
+            one.process.terminate()
+        for one in running:
+            one.process.wait()
+    if failures:
+        raise UserError(f"{' and '.join(failures)}; fix what it says above and run again.")
+
+
+class _Running:
+    """A step as a process, whose output is shown line by line with the step's number before it."""
+
+    def __init__(self, step: Step, number: int, logs: Path, jobs: int) -> None:
+        logs.mkdir(exist_ok=True)
+        self.step, self.number, self.begun = step, number, time.monotonic()
+        self._log = logs / f"{number:02}.txt"
+        self._log.unlink(missing_ok=True)
+        self._shown = 0
+        forked = step.command[0] == sys.executable and not torch.cuda.is_available()
+        start = start_forked if forked else start_fresh
+        self.process = start(_on_free_port(step.command), self._log, _environment(jobs))
+
+    def show(self) -> None:
+        """Print the lines that have come since."""
+        if not self._log.exists():
+            return
+        with self._log.open("rb") as file:
+            file.seek(self._shown)
+            lines = file.read()
+        end = max(lines.rfind(b"\n"), lines.rfind(b"\r")) + 1
+        self._shown += end
+        for line in lines[:end].decode("utf-8", "replace").splitlines():
+            if line.strip():
+                print(f"  {self.number} | {line}", flush=True)
 
 
 def _identity(step: Step) -> list[str]:
@@ -195,11 +260,13 @@ def _on_free_port(command: list[str]) -> list[str]:
         return [command[0], "--master_port", str(probe.getsockname()[1]), *command[1:]]
 
 
-def _environment() -> dict[str, str]:
-    """This environment, with the interpreter's own folder first, so that `deepspeed` is the one beside it."""
+def _environment(jobs: int) -> dict[str, str]:
+    """This environment, with the interpreter's own folder first, so that `deepspeed` is the one beside it, and a share of the
+    CPU threads."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     without_gpu = {} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"}  # else DeepSpeed's launcher looks for one
-    return {**without_gpu, **os.environ, "PATH": path}
+    threads = {} if jobs == 1 else {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
+    return {**without_gpu, **threads, **os.environ, "PATH": path}
 
 
 def _remove(folder: Path, out: Path) -> None:
@@ -213,14 +280,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="quickstart", description=__doc__)
     parser.add_argument("--out", default=DEFAULT_OUT, help="folder of everything that is made (default: %(default)s)")
     parser.add_argument("--scenes", type=int, default=1200, help="synthetic scenes (default: %(default)s)")
+    parser.add_argument(
+        "--jobs", type=int, default=1 if torch.cuda.is_available() else 2, help="steps side by side (default: %(default)s)"
+    )
     arguments = parser.parse_args()
+    if arguments.jobs < 1:
+        parser.error(f"--jobs {arguments.jobs}: it must be at least 1.")
     out = Path(arguments.out)
     uri = f"sqlite:///{out}/mlflow.db" if importlib.util.find_spec("mlflow") else ""
     os.chdir(ROOT)
     with reported("quickstart"):
         out.mkdir(parents=True, exist_ok=True)
         started = time.monotonic()
-        run_road(road(out, arguments.scenes, uri), out)
+        run_road(road(out, arguments.scenes, uri), out, arguments.jobs)
         print(f"\nThe whole road: {(time.monotonic() - started) / 60:.1f} minutes. Depth on scenes never trained on:\n")
         if not uri:
             for label, name in MODELS.items():

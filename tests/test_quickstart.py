@@ -9,6 +9,7 @@ import pytest
 
 from data_tools.encode import parser
 from dpt.config.command import parse_command
+from dpt.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -27,6 +28,7 @@ def quickstart() -> ModuleType:
 def test_every_step_reads_what_an_earlier_one_makes(quickstart: ModuleType, out: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     made: list[Path] = []
+    results: dict[Path, Path] = {}  # of folder
     scored = {}
     for step in quickstart.road(Path(out), 60, "sqlite:///x.db"):
         words = step.command
@@ -39,6 +41,8 @@ def test_every_step_reads_what_an_earlier_one_makes(quickstart: ModuleType, out:
             )
             assert Path(place.output_dir) == step.folder
             assert {Path(read) for read in reads} <= set(made)
+            assert {results[Path(read)] for read in reads} <= set(step.needs)
+            assert not place.weights or results[Path(place.weights).parent] in step.needs
             assert not place.weights or Path(place.weights).parent in made
             if home == "evaluation":
                 scored[Path(place.weights).parent.name] = (config.evaluation.steps, config.evaluation.ensemble)
@@ -46,7 +50,9 @@ def test_every_step_reads_what_an_earlier_one_makes(quickstart: ModuleType, out:
             arguments = parser().parse_args(words[words.index("data_tools.encode") + 1 :])
             assert Path(arguments.out) == step.folder
             assert Path(arguments.root).parent in made
+        assert set(step.needs) <= set(results.values())
         made.append(step.folder)
+        results[step.folder] = step.result
         assert step.result.is_relative_to(out)
     assert scored.pop("one_step") == ([1], [1])
     assert all(setting == ([10], [1, 5]) for setting in scored.values())
@@ -58,3 +64,53 @@ def test_titles_and_folders_are_unlike(quickstart: ModuleType) -> None:
     for one, other in itertools.combinations(steps, 2):
         assert one.title != other.title
         assert one.folder != other.folder
+
+
+def _steps(quickstart: ModuleType, out: Path, words: dict[str, str], needs: dict[str, str]) -> list:
+    """Steps that write what they are named for: a name -> what Python runs before it writes."""
+    return [
+        quickstart.Step(
+            title=name,
+            command=[
+                "python",
+                "-c",
+                f"{code}\nimport pathlib, sys\npathlib.Path(sys.argv[1]).mkdir(parents=True)\n"
+                "pathlib.Path(sys.argv[1], 'result').write_text('made')",
+                str(out / name),
+            ],
+            result=out / name / "result",
+            folder=out / name,
+            needs=tuple(out / read / "result" for read in needs.get(name, "").split()),
+        )
+        for name, code in words.items()
+    ]
+
+
+def test_steps_run_side_by_side_and_only_what_changed_is_done_again(
+    quickstart: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    meet = (  # each of two steps waits for the other: they end only if they run side by side
+        "import pathlib, time, sys; here = pathlib.Path(sys.argv[1]).parent; (here / '{0}').touch()\n"
+        "while not (here / '{1}').exists(): time.sleep(0.01)\nprint('{0} met {1}')"
+    )
+    words = {"a": meet.format("x", "y"), "b": meet.format("y", "x"), "c": "print('third')"}
+    needs = {"c": "a"}
+    quickstart.run_road(_steps(quickstart, tmp_path, words, needs), tmp_path, 2)
+    shown = capsys.readouterr().out
+    assert "1 | x met y" in shown
+    assert "3 | third" in shown
+    quickstart.run_road(_steps(quickstart, tmp_path, words, needs), tmp_path, 2)
+    assert capsys.readouterr().out.count("done before") == 3
+    words["a"] = "print('anew')"
+    quickstart.run_road(_steps(quickstart, tmp_path, words, needs), tmp_path, 2)
+    shown = capsys.readouterr().out
+    assert shown.count("done before") == 1
+    assert "1 | anew" in shown
+    assert "3 | third" in shown
+
+
+def test_a_step_that_fails_is_named_and_nothing_starts_after_it(quickstart: ModuleType, tmp_path: Path) -> None:
+    words = {"a": "raise SystemExit(3)", "b": ""}
+    with pytest.raises(UserError, match=r"step 1 \(a\) ended with exit code 3"):
+        quickstart.run_road(_steps(quickstart, tmp_path, words, {"b": "a"}), tmp_path, 1)
+    assert not (tmp_path / "b").exists()

@@ -90,18 +90,26 @@ def _refine_log(p: np.ndarray, log_truth: np.ndarray, scale: float, shift: float
 
     error = residual(fit)
     assert error is not None, "inliers have positive depth"
+    squares = float(np.sum(error * error))
     for _ in range(20):
         inverse = 1.0 / (fit[0] * p + fit[1])
-        jacobian = np.stack([p * inverse, inverse])
-        move = np.linalg.lstsq(jacobian @ jacobian.T, -jacobian @ error, rcond=None)[0]
+        slope = p * inverse
+        move = _solve_normal(slope, inverse, -error)
         for halving in range(20):
             tried = residual(fit + move / 2**halving)
-            if tried is not None and tried @ tried <= error @ error:
+            if tried is not None and np.sum(tried * tried) <= squares:
                 break
         else:
             break
-        gain = error @ error - tried @ tried
+        before, squares = squares, float(np.sum(tried * tried))
         fit, error = fit + move / 2**halving, tried
-        if gain <= 1e-12 * (error @ error):
+        if before - squares <= 1e-12 * squares:
             break
     return float(fit[0]), float(fit[1] - fit[0] * mean)
+
+
+def _solve_normal(first: np.ndarray, second: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """The two factors `[2]` of columns `[n]` whose sum is nearest to the target; without a threaded product, which is slower."""
+    a, b, c = (float(np.sum(x * y)) for x, y in ((first, first), (first, second), (second, second)))
+    normal = np.array([[a, b], [b, c]])
+    return np.asarray(np.linalg.lstsq(normal, [np.sum(first * target), np.sum(second * target)], rcond=None)[0])
