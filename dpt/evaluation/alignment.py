@@ -109,7 +109,7 @@ def _refine_log(p: np.ndarray, log_truth: np.ndarray, scale: float, shift: float
 
 
 def _solve_normal(first: np.ndarray, second: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """The two factors `[2]` of columns `[n]` whose sum is nearest to the target; without a threaded product, which is slower."""
+    """The factors `[2]` of two columns `[n]` whose sum is nearest to the target; in sums, for threaded products are slower."""
     a, b, c = (float(np.sum(x * y)) for x, y in ((first, first), (first, second), (second, second)))
     normal = np.array([[a, b], [b, c]])
     return np.asarray(np.linalg.lstsq(normal, [np.sum(first * target), np.sum(second * target)], rcond=None)[0])

@@ -12,6 +12,8 @@ from dpt.scaling.plots import law_figure, save
 from dpt.scaling.points import X_NAMES, Point, collect
 from dpt.scaling.repeats import Mean, as_markdown, means
 from dpt.scaling.results import METRICS
+from dpt.scaling.shares import Share, shares
+from dpt.scaling.shares import as_markdown as shares_as_markdown
 from dpt.tracking.read import RunRecord
 
 
@@ -45,6 +47,8 @@ class FigureSpec:
     """Fit laws at all."""
     over: str = ""
     """A tag, such as "study.seed": runs that differ in it alone are drawn as their mean with its 95% interval, and tabled."""
+    reference: str = ""
+    """A stage of a study: tables at which share of its compute the others are as good, in each group and repeat (`over`)."""
     stages: list[str] = field(default_factory=list)
     """Stages of a study whose runs it shows; empty: all that have its x and y."""
 
@@ -61,6 +65,8 @@ class Findings:
     refusals: list[str]
     means: list[Mean] = field(default_factory=list)
     """The points over repeats; empty if none were asked for."""
+    shares: list[Share] = field(default_factory=list)
+    """What the others need to be as good as `reference`; empty if there is none."""
 
     def groups(self) -> dict[str, list[Point]]:
         """The points by group, in the order in which they came."""
@@ -97,6 +103,7 @@ class Findings:
                 }
                 for m in self.means
             ],
+            "shares": [{name: None if value != value else value for name, value in asdict(s).items()} for s in self.shares],
             "points": [{"x": p.x, "y": p.y, "group": p.group, "run": p.run.name, "run_id": p.run.run_id} for p in self.points],
         }
 
@@ -116,7 +123,10 @@ def find(records: Sequence[RunRecord], family: Sequence[RunRecord], spec: Figure
         predictions=spec.predictions,
     )
     repeats = means(points, spec.over) if spec.over else []
-    findings = Findings(spec=spec, points=points, chosen=[], fits={}, refusals=[], means=repeats)
+    needed = []
+    if spec.reference:
+        needed = shares(records, family, y=spec.y, reference=spec.reference, group_by=spec.group_by, over=spec.over)
+    findings = Findings(spec=spec, points=points, chosen=[], fits={}, refusals=[], means=repeats, shares=needed)
     groups = findings.groups()
     if spec.frontier:
         findings.chosen.extend(points[i] for i in frontier([p.x for p in points], [p.y for p in points]))
@@ -158,11 +168,15 @@ def draw(findings: Findings, path: Path, *, watermark: str = "") -> Path:
     save(figure, path)
     content = ({"watermark": watermark} if watermark else {}) | findings.as_json()
     path.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    tables = []
     if findings.means:
         shown = METRICS.get(spec.y.rpartition("/")[2])
         y_name, scale, digits = (
             (shown.title, shown.scale, shown.digits) if shown and not spec.y.startswith("1-") else (spec.y, 1.0, 4)
         )
-        text = as_markdown(findings.means, X_NAMES.get(spec.x, spec.x), y_name, scale=scale, digits=digits)
-        path.with_suffix(".md").write_text(f"{watermark}\n\n{text}" if watermark else text, encoding="utf-8")
+        tables.append(as_markdown(findings.means, X_NAMES.get(spec.x, spec.x), y_name, scale=scale, digits=digits))
+    if findings.shares:
+        tables.append(shares_as_markdown(findings.shares, spec.reference, spec.y))
+    if tables:
+        path.with_suffix(".md").write_text("\n".join([f"{watermark}\n"] * bool(watermark) + tables), encoding="utf-8")
     return path
