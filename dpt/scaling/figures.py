@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dpt.errors import UserError
+from dpt.scaling.expert_distance import METRIC as DISTANCE
 from dpt.scaling.laws import Fit, fit_power_law, frontier
 from dpt.scaling.plots import law_figure, save
 from dpt.scaling.points import X_NAMES, Point, collect
@@ -15,6 +16,9 @@ from dpt.scaling.results import METRICS
 from dpt.scaling.shares import Share, shares
 from dpt.scaling.shares import as_markdown as shares_as_markdown
 from dpt.tracking.read import RunRecord
+
+_LABELS = {"train/loss": "training loss", DISTANCE: "distance of experts / their norm"}
+"""What stands at the axis of a metric of training."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,11 +146,16 @@ def find(records: Sequence[RunRecord], family: Sequence[RunRecord], spec: Figure
     return findings
 
 
+def _x_label(spec: FigureSpec) -> str:
+    """What stands at the x axis; the steps of a curve are those of training."""
+    return "training steps" if spec.curve and spec.x == "steps" else X_NAMES.get(spec.x, spec.x)
+
+
 def metric_label(y: str) -> str:
     """What stands at the axis of a metric, or of "1-METRIC"."""
     complement, name = (True, y[2:]) if y.startswith("1-") else (False, y)
     shown = METRICS.get(name.rpartition("/")[2]) if name.startswith("eval/") else None
-    title = shown.title.removesuffix(" ↓").removesuffix(" ↑").removesuffix(" %") if shown else name
+    title = shown.title.removesuffix(" ↓").removesuffix(" ↑").removesuffix(" %") if shown else _LABELS.get(name, name)
     return f"1 - {title}" if complement else title
 
 
@@ -160,9 +169,7 @@ def draw(findings: Findings, path: Path, *, watermark: str = "") -> Path:
     bars = {name: [(m.x, m.y, m.half_width) for m in findings.means if m.group == name] for name in pairs}
     ringed = [(p.x, p.y) for p in findings.chosen]
     joined = not spec.curve and (spec.frontier or not spec.law)
-    figure = law_figure(
-        pairs, findings.fits, X_NAMES.get(spec.x, spec.x), metric_label(spec.y), chosen=ringed, join=joined, bars=bars
-    )
+    figure = law_figure(pairs, findings.fits, _x_label(spec), metric_label(spec.y), chosen=ringed, join=joined, bars=bars)
     if watermark:
         figure.text(0.5, 0.5, watermark, fontsize=48, color="#e03131", alpha=0.35, rotation=25, ha="center", va="center")
     save(figure, path)
@@ -174,7 +181,7 @@ def draw(findings: Findings, path: Path, *, watermark: str = "") -> Path:
         y_name, scale, digits = (
             (shown.title, shown.scale, shown.digits) if shown and not spec.y.startswith("1-") else (spec.y, 1.0, 4)
         )
-        tables.append(as_markdown(findings.means, X_NAMES.get(spec.x, spec.x), y_name, scale=scale, digits=digits))
+        tables.append(as_markdown(findings.means, _x_label(spec), y_name, scale=scale, digits=digits))
     if findings.shares:
         tables.append(shares_as_markdown(findings.shares, spec.reference, spec.y))
     if tables:
