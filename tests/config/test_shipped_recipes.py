@@ -33,6 +33,8 @@ FINE_TUNING = {  # steps, batch, first and last learning rate, side of the pictu
     "upcycle_depth_xl2": (15_000, 1024, 3e-5, 3e-7, 512),
     "upcycle_generalist": (4_000, 1024, 1.2e-4, 1.2e-6, 512),
 }
+BEST = {"best_depth_a4": "finetune_depth_a4", "best_depth_xl2_512": "finetune_depth_xl2_512"}
+"""Recipes with what beat the paper's way, and the paper's recipe that each stands beside."""
 PUBLISHED = {  # millions of parameters: all, active (the paper's Tables 1 and 2; DiT's; those of the upcycled forms)
     "a1": (14.8, 14.8),
     "a2": (77.2, 77.2),
@@ -55,7 +57,7 @@ def _stage(path: Path) -> str:
     first = path.stem.split("_")[0]
     if path.stem.endswith("upcycle"):
         return "upcycle"
-    return first if first in ("finetune", "upcycle") else "pretrain"
+    return {"finetune": "finetune", "upcycle": "upcycle", "best": "finetune"}.get(first, "pretrain")
 
 
 def _load(name: str) -> Recipe:
@@ -93,7 +95,16 @@ def test_gpus_evaluate_in_tf32_and_cpus_in_fp32() -> None:
 
 
 def test_every_run_of_the_paper_has_a_recipe() -> None:
-    assert {path.stem for path in RECIPES} == {*PRETRAINING, *FINE_TUNING, *(path.stem for path in SMALL)}
+    assert {path.stem for path in RECIPES} == {*PRETRAINING, *FINE_TUNING, *BEST, *(path.stem for path in SMALL)}
+
+
+@pytest.mark.parametrize("name", BEST)
+def test_the_best_recipe_is_the_papers_in_one_step_for_half_as_long(name: str) -> None:
+    best, paper = _load(name).dpt, _load(BEST[name]).dpt
+    assert (best.model, best.data, best.task, best.hardware) == (paper.model, paper.data, paper.task, paper.hardware)
+    assert best.training.steps * 2 == paper.training.steps
+    assert (best.diffusion.timesteps, best.diffusion.initial_noise, best.diffusion.vlb_weight) == ("last", "zero", 0.0)
+    assert (best.evaluation.steps, best.evaluation.ensemble) == ([1], [1])
 
 
 @pytest.mark.parametrize("name", [*PRETRAINING, *FINE_TUNING])

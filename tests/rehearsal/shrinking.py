@@ -45,7 +45,7 @@ def stage_of(name: str) -> str:
     if name.endswith("upcycle"):
         return "upcycle"
     first = name.split("_")[0]
-    return first if first in ("finetune", "upcycle") else "pretrain"
+    return {"finetune": "finetune", "upcycle": "upcycle", "best": "finetune"}.get(first, "pretrain")
 
 
 def shipped_ranks(recipe: Recipe) -> int:
