@@ -178,7 +178,9 @@ def run_road(steps: list[Step], out: Path, jobs: int) -> None:
     try:
         while running or (waiting and not failures):
             unmade = {step.result for step in waiting} | {one.step.result for one in running}
-            for step in [step for step in waiting if not unmade.intersection(step.needs)]:
+            ready = [step for step in waiting if not unmade.intersection(step.needs)]
+            beside = min(jobs, len(ready) + len(running))
+            for step in ready:
                 if failures or len(running) == jobs:
                     break
                 waiting.remove(step)
@@ -192,7 +194,7 @@ def run_road(steps: list[Step], out: Path, jobs: int) -> None:
                 begun[step.title] = identity
                 record.write_text(json.dumps(begun, indent=1))
                 print(f"\n{head}\n  $ {shlex.join(_shown(step.command))}", flush=True)
-                running.append(_Running(step, numbers[step.title], out / "logs", jobs))
+                running.append(_Running(step, numbers[step.title], out / "logs", beside))
             time.sleep(_POLL_S)
             for one in list(running):
                 code = one.process.exit_code()
@@ -217,7 +219,8 @@ def run_road(steps: list[Step], out: Path, jobs: int) -> None:
 class _Running:
     """A step as a process, whose output is shown line by line with the step's number before it."""
 
-    def __init__(self, step: Step, number: int, logs: Path, jobs: int) -> None:
+    def __init__(self, step: Step, number: int, logs: Path, beside: int) -> None:
+        """`beside`: how many steps share the CPU threads."""
         logs.mkdir(exist_ok=True)
         self.step, self.number, self.begun = step, number, time.monotonic()
         self._log = logs / f"{number:02}.txt"
@@ -225,7 +228,7 @@ class _Running:
         self._shown = 0
         forked = step.command[0] == sys.executable and not torch.cuda.is_available()
         start = start_forked if forked else start_fresh
-        self.process = start(_on_free_port(step.command), self._log, _environment(jobs))
+        self.process = start(_on_free_port(step.command), self._log, _environment(beside))
 
     def show(self) -> None:
         """Print the lines that have come since."""
@@ -260,12 +263,12 @@ def _on_free_port(command: list[str]) -> list[str]:
         return [command[0], "--master_port", str(probe.getsockname()[1]), *command[1:]]
 
 
-def _environment(jobs: int) -> dict[str, str]:
+def _environment(beside: int) -> dict[str, str]:
     """This environment, with the interpreter's own folder first, so that `deepspeed` is the one beside it, and a share of the
     CPU threads."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     without_gpu = {} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"}  # else DeepSpeed's launcher looks for one
-    threads = {} if jobs == 1 else {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
+    threads = {} if beside == 1 else {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // beside))}
     return {**without_gpu, **threads, **os.environ, "PATH": path}
 
 
