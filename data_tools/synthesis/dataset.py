@@ -4,7 +4,7 @@ import json
 import multiprocessing
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -22,6 +22,8 @@ from dpt.errors import UserError
 GENERATOR_VERSION = 1
 """Counts up whenever the same parameters would give other files."""
 DESCRIPTION = "synthesis.json"
+_WRITTEN = "written.txt"
+"""The numbers of the scenes that are on the disk, while a set is made."""
 _WORKER_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",  # each process keeps to one core
     "OPENBLAS_NUM_THREADS": "1",
@@ -80,7 +82,7 @@ class SynthesisConfig:
 def synthesize(out: Path, config: SynthesisConfig, *, workers: int = 2) -> bool:
     """Write a data set to `out`; True when it was made, False when it was there already.
 
-    The set appears under its name only when it is complete; what a stopped run left is thrown away.
+    The set appears under its name only when it is complete; a stopped run goes on where it was, if its parameters are the same.
 
     Raises:
         UserError: `out` holds something else.
@@ -91,10 +93,11 @@ def synthesize(out: Path, config: SynthesisConfig, *, workers: int = 2) -> bool:
         print(f"{out}: {config.scenes} scenes, made before, are kept.")
         return False
     partial_out = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial_out, ignore_errors=True)
-    partial_out.mkdir(parents=True)
-    _write_all(partial_out, config, workers)
-    (partial_out / DESCRIPTION).write_text(json.dumps(wanted, indent=2) + "\n")
+    written = _written_before(partial_out, wanted)
+    if written:
+        print(f"{out}: {len(written)} of {config.scenes} scenes are there from a run that was stopped; going on.")
+    _write_all(partial_out, config, workers, written)
+    (partial_out / _WRITTEN).unlink()
     os.replace(partial_out, out)
     print(f"{out}: {config.scenes} scenes of {config.size} x {config.size} pixels written.")
     return True
@@ -114,22 +117,49 @@ def _check_finished(out: Path, wanted: dict[str, Any]) -> None:
         )
 
 
-def _write_all(root: Path, config: SynthesisConfig, workers: int) -> None:
+def _written_before(partial_out: Path, wanted: dict[str, Any]) -> set[int]:
+    """The numbers of the scenes that a stopped run of the same parameters has written; the folder is emptied if they differ."""
+    try:
+        if json.loads((partial_out / DESCRIPTION).read_text()) == json.loads(json.dumps(wanted)):
+            *lines, _ = (partial_out / _WRITTEN).read_text().split("\n")  # a line cut off at the end does not count
+            numbers = {int(line) for line in lines}
+            (partial_out / _WRITTEN).write_text("".join(f"{number}\n" for number in sorted(numbers)))
+            return numbers
+    except (OSError, ValueError):
+        pass
+    shutil.rmtree(partial_out, ignore_errors=True)
+    partial_out.mkdir(parents=True)
+    (partial_out / DESCRIPTION).write_text(json.dumps(wanted, indent=2) + "\n")
+    return set()
+
+
+def _write_all(root: Path, config: SynthesisConfig, workers: int, written: set[int]) -> None:
     counts = config.counts()
-    jobs = [(split, index) for split, count in counts.items() for index in range(count)]
+    jobs = list(enumerate((split, index) for split, count in counts.items() for index in range(count)))
+    left = [job for job in jobs if job[0] not in written]
     write = partial(_write_one, root, config)
-    with tqdm(total=len(jobs), desc=f"synthesis -> {root.name.strip('.').removesuffix('.partial')}", unit="scene") as progress:
-        if workers <= 1:
-            for job in enumerate(jobs):
-                write(job)
-                progress.update()
-        else:
-            with _worker_environment():
-                started = multiprocessing.get_context("spawn").Pool(workers)
-            with started as pool:
-                for _ in pool.imap_unordered(write, enumerate(jobs), chunksize=8):
-                    progress.update()
+    name = root.name.strip(".").removesuffix(".partial")
+    with (
+        tqdm(total=len(jobs), initial=len(written), desc=f"synthesis -> {name}", unit="scene") as progress,
+        (root / _WRITTEN).open("a", buffering=1) as record,
+        _several(workers) as map_jobs,
+    ):
+        for number in map_jobs(write, left):
+            record.write(f"{number}\n")
+            progress.update()
     write_lists(root, config.tasks, counts)
+
+
+@contextmanager
+def _several(workers: int) -> Iterator[Callable[..., Iterable[int]]]:
+    """`map`, by so many processes and in any order if they are more than one."""
+    if workers <= 1:
+        yield map
+        return
+    with _worker_environment():
+        started = multiprocessing.get_context("spawn").Pool(workers)
+    with started as pool:
+        yield partial(pool.imap_unordered, chunksize=8)
 
 
 @contextmanager
@@ -144,7 +174,8 @@ def _worker_environment() -> Iterator[None]:
             del os.environ[name]
 
 
-def _write_one(root: Path, config: SynthesisConfig, job: tuple[int, tuple[str, int]]) -> None:
+def _write_one(root: Path, config: SynthesisConfig, job: tuple[int, tuple[str, int]]) -> int:
     number, (split, index) = job
     scene = make_scene(config.seed, split, index, VARIETIES[config.variety])
     write_scene(root, config.tasks, split, number, render(scene, config.size))
+    return number

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from data_tools.readers import open_reader
 from data_tools.synthesis import CLASS_NAMES, make_scene, render
+from data_tools.synthesis import dataset as synthesis_dataset
 from data_tools.synthesis.__main__ import main
 from data_tools.synthesis.dataset import DESCRIPTION, SynthesisConfig, synthesize
 from data_tools.synthesis.layouts import TASKS
@@ -104,6 +105,38 @@ def test_a_stopped_run_leaves_nothing_under_the_name(tmp_path: Path, monkeypatch
     with pytest.raises(KeyboardInterrupt):
         synthesize(tmp_path / "set", CONFIG, workers=1)
     assert not (tmp_path / "set").exists()
+
+
+def test_a_stopped_run_goes_on_and_other_parameters_begin_anew(
+    written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[int] = []
+    write_scene = synthesis_dataset.write_scene
+
+    def stops_at_the_fourth(root: Path, tasks: object, split: str, number: int, rendered: object) -> None:
+        asked.append(number)
+        if len(asked) == 4:
+            raise KeyboardInterrupt
+        write_scene(root, tasks, split, number, rendered)
+
+    monkeypatch.setattr(synthesis_dataset, "write_scene", stops_at_the_fourth)
+    out = tmp_path / "scenes"
+    with pytest.raises(KeyboardInterrupt):
+        synthesize(out, CONFIG, workers=1)
+    with (tmp_path / ".scenes.partial" / "written.txt").open("a") as record:
+        record.write("99")  # a line that was being written
+    asked[:] = [0] * 5
+    assert synthesize(out, CONFIG, workers=1)
+    assert asked[5:] == list(range(3, CONFIG.scenes))
+    assert f"3 of {CONFIG.scenes} scenes are there" in capsys.readouterr().out
+    assert _hashes(out) == _hashes(written)
+    other = dataclasses.replace(CONFIG, seed=CONFIG.seed + 1)
+    asked[:] = [0]
+    with pytest.raises(KeyboardInterrupt):
+        synthesize(tmp_path / "other", CONFIG, workers=1)
+    asked[:] = [0] * 5
+    synthesize(tmp_path / "other", other, workers=1)
+    assert asked[5:] == list(range(CONFIG.scenes))
 
 
 def test_a_foreign_folder_is_not_touched(tmp_path: Path) -> None:
