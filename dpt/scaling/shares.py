@@ -148,7 +148,7 @@ def as_markdown(found: Sequence[Share], reference: str, y: str) -> str:
         if not one.reached:
             lines.append(f"| {name} | {one.y * shown.scale:.{shown.digits}f} | not reached | – |")
             continue
-        width = "" if math.isinf(one.train_half_width) else f" ± {one.train_half_width:.3f}"
+        width = "" if one.at_most or math.isinf(one.train_half_width) else f" ± {one.train_half_width:.3f}"
         part = "" if one.reached == one.repeats else f" ({one.reached} of {one.repeats})"
         share = f"{'at most ' if one.at_most else ''}{one.train_share:.3f}{width}{part}"
         lines.append(f"| {name} | {one.y * shown.scale:.{shown.digits}f} | {share} | {one.test_share:.3g} |")
