@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Room -> rooms it may import. Each may import itself.
 BASE = {"errors", "config"}
-MIDDLE = BASE | {"distributed", "progress", "tracking", "tasks", "pictures", "clip"}
+MIDDLE = BASE | {"distributed", "progress", "tracking", "tasks", "pictures", "clip", "hub"}
 ALLOWED = {
     "errors": set(),
     "config": {"errors"},
@@ -20,7 +20,8 @@ ALLOWED = {
     "tracking": BASE | {"distributed"},
     "tasks": BASE,
     "pictures": BASE,
-    "clip": BASE,
+    "hub": BASE | {"distributed"},
+    "clip": BASE | {"hub"},
     "models": MIDDLE,
     "diffusion": MIDDLE,
     "data": MIDDLE,

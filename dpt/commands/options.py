@@ -32,8 +32,8 @@ def add_sampling_options(
 ) -> None:
     """Weights, and how the sampler goes. on_ranks: for a command with its own `weights`, whose ranks have a device each."""
     if not on_ranks:
-        parser.add_argument("--weights", required=True, help="exported weights, a checkpoint, or public weights")
-    parser.add_argument("--vae", default="", help="VAE, where the weights do not name theirs")
+        parser.add_argument("--weights", required=True, help="exported, a checkpoint, public, or hub:owner/name[@revision]")
+    parser.add_argument("--vae", default="", help="VAE (a folder, or a name on the hub), where the weights do not name theirs")
     parser.add_argument("--steps", type=int, default=steps, help="sampler steps (default: %(default)s)")
     parser.add_argument("--sampler", default=sampler, choices=("ddim", "ddpm", "dpmsolver++"), help="(default: %(default)s)")
     parser.add_argument("--schedule", default="", choices=("linear", "scaled_linear", "squaredcos_cap_v2"),

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dpt import hub
 from dpt.config.recipe import section_from_dict
 from dpt.config.sections import DiffusionConfig, ModelConfig
 from dpt.errors import UserError
@@ -71,12 +72,13 @@ def read_weights(
 
     `path`: our export (a folder), a diffusers folder (of a DiTTransformer2DModel, or of a pipeline with one), or a public
     `.pt` or `.safetensors` file: DiT, DiT-MoE with plain or flash-attention keys, or the generalist of "Scaling Properties of
-    Diffusion Models for Perceptual Tasks". `ema`: averaged weights if the file holds both kinds. `dtype`: of the result.
-    `variant`: of a diffusers folder's files, such as "fp16". `scheduler`: the objective, in place of what the file tells.
-    `fields`: of ModelConfig, where a public file's shapes do not tell (num_heads, top_k). Nothing is unpickled but tensors.
-    UserError if the format is unknown, or a tensor is missing, unknown, of a wrong shape, or not of finite numbers.
+    Diffusion Models for Perceptual Tasks"; or any of these on the hub (`hub:owner/name[/path][@revision]`, `dpt.hub`).
+    `ema`: averaged weights if the file holds both kinds. `dtype`: of the result. `variant`: of a diffusers folder's files, such
+    as "fp16". `scheduler`: the objective, in place of what the file tells. `fields`: of ModelConfig, where a public file's
+    shapes do not tell (num_heads, top_k). Nothing is unpickled but tensors. UserError if the format is unknown, or a tensor is
+    missing, unknown, of a wrong shape, or not of finite numbers.
     """
-    path = Path(path)
+    path, place = hub.resolve(path)
     ours = (path / _WEIGHTS).is_file() and (path / _CONFIG).is_file()
     pipeline = (path / "transformer").is_dir()
     if path.is_dir() and not (path / _CONFIG).is_file() and not pipeline:
@@ -93,6 +95,9 @@ def read_weights(
         weights = _read_public(path, ema, fields)
     if scheduler is not None:
         weights = replace(weights, sections={**weights.sections, "diffusion": asdict(scheduler)})
+    if hub.is_hub_name(place):
+        lineage = {**weights.sections.get("lineage", {}), "weights": place}
+        weights = replace(weights, sections={**weights.sections, "lineage": lineage})
     check_state(weights.config, weights.state, str(path))
     check_numbers(weights.config, weights.state, str(path))
     state = {n: t.to(dtype) if t.is_floating_point() else t for n, t in weights.state.items()}
