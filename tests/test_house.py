@@ -28,8 +28,9 @@ ALLOWED = {
     "training": MIDDLE | {"models", "diffusion", "data"},
     "evaluation": MIDDLE | {"models", "diffusion", "data"},
     "scaling": MIDDLE | {"models", "diffusion", "data"},
-    "cli": MIDDLE | {"models", "diffusion", "data", "training", "evaluation", "scaling", "commands"},
-    "commands": MIDDLE | {"models", "diffusion", "data", "training", "evaluation", "scaling"},
+    "publishing": MIDDLE | {"models", "diffusion", "data", "scaling"},
+    "cli": MIDDLE | {"models", "diffusion", "data", "training", "evaluation", "scaling", "publishing", "commands"},
+    "commands": MIDDLE | {"models", "diffusion", "data", "training", "evaluation", "scaling", "publishing"},
     "data_tools": MIDDLE | {"data"},
     "__init__": set(),
 }

@@ -81,9 +81,9 @@ class VAECodec:
 def load_vae(name: str = EMBEDDED, *, latent_channels: int = 4, downsampling: int = 8) -> VAECodec:
     """Load "embedded", a folder in diffusers' layout, or a hub name such as "stabilityai/sd-vae-ft-ema", on the CPU in fp32.
 
-    Names on the hub may be bare or as in `dpt.hub`; the codec's `name` then says the commit. Only safetensors are read. UserError
-    if there is no such VAE, its files are broken, or it has other latent channels or another downsampling than the latents of
-    this package.
+    Names on the hub may be bare or as in `dpt.hub`; the codec's `name` then says the commit. Only safetensors are read.
+    UserError if there is no such VAE, its files are broken, or it has other latent channels or another downsampling than the
+    latents of this package.
     """
     from diffusers import AutoencoderKL
 

@@ -167,6 +167,8 @@ def load_dinov2(name: str = DINOV2, sha256: str = "") -> FeatureNetwork:
     except ImportError as error:
         raise UserError("--dinov2 needs the package transformers; install dpt[clip].") from error
     folder = hub.local_path(hub.with_prefix(name), hub.CLIP_FILES)
+    if not folder.is_dir():
+        raise UserError(f"--dinov2 {name}: no such folder is here, and it is no name on the hub; give a folder, or {DINOV2}.")
     if not (folder / "model.safetensors").is_file():
         raise UserError(f"--dinov2 {name}: there is no model.safetensors; give a folder with it, or {DINOV2}.")
     _check_hash(folder / "model.safetensors", sha256 or DINOV2_SHA256, "--dinov2-sha256")

@@ -44,6 +44,7 @@ _SECTIONS = {
     "depth_code": str,
     "flow_code": str,
     "depth_prompt": str,
+    "class_names": list,
     "lineage": dict,
 }
 """What config.json may say beside the network."""
@@ -242,6 +243,7 @@ def export_weights(
     format: Literal["dpt", "diffusers"] = "dpt",
     ema: Mapping[str, Tensor] | None = None,
     sections: Mapping[str, Any] | None = None,
+    quiet: bool = False,
 ) -> Path:
     """Write the folder `path`, complete or not at all; an export there is replaced. Tensors keep their dtypes.
 
@@ -253,7 +255,8 @@ def export_weights(
     "diffusers": a DiTTransformer2DModel with the averaged weights, if they are given; UserError if diffusers has no such
     network (experts, task convolutions, CLIP projection, qk-norm). It computes the same at the network's input_size (at others
     diffusers squeezes the positions), unless timestep_features is "dit": diffusers' sines are at 10000^(-i/127), DiT's at
-    10000^(-i/128), and its config cannot say so. A warning then tells the line of code that mends the loaded model.
+    10000^(-i/128), and its config cannot say so. A warning then tells the line of code that mends the loaded model, unless
+    `quiet`.
     """
     if isinstance(weights, DiT):
         weights = Weights(config=weights.config, state=weights.state_dict())
@@ -262,7 +265,7 @@ def export_weights(
     if ema is not None:
         check_state(weights.config, {**weights.state, **ema}, f"{path}, averaged")
     if format == "diffusers":
-        return _write_diffusers(weights.config, {**weights.state, **(ema or {})}, path)
+        return _write_diffusers(weights.config, {**weights.state, **(ema or {})}, path, quiet)
     tensors = dict(weights.state)
     if ema is not None:
         tensors |= {_EMA + name: tensor for name, tensor in ema.items()}
@@ -272,7 +275,7 @@ def export_weights(
     return _write_folder(path, config, tensors, _WEIGHTS, {"export_id": export_id, "format": "pt"})
 
 
-def _write_diffusers(config: ModelConfig, state: Mapping[str, Tensor], path: Path) -> Path:
+def _write_diffusers(config: ModelConfig, state: Mapping[str, Tensor], path: Path, quiet: bool) -> Path:
     config, state = standard(config, state)  # diffusers knows no muP
     values = config_to_diffusers(config)
     tensors: dict[str, Tensor] = {}
@@ -280,7 +283,7 @@ def _write_diffusers(config: ModelConfig, state: Mapping[str, Tensor], path: Pat
         tensors |= diffusers_map(name, config).split(tensor)
         tensors |= {copy: tensor.clone() for copy in embedder_copies(name, config)}
     _write_folder(path, values, tensors, f"{DIFFUSERS_WEIGHTS}.safetensors", {"format": "pt"})
-    if config.timestep_features == "dit":
+    if config.timestep_features == "dit" and not quiet:
         _log.warning(
             "%s: diffusers computes the timestep's frequencies otherwise than DiT; after loading, run `for block in "
             "model.transformer_blocks: block.norm1.emb.time_proj.downscale_freq_shift = 0`, or predictions differ.",

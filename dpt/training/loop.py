@@ -361,6 +361,7 @@ class Trainer:
             self._lineage(),
             codes=self._codes(),
             depth_prompt=self.data_loader.depth_prompt,
+            class_names=self.data_loader.class_names,
         )
 
     def _codes(self) -> dict[str, str]:
