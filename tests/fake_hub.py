@@ -11,6 +11,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import pytest
+
 TOKEN = "hf_secretTokenOfTheTests"
 
 
@@ -186,12 +188,17 @@ def serving() -> Iterator[Hub]:
         server.server_close()
 
 
-def environment(hub: Hub, cache: Path) -> dict[str, str]:
-    """Variables for a process that is to use this hub, with a cache of its own."""
-    return {
-        "HF_ENDPOINT": hub.url,
-        "HF_HOME": str(cache),
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-    }
+@contextmanager
+def used(monkeypatch: pytest.MonkeyPatch, cache: Path, token: str = "") -> Iterator[Hub]:
+    """A hub that huggingface_hub talks to in this process, with a cache of its own."""
+    from huggingface_hub import constants
+
+    with serving() as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(cache / "token"))
+        monkeypatch.setenv("HF_TOKEN", token)
+        yield hub

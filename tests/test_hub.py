@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from fake_hub import Hub, Repo, serving
+from fake_hub import Hub, Repo, used
 
 from dpt import hub as hubs
 from dpt.errors import UserError
@@ -11,14 +11,7 @@ from dpt.errors import UserError
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from huggingface_hub import constants
-
-    with serving() as hub:
-        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setenv("HF_TOKEN", "")
+    with used(monkeypatch, tmp_path / "cache") as hub:
         yield hub
 
 

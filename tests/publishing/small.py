@@ -29,9 +29,7 @@ def random_state(config: ModelConfig, seed: int) -> dict[str, torch.Tensor]:
     return state | noisy | {n: torch.randint(-30, 30, t.shape) for n, t in state.items() if not t.is_floating_point()}
 
 
-def export_small(
-    folder: Path, *, task: str = "depth", diffusion: dict[str, Any] | None = None, ema: bool = True, **model: Any
-) -> Path:
+def export_small(folder: Path, *, task: str = "depth", diffusion: dict[str, Any] | None = None, **model: Any) -> Path:
     """An export of a network of two narrow blocks for latents of 8 x 8, with its averaged weights."""
     least = {"class": 0, "depth": 2, "generalist": 2, "flow": 2}[task]
     values = {"input_size": 8, "hidden_size": 32, "depth": 2, "num_heads": 2, "num_conditions": least}
@@ -42,5 +40,5 @@ def export_small(
     sections = {"task": task, "vae": vae, "lineage": LINEAGE, "diffusion": vars(DiffusionConfig(**(diffusion or {})))}
     network = DiT(config)
     network.load_state_dict(random_state(config, 0))
-    averaged = {n: t for n, t in random_state(config, 1).items() if t.is_floating_point()} if ema else None
+    averaged = {n: t for n, t in random_state(config, 1).items() if t.is_floating_point()}
     return export_weights(network, folder, ema=averaged, sections=sections)

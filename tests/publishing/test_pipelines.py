@@ -29,11 +29,13 @@ NETWORKS = {
     },
     "generalist": {"task": "generalist", "patch_embed_tasks": 4, "num_experts": 2},
     "straight": {"diffusion": {"prediction_type": "rectified_flow", "time_convention": "fraction"}},
-    "one_step": {"diffusion": {"prediction_type": "v_prediction", "timesteps": "last", "initial_noise": "fixed", "vlb_weight": 0.0}},
+    "one_step": {"diffusion": {"prediction_type": "v_prediction", "timesteps": "last", "initial_noise": "fixed",
+                               "vlb_weight": 0.0}},
     "cosine": {"diffusion": {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction", "steps_offset": 1,
                              "timestep_spacing": "leading", "set_alpha_to_one": False}},
 }  # fmt: skip
 STEPS, MEMBERS = 4, 3
+FILES = Path(pipelines.__file__).with_name("folder")
 
 LOADING = """
 import sys
@@ -132,7 +134,7 @@ def test_class_weights_become_a_dit_pipeline(tmp_path: Path, features: str) -> N
 
 def test_the_copied_files_need_torch_diffusers_and_numpy_only() -> None:
     allowed = {"torch", "diffusers", "numpy", "PIL"} | sys.stdlib_module_names
-    for file in Path(pipelines.__file__).with_name("folder").glob("*.py"):
+    for file in FILES.glob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline
+from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline
 from diffusers.utils import BaseOutput
 from PIL import Image
 from torch import Tensor
@@ -172,6 +172,7 @@ class DptDepthPipeline(DiffusionPipeline):
             timesteps = self._straight_timesteps(steps, total)
             self.scheduler.set_timesteps(sigmas=[(t + 1.0) / total for t in timesteps], device=noisy.device)
         else:
+            sharpen(self.scheduler)
             self.scheduler.set_timesteps(steps, device=noisy.device)
             timesteps = [float(t) for t in self.scheduler.timesteps]
         for timestep, step in zip(self.progress_bar(timesteps), self.scheduler.timesteps, strict=True):
@@ -214,6 +215,31 @@ def _as_array(image: Any) -> np.ndarray:
 def _resize(values: np.ndarray, size: Sequence[int]) -> np.ndarray:
     """float32 [H, W] to `size` (h, w), bilinear."""
     return np.asarray(Image.fromarray(values).resize((size[1], size[0]), Image.Resampling.BILINEAR))
+
+
+# --- noise levels -------------------------------------------------------------------------------------------------------
+
+
+def sharpen(scheduler: Any) -> None:
+    """Give DDIM its noise levels in float64: a product of a thousand float32 factors is 1e-5 off, and the first steps of a
+    network that predicts noise divide by small ones."""
+    if not isinstance(scheduler, DDIMScheduler) or scheduler.config.trained_betas is not None:
+        return
+    config, steps = scheduler.config, scheduler.config.num_train_timesteps
+    if config.beta_schedule == "linear":
+        betas = np.linspace(config.beta_start, config.beta_end, steps)
+    elif config.beta_schedule == "scaled_linear":
+        betas = np.linspace(math.sqrt(config.beta_start), math.sqrt(config.beta_end), steps) ** 2
+    else:
+        level = np.cos((np.arange(steps + 1) / steps + 0.008) / 1.008 * math.pi / 2) ** 2
+        betas = np.minimum(1.0 - level[1:] / level[:-1], 0.999)
+    levels = np.cumprod(1.0 - betas)
+    if config.rescale_betas_zero_snr:
+        root = np.sqrt(levels)
+        levels = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2
+    scheduler.alphas_cumprod = torch.from_numpy(levels)
+    if not config.set_alpha_to_one:
+        scheduler.final_alpha_cumprod = scheduler.alphas_cumprod[0]
 
 
 # --- noise that belongs to a picture's key -------------------------------------------------------------------------------
