@@ -33,7 +33,7 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--option", action="append", default=[], metavar="NAME=VALUE", help="an option of the set's reader, e.g. filtered=false"
     )
-    add("--vae", default="embedded", help='"embedded", a folder or a hub name (default: %(default)s)')
+    add("--vae", default="embedded", help='"embedded", a folder, or hub:owner/name[@revision] (default: %(default)s)')
     add("--resolution", type=int, required=True, help="side of the encoded images, pixels")
     add("--out", required=True, help="folder of the shards")
     add(

@@ -21,8 +21,9 @@ COMMANDS = {
     "cluster": "training on many GPUs, on paper: layouts, times, memory, recipes",
     "routing": "which experts get which tokens",
     "experts": "how different experts become in training",
-    "export": "weights of a checkpoint as a folder",
+    "export": "weights as a folder of ours, or as a pipeline of diffusers",
     "import": "public weights as a folder",
+    "push": "weights with their model card to the Hugging Face Hub",
     "sync": "send records that an outage of the MLflow server has kept back",
 }
 """Every command is a module in `dpt.commands` with `configure(parser)` and `run(arguments)`."""

@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dpt import hub
 from dpt.errors import UserError
 
 _MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -46,15 +46,16 @@ class ClipEncoder:
 
 
 def load_clip(name: str) -> ClipEncoder:
-    """The image tower in a folder of transformers' layout (or of a hub name), on the CPU in fp32. Only safetensors are read."""
+    """The image tower in a folder of transformers' layout, or on the hub, on the CPU in fp32. Only safetensors are read."""
     try:
         from transformers import CLIPVisionModelWithProjection
     except ImportError as error:
         raise UserError("--clip needs the package transformers; install dpt[clip].") from error
+    place = hub.local_path(hub.with_prefix(name), hub.CLIP_FILES)
     try:
-        model = CLIPVisionModelWithProjection.from_pretrained(name, use_safetensors=True, dtype=torch.float32)
+        model = CLIPVisionModelWithProjection.from_pretrained(place, use_safetensors=True, dtype=torch.float32)
     except Exception as error:  # the hub client, safetensors and transformers raise a dozen types
         reason = " ".join(str(error).split())[:200]
-        mend = "give a folder with config.json and model.safetensors" if Path(name).exists() else "no such folder is here"
+        mend = "give a folder with config.json and model.safetensors" if place.exists() else "no such folder is here"
         raise UserError(f"--clip {name}: the image tower cannot be loaded ({reason}); {mend}.") from error
     return ClipEncoder(model)

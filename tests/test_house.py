@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Room -> rooms it may import. Each may import itself.
 BASE = {"errors", "config"}
-MIDDLE = BASE | {"distributed", "progress", "tracking", "tasks", "pictures", "clip"}
+MIDDLE = BASE | {"distributed", "progress", "tracking", "tasks", "pictures", "clip", "hub"}
 ALLOWED = {
     "errors": set(),
     "config": {"errors"},
@@ -20,15 +20,17 @@ ALLOWED = {
     "tracking": BASE | {"distributed"},
     "tasks": BASE,
     "pictures": BASE,
-    "clip": BASE,
+    "hub": BASE | {"distributed"},
+    "clip": BASE | {"hub"},
     "models": MIDDLE,
     "diffusion": MIDDLE,
     "data": MIDDLE,
     "training": MIDDLE | {"models", "diffusion", "data"},
     "evaluation": MIDDLE | {"models", "diffusion", "data"},
     "scaling": MIDDLE | {"models", "diffusion", "data"},
-    "cli": MIDDLE | {"models", "diffusion", "data", "training", "evaluation", "scaling", "commands"},
-    "commands": MIDDLE | {"models", "diffusion", "data", "training", "evaluation", "scaling"},
+    "publishing": MIDDLE | {"models", "diffusion", "data", "scaling"},
+    "cli": MIDDLE | {"models", "diffusion", "data", "training", "evaluation", "scaling", "publishing", "commands"},
+    "commands": MIDDLE | {"models", "diffusion", "data", "training", "evaluation", "scaling", "publishing"},
     "data_tools": MIDDLE | {"data"},
     "__init__": set(),
 }

@@ -1,8 +1,10 @@
-"""Write the weights of a checkpoint as the folder that evaluation, the next stage and other tools load."""
+"""Write weights as the folder that evaluation and the next stage load, or as a pipeline that diffusers loads without dpt."""
 
 import argparse
+import json
 from pathlib import Path
 
+from dpt.commands.options import add_card_options, card_text, write_card
 from dpt.errors import UserError
 from dpt.models.pretrained import export_weights, read_config
 from dpt.training.export import export, load_weights
@@ -10,9 +12,14 @@ from dpt.training.export import export, load_weights
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "checkpoint", type=Path, help="a step_... folder, or a run's folder: its newest; with --diffusers, any weights"
+        "checkpoint",
+        type=Path,
+        help="a step_... folder, or a run's folder: its newest; with --to diffusers, any weights, hub:owner/name too",
     )
     parser.add_argument("out", type=Path, help="folder to write")
+    parser.add_argument("--to", choices=("dpt", "diffusers"), default="dpt",
+                        help="diffusers: a complete pipeline: DiTPipeline for dense class models; for depth, dense and with "
+                             "experts, one that needs nothing of dpt (default: %(default)s)")  # fmt: skip
     parser.add_argument("--ema-decay", type=float, help="decay of the average, of a run that kept several (default: its first)")
     parser.add_argument(
         "--ema-length",
@@ -21,24 +28,72 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="instead an average of this length, as a share of the run (EDM2's sigma_rel), made of a run's snapshots "
         "(dpt.training.ema_lengths)",
     )
-    parser.add_argument("--diffusers", action="store_true", help="write a diffusers DiTTransformer2DModel (dense networks)")
-    parser.add_argument("--plain", action="store_true", help="with --diffusers: the plain weights, not their average")
+    parser.add_argument("--diffusers", action="store_true", help="write a DiTTransformer2DModel alone (dense networks)")
+    parser.add_argument("--plain", action="store_true", help="for diffusers: the plain weights, not their average")
+    pipeline = parser.add_argument_group("pipelines (--to diffusers)")
+    pipeline.add_argument("--vae", default="", help="VAE (a folder, or a name on the hub), if the weights name none")
+    pipeline.add_argument("--include-vae", action="store_true", help="depth: copy a VAE of the hub, too, instead of naming it")
+    pipeline.add_argument("--class-names", type=Path, metavar="FILE",
+                          help="a line a class, or a JSON list (default: those of the training shards)")  # fmt: skip
+    pipeline.add_argument("--steps", type=int, default=50, help="depth: sampler steps by default (default: %(default)s)")
+    pipeline.add_argument("--ensemble", type=int, default=1, help="depth: predictions merged by default (default: %(default)s)")
+    add_card_options(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
     given = [name for name in ("ema_decay", "ema_length") if getattr(arguments, name) is not None]
     if len(given) == 2:
         raise UserError("--ema-decay and --ema-length are two averages; give one of them.")
+    to_diffusers = arguments.diffusers or arguments.to == "diffusers"
+    if to_diffusers and given:
+        way = "--diffusers" if arguments.diffusers else "--to diffusers"
+        raise UserError(
+            f"--{given[0].replace('_', '-')} does not go with {way}; export a folder first, then that folder with it."
+        )
     if arguments.diffusers:
-        if given:
-            raise UserError(
-                f"--{given[0].replace('_', '-')} does not go with --diffusers; export a folder first, then that folder with "
-                "--diffusers."
-            )
         print(export_weights(load_weights(arguments.checkpoint, ema=not arguments.plain), arguments.out, format="diffusers"))
+    elif to_diffusers:
+        _write_pipeline(arguments)
     else:
         out = export(arguments.checkpoint, arguments.out, ema_decay=arguments.ema_decay, ema_length=arguments.ema_length)
+        config = read_config(out)
+        write_card(arguments, config.pop("model"), config, form="dpt", name=arguments.name or out.name, folder=out)
         print(out)
         if arguments.ema_length is not None:
-            residual = read_config(out)["lineage"]["ema_residual"]
+            residual = config["lineage"]["ema_residual"]
             print(f"  averaged with the relative length {arguments.ema_length}, whose profile is met to {residual:.2%}")
+
+
+def _write_pipeline(arguments: argparse.Namespace) -> None:
+    from dpt.publishing.pipelines import write_pipeline
+
+    if arguments.steps < 1 or not 1 <= arguments.ensemble <= 50:
+        raise UserError(
+            f"--steps {arguments.steps} and --ensemble {arguments.ensemble}: give at least 1, and at most 50 members."
+        )
+    weights = load_weights(arguments.checkpoint, ema=not arguments.plain)
+    name = arguments.name or arguments.out.name
+    out = write_pipeline(
+        weights,
+        arguments.out,
+        source=str(arguments.checkpoint),
+        vae=arguments.vae,
+        include_vae=arguments.include_vae,
+        class_names=_class_names(arguments.class_names) if arguments.class_names else (),
+        steps=arguments.steps,
+        ensemble=arguments.ensemble,
+        card=card_text(arguments, weights.config, weights.sections, form="diffusers", name=name),
+    )
+    print(out)
+
+
+def _class_names(file: Path) -> list[str]:
+    """The names in a file: a JSON list, or a line each."""
+    try:
+        text = file.read_text(encoding="utf-8")
+        names = json.loads(text) if file.suffix == ".json" else [line.strip() for line in text.splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"--class-names {file}: cannot be read ({error}); give a line a class, or a JSON list.") from error
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"--class-names {file}: holds no list of texts; give a line a class, or a JSON list.")
+    return names

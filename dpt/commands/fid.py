@@ -18,7 +18,7 @@ _STEPS, _GUIDANCE = 250, 1.0
 
 def configure(parser: argparse.ArgumentParser) -> None:
     default = GenerationConfig()
-    parser.add_argument("weights", nargs="?", default="", help="exported weights, a checkpoint, or public weights")
+    parser.add_argument("weights", nargs="?", default="", help="weights: exported, a checkpoint, public, or hub:owner/name")
     parser.add_argument("--images", default="", help="ready-made images to score instead of weights: a folder or an .npz")
     parser.add_argument("--reference", required=True, metavar="SHARDS|FOLDER|NPZ",
                         help="real images: class shards, pictures, or an .npz of images or statistics (ADM's too)")  # fmt: skip

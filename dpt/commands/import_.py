@@ -16,7 +16,11 @@ from dpt.models.weights import Weights
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", type=Path, help=".pt or .safetensors file, or a diffusers folder")
+    parser.add_argument(
+        "file",
+        type=Path,
+        help=".pt or .safetensors file, a diffusers folder, or such on the hub: hub:owner/name[/path][@revision]",
+    )
     parser.add_argument("out", type=Path, help="folder to write")
     parser.add_argument("--task", choices=get_args(Task), help="what they are for (default: what the file tells, or class)")
     parser.add_argument("--vae", default="", help="VAE of their latents, e.g. stabilityai/sd-vae-ft-ema")
@@ -77,7 +81,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.vae:
         vae = load_vae(arguments.vae, latent_channels=weights.config.in_channels)
         record = VAERecord(
-            name=arguments.vae,
+            name=vae.name,
             sha256=vae.sha256,
             scaling_factor=vae.scaling_factor,
             latent_channels=vae.latent_channels,

@@ -1,12 +1,17 @@
 """Options that several commands share."""
 
 import argparse
-from typing import Any
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from dpt.config.recipe import section_from_dict
-from dpt.config.sections import EvaluationConfig, TrackingConfig
+from dpt.config.sections import EvaluationConfig, ModelConfig, TrackingConfig
 from dpt.errors import UserError
 from dpt.tracking.read import RunRecord, load_runs, with_ancestors
+
+if TYPE_CHECKING:
+    from dpt.publishing.card import Form
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
@@ -32,8 +37,8 @@ def add_sampling_options(
 ) -> None:
     """Weights, and how the sampler goes. on_ranks: for a command with its own `weights`, whose ranks have a device each."""
     if not on_ranks:
-        parser.add_argument("--weights", required=True, help="exported weights, a checkpoint, or public weights")
-    parser.add_argument("--vae", default="", help="VAE, where the weights do not name theirs")
+        parser.add_argument("--weights", required=True, help="exported, a checkpoint, public, or hub:owner/name[@revision]")
+    parser.add_argument("--vae", default="", help="VAE (a folder, or a name on the hub), where the weights do not name theirs")
     parser.add_argument("--steps", type=int, default=steps, help="sampler steps (default: %(default)s)")
     parser.add_argument("--sampler", default=sampler, choices=("ddim", "ddpm", "dpmsolver++"), help="(default: %(default)s)")
     parser.add_argument("--schedule", default="", choices=("linear", "scaled_linear", "squaredcos_cap_v2"),
@@ -51,6 +56,44 @@ def add_sampling_options(
                         help="of the network's products; tf32 is for GPUs (default: %(default)s)")  # fmt: skip
     if not on_ranks:
         parser.add_argument("--device", help="e.g. cuda:0 or cpu (default: the accelerator, if there is one)")
+
+
+def add_card_options(parser: argparse.ArgumentParser) -> None:
+    """What a model card says beside what the weights know."""
+    card = parser.add_argument_group("model card (README.md)")
+    card.add_argument("--license", default="", help="e.g. apache-2.0, as the hub names licences (default: unknown)")
+    card.add_argument("--name", default="", metavar="OWNER/NAME", help="what its example opens (default: the folder's name)")
+    card.add_argument("--uri", default="", help="MLflow store with data, lineage and results (default: what the weights say)")
+    card.add_argument("--run", default="", help="the run there that trained the weights (default: the one that they name)")
+
+
+def card_text(
+    arguments: argparse.Namespace, model: ModelConfig, sections: Mapping[str, Any], *, form: "Form", name: str
+) -> str:
+    """The card of weights with the options of `add_card_options`."""
+    from dpt.publishing.card import model_card, read_history
+
+    history = None
+    if arguments.uri or arguments.run:
+        run = arguments.run or (sections.get("lineage") or {}).get("run_id", "")
+        if not run:
+            raise UserError("the weights name no run of MLflow; name the one that trained them with --run, or leave --uri out.")
+        history = read_history(arguments.uri or TrackingConfig.uri, run)
+    return model_card(model, sections, form=form, name=name, license=arguments.license, history=history)
+
+
+def write_card(
+    arguments: argparse.Namespace,
+    model: ModelConfig,
+    sections: Mapping[str, Any],
+    *,
+    form: "Form",
+    name: str,
+    folder: Path,
+) -> None:
+    """Write `card_text` as README.md of a folder."""
+    text = card_text(arguments, model, sections, form=form, name=name)
+    (folder / "README.md").write_text(text, encoding="utf-8")
 
 
 def sampling_config(arguments: argparse.Namespace, **more: Any) -> EvaluationConfig:

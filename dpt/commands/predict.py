@@ -47,7 +47,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from dpt import distributed
+    from dpt import distributed, hub
     from dpt.evaluation.frames import find_sources
     from dpt.evaluation.outputs import OutputConfig, formats_from_text
 
@@ -73,7 +73,11 @@ def run(arguments: argparse.Namespace) -> None:
     from dpt.training.export import load_weights
 
     predictor = Predictor(
-        arguments.weights, config=sampling_config(arguments), vae=arguments.vae, device=arguments.device, read=load_weights
+        hub.pinned(arguments.weights),
+        config=sampling_config(arguments),
+        vae=arguments.vae,
+        device=arguments.device,
+        read=load_weights,
     )
     task = arguments.task or predictor.task
     settings = {name: value for name, value in vars(arguments).items() if name not in _NOT_SETTINGS}

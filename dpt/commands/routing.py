@@ -8,7 +8,7 @@ from dpt.errors import UserError
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("weights", help="exported or public weights of a Mixture-of-Experts, or a checkpoint")
+    parser.add_argument("weights", help="weights of a Mixture-of-Experts: exported, public, a checkpoint, or hub:owner/name")
     parser.add_argument("--data", nargs="+", required=True, help="training shards of the model's task")
     parser.add_argument("--samples", type=int, default=256, help="samples shown to the network (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=32, help="samples at once (default: %(default)s)")

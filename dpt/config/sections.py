@@ -287,7 +287,7 @@ class DataConfig:
     weights: list[float] = field(default_factory=list)
     """Share of each set in a mixture; empty: by number of samples."""
     vae: str = "embedded"
-    """VAE that made the latents: "embedded", a folder, or a hub name; checked against the manifest."""
+    """VAE that made the latents: "embedded", a folder, or a name on the hub; checked against the manifest."""
     posterior: Literal["sample", "mean"] = "sample"
     """Take latents as samples of the VAE posterior (pre-training) or as its mean (perception)."""
     horizontal_flip: bool = False
@@ -390,7 +390,7 @@ class TrainingConfig:
     seed: int = 0
     """Seed of weights, data order and noise."""
     weights: str = ""
-    """Weights to start from: an exported folder, a checkpoint, or public weights; empty: random."""
+    """Weights to start from: an exported folder, a checkpoint, public weights, or hub:owner/name[@revision]; empty: random."""
     use_ema: bool = True
     """Start from the EMA of those weights rather than the plain ones."""
     ep_size: int = 1
@@ -495,7 +495,8 @@ class EvaluationConfig:
     """What the evaluator predicts and scores. Lists are swept."""
 
     weights: str = ""
-    """Weights to evaluate: an exported folder, a checkpoint (or a run's folder: its newest), or public weights."""
+    """Weights to evaluate: an exported folder, a checkpoint (or a run's folder: its newest), public weights, or
+    hub:owner/name[@revision]."""
     use_ema: bool = True
     """Evaluate the averaged weights rather than the plain ones."""
     data: list[str] = field(default_factory=list)

@@ -1,13 +1,13 @@
 """Images to VAE latents and back: the package's own small VAE, a local one, or one from the hub, all loaded the same way."""
 
 import hashlib
-import re
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dpt import hub
 from dpt.errors import UserError
 
 EMBEDDED = "embedded"
@@ -81,19 +81,20 @@ class VAECodec:
 def load_vae(name: str = EMBEDDED, *, latent_channels: int = 4, downsampling: int = 8) -> VAECodec:
     """Load "embedded", a folder in diffusers' layout, or a hub name such as "stabilityai/sd-vae-ft-ema", on the CPU in fp32.
 
-    Only safetensors are read. UserError if there is no such VAE, its files are broken, or it has other latent channels or
-    another downsampling than the latents of this package.
+    Names on the hub may be bare or as in `dpt.hub`; the codec's `name` then says the commit. Only safetensors are read.
+    UserError if there is no such VAE, its files are broken, or it has other latent channels or another downsampling than the
+    latents of this package.
     """
     from diffusers import AutoencoderKL
 
-    source = str(EMBEDDED_FOLDER) if name == EMBEDDED else name
-    is_folder = source != "" and Path(source).is_dir()
-    if is_folder:
-        if not (Path(source) / "config.json").is_file():
-            raise UserError(f"VAE folder {source} has no config.json; give the folder that save_pretrained wrote.")
-    elif not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+    source = str(EMBEDDED_FOLDER) if name == EMBEDDED else hub.with_prefix(name)
+    if hub.is_hub_name(source):
+        folder, name = hub.resolve(source, hub.VAE_FILES)
+        source = str(folder)
+    if not source or not Path(source).is_dir():
         raise UserError(f'VAE "{name}" is neither "embedded", a folder, nor a hub name such as stabilityai/sd-vae-ft-ema.')
-    mend = "check its files" if is_folder else "no such folder is here; check the hub name and the network"
+    if not (Path(source) / "config.json").is_file():
+        raise UserError(f"VAE folder {source} has no config.json; give the folder that save_pretrained wrote.")
     try:
         config = AutoencoderKL.load_config(source)
         _check_config(config, source, latent_channels, downsampling)
@@ -104,7 +105,7 @@ def load_vae(name: str = EMBEDDED, *, latent_channels: int = 4, downsampling: in
         raise
     except Exception as error:  # diffusers, safetensors and the hub client raise a dozen types, plain Exception among them
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"VAE {source} cannot be loaded ({reason}); {mend}.") from error
+        raise UserError(f"VAE {source} cannot be loaded ({reason}); check its files.") from error
     if info["missing_keys"]:
         raise UserError(f"VAE {source} lacks weights, {info['missing_keys'][0]} for one; give the complete safetensors file.")
     return VAECodec(vae, name)

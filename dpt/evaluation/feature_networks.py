@@ -4,7 +4,6 @@ Their weights cannot be bundled. A file is read only if its hash is the document
 TorchScript and safetensors are read, so that nothing is unpickled.
 """
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from dpt import distributed
+from dpt import distributed, hub
 from dpt.data.manifest import file_sha256
 from dpt.errors import UserError
 
@@ -167,20 +166,11 @@ def load_dinov2(name: str = DINOV2, sha256: str = "") -> FeatureNetwork:
         from transformers import Dinov2Model
     except ImportError as error:
         raise UserError("--dinov2 needs the package transformers; install dpt[clip].") from error
-    folder = Path(name)
-    try:
-        if not folder.is_dir():
-            if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-                raise FileNotFoundError("no such folder is here, and it is no hub name")
-            from huggingface_hub import hf_hub_download
-
-            folder = Path(hf_hub_download(name, "config.json")).parent
-            hf_hub_download(name, "model.safetensors", revision=folder.name)
-        if not (folder / "model.safetensors").is_file():
-            raise FileNotFoundError("it has no model.safetensors")
-    except Exception as error:  # the hub client raises a dozen types
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"--dinov2 {name}: the network cannot be had ({reason}); give a folder, or {DINOV2}.") from error
+    folder = hub.local_path(hub.with_prefix(name), hub.CLIP_FILES)
+    if not folder.is_dir():
+        raise UserError(f"--dinov2 {name}: no such folder is here, and it is no name on the hub; give a folder, or {DINOV2}.")
+    if not (folder / "model.safetensors").is_file():
+        raise UserError(f"--dinov2 {name}: there is no model.safetensors; give a folder with it, or {DINOV2}.")
     _check_hash(folder / "model.safetensors", sha256 or DINOV2_SHA256, "--dinov2-sha256")
     try:
         model = Dinov2Model.from_pretrained(folder, use_safetensors=True, dtype=torch.float32)

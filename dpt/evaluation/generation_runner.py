@@ -2,10 +2,11 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dpt import distributed
+from dpt import distributed, hub
 from dpt.config.generation import GenerationConfig
 from dpt.config.recipe import Recipe
 from dpt.config.sections import DataConfig, EvaluationConfig
@@ -176,7 +177,8 @@ def run_generation(recipe: Recipe, *, vae: str = "", read: Callable[..., Weights
     weights; `vae` (empty: the recipe's) and `read` as in `dpt.evaluation.loading.load_model`."""
     from dpt.tracking import start_run
 
-    config, evaluation = recipe.dpt.generation, recipe.dpt.evaluation
+    evaluation = replace(recipe.dpt.evaluation, weights=hub.pinned(recipe.dpt.evaluation.weights))
+    recipe, config = replace(recipe, dpt=replace(recipe.dpt, evaluation=evaluation)), recipe.dpt.generation
     if not config.reference:
         raise UserError("dpt.generation.reference is empty; name class shards, a folder of pictures, or an .npz.")
     if not config.images and not evaluation.weights:

@@ -4,10 +4,11 @@ import hashlib
 import itertools
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dpt import distributed
+from dpt import distributed, hub
 from dpt.config.recipe import Recipe
 from dpt.config.sections import DataConfig, EvaluationConfig
 from dpt.errors import UserError
@@ -207,7 +208,8 @@ def run_evaluation(recipe: Recipe, *, read: Callable[..., Weights] = read_weight
     `dpt.evaluation.loading.load_model`."""
     from dpt.tracking import start_run
 
-    config = recipe.dpt.evaluation
+    config = replace(recipe.dpt.evaluation, weights=hub.pinned(recipe.dpt.evaluation.weights))
+    recipe = replace(recipe, dpt=replace(recipe.dpt, evaluation=config))
     distributed.log(use_backend(recipe.dpt.attention_backend))
     output = Path(config.output_dir)
     vae = recipe.dpt.data.vae if recipe.dpt.data.vae != DataConfig().vae else ""  # the default: the one that the weights name

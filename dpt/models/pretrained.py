@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dpt import hub
 from dpt.config.recipe import section_from_dict
 from dpt.config.sections import DiffusionConfig, ModelConfig
 from dpt.errors import UserError
@@ -43,6 +44,7 @@ _SECTIONS = {
     "depth_code": str,
     "flow_code": str,
     "depth_prompt": str,
+    "class_names": list,
     "lineage": dict,
 }
 """What config.json may say beside the network."""
@@ -71,12 +73,13 @@ def read_weights(
 
     `path`: our export (a folder), a diffusers folder (of a DiTTransformer2DModel, or of a pipeline with one), or a public
     `.pt` or `.safetensors` file: DiT, DiT-MoE with plain or flash-attention keys, or the generalist of "Scaling Properties of
-    Diffusion Models for Perceptual Tasks". `ema`: averaged weights if the file holds both kinds. `dtype`: of the result.
-    `variant`: of a diffusers folder's files, such as "fp16". `scheduler`: the objective, in place of what the file tells.
-    `fields`: of ModelConfig, where a public file's shapes do not tell (num_heads, top_k). Nothing is unpickled but tensors.
-    UserError if the format is unknown, or a tensor is missing, unknown, of a wrong shape, or not of finite numbers.
+    Diffusion Models for Perceptual Tasks"; or any of these on the hub (`hub:owner/name[/path][@revision]`, `dpt.hub`).
+    `ema`: averaged weights if the file holds both kinds. `dtype`: of the result. `variant`: of a diffusers folder's files, such
+    as "fp16". `scheduler`: the objective, in place of what the file tells. `fields`: of ModelConfig, where a public file's
+    shapes do not tell (num_heads, top_k). Nothing is unpickled but tensors. UserError if the format is unknown, or a tensor is
+    missing, unknown, of a wrong shape, or not of finite numbers.
     """
-    path = Path(path)
+    path, place = hub.resolve(path)
     ours = (path / _WEIGHTS).is_file() and (path / _CONFIG).is_file()
     pipeline = (path / "transformer").is_dir()
     if path.is_dir() and not (path / _CONFIG).is_file() and not pipeline:
@@ -93,6 +96,9 @@ def read_weights(
         weights = _read_public(path, ema, fields)
     if scheduler is not None:
         weights = replace(weights, sections={**weights.sections, "diffusion": asdict(scheduler)})
+    if hub.is_hub_name(place):
+        lineage = {**weights.sections.get("lineage", {}), "weights": place}
+        weights = replace(weights, sections={**weights.sections, "lineage": lineage})
     check_state(weights.config, weights.state, str(path))
     check_numbers(weights.config, weights.state, str(path))
     state = {n: t.to(dtype) if t.is_floating_point() else t for n, t in weights.state.items()}
@@ -237,6 +243,7 @@ def export_weights(
     format: Literal["dpt", "diffusers"] = "dpt",
     ema: Mapping[str, Tensor] | None = None,
     sections: Mapping[str, Any] | None = None,
+    quiet: bool = False,
 ) -> Path:
     """Write the folder `path`, complete or not at all; an export there is replaced. Tensors keep their dtypes.
 
@@ -248,7 +255,8 @@ def export_weights(
     "diffusers": a DiTTransformer2DModel with the averaged weights, if they are given; UserError if diffusers has no such
     network (experts, task convolutions, CLIP projection, qk-norm). It computes the same at the network's input_size (at others
     diffusers squeezes the positions), unless timestep_features is "dit": diffusers' sines are at 10000^(-i/127), DiT's at
-    10000^(-i/128), and its config cannot say so. A warning then tells the line of code that mends the loaded model.
+    10000^(-i/128), and its config cannot say so. A warning then tells the line of code that mends the loaded model, unless
+    `quiet`.
     """
     if isinstance(weights, DiT):
         weights = Weights(config=weights.config, state=weights.state_dict())
@@ -257,7 +265,7 @@ def export_weights(
     if ema is not None:
         check_state(weights.config, {**weights.state, **ema}, f"{path}, averaged")
     if format == "diffusers":
-        return _write_diffusers(weights.config, {**weights.state, **(ema or {})}, path)
+        return _write_diffusers(weights.config, {**weights.state, **(ema or {})}, path, quiet)
     tensors = dict(weights.state)
     if ema is not None:
         tensors |= {_EMA + name: tensor for name, tensor in ema.items()}
@@ -267,7 +275,7 @@ def export_weights(
     return _write_folder(path, config, tensors, _WEIGHTS, {"export_id": export_id, "format": "pt"})
 
 
-def _write_diffusers(config: ModelConfig, state: Mapping[str, Tensor], path: Path) -> Path:
+def _write_diffusers(config: ModelConfig, state: Mapping[str, Tensor], path: Path, quiet: bool) -> Path:
     config, state = standard(config, state)  # diffusers knows no muP
     values = config_to_diffusers(config)
     tensors: dict[str, Tensor] = {}
@@ -275,7 +283,7 @@ def _write_diffusers(config: ModelConfig, state: Mapping[str, Tensor], path: Pat
         tensors |= diffusers_map(name, config).split(tensor)
         tensors |= {copy: tensor.clone() for copy in embedder_copies(name, config)}
     _write_folder(path, values, tensors, f"{DIFFUSERS_WEIGHTS}.safetensors", {"format": "pt"})
-    if config.timestep_features == "dit":
+    if config.timestep_features == "dit" and not quiet:
         _log.warning(
             "%s: diffusers computes the timestep's frequencies otherwise than DiT; after loading, run `for block in "
             "model.transformer_blocks: block.norm1.emb.time_proj.downscale_freq_shift = 0`, or predictions differ.",

@@ -30,6 +30,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from dpt import hub
 from dpt.config.checks import trained_model, trains_with_muon
 from dpt.config.recipe import Recipe, load_recipe, section_from_dict
 from dpt.errors import UserError
@@ -141,7 +142,7 @@ def read_by(launch: Launch) -> list[str]:
     else:
         paths, weights = config.data.shards, config.training.weights
     places = [*paths, *([] if launch.parent or not weights else [weights])]
-    return [place.split("{")[0].rstrip("/") for place in places if "://" not in place]
+    return [place.split("{")[0].rstrip("/") for place in places if "://" not in place and not hub.is_hub_name(place)]
 
 
 @dataclass(frozen=True, kw_only=True)

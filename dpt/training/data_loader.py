@@ -37,6 +37,11 @@ class DataLoader:
         return [manifest.task for manifest in self.manifests]
 
     @property
+    def class_names(self) -> tuple[str, ...]:
+        """Of class shards, those of the first set."""
+        return self.manifests[0].class_names if self.tasks[0] == "class" else ()
+
+    @property
     def data_sha256(self) -> str:
         """One hash for all samples of all sources."""
         if len(self.manifests) == 1:

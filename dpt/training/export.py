@@ -1,7 +1,7 @@
 """Weights out of a checkpoint of any layout, read file by file; needs neither DeepSpeed nor the ranks that wrote it."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +31,10 @@ def weights_sections(
     *,
     codes: Mapping[str, str] | None = None,
     depth_prompt: str = "",
+    class_names: Sequence[str] = (),
 ) -> dict[str, Any]:
     """What `config.json` says of exported weights beside the network: the objective, VAE and task that they need, and, where
-    they learnt with these, how targets were coded (`codes`, by task) and what depth's second condition showed."""
+    they learnt with these, how targets were coded (`codes`, by task), what depth's second condition showed, and the classes."""
     return {
         "diffusion": dataclasses.asdict(config.diffusion),
         "vae": dataclasses.asdict(vae),
@@ -41,6 +42,7 @@ def weights_sections(
         "lineage": lineage,
         **{f"{task}_code": code for task, code in (codes or {}).items()},
         **({"depth_prompt": depth_prompt} if depth_prompt else {}),
+        **({"class_names": list(class_names)} if class_names else {}),
     }
 
 

@@ -67,7 +67,7 @@ class Trainer:
         self.output_dir = Path(self.training.output_dir)
         self.step = self.samples_seen = self.skipped = self.skipped_in_a_row = 0
         self.skipped_samples = SkippedSamples()
-        self.run_id = ""
+        self.run_id = self.origin = ""
         self.best = Best()
         self.control, self.watchdog = Control(), Watchdog(self.training.timeout_s)
         self.control.listen()
@@ -82,6 +82,7 @@ class Trainer:
         with distributed.together():
             self.stage = open_stage(recipe, stage_name, parents=found[1]["parents"] if found else None)
             self.recipe, self.config = self.stage.recipe, self.stage.recipe.dpt
+        self.origin = found[1]["sections"]["lineage"].get("weights", "") if found else self.stage.origin
         if found is not None:
             self._take_counters(found[1])
         self.learnt_codes = learnt_codes(found[1]["sections"], str(found[0])) if found else self.stage.codes
@@ -360,6 +361,7 @@ class Trainer:
             self._lineage(),
             codes=self._codes(),
             depth_prompt=self.data_loader.depth_prompt,
+            class_names=self.data_loader.class_names,
         )
 
     def _codes(self) -> dict[str, str]:
@@ -371,6 +373,7 @@ class Trainer:
         return {
             "run_id": self.run_id,
             "parents": self.stage.parents,
+            **({"weights": self.origin} if self.origin else {}),
             "train_macs": self.macs.training * self.samples_seen,
             "data_sha256": self.data_loader.data_sha256,
             "samples_seen": self.samples_seen,

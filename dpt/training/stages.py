@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from dpt import distributed
+from dpt import distributed, hub
 from dpt.config.checks import trained_model
 from dpt.config.recipe import Recipe
 from dpt.errors import UserError
@@ -32,6 +32,8 @@ class Stage:
     """First weights, for that architecture; None: random ones."""
     parents: list[str]
     """Run ids of the runs whose weights these are."""
+    origin: str = ""
+    """The name on the hub, with its commit, that the first weights came from; empty: from this machine."""
 
     @property
     def codes(self) -> dict[str, str]:
@@ -77,6 +79,9 @@ def open_stage(recipe: Recipe, name: str, *, parents: list[str] | None = None) -
         if name == "finetune":
             distributed.log("dpt.training.weights is empty: fine-tuning starts from random weights.")
         return Stage(name=name, recipe=trained, start=None, parents=[])
+    path = hub.pinned(path)
+    config = dataclasses.replace(config, training=dataclasses.replace(config.training, weights=path))
+    trained = dataclasses.replace(trained, dpt=dataclasses.replace(trained.dpt, training=config.training))
     weights = adapt(load_weights(path, ema=config.training.use_ema), config.model)
     told = (weights.sections.get("diffusion") or {}).get("time_convention", config.diffusion.time_convention)
     if told != config.diffusion.time_convention:
@@ -88,4 +93,10 @@ def open_stage(recipe: Recipe, name: str, *, parents: list[str] | None = None) -
         weights = upcycle(weights, config.upcycling, seed=config.training.seed)
     lineage = weights.sections.get("lineage", {})
     distributed.log(f"Weights to start from: {path} ({weights.source}{', averaged' if weights.averaged else ''}).")
-    return Stage(name=name, recipe=trained, start=weights, parents=[lineage["run_id"]] if lineage.get("run_id") else [])
+    return Stage(
+        name=name,
+        recipe=trained,
+        start=weights,
+        parents=[lineage["run_id"]] if lineage.get("run_id") else [],
+        origin=path if hub.is_hub_name(path) else "",
+    )

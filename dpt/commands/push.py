@@ -1,0 +1,42 @@
+"""Put a folder of weights with its model card on the Hugging Face Hub, where `hub:owner/name` finds it.
+
+The token is that of `hf auth login`, or HF_TOKEN.
+"""
+
+import argparse
+from pathlib import Path
+
+from dpt.commands.options import add_card_options, write_card
+from dpt.errors import UserError
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, help="exported weights (of dpt export, or a run's weights folder), or a pipeline")
+    parser.add_argument("hub_name", metavar="OWNER/NAME", help="the model on the hub; it is made if it is not there")
+    parser.add_argument("--private", action="store_true", help="make it private (one that is there keeps what it is)")
+    parser.add_argument("--revision", "--branch", default="", help="branch, made if it is not there (default: main)")
+    parser.add_argument("--message", default="", help="commit message")
+    add_card_options(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from dpt.models.pretrained import read_config
+    from dpt.publishing.pipelines import INDEX
+    from dpt.publishing.push import push_folder
+
+    folder: Path = arguments.folder
+    ours = (folder / "weights.safetensors").is_file() and (folder / "config.json").is_file()
+    if not ours and not (folder / INDEX).is_file():
+        raise UserError(f"{folder}: neither exported weights nor a pipeline; write one with dpt export.")
+    if ours:
+        config = read_config(folder)
+        if arguments.uri or arguments.run or arguments.license or not (folder / "README.md").is_file():
+            name = arguments.name or arguments.hub_name.partition("@")[0]
+            write_card(arguments, config.pop("model"), config, form="dpt", name=name, folder=folder)
+    elif not (folder / "README.md").is_file():
+        raise UserError(f"{folder}: has no README.md, the model card; export the pipeline anew.")
+    print(
+        push_folder(
+            folder, arguments.hub_name, private=arguments.private, revision=arguments.revision, message=arguments.message
+        )
+    )

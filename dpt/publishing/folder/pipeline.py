@@ -1,0 +1,354 @@
+"""Depth of single pictures by a Diffusion Transformer: a pipeline that needs torch, diffusers and numpy only.
+
+    pipe = DiffusionPipeline.from_pretrained(FOLDER, trust_remote_code=True)
+    depth = pipe(Image.open("room.jpg")).depth[0]
+
+Written by dpt (`dpt export --to diffusers`). Given the same seed, key, steps and ensemble it predicts what `dpt predict` does.
+"""
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline
+from diffusers.utils import BaseOutput
+from PIL import Image
+from torch import Tensor
+
+_GOLDEN, _MIX_1, _MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+_DEPTH_SPREAD = 4.0
+
+
+@dataclass
+class DptDepthOutput(BaseOutput):
+    """Of each picture, at its own size, float32 [H, W]."""
+
+    depth: list[np.ndarray]
+    """From 0 (near) to 1 (far): depth up to scale and shift."""
+    uncertainty: list[np.ndarray]
+    """Disagreement of the ensemble, in the depth's units; 0 without one."""
+
+
+class DptDepthPipeline(DiffusionPipeline):
+    """Clean latents of the picture beside noisy ones of its depth, denoised, decoded, and merged over an ensemble.
+
+    The settings beside the three parts come from `model_index.json`: what the network learnt, and what is done by default.
+    """
+
+    model_cpu_offload_seq = "transformer->vae"
+    _optional_components = ["vae"]  # noqa: RUF012
+
+    def __init__(
+        self,
+        transformer: Any,
+        scheduler: Any,
+        vae: Any = None,
+        vae_name: str = "",
+        vae_revision: str = "",
+        vae_subfolder: str = "",
+        num_conditions: int = 2,
+        label: int = 1000,
+        depth_code: str = "linear",
+        prediction_type: str = "epsilon",
+        time_convention: str = "index",
+        timestep_spacing: str = "trailing",
+        one_step: bool = False,
+        initial_noise: str = "random",
+        default_steps: int = 50,
+        default_ensemble_size: int = 1,
+    ) -> None:
+        super().__init__()
+        if vae is None:
+            vae = AutoencoderKL.from_pretrained(vae_name, revision=vae_revision or None, subfolder=vae_subfolder or None)
+        self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
+        self.register_to_config(
+            vae_name=vae_name,
+            vae_revision=vae_revision,
+            vae_subfolder=vae_subfolder,
+            num_conditions=num_conditions,
+            label=label,
+            depth_code=depth_code,
+            prediction_type=prediction_type,
+            time_convention=time_convention,
+            timestep_spacing=timestep_spacing,
+            one_step=one_step,
+            initial_noise=initial_noise,
+            default_steps=default_steps,
+            default_ensemble_size=default_ensemble_size,
+        )
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        image: Any,
+        *,
+        num_inference_steps: int | None = None,
+        ensemble_size: int | None = None,
+        resolution: int = 0,
+        seed: int = 0,
+        keys: Sequence[str] | None = None,
+        generator: torch.Generator | None = None,
+        batch_size: int = 16,
+    ) -> DptDepthOutput:
+        """Depth of pictures (PIL, or uint8 [H, W, 3]; one or a list), each at its own size.
+
+        num_inference_steps, ensemble_size: None: what model_index.json says. resolution: longest side shown to the network, in
+        pixels; 0: the one of training. seed, keys: choose the noise, picture by picture (keys: one text for each; None: its
+        place in the list); generator: draws the noise instead. batch_size: members computed at once.
+        """
+        images = [_as_array(one) for one in (image if isinstance(image, list | tuple) else [image])]
+        keys = [str(number) for number in range(len(images))] if keys is None else list(keys)
+        if len(keys) != len(images):
+            raise ValueError(f"{len(keys)} keys for {len(images)} pictures; give one for each.")
+        steps = num_inference_steps or self.config.default_steps
+        members = ensemble_size or self.config.default_ensemble_size
+        if self.config.one_step:
+            steps, members = 1, members if self.config.initial_noise == "random" else 1
+        output = DptDepthOutput(depth=[], uncertainty=[])
+        for picture, key in zip(images, keys, strict=True):
+            conditions = self._encode(picture, resolution)
+            noise = self._noise(conditions.shape[-2:], seed, key, members, generator)
+            maps = []
+            for part in noise.split(batch_size):
+                latents = self._denoise(conditions.expand(len(part), -1, -1, -1), part, steps)
+                maps.append(self._decode(latents))
+            depth, uncertainty = merge(torch.cat(maps))
+            output.depth.append(_resize(depth.cpu().numpy(), picture.shape[:2]))
+            output.uncertainty.append(_resize(uncertainty.cpu().numpy(), picture.shape[:2]))
+        self.maybe_free_model_hooks()
+        return output
+
+    def _encode(self, picture: np.ndarray, resolution: int) -> Tensor:
+        """Clean condition latents [1, K C, h, w]: the picture, and the prompt that says "all pixels are valid"."""
+        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        token = factor * self.transformer.config.patch_size
+        longest = resolution or self.transformer.config.sample_size * factor
+        scale = longest / max(picture.shape[:2])
+        height, width = (max(token, round(side * scale / token) * token) for side in picture.shape[:2])
+        if picture.shape[:2] != (height, width):
+            picture = np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling.BICUBIC))
+        pixels = torch.from_numpy(np.ascontiguousarray(np.moveaxis(picture, -1, 0), dtype=np.float32) / 127.5 - 1.0)
+        shown = torch.stack([pixels, torch.ones_like(pixels)])[: self.config.num_conditions]
+        mean = self.vae.encode(shown.to(self._execution_device, self.vae.dtype)).latent_dist.mean.float()
+        return ((mean - self._shift) * self.vae.config.scaling_factor).flatten(0, 1)[None]
+
+    @property
+    def _shift(self) -> float:
+        return getattr(self.vae.config, "shift_factor", None) or 0.0
+
+    def _noise(self, size: Sequence[int], seed: int, key: str, members: int, generator: torch.Generator | None) -> Tensor:
+        """What denoising starts from, float32 [N, C, h, w]."""
+        shape = (self.vae.config.latent_channels, *size)
+        if self.config.initial_noise == "zero":
+            noise = torch.zeros(members, *shape)
+        elif self.config.initial_noise == "fixed":
+            noise = hashed_normal([_digest("fixed noise")], shape).expand(members, *shape)
+        elif generator is not None:
+            noise = torch.randn(members, *shape, generator=generator, device=generator.device)
+        else:
+            noise = hashed_normal([_digest(seed, "noise", key, member) for member in range(members)], shape)
+        return noise.to(self._execution_device)
+
+    def _denoise(self, conditions: Tensor, noisy: Tensor, steps: int) -> Tensor:
+        """Clean latents [N, C, h, w] from noise."""
+        total, channels = self.scheduler.config.num_train_timesteps, noisy.shape[1]
+        labels = torch.full((len(noisy),), self.config.label, device=noisy.device)
+
+        def predict(noisy: Tensor, timestep: float) -> Tensor:
+            told = {"index": timestep, "scaled_fraction": timestep + 1.0, "fraction": (timestep + 1.0) / total}
+            times = torch.full((len(noisy),), told[self.config.time_convention], device=noisy.device)
+            inputs = torch.cat((conditions, noisy), dim=1).to(self.transformer.dtype)
+            return self.transformer(inputs, times, labels).float()[:, :channels]
+
+        kind = self.config.prediction_type
+        if self.config.one_step:
+            prediction = predict(noisy, total - 1.0)
+            return {"sample": prediction, "v_prediction": -prediction, "rectified_flow": noisy - prediction}[kind]
+        if kind == "rectified_flow":
+            timesteps = self._straight_timesteps(steps, total)
+            self.scheduler.set_timesteps(sigmas=[(t + 1.0) / total for t in timesteps], device=noisy.device)
+        else:
+            sharpen(self.scheduler)
+            self.scheduler.set_timesteps(steps, device=noisy.device)
+            timesteps = [float(t) for t in self.scheduler.timesteps]
+        for timestep, step in zip(self.progress_bar(timesteps), self.scheduler.timesteps, strict=True):
+            inputs = noisy if kind == "rectified_flow" else self.scheduler.scale_model_input(noisy, step)
+            noisy = self.scheduler.step(predict(inputs, timestep), step, noisy).prev_sample
+        return noisy
+
+    def _straight_timesteps(self, steps: int, total: int) -> list[float]:
+        """Timesteps in 0..T - 1 on straight paths; whole ones where the network is told their number."""
+        whole = np.round if self.config.time_convention == "index" else np.asarray
+        if self.config.timestep_spacing == "linspace":
+            return [float(t) for t in whole(np.linspace(0, total - 1, steps))[::-1]]
+        if self.config.timestep_spacing == "leading":
+            return [float(t) for t in (np.arange(steps) * (total // steps))[::-1]]
+        return [float(t) for t in whole(total - np.arange(steps) * (total / steps)) - 1]
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        """Clean latents [N, C, h, w] to depth [N, H, W] in [0, 1]."""
+        unscaled = latents / self.vae.config.scaling_factor + self._shift
+        images = self.vae.decode(unscaled.to(self.vae.dtype)).sample.float().clamp(-1, 1)
+        coded = (images.mean(1).clamp(-1, 1) + 1.0) / 2.0
+        if self.config.depth_code == "log":
+            return (_DEPTH_SPREAD**coded - 1.0) / (_DEPTH_SPREAD - 1.0)
+        if self.config.depth_code == "disparity":
+            return coded / (_DEPTH_SPREAD - (_DEPTH_SPREAD - 1.0) * coded)
+        return coded
+
+
+# --- pictures -----------------------------------------------------------------------------------------------------------
+
+
+def _as_array(image: Any) -> np.ndarray:
+    """A picture as uint8 [H, W, 3]."""
+    array = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image)
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
+        raise ValueError(f"a picture is {array.dtype} {list(array.shape)}; give PIL images or uint8 [H, W, 3].")
+    return array
+
+
+def _resize(values: np.ndarray, size: Sequence[int]) -> np.ndarray:
+    """float32 [H, W] to `size` (h, w), bilinear."""
+    return np.asarray(Image.fromarray(values).resize((size[1], size[0]), Image.Resampling.BILINEAR))
+
+
+# --- noise levels -------------------------------------------------------------------------------------------------------
+
+
+def sharpen(scheduler: Any) -> None:
+    """Give DDIM its noise levels in float64: a product of a thousand float32 factors is 1e-5 off, and the first steps of a
+    network that predicts noise divide by small ones."""
+    if not isinstance(scheduler, DDIMScheduler) or scheduler.config.trained_betas is not None:
+        return
+    config, steps = scheduler.config, scheduler.config.num_train_timesteps
+    if config.beta_schedule == "linear":
+        betas = np.linspace(config.beta_start, config.beta_end, steps)
+    elif config.beta_schedule == "scaled_linear":
+        betas = np.linspace(math.sqrt(config.beta_start), math.sqrt(config.beta_end), steps) ** 2
+    else:
+        level = np.cos((np.arange(steps + 1) / steps + 0.008) / 1.008 * math.pi / 2) ** 2
+        betas = np.minimum(1.0 - level[1:] / level[:-1], 0.999)
+    levels = np.cumprod(1.0 - betas)
+    if config.rescale_betas_zero_snr:
+        root = np.sqrt(levels)
+        levels = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2
+    scheduler.alphas_cumprod = torch.from_numpy(levels)
+    if not config.set_alpha_to_one:
+        scheduler.final_alpha_cumprod = scheduler.alphas_cumprod[0]
+
+
+# --- noise that belongs to a picture's key -------------------------------------------------------------------------------
+
+
+def _signed(value: int) -> int:
+    value &= (1 << 64) - 1
+    return value - (1 << 64) if value >= 1 << 63 else value
+
+
+def _digest(*parts: object) -> int:
+    text = "".join(f"{len(str(part))}:{part}" for part in parts)
+    return _signed(int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little"))
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _mix(x: Tensor) -> Tensor:
+    """splitmix64's finaliser."""
+    x = (x ^ _shift_right(x, 30)) * _signed(_MIX_1)
+    x = (x ^ _shift_right(x, 27)) * _signed(_MIX_2)
+    return x ^ _shift_right(x, 31)
+
+
+def hashed_normal(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
+    """Standard normal numbers float32 [N, *shape], each a hash of its seed and place (Box and Muller)."""
+    count = math.prod(shape)
+    counter = torch.arange(1, (count + 1) // 2 + 1, dtype=torch.int64) * _signed(_GOLDEN)
+    bits = _mix(torch.tensor(seeds, dtype=torch.int64)[:, None] ^ _mix(counter)[None])
+    radius = torch.sqrt(-2.0 * torch.log((_shift_right(bits, 32).float() + 0.5) * 2.0**-32))
+    angle = (bits & 0xFFFFFFFF).float() * (2.0 * math.pi * 2.0**-32)
+    pairs = torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), dim=1).flatten(1)
+    return pairs[:, :count].reshape(len(seeds), *shape)
+
+
+# --- ensembles ----------------------------------------------------------------------------------------------------------
+
+
+def merge(maps: Tensor) -> tuple[Tensor, Tensor]:
+    """Depth maps [N, H, W], each up to scale and shift, to one in [0, 1] and its uncertainty, [H, W] each.
+
+    Median compilation (Ke et al. 2024): scales and shifts that bring the maps nearest to each other, then the median; the
+    uncertainty is the median absolute deviation from it.
+    """
+    if len(maps) > 1:
+        scale, shift = align(maps)
+        maps = maps * scale.float()[:, None, None] + shift.float()[:, None, None]
+    merged = _median(maps)
+    uncertainty = _median((maps - merged).abs())
+    low, extent = merged.min(), (merged.max() - merged.min()).clamp(min=1e-6)
+    return (merged - low) / extent, uncertainty / extent
+
+
+def _median(values: Tensor) -> Tensor:
+    ordered = values.sort(0).values
+    return (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
+
+
+def align(maps: Tensor) -> tuple[Tensor, Tensor]:
+    """Scales and shifts float64 [N] of maps [N, H, W] that minimise the sum over pairs of their RMS differences, where the
+    merged map goes from 0 to 1: iteratively reweighted least squares on the maps' covariances, from each map's own range."""
+    flat = maps.flatten(1)
+    members = len(flat)
+    means = flat.double().mean(1)
+    centred = flat.double() - means[:, None]
+    covariance = centred @ centred.mT / flat.shape[1]
+    extents = (flat.amax(1) - flat.amin(1)).double()
+    condition, scale = extents / members, 1.0 / extents.clamp(min=1e-6)
+    best: tuple[float, Tensor, Tensor] = (math.inf, torch.zeros_like(means), torch.zeros_like(means))
+    for iteration in range(4):
+        if iteration > 0:
+            scale = _balanced(covariance, condition)
+        shift = -scale * means
+        merged = (flat * scale.float()[:, None] + shift.float()[:, None]).sort(0).values[(members - 1) // 2]
+        (low, lowest), (high, highest) = merged.min(0), merged.max(0)
+        extent = (high - low).double().clamp(min=1e-12)
+        cost = float(_distances(covariance, scale).triu(1).sum() / extent)
+        if cost < best[0]:
+            best = (cost, scale / extent, (shift - low.double()) / extent)
+        if iteration > 0:
+            condition = (flat[:, highest] - flat[:, lowest]).double() / members
+    return best[1], best[2]
+
+
+def _distances(covariance: Tensor, scale: Tensor) -> Tensor:
+    """RMS differences [N, N] of the scaled, centred maps."""
+    scaled = covariance * scale[:, None] * scale[None]
+    power = scaled.diagonal()
+    return (power[:, None] + power[None] - 2.0 * scaled).clamp(min=0.0).sqrt()
+
+
+def _balanced(covariance: Tensor, condition: Tensor) -> Tensor:
+    """Scales [N] with condition . scale = 1 that minimise the sum of RMS differences."""
+    power = covariance.diagonal()
+    typical = power.mean().clamp(min=1e-30)
+    ridge = torch.diag_embed((power < 1e-12 * typical).double()) + 1e-12 * torch.eye(len(power), dtype=power.dtype).to(power)
+    scale = _met(condition, torch.rsqrt(power.clamp(min=1e-12 * typical)))
+    for _ in range(40):
+        weights = 1.0 / _distances(covariance, scale).clamp(min=1e-9 * typical.sqrt())
+        weights = weights - torch.diag_embed(weights.diagonal())
+        weights = weights / weights.sum().clamp(min=1e-30)
+        system = torch.diag_embed(weights.sum(1) * power) - weights * covariance
+        scale = _met(condition, torch.linalg.solve(system / typical + ridge, condition))
+    return scale
+
+
+def _met(condition: Tensor, scale: Tensor) -> Tensor:
+    """`scale` times what makes condition . scale = 1; 0 where that is impossible."""
+    product = (condition * scale).sum()
+    return scale / product if abs(float(product)) > 1e-30 else torch.zeros_like(scale)

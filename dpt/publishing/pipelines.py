@@ -1,0 +1,217 @@
+"""Weights as a folder that diffusers opens as a pipeline: DiTPipeline for dense class models, one of our own for depth."""
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dpt import hub
+from dpt.config.recipe import section_from_dict
+from dpt.config.sections import DiffusionConfig, ModelConfig
+from dpt.data.codec import VAECodec, load_vae
+from dpt.errors import UserError
+from dpt.models.mup import standard
+from dpt.models.pretrained import export_weights
+from dpt.models.schedulers import SCHEDULER_FILE
+from dpt.models.weight_files import DIFFUSERS_WEIGHTS
+from dpt.models.weights import Weights
+from dpt.tasks import codes_of, label_id
+
+INDEX = "model_index.json"
+NULL_LABEL = 1000
+"""The label without a class in diffusers' DiTPipeline, whatever the number of classes."""
+_FILES = Path(__file__).parent / "folder"
+
+
+def write_pipeline(
+    weights: Weights,
+    out: Path,
+    *,
+    source: str,
+    vae: str = "",
+    include_vae: bool = False,
+    class_names: Sequence[str] = (),
+    steps: int = 50,
+    ensemble: int = 1,
+    card: str = "",
+) -> Path:
+    """Write the folder `out`, complete or not at all; a pipeline there is replaced.
+
+    Class weights become a DiTPipeline (with `pipeline.py` where the network's timestep frequencies are DiT's); depth weights,
+    of specialists and generalists, dense and with experts, a pipeline of files that need nothing of dpt. `source` names the
+    weights in errors. `vae`: as in `dpt.data.codec.load_vae`; empty: the one that the weights name. Depth's is copied if it is
+    from this machine or `include_vae`, else named by its commit. `class_names`: empty: those that the weights know; numbers
+    stand for missing ones. `steps`, `ensemble`: depth's defaults. `card`: text of README.md. UserError for what diffusers has
+    no pipeline for.
+    """
+    if out.exists() and not (out / INDEX).is_file():
+        raise UserError(f"{out}: exists and holds no pipeline; choose another folder.")
+    task = weights.sections.get("task", "class")
+    if task not in ("class", "depth", "generalist"):
+        raise UserError(
+            f"{source}: trained for {task}; pipelines are written for class images and depth, so export a dpt folder."
+        )
+    if "diffusion" not in weights.sections:
+        raise UserError(f"{source}: nothing says what these weights predict; import them with --objective or --scheduler.")
+    diffusion = section_from_dict(DiffusionConfig, weights.sections["diffusion"], source, prefix="diffusion")
+    codec = _codec(weights, vae, source)
+    new, old = (out.with_name(f".{out.name}.{kind}-{os.getpid()}") for kind in ("new", "old"))
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    try:
+        if task == "class":
+            names = class_names or weights.sections.get("class_names", ())
+            index = _write_class(weights, new, diffusion, names, source)
+        else:
+            index = _write_depth(weights, new, diffusion, source) | {"default_steps": steps, "default_ensemble_size": ensemble}
+        index |= _write_vae(codec, new, copied=include_vae or task == "class" or not hub.is_hub_name(codec.name))
+        scheduler = scheduler_config(diffusion)
+        _write_json(new / "scheduler" / SCHEDULER_FILE, scheduler)
+        _write_json(new / INDEX, index | {"scheduler": ["diffusers", scheduler["_class_name"]]})
+        if card:
+            (new / "README.md").write_text(card, encoding="utf-8")
+        if out.exists():
+            out.rename(old)
+        new.rename(out)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+    return out
+
+
+def scheduler_config(diffusion: DiffusionConfig) -> dict[str, Any]:
+    """`scheduler_config.json` of what the network has learnt: DDIM's, or flow matching's for straight paths."""
+    if diffusion.prediction_type == "rectified_flow":
+        return {
+            "_class_name": "FlowMatchEulerDiscreteScheduler",
+            "num_train_timesteps": diffusion.num_train_timesteps,
+            "shift": 1.0,
+        }
+    names = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "prediction_type", "timestep_spacing")
+    names += ("steps_offset", "set_alpha_to_one", "rescale_betas_zero_snr")
+    return {"_class_name": "DDIMScheduler", **{n: getattr(diffusion, n) for n in names}, "clip_sample": False}
+
+
+def _codec(weights: Weights, vae: str, source: str) -> VAECodec:
+    """The VAE of the weights' latents. UserError if none is named, or it is another one than that of training."""
+    record = weights.sections.get("vae") or {}
+    name = vae or record.get("name", "")
+    if not name:
+        raise UserError(f"{source}: nothing says which VAE their latents are of; name it with --vae.")
+    codec = load_vae(name, latent_channels=weights.config.in_channels)
+    if record.get("sha256", codec.sha256) != codec.sha256:
+        raise UserError(f"{source}: trained on latents of another VAE than {name!r}; name the one of training with --vae.")
+    return codec
+
+
+def _write_vae(codec: VAECodec, folder: Path, *, copied: bool) -> dict[str, Any]:
+    """What the index says of the VAE: that it lies in the folder, or where it is on the hub."""
+    if not copied:
+        name = hub.parse(codec.name)
+        place = {"vae_name": name.repo, "vae_revision": name.revision, "vae_subfolder": name.path}
+        return {"vae": [None, None], **place}
+    codec.vae.to(memory_format=torch.contiguous_format).save_pretrained(folder / "vae")
+    config = json.loads((folder / "vae" / "config.json").read_text(encoding="utf-8"))
+    config.pop("_name_or_path", None)  # a folder of this machine
+    _write_json(folder / "vae" / "config.json", config)
+    return {"vae": ["diffusers", config["_class_name"]]}
+
+
+# --- class images ---------------------------------------------------------------------------------------------------------
+
+
+def _write_class(
+    weights: Weights, folder: Path, diffusion: DiffusionConfig, class_names: Sequence[str], source: str
+) -> dict[str, Any]:
+    if weights.config.num_experts:
+        raise UserError(f"{source}: diffusers' DiTPipeline has no experts; export a dpt folder, which `dpt sample` reads.")
+    if diffusion.prediction_type == "rectified_flow" or diffusion.time_convention != "index":
+        raise UserError(f"{source}: diffusers' DiTPipeline does not sample {diffusion.prediction_type}; export a dpt folder.")
+    classes = weights.config.num_classes
+    if classes > NULL_LABEL:
+        raise UserError(f"{source}: {classes} classes; diffusers' DiTPipeline has {NULL_LABEL} at most, export a dpt folder.")
+    if len(class_names) > classes:
+        raise UserError(f"{len(class_names)} class names for {classes} classes of {source}; give one for each.")
+    export_weights(_with_null_label(weights), folder / "transformer", format="diffusers", quiet=True)
+    if weights.config.timestep_features == "dit":
+        shutil.copyfile(_FILES / "pipeline_classes.py", folder / "pipeline.py")
+    return {
+        "_class_name": "DiTPipeline",
+        "_diffusers_version": _diffusers_version(),
+        "transformer": ["diffusers", "DiTTransformer2DModel"],
+        "id2label": dict(enumerate([*class_names, *map(str, range(len(class_names), classes))])),
+    }
+
+
+def _with_null_label(weights: Weights) -> Weights:
+    """The same network with its null label where DiTPipeline looks for it; labels between are the null label, too."""
+    name, missing = "y_embedder.embedding_table.weight", NULL_LABEL - weights.config.num_classes
+    table = weights.state[name]
+    table = torch.cat([table, table[-1:].expand(missing, -1)])
+    return replace(weights, config=replace(weights.config, num_classes=NULL_LABEL), state={**weights.state, name: table})
+
+
+# --- depth ----------------------------------------------------------------------------------------------------------------
+
+
+def _write_depth(weights: Weights, folder: Path, diffusion: DiffusionConfig, source: str) -> dict[str, Any]:
+    if weights.config.clip_embedding_size:
+        raise UserError(f"{source}: takes CLIP embeddings, which the depth pipeline has not; export a dpt folder.")
+    if diffusion.prediction_type == "rectified_flow" and diffusion.steps_offset:
+        raise UserError(f"{source}: steps_offset {diffusion.steps_offset} on straight paths, which no pipeline walks.")
+    config, state = standard(weights.config, weights.state)
+    task = weights.sections.get("task", "depth")
+    _write_network(config, state, folder / "transformer")
+    shutil.copyfile(_FILES / "pipeline.py", folder / "pipeline.py")
+    return {
+        "_class_name": ["pipeline", "DptDepthPipeline"],
+        "_diffusers_version": _diffusers_version(),
+        "transformer": ["dpt_transformer", "DptTransformer2DModel"],
+        "num_conditions": config.num_conditions,
+        "label": label_id("depth", trained_task=task, num_classes=config.num_classes),
+        "depth_code": codes_of(weights.sections, source)["depth"],
+        "prediction_type": diffusion.prediction_type,
+        "time_convention": diffusion.time_convention,
+        "timestep_spacing": diffusion.timestep_spacing,
+        "one_step": diffusion.one_step,
+        "initial_noise": diffusion.initial_noise,
+    }
+
+
+def _write_network(config: ModelConfig, state: dict[str, Tensor], folder: Path) -> None:
+    """The network, its config, and the file that computes it: diffusers looks for a part's class in the part's folder."""
+    folder.mkdir()
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    save_file(tensors, folder / f"{DIFFUSERS_WEIGHTS}.safetensors", {"format": "pt"})
+    shutil.copyfile(_FILES / "dpt_transformer.py", folder / "dpt_transformer.py")
+    same = ("patch_size", "hidden_size", "num_heads", "num_classes", "qk_norm", "mlp_norm_eps", "timestep_features")
+    same += ("num_experts", "top_k", "expert_activation", "router_gate", "normalize_top_k", "shared_expert_width", "mlp_width")
+    values = {
+        "_class_name": "DptTransformer2DModel",
+        "sample_size": config.input_size,
+        "in_channels": config.in_channels * (1 + config.num_conditions),
+        "out_channels": config.in_channels * (2 if config.learn_sigma else 1),
+        "num_layers": config.depth,
+        "num_input_tasks": config.patch_embed_tasks,
+        "router_biased": config.router_bias_balancing,
+        **{name: getattr(config, name) for name in same},
+    }
+    _write_json(folder / "config.json", values)
+
+
+def _diffusers_version() -> str:
+    import diffusers
+
+    return str(diffusers.__version__)
+
+
+def _write_json(file: Path, value: dict[str, Any]) -> None:
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,44 @@
+"""Small random weights as exported folders, plain and averaged ones different."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dpt import tasks
+from dpt.config.sections import DiffusionConfig, ModelConfig
+from dpt.data.codec import load_vae
+from dpt.models.dit import DiT
+from dpt.models.pretrained import export_weights
+
+LINEAGE = {
+    "run_id": "f" * 32,
+    "parents": ["e" * 32],
+    "train_macs": 1.5e15,
+    "data_sha256": "d" * 64,
+    "samples_seen": 6400,
+    "step": 100,
+}
+
+
+def random_state(config: ModelConfig, seed: int) -> dict[str, torch.Tensor]:
+    """Numbers that every part's output depends on."""
+    torch.manual_seed(seed)
+    state = DiT(config).state_dict()
+    noisy = {n: t + 0.08 * torch.randn_like(t) for n, t in state.items() if t.is_floating_point()}
+    return state | noisy | {n: torch.randint(-30, 30, t.shape) for n, t in state.items() if not t.is_floating_point()}
+
+
+def export_small(folder: Path, *, task: str = "depth", diffusion: dict[str, Any] | None = None, **model: Any) -> Path:
+    """An export of a network of two narrow blocks for latents of 8 x 8, with its averaged weights."""
+    least = {"class": 0, "depth": 2, "generalist": 2, "flow": 2}[task]
+    values = {"input_size": 8, "hidden_size": 32, "depth": 2, "num_heads": 2, "num_conditions": least}
+    values |= {"num_classes": 10 + tasks.num_task_labels(task)}
+    config = ModelConfig(**{**values, **model})
+    codec = load_vae("embedded")
+    vae = {"name": "embedded", "sha256": codec.sha256, "scaling_factor": codec.scaling_factor, "latent_channels": 4}
+    sections = {"task": task, "vae": vae, "lineage": LINEAGE, "diffusion": vars(DiffusionConfig(**(diffusion or {})))}
+    network = DiT(config)
+    network.load_state_dict(random_state(config, 0))
+    averaged = {n: t for n, t in random_state(config, 1).items() if t.is_floating_point()}
+    return export_weights(network, folder, ema=averaged, sections=sections)

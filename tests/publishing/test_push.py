@@ -1,0 +1,99 @@
+"""`dpt push` against a stand-in of the hub: what arrives, what is refused, and that the token is shown nowhere."""
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+from fake_hub import TOKEN, Hub
+
+from dpt import cli
+from dpt import hub as hubs
+from dpt.models.pretrained import read_weights
+from tests.publishing.small import export_small
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    return export_small(tmp_path / "weights")
+
+
+def push(*arguments: object) -> int:
+    try:
+        return cli.main(["push", *map(str, arguments)])
+    except SystemExit as end:
+        return int(end.code or 0)
+
+
+def test_what_is_pushed_is_read_by_its_name(
+    hub: Hub, weights: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    (weights / ".cache").mkdir()
+    (weights / ".cache" / "junk").write_text("x")
+    assert push(weights, "lab/depth", "--private", "--license", "apache-2.0", "--message", "First") == 0
+    repo = hub.repos["lab/depth"]
+    files = repo.commits[repo.branches["main"]]
+    assert set(files) == {".gitattributes", "README.md", "config.json", "weights.safetensors"}
+    assert repo.private
+    assert repo.messages[-1] == "First"
+    assert b"license: apache-2.0" in files["README.md"]
+    assert b'Predictor("hub:lab/depth")' in files["README.md"]
+    ours, theirs = read_weights(weights), read_weights("hub:lab/depth")
+    assert all((ours.state[name] == tensor).all() for name, tensor in theirs.state.items())
+    commit = repo.branches["main"]
+    assert theirs.sections["lineage"]["weights"] == f"hub:lab/depth@{commit}"
+    printed = "".join(capsys.readouterr())
+    assert f"/lab/depth/commit/{commit}" in printed
+    assert any(sent == f"Bearer {TOKEN}" for _, _, sent in hub.requests)
+    assert TOKEN not in printed + caplog.text
+    assert not any(TOKEN.encode() in content for content in files.values())
+
+
+def test_a_branch_is_made_and_a_model_that_is_there_is_updated(hub: Hub, weights: Path) -> None:
+    assert push(weights, "lab/depth") == 0
+    first = hub.repos["lab/depth"].branches["main"]
+    config = json.loads((weights / "config.json").read_text())
+    (weights / "notes.txt").write_text("more")
+    assert push(weights, "lab/depth@v2") == 0
+    assert push(weights, "lab/depth", "--branch", "v2") == 0
+    branches = hub.repos["lab/depth"].branches
+    assert branches["main"] == first
+    assert "notes.txt" in hub.repos["lab/depth"].commits[branches["v2"]]
+    assert json.loads((hubs.local_path("hub:lab/depth@v2") / "config.json").read_text()) == config
+
+
+def test_refusals_are_one_sentence_without_the_token(
+    hub: Hub, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from huggingface_hub import constants
+
+    (tmp_path / "empty").mkdir()
+    cases = [
+        ((tmp_path / "empty", "lab/depth"), "neither exported weights nor a pipeline"),
+        ((weights, "depth"), "is no name on the hub"),
+        ((weights, "lab/depth@v1", "--revision", "v2"), "a branch once"),
+        ((weights, "lab/depth", "--uri", f"sqlite:///{tmp_path / 'none.db'}"), "there is no MLflow store here"),
+    ]
+    for arguments, words in cases:
+        assert push(*arguments) == 2
+        said = capsys.readouterr().err
+        assert words in said
+        assert said.count("\n") == 1
+    wrong = "hf_anotherTokenOfTheTests"
+    monkeypatch.setenv("HF_TOKEN", wrong)
+    assert push(weights, "lab/depth") == 2
+    said = capsys.readouterr().err
+    assert "refuses to write with this token" in said
+    assert wrong not in said
+    monkeypatch.setenv("HF_TOKEN", "")
+    assert push(weights, "lab/depth") == 2
+    assert "nobody is logged in" in capsys.readouterr().err
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert push(weights, "lab/depth") == 2
+    assert "HF_HUB_OFFLINE is set" in capsys.readouterr().err
+    assert hub.repos == {}
+
+
+def test_an_error_that_carries_the_token_does_not_show_it(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert TOKEN not in hubs.one_line(OSError(f"Authorization: Bearer {TOKEN}\n failed"))
