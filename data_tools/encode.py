@@ -61,6 +61,12 @@ def parser() -> argparse.ArgumentParser:
     add("--flow-code", choices=FLOW_CODES, default=FLOW_CODE, help="flow: of the targets (default: %(default)s)")
     add("--clip", default="", metavar="FOLDER", help="amodal: keep CLIP embeddings of the visible object by this model")
     add(
+        "--features",
+        default="",
+        metavar="normals|segments|FOLDER",
+        help="keep features for hidden states to be aligned with: exact ones of synthetic scenes, or FOLDER/KEY.npy, [C, h, w]",
+    )
+    add(
         "--samples-per-shard",
         type=int,
         help="inputs of a shard (default: class 1024, perception 256, evaluation 64)",
@@ -100,6 +106,7 @@ def build_job(arguments: argparse.Namespace) -> "EncodingJob":
     options = parse_options(arguments.dataset, dict(option.split("=", 1) for option in arguments.option))
     reader = open_reader(arguments.dataset, Path(arguments.root), arguments.split, **options)
     _check_for_task(arguments, reader)
+    from data_tools.encoding.features import open_features
     from data_tools.encoding.job import EncodingJob
     from data_tools.encoding.samples import Layout
 
@@ -126,6 +133,7 @@ def build_job(arguments: argparse.Namespace) -> "EncodingJob":
         split=arguments.split,
         out=Path(arguments.out),
         options=changed_options(arguments.dataset, options),
+        features=open_features(arguments.features, reader, Path(arguments.root), layout) if arguments.features else None,
         samples_per_shard=arguments.samples_per_shard or shard_size,
         limit=arguments.limit,
         shuffle_seed=None if arguments.evaluation or arguments.shuffle_seed < 0 else arguments.shuffle_seed,
@@ -137,6 +145,8 @@ def build_job(arguments: argparse.Namespace) -> "EncodingJob":
 def _check_for_task(arguments: argparse.Namespace, reader: Reader) -> None:
     if arguments.clip and reader.task != "amodal":
         raise UserError(f"--clip is for amodal sets; {reader.name} is for {reader.task}: leave it out.")
+    if arguments.evaluation and arguments.features:
+        raise UserError("--features are for training, and --evaluation sets are scored: leave one of them out.")
     if arguments.evaluation and reader.task == "class":
         raise UserError(f"--evaluation is for perception; {reader.name} is a set of class images: leave it out.")
     if arguments.evaluation and (arguments.mirrored or arguments.fit in ("crop", "pad")):

@@ -14,7 +14,7 @@ from typing import Any
 from data_tools.encoding.pipeline import BatchEncoder, Encoded, SampleEncoder
 from data_tools.encoding.reading import Unread, read_ahead
 from data_tools.encoding.records import Description, Records
-from data_tools.encoding.samples import Layout
+from data_tools.encoding.samples import Features, Layout
 from data_tools.encoding.shards import ShardWriter, shard_key
 from data_tools.readers import Reader
 from dpt.data.manifest import Manifest, Skipped, VAERecord, read_manifest, write_manifest
@@ -41,6 +41,8 @@ class EncodingJob:
     """Inputs to encode, the first in the order of the shards; None: all."""
     shuffle_seed: int | None = 0
     """Seed of the samples' order in the shards; None: the set's own order."""
+    features: Features | None = None
+    """What is kept of each sample for hidden states to be aligned with (`dpt.training.feature_alignment`)."""
     processes: int = 0
     """Processes that read and prepare ahead of the VAE; 0: this one."""
     max_skipped_share: float = 0.01
@@ -83,7 +85,13 @@ class EncodingJob:
             **({"depth_code": self.layout.depth_code} if self._coded_depth else {}),
             **({"flow_code": self.layout.flow_code} if self.layout.task == "flow" else {}),
             "fit": self.layout.fit if self.layout.task != "class" else "crop",
+            **({} if (found := self.features) is None else {"features": _described(found)}),
         }
+
+
+def _described(features: Features) -> dict[str, Any]:
+    """What the manifest says of features."""
+    return {"name": features.name, "channels": features.channels, "grid": list(features.grid)}
 
 
 def run(job: EncodingJob, part: int = 0, num_parts: int = 1) -> Manifest | None:
@@ -150,7 +158,8 @@ def _make_shards(job: EncodingJob, records: Records, missing: dict[int, list[str
     encoder = SampleEncoder(job.encoder, writer)
     # Two batches and one more; evaluation sets have pictures of 100 MB.
     ahead = 8 if job.layout.evaluation else 3 * job.encoder.batch_size
-    inputs = read_ahead(job.reader, job.layout, [key for keys in missing.values() for key in keys], job.processes, ahead)
+    every = [key for keys in missing.values() for key in keys]
+    inputs = read_ahead(job.reader, job.layout, every, job.processes, ahead, job.features)
     unreadable = 0
     try:
         for number, keys in missing.items():

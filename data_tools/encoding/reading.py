@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
-from data_tools.encoding.samples import Layout, Prepared, prepare
+from data_tools.encoding.samples import Features, Layout, Prepared, prepare
 from data_tools.readers import Excluded, Reader, ReadError
 
 
@@ -22,8 +22,9 @@ class Unread:
 
 
 class _Keys(Dataset):
-    def __init__(self, reader: Reader, layout: Layout, keys: Sequence[str], shared: bool) -> None:
+    def __init__(self, reader: Reader, layout: Layout, keys: Sequence[str], shared: bool, features: Features | None) -> None:
         self._reader, self._layout, self._keys, self._shared = reader, layout, keys, shared
+        self._features = features
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -31,7 +32,7 @@ class _Keys(Dataset):
     def __getitem__(self, number: int) -> Any:
         key = self._keys[number]
         try:
-            found = prepare(self._reader.read(key), self._layout)
+            found = prepare(self._reader.read(key), self._layout, self._features)
         except ReadError as error:
             return Unread(key=key, reason=error.reason, excluded=isinstance(error, Excluded))
         return [_converted(sample, _tensor) for sample in found] if self._shared else found
@@ -54,19 +55,24 @@ def _converted(sample: Prepared, convert: Any) -> Prepared:
 
 
 def read_ahead(
-    reader: Reader, layout: Layout, keys: Sequence[str], processes: int, ahead: int
+    reader: Reader,
+    layout: Layout,
+    keys: Sequence[str],
+    processes: int,
+    ahead: int,
+    features: Features | None = None,
 ) -> Generator[list[Prepared] | Unread]:
     """For each key in order, its samples (two where mirrored) or why it has none.
 
     Read by `processes`, which together are about `ahead` keys ahead; 0: read here, when asked.
     """
     if processes == 0:
-        dataset = _Keys(reader, layout, keys, shared=False)
+        dataset = _Keys(reader, layout, keys, shared=False, features=features)
         yield from (dataset[number] for number in range(len(keys)))
         return
     processes = min(processes, len(keys))
     loader = DataLoader(
-        _Keys(reader, layout, keys, shared=True),
+        _Keys(reader, layout, keys, shared=True, features=features),
         batch_size=None,
         num_workers=processes,
         prefetch_factor=max(2, -(-ahead // processes)),

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,14 +57,34 @@ class Prepared:
     """uint8 `[H, W, 3]`: the visible object on white."""
 
 
-def prepare(sample: Sample, layout: Layout) -> list[Prepared]:
-    """A sample (and its mirror image, if asked for) resized, with its truth as target images. ReadError if it has none."""
+class Features(Protocol):
+    """Where the features of samples come from (`data_tools.encoding.features`)."""
+
+    name: str
+    channels: int
+    grid: tuple[int, int]
+    """Rows and columns of a sample's features."""
+
+    def __call__(self, key: str, layout: Layout, *, mirrored: bool) -> NDArray[np.float16]:
+        """Of the sample `key`, or of its mirror image: float16 `[channels, *grid]`. ReadError if there are none."""
+        ...
+
+
+def prepare(sample: Sample, layout: Layout, features: Features | None = None) -> list[Prepared]:
+    """A sample (and its mirror image, if asked for) resized, with its truth as target images, and features if there are to be
+    any. ReadError if it has none."""
     if layout.task == "class":
-        return [_prepare_class(sample, layout)]
-    found = [_prepare_perception(sample, layout)]
-    if layout.mirrored:
-        found.append(_prepare_perception(mirror(sample), layout))
-    return found
+        found = [_prepare_class(sample, layout)]
+    else:
+        found = [_prepare_perception(sample, layout)]
+        if layout.mirrored:
+            found.append(_prepare_perception(mirror(sample), layout))
+    if features is None:
+        return found
+    values = [features(sample.key, layout, mirrored=bool(number)) for number in range(len(found))]
+    return [
+        dataclasses.replace(one, arrays={**one.arrays, "features": value}) for one, value in zip(found, values, strict=True)
+    ]
 
 
 def mirror(sample: Sample) -> Sample:
@@ -111,7 +131,7 @@ def _prepare_class(sample: Sample, layout: Layout) -> Prepared:
 
 def _prepare_perception(sample: Sample, layout: Layout) -> Prepared:
     height, width = sample.images[0].shape[:2]
-    frame = _Frame(height, width, layout)
+    frame = Frame(height, width, layout)
     conditions = [frame.image(image) for image in sample.images]
     valid = np.ones((height, width), np.bool_) if sample.valid is None else sample.valid
     further: dict[str, Any] = {}
@@ -155,7 +175,7 @@ def _prepare_perception(sample: Sample, layout: Layout) -> Prepared:
     )
 
 
-class _Frame:
+class Frame:
     """How maps of one size come to the size that is encoded."""
 
     def __init__(self, height: int, width: int, layout: Layout) -> None:
@@ -188,7 +208,7 @@ class _Frame:
         return np.ascontiguousarray(np.moveaxis(self._padded(np.moveaxis(resized, -1, 0), fill), 0, -1))
 
     def nearest(self, values: NDArray[Any]) -> NDArray[Any]:
-        """[H, W], no values mixed; 0 where padded."""
+        """[..., H, W], no values mixed; 0 where padded."""
         return self._padded(tasks.resize_nearest(self._part(values), self.size), 0)
 
     def flow(self, flow: NDArray[np.float32], smooth: bool) -> NDArray[np.float32]:

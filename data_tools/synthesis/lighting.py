@@ -30,9 +30,7 @@ def shade_body(
     """Linear colours float32 [3, N] of points [3, N] on body `number`, at depths t [N] along rays [3, N]."""
     solid, look = light.solids[number], light.scene.looks[number]
     local = solid.to_local @ (points - solid.centre)
-    inverse_scale: Array = np.array([1 / extent for extent in solid.scale], np.float32)[:, None]
-    normals = solid.to_local.T @ (surface_normals(SHAPES[solid.shape], local * inverse_scale, faces) * inverse_scale)
-    normals /= np.sqrt(squared_length(normals))
+    normals = body_normals(solid, local, faces)
     to_lamp, strength = _lamp(light, points, lit)
     facing = np.maximum(np.einsum("in,in->n", normals, to_lamp), 0)
     ambient = _AMBIENT * (np.float32(0.8) + np.float32(0.3) * normals[1])
@@ -44,6 +42,14 @@ def shade_body(
         eighth = np.square(np.square(np.square(cosine)))
         colors += np.float32(look.gloss) * strength * eighth * eighth * eighth
     return np.minimum(colors, _BRIGHTEST_BODY)
+
+
+def body_normals(solid: Solid, local: Array, faces: NDArray[np.int16]) -> Array:
+    """Outward unit normals in the world, float32 [3, N], at points [3, N] of a body's surface, given in its metric axes."""
+    inverse_scale: Array = np.array([1 / extent for extent in solid.scale], np.float32)[:, None]
+    normals = solid.to_local.T @ (surface_normals(SHAPES[solid.shape], local * inverse_scale, faces) * inverse_scale)
+    normals /= np.sqrt(squared_length(normals))
+    return normals
 
 
 def shade_room(light: SceneLight, points: Array, faces: NDArray[np.int16], t: Array, lit: Array) -> Array:

@@ -23,6 +23,7 @@ def check_recipe(recipe: Recipe, world_size: int, stage: str = "pretrain") -> No
     _check_experts(recipe, world_size, trained_model(recipe, stage).num_experts)
     _check_task(recipe)
     _check_bypass(recipe, trained_model(recipe, stage).depth)
+    _check_alignment(recipe, trained_model(recipe, stage).depth)
     if all(recipe.deepspeed.get(name, {}).get("enabled", False) for name in ("bf16", "fp16")):
         _refuse(recipe, "bf16.enabled and fp16.enabled are both true; enable one.")
     _check_optimizer(recipe)
@@ -193,6 +194,56 @@ def _check_bypass(recipe: Recipe, depth: int) -> None:
             recipe,
             f"dpt.training.bypass_share is {training.bypass_share:g}, but bypass_first {training.bypass_first} and bypass_last "
             f"{training.bypass_last} leave none of {depth} blocks between them; lower them.",
+        )
+
+
+def _check_alignment(recipe: Recipe, depth: int) -> None:
+    """What self-alignment and feature alignment need of the network, the averages and the data."""
+    training = recipe.dpt.training
+    own, features = training.self_alignment, training.feature_alignment
+    blocks = {
+        "self_alignment.teacher_block": own.teacher_block if own.weight else 0,
+        "self_alignment.student_block": own.student_block if own.weight else 0,
+        "feature_alignment.block": features.block if features.weight else 0,
+    }
+    for name, block in blocks.items():
+        if block > depth:
+            _refuse(recipe, f"dpt.training.{name} is {block}, but the network has {depth} blocks; lower it.")
+        if training.bypass_share and block - 1 in training.bypassed(depth) and name != "self_alignment.teacher_block":
+            _refuse(
+                recipe,
+                f"dpt.training.{name} is {block}, which tokens bypass (dpt.training.bypass_share {training.bypass_share:g}); "
+                f"choose a block up to {training.bypass_first}, or one of the last {training.bypass_last}.",
+            )
+    if own.weight:
+        _check_teacher(recipe)
+    if features.weight and not features.channels:
+        _refuse(
+            recipe,
+            "dpt.training.feature_alignment.channels is 0; set it to the number of channels of the shards' features "
+            "(normals: 3, segments: 13).",
+        )
+    if features.weight and recipe.dpt.data.horizontal_flip:
+        _refuse(
+            recipe,
+            "dpt.data.horizontal_flip mirrors images, and shards hold no mirrored features for "
+            "dpt.training.feature_alignment; set one of them to false or 0.",
+        )
+
+
+def _check_teacher(recipe: Recipe) -> None:
+    training = recipe.dpt.training
+    if training.teaching_decay == 0 or training.teaching_decay not in training.ema_decays:
+        _refuse(
+            recipe,
+            f"dpt.training.self_alignment learns from the average of decay {training.teaching_decay:g}, which "
+            f"dpt.training.ema_decays {training.ema_decays} does not keep; name one that it does, above 0.",
+        )
+    if recipe.dpt.diffusion.one_step:
+        _refuse(
+            recipe,
+            'dpt.training.self_alignment needs several noise levels, and dpt.diffusion.timesteps is "last"; set its weight to '
+            "0, or choose other timesteps.",
         )
 
 

@@ -28,7 +28,7 @@ def parse_command(prog: str, description: str, home: str, argv: Sequence[str] | 
             recipe_path = value
         elif name in ("local_rank", "deepspeed"):
             continue
-        elif name in bare:
+        elif name in bare or (name.split(".")[0] in bare and name.split(".")[0] not in sections):
             overrides[f"{home}.{name}"] = value
         elif "." not in name and name not in DEEPSPEED_KEYS and name not in sections:
             close = get_close_matches(name, [*bare, *sections, *DEEPSPEED_KEYS], n=1)

@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from dpt.config.alignment import FeatureAlignmentConfig, SelfAlignmentConfig
 from dpt.errors import UserError
 
 Task = Literal["class", "depth", "flow", "amodal", "generalist"]
@@ -422,6 +423,10 @@ class TrainingConfig:
     """Blocks at the start that all tokens go through."""
     bypass_last: int = 4
     """Blocks at the end that all tokens go through."""
+    self_alignment: SelfAlignmentConfig = field(default_factory=SelfAlignmentConfig)
+    """Hidden states aligned with those of the averaged network at less noise (SRA)."""
+    feature_alignment: FeatureAlignmentConfig = field(default_factory=FeatureAlignmentConfig)
+    """Hidden states aligned with features that the shards hold (REPA)."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass to save memory."""
     compile: bool = False
@@ -484,6 +489,11 @@ class TrainingConfig:
             self.bypass_last > 0,
             f"dpt.training.bypass_last is {self.bypass_last}; the last block at least must see all tokens: set 1 or more.",
         )
+
+    @property
+    def teaching_decay(self) -> float:
+        """Decay of the average that self-alignment learns from."""
+        return self.self_alignment.ema_decay or self.ema_decays[0]
 
     def bypassed(self, depth: int) -> range:
         """The blocks, of so many, that tokens go around; empty if there are none between the first and the last ones."""

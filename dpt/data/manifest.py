@@ -15,7 +15,8 @@ from dpt.tasks import TASKS
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 MEMBER_ORDER = (
-    "label", "valid", "clip", "latents", "latents_mirrored", "cond_latents", "target_latents", "image", "truth", "code_mask",
+    "label", "valid", "clip", "features", "latents", "latents_mirrored", "cond_latents", "target_latents",
+    "image", "truth", "code_mask",
 )  # fmt: skip
 """Order of the arrays in a sample; `meta` follows."""
 _EVALUATION_MEMBERS = ("image", "truth", "code_mask")
@@ -234,7 +235,8 @@ def choose_members(manifests: Mapping[str, Manifest], wanted: Collection[str] | 
             if spec.shape > other.shape:
                 specs[member] = spec
     if missing := sorted(set(wanted or ()) - set(specs)):
-        raise UserError(f"{first_name}: the shards hold no {missing[0]}; encode the set with it.")
+        option = {"clip": " (--clip)", "features": " (--features)"}.get(missing[0], "")
+        raise UserError(f"{first_name}: the shards hold no {missing[0]}; encode the set with it{option}.")
     return specs
 
 

@@ -66,6 +66,8 @@ class Memory:
     """Drawing class pictures, as far as the activations, which are free by then, leave no room for it."""
     orthogonal: int = 0
     """What Muon makes updates in, as far as the activations leave no room for it."""
+    alignment: int = 0
+    """Aligned hidden states: the averaged network that teaches, and what projectors keep for the backward pass."""
     decoder: int = 0
     """A pixel loss: the VAE's weights, and what its decoder keeps for the backward pass."""
     host: int = 0
@@ -107,14 +109,26 @@ def num_params(config: ModelConfig) -> ParamCount:
 def macs(config: ModelConfig, height: int = 0, width: int = 0) -> Macs:
     """MACs of one sample of height x width latents (0: input_size), without capacity dropping."""
     d, t, patch = config.hidden_size, num_tokens(config, height, width), config.patch_size**2
-    inputs = t * _in_channels(config) * patch * d + FREQUENCY_EMBEDDING_SIZE * d + config.clip_embedding_size * d
-    ends = d * d + 2 * d * d + t * d * patch * _out_channels(config)  # timesteps' second layer, final layer
-    forward = inputs + ends + config.depth * _block_macs(config, t)
+    last = 2 * d * d + t * d * patch * _out_channels(config)
+    forward = hidden_macs(config, height, width) + last
     return Macs(
         forward=forward,
-        training=3 * forward - inputs,  # no gradient with respect to the network's inputs
+        training=3 * forward - _input_macs(config, t),  # no gradient with respect to the network's inputs
         attention_recompute=config.depth * t * t * d,
     )
+
+
+def hidden_macs(config: ModelConfig, height: int = 0, width: int = 0) -> int:
+    """Of one sample's forward pass up to what leaves the last block; latents as in `macs`."""
+    t, second = num_tokens(config, height, width), config.hidden_size**2  # timesteps' second layer
+    return _input_macs(config, t) + second + config.depth * _block_macs(config, t)
+
+
+def _input_macs(config: ModelConfig, tokens: int) -> int:
+    """Of the layers that take what the network is given: patches, timesteps' features, CLIP embeddings."""
+    d = config.hidden_size
+    patches = tokens * _in_channels(config) * config.patch_size**2 * d
+    return patches + FREQUENCY_EMBEDDING_SIZE * d + config.clip_embedding_size * d
 
 
 def _block_macs(config: ModelConfig, tokens: int) -> int:
@@ -153,12 +167,14 @@ def memory(
     offload_param: bool = False,
     pictures: int = 0,
     muon: bool = False,
+    projector_params: int = 0,
 ) -> Memory:
     """Bytes on each of `ranks` when training with AdamW (or Muon) and DeepSpeed's ZeRO stage (0 to 3); latents as in `macs`.
 
     ZeRO divides over all ranks: optimizer states (stage 1), gradients too (2), weights too (3); experts' ones over the ranks
     that hold the same experts, which comes to the same. `offload_optimizer` (stages 1 to 3) and `offload_param` (stage 3) are
-    DeepSpeed's, to the CPU. `pictures`: of drawing class pictures (`picture_bytes`). UserError for what cannot be.
+    DeepSpeed's, to the CPU. `pictures`: of drawing class pictures (`picture_bytes`). `projector_params`:
+    trained beside the network's own (`dpt.models.alignment_costs`). UserError for what cannot be.
     """
     for name, value in (("ranks", ranks), ("ep_size", ep_size), ("micro_batch_size", micro_batch_size)):
         if value < 1:
@@ -169,6 +185,7 @@ def memory(
         raise UserError(f"ZeRO stage 3 cannot go with ep_size {ep_size}; choose stage 2 or ep_size 1.")
     size = 4 if precision == "fp32" else 2
     count = num_params(config)
+    count = replace(count, total=count.total + projector_params)
     held = count.total - count.routed + count.routed // ep_size  # before ZeRO
     share = math.ceil(count.total / ranks)
     optimizer = share if zero_stage >= 1 else held

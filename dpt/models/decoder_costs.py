@@ -8,6 +8,7 @@ from typing import Any
 
 from dpt.config.recipe import DptConfig
 from dpt.config.sections import ModelConfig
+from dpt.models.alignment_costs import alignment_macs
 from dpt.models.costs import Macs, macs, with_bypass
 
 STABLE_DIFFUSION: dict[str, Any] = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4}
@@ -74,11 +75,12 @@ def recipe_macs(config: DptConfig, model: ModelConfig, height: int = 0, width: i
     """MACs of one sample of `model` (the architecture trained) under a recipe, for latents of height x width (0: input_size).
 
     A pixel loss decodes the truth and the prediction, and leads gradients back through the decoder; tokens that bypass blocks
-    save those.
+    save those; aligned hidden states take projectors and a teacher.
     """
     network = macs(model, height, width)
     if share := config.training.bypass_share:
         network = with_bypass(network, model, share, len(config.training.bypassed(model.depth)), height, width)
+    network = replace(network, training=network.training + alignment_macs(config.training, model, height, width))
     if not config.pixel_loss.weight:
         return network
     decoder = decoder_costs(vae_config(config.data.vae), height or model.input_size, width or model.input_size)

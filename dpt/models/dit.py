@@ -4,7 +4,8 @@ Shape legend: B samples, C in_channels, h x w latents, T tokens, D hidden_size, 
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -49,6 +50,8 @@ class DiTOutput(NamedTuple):
     """float64 [L]: mean entropy of a token's router probabilities, in nats (0: certain, log E: even)."""
     dropped_share: Tensor
     """float32 []: share of routed slots dropped for want of capacity."""
+    hidden: Mapping[int, Tensor] = MappingProxyType({})
+    """By number of the block, from 1 on: the outputs [B, T, D] that `watch_blocks` asked for."""
 
 
 class DiTBlock(nn.Module):
@@ -102,6 +105,7 @@ class DiT(nn.Module):
         self.out_channels = config.in_channels * (2 if config.learn_sigma else 1)
         self.activation_checkpointing = False
         self.bypassed = range(0)
+        self.watched: frozenset[int] = frozenset()
         self._positions: dict[tuple[int, int], Tensor] = {}
         size = config.hidden_size
         self.x_embedder: PatchEmbed | PatchEmbedRouter
@@ -150,6 +154,10 @@ class DiT(nn.Module):
         """Let only the tokens that `forward` is told to keep go through these blocks (TREAD, Krause et al. 2025)."""
         self.bypassed = blocks
 
+    def watch_blocks(self, blocks: Collection[int]) -> None:
+        """Give back the outputs of these blocks, counted from 1, as `hidden`; none of them may be bypassed."""
+        self.watched = frozenset(blocks)
+
     def compile_blocks(self, **options: Any) -> None:
         """Compile each block in place with torch.compile and its `options`; the dispatch to experts stays out of the graph."""
         for block in self.blocks:
@@ -175,14 +183,9 @@ class DiT(nn.Module):
         each sample that go through the blocks of `set_bypass`, while the others are carried around them; None: all. Raises
         UserError if h or w is no multiple of patch_size or the channels are not the model's.
         """
-        tasks = labels if task_labels is None else task_labels
-        x = self._embed(noisy_latents, tasks.expand(len(noisy_latents)))  # [B, T, D]
-        conditioning = self.t_embedder(timesteps) + self.y_embedder(labels)  # [B or 1, D]
-        if self.clip_embedder is not None:
-            if embeddings is None:  # the projection takes part in every step: its gradient must exist on every rank
-                embeddings = conditioning.new_zeros(labels.shape[0], self.config.clip_embedding_size)
-            conditioning = conditioning + self.clip_embedder(embeddings.to(conditioning.dtype))
+        x, conditioning = self._embed_all(noisy_latents, timesteps, labels, embeddings, task_labels)
         stats = []
+        hidden: dict[int, Tensor] = {}
         carried, index = x, None if kept is None else kept.unsqueeze(-1).expand(-1, -1, x.shape[-1])  # [B, K, D]
         for number, block in enumerate(self.blocks):
             if index is not None and number == self.bypassed.start:
@@ -194,6 +197,8 @@ class DiT(nn.Module):
             else:
                 x, routed = block(x, conditioning)  # [B, T, D]
             stats.append(routed)
+            if number + 1 in self.watched:
+                hidden[number + 1] = x
         x = self.final_layer(x, conditioning)  # [B, T, p p C_out]
         x = unpatchify(x, self.config.patch_size, *noisy_latents.shape[2:])  # [B, C_out, h, w]
         prediction = x.to(noisy_latents.dtype)
@@ -202,8 +207,35 @@ class DiT(nn.Module):
                 torch.zeros((), device=x.device),
                 torch.zeros(len(self.blocks), 0, dtype=torch.float64, device=x.device),
             )
-            return DiTOutput(prediction, zero, zero, none.long(), none, none.sum(dim=1), zero)
-        return DiTOutput(prediction, *summarize(stats, earlier))
+            return DiTOutput(prediction, zero, zero, none.long(), none, none.sum(dim=1), zero, hidden)
+        return DiTOutput(prediction, *summarize(stats, earlier), hidden)
+
+    def last_hidden(
+        self,
+        noisy_latents: Tensor,
+        timesteps: Tensor,
+        labels: Tensor,
+        embeddings: Tensor | None = None,
+        task_labels: Tensor | None = None,
+    ) -> Tensor:
+        """What leaves the last block, [B, T, D], of inputs as `forward` takes them; no prediction is made of it."""
+        x, conditioning = self._embed_all(noisy_latents, timesteps, labels, embeddings, task_labels)
+        for block in self.blocks:
+            x, _ = block(x, conditioning)
+        return x
+
+    def _embed_all(
+        self, noisy_latents: Tensor, timesteps: Tensor, labels: Tensor, embeddings: Tensor | None, task_labels: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """What the blocks take: tokens [B, T, D] and the conditioning [B or 1, D]."""
+        tasks = labels if task_labels is None else task_labels
+        x = self._embed(noisy_latents, tasks.expand(len(noisy_latents)))
+        conditioning = self.t_embedder(timesteps) + self.y_embedder(labels)
+        if self.clip_embedder is not None:
+            if embeddings is None:  # the projection takes part in every step: its gradient must exist on every rank
+                embeddings = conditioning.new_zeros(labels.shape[0], self.config.clip_embedding_size)
+            conditioning = conditioning + self.clip_embedder(embeddings.to(conditioning.dtype))
+        return x, conditioning
 
     def _embed(self, latents: Tensor, task_labels: Tensor) -> Tensor:
         """Latents [B, C_in, h, w] -> tokens [B, T, D] with their positions added."""

@@ -28,8 +28,9 @@ _FROM_WIDTH = re.compile(
     r"(blocks\.\d+\.(attn\.(qkv|proj)|mlp\.fc[12]|moe\.gate|moe\.shared\.(gate_up|down)|adaLN_modulation\.1)"
     r"|t_embedder\.mlp\.2|final_layer\.adaLN_modulation\.1)\.weight"
     r"|blocks\.\d+\.moe\.experts\.\w+_weight"
+    r"|alignment\.(self\.\d|features\.0)\.weight"
 )
-"""Matrices that take the width to something, but the final layer's."""
+"""Matrices that take the width to something, but the final layer's; those of training's projectors too."""
 _PATCHES = re.compile(r"x_embedder\.(proj\.)?weight")
 
 

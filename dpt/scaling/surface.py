@@ -13,8 +13,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dpt.config.alignment import FeatureAlignmentConfig, SelfAlignmentConfig
 from dpt.config.recipe import DptConfig
-from dpt.config.sections import DataConfig, ModelConfig, PixelLossConfig
+from dpt.config.sections import DataConfig, ModelConfig, PixelLossConfig, TrainingConfig
 from dpt.errors import UserError
 from dpt.models import costs
 from dpt.models.decoder_costs import recipe_macs
@@ -38,6 +39,8 @@ METHODS = (
     "diffusion.prediction_type",
     "diffusion.beta_schedule",
     "pixel_loss.weight",
+    "training.self_alignment.weight",
+    "training.feature_alignment.weight",
     "optimizer.type",
 )
 """Fields of a fine-tuning that make another method of it: what differs between the runs is chosen among, like sampler steps."""
@@ -64,8 +67,8 @@ class Observation:
     """Value of every factor."""
     upcycled: bool
     setting: Setting
-    decoder_macs: float
-    """Of the pixel loss, for each sample of fine-tuning."""
+    added_macs: float
+    """Of the pixel loss and aligned hidden states, for each sample of fine-tuning."""
     run_id: str
     """The trained run (several settings of one run are not independent)."""
     evaluation_id: str
@@ -101,7 +104,7 @@ def observe(
                     quantities=quantities,
                     upcycled=samples["upcycle"] > 0,
                     setting=Setting("", row.steps or 0, row.ensemble or 0),
-                    decoder_macs=_decoder_macs(line[0], config),
+                    added_macs=_added_macs(line[0], config),
                     run_id=line[0].run_id,
                     evaluation_id=record.run_id,
                 )
@@ -121,11 +124,15 @@ def _with_methods(observations: Sequence[Observation], fields: Mapping[str, Mapp
     return [replace(o, setting=o.setting._replace(method=name)) for o, name in zip(observations, names, strict=True)]
 
 
-def _decoder_macs(record: RunRecord, config: ModelConfig) -> float:
-    """MACs that a fine-tuning's pixel loss adds to each sample."""
+def _added_macs(record: RunRecord, config: ModelConfig) -> float:
+    """MACs that a fine-tuning's pixel loss and aligned hidden states add to each sample."""
     pixel_loss = section(record, "pixel_loss", PixelLossConfig) or PixelLossConfig()
     data = section(record, "data", DataConfig) or DataConfig()
-    whole = recipe_macs(DptConfig(pixel_loss=pixel_loss, data=data), config)
+    training = TrainingConfig(
+        self_alignment=section(record, "training.self_alignment", SelfAlignmentConfig) or SelfAlignmentConfig(),
+        feature_alignment=section(record, "training.feature_alignment", FeatureAlignmentConfig) or FeatureAlignmentConfig(),
+    )
+    whole = recipe_macs(DptConfig(pixel_loss=pixel_loss, data=data, training=training), config)
     return float(whole.training - costs.macs(config).training)
 
 
@@ -226,7 +233,7 @@ def fit_surface(observations: Sequence[Observation], *, samples: int = 100, seed
     return Surface(
         factors=factors,
         ranges={f: (min(v), max(v)) for f in FACTORS for v in [[o.quantities[f] for o in observations]]},
-        settings={o.setting: o.decoder_macs for o in observations},
+        settings={o.setting: o.added_macs for o in observations},
         upcycling=len({o.upcycled for o in observations}) > 1,
         centre=centre,
         parameters=best,

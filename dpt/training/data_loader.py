@@ -81,6 +81,8 @@ def open_data_loader(
     manifests = list(stream.manifests.values())
     for name, manifest in stream.manifests.items():
         _check(config, name, manifest)
+    if config.training.feature_alignment.weight:
+        _check_features(config, stream.manifests)
     shared = _shared_codes(stream.manifests, codes or {})
     prompts = {name: _depth_prompt(m) for name, m in stream.manifests.items() if m.task == "depth"}
     if config.model.num_conditions < 2:
@@ -117,9 +119,27 @@ def _depth_prompt(manifest: Manifest) -> str:
 
 
 def _members(config: DptConfig, main: str) -> list[str]:
+    features = ["features"] if config.training.feature_alignment.weight else []
     if config.task == "class":
-        return [main, "label", *(["latents_mirrored"] if config.data.horizontal_flip else [])]
-    return ["cond_latents", main, "valid", *(["clip"] if config.model.clip_embedding_size else [])]
+        return [main, "label", *(["latents_mirrored"] if config.data.horizontal_flip else []), *features]
+    return ["cond_latents", main, "valid", *(["clip"] if config.model.clip_embedding_size else []), *features]
+
+
+def _check_features(config: DptConfig, manifests: Mapping[str, Manifest]) -> None:
+    """UserError unless all sets that hold features hold the same ones, of the recipe's channels. A set may have none."""
+    wanted, first = config.training.feature_alignment.channels, ""
+    for name, manifest in manifests.items():
+        if "features" not in manifest.members:
+            continue
+        found, channels = str(manifest.encoding.get("features", {}).get("name", "")), manifest.members["features"].shape[0]
+        first = first or found
+        if found != first:
+            raise UserError(f"{name}: the features are {found!r}, in another set {first!r}; encode both with one --features.")
+        if channels != wanted:
+            raise UserError(
+                f"{name}: the features have {channels} channels, dpt.training.feature_alignment.channels is {wanted}; set it "
+                f"to {channels}."
+            )
 
 
 def _check(config: DptConfig, name: str, manifest: Manifest) -> None:

@@ -20,6 +20,7 @@ from dpt.training.checkpoint import (
     kept_averages,
     read_state,
 )
+from dpt.training.fragments import of_network
 from dpt.training.outputs import CHECKPOINTS
 from dpt.training.rebuilding import rebuild
 
@@ -109,7 +110,8 @@ def checkpoint_weights(checkpoint: Path, *, ema: bool, ema_decay: float | None =
         pieces = Pieces(checkpoint, state)
         average = _average(checkpoint, state, ema_decay)
         kind = (average if ema else None) or "master"
-        tensors = {name: pieces.whole(kind, name, shape) for name, shape in state["parameters"].items()}
+        shapes = {name: shape for name, shape in state["parameters"].items() if of_network(name)}
+        tensors = {name: pieces.whole(kind, name, shape) for name, shape in shapes.items()}
         tensors |= {name: pieces.buffer(name) for name in state["buffers"]}
         pieces.close()
     except DamagedCheckpoint as error:

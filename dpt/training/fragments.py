@@ -5,7 +5,7 @@ fragments: runs of consecutive elements of a parameter that all layouts name and
 parameter that stacks all experts, so that expert parallelism is just one more partition.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,8 @@ from dpt.training import deepspeed_internals as internals
 
 PREFIX = "network."
 """Of the names of the network's parameters inside the module that DeepSpeed trains (`dpt.training.step.LossModule`)."""
+BESIDE = "alignment."
+"""Of the names of parameters that are trained beside the network's (`dpt.training.alignment.Projectors`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +65,11 @@ def parameter_layout(module: nn.Module) -> dict[str, tuple[nn.Parameter, tuple[i
             shape = (num_experts, *shape[1:])
         layout[name.removeprefix(PREFIX)] = (parameter, shape, offset)
     return layout
+
+
+def of_network(name: str) -> bool:
+    """Whether the trained parameter `name` is one of the network's: what exported weights hold."""
+    return not name.startswith(BESIDE)
 
 
 def parameter_shapes(module: nn.Module) -> dict[str, list[int]]:
@@ -131,13 +138,18 @@ def refresh_weights(engine: Any) -> None:
 
 
 @torch.no_grad()
-def whole_weights(engine: Any, optimizer: Any, state: str) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter's name and weights (`state` "master") or optimizer state of its shape ("ema0"), whole, float32.
+def whole_weights(
+    engine: Any, optimizer: Any, state: str, *, names: Collection[str] | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """The network's parameters by name (`names`: these alone), each one's weights (`state` "master") or optimizer state of its
+    shape ("ema0"), whole, float32.
 
     On every rank, on its device, one parameter at a time. Collective: all ranks go through all of them.
     """
     here = {f.name: f for f in fragments(engine)}
     for name, (_, shape, _) in parameter_layout(engine.module).items():
+        if not of_network(name) or (names is not None and name not in names):
+            continue
         whole = torch.zeros(torch.Size(shape).numel(), device=engine.device)
         fragment = here.get(name)
         if fragment is not None and fragment.owned:

@@ -11,7 +11,7 @@ import torch
 
 from dpt import __version__, distributed
 from dpt.config.checks import batch_split, trains_with_muon
-from dpt.config.recipe import Recipe
+from dpt.config.recipe import DptConfig, Recipe
 from dpt.errors import UserError
 from dpt.models.costs import Macs, muon_macs, num_params
 from dpt.models.decoder_costs import recipe_macs
@@ -90,7 +90,8 @@ class Trainer:
         self.validator = self._open_validator(open_validator)
         pixel_loss = self._pixel_loss()
         self.macs = self._count_macs()
-        self.engine = Engine(self.recipe, LossModule(self.stage.build(), self.config, pixel_loss))
+        module = LossModule(self.stage.build(), self.config, pixel_loss)
+        self.engine, self.teacher = Engine(self.recipe, module), module.teacher
         self.stage.start = None  # the engine has them now
         if found is not None:
             self._go_back(*found)
@@ -151,6 +152,8 @@ class Trainer:
         loss: Any = 0.0
         earlier: EarlierRouting | None = None
         self.expert_pictures.begin(self._is_drawn(self.step + 1))
+        if self.teacher is not None:
+            self.teacher.refresh(self.engine)
         for number in range(self.engine.accumulation):
             self.watchdog.beat(self.step, "reading data")
             begin = time.perf_counter()
@@ -432,7 +435,7 @@ class Trainer:
             matrix_flops=measure_peak_flops(self.engine.device, self.engine.dtype),
             data_sheet_flops=data_sheet_flops(self.engine.device, self.recipe.precision),
             dense=self.config.model.num_experts == 0,
-            pixel_loss=self.config.pixel_loss.weight > 0,
+            further_losses=_further_losses(self.config),
         )
 
     def _announce(self) -> None:
@@ -484,3 +487,13 @@ class Trainer:
         self.watchdog.close()
         self.control.unlisten()
         self.tracking.finish(status)
+
+
+def _further_losses(config: DptConfig) -> list[str]:
+    """The optional losses that a recipe trains with, by their names in records."""
+    weights = {
+        "pixel_loss": config.pixel_loss.weight,
+        "self_alignment_loss": config.training.self_alignment.weight,
+        "feature_alignment_loss": config.training.feature_alignment.weight,
+    }
+    return [name for name, weight in weights.items() if weight]

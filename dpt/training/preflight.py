@@ -10,6 +10,7 @@ from dpt import distributed
 from dpt.config.checks import batch_split, check_recipe, ranks_in_words, trained_model, trains_with_muon
 from dpt.config.recipe import Recipe, load_recipe
 from dpt.errors import UserError
+from dpt.models.alignment_costs import alignment_bytes, alignment_params
 from dpt.models.costs import VAE_CHANNELS, VAE_PARAMS, Memory, Precision, memory, num_params, picture_bytes
 from dpt.models.decoder_costs import decoder_bytes
 
@@ -88,10 +89,15 @@ def needs(recipe: Recipe, stage: str, world_size: int) -> Needs:
         activation_checkpointing=training.activation_checkpointing,
         pictures=pictures,
         muon=trains_with_muon(recipe.deepspeed.get("optimizer", {})),
+        projector_params=alignment_params(training, model),
         **offload,
     )
     size = 4 if precision == "fp32" else 2
-    cost = replace(cost, decoder=decoder_bytes(config, micro_batch_size=micro, size=size, vae_params=params))
+    cost = replace(
+        cost,
+        alignment=alignment_bytes(training, model, micro_batch_size=micro, size=size),
+        decoder=decoder_bytes(config, micro_batch_size=micro, size=size, vae_params=params),
+    )
     missing = [s for s in config.data.shards if "://" not in s and ":" not in s and "{" not in s and not Path(s).is_dir()]
     snapshots = 4 * len(training.ema_lengths) * training.ema_snapshots * num_params(model).total
     return Needs(memory=cost, ranks=ranks, missing_shards=missing, snapshots=snapshots)

@@ -11,6 +11,7 @@ from dpt.config.sections import LONGEST_EMA
 from dpt.errors import UserError
 from dpt.training.averages import Mix, Profile, exponent, mix
 from dpt.training.checkpoint import DamagedCheckpoint, Pieces, check_file, find_checkpoints, kept_lengths, read_state
+from dpt.training.fragments import of_network
 from dpt.training.outputs import AVERAGES
 
 _WORST = 0.1
@@ -69,6 +70,8 @@ def _sum(
     pieces = [Pieces(folder, state) for folder, state in zip(folders, states, strict=True)]
     sums = {}
     for name, shape in states[0]["parameters"].items():
+        if not of_network(name):
+            continue
         total = torch.zeros(math.prod(shape), dtype=torch.float64)
         for (number, kept, _), share in zip(found, made.shares, strict=True):
             total.add_(pieces[number].whole(kept, name, shape).flatten().double(), alpha=share)

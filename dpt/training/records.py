@@ -4,7 +4,7 @@ import json
 import math
 import resource
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,9 @@ from dpt.models.products import product_dtype
 from dpt.tracking import Run
 from dpt.training.engine import StepResult
 from dpt.training.step import Losses
+
+FURTHER_LOSSES = ("pixel_loss", "self_alignment_loss", "feature_alignment_loss")
+"""Losses that only some recipes train with, by name."""
 
 
 def measure_peak_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.2) -> float:
@@ -61,8 +64,8 @@ class StepSums:
 
     def add(self, losses: Losses) -> None:
         """Take in a micro-batch's losses."""
-        parts = [losses.loss, losses.mse, losses.vlb, losses.pixel, losses.balance, losses.z, losses.dropped_share.float()]
-        values = torch.stack(parts)
+        parts = [losses.loss, losses.mse, losses.vlb, losses.balance, losses.z, losses.dropped_share.float()]
+        values = torch.stack([*parts, losses.pixel, losses.self_alignment, losses.feature_alignment])
         self.losses = values if self.losses is None else self.losses + values
         tokens, entropy = losses.tokens_per_expert, losses.router_entropy
         self.tokens_per_expert = tokens if self.tokens_per_expert is None else self.tokens_per_expert + tokens
@@ -71,7 +74,7 @@ class StepSums:
 
     def means(self) -> dict[str, float]:
         """This rank's mean losses, by the names of the records."""
-        names = ("loss", "mse", "vlb", "pixel_loss", "load_balancing_loss", "router_z_loss", "dropped_share")
+        names = ("loss", "mse", "vlb", "load_balancing_loss", "router_z_loss", "dropped_share", *FURTHER_LOSSES)
         assert self.losses is not None
         values = (self.losses.double() / self.micro_batches).tolist()
         return {f"train/{name}": value for name, value in zip(names, values, strict=True)}
@@ -107,13 +110,14 @@ class Recorder:
         matrix_flops: float,
         data_sheet_flops: float | None = None,
         dense: bool,
-        pixel_loss: bool = False,
+        further_losses: Collection[str] = (),
     ) -> None:
-        """`macs`: "forward" and "training" multiply-accumulates of one sample. `step`: steps already done.
+        """`macs`: "forward" and "training" multiply-accumulates of one sample. `step`: steps already done. `further_losses`:
+        those of FURTHER_LOSSES that are trained.
 
         `matrix_flops`: what one device reaches in matrix products; `data_sheet_flops`: what its data sheet says, if known.
         """
-        self.run, self.steps, self.every, self.dense, self.pixel_loss = run, steps, every, dense, pixel_loss
+        self.run, self.steps, self.every, self.dense, self.further_losses = run, steps, every, dense, further_losses
         self.global_batch_size, self.macs = global_batch_size, macs
         self.matrix_flops, self.data_sheet_flops = matrix_flops, data_sheet_flops
         self.noted: dict[str, float] = {}
@@ -181,8 +185,9 @@ class Recorder:
         if self.dense:
             for name in ("train/load_balancing_loss", "train/router_z_loss", "train/dropped_share"):
                 del metrics[name]
-        if not self.pixel_loss:
-            del metrics["train/pixel_loss"]
+        for name in FURTHER_LOSSES:
+            if name not in self.further_losses:
+                del metrics[f"train/{name}"]
         self._write(step, metrics, (self.steps - step) * elapsed / self.done)
         self._begin()
 

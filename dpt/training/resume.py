@@ -16,6 +16,7 @@ from dpt.config.recipe import Recipe
 from dpt.errors import UserError
 from dpt.tracking.run import flatten
 from dpt.training.checkpoint import find_checkpoints, kept_averages, newest_checkpoint
+from dpt.training.fragments import of_network
 
 Found = tuple[Path, dict[str, Any]]
 """A checkpoint and its state."""
@@ -87,10 +88,16 @@ def rewind_target(folder: Path, skipped: SkippedSamples) -> Found | None:
 
 def check_network(checkpoint: Path, state: Mapping[str, Any], recipe: Recipe, parameters: Mapping[str, list[int]]) -> None:
     """UserError unless a checkpoint with this state is of the network of `recipe`, which has such parameters."""
-    if state["parameters"] != parameters:
+    written, wanted = ({n: p for n, p in shapes.items() if of_network(n)} for shapes in (state["parameters"], parameters))
+    if written != wanted:
         raise UserError(
             f"{checkpoint} is of another network than dpt.model; choose another dpt.training.output_dir, or set "
             "dpt.training.weights to start from it."
+        )
+    if state["parameters"] != parameters:
+        raise UserError(
+            f"{checkpoint} was written with other projectors than those of dpt.training.self_alignment and feature_alignment; "
+            "set these back, or start another run from its weights (dpt.training.weights)."
         )
     kinds = ["Muon" if trains_with_muon(r.get("optimizer", {})) else "AdamW" for r in (state["recipe"], recipe.deepspeed)]
     if kinds[0] != kinds[1]:

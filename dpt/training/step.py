@@ -16,9 +16,10 @@ from dpt.diffusion.noise import Draws, initial_noise, uniform
 from dpt.diffusion.objective import DiffusionObjective
 from dpt.errors import UserError
 from dpt.models.costs import kept_tokens, num_tokens
-from dpt.models.dit import DiT
+from dpt.models.dit import DiT, DiTOutput
 from dpt.models.moe import EarlierRouting
 from dpt.tasks import TASKS, label_id
+from dpt.training.alignment import Projectors, Teacher, feature_alignment_loss, self_alignment_loss, watched_blocks
 from dpt.training.pixel_loss import PixelLoss
 
 
@@ -45,13 +46,19 @@ class Inputs(NamedTuple):
     """uint8 [B, h, w], 1 where the loss counts; None: everywhere."""
     kept: Tensor | None = None
     """int64 [B, K], in order: the tokens that go through the blocks that the others bypass; None: all tokens do."""
+    teacher_input: Tensor | None = None
+    """As network_input, with latents of less noise, for self-alignment."""
+    teacher_timesteps: Tensor | None = None
+    """int64 [B], of the noise in teacher_input."""
+    features: Tensor | None = None
+    """float16 [B, C, h, w], what hidden states are aligned with."""
 
 
 class Losses(NamedTuple):
     """What the training module returns: float32 scalars (means over the micro-batch), and the experts' loads."""
 
     total: Tensor
-    """What is differentiated: loss + weighted balance and z losses."""
+    """What is differentiated: loss + weighted balance, z and alignment losses."""
     loss: Tensor
     """What the network learns from: mse + vlb_weight vlb, or latent_weight mse + weight pixel."""
     mse: Tensor
@@ -62,6 +69,10 @@ class Losses(NamedTuple):
     """Load-balancing loss summed over layers, unweighted, of all ranks' tokens: what this micro-batch adds to its mean."""
     z: Tensor
     """Router z-loss summed over layers, unweighted, of all ranks' tokens."""
+    self_alignment: Tensor
+    """Unweighted; 0 without it."""
+    feature_alignment: Tensor
+    """Unweighted; 0 without it."""
     tokens_per_expert: Tensor
     """int64 [L, E], of all ranks' tokens."""
     router_probs: Tensor
@@ -82,8 +93,10 @@ class LossModule(nn.Module):
         if config.training.bypass_share:
             network.set_bypass(config.training.bypassed(network.config.depth))
         self.objective = DiffusionObjective(config.diffusion)
-        self.balance_weight = config.training.balance_loss_weight
-        self.z_weight = config.training.router_z_loss_weight
+        self.training_config = config.training
+        self.alignment, self.aligned = Projectors(config), watched_blocks(config)
+        self.teacher = Teacher(config) if config.training.self_alignment.weight else None
+        network.watch_blocks(set(self.aligned.values()))
 
     def forward(
         self,
@@ -97,8 +110,15 @@ class LossModule(nn.Module):
         noisy_latents: Tensor,
         valid: Tensor | None,
         kept: Tensor | None = None,
+        teacher_input: Tensor | None = None,
+        teacher_timesteps: Tensor | None = None,
+        features: Tensor | None = None,
         earlier: EarlierRouting | None = None,
     ) -> Losses:
+        taught = None
+        if self.teacher is not None and teacher_input is not None and teacher_timesteps is not None:
+            times = self.objective.network_time(teacher_timesteps)
+            taught = self.teacher(teacher_input, times, labels, embeddings, task_labels)
         times = self.objective.network_time(timesteps)
         out = self.network(network_input, times, labels, embeddings, task_labels, earlier, kept)
         losses = self.objective.loss(out.prediction, latents, noise, noisy_latents, timesteps, valid)
@@ -108,7 +128,10 @@ class LossModule(nn.Module):
             clean = self.objective.clean(out.prediction, noisy_latents, timesteps)
             pixel = self.pixel_loss(clean, latents, task_labels, valid)
             loss = self.pixel_config.latent_weight * loss + self.pixel_config.weight * pixel
-        total = loss + self.balance_weight * out.load_balancing_loss + self.z_weight * out.router_z_loss
+        own, to_features = self._alignment(out, taught, features, latents)
+        config = self.training_config
+        total = loss + config.balance_loss_weight * out.load_balancing_loss + config.router_z_loss_weight * out.router_z_loss
+        total = total + config.self_alignment.weight * own + config.feature_alignment.weight * to_features
         return Losses(
             total=total,
             loss=loss.detach(),
@@ -117,11 +140,27 @@ class LossModule(nn.Module):
             pixel=pixel.detach(),
             balance=out.load_balancing_loss.detach(),
             z=out.router_z_loss.detach(),
+            self_alignment=own.detach(),
+            feature_alignment=to_features.detach(),
             tokens_per_expert=out.tokens_per_expert,
             router_probs=out.router_probs,
             router_entropy=out.router_entropy,
             dropped_share=out.dropped_share,
         )
+
+    def _alignment(
+        self, out: DiTOutput, taught: Tensor | None, features: Tensor | None, latents: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The losses of aligned hidden states, unweighted: with the teacher's, and with the features."""
+        own = to_features = latents.new_zeros(())
+        if taught is not None:
+            own = self_alignment_loss(self.alignment.project("self", out.hidden[self.aligned["self"]]), taught)
+        if features is not None:
+            projected = self.alignment.project("features", out.hidden[self.aligned["features"]])
+            patch = self.network.config.patch_size
+            grid = (latents.shape[2] // patch, latents.shape[3] // patch)
+            to_features = feature_alignment_loss(projected, features, grid)
+        return own, to_features
 
 
 class Preparation:
@@ -157,8 +196,11 @@ class Preparation:
             noise = initial_noise(diffusion.initial_noise, draws.seeds("noise"), latents.shape[1:])
         noisy_latents = self.objective.add_noise(latents, noise, timesteps)
         dropped = draws.uniform("label_drop") < self.config.model.class_dropout_prob
+        conditions = self._conditions(batch)
+        easier = self._easier(timesteps, draws)
+        easier_latents = None if easier is None else self.objective.add_noise(latents, noise, easier)
         return Inputs(
-            network_input=torch.cat([*self._conditions(batch), noisy_latents], dim=1).to(self.dtype),
+            network_input=self._joined(conditions, noisy_latents),
             timesteps=timesteps,
             labels=torch.where(dropped, self.config.model.num_classes, labels),
             embeddings=batch["clip"].to(self.dtype) if self.config.model.clip_embedding_size and "clip" in batch else None,
@@ -168,7 +210,22 @@ class Preparation:
             noisy_latents=noisy_latents,
             valid=batch.get("valid"),
             kept=self._kept(latents.shape[2:], draws),
+            teacher_input=None if easier_latents is None else self._joined(conditions, easier_latents),
+            teacher_timesteps=easier,
+            features=batch["features"] if self.config.training.feature_alignment.weight else None,
         )
+
+    def _joined(self, conditions: list[Tensor], noisy_latents: Tensor) -> Tensor:
+        """What the network takes."""
+        return torch.cat([*conditions, noisy_latents], dim=1).to(self.dtype)
+
+    def _easier(self, timesteps: Tensor, draws: Draws) -> Tensor | None:
+        """The teacher's timesteps: each sample's own random step towards less noise from the network's."""
+        own = self.config.training.self_alignment
+        if not own.weight:
+            return None
+        share = own.offset_low + (own.offset_high - own.offset_low) * draws.uniform("self_alignment").double()
+        return (timesteps - (share * self.config.diffusion.num_train_timesteps).round().long()).clamp(min=0)
 
     def _kept(self, size: Sequence[int], draws: Draws) -> Tensor | None:
         """Each sample's own random choice of tokens, at any split of the batch."""

@@ -32,8 +32,9 @@ def make_shards(
     seed: int = 0,
     vae: VAERecord = VAE,
     encoding: dict[str, Any] | None = None,
+    features: int = 0,
 ) -> Path:
-    """A shard folder of random moments, whose manifest says `encoding`."""
+    """A shard folder of random moments, whose manifest says `encoding`; with so many channels of features."""
     folder.mkdir(parents=True)
     random = np.random.default_rng(seed)
     records = []
@@ -41,6 +42,11 @@ def make_shards(
         with ShardWriter(folder / f"{shard:06d}.tar") as writer:
             for number in range(count // shards):
                 members = _sample(random, task)
+                if features:
+                    maps = random.normal(size=(features, SIDE, SIDE)).astype(np.float16)
+                    members = (
+                        {name: members[name] for name in ("label", "valid") if name in members} | {"features": maps} | members
+                    )
                 writer.add(f"{shard}_{number}", members, {"width": 8 * SIDE, "height": 8 * SIDE})
             records.append(writer.commit())
     manifest = Manifest(

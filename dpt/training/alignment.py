@@ -1,0 +1,119 @@
+"""Hidden states aligned with those of the averaged network at less noise, or with features of the shards.
+
+SRA: Jiang et al., "No Other Representation Component Is Needed: Diffusion Transformers Can Provide Representation Guidance by
+Themselves", 2025. REPA: Yu et al., "Representation Alignment for Generation", 2024; features with spatial structure: Singh et
+al., "What matters for Representation Alignment: Global Information or Spatial Structure?" (iREPA), 2025.
+"""
+
+from collections.abc import Mapping
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dpt.config.recipe import DptConfig
+from dpt.models.alignment_costs import projector_widths, teacher_model
+from dpt.models.dit import DiT
+from dpt.models.products import Linear
+from dpt.training.engine import Engine
+from dpt.training.fragments import persistent_buffers, whole_weights
+
+_BETA = 0.05
+"""Where SRA's smooth L1 loss goes over from squares to absolute values."""
+
+
+class Projectors(nn.ModuleDict):
+    """The projectors of a recipe ("self", "features"): trained and in checkpoints, but no part of exported weights.
+
+    Their first weights follow from the recipe's seed alone: those of the network are drawn as without them.
+    """
+
+    def __init__(self, config: DptConfig) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.training.seed)
+            for name, widths in projector_widths(config.training, config.model.hidden_size).items():
+                self[name] = _projector(widths)
+
+    def project(self, name: str, hidden: Tensor) -> Tensor:
+        """Hidden states [B, T, D] -> [B, T, C], float32."""
+        projected: Tensor = self[name](hidden)
+        return projected.float()
+
+
+def _projector(widths: list[int]) -> nn.Sequential:
+    """Linear layers with SiLU between them, as both papers have it."""
+    layers: list[nn.Module] = []
+    for inputs, outputs in pairwise(widths):
+        linear = Linear(inputs, outputs)
+        nn.init.xavier_uniform_(linear.weight)
+        nn.init.zeros_(linear.bias)
+        layers += [linear, nn.SiLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+def self_alignment_loss(projected: Tensor, target: Tensor) -> Tensor:
+    """Smooth L1 between projected hidden states and the teacher's, both [B, T, D]: the mean, float32 []."""
+    return F.smooth_l1_loss(projected, target.float(), beta=_BETA)
+
+
+def feature_alignment_loss(projected: Tensor, features: Tensor, grid: tuple[int, int]) -> Tensor:
+    """One minus the cosine between projected hidden states [B, T, C] and features [B, C, h, w], float32 [].
+
+    Features are averaged over the tokens' `grid` (rows, columns; T of them). A sample counts by the mean over its tokens whose
+    features are not all zero (unknown, or of a set without any), and with 0 where there are none.
+    """
+    target = F.adaptive_avg_pool2d(features.float(), grid).flatten(2).mT  # [B, T, C]
+    known = (target != 0).any(dim=-1).float()
+    errors = known * (1.0 - F.cosine_similarity(projected, target, dim=-1))
+    return (errors.sum(dim=1) / known.sum(dim=1).clamp(min=1.0)).mean()
+
+
+class Teacher:
+    """The averaged network up to the teacher's block, whole on each rank, all experts too.
+
+    Not a module: DeepSpeed must neither train nor divide it. It is no state of its own either: `refresh` makes it anew of the
+    optimizer's average, so that what a run learns from does not depend on where it was stopped.
+    """
+
+    def __init__(self, config: DptConfig) -> None:
+        self.config = teacher_model(config.training, config.model)
+        self.decay, self.compiled = config.training.teaching_decay, config.training.compile
+        self.network: DiT | None = None
+
+    @torch.no_grad()
+    def refresh(self, engine: Engine) -> None:
+        """Take the average of now, in the compute type. Before the forward passes of a step; collective."""
+        if self.network is None:
+            self.network = self._build(engine)
+        tensors = self.network.state_dict()  # shares the network's memory
+        state = next(name for name, decay in engine.optimizer.ema_decays.items() if decay == self.decay)
+        for name, whole in whole_weights(engine.deepspeed, engine.optimizer, state, names=tensors):
+            tensors[name].copy_(whole)
+        for name, buffer in persistent_buffers(engine.module).items():
+            if name in tensors:
+                tensors[name].copy_(buffer)
+
+    def _build(self, engine: Engine) -> DiT:
+        with torch.device("meta"):
+            network = DiT(self.config)
+        network.to(engine.dtype).to_empty(device=engine.device).eval()
+        if self.compiled:
+            network.compile_blocks()
+        return network
+
+    @torch.no_grad()
+    def __call__(
+        self, network_input: Tensor, times: Tensor, labels: Tensor, embeddings: Tensor | None, task_labels: Tensor
+    ) -> Tensor:
+        """What leaves its last block, [B, T, D], of inputs as the network takes them (`times`: as it is told of them)."""
+        assert self.network is not None, "refresh comes first"
+        return self.network.last_hidden(network_input, times, labels, embeddings, task_labels)
+
+
+def watched_blocks(config: DptConfig) -> Mapping[str, int]:
+    """The blocks whose outputs are aligned, by the projector's name."""
+    own, features = config.training.self_alignment, config.training.feature_alignment
+    found = {"self": own.student_block if own.weight else 0, "features": features.block if features.weight else 0}
+    return {name: block for name, block in found.items() if block}
