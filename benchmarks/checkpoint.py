@@ -29,6 +29,7 @@ class Run:
     """A run that has made a step, and its ways to save and restore, in `folder`."""
 
     def __init__(self, config: ModelConfig, folder: Path) -> None:
+        from dpt.data.codec import LatentScaling
         from dpt.training.engine import Engine
         from dpt.training.saving import Saver
         from dpt.training.step import LossModule, Preparation
@@ -38,7 +39,7 @@ class Run:
         self.folder = folder
         self.engine = Engine(one, LossModule(DiT(config), one.dpt))
         device, dtype = self.engine.device, self.engine.dtype
-        prepare = Preparation(one.dpt, tasks=["class"], scaling_factor=1.0, device=device, dtype=dtype)
+        prepare = Preparation(one.dpt, tasks=["class"], scaling=LatentScaling(scale=1.0), device=device, dtype=dtype)
         self.engine.accumulate(*prepare(random_batch(config, 1)))
         self.engine.step(1e-4)
         self.saver = Saver(folder / "ours", keep_last=1, keep_every=0)

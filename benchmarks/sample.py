@@ -67,7 +67,7 @@ class OneAtATime:
         codec, count = self.codec, self.predictor.model.num_conditions
         pictures = [tasks.image_to_float(image), tasks.all_valid_prompt(*image.shape[:2])][:count]
         latents = [codec.encode(torch.from_numpy(p)[None].to(self.predictor.device))[:, 0] for p in pictures]
-        return torch.cat(latents, dim=1) * codec.scaling_factor
+        return torch.cat([codec.scaling.normalize(part) for part in latents], dim=1)
 
     @torch.no_grad()
     def member(self, conditions: Tensor, key: str, member: int) -> Tensor:

@@ -30,6 +30,7 @@ from torch.utils._pytree import tree_leaves
 from benchmarks.train_step import model_config, random_batch, recipe
 from dpt import distributed
 from dpt.config.sections import ModelConfig
+from dpt.data.codec import LatentScaling
 from dpt.models.dit import DiT
 from dpt.scaling.cluster import Cluster, Layout, seconds, traffic
 from dpt.training.optimizer import DEFAULTS, AdamWEMA
@@ -113,7 +114,9 @@ def spread(config: ModelConfig, batch: int, *, zero_stage: int, ep_size: int) ->
 
     one = recipe(config, batch * distributed.world_size(), "fp32", zero_stage=zero_stage, ep_size=ep_size)
     engine = Engine(one, LossModule(DiT(config, ep_size=ep_size), one.dpt))
-    prepare = Preparation(one.dpt, tasks=["class"], scaling_factor=0.18215, device=engine.device, dtype=engine.dtype)
+    prepare = Preparation(
+        one.dpt, tasks=["class"], scaling=LatentScaling(scale=0.18215), device=engine.device, dtype=engine.dtype
+    )
     data = random_batch(config, batch)
 
     def step() -> None:

@@ -88,6 +88,7 @@ def ours(
     compile: bool = False,
 ) -> Step:
     """The training loop's own parts on a batch that lies ready. zero_stage None: 0 in fp32, 1 in bf16."""
+    from dpt.data.codec import LatentScaling
     from dpt.training.engine import Engine
     from dpt.training.stages import Stage
     from dpt.training.step import LossModule, Preparation
@@ -97,7 +98,9 @@ def ours(
     one = recipe(config, batch, precision, zero_stage=stage, accumulation=accumulation, compile=compile)
     network = Stage(name="pretrain", recipe=one, start=None, parents=[]).build()
     engine = Engine(one, LossModule(network, one.dpt))
-    prepare = Preparation(one.dpt, tasks=["class"], scaling_factor=0.18215, device=engine.device, dtype=engine.dtype)
+    prepare = Preparation(
+        one.dpt, tasks=["class"], scaling=LatentScaling(scale=0.18215), device=engine.device, dtype=engine.dtype
+    )
     data = random_batch(config, batch // accumulation)
 
     def step() -> None:

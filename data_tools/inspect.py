@@ -4,6 +4,7 @@ Hashes and sizes are compared with the manifest's, samples with the schema; dama
 """
 
 import argparse
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from dpt import distributed, tasks
-from dpt.data.codec import VAECodec, load_vae
-from dpt.data.manifest import Manifest, file_sha256
+from dpt.data.codec import VAECodec, load_vae, mean_latents
+from dpt.data.manifest import Manifest, VAERecord, file_sha256
 from dpt.data.reader import SampleError
 from dpt.data.shards import ShardFolder
 from dpt.errors import UserError, reported
@@ -108,7 +109,8 @@ def describe(manifest: Manifest, rows: dict[str, list[str]], seen: int) -> str:
     lines = [
         f"{manifest.dataset}, {manifest.split}: {manifest.num_samples} samples, task {manifest.task}, {manifest.resolution} px",
         f"{len(manifest.shards)} shards, {gigabytes:.3g} GB; data {manifest.data_sha256[:12]}",
-        f"VAE {vae.name} ({vae.sha256[:12]}), scaling factor {vae.scaling_factor}, {vae.latent_channels} channels",
+        f"VAE {vae.name} ({vae.sha256[:12]}), scaling factor {vae.scaling_factor:g}{_statistics(vae)}, {vae.latent_channels} "
+        f"channels, {vae.downsampling} px a side",
     ]
     if code := tasks.target_code(manifest.task, manifest.encoding, manifest.dataset):
         lines.append(f"{manifest.task} code {code}")
@@ -127,6 +129,11 @@ def describe(manifest: Manifest, rows: dict[str, list[str]], seen: int) -> str:
     return "\n".join([*lines, f"(of {seen} samples)"])
 
 
+def _statistics(vae: VAERecord) -> str:
+    shift = f", shift factor {vae.shift_factor:g}" if vae.shift_factor else ""
+    return shift + (", statistics by channel" if vae.latents_mean or vae.latents_std else "")
+
+
 def contact_sheet(samples: ShardFolder, numbers: Sequence[int], codec: VAECodec) -> Image.Image:
     """A row for each sample: its picture if kept, decoded conditions, decoded targets; class samples share rows."""
     spec = tasks.task_spec(samples.manifest.task)
@@ -140,7 +147,7 @@ def contact_sheet(samples: ShardFolder, numbers: Sequence[int], codec: VAECodec)
         for name in members:
             moments = np.atleast_2d(sample[name]).reshape(-1, *sample[name].shape[-4:])
             titles = {"cond_latents": spec.conditions, "target_latents": spec.targets}.get(name, (name,))
-            images = codec.decode(torch.from_numpy(moments[:, 0].astype(np.float32)) * codec.scaling_factor)
+            images = codec.decode(mean_latents(torch.from_numpy(moments), codec.scaling))
             cells += [(title, tasks.image_to_uint8(image.cpu().numpy())) for title, image in zip(titles, images, strict=False)]
         caption = sample["meta"].get("class_name") or sample["key"]
         rows.append([(f"{caption} {title}" if i == 0 else title, image) for i, (title, image) in enumerate(cells)])
@@ -170,10 +177,10 @@ def _paste(rows: list[list[tuple[str, NDArray[np.uint8]]]]) -> Image.Image:
 
 def _decoder(manifest: Manifest, name: str) -> VAECodec:
     codec = load_vae(name or manifest.vae.name, latent_channels=manifest.vae.latent_channels)
-    if codec.sha256 != manifest.vae.sha256:
+    if difference := manifest.vae.difference(dataclasses.asdict(codec.record)):
         raise UserError(
-            f"VAE {codec.name} has other weights (sha256 {codec.sha256[:12]}) than the one that made the shards "
-            f"({manifest.vae.sha256[:12]}); name that one with --vae, or draw nothing with --rows 0."
+            f"VAE {codec.name} is not the one that made the shards ({difference}); name that one with --vae, or draw nothing "
+            "with --rows 0."
         )
     return codec.to(distributed.device())
 

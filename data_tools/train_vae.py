@@ -153,7 +153,7 @@ def train(
     """
     vae, averaged = build_vae(config.seed), build_vae(config.seed)
     if initial:
-        state = load_vae(initial).vae.state_dict()
+        state = load_vae(initial, latent_channels=4, downsampling=8).vae.state_dict()
         vae.load_state_dict(state)
         averaged.load_state_dict(state)
     optimizers = _optimizers(vae, config)

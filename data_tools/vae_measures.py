@@ -57,12 +57,12 @@ def measure(codec: VAECodec, scenes: int, *, seed: int = 0) -> dict[str, float]:
     latents, noise = [], []
     for kind, images in kinds.items():
         moments = torch.cat([codec.encode(part) for part in images.split(16)])
-        scaled = mean_latents(moments, codec.scaling_factor)
+        scaled = mean_latents(moments, codec.scaling)
         decoded = torch.cat([codec.decode(part) for part in scaled.split(16)])
         figures[kind] = float(psnr(decoded, images).mean())
         if kind != "astronaut":
             latents.append(scaled)
-            noise.append(codec.scaling_factor * torch.exp(0.5 * moments[:, 1]))
+            noise.append(codec.scaling.scale * torch.exp(0.5 * moments[:, 1]))
     figures["latent_std"] = float(torch.cat(latents).std())
     figures["latent_noise"] = float(torch.cat(noise).square().mean().sqrt())
     return figures
@@ -71,7 +71,7 @@ def measure(codec: VAECodec, scenes: int, *, seed: int = 0) -> dict[str, float]:
 def measure_speed(codec: VAECodec, *, batch: int = 16, repeats: int = 4) -> tuple[float, float]:
     """Images of 128 x 128 px encoded and decoded per second, on the threads that torch has."""
     images = torch.zeros(batch, 3, RESOLUTION, RESOLUTION)
-    latents = mean_latents(codec.encode(images), codec.scaling_factor)
+    latents = mean_latents(codec.encode(images), codec.scaling)
     times = []
     for work, argument in ((codec.encode, images), (codec.decode, latents)):
         work(argument)

@@ -27,6 +27,7 @@ class Training:
     """A network under the training loop's own engine, with a batch that lies ready in page-locked memory."""
 
     def __init__(self, config: ModelConfig, *, batch: int, micro: int, precision: str, compile: bool) -> None:
+        from dpt.data.codec import LatentScaling
         from dpt.training.engine import Engine
         from dpt.training.preflight import needs
         from dpt.training.stages import Stage
@@ -38,7 +39,9 @@ class Training:
         self.network: DiT = Stage(name="pretrain", recipe=self.recipe, start=None, parents=[]).build()
         self.engine = Engine(self.recipe, LossModule(self.network, self.recipe.dpt))
         device, dtype = self.engine.device, self.engine.dtype
-        self.prepare = Preparation(self.recipe.dpt, tasks=["class"], scaling_factor=0.18215, device=device, dtype=dtype)
+        self.prepare = Preparation(
+            self.recipe.dpt, tasks=["class"], scaling=LatentScaling(scale=0.18215), device=device, dtype=dtype
+        )
         data = random_batch(config, micro)
         self.data = {name: value.pin_memory() if device.type == "cuda" else value for name, value in data.items()}
         self.accumulation = batch // micro

@@ -17,7 +17,7 @@ from data_tools.encoding.records import Description, Records
 from data_tools.encoding.samples import Features, Layout
 from data_tools.encoding.shards import ShardWriter, shard_key
 from data_tools.readers import Reader
-from dpt.data.manifest import Manifest, Skipped, VAERecord, read_manifest, write_manifest
+from dpt.data.manifest import Manifest, Skipped, read_manifest, write_manifest
 from dpt.data.order import permutation
 from dpt.errors import UserError
 from dpt.progress import Progress, progress
@@ -267,12 +267,7 @@ def _merge(job: EncodingJob, settings: dict[str, Any], found: Sequence[tuple[Any
         num_samples=sum(shard.num_samples for shard in shards),
         shards=shards,
         members=whole.members,
-        vae=VAERecord(
-            name=codec.name,
-            sha256=codec.sha256,
-            scaling_factor=codec.scaling_factor,
-            latent_channels=codec.latent_channels,
-        ),
+        vae=codec.record,
         reader_version=str(job.reader.version),
         filter=f"{len(excluded)} inputs left out by the set's own filter" if excluded else "",
         mirrored=job.layout.mirrored,

@@ -33,7 +33,7 @@ class Layout:
     """Depth's second condition: an all-valid mask, the ground truth's (as the paper's released code), or none."""
     fit: Fit = "stretch"
     """Perception inputs to `resolution`: both sides stretched to the square, its centre cropped, the whole padded, or none of
-    these: the aspect kept, sides rounded to 16 pixels."""
+    these: the aspect kept, sides rounded to two latents (16 pixels behind an 8x VAE)."""
     depth_code: str = tasks.DEPTH_CODE
     """How depth becomes images: one of `tasks.DEPTH_CODES`."""
     flow_code: str = tasks.FLOW_CODE
@@ -184,7 +184,7 @@ class Frame:
         self.cut = (height, width)
         self.size = self.canvas = (side, side)
         if layout.fit == "aspect":
-            self.size = self.canvas = tasks.fit_size(height, width, side)
+            self.size = self.canvas = tasks.fit_size(height, width, side, multiple=2 * layout.downsampling)
         elif layout.fit == "crop":
             self.cut = (min(height, width),) * 2
             self.top, self.left = (height - self.cut[0]) // 2, (width - self.cut[1]) // 2

@@ -8,7 +8,6 @@ from typing import Any, get_args
 from dpt.config.recipe import section_from_dict
 from dpt.config.sections import DiffusionConfig, Task
 from dpt.data.codec import load_vae
-from dpt.data.manifest import VAERecord
 from dpt.errors import UserError
 from dpt.models.pretrained import export_weights, read_weights
 from dpt.models.schedulers import describe, read_scheduler
@@ -80,13 +79,7 @@ def run(arguments: argparse.Namespace) -> None:
         sections["diffusion"] = diffusion
     if arguments.vae:
         vae = load_vae(arguments.vae, latent_channels=weights.config.in_channels)
-        record = VAERecord(
-            name=vae.name,
-            sha256=vae.sha256,
-            scaling_factor=vae.scaling_factor,
-            latent_channels=vae.latent_channels,
-        )
-        sections["vae"] = dataclasses.asdict(record)
+        sections["vae"] = dataclasses.asdict(vae.record)
     print(f"{export_weights(weights, arguments.out, sections=sections)}: {weights.source}, task {sections['task']}")
     if "diffusion" in sections:
         print(f"  objective: {describe(sections['diffusion'], str(arguments.out))}")

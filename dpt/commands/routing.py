@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace) -> None:
     prepare = Preparation(
         config,
         tasks=data_loader.tasks,
-        scaling_factor=data_loader.vae.scaling_factor,
+        scaling=data_loader.scaling,
         device=device,
         dtype=next(network.parameters()).dtype,
     )

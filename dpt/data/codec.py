@@ -1,6 +1,8 @@
 """Images to VAE latents and back: the package's own small VAE, a local one, or one from the hub, all loaded the same way."""
 
 import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -8,61 +10,130 @@ import torch
 from torch import Tensor
 
 from dpt import hub
+from dpt.data.manifest import VAERecord
 from dpt.errors import UserError
 
 EMBEDDED = "embedded"
 EMBEDDED_FOLDER = Path(__file__).resolve().parents[1] / "assets" / "vae"
+KINDS = ("AutoencoderKL", "AutoencoderDC")
+"""Classes of diffusers that are read."""
+_LEAST_LOGVAR = -30.0
 
 
-def mean_latents(moments: Tensor, scaling_factor: float) -> Tensor:
+@dataclass(frozen=True, kw_only=True)
+class LatentScaling:
+    """What networks see of a VAE's latents: (latents - shift) * scale. Numbers, or tensors `[C, 1, 1]` with one a channel."""
+
+    scale: float | Tensor = 1.0
+    shift: float | Tensor = 0.0
+
+    @classmethod
+    def of(cls, vae: VAERecord) -> "LatentScaling":
+        """By diffusers' conventions: scale is scaling_factor (over latents_std), shift is shift_factor (plus latents_mean)."""
+        scale: float | Tensor = vae.scaling_factor
+        shift: float | Tensor = vae.shift_factor
+        if vae.latents_std:
+            scale = scale / torch.tensor(vae.latents_std)[:, None, None]
+        if vae.latents_mean:
+            shift = shift + torch.tensor(vae.latents_mean)[:, None, None]
+        return cls(scale=scale, shift=shift)
+
+    def to(self, device: torch.device | str | None) -> "LatentScaling":
+        """The same on a device."""
+        scale, shift = (value.to(device) if isinstance(value, Tensor) else value for value in (self.scale, self.shift))
+        return LatentScaling(scale=scale, shift=shift)
+
+    def normalize(self, latents: Tensor) -> Tensor:
+        """The VAE's latents `[..., C, h, w]` -> what networks see, float32."""
+        scaling = self.to(latents.device)
+        return (latents.float() - scaling.shift) * scaling.scale
+
+    def restore(self, latents: Tensor) -> Tensor:
+        """What networks see, `[..., C, h, w]` -> the VAE's latents, float32."""
+        scaling = self.to(latents.device)
+        return latents.float() / scaling.scale + scaling.shift
+
+
+def mean_latents(moments: Tensor, scaling: LatentScaling) -> Tensor:
     """What the network sees in fine-tuning: the scaled posterior mean.
 
     moments: [..., 2, C, h, w] (mean, log-variance), any float dtype. Returns float32 [..., C, h, w].
     """
-    return moments.select(-4, 0).float() * scaling_factor
+    return scaling.normalize(moments.select(-4, 0))
 
 
-def sample_latents(moments: Tensor, scaling_factor: float, noise: Tensor) -> Tensor:
-    """What the network sees in pre-training: a scaled sample, scaling_factor * (mean + exp(logvar / 2) * noise).
+def sample_latents(moments: Tensor, scaling: LatentScaling, noise: Tensor) -> Tensor:
+    """What the network sees in pre-training: a scaled sample, of mean + exp(logvar / 2) * noise.
 
     moments: [..., 2, C, h, w]; noise: [..., C, h, w], standard normal, drawn by the caller from its own seeds (Kingma and
     Welling, "Auto-Encoding Variational Bayes", 2014, section 2.4). Returns float32 [..., C, h, w].
     """
     mean, logvar = moments.float().unbind(-4)
-    return (mean + torch.exp(0.5 * logvar) * noise.float()) * scaling_factor
+    return scaling.normalize(mean + torch.exp(0.5 * logvar) * noise.float())
 
 
 class VAECodec:
-    """A frozen diffusers `AutoencoderKL` with the conventions of the shards: unscaled moments in, scaled latents out.
+    """A frozen diffusers autoencoder with the conventions of the shards: unscaled moments in, scaled latents out.
 
-    name: what the user asked for; scaling_factor: 1 / std of the latents; latent_channels: C; downsampling: H / h;
-    sha256: hash of the fp32 weights by name, the same for every file format, folder and device the VAE came from.
+    record: what manifests and weights say of it, with `name`, what the user asked for. It is identified by the hash of its fp32
+    weights by name, the same for every file format, folder and device the VAE came from, and by how its latents are scaled.
     """
 
     def __init__(self, vae: Any, name: str) -> None:
         self.vae = vae.eval().requires_grad_(False)
-        self.name = name
-        self.scaling_factor = float(vae.config.scaling_factor)
-        self.latent_channels = int(vae.config.latent_channels)
-        self.downsampling = _downsampling(vae.config)
-        self.sha256 = _hash_state(vae.state_dict())
+        self.record = _record(vae.config, name, _hash_state(vae.state_dict()))
+        self.scaling = LatentScaling.of(self.record)
         self.vae.to(memory_format=torch.channels_last)  # a fifth faster on CPUs, and what GPUs' kernels want
+
+    @property
+    def name(self) -> str:
+        """What the user asked for."""
+        return self.record.name
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the weights."""
+        return self.record.sha256
+
+    @property
+    def scaling_factor(self) -> float:
+        """The config's; with statistics by channel, only a part of `scaling`."""
+        return self.record.scaling_factor
+
+    @property
+    def latent_channels(self) -> int:
+        """C."""
+        return self.record.latent_channels
+
+    @property
+    def downsampling(self) -> int:
+        """H / h."""
+        return self.record.downsampling
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "VAECodec":
         """Move the weights, in place; results stay float32 whatever the dtype. Returns self."""
         torch.nn.Module.to(self.vae, device=device, dtype=dtype)  # diffusers' own `to` warns about nothing here
+        if device is not None:
+            self.scaling = self.scaling.to(device)
         return self
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """images: [B, 3, H, W] in [-1, 1], H and W multiples of `downsampling` -> moments: float32 [B, 2, C, h, w]."""
+        """images: [B, 3, H, W] in [-1, 1], H and W multiples of `downsampling` -> moments: float32 [B, 2, C, h, w].
+
+        An autoencoder without a posterior (`AutoencoderDC`) has the least log-variance that diffusers knows, -30.
+        """
         height, width = images.shape[-2:]
         if images.ndim != 4 or images.shape[1] != 3 or height % self.downsampling or width % self.downsampling:
             raise ValueError(
                 f"images have shape {list(images.shape)}; "
                 f"the VAE takes [B, 3, H, W] with H and W multiples of {self.downsampling}."
             )
-        posterior = self.vae.encode(images.to(self.vae.device, self.vae.dtype)).latent_dist
+        encoded = self.vae.encode(images.to(self.vae.device, self.vae.dtype))
+        if not hasattr(encoded, "latent_dist"):
+            latents = encoded.latent.float()
+            return torch.stack([latents, torch.full_like(latents, _LEAST_LOGVAR)], dim=1)
+        posterior = encoded.latent_dist
         return torch.stack([posterior.mean, posterior.logvar], dim=1).float()
 
     @torch.no_grad()
@@ -74,18 +145,18 @@ class VAECodec:
         """As `decode`, but differentiable with respect to the latents, and not clamped: what is out of range is led back."""
         if latents.ndim != 4 or latents.shape[1] != self.latent_channels:
             raise ValueError(f"latents have shape {list(latents.shape)}; the VAE takes [B, {self.latent_channels}, h, w].")
-        unscaled = latents.to(self.vae.device, torch.float32) / self.scaling_factor
+        unscaled = self.scaling.restore(latents.to(self.vae.device))
         return self.vae.decode(unscaled.to(self.vae.dtype)).sample.float()
 
 
-def load_vae(name: str = EMBEDDED, *, latent_channels: int = 4, downsampling: int = 8) -> VAECodec:
+def load_vae(name: str = EMBEDDED, *, latent_channels: int = 0, downsampling: int = 0) -> VAECodec:
     """Load "embedded", a folder in diffusers' layout, or a hub name such as "stabilityai/sd-vae-ft-ema", on the CPU in fp32.
 
-    Names on the hub may be bare or as in `dpt.hub`; the codec's `name` then says the commit. Only safetensors are read.
-    UserError if there is no such VAE, its files are broken, or it has other latent channels or another downsampling than the
-    latents of this package.
+    Of the kinds `AutoencoderKL` and `AutoencoderDC`; only safetensors are read. Names on the hub may be bare or as in
+    `dpt.hub`; the codec's `name` then says the commit. latent_channels, downsampling: what is needed; 0: any. UserError if there
+    is no such VAE, its files are broken, or it is another one than is needed.
     """
-    from diffusers import AutoencoderKL
+    import diffusers
 
     source = str(EMBEDDED_FOLDER) if name == EMBEDDED else hub.with_prefix(name)
     if hub.is_hub_name(source):
@@ -96,9 +167,9 @@ def load_vae(name: str = EMBEDDED, *, latent_channels: int = 4, downsampling: in
     if not (Path(source) / "config.json").is_file():
         raise UserError(f"VAE folder {source} has no config.json; give the folder that save_pretrained wrote.")
     try:
-        config = AutoencoderKL.load_config(source)
+        config = diffusers.AutoencoderKL.load_config(source)
         _check_config(config, source, latent_channels, downsampling)
-        vae, info = AutoencoderKL.from_pretrained(
+        vae, info = getattr(diffusers, config["_class_name"]).from_pretrained(
             source, use_safetensors=True, torch_dtype=torch.float32, low_cpu_mem_usage=False, output_loading_info=True
         )
     except UserError:
@@ -112,20 +183,39 @@ def load_vae(name: str = EMBEDDED, *, latent_channels: int = 4, downsampling: in
 
 
 def _check_config(config: dict[str, Any], source: str, latent_channels: int, downsampling: int) -> None:
-    found = {
-        "_class_name": (config.get("_class_name"), "AutoencoderKL"),
+    if config.get("_class_name") not in KINDS:
+        raise UserError(
+            f"VAE {source}: _class_name in config.json is {config.get('_class_name')}, but {' or '.join(KINDS)} is needed; "
+            "choose another VAE."
+        )
+    found = _record(config, source, "")
+    wanted = {
         "in_channels": (config.get("in_channels", 3), 3),
-        "latent_channels": (config.get("latent_channels", 4), latent_channels),
-        "shift_factor": (config.get("shift_factor") or 0, 0),
-        "downsampling (2 ** (len(block_out_channels) - 1))": (_downsampling(config), downsampling),
+        "latent_channels": (found.latent_channels, latent_channels or found.latent_channels),
+        "downsampling (2 ** (len(block_out_channels) - 1))": (found.downsampling, downsampling or found.downsampling),
     }
-    for field, (value, wanted) in found.items():
-        if value != wanted:
-            raise UserError(f"VAE {source}: {field} in config.json is {value}, but {wanted} is needed; choose another VAE.")
+    for field, (value, needed) in wanted.items():
+        if value != needed:
+            raise UserError(f"VAE {source}: {field} in config.json is {value}, but {needed} is needed; choose another VAE.")
 
 
-def _downsampling(config: dict[str, Any]) -> int:
-    return 2 ** (len(config.get("block_out_channels", (64,))) - 1)
+def _record(config: Mapping[str, Any], name: str, sha256: str) -> VAERecord:
+    """What a diffusers config says, with its class's defaults; UserError if its statistics do not fit its channels."""
+    deterministic = config.get("_class_name") == "AutoencoderDC" or "encoder_block_out_channels" in config
+    channels = config.get("encoder_block_out_channels", (0,) * 6) if deterministic else config.get("block_out_channels", (64,))
+    try:
+        return VAERecord(
+            name=name,
+            sha256=sha256,
+            scaling_factor=float(config.get("scaling_factor", 1.0 if deterministic else 0.18215)),
+            latent_channels=int(config.get("latent_channels", 32 if deterministic else 4)),
+            shift_factor=float(config.get("shift_factor") or 0.0),
+            latents_mean=tuple(config.get("latents_mean") or ()),
+            latents_std=tuple(config.get("latents_std") or ()),
+            downsampling=2 ** (len(channels) - 1),
+        )
+    except ValueError as error:
+        raise UserError(f"VAE {name}: config.json cannot be right: {error}; correct it.") from error
 
 
 def _hash_state(state: dict[str, Tensor]) -> str:

@@ -42,12 +42,49 @@ class MemberSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class VAERecord:
-    """The VAE that made the latents; `sha256` is the hash of its weights."""
+    """The VAE that made the latents; `sha256` is the hash of its weights. What networks see of a latent of channel c is
+    (latent - shift_factor - latents_mean[c]) * scaling_factor / latents_std[c], with the names of diffusers' configs.
+    """
 
     name: str
     sha256: str
     scaling_factor: float
     latent_channels: int
+    shift_factor: float = 0.0
+    latents_mean: tuple[float, ...] = ()
+    """By channel; empty: 0."""
+    latents_std: tuple[float, ...] = ()
+    """By channel; empty: 1."""
+    downsampling: int = 8
+    """Pixels to one latent, along a side."""
+
+    def __post_init__(self) -> None:
+        for name in ("latents_mean", "latents_std"):
+            values = tuple(float(value) for value in getattr(self, name))  # lists, as JSON has them
+            object.__setattr__(self, name, values)
+            if values and len(values) != self.latent_channels:
+                raise ValueError(f"{name} has {len(values)} numbers for {self.latent_channels} latent channels")
+        if not self.scaling_factor > 0 or not all(value > 0 for value in self.latents_std):
+            raise ValueError("scaling_factor and latents_std must be positive")
+
+    def difference(self, said: Mapping[str, Any]) -> str:
+        """How the VAE that `said` describes (a record as a dictionary, or a part of one) differs from this one in its weights
+        or in what networks see of its latents, in words; empty if it does not."""
+        if said.get("sha256", self.sha256) != self.sha256:
+            return f"sha256 {said['sha256'][:12]}, not {self.sha256[:12]}"
+        if "scaling_factor" not in said:
+            return ""
+        other = VAERecord(**{"sha256": self.sha256, **said})
+        for name in ("scaling_factor", "shift_factor", "latents_mean", "latents_std"):
+            if getattr(self, name) != getattr(other, name):
+                return f"{name} {_shortened(getattr(other, name))}, not {_shortened(getattr(self, name))}"
+        return ""
+
+
+def _shortened(value: Any) -> str:
+    if not isinstance(value, tuple):
+        return str(value)
+    return f"[{', '.join(f'{number:.3g}' for number in value[:3])}{', ...' * (len(value) > 3)}]" if value else "none"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,7 +219,7 @@ def check_manifests(
     manifests: Mapping[str, Manifest],
     *,
     tasks: Collection[str] | None = None,
-    vae_sha256: str | None = None,
+    vae: VAERecord | None = None,
     resolution: int | None = None,
 ) -> None:
     """Raise a UserError unless all sets fit together and fit the run.
@@ -197,12 +234,12 @@ def check_manifests(
             raise UserError(f'{name}: the shards are for task "{manifest.task}", the run for {run}; choose other shards.')
         if tasks is None and manifest.task != first.task:
             raise UserError(f'{name} is for task "{manifest.task}" but {first_name} for "{first.task}"; do not mix them.')
-        wanted = vae_sha256 or first.vae.sha256
-        if manifest.vae.sha256 != wanted:
-            other = "the run's VAE" if vae_sha256 else f'"{first.vae.name}" of {first_name}'
+        wanted = vae or first.vae
+        if difference := wanted.difference(dataclasses.asdict(manifest.vae)):
+            other = "the run's VAE" if vae else f'"{first.vae.name}" of {first_name}'
             raise UserError(
-                f'{name}: the latents were made by VAE "{manifest.vae.name}" (sha256 {manifest.vae.sha256[:12]}), '
-                f"not by {other} (sha256 {wanted[:12]}); set dpt.data.vae to it or encode the set anew."
+                f'{name}: the latents were made by VAE "{manifest.vae.name}", not by {other} ({difference}); set dpt.data.vae '
+                "to it or encode the set anew."
             )
         size = resolution or first.resolution
         if manifest.resolution != size:

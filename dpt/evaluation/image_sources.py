@@ -1,5 +1,6 @@
 """Where images to be compared come from: a folder of pictures, an .npz, or shards of latents; and stored statistics."""
 
+import dataclasses
 import struct
 import zipfile
 from collections.abc import Sequence, Sized
@@ -85,7 +86,7 @@ class ImageSource(Sequence[np.ndarray]):
                 moments = np.stack([self._shards[number]["latents"] for number in numbers])
             except SampleError as error:
                 raise UserError(f"{error}; encode the set anew.") from error
-            decoded = self._codec.decode(mean_latents(torch.from_numpy(moments), self._codec.scaling_factor))
+            decoded = self._codec.decode(mean_latents(torch.from_numpy(moments), self._codec.scaling))
             return [image_to_uint8(image) for image in decoded.cpu().numpy()]
         if self._array is not None:
             return [np.asarray(self._array[number]) for number in numbers]
@@ -104,9 +105,10 @@ def _shard_codec(shards: ShardFolder, codec: Any) -> Any:
     record = shards.manifest.vae
     if codec is None:
         codec = load_vae(record.name, latent_channels=record.latent_channels).to(distributed.device())
-    if codec.sha256 != record.sha256:
+    if difference := codec.record.difference(dataclasses.asdict(record)):
         raise UserError(
-            f"{shards.folder}: the latents were made by VAE {record.name!r}, not by the one at hand; name that one."
+            f"{shards.folder}: the latents were made by VAE {record.name!r}, not by the one at hand ({difference}); name that "
+            "one."
         )
     return codec
 

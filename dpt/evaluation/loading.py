@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from dpt import tasks
 from dpt.config.recipe import section_from_dict
 from dpt.config.sections import DiffusionConfig, ModelConfig
-from dpt.data.codec import load_vae
+from dpt.data.codec import LatentScaling, load_vae
+from dpt.data.manifest import VAERecord
 from dpt.errors import UserError
 from dpt.models.pretrained import read_weights
 from dpt.models.weights import Weights
@@ -20,10 +21,20 @@ from dpt.models.weights import Weights
 class Codec(Protocol):
     """What a VAE must offer (`dpt.data.codec.VAECodec`)."""
 
-    scaling_factor: float
-    latent_channels: int
-    downsampling: int
-    sha256: str
+    @property
+    def record(self) -> VAERecord: ...
+
+    @property
+    def scaling(self) -> LatentScaling: ...
+
+    @property
+    def latent_channels(self) -> int: ...
+
+    @property
+    def downsampling(self) -> int: ...
+
+    @property
+    def sha256(self) -> str: ...
 
     def to(self, device: Any) -> Any: ...
 
@@ -70,8 +81,8 @@ def load_model(
     if not name:
         raise UserError(f"{weights}: nothing says which VAE their latents are of; name it (stabilityai/sd-vae-ft-ema for DiT).")
     codec = load_vae(name, latent_channels=found.config.in_channels)
-    if record.get("sha256") and record["sha256"] != codec.sha256:
-        raise UserError(f"{weights}: trained on latents of another VAE than {name!r}; name the one of training.")
+    if difference := codec.record.difference(record):
+        raise UserError(f"{weights}: trained on latents of another VAE than {name!r} ({difference}); name the one of training.")
     # Which tokens are dropped for want of capacity depends on the batch: predictions must not.
     found = dataclasses.replace(found, config=dataclasses.replace(found.config, capacity_factor=0.0))
     return LoadedModel(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dpt import distributed, tasks
 from dpt.config.sections import EvaluationConfig
+from dpt.data.codec import mean_latents
 from dpt.diffusion import noise as noises
 from dpt.diffusion.samplers import Plan, guide, make_plan, sample
 from dpt.errors import UserError
@@ -146,7 +147,7 @@ class Predictor:
             elif others is not None:
                 pictures.append(tasks.mask_image(tasks.resize_nearest(others[i].astype(bool), size)))
             stacked = torch.from_numpy(np.stack(pictures[: self.model.num_conditions])).to(self.device)
-            encoded.append(self.codec.encode(stacked)[:, 0].float() * self.codec.scaling_factor)
+            encoded.append(mean_latents(self.codec.encode(stacked), self.codec.scaling))
         return encoded
 
     # --- latents --------------------------------------------------------------------------------------------------------

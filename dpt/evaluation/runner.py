@@ -1,5 +1,6 @@
 """The evaluator: every sample of every set predicted and scored once, on any number of ranks, under all settings of a sweep."""
 
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -74,9 +75,9 @@ def check_set(one: EvaluationSet, predictor: Predictor | None) -> None:
     available = one.manifest.members["cond_latents"].shape[0]
     if predictor.model.num_conditions > available:
         raise UserError(f"{one.folder}: {available} condition latents, but the model takes {predictor.model.num_conditions}.")
-    if one.manifest.vae.sha256 != predictor.codec.sha256:
+    if difference := predictor.codec.record.difference(dataclasses.asdict(one.manifest.vae)):
         raise UserError(
-            f"{one.folder}: the latents were made by VAE {one.manifest.vae.name!r}, the model's is another one; "
+            f"{one.folder}: the latents were made by VAE {one.manifest.vae.name!r}, the model's is another one ({difference}); "
             "encode the set with the model's VAE."
         )
     _check_depth_prompt(one, predictor)

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from dpt import tasks
+from dpt.data.codec import LatentScaling, mean_latents
 from dpt.data.reader import SampleError
 from dpt.data.shards import ShardFolder
 from dpt.errors import UserError
@@ -50,6 +52,7 @@ class EvaluationSet:
         self._shards = ShardFolder(folder, cache_dir=cache_dir)
         self.manifest = self._shards.manifest
         self.folder = str(folder)
+        self._scaling = LatentScaling.of(self.manifest.vae)
         for member in ("cond_latents", "image", "truth"):
             if member not in self.manifest.members:
                 raise UserError(f"{folder}: the shards hold no {member}; encode the set for evaluation (--evaluation).")
@@ -68,7 +71,6 @@ class EvaluationSet:
             raw: dict[str, Any] = self._shards[index]
         except SampleError as error:
             raise UserError(f"{error}; encode the set anew.") from error
-        scale = self.manifest.vae.scaling_factor
         truth = raw["truth"]
         if truth.shape[-2:] != raw["image"].shape[:2]:
             raise UserError(f"{self.folder}: image and truth of {raw['key']} differ in size; encode the set anew.")
@@ -77,11 +79,15 @@ class EvaluationSet:
             key=raw["key"],
             image=raw["image"],
             truth=truth > 0 if self.task == "amodal" else truth,
-            cond_latents=raw["cond_latents"][:, 0].astype(np.float32) * scale,
-            target_latents=raw["target_latents"][:, 0].astype(np.float32) * scale if "target_latents" in raw else None,
+            cond_latents=self._means(raw["cond_latents"]),
+            target_latents=self._means(raw["target_latents"]) if "target_latents" in raw else None,
             embedding=raw.get("clip"),
             code_mask=raw["code_mask"] > 0 if "code_mask" in raw else None,
         )
+
+    def _means(self, moments: np.ndarray) -> np.ndarray:
+        """`[N, 2, C, h, w]` -> scaled posterior means, float32 `[N, C, h, w]`."""
+        return mean_latents(torch.from_numpy(moments), self._scaling).numpy()
 
     def passes(self) -> int:
         """Sampler passes that one member of a prediction takes."""

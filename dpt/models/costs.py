@@ -11,6 +11,7 @@ from typing import Any, Literal
 from dpt.config.presets import PRESETS, preset_values
 from dpt.config.sections import ModelConfig
 from dpt.errors import UserError
+from dpt.models.vae_costs import VAESize
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -18,8 +19,6 @@ FREQUENCY_EMBEDDING_SIZE = 256
 """Width of the sinusoidal timestep features in DiT."""
 REDUCE_BUCKET_SIZE = 100_000_000
 """Our zero_optimization.reduce_bucket_size, in elements: several buckets a backward pass, so that they overlap with it."""
-VAE_PARAMS, VAE_CHANNELS = 83_653_863, 256
-"""Of Stable Diffusion's VAE: its parameters, and the channels of its decoder's widest layers at the picture's full size."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,12 +263,11 @@ def _offloaded(plan: Memory, zero_stage: int, share: int, *, optimizer: bool, pa
 
 def picture_bytes(
     config: ModelConfig,
+    vae: VAESize,
     *,
     images: int = 1,
     guided: bool = True,
     precision: Precision = "bf16",
-    vae_params: int = VAE_PARAMS,
-    vae_channels: int = VAE_CHANNELS,
     height: int = 0,
     width: int = 0,
 ) -> int:
@@ -277,10 +275,11 @@ def picture_bytes(
 
     A whole copy of the network, the VAE in float32, and the larger of a forward pass (of two latents if `guided`) and decoding.
     """
-    size, pixels = 4 if precision == "fp32" else 2, 64 * (height or config.input_size) * (width or config.input_size)
+    size, latents = 4 if precision == "fp32" else 2, (height or config.input_size) * (width or config.input_size)
     tokens = images * (1 + guided) * num_tokens(config, height, width)
     forward = tokens * (_kept_per_token(config, size) + 2 * config.hidden_size * size)
-    return size * num_params(config).total + 4 * vae_params + max(forward, images * 4 * 4 * vae_channels * pixels)
+    decoded = images * 4 * 4 * vae.channels * vae.downsampling**2 * latents
+    return size * num_params(config).total + 4 * vae.params + max(forward, decoded)
 
 
 def preset_table(

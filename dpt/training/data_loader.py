@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from dpt import distributed
 from dpt.config.recipe import DptConfig
+from dpt.data.codec import LatentScaling
 from dpt.data.manifest import Manifest, VAERecord
 from dpt.data.stream import LatentStream
 from dpt.errors import UserError
@@ -30,6 +31,11 @@ class DataLoader:
     def vae(self) -> VAERecord:
         """The VAE that made all latents."""
         return self.manifests[0].vae
+
+    @property
+    def scaling(self) -> LatentScaling:
+        """What networks see of the latents."""
+        return LatentScaling.of(self.vae)
 
     @property
     def tasks(self) -> list[str]:
@@ -151,6 +157,13 @@ def _check(config: DptConfig, name: str, manifest: Manifest) -> None:
         raise UserError(
             f'{name}: VAE "{manifest.vae.name}" made latents of {manifest.vae.latent_channels} channels, dpt.model.in_channels '
             f"is {config.model.in_channels}; choose shards of the model's VAE."
+        )
+    main = manifest.members["latents" if config.task == "class" else "target_latents"]
+    if max(main.shape[-2:]) != config.model.input_size:
+        raise UserError(
+            f'{name}: VAE "{manifest.vae.name}" made latents of {main.shape[-2]} x {main.shape[-1]} ({manifest.resolution} px, '
+            f"{manifest.vae.downsampling} px a latent), dpt.model.input_size is {config.model.input_size}; set it to "
+            f"{max(main.shape[-2:])}, or encode the set at {config.model.input_size * manifest.vae.downsampling} px."
         )
     if config.task == "class" and len(manifest.class_names) > config.model.num_classes:
         raise UserError(

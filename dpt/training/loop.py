@@ -98,7 +98,7 @@ class Trainer:
         self.prepare = Preparation(
             self.config,
             tasks=self.data_loader.tasks,
-            scaling_factor=self.data_loader.vae.scaling_factor,
+            scaling=self.data_loader.scaling,
             device=self.engine.device,
             dtype=self.engine.dtype,
         )

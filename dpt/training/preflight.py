@@ -11,13 +11,12 @@ from dpt.config.checks import batch_split, check_recipe, ranks_in_words, trained
 from dpt.config.recipe import Recipe, load_recipe
 from dpt.errors import UserError
 from dpt.models.alignment_costs import alignment_bytes, alignment_params
-from dpt.models.costs import VAE_CHANNELS, VAE_PARAMS, Memory, Precision, memory, num_params, picture_bytes
+from dpt.models.costs import Memory, Precision, memory, num_params, picture_bytes
 from dpt.models.decoder_costs import decoder_bytes
+from dpt.models.vae_costs import vae_config, vae_size
 
 OVERHEAD_BYTES = 600 * 2**20
 """What a training process holds beside its tensors: the interpreter, libraries, communication buffers."""
-_VAES = {"embedded": (2_086_215, 32)}
-"""Parameters and widest channels at full size, as `dpt.models.costs` has them for Stable Diffusion's, which others count as."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,15 +66,13 @@ def needs(recipe: Recipe, stage: str, world_size: int) -> Needs:
     ranks = -(-world_size // training.ep_size) * training.ep_size
     _, micro, _ = batch_split(recipe, ranks)
     pictures = 0
-    params, channels = _VAES.get(config.data.vae, (VAE_PARAMS, VAE_CHANNELS))
+    vae = vae_size(vae_config(config.data.vae))
     if config.task == "class":
         guided = config.sampling.guidance_scale != 1.0
-        pictures = picture_bytes(model, guided=guided, precision=precision, vae_params=params, vae_channels=channels)
+        pictures = picture_bytes(model, vae, guided=guided, precision=precision)
     elif config.validation.every:
         guided, images = config.evaluation.guidance_scale != 1.0, config.evaluation.batch_size
-        pictures = picture_bytes(
-            model, images=images, guided=guided, precision=precision, vae_params=params, vae_channels=channels
-        )
+        pictures = picture_bytes(model, vae, images=images, guided=guided, precision=precision)
     zero = recipe.deepspeed.get("zero_optimization", {})
     offload = {part: zero.get(part, {}).get("device") == "cpu" for part in ("offload_optimizer", "offload_param")}
     cost = memory(
@@ -96,7 +93,7 @@ def needs(recipe: Recipe, stage: str, world_size: int) -> Needs:
     cost = replace(
         cost,
         alignment=alignment_bytes(training, model, micro_batch_size=micro, size=size),
-        decoder=decoder_bytes(config, micro_batch_size=micro, size=size, vae_params=params),
+        decoder=decoder_bytes(config, micro_batch_size=micro, size=size),
     )
     missing = [s for s in config.data.shards if "://" not in s and ":" not in s and "{" not in s and not Path(s).is_dir()]
     snapshots = 4 * len(training.ema_lengths) * training.ema_snapshots * num_params(model).total

@@ -65,8 +65,10 @@ def class_labels(config: DptConfig) -> list[int]:
 def load_codec(config: DptConfig, vae: VAERecord) -> VAECodec:
     """The VAE `config.data.vae`, on the CPU in float32. UserError unless it is the one that made the shards."""
     codec = load_vae(config.data.vae, latent_channels=config.model.in_channels)
-    if codec.sha256 != vae.sha256:
-        raise UserError(f'dpt.data.vae "{config.data.vae}" is not the VAE "{vae.name}" that made the shards; set it.')
+    if difference := codec.record.difference(dataclasses.asdict(vae)):
+        raise UserError(
+            f'dpt.data.vae "{config.data.vae}" is not the VAE "{vae.name}" that made the shards ({difference}); set it.'
+        )
     return codec
 
 

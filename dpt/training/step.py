@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dpt.config.recipe import DptConfig
-from dpt.data.codec import mean_latents, sample_latents
+from dpt.data.codec import LatentScaling, mean_latents, sample_latents
 from dpt.diffusion.noise import Draws, initial_noise, uniform
 from dpt.diffusion.objective import DiffusionObjective
 from dpt.errors import UserError
@@ -167,12 +167,12 @@ class Preparation:
     """Turns what the stream yields into `Inputs`: posterior samples, flips, label drops, timesteps, noise, conditions."""
 
     def __init__(
-        self, config: DptConfig, *, tasks: Sequence[str], scaling_factor: float, device: torch.device, dtype: torch.dtype
+        self, config: DptConfig, *, tasks: Sequence[str], scaling: LatentScaling, device: torch.device, dtype: torch.dtype
     ) -> None:
-        """`tasks`: of each source of the stream. `dtype`: the network's compute type."""
+        """`tasks`: of each source of the stream. `scaling`: of the latents' VAE. `dtype`: the network's compute type."""
         self.config = config
         self.objective = DiffusionObjective(config.diffusion)
-        self.scaling_factor, self.device, self.dtype = scaling_factor, device, dtype
+        self.scaling, self.device, self.dtype = scaling.to(device), device, dtype
         if config.task != "class":
             self._targets = _target_labels(config, tasks, device)
 
@@ -253,14 +253,14 @@ class Preparation:
 
     def _latents(self, moments: Tensor, draws: Draws) -> Tensor:
         if self.config.data.posterior == "mean":
-            return mean_latents(moments, self.scaling_factor)
-        return sample_latents(moments, self.scaling_factor, draws.normal("posterior", moments.shape[2:]))
+            return mean_latents(moments, self.scaling)
+        return sample_latents(moments, self.scaling, draws.normal("posterior", moments.shape[2:]))
 
     def _conditions(self, batch: Mapping[str, Any]) -> list[Tensor]:
         count = self.config.model.num_conditions
         if not count:
             return []
-        return [mean_latents(batch["cond_latents"][:, :count], self.scaling_factor).flatten(1, 2)]
+        return [mean_latents(batch["cond_latents"][:, :count], self.scaling).flatten(1, 2)]
 
 
 def _check_labels(batch: Mapping[str, Any], num_classes: int) -> None:

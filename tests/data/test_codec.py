@@ -5,14 +5,14 @@ import json
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderDC, AutoencoderKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from data_tools.synthesis import make_scene, render
-from dpt.data.codec import EMBEDDED_FOLDER, load_vae, mean_latents, sample_latents
+from dpt.data.codec import EMBEDDED_FOLDER, LatentScaling, VAECodec, load_vae, mean_latents, sample_latents
 from dpt.errors import UserError
 from dpt.tasks import image_to_float
 
@@ -54,7 +54,7 @@ def test_moments_and_images_have_the_contract_s_shapes_and_ranges(codec, images)
     moments = codec.encode(images)
     assert moments.shape == (4, 2, 4, 16, 16)
     assert moments.dtype == torch.float32
-    decoded = codec.decode(3 * mean_latents(moments, codec.scaling_factor))
+    decoded = codec.decode(3 * mean_latents(moments, codec.scaling))
     assert decoded.shape == images.shape
     assert decoded.dtype == torch.float32
     assert decoded.min() >= -1
@@ -66,7 +66,7 @@ def test_codec_does_what_diffusers_does(codec, images):
     moments = codec.encode(images)
     torch.testing.assert_close(moments, torch.stack([posterior.mean, posterior.logvar], 1))
     expected = codec.vae.decode(posterior.mean).sample.clamp(-1, 1)
-    torch.testing.assert_close(codec.decode(mean_latents(moments, codec.scaling_factor)), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(codec.decode(mean_latents(moments, codec.scaling)), expected, atol=1e-4, rtol=0)
 
 
 @settings(max_examples=20, deadline=None)
@@ -76,28 +76,75 @@ def test_samples_equal_diffusers_posterior(seed, scaling_factor):
     posterior = DiagonalGaussianDistribution(torch.cat([moments[:, 0], moments[:, 1]], dim=1))
     noise = torch.randn(2, 4, 3, 5, generator=torch.Generator().manual_seed(seed + 1))
     expected = posterior.sample(generator=torch.Generator().manual_seed(seed + 1)) * scaling_factor
-    torch.testing.assert_close(sample_latents(moments, scaling_factor, noise), expected)
-    torch.testing.assert_close(mean_latents(moments, scaling_factor), posterior.mode() * scaling_factor)
+    scaling = LatentScaling(scale=scaling_factor)
+    torch.testing.assert_close(sample_latents(moments, scaling, noise), expected)
+    torch.testing.assert_close(mean_latents(moments, scaling), posterior.mode() * scaling_factor)
+
+
+@pytest.mark.parametrize("given", ["shift_factor", "statistics", "both"])
+def test_other_scalings_are_diffusers_ones(given):
+    """Shift as in diffusers' SD3 pipelines, statistics by channel as in those of SDXL."""
+    statistics = {"latents_mean": (0.5, -1.0, 0.0, 2.0), "latents_std": (1.5, 2.0, 3.0, 4.0)}
+    config = {"scaling_factor": 0.5, **({} if given == "shift_factor" else statistics)}
+    config |= {} if given == "statistics" else {"shift_factor": 0.25}
+    codec = VAECodec(small_vae(**config), "toy")
+    moments = torch.randn(2, 2, 4, 3, 3)
+    mean, std = (torch.tensor(config.get(name, default))[:, None, None] for name, default in
+                 (("latents_mean", (0.0,) * 4), ("latents_std", (1.0,) * 4)))  # fmt: skip
+    seen = mean_latents(moments, codec.scaling)
+    torch.testing.assert_close(seen, (moments[:, 0] - config.get("shift_factor", 0.0) - mean) * 0.5 / std)
+    torch.testing.assert_close(codec.scaling.restore(seen), moments[:, 0])
+    torch.testing.assert_close(sample_latents(moments, codec.scaling, torch.zeros(2, 4, 3, 3)), seen)
+    images = codec.vae.decode(moments[:, 0]).sample
+    torch.testing.assert_close(codec.decode_with_gradients(seen), images, atol=1e-4, rtol=1e-4)
+
+
+def test_sixteen_pixels_and_32_channels(tmp_path):
+    small_vae(block_out_channels=(8,) * 5, latent_channels=32).save_pretrained(tmp_path)
+    codec = load_vae(str(tmp_path))
+    assert (codec.latent_channels, codec.downsampling) == (32, 16)
+    assert codec.encode(torch.zeros(1, 3, 32, 48)).shape == (1, 2, 32, 2, 3)
+    assert codec.decode(torch.zeros(1, 32, 2, 3)).shape == (1, 3, 32, 48)
+    with pytest.raises(ValueError, match="multiples of 16"):
+        codec.encode(torch.zeros(1, 3, 24, 32))
+
+
+def test_autoencoder_without_posterior(tmp_path):
+    """AutoencoderDC: its latents are their own samples."""
+    levels = {f"{side}_block_out_channels": (8, 8, 16) for side in ("encoder", "decoder")}
+    levels |= {f"{side}_layers_per_block": (1, 1, 1) for side in ("encoder", "decoder")}
+    levels |= {f"{side}_qkv_multiscales": ((), (), ()) for side in ("encoder", "decoder")}
+    vae = AutoencoderDC(**levels, latent_channels=8, scaling_factor=0.4)
+    vae.save_pretrained(tmp_path)
+    codec, images = load_vae(str(tmp_path)), torch.rand(1, 3, 16, 24)
+    assert (codec.latent_channels, codec.downsampling, codec.scaling_factor) == (8, 4, 0.4)
+    moments = codec.encode(images)
+    with torch.no_grad():
+        latents = vae.encode(images).latent
+        torch.testing.assert_close(moments[:, 0], latents)
+        sampled = sample_latents(moments.half(), codec.scaling, torch.randn(1, 8, 4, 6))
+        torch.testing.assert_close(sampled, 0.4 * latents, atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(codec.decode(0.4 * latents), vae.decode(latents).sample.clamp(-1, 1))
 
 
 def test_helpers_take_stacks_of_half_precision_moments():
     moments = torch.randn(3, 5, 2, 4, 2, 2).half()
-    means = mean_latents(moments, 0.5)
+    means = mean_latents(moments, LatentScaling(scale=0.5))
     assert means.shape == (3, 5, 4, 2, 2)
     assert means.dtype == torch.float32
-    torch.testing.assert_close(sample_latents(moments, 0.5, torch.zeros(3, 5, 4, 2, 2)), means)
+    torch.testing.assert_close(sample_latents(moments, LatentScaling(scale=0.5), torch.zeros(3, 5, 4, 2, 2)), means)
 
 
 def test_posterior_is_neither_collapsed_nor_a_point(codec, images):
     moments = codec.encode(images)
-    latents = mean_latents(moments, codec.scaling_factor)
+    latents = mean_latents(moments, codec.scaling)
     noise = codec.scaling_factor * torch.exp(0.5 * moments[:, 1])
     assert (noise.mean(dim=(0, 2, 3)) < 0.2 * latents.std(dim=(0, 2, 3))).all()
     assert noise.mean() > 1e-3
 
 
 def test_small_errors_in_latents_stay_small_in_images(codec, images):
-    latents = mean_latents(codec.encode(images), codec.scaling_factor)
+    latents = mean_latents(codec.encode(images), codec.scaling)
     noisy = latents + 0.05 * torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
     assert (codec.decode(noisy) - codec.decode(latents)).square().mean().sqrt() < 0.06
 
@@ -179,14 +226,15 @@ def test_full_size_vae_in_the_layout_of_the_published_one(tmp_path):
     [
         ({"latent_channels": 16}, "latent_channels in config.json is 16, but 4"),
         ({"block_out_channels": (8, 8, 8)}, r"downsampling .* is 4, but 8"),
-        ({"shift_factor": 0.1}, "shift_factor in config.json is 0.1"),
         ({"in_channels": 1}, "in_channels in config.json is 1, but 3"),
+        ({"latents_std": (1.0, 2.0)}, "latents_std has 2 numbers for 4 latent channels"),
+        ({"scaling_factor": 0.0}, "scaling_factor and latents_std must be positive"),
     ],
 )
 def test_vae_of_another_kind_names_folder_and_field(tmp_path, changes, field):
     small_vae(**changes).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=rf"{tmp_path}.*{field}"):
-        load_vae(str(tmp_path))
+        load_vae(str(tmp_path), latent_channels=4, downsampling=8)
 
 
 def test_another_class_is_refused(tmp_path):

@@ -72,7 +72,7 @@ def test_sets_must_fit_the_run_and_each_other(make_shards) -> None:
     def check(sets: list[Manifest], **wanted: object) -> None:
         check_manifests({f"set{i}": m for i, m in enumerate(sets)}, **wanted)  # type: ignore[arg-type]
 
-    check([base, base], tasks=["class"], vae_sha256="a" * 64, resolution=32)
+    check([base, base], tasks=["class"], vae=base.vae, resolution=32)
     check([depth, base], tasks=["class", "depth"])
     with pytest.raises(UserError, match='set1 is for task "depth" but set0 for "class"'):
         check([base, depth])
@@ -81,7 +81,10 @@ def test_sets_must_fit_the_run_and_each_other(make_shards) -> None:
     with pytest.raises(UserError, match='set1: the latents were made by VAE "v"'):
         check([base, other_vae])
     with pytest.raises(UserError, match="not by the run's VAE"):
-        check([base], vae_sha256="c" * 64)
+        check([base], vae=dataclasses.replace(base.vae, sha256="c" * 64))
+    shifted = dataclasses.replace(base, vae=dataclasses.replace(base.vae, shift_factor=0.5))
+    with pytest.raises(UserError, match=r"shift_factor 0\.5, not 0\.0"):
+        check([base, shifted])
     with pytest.raises(UserError, match="512 px but set0 has 32 px"):
         check([base, larger])
     with pytest.raises(UserError, match="32 px but the run needs 256 px"):

@@ -10,6 +10,7 @@ from torch import Tensor
 from data_tools.encoding.shards import ShardWriter
 from dpt import tasks
 from dpt.config.sections import DiffusionConfig, ModelConfig
+from dpt.data.codec import LatentScaling
 from dpt.data.manifest import Manifest, MemberSpec, VAERecord, write_manifest
 from dpt.evaluation.loading import LoadedModel
 from dpt.models.dit import DiT
@@ -18,7 +19,9 @@ from dpt.models.dit import DiT
 class PoolingCodec:
     """A VAE stand-in: latents are 8 x 8 means of red, green, blue and their mean."""
 
-    scaling_factor, latent_channels, downsampling, sha256 = 0.5, 4, 8, "pooling"
+    latent_channels, downsampling, sha256 = 4, 8, "pooling"
+    record = VAERecord(name="pooling", sha256=sha256, scaling_factor=0.5, latent_channels=4)
+    scaling = LatentScaling.of(record)
 
     def to(self, device: Any) -> "PoolingCodec":
         return self
@@ -29,7 +32,7 @@ class PoolingCodec:
         return torch.stack((mean, torch.full_like(mean, -20.0)), dim=1)
 
     def decode(self, latents: Tensor) -> Tensor:
-        return torch.nn.functional.interpolate(latents[:, :3] / self.scaling_factor, scale_factor=8, mode="bilinear").clamp(
+        return torch.nn.functional.interpolate(self.scaling.restore(latents[:, :3]), scale_factor=8, mode="bilinear").clamp(
             -1, 1
         )
 
@@ -97,7 +100,7 @@ def make_set(
             writer.add(f"scene_{number:03d}", members, {"width": size[1], "height": size[0]})
         record = writer.commit()
     specs = {name: MemberSpec(dtype=array.dtype.name, shape=array.shape) for name, array in members.items()}
-    vae = VAERecord(name="pooling", sha256=codec.sha256, scaling_factor=codec.scaling_factor, latent_channels=4)
+    vae = codec.record
     manifest = Manifest(
         dataset="synthetic",
         split="val",

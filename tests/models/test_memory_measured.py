@@ -8,9 +8,10 @@ from dpt.config.sections import ModelConfig
 from dpt.data.codec import load_vae
 from dpt.models import activations, build_model, products
 from dpt.models.costs import memory, num_params, picture_bytes
-from dpt.training import preflight
+from dpt.models.vae_costs import VAESize, vae_config, vae_size
 from tests.gloo import run_ranks
 
+NO_VAE = VAESize(params=0, channels=0, downsampling=8)
 TINY = {"hidden_size": 32, "depth": 2, "num_heads": 4, "input_size": 8, "num_classes": 10}
 
 FINE = {
@@ -142,9 +143,9 @@ def test_a_pictures_forward_pass_stays_within_its_estimate(fields):
     with LiveBytes([latents, ones, *model.parameters()]) as live, torch.no_grad():
         model(latents, ones, ones)
     weights = 4 * num_params(config).total
-    estimate = picture_bytes(config, precision="fp32", vae_params=0, vae_channels=0) - weights
+    estimate = picture_bytes(config, NO_VAE, precision="fp32") - weights
     assert 0.5 * estimate < live.peak <= estimate
-    assert picture_bytes(config, precision="fp32", vae_params=0, vae_channels=0, guided=False) - weights == estimate / 2
+    assert picture_bytes(config, NO_VAE, precision="fp32", guided=False) - weights == estimate / 2
 
 
 def test_decoding_a_picture_stays_within_its_estimate():
@@ -154,9 +155,8 @@ def test_decoding_a_picture_stays_within_its_estimate():
     with LiveBytes([latents, *codec.vae.parameters()]) as live:
         codec.decode(latents)
     config = ModelConfig(**TINY)
-    shared = picture_bytes(
-        config, vae_params=0, vae_channels=0, height=2, width=2
-    )  # the copy of the network, next to nothing more
-    estimate = picture_bytes(config, vae_params=params, vae_channels=32, height=16, width=16) - shared - 4 * params
+    size = vae_size(vae_config("embedded"))
+    shared = picture_bytes(config, NO_VAE, height=2, width=2)  # the copy of the network, next to nothing more
+    estimate = picture_bytes(config, size, height=16, width=16) - shared - 4 * params
     assert 0.5 * estimate < live.peak <= estimate
-    assert preflight._VAES["embedded"] == (params, 32)
+    assert size == VAESize(params=params, channels=32, downsampling=8)

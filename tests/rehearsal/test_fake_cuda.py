@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dpt.config.recipe import load_recipe
 from dpt.config.sections import DiffusionConfig
+from dpt.data.codec import LatentScaling
 from dpt.diffusion import noise
 from dpt.diffusion.samplers import guide, make_plan, sample
 from dpt.models.dit import resolve_config
@@ -101,7 +102,7 @@ def test_preparation_and_loss_stay_on_the_gpu(name: str, monkeypatch: pytest.Mon
     tasks = {"class": ["class"], "generalist": ["depth", "flow", "amodal"]}.get(recipe.dpt.task, [recipe.dpt.task])
     with fake_cuda() as mode:
         module = LossModule(fake_network(mode, model, torch.bfloat16), recipe.dpt)
-        prepare = Preparation(recipe.dpt, tasks=tasks, scaling_factor=0.18215, device=CUDA, dtype=torch.bfloat16)
+        prepare = Preparation(recipe.dpt, tasks=tasks, scaling=LatentScaling(scale=0.18215), device=CUDA, dtype=torch.bfloat16)
         inputs = prepare(_batch(recipe.dpt, side=16))
         assert {value.device for value in inputs if value is not None} == {CUDA}
         losses = module(*inputs)

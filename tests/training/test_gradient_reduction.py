@@ -27,6 +27,7 @@ def reductions(zero_stage: int, accumulation: int, bucket: int) -> dict[str, lis
     import deepspeed
     from deepspeed.ops import __compatible_ops__
 
+    from dpt.data.codec import LatentScaling
     from dpt.training.engine import Engine
     from dpt.training.stages import Stage
     from dpt.training.step import LossModule, Preparation
@@ -36,7 +37,7 @@ def reductions(zero_stage: int, accumulation: int, bucket: int) -> dict[str, lis
     one = recipe(CONFIG, 8 * accumulation, "bf16", zero_stage=zero_stage, accumulation=accumulation)
     one.deepspeed["zero_optimization"]["reduce_bucket_size"] = bucket
     engine = Engine(one, LossModule(Stage(name="pretrain", recipe=one, start=None, parents=[]).build(), one.dpt))
-    prepare = Preparation(one.dpt, tasks=["class"], scaling_factor=1.0, device=engine.device, dtype=engine.dtype)
+    prepare = Preparation(one.dpt, tasks=["class"], scaling=LatentScaling(scale=1.0), device=engine.device, dtype=engine.dtype)
     place, seen = "backward", {"backward": [], "step": []}
     for name in REDUCTIONS:
         real = getattr(dist, name, None)

@@ -130,7 +130,7 @@ def test_losses_weights_and_averages_are_those_of_a_plain_loop(runs: Runs, name:
     prepare = Preparation(
         config,
         tasks=data_loader.tasks,
-        scaling_factor=data_loader.vae.scaling_factor,
+        scaling=data_loader.scaling,
         device=torch.device("cpu"),
         dtype=torch.float32,
     )

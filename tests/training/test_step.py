@@ -8,6 +8,7 @@ from torch import Tensor
 
 from dpt.config.recipe import DptConfig
 from dpt.config.sections import DataConfig, DiffusionConfig, ModelConfig, TrainingConfig
+from dpt.data.codec import LatentScaling
 from dpt.errors import UserError
 from dpt.models.dit import DiT
 from dpt.training.step import Inputs, LossModule, Preparation
@@ -18,7 +19,7 @@ MODEL: dict[str, Any] = {"hidden_size": 32, "depth": 1, "num_heads": 2, "input_s
 
 def _prepare(config: DptConfig, batch: dict[str, Tensor], tasks: list[str] | None = None) -> Inputs:
     preparation = Preparation(
-        config, tasks=tasks or ["class"], scaling_factor=0.5, device=torch.device("cpu"), dtype=torch.float32
+        config, tasks=tasks or ["class"], scaling=LatentScaling(scale=0.5), device=torch.device("cpu"), dtype=torch.float32
     )
     return preparation(batch)
 
