@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from dpt import distributed, tasks
+from dpt.config.numbers import AT_LEAST_1, NOT_NEGATIVE, numeric
 from dpt.data.codec import VAECodec, load_vae
 from dpt.data.manifest import Manifest, file_sha256
 from dpt.data.reader import SampleError
@@ -31,9 +32,14 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m data_tools.inspect", description=__doc__)
     add = parser.add_argument
     add("shards", help="shard folder")
-    add("--samples", type=int, default=256, help="samples that the statistics are of (default: %(default)s)")
+    add(
+        "--samples",
+        type=numeric(int, AT_LEAST_1),
+        default=256,
+        help="samples that the statistics are of (default: %(default)s)",
+    )
     add("--picture", default="", help="file of the contact sheet (default: contact_sheet.png in the shard folder)")
-    add("--rows", type=int, default=8, help="samples drawn; 0: no picture (default: %(default)s)")
+    add("--rows", type=numeric(int, NOT_NEGATIVE), default=8, help="samples drawn; 0: no picture (default: %(default)s)")
     add("--vae", default="", help="VAE that decodes (default: the one named in the manifest)")
     add("--quick", action="store_true", help="compare sizes only, not hashes")
     return parser

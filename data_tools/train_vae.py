@@ -21,6 +21,7 @@ from torch import Tensor
 
 from data_tools.vae_images import RESOLUTION, bundled_photos, leaf_images, sample_batch, synthetic_images
 from data_tools.vae_measures import figures_table, measure, measure_speed, save_vae, write_card
+from dpt.config.numbers import AT_LEAST_1, numeric
 from dpt.data.codec import load_vae
 from dpt.distributed import log
 from dpt.errors import UserError
@@ -229,7 +230,9 @@ def main(arguments: list[str] | None = None) -> int:
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--out", type=Path, help="folder for the VAE and its checkpoint; a run stopped there goes on")
     where.add_argument("--evaluate", type=Path, metavar="DIR", help="measure the VAE in this folder, and train none")
-    parser.add_argument("--eval-scenes", type=int, default=64, help="unseen scenes to measure on (default: 64)")
+    parser.add_argument(
+        "--eval-scenes", type=numeric(int, AT_LEAST_1), default=64, help="unseen scenes to measure on (default: 64)"
+    )
     parser.add_argument("--initial", default="", help="VAE to start from, of the same shape (default: random weights)")
     parser.add_argument(
         "--note", default="", help="what the model card must tell beside the command, such as changes on the way"

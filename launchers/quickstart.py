@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from dpt.config.numbers import AT_LEAST_1, numeric
 from dpt.errors import UserError, reported
 from dpt.evaluation.summary import format_summary
 from dpt.scaling.report import format_table, results_table
@@ -212,7 +213,7 @@ def _remove(folder: Path, out: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="quickstart", description=__doc__)
     parser.add_argument("--out", default=DEFAULT_OUT, help="folder of everything that is made (default: %(default)s)")
-    parser.add_argument("--scenes", type=int, default=1200, help="synthetic scenes (default: %(default)s)")
+    parser.add_argument("--scenes", type=numeric(int, AT_LEAST_1), default=1200, help="synthetic scenes (default: %(default)s)")
     arguments = parser.parse_args()
     out = Path(arguments.out)
     uri = f"sqlite:///{out}/mlflow.db" if importlib.util.find_spec("mlflow") else ""

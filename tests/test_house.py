@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Room -> rooms it may import. Each may import itself.
 BASE = {"errors", "config"}
-MIDDLE = BASE | {"distributed", "progress", "tracking", "tasks", "pictures", "clip"}
+MIDDLE = BASE | {"distributed", "progress", "tracking", "tasks", "fits", "pictures", "clip"}
 ALLOWED = {
     "errors": set(),
     "config": {"errors"},
@@ -19,6 +19,7 @@ ALLOWED = {
     "progress": {"distributed"},
     "tracking": BASE | {"distributed"},
     "tasks": BASE,
+    "fits": BASE | {"tasks"},
     "pictures": BASE,
     "clip": BASE,
     "models": MIDDLE,

@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from dpt.config.numbers import SHARE, Range, numeric
+from dpt.config.sections import LONGEST_EMA
 from dpt.errors import UserError
 from dpt.models.pretrained import export_weights, read_config
 from dpt.training.export import export, load_weights
@@ -13,10 +15,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "checkpoint", type=Path, help="a step_... folder, or a run's folder: its newest; with --diffusers, any weights"
     )
     parser.add_argument("out", type=Path, help="folder to write")
-    parser.add_argument("--ema-decay", type=float, help="decay of the average, of a run that kept several (default: its first)")
+    parser.add_argument(
+        "--ema-decay", type=numeric(float, SHARE), help="decay of the average, of a run that kept several (default: its first)"
+    )
     parser.add_argument(
         "--ema-length",
-        type=float,
+        type=numeric(float, Range(above=0, most=LONGEST_EMA)),
         metavar="SHARE",
         help="instead an average of this length, as a share of the run (EDM2's sigma_rel), made of a run's snapshots "
         "(dpt.training.ema_lengths)",

@@ -4,16 +4,23 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from dpt.config.numbers import AT_LEAST_1, numeric
 from dpt.errors import UserError
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("weights", help="exported or public weights of a Mixture-of-Experts, or a checkpoint")
     parser.add_argument("--data", nargs="+", required=True, help="training shards of the model's task")
-    parser.add_argument("--samples", type=int, default=256, help="samples shown to the network (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=32, help="samples at once (default: %(default)s)")
+    parser.add_argument(
+        "--samples", type=numeric(int, AT_LEAST_1), default=256, help="samples shown to the network (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--batch-size", type=numeric(int, AT_LEAST_1), default=32, help="samples at once (default: %(default)s)"
+    )
     parser.add_argument("--out", type=Path, default=Path("routing"), help="folder of the results (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of order, timesteps and noise (default: %(default)s)")
+    parser.add_argument(
+        "--seed", type=numeric(int), default=0, help="seed of order, timesteps and noise (default: %(default)s)"
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:

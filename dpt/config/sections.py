@@ -438,6 +438,8 @@ class TrainingConfig:
     """Checkpoints at multiples of this step are kept for good; 0: none."""
     resume: bool = True
     """Continue from the newest complete checkpoint in output_dir."""
+    resume_changed: bool = False
+    """Continue, too, where fields that decide the course of the training are not those of the run in output_dir."""
     max_skipped_steps: int = 10
     """Non-finite steps in a row before the run goes back to its last checkpoint and leaves out the samples in between."""
     timeout_s: float = 1800.0

@@ -57,7 +57,7 @@ class Predictor:
         self.dtype = torch.bfloat16 if self.config.precision == "bf16" else torch.float32
         self.network = loaded.network.to(self.device, self.dtype).eval()
         self.model, self.task, self.codec, self.lineage = loaded.model, loaded.task, loaded.codec, loaded.lineage
-        self.codes, self.depth_prompt = dict(loaded.codes), loaded.depth_prompt
+        self.codes, self.fits, self.depth_prompt = dict(loaded.codes), dict(loaded.fits), loaded.depth_prompt
         self.codec.to(self.device)
         self.config = self.config.settled(loaded.diffusion)
         spacing = self.config.timestep_spacing or loaded.diffusion.timestep_spacing
@@ -83,7 +83,8 @@ class Predictor:
         task: empty, the model's own. others: for flow the second frames uint8 `[H, W, 3]`, for amodal the visible masks bool
         `[H, W]`. embeddings: CLIP image embeddings `[B, D]` of the visible objects, for models that take them. keys: names that
         seed the noise; default: positions. steps, ensemble: default: the config's last ones.
-        resolution: longest side shown to the network in pixels; 0: the one the model is meant for.
+        resolution: longest side shown to the network in pixels; 0: the one it was trained at. How pictures come to it is
+        what `fits` says of the task: stretched to the square, or in their proportion.
         """
         spec = self.check_task(task or self.task)
         width = self.model.clip_embedding_size
@@ -131,13 +132,14 @@ class Predictor:
     ) -> list[Tensor]:
         """Scaled condition latents `[K, C, h, w]` of each image."""
         token = self.model.patch_size * self.codec.downsampling
-        resolution = resolution or self.model.input_size * self.codec.downsampling
+        fit = self.fits[task]
+        resolution = resolution or fit.resolution or self.model.input_size * self.codec.downsampling
         if task in ("flow", "amodal") and self.model.num_conditions > 1 and (others is None or len(others) != len(images)):
             wanted = "second frame" if task == "flow" else "visible mask"
             raise UserError(f"{task} needs one {wanted} for each image; {0 if others is None else len(others)} were given.")
         encoded = []
         for i, image in enumerate(images):
-            size = tasks.fit_size(image.shape[0], image.shape[1], resolution, multiple=token)
+            size = fit.size(image.shape[0], image.shape[1], resolution, multiple=token)
             pictures = [tasks.image_to_float(tasks.resize_image(image, size))]
             if task == "depth":
                 pictures.append(tasks.all_valid_prompt(*size))

@@ -16,6 +16,7 @@ from dpt.evaluation.records import Record, RecordLog, write_parquet
 from dpt.evaluation.scoring import Scorer
 from dpt.evaluation.sets import EvaluationSet, open_sets
 from dpt.evaluation.summary import pick_samples, protocol_line, summarize, tracked_metrics
+from dpt.fits import as_section
 from dpt.models.attention import use_backend
 from dpt.models.costs import macs
 from dpt.models.pretrained import read_weights
@@ -46,6 +47,7 @@ def evaluate(config: EvaluationConfig, *, predictor: Predictor | None = None, ca
         config = settled
     for one in sets:
         check_set(one, predictor)
+        _name_other_fit(one, predictor)
     summary: dict[str, Any] = {"version": SUMMARY_VERSION, "sets": {}, "settings": _described(config, predictor)}
     for one in sets:
         summary["sets"][one.name] = _evaluate_set(one, config, predictor)
@@ -79,6 +81,16 @@ def check_set(one: EvaluationSet, predictor: Predictor | None) -> None:
             "encode the set with the model's VAE."
         )
     _check_depth_prompt(one, predictor)
+
+
+def _name_other_fit(one: EvaluationSet, predictor: Predictor | None) -> None:
+    """Say so where a set's pictures came to their size in another way than those that the network learnt with."""
+    fit = one.manifest.fit
+    if fit is None or predictor is None or not predictor.fits[one.task].resolution:
+        return
+    learnt = predictor.fits[one.task]
+    if (fit.whole, fit.resolution) != (learnt.whole, learnt.resolution):
+        distributed.log(f"{one.name}: encoded with --fit {fit}; the weights learnt with {learnt}, which dpt predict follows.")
 
 
 def _check_depth_prompt(one: EvaluationSet, predictor: Predictor) -> None:
@@ -141,7 +153,14 @@ def weights_sha256(predictor: Predictor) -> str:
     """Hash of the network's weights by name and of what else decides its predictions."""
     digest = hashlib.sha256(
         repr(
-            (predictor.model, predictor.diffusion, predictor.task, sorted(predictor.codes.items()), predictor.codec.sha256)
+            (
+                predictor.model,
+                predictor.diffusion,
+                predictor.task,
+                sorted(predictor.codes.items()),
+                sorted(map(str, predictor.fits.items())),
+                predictor.codec.sha256,
+            )
         ).encode()
     )
     for name, tensor in sorted(predictor.network.state_dict().items()):
@@ -170,6 +189,7 @@ def _described(config: EvaluationConfig, predictor: Predictor | None) -> dict[st
         "schedule": predictor.diffusion.beta_schedule,
         "timestep_spacing": predictor.diffusion.timestep_spacing,
         "codes": predictor.codes,
+        "fits": as_section(predictor.fits),
         "forward_macs": macs(predictor.model).forward,
         "lineage": predictor.lineage,
     }

@@ -43,6 +43,7 @@ _SECTIONS = {
     "depth_code": str,
     "flow_code": str,
     "depth_prompt": str,
+    "fits": dict,
     "lineage": dict,
 }
 """What config.json may say beside the network."""
@@ -177,6 +178,7 @@ def _read_public(path: Path, ema: bool, fields: Mapping[str, Any]) -> Weights:
             "depth_code": "linear",
             "flow_code": "linear_75",
             "depth_prompt": "ground_truth",
+            "fits": {"flow": {"fit": "stretch"}},  # whose training pairs were; the other tasks keep the aspect
             "diffusion": asdict(DiffusionConfig(beta_schedule="squaredcos_cap_v2")),
         }
     return Weights(

@@ -1,14 +1,14 @@
 """The data loader of a recipe: the stream of latents that it trains on, checked against the network."""
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from dpt import distributed
 from dpt.config.recipe import DptConfig
-from dpt.data.manifest import Manifest, VAERecord
+from dpt.data.manifest import Manifest, VAERecord, data_sha256
 from dpt.data.stream import LatentStream
 from dpt.errors import UserError
+from dpt.fits import Fit
 from dpt.tasks import DEPTH_PROMPT, target_code
 
 
@@ -23,6 +23,8 @@ class DataLoader:
     """(h, w)."""
     depth_prompt: str
     """What the second condition of all depth sets shows (`dpt.tasks.DEPTH_PROMPTS`); empty if the network is shown none."""
+    fits: Mapping[str, Fit]
+    """How the pictures of all sets of a task came to their size, by task, of tasks whose sets say so."""
     codes: Mapping[str, str]
     """How the targets of all sets of a task are coded (`dpt.tasks.TARGET_CODES`), by task, of tasks that have sets."""
 
@@ -39,9 +41,7 @@ class DataLoader:
     @property
     def data_sha256(self) -> str:
         """One hash for all samples of all sources."""
-        if len(self.manifests) == 1:
-            return self.manifests[0].data_sha256
-        return hashlib.sha256("\n".join(m.data_sha256 for m in self.manifests).encode()).hexdigest()
+        return data_sha256(self.manifests)
 
 
 def open_data_loader(
@@ -86,7 +86,29 @@ def open_data_loader(
             raise UserError(f"{name}: encoded with --prompt {prompt}, another set with {wanted}; encode both with the same.")
     height, width = manifests[0].members[main].shape[-2:]
     depth_prompt = next(iter(prompts.values()), "")
-    return DataLoader(stream=stream, manifests=manifests, latent_size=(height, width), depth_prompt=depth_prompt, codes=shared)
+    return DataLoader(
+        stream=stream,
+        manifests=manifests,
+        latent_size=(height, width),
+        depth_prompt=depth_prompt,
+        fits=_shared_fits(stream.manifests),
+        codes=shared,
+    )
+
+
+def _shared_fits(manifests: Mapping[str, Manifest]) -> dict[str, Fit]:
+    """How the pictures of each perception task came to their size; UserError if sets of one task differ."""
+    shared: dict[str, Fit] = {}
+    for name, manifest in manifests.items():
+        if manifest.task == "class" or manifest.fit is None:
+            continue
+        wanted = shared.setdefault(manifest.task, manifest.fit)
+        if manifest.fit != wanted:
+            raise UserError(
+                f"{name}: encoded with --fit {manifest.fit.how}, another set for {manifest.task} with {wanted.how}; encode "
+                "both with the same, which predictions then follow."
+            )
+    return shared
 
 
 def _shared_codes(manifests: Mapping[str, Manifest], learnt: Mapping[str, str]) -> dict[str, str]:

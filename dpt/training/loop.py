@@ -2,10 +2,11 @@
 
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -20,6 +21,7 @@ from dpt.models.moe import EarlierRouting
 from dpt.tracking import Run, start_run
 from dpt.training.averages import first_spacing
 from dpt.training.checkpoint import checkpoint_name, restore
+from dpt.training.continuing import check_course, check_data
 from dpt.training.control import Control
 from dpt.training.data_loader import open_data_loader
 from dpt.training.deepspeed_internals import gathered
@@ -35,10 +37,12 @@ from dpt.training.records import Recorder, data_sheet_flops, measure_peak_flops
 from dpt.training.resume import Found, SkippedSamples, check_network, find_checkpoint, position_of, remarks, rewind_target
 from dpt.training.sampling import averaged_network, draw_classes, load_codec
 from dpt.training.saving import Saver, SnapshotWriter
-from dpt.training.stages import learnt_codes, open_stage
+from dpt.training.stages import learnt_codes, learnt_fits, open_stage
 from dpt.training.step import Losses, LossModule, Preparation
 from dpt.training.validation import Best, OpenValidator, Validator, export_averaged
 from dpt.training.watchdog import Watchdog
+
+T = TypeVar("T")
 
 
 def train(recipe: Recipe, stage_name: str, open_validator: OpenValidator | None = None) -> None:
@@ -49,6 +53,9 @@ def train(recipe: Recipe, stage_name: str, open_validator: OpenValidator | None 
     training = recipe.dpt.training
     checkpoints, weights = Path(training.output_dir) / CHECKPOINTS, Path(training.output_dir) / WEIGHTS
     found = find_checkpoint(checkpoints, resume=training.resume)
+    if found is not None:
+        with distributed.together():
+            check_course(*found, recipe, stage_name)
     if found is None or (found[1]["step"] < training.steps and not Best.of(found[1]).stopped):
         Trainer(recipe, stage_name, found, open_validator).run()
     else:
@@ -85,7 +92,10 @@ class Trainer:
         if found is not None:
             self._take_counters(found[1])
         self.learnt_codes = learnt_codes(found[1]["sections"], str(found[0])) if found else self.stage.codes
+        self.learnt_fits = learnt_fits(found[1]["sections"], str(found[0])) if found else self.stage.fits
         self._open_data_loader()
+        if found is not None:
+            check_data(*found, recipe, self.data_loader.data_sha256)
         self.validator = self._open_validator(open_validator)
         pixel_loss = self._pixel_loss()
         self.macs = self._count_macs()
@@ -358,14 +368,14 @@ class Trainer:
             self.config,
             self.data_loader.vae,
             self._lineage(),
-            codes=self._codes(),
+            codes=self._of_tasks(self.learnt_codes, self.data_loader.codes),
             depth_prompt=self.data_loader.depth_prompt,
+            fits=self._of_tasks(self.learnt_fits, self.data_loader.fits),
         )
 
-    def _codes(self) -> dict[str, str]:
-        """How the targets are coded of all tasks that the weights can predict: a generalist keeps what it is not shown now."""
-        known = {**self.learnt_codes, **self.data_loader.codes}
-        return {task: code for task, code in known.items() if self.config.task in (task, "generalist")}
+    def _of_tasks(self, learnt: Mapping[str, T], shown: Mapping[str, T]) -> dict[str, T]:
+        """What is known of all tasks that the weights can predict: a generalist keeps what it is not shown now."""
+        return {task: value for task, value in {**learnt, **shown}.items() if self.config.task in (task, "generalist")}
 
     def _lineage(self) -> dict[str, Any]:
         return {
