@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from data_tools.readers import READERS, Reader, changed_options, open_reader, parse_options
 from dpt import distributed
 from dpt.config.numbers import AT_LEAST_1, NOT_NEGATIVE, SHARE, Range, numeric
+from dpt.config.parser import Parser
 from dpt.errors import UserError, reported
 from dpt.fits import FITS
 from dpt.tasks import DEPTH_CODE, DEPTH_CODES, FLOW_CODE, FLOW_CODES
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m data_tools.encode", description=__doc__)
+    parser = Parser(prog="python -m data_tools.encode", description=__doc__)
     add = parser.add_argument
     add("--dataset", required=True, choices=sorted(READERS), help="data set (layouts: docs/readers.md)")
     add("--root", required=True, help="folder of the data set")

@@ -8,7 +8,6 @@ scikit-learn bundle, except the astronaut, which is for measuring, and from dead
 is a function of (seed, step), so a run that was stopped goes on from its last checkpoint as if it had not been.
 """
 
-import argparse
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
@@ -22,6 +21,7 @@ from torch import Tensor
 from data_tools.vae_images import RESOLUTION, bundled_photos, leaf_images, sample_batch, synthetic_images
 from data_tools.vae_measures import figures_table, measure, measure_speed, save_vae, write_card
 from dpt.config.numbers import AT_LEAST_1, numeric
+from dpt.config.parser import Parser
 from dpt.data.codec import load_vae
 from dpt.distributed import log
 from dpt.errors import UserError
@@ -226,7 +226,7 @@ def report(out: Path, scenes: int, seed: int) -> tuple[dict[str, float], tuple[f
 
 def main(arguments: list[str] | None = None) -> int:
     """Train or measure; the exit code is 0, or 2 with one sentence for bad input."""
-    parser = argparse.ArgumentParser(prog="python -m data_tools.train_vae", description=(__doc__ or "").splitlines()[0])
+    parser = Parser(prog="python -m data_tools.train_vae", description=(__doc__ or "").splitlines()[0])
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--out", type=Path, help="folder for the VAE and its checkpoint; a run stopped there goes on")
     where.add_argument("--evaluate", type=Path, metavar="DIR", help="measure the VAE in this folder, and train none")

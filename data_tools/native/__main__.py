@@ -5,12 +5,13 @@ from pathlib import Path
 
 from data_tools.native.sets import WRITERS, write_sets
 from dpt.config.numbers import AT_LEAST_1, NOT_NEGATIVE, numeric
+from dpt.config.parser import Parser
 from dpt.errors import reported
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m data_tools.native", description=__doc__)
+    parser = Parser(prog="python -m data_tools.native", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"sets to write (default: all): {', '.join(WRITERS)}")
     parser.add_argument("--out", type=Path, required=True, help="folder; each set goes to the folder of its name in it")
     parser.add_argument(

@@ -1,6 +1,5 @@
 """`python -m data_tools.synthesis`: write a synthetic data set."""
 
-import argparse
 import os
 import sys
 from pathlib import Path
@@ -9,11 +8,12 @@ from data_tools.synthesis.dataset import SynthesisConfig, synthesize
 from data_tools.synthesis.layouts import TASKS
 from data_tools.synthesis.scenes import VARIETIES
 from dpt.config.numbers import AT_LEAST_1, NOT_NEGATIVE, Range, numeric
+from dpt.config.parser import Parser
 from dpt.errors import UserError
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m data_tools.synthesis", description=__doc__)
+    parser = Parser(prog="python -m data_tools.synthesis", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder to make; one folder a data set inside")
     parser.add_argument(
         "--scenes", type=numeric(int, AT_LEAST_1), default=2000, help="scenes in all splits together (default %(default)s)"

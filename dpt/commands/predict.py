@@ -90,6 +90,9 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.fit:
         predictor.fits = {task: dataclasses.replace(fit, how=arguments.fit) for task, fit in predictor.fits.items()}
     task = arguments.task or predictor.task
+    for option, wanted in (("second", "flow"), ("mask", "amodal")):
+        if getattr(arguments, option) and task != wanted:
+            raise UserError(f"--{option} is for {wanted}, and {arguments.weights} predicts {task}; leave it out.")
     settings = {name: value for name, value in vars(arguments).items() if name not in _NOT_SETTINGS}
     with distributed.together():
         done = predict_files(

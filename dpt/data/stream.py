@@ -37,6 +37,7 @@ class LatentStream:
     prefetch: batches filled ahead, and as many more whose blocks are read ahead.
     max_bad_samples: unreadable samples of this rank that are replaced by a neighbour, with a warning, before a UserError.
     cache_dir: folder that keeps shards fetched from URLs; empty: fetched anew when needed again.
+    verify: hash shards ahead of their first use; one that is not as it was written counts as unreadable.
 
     UserError if sources are missing, do not fit together, or the batch does not split.
     """
@@ -58,6 +59,7 @@ class LatentStream:
         pin_memory: bool = False,
         prefetch: int = 4,
         cache_dir: str = "",
+        verify: bool = False,
         patience: Patience | None = None,
     ) -> None:
         assert 0 <= rank < world_size
@@ -95,6 +97,7 @@ class LatentStream:
             pin_memory=pin_memory,
             patience=patience,
             cache_dir=cache_dir,
+            verify=verify,
         )
 
     @property

@@ -137,6 +137,10 @@ class Predictor:
         if task in ("flow", "amodal") and self.model.num_conditions > 1 and (others is None or len(others) != len(images)):
             wanted = "second frame" if task == "flow" else "visible mask"
             raise UserError(f"{task} needs one {wanted} for each image; {0 if others is None else len(others)} were given.")
+        for image, other in zip(images, others or (), strict=False):
+            if other.shape[:2] != image.shape[:2]:
+                sizes = " and ".join(f"{a.shape[1]} x {a.shape[0]}" for a in (image, other))
+                raise UserError(f"a picture and its {'second frame' if task == 'flow' else 'mask'} differ in size ({sizes}).")
         encoded = []
         for i, image in enumerate(images):
             size = fit.size(image.shape[0], image.shape[1], resolution, multiple=token)

@@ -1,5 +1,7 @@
 """The evaluator: every sample of every set predicted and scored once, on any number of ranks, under all settings of a sweep."""
 
+import contextlib
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -27,10 +29,17 @@ from dpt.tasks import DEPTH_PROMPT
 SUMMARY_VERSION = 1
 
 
-def evaluate(config: EvaluationConfig, *, predictor: Predictor | None = None, cache_dir: str = "") -> dict[str, Any]:
+def evaluate(
+    config: EvaluationConfig,
+    *,
+    predictor: Predictor | None = None,
+    cache_dir: str = "",
+    begin: Callable[[list[EvaluationSet]], object] = len,
+) -> dict[str, Any]:
     """Score `config.data` with `predictor` (default: from `config.weights`), or the ready-made `config.predictions`.
 
-    `cache_dir`: folder that keeps shards fetched from URLs.
+    `cache_dir`: folder that keeps shards fetched from URLs. `begin` is called with the sets once nothing can be refused any
+    more, and before anything is scored.
 
     Writes, below `config.output_dir`: summary.json; and for each set SET/samples.parquet, SET/pictures/*.png and, while it
     lasts, SET/parts, from which an interrupted run goes on. Returns the summary, on every rank. UserError for bad input.
@@ -48,6 +57,10 @@ def evaluate(config: EvaluationConfig, *, predictor: Predictor | None = None, ca
     for one in sets:
         check_set(one, predictor)
         _name_other_fit(one, predictor)
+    with distributed.together():
+        for one in sets:
+            one.verify(distributed.rank(), distributed.world_size())
+    begin(sets)
     summary: dict[str, Any] = {"version": SUMMARY_VERSION, "sets": {}, "settings": _described(config, predictor)}
     for one in sets:
         summary["sets"][one.name] = _evaluate_set(one, config, predictor)
@@ -222,10 +235,18 @@ def _draw(one: EvaluationSet, scorer: Scorer, records: list[Record], count: int,
             write_page(page, folder / f"{one.name}_{title}.png", f"{one.name}: {title} by {metric}")
 
 
+def as_evaluated(recipe: Recipe, predictor: Predictor | None, task: str) -> Recipe:
+    """The recipe with the task, network and objective of the weights that are evaluated, which are what runs are found by."""
+    changes: dict[str, Any] = {"task": task}
+    if predictor is not None:
+        changes |= {"model": predictor.model, "diffusion": predictor.diffusion}
+    return dataclasses.replace(recipe, dpt=dataclasses.replace(recipe.dpt, **changes))
+
+
 def run_evaluation(recipe: Recipe, *, read: Callable[..., Weights] = read_weights) -> dict[str, Any]:
     """`evaluate` a recipe's `dpt.evaluation`, recorded in MLflow under the run that trained the weights; `read` as in
     `dpt.evaluation.loading.load_model`."""
-    from dpt.tracking import start_run
+    from dpt.tracking import Run, start_run
 
     config = recipe.dpt.evaluation
     distributed.log(use_backend(recipe.dpt.attention_backend))
@@ -236,10 +257,24 @@ def run_evaluation(recipe: Recipe, *, read: Callable[..., Weights] = read_weight
         predictor = Predictor(config.weights, config=config, vae=vae, read=read)
     parent = str(predictor.lineage.get("run_id") or "") if predictor is not None else ""
     name = f"evaluate {Path(config.predictions or config.weights).name}"
-    with start_run(
-        recipe.dpt.tracking, stage="evaluate", name=name, params=recipe.to_dict(), parents=[parent], output_dir=output, tags={}
-    ) as run:
-        summary = evaluate(config, predictor=predictor, cache_dir=recipe.dpt.data.cache_dir)
+    with contextlib.ExitStack() as stack:
+        runs: list[Run] = []
+
+        def begin(sets: list[EvaluationSet]) -> None:
+            task = predictor.task if predictor is not None else sets[0].task
+            started = start_run(
+                recipe.dpt.tracking,
+                stage="evaluate",
+                name=name,
+                params=as_evaluated(recipe, predictor, task).to_dict(),
+                parents=[parent],
+                output_dir=output,
+                tags={},
+            )
+            runs.append(stack.enter_context(started))
+
+        summary = evaluate(config, predictor=predictor, cache_dir=recipe.dpt.data.cache_dir, begin=begin)
+        (run,) = runs
         sets = summary["sets"]
         run.set_tags({"dpt.dataset": ", ".join(sets), "dpt.protocol": protocol_line(summary)})
         run.log_metrics(tracked_metrics(summary), step=0)

@@ -83,6 +83,10 @@ class EvaluationSet:
             code_mask=raw["code_mask"] > 0 if "code_mask" in raw else None,
         )
 
+    def verify(self, part: int = 0, parts: int = 1) -> None:
+        """Hash this part's share of the shards that are scored; UserError if one is not as it was written."""
+        self._shards.verify(0, len(self), part, parts)
+
     def passes(self) -> int:
         """Sampler passes that one member of a prediction takes."""
         return len(tasks.task_spec(self.task).targets)

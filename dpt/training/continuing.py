@@ -27,6 +27,7 @@ _FREE = frozenset(
         "data.vae",  # compared with the shards
         "data.num_workers",
         "data.cache_dir",
+        "data.verify",
         "data.max_bad_samples",
         "training.output_dir",
         "training.steps",

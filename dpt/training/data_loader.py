@@ -2,9 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 from dpt import distributed
 from dpt.config.recipe import DptConfig
+from dpt.data.codec import load_vae
 from dpt.data.manifest import Manifest, VAERecord, data_sha256
 from dpt.data.stream import LatentStream
 from dpt.errors import UserError
@@ -72,6 +74,7 @@ def open_data_loader(
         max_bad_samples=config.data.max_bad_samples,
         pin_memory=pin_memory,
         cache_dir=config.data.cache_dir,
+        verify=config.data.verify,
     )
     manifests = list(stream.manifests.values())
     for name, manifest in stream.manifests.items():
@@ -139,6 +142,15 @@ def _members(config: DptConfig, main: str) -> list[str]:
     return ["cond_latents", main, "valid", *(["clip"] if config.model.clip_embedding_size else [])]
 
 
+@lru_cache(maxsize=1)
+def _vae_sha256(name: str, latent_channels: int) -> str:
+    """Hash of a VAE's weights; empty if it cannot be loaded here."""
+    try:
+        return load_vae(name, latent_channels=latent_channels).sha256
+    except UserError:
+        return ""
+
+
 def _check(config: DptConfig, name: str, manifest: Manifest) -> None:
     """UserError unless the shards are of the run's task and VAE and fit the network's inputs."""
     tasks = ("depth", "flow", "amodal") if config.task == "generalist" else (config.task,)
@@ -148,6 +160,11 @@ def _check(config: DptConfig, name: str, manifest: Manifest) -> None:
         raise UserError(
             f'{name}: VAE "{manifest.vae.name}" made latents of {manifest.vae.latent_channels} channels, dpt.model.in_channels '
             f"is {config.model.in_channels}; choose shards of the model's VAE."
+        )
+    if config.data.vae != manifest.vae.name and _vae_sha256(config.data.vae, config.model.in_channels) != manifest.vae.sha256:
+        raise UserError(
+            f'{name}: the latents were made by VAE "{manifest.vae.name}", dpt.data.vae is "{config.data.vae}", which is '
+            "another one or cannot be loaded here; set it to the shards' own, or encode the set anew."
         )
     if config.task == "class" and len(manifest.class_names) > config.model.num_classes:
         raise UserError(

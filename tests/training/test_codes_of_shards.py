@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from training_toys import make_recipe, make_shards
+from training_toys import VAE, make_recipe, make_shards
 
 from dpt.config.recipe import load_recipe
 from dpt.config.sections import DiffusionConfig
+from dpt.data.codec import load_vae
 from dpt.data.manifest import read_manifest, write_manifest
 from dpt.errors import UserError
 from dpt.fits import Fit
@@ -112,3 +113,12 @@ def test_weights_carry_how_pictures_came_to_their_size(tmp_path: Path) -> None:
         opened(tmp_path / "r.json", *shards, fields=DEPTH)
     silent = encoded(tmp_path / "silent", "depth", {})  # of before it was recorded
     assert opened(tmp_path / "r.json", silent, fields=DEPTH).fits == {}
+
+
+def test_a_vae_other_than_that_of_the_shards_is_refused(tmp_path: Path) -> None:
+    shards = make_shards(tmp_path / "shards", "depth", count=8, shards=1, vae=dataclasses.replace(VAE, name="somebody/vae"))
+    with pytest.raises(UserError, match=r'made by VAE "somebody/vae", dpt\.data\.vae is "embedded", which is another one'):
+        opened(tmp_path / "r.json", shards, fields=DEPTH)
+    assert opened(tmp_path / "r.json", shards, fields={**DEPTH, "data.vae": "somebody/vae"}).vae.name == "somebody/vae"
+    vae = dataclasses.replace(VAE, name="a copy", sha256=load_vae().sha256)  # the same one by another name
+    assert opened(tmp_path / "r.json", make_shards(tmp_path / "copy", "depth", count=8, vae=vae), fields=DEPTH).vae == vae
