@@ -27,8 +27,8 @@ _QUEUED = 8
 class BatchEncoder:
     """A VAE (and an image tower) on its device, fed batches of exactly `batch_size` images.
 
-    Results are the same whatever is encoded together. On a GPU batches of one size, padded with zeros where a shard
-    ends, keep its kernels the same. On a CPU every image is encoded by one thread, and as many at once as torch has threads: sums that several
+    Results are the same whatever is encoded together. On a GPU batches of one size, padded with zeros where a shard ends, keep
+    its kernels the same. On a CPU every image is encoded by one thread, as many at once as torch has threads: sums that several
     threads share would come out in another order with another number of them.
     """
 

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from dpt.config.numbers import AT_LEAST_1, numeric
-from dpt.errors import UserError
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -34,14 +33,12 @@ def run(arguments: argparse.Namespace) -> None:
     from dpt.training.export import load_weights
     from dpt.training.step import Preparation
 
-    if min(arguments.samples, arguments.batch_size) < 1:
-        raise UserError("--samples and --batch-size must be at least 1.")
     weights = load_weights(arguments.weights, ema=True)
     config = DptConfig(
         task=weights.sections.get("task", "class"),
         model=weights.config,
         diffusion=section_from_dict(DiffusionConfig, weights.sections.get("diffusion", {}), arguments.weights),
-        data=DataConfig(shards=arguments.data, posterior="mean"),
+        data=DataConfig(shards=arguments.data, posterior="mean", vae=str((weights.sections.get("vae") or {}).get("name", ""))),
         training=TrainingConfig(seed=arguments.seed),
     )
     device, batch_size = distributed.device(), min(arguments.batch_size, arguments.samples)

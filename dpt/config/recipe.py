@@ -25,7 +25,7 @@ from dpt.config.sections import (
     UpcyclingConfig,
     ValidationConfig,
 )
-from dpt.errors import UserError
+from dpt.errors import UserError, hide_passwords
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +60,10 @@ class Recipe:
     path: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """The recipe as one JSON object, every field resolved."""
-        return {**self.deepspeed, "dpt": dataclasses.asdict(self.dpt)}
+        """The recipe as one JSON object, every field resolved; a password in the tracking address is hidden."""
+        content = dataclasses.asdict(self.dpt)
+        content["tracking"]["uri"] = hide_passwords(self.dpt.tracking.uri)
+        return {**self.deepspeed, "dpt": content}
 
     @property
     def zero_stage(self) -> int:

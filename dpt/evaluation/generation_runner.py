@@ -207,15 +207,16 @@ def run_generation(recipe: Recipe, *, vae: str = "", read: Callable[..., Weights
         runs: list[Run] = []
 
         def begin() -> None:
-            started = start_run(
-                recipe.dpt.tracking,
-                stage="evaluate",
-                name=name,
-                params=as_evaluated(recipe, predictor, "class").to_dict(),
-                parents=[parent],
-                output_dir=output,
-                tags={},
-            )
+            with distributed.together():
+                started = start_run(
+                    recipe.dpt.tracking,
+                    stage="evaluate",
+                    name=name,
+                    params=as_evaluated(recipe, predictor, "class").to_dict(),
+                    parents=[parent],
+                    output_dir=output,
+                    tags={},
+                )
             runs.append(stack.enter_context(started))
 
         summary = score_generation(config, evaluation, predictor, cache_dir=recipe.dpt.data.cache_dir, begin=begin)

@@ -49,7 +49,7 @@ class Predictor:
         read: Callable[..., Weights] = read_weights,
     ) -> None:
         self.config = config or EvaluationConfig()
-        self.device = torch.device(device) if device is not None else distributed.device()
+        self.device = open_device(device) if device is not None else distributed.device()
         if isinstance(weights, LoadedModel):
             loaded = weights
         else:
@@ -121,6 +121,8 @@ class Predictor:
         if task == "generalist":
             raise UserError("a generalist predicts several tasks; name one of depth, flow, amodal.")
         spec = tasks.task_spec(task)
+        if not spec.conditions:
+            raise UserError("the weights are class-conditional and predict nothing of pictures; draw images with dpt sample.")
         for target in spec.targets:
             tasks.label_id(target, trained_task=self.task, num_classes=self.model.num_classes)
         if self.model.num_conditions > len(spec.conditions):
@@ -318,6 +320,18 @@ class Predictor:
             )
             images += [tasks.image_to_uint8(image) for image in self.codec.decode(latents).cpu().numpy()]
         return images
+
+
+def open_device(name: "torch.device | str") -> torch.device:
+    """The device of this name, such as "cpu" or "cuda:0"; UserError if there is none."""
+    try:
+        device = torch.device(name)
+        if torch.empty(0, device=device).is_meta:
+            raise RuntimeError("it holds no numbers")
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # of names, of builds without CUDA, of devices
+        known = ", ".join(["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))])
+        raise UserError(f'--device "{name}": there is no such device here; choose one of {known}.') from error
+    return device
 
 
 @contextlib.contextmanager

@@ -262,15 +262,16 @@ def run_evaluation(recipe: Recipe, *, read: Callable[..., Weights] = read_weight
 
         def begin(sets: list[EvaluationSet]) -> None:
             task = predictor.task if predictor is not None else sets[0].task
-            started = start_run(
-                recipe.dpt.tracking,
-                stage="evaluate",
-                name=name,
-                params=as_evaluated(recipe, predictor, task).to_dict(),
-                parents=[parent],
-                output_dir=output,
-                tags={},
-            )
+            with distributed.together():
+                started = start_run(
+                    recipe.dpt.tracking,
+                    stage="evaluate",
+                    name=name,
+                    params=as_evaluated(recipe, predictor, task).to_dict(),
+                    parents=[parent],
+                    output_dir=output,
+                    tags={},
+                )
             runs.append(stack.enter_context(started))
 
         summary = evaluate(config, predictor=predictor, cache_dir=recipe.dpt.data.cache_dir, begin=begin)

@@ -161,7 +161,11 @@ def _check(config: DptConfig, name: str, manifest: Manifest) -> None:
             f'{name}: VAE "{manifest.vae.name}" made latents of {manifest.vae.latent_channels} channels, dpt.model.in_channels '
             f"is {config.model.in_channels}; choose shards of the model's VAE."
         )
-    if config.data.vae != manifest.vae.name and _vae_sha256(config.data.vae, config.model.in_channels) != manifest.vae.sha256:
+    if (
+        config.data.vae
+        and config.data.vae != manifest.vae.name
+        and _vae_sha256(config.data.vae, config.model.in_channels) != manifest.vae.sha256
+    ):
         raise UserError(
             f'{name}: the latents were made by VAE "{manifest.vae.name}", dpt.data.vae is "{config.data.vae}", which is '
             "another one or cannot be loaded here; set it to the shards' own, or encode the set anew."

@@ -413,17 +413,18 @@ class Trainer:
 
     def _start_tracking(self) -> Run:
         resumed, past = (self.run_id or None), (self.step if self.step else -1)
-        run = start_run(
-            self.config.tracking,
-            stage=self.stage.name,
-            name=f"{self.stage.name} {self.config.task} {self.config.model.preset}",
-            params=self.recipe.to_dict(),
-            parents=self.stage.parents,
-            output_dir=self.output_dir,
-            tags={"dpt.data_sha256": self.data_loader.data_sha256, "dpt.ranks": str(distributed.world_size())},
-            resume_run_id=resumed,
-            past_step=past,
-        )
+        with distributed.together():
+            run = start_run(
+                self.config.tracking,
+                stage=self.stage.name,
+                name=f"{self.stage.name} {self.config.task} {self.config.model.preset}",
+                params=self.recipe.to_dict(),
+                parents=self.stage.parents,
+                output_dir=self.output_dir,
+                tags={"dpt.data_sha256": self.data_loader.data_sha256, "dpt.ranks": str(distributed.world_size())},
+                resume_run_id=resumed,
+                past_step=past,
+            )
         self.run_id = distributed.broadcast_object(run.run_id)
         return run
 
