@@ -262,7 +262,7 @@ class _Peers:
 
 
 def _open_server(address: str) -> socket.socket:
-    """A server at a free port of the address at which the ranks meet; of all addresses, which is said, if it is none of ours."""
+    """A server at a free port of the address at which the ranks meet; if that is none of ours, of all, which is said."""
     places: list[Any] = []
     with contextlib.suppress(OSError):
         places = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM)
