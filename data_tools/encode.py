@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from data_tools.encoding.job import EncodingJob
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command line."""
     parser = Parser(prog="python -m data_tools.encode", description=__doc__)
     add = parser.add_argument

@@ -28,7 +28,7 @@ CELL = 160
 _CAPTION, _GAP = 14, 4
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command line."""
     parser = Parser(prog="python -m data_tools.inspect", description=__doc__)
     add = parser.add_argument

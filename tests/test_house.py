@@ -11,11 +11,12 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Room -> rooms it may import. Each may import itself.
 BASE = {"errors", "config"}
-MIDDLE = BASE | {"distributed", "progress", "tracking", "tasks", "fits", "pictures", "clip"}
+MIDDLE = BASE | {"distributed", "locking", "progress", "tracking", "tasks", "fits", "pictures", "clip"}
 ALLOWED = {
     "errors": set(),
     "config": {"errors"},
     "distributed": BASE,
+    "locking": BASE | {"distributed"},
     "progress": {"distributed"},
     "tracking": BASE | {"distributed"},
     "tasks": BASE,

@@ -1,6 +1,5 @@
 """Write tiny synthetic data sets in their native layouts (docs/readers.md), to try commands on before the downloads."""
 
-import argparse
 from pathlib import Path
 
 from data_tools.native.sets import WRITERS, write_sets
@@ -9,7 +8,7 @@ from dpt.config.parser import Parser
 from dpt.errors import reported
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command line."""
     parser = Parser(prog="python -m data_tools.native", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"sets to write (default: all): {', '.join(WRITERS)}")

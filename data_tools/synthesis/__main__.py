@@ -9,10 +9,11 @@ from data_tools.synthesis.layouts import TASKS
 from data_tools.synthesis.scenes import VARIETIES
 from dpt.config.numbers import AT_LEAST_1, NOT_NEGATIVE, Range, numeric
 from dpt.config.parser import Parser
-from dpt.errors import UserError
+from dpt.errors import UserError, reported
 
 
-def main(arguments: list[str] | None = None) -> int:
+def parser() -> Parser:
+    """The command line."""
     parser = Parser(prog="python -m data_tools.synthesis", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder to make; one folder a data set inside")
     parser.add_argument(
@@ -34,8 +35,13 @@ def main(arguments: list[str] | None = None) -> int:
         default=os.cpu_count() or 1,
         help="processes (default: one a core, %(default)s)",
     )
-    options = parser.parse_args(arguments)
-    try:
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; bad input, and files that cannot be written, end it with one sentence and exit code 2."""
+    options = parser().parse_args(arguments)
+    with reported("synthesis"):
         config = SynthesisConfig(
             scenes=options.scenes,
             size=options.size,
@@ -45,9 +51,6 @@ def main(arguments: list[str] | None = None) -> int:
             variety=options.variety,
         )
         synthesize(options.out, config, workers=options.workers)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     return 0
 
 

@@ -19,6 +19,7 @@ from dpt.evaluation.scoring import Scorer
 from dpt.evaluation.sets import EvaluationSet, open_sets
 from dpt.evaluation.summary import pick_samples, protocol_line, summarize, tracked_metrics
 from dpt.fits import as_section
+from dpt.locking import held
 from dpt.models.attention import use_backend
 from dpt.models.costs import macs
 from dpt.models.pretrained import read_weights
@@ -60,13 +61,14 @@ def evaluate(
     with distributed.together():
         for one in sets:
             one.verify(distributed.rank(), distributed.world_size())
-    begin(sets)
     summary: dict[str, Any] = {"version": SUMMARY_VERSION, "sets": {}, "settings": _described(config, predictor)}
-    for one in sets:
-        summary["sets"][one.name] = _evaluate_set(one, config, predictor)
-    if distributed.is_main():
-        _write_json(Path(config.output_dir) / "summary.json", summary)
-    distributed.barrier()
+    with held(Path(config.output_dir)):
+        begin(sets)
+        for one in sets:
+            summary["sets"][one.name] = _evaluate_set(one, config, predictor)
+        if distributed.is_main():
+            _write_json(Path(config.output_dir) / "summary.json", summary)
+        distributed.barrier()
     return summary
 
 

@@ -14,6 +14,7 @@ from dpt import __version__, distributed
 from dpt.config.checks import batch_split, trains_with_muon
 from dpt.config.recipe import Recipe
 from dpt.errors import UserError
+from dpt.locking import held
 from dpt.models.costs import Macs, muon_macs, num_params
 from dpt.models.decoder_costs import recipe_macs
 from dpt.models.expert_distance import expert_distances
@@ -50,6 +51,11 @@ def train(recipe: Recipe, stage_name: str, open_validator: OpenValidator | None 
 
     `open_validator`: makes what scores networks for `dpt.validation`.
     """
+    with held(Path(recipe.dpt.training.output_dir)):
+        _train(recipe, stage_name, open_validator)
+
+
+def _train(recipe: Recipe, stage_name: str, open_validator: OpenValidator | None) -> None:
     training = recipe.dpt.training
     checkpoints, weights = Path(training.output_dir) / CHECKPOINTS, Path(training.output_dir) / WEIGHTS
     found = find_checkpoint(checkpoints, resume=training.resume)

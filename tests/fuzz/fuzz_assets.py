@@ -176,7 +176,7 @@ def _store(folder: Path) -> None:
     """Runs of two sizes with their evaluations, and the recipe that they are of."""
     (folder / "recipe.json").write_text(json.dumps(recipe()))
     config = TrackingConfig(uri=f"sqlite:///{folder}/mlflow.db", experiment="e", offline=True)
-    for width, loss in ((32, 1.0), (64, 0.7)):
+    for width, loss in ((32, 1.0), (64, 0.7), (96, 0.6)):
         content = recipe("depth")
         content["dpt"]["model"]["hidden_size"] = width  # type: ignore[index]
         where = folder / "runs" / str(width)

@@ -1,6 +1,7 @@
 """Commands in forked processes of a warm interpreter: what they leave behind ends with them, and a hang can be ended."""
 
 import atexit
+import contextlib
 import gc
 import importlib
 import os
@@ -73,10 +74,8 @@ def run_command(line: list[str], folder: Path) -> Outcome:
             break
         time.sleep(0.01)
     hung = not found
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(child, signal.SIGKILL)  # it, and what it has started
-    except ProcessLookupError:
-        pass
     if hung:
         os.waitpid(child, 0)
     texts = [(folder / name).read_text(errors="replace") for name in (".stdout", ".stderr")]
