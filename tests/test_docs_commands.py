@@ -68,9 +68,8 @@ def unfolded(block: str) -> list[list[str]]:
 
 def _without_dots(line: list[str]) -> list[str]:
     """Without "...", which stands for more words, or for an option's value."""
-    return [
-        word for word, after in zip(line, [*line[1:], ""], strict=True) if word != "..." and (after != "..." or word[0] != "-")
-    ]
+    pairs = zip(line, [*line[1:], ""], strict=True)
+    return [word for word, after in pairs if word != "..." and (after != "..." or word[0] != "-")]
 
 
 COMMANDS = sorted({(page.name, *line) for page in PAGES for block in blocks(page) for line in unfolded(block)})
