@@ -6,7 +6,7 @@ from pathlib import Path
 
 from dpt.config.numbers import AT_LEAST_1, POSITIVE, Range, numeric
 from dpt.config.sections import TrackingConfig
-from dpt.errors import UserError
+from dpt.errors import UserError, hide_passwords
 from dpt.scaling.figures import draw, find
 from dpt.scaling.launching import command, count_devices, missing, pending, submit
 from dpt.scaling.rehearsal import WATERMARK, make_shards, rehearsal_of
@@ -120,7 +120,8 @@ def _show(study: Study, peak_flops: float, mfu: float) -> None:
     if absent := missing(study):
         print("To be made first:\n" + "\n".join(map(how_to_make, absent)) + "\n")
     print(format_cells(["launch", "launcher", "MACs (evaluation: an image)", "device-hours", "state"], cells))
-    print("\n" + "\n".join(shlex.join(command(launch)) for launch in study.launches if launch.name in unfinished))
+    commands = [shlex.join(command(launch)) for launch in study.launches if launch.name in unfinished]
+    print("\n" + hide_passwords("\n".join(commands)))
 
 
 def device_hours(macs: float, peak_flops: float, mfu: float) -> float:

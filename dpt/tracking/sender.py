@@ -107,8 +107,9 @@ class Sender:
             self.finished = True
 
     def _connected(self) -> Any:
-        if self._client is None or self._client_uri != self.state.uri:
-            self._client, self._client_uri = self._connect(self.state.uri), self.state.uri
+        uri = self._uri or self.state.uri  # the latter without a password
+        if self._client is None or self._client_uri != uri:
+            self._client, self._client_uri = self._connect(uri), uri
         return self._client
 
     def _start(self, record: dict[str, Any]) -> None:
