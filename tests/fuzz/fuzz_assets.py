@@ -32,6 +32,7 @@ def make_assets(folder: Path) -> None:
         _shards(folder / f"{task}_shards", task, record, evaluation=False)
         if task != "class":
             _shards(folder / f"{task}_set", task, record, evaluation=True)
+    _shards(folder / "more_class_shards", "class", record, evaluation=False)
     random = np.random.default_rng(0)
     (folder / "pictures").mkdir()
     for name in ("one", "two"):
