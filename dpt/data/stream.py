@@ -68,9 +68,7 @@ class LatentStream:
         if not sources:
             raise UserError("dpt.data.shards is empty; name at least one shard folder.")
         if twice := [source for number, source in enumerate(sources) if source in sources[:number]]:
-            raise UserError(
-                f"dpt.data.shards names {twice[0]} twice; name it once, and give it more weight in dpt.data.weights."
-            )
+            raise UserError(f"dpt.data.shards names {twice[0]} twice; name it once, with more weight in dpt.data.weights.")
         micro = micro_batch_size or global_batch_size // world_size
         if micro < 1 or global_batch_size % (micro * world_size):
             raise UserError(

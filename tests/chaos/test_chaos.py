@@ -72,7 +72,7 @@ def test_killed_ranks(recipe: Path, tmp_path: Path) -> None:
 def test_a_frozen_rank_ends_the_run_by_name_and_it_goes_on_later(recipe: Path, tmp_path: Path) -> None:
     fields = {"training.steps": 1_000_000, "training.timeout_s": 20.0}
     run = Run(2, recipe, fields, tmp_path / "words")
-    run.wait_for("step 2/")
+    run.wait_for("step 6/")  # checkpoints are there by then
     run.send(signal.SIGSTOP, 1)
     run.wait_for(f"rank 1 ({HOST}) made no progress for 20 s")
     run.send(signal.SIGKILL, 1)
