@@ -38,54 +38,55 @@ COMMANDS: list[list[str]] = [
     )
 ]
 """As they must work; what is in the assets' folder has its name there."""
-NASTY = [
-    *(
-        "",
-        " ",
-        "ä ö",
-        "a" * 300,
-        "none",
-        "true",
-        "gpu",
-        "cuda:9",
-        "..",
-        "-",
-        "--",
-        "*",
-        "%s",
-        "a=b",
-        "{000..1}.tar",
-        "{",
-        "{}",
-        "[1",
-    ),
-    *("-1", "0", "1", "3.7", "1e999", "nan", "1/0", "0,x"),
-    *(
-        "sqlite:////proc/nowhere/x.db",
-        "sqlite:///text.txt",
-        "mysql://u:secret@h/x",
-        "/proc/nowhere/out",
-        "text.txt/below",
-        "x/y.foo",
-    ),
-    *(
-        "text.txt",
-        "empty",
-        "broken.json",
-        "broken.png",
-        "recipe.json",
-        "pictures",
-        "mask.png",
-        "mlflow.db",
-        "study.yaml",
-        "runs",
-    ),
-    *("class_weights", "depth_weights", "class_shards", "flow_shards", "depth_set", "eval/dept"),
+NASTY = ["", " ", "ä ö", "a" * 300]
+NASTY += [
+    "none",
+    "true",
+    "gpu",
+    "cuda:9",
+    "..",
+    "-",
+    "--",
+    "*",
+    "%s",
+    "a=b",
+    "{000..1}.tar",
+    "{",
+    "{}",
+    "[1",
+    "-1",
+    "0",
+    "1",
+    "3.7",
+    "1e999",
+    "nan",
+    "1/0",
+    "0,x",
+    "eval/dept",
 ]
-_VALUES: list[Any] = [
-    *(None, True, False, 0, 1, -1, 2.5, 1e308, 10**30, float("nan"), float("inf")),
-    *("", "x", "0", "é", [], [1], ["x"], {}, {"a": 1}),
+NASTY += [
+    "sqlite:////proc/nowhere/x.db",
+    "sqlite:///text.txt",
+    "mysql://u:secret@h/x",
+    "/proc/nowhere/out",
+    "text.txt/below",
+    "x/y.foo",
 ]
+NASTY += [
+    "text.txt",
+    "empty",
+    "broken.json",
+    "broken.png",
+    "recipe.json",
+    "pictures",
+    "mask.png",
+    "mlflow.db",
+    "study.yaml",
+    "runs",
+]
+NASTY += ["class_weights", "depth_weights", "class_shards", "flow_shards", "depth_set"]
+_VALUES: list[Any] = [None, True, False, 0, 1, -1, 2.5, 1e308, 10**30, float("nan"), float("inf")]
+_VALUES += ["", "x", "0", "é", [], [1], ["x"], {}, {"a": 1}]
 _LAUNCHERS = {"class": ("pretrain", "upcycle", "evaluate"), "depth": ("finetune", "evaluate", "upcycle")}
 
 
