@@ -31,60 +31,20 @@ COMMANDS: list[list[str]] = [
         "dpt sample --weights class_weights --labels 0,3 --steps 1 --per-label 1 --out out",
         "encode --dataset image_folder --root class_pictures --resolution 64 --out new --processes 0",
         "inspect class_shards --samples 2 --rows 1 --picture sheet.png",
-        "synthesis --out scenes --scenes 3 --size 32 --workers 1",
+        "synthesis --out scenes --scenes 20 --size 32 --workers 1",
         "native nyuv2 --out native --samples 1",
         "evaluate --weights depth_weights --data depth_set --steps 1 --tracking.enabled false",
         "pretrain --ds_config recipe.json --steps 0 --output_dir run",
     )
 ]
 """As they must work; what is in the assets' folder has its name there."""
-NASTY = ["", " ", "ä ö", "a" * 300]
-NASTY += [
-    "none",
-    "true",
-    "gpu",
-    "cuda:9",
-    "..",
-    "-",
-    "--",
-    "*",
-    "%s",
-    "a=b",
-    "{000..1}.tar",
-    "{",
-    "{}",
-    "[1",
-    "-1",
-    "0",
-    "1",
-    "3.7",
-    "1e999",
-    "nan",
-    "1/0",
-    "0,x",
-    "eval/dept",
-]
-NASTY += [
-    "sqlite:////proc/nowhere/x.db",
-    "sqlite:///text.txt",
-    "mysql://u:secret@h/x",
-    "/proc/nowhere/out",
-    "text.txt/below",
-    "x/y.foo",
-]
-NASTY += [
-    "text.txt",
-    "empty",
-    "broken.json",
-    "broken.png",
-    "recipe.json",
-    "pictures",
-    "mask.png",
-    "mlflow.db",
-    "study.yaml",
-    "runs",
-]
-NASTY += ["class_weights", "depth_weights", "class_shards", "flow_shards", "depth_set"]
+_NASTY_WORDS = """
+none true gpu cuda:9 .. - -- * %s a=b {000..1}.tar { {} [1 -1 0 1 3.7 1e999 nan 1/0 0,x eval/dept x/y.foo
+sqlite:////proc/nowhere/x.db sqlite:///text.txt mysql://u:secret@h/x /proc/nowhere/out text.txt/below
+text.txt empty broken.json broken.png recipe.json pictures mask.png mlflow.db study.yaml runs
+class_weights depth_weights class_shards flow_shards depth_set
+"""
+NASTY = ["", " ", "ä ö", "a" * 300, *_NASTY_WORDS.split()]
 _VALUES: list[Any] = [None, True, False, 0, 1, -1, 2.5, 1e308, 10**30, float("nan"), float("inf")]
 _VALUES += ["", "x", "0", "é", [], [1], ["x"], {}, {"a": 1}]
 _LAUNCHERS = {"class": ("pretrain", "upcycle", "evaluate"), "depth": ("finetune", "evaluate", "upcycle")}
