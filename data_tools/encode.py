@@ -16,16 +16,19 @@ from typing import TYPE_CHECKING, Any
 
 from data_tools.readers import READERS, Reader, changed_options, open_reader, parse_options
 from dpt import distributed
+from dpt.config.numbers import AT_LEAST_1, NOT_NEGATIVE, SHARE, Range, numeric
+from dpt.config.parser import Parser
 from dpt.errors import UserError, reported
+from dpt.fits import FITS
 from dpt.tasks import DEPTH_CODE, DEPTH_CODES, FLOW_CODE, FLOW_CODES
 
 if TYPE_CHECKING:
     from data_tools.encoding.job import EncodingJob
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m data_tools.encode", description=__doc__)
+    parser = Parser(prog="python -m data_tools.encode", description=__doc__)
     add = parser.add_argument
     add("--dataset", required=True, choices=sorted(READERS), help="data set (layouts: docs/readers.md)")
     add("--root", required=True, help="folder of the data set")
@@ -34,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
         "--option", action="append", default=[], metavar="NAME=VALUE", help="an option of the set's reader, e.g. filtered=false"
     )
     add("--vae", default="embedded", help='"embedded", a folder, or hub:owner/name[@revision] (default: %(default)s)')
-    add("--resolution", type=int, required=True, help="side of the encoded images, pixels")
+    add("--resolution", type=numeric(int, Range(least=1, most=8192)), required=True, help="side of the encoded images, pixels")
     add("--out", required=True, help="folder of the shards")
     add(
         "--shards",
@@ -53,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add(
         "--fit",
-        choices=("stretch", "crop", "pad", "aspect"),
+        choices=FITS,
         default="stretch",
         help="perception: stretch to the square, crop its centre, pad, or keep the aspect (default: %(default)s)",
     )
@@ -68,15 +71,25 @@ def parser() -> argparse.ArgumentParser:
     )
     add(
         "--samples-per-shard",
-        type=int,
+        type=numeric(int, AT_LEAST_1),
         help="inputs of a shard (default: class 1024, perception 256, evaluation 64)",
     )
-    add("--limit", type=int, help="encode only so many inputs, the first in the order of the shards (default: all)")
-    add("--shuffle-seed", type=int, default=0, help="order of training samples; negative: the set's (%(default)s)")
-    add("--batch-size", type=int, default=32, help="images encoded at once (default: %(default)s)")
+    add(
+        "--limit",
+        type=numeric(int, AT_LEAST_1),
+        help="encode only so many inputs, the first in the order of the shards (default: all)",
+    )
+    add("--shuffle-seed", type=numeric(int), default=0, help="order of training samples; negative: the set's (%(default)s)")
+    add("--batch-size", type=numeric(int, AT_LEAST_1), default=32, help="images encoded at once (default: %(default)s)")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the VAE (auto: bfloat16 on GPUs)")
-    add("--processes", type=int, help="processes that read ahead; 0: none (default: by the machine's cores)")
-    add("--max-skipped-share", type=float, default=0.01, help="unreadable inputs allowed (default: %(default)s)")
+    add(
+        "--processes",
+        type=numeric(int, NOT_NEGATIVE),
+        help="processes that read ahead; 0: none (default: by the machine's cores)",
+    )
+    add(
+        "--max-skipped-share", type=numeric(float, SHARE), default=0.01, help="unreadable inputs allowed (default: %(default)s)"
+    )
     add("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     return parser
 
@@ -96,11 +109,6 @@ def share(text: str) -> tuple[int, int]:
 
 def build_job(arguments: argparse.Namespace) -> "EncodingJob":
     """The job that the command line describes. UserError if it cannot be."""
-    for name in ("resolution", "samples_per_shard", "limit", "batch_size"):
-        if (value := getattr(arguments, name)) is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least 1.")
-    if not 0 <= arguments.max_skipped_share <= 1:
-        raise UserError(f"--max-skipped-share is {arguments.max_skipped_share}; it is a share between 0 and 1.")
     if wrong := [option for option in arguments.option if "=" not in option]:
         raise UserError(f"--option {wrong[0]!r} is not of the form NAME=VALUE.")
     options = parse_options(arguments.dataset, dict(option.split("=", 1) for option in arguments.option))

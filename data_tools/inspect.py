@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from dpt import distributed, tasks
+from dpt.config.numbers import AT_LEAST_1, NOT_NEGATIVE, numeric
+from dpt.config.parser import Parser
 from dpt.data.codec import VAECodec, load_vae, mean_latents
 from dpt.data.manifest import Manifest, VAERecord, file_sha256
 from dpt.data.reader import SampleError
@@ -27,16 +29,23 @@ CELL = 160
 _CAPTION, _GAP = 14, 4
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m data_tools.inspect", description=__doc__)
+    parser = Parser(prog="python -m data_tools.inspect", description=__doc__)
     add = parser.add_argument
     add("shards", help="shard folder")
-    add("--samples", type=int, default=256, help="samples that the statistics are of (default: %(default)s)")
+    add(
+        "--samples",
+        type=numeric(int, AT_LEAST_1),
+        default=256,
+        help="samples that the statistics are of (default: %(default)s)",
+    )
     add("--picture", default="", help="file of the contact sheet (default: contact_sheet.png in the shard folder)")
-    add("--rows", type=int, default=8, help="samples drawn; 0: no picture (default: %(default)s)")
+    add("--rows", type=numeric(int, NOT_NEGATIVE), default=8, help="samples drawn; 0: no picture (default: %(default)s)")
     add("--vae", default="", help="VAE that decodes (default: the one named in the manifest)")
-    add("--quick", action="store_true", help="compare sizes only, not hashes")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--quick", action="store_true", help="compare sizes only, not hashes")
+    how.add_argument("--verify", action="store_true", help="compare hashes, and do nothing else: before a long run")
     return parser
 
 
@@ -191,6 +200,9 @@ def inspect(arguments: argparse.Namespace) -> None:
     problems = verify(samples, hashes=not arguments.quick)
     if problems:
         raise UserError(f"{samples.folder}: {'; '.join(problems[:5])} ({len(problems)} in all); encode these shards anew.")
+    if arguments.verify:
+        print(f"{samples.folder}: {len(samples.manifest.shards)} shards are as they were written.")
+        return
     numbers = spread(len(samples), max(arguments.samples, 1))
     rows, problems = statistics(samples, numbers)
     print(describe(samples.manifest, rows, len(numbers)))

@@ -8,7 +8,6 @@ scikit-learn bundle, except the astronaut, which is for measuring, and from dead
 is a function of (seed, step), so a run that was stopped goes on from its last checkpoint as if it had not been.
 """
 
-import argparse
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
@@ -21,9 +20,11 @@ from torch import Tensor
 
 from data_tools.vae_images import RESOLUTION, bundled_photos, leaf_images, sample_batch, synthetic_images
 from data_tools.vae_measures import figures_table, measure, measure_speed, save_vae, write_card
+from dpt.config.numbers import AT_LEAST_1, numeric
+from dpt.config.parser import Parser
 from dpt.data.codec import load_vae
 from dpt.distributed import log
-from dpt.errors import UserError
+from dpt.errors import UserError, reported
 from dpt.progress import Progress, progress
 from dpt.tasks import image_to_float
 
@@ -223,13 +224,15 @@ def report(out: Path, scenes: int, seed: int) -> tuple[dict[str, float], tuple[f
     return figures, speed
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Train or measure; the exit code is 0, or 2 with one sentence for bad input."""
-    parser = argparse.ArgumentParser(prog="python -m data_tools.train_vae", description=(__doc__ or "").splitlines()[0])
+def parser() -> Parser:
+    """The command line."""
+    parser = Parser(prog="python -m data_tools.train_vae", description=(__doc__ or "").splitlines()[0])
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--out", type=Path, help="folder for the VAE and its checkpoint; a run stopped there goes on")
     where.add_argument("--evaluate", type=Path, metavar="DIR", help="measure the VAE in this folder, and train none")
-    parser.add_argument("--eval-scenes", type=int, default=64, help="unseen scenes to measure on (default: 64)")
+    parser.add_argument(
+        "--eval-scenes", type=numeric(int, AT_LEAST_1), default=64, help="unseen scenes to measure on (default: 64)"
+    )
     parser.add_argument("--initial", default="", help="VAE to start from, of the same shape (default: random weights)")
     parser.add_argument(
         "--note", default="", help="what the model card must tell beside the command, such as changes on the way"
@@ -237,16 +240,18 @@ def main(arguments: list[str] | None = None) -> int:
     for entry in fields(VAETraining):
         flag, kind = f"--{entry.name.replace('_', '-')}", type(entry.default)
         parser.add_argument(flag, type=kind, default=entry.default, help=f"{entry.metadata['help']} (default: {entry.default})")
-    given = vars(parser.parse_args(arguments))
-    try:
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Train or measure; bad input, and files that cannot be written, end it with one sentence and exit code 2."""
+    given = vars(parser().parse_args(arguments))
+    with reported("train_vae"):
         config = VAETraining(**{entry.name: given[entry.name] for entry in fields(VAETraining)})
         if given["evaluate"] is not None:
             report(given["evaluate"], given["eval_scenes"], config.seed)
         else:
             make_vae(config, given["out"], given["eval_scenes"], initial=given["initial"], note=given["note"])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     return 0
 
 

@@ -1,12 +1,13 @@
 """The command `dpt`: looks up one of its sub-commands and loads nothing else."""
 
-import argparse
 import difflib
 import importlib
 import keyword
 import os
 import sys
 from collections.abc import Sequence
+
+from dpt.config.parser import Parser
 
 COMMANDS = {
     "predict": "depth, optical flow or whole-object masks of pictures",
@@ -60,7 +61,7 @@ def run(name: str, rest: Sequence[str]) -> int:
 
     limit_spinning()
     module = importlib.import_module(module_name(name))
-    parser = argparse.ArgumentParser(prog=f"dpt {name}", description=module.__doc__, allow_abbrev=False)
+    parser = Parser(prog=f"dpt {name}", description=module.__doc__)
     module.configure(parser)
     arguments = parser.parse_args(rest)
     try:

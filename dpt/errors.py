@@ -1,9 +1,20 @@
 """Bad input: the one exception that users are meant to see, and how a command ends on it."""
 
+import errno
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+_PASSWORD = re.compile(r"(?<=://)([^/\s:@\"']*):([^/\s@\"']+)@")
+HIDDEN = "***"
+"""What stands for a password in addresses that are written anywhere."""
+
+
+def hide_passwords(text: str) -> str:
+    """The text with `HIDDEN` in place of the password of every address in it, such as http://USER:PASSWORD@HOST."""
+    return _PASSWORD.sub(rf"\1:{HIDDEN}@", text)
 
 
 class UserError(ValueError):
@@ -13,12 +24,58 @@ class UserError(ValueError):
     """
 
 
+_DISKS = {errno.ENOSPC, errno.EDQUOT}
+_FILES = _DISKS | {
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.EFBIG,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+    errno.EIO,
+    errno.ENOTEMPTY,
+    errno.EBUSY,
+    errno.EINVAL,
+}
+"""What goes wrong with files that users name: their paths, rights and disks."""
+
+
+def file_problem(error: OSError) -> str:
+    """What is wrong with a file or folder that a command reads or writes, in a sentence; empty for errors of other kinds."""
+    if error.errno not in _FILES or (error.filename is None and error.errno not in _DISKS):
+        return ""
+    reason = (error.strerror or str(error)).lower()
+    if error.filename is None:
+        return f"a file cannot be written ({reason}); make room."
+    which = error.filename2 or error.filename  # of a move, the place that it should have gone to
+    name = os.fsdecode(which) if isinstance(which, bytes) else str(which)
+    name = name if len(name) <= 200 else f"{name[:197]}..."
+    mend = "make room" if error.errno in _DISKS else "check the path and the rights to it"
+    return f"{name}: cannot be read or written ({reason}); {mend}."
+
+
 @contextmanager
 def reported(command: str) -> Iterator[None]:
-    """Turn a UserError into one line on stderr (from rank 0 alone) and exit code 2."""
+    """Turn a UserError, or an OSError about a file, into one line on stderr and exit code 2.
+
+    The one place where errors of files become sentences: commands open and write them as they are. A UserError is that of all
+    ranks, so rank 0 alone says it. An interrupt (Ctrl-C) ends with exit code 130, without a stack trace.
+    """
     try:
         yield
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":
-            print(f"{command}: error: {error}", file=sys.stderr, flush=True)
+            print(f"{command}: error: {hide_passwords(str(error))}", file=sys.stderr, flush=True)
         sys.exit(2)
+    except OSError as error:
+        if not (problem := file_problem(error)):
+            raise
+        print(f"{command}: error: {problem}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"{command}: interrupted.", file=sys.stderr, flush=True)
+        sys.exit(130)

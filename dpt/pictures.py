@@ -17,6 +17,8 @@ def decode_picture(source: Path | bytes, *, upright: bool = True) -> np.ndarray:
     """
     with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
         turned = ImageOps.exif_transpose(image) if upright else image
+        if turned.mode == "F":
+            raise ValueError("its pixels are floating-point numbers of unknown range; save it with 8 or 16 bits")
         if _is_deep(turned):
             grey = np.rint(np.asarray(turned).astype(np.float64) / 257.0).clip(0, 255).astype(np.uint8)
             return np.repeat(grey[..., None], 3, axis=-1)
@@ -24,13 +26,26 @@ def decode_picture(source: Path | bytes, *, upright: bool = True) -> np.ndarray:
 
 
 def decode_mask(source: Path | bytes, *, upright: bool = True) -> np.ndarray:
-    """A mask's picture file as bool `[H, W]`, True from the middle of its range up; one of 0 and 1 alone is True at 1."""
+    """A mask's file as bool `[H, W]`: a picture, or an .npy array of bool or numbers, `[H, W]` or with a last axis of channels.
+
+    True from the middle of its range up, which is 1, 255 or 65535, the least that its numbers fit in.
+    """
+    if isinstance(source, Path) and source.suffix.lower() == ".npy":
+        return _threshold(np.load(source, allow_pickle=False))
     with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
         turned = ImageOps.exif_transpose(image) if upright else image
         if turned.mode == "P" and np.asarray(turned).max() <= 1:  # palettes of two entries number them
             values = np.asarray(turned)
         else:
             values = np.asarray(turned if _is_deep(turned) or turned.mode == "1" else turned.convert("L"))
+    return _threshold(values)
+
+
+def _threshold(values: np.ndarray) -> np.ndarray:
+    """Numbers or bool, `[H, W]` or `[H, W, C]` (of which the first channel counts), as bool `[H, W]`."""
+    values = values[..., 0] if values.ndim == 3 else values
+    if values.ndim != 2 or not values.size or values.dtype.kind not in "buif":
+        raise ValueError(f"an array of shape {list(values.shape)} and type {values.dtype} is no mask")
     top = 1 if values.max() <= 1 else 255 if values.max() <= 255 else 65535
     return np.asarray(values > top / 2)
 
@@ -49,8 +64,11 @@ def read_picture(path: Path) -> np.ndarray:
 
 
 def read_mask(path: Path) -> np.ndarray:
-    """`decode_mask` of a file that a user names; UserError if it is none."""
+    """`decode_mask` of a file that a user names; UserError if it is none, or shows nothing."""
     try:
-        return decode_mask(path)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        mask = decode_mask(path)
+    except (OSError, ValueError, EOFError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{path}: not a mask that can be read ({error}).") from error
+    if not mask.any():
+        raise UserError(f"{path}: the mask is empty; it must show the object's visible part, white on black.")
+    return mask

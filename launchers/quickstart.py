@@ -4,7 +4,6 @@ Every step is a command that a user could type; it is shown, run, and skipped on
 and the command has not changed.
 """
 
-import argparse
 import hashlib
 import importlib.util
 import json
@@ -19,6 +18,8 @@ from pathlib import Path
 
 import torch
 
+from dpt.config.numbers import AT_LEAST_1, numeric
+from dpt.config.parser import Parser
 from dpt.errors import UserError, reported
 from dpt.evaluation.summary import format_summary
 from dpt.scaling.processes import start_forked, start_fresh
@@ -280,15 +281,16 @@ def _remove(folder: Path, out: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="quickstart", description=__doc__)
+    parser = Parser(prog="quickstart", description=__doc__)
     parser.add_argument("--out", default=DEFAULT_OUT, help="folder of everything that is made (default: %(default)s)")
-    parser.add_argument("--scenes", type=int, default=1200, help="synthetic scenes (default: %(default)s)")
+    parser.add_argument("--scenes", type=numeric(int, AT_LEAST_1), default=1200, help="synthetic scenes (default: %(default)s)")
     parser.add_argument(
-        "--jobs", type=int, default=1 if torch.cuda.is_available() else 2, help="steps side by side (default: %(default)s)"
+        "--jobs",
+        type=numeric(int, AT_LEAST_1),
+        default=1 if torch.cuda.is_available() else 2,
+        help="steps side by side (default: %(default)s)",
     )
     arguments = parser.parse_args()
-    if arguments.jobs < 1:
-        parser.error(f"--jobs {arguments.jobs}: it must be at least 1.")
     out = Path(arguments.out)
     uri = f"sqlite:///{out}/mlflow.db" if importlib.util.find_spec("mlflow") else ""
     os.chdir(ROOT)

@@ -11,14 +11,16 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Room -> rooms it may import. Each may import itself.
 BASE = {"errors", "config"}
-MIDDLE = BASE | {"distributed", "progress", "tracking", "tasks", "pictures", "clip", "hub"}
+MIDDLE = BASE | {"distributed", "locking", "progress", "tracking", "tasks", "fits", "pictures", "clip", "hub"}
 ALLOWED = {
     "errors": set(),
     "config": {"errors"},
     "distributed": BASE,
+    "locking": BASE | {"distributed"},
     "progress": {"distributed"},
     "tracking": BASE | {"distributed"},
     "tasks": BASE,
+    "fits": BASE | {"tasks"},
     "pictures": BASE,
     "hub": BASE | {"distributed"},
     "clip": BASE | {"hub"},

@@ -167,3 +167,25 @@ def test_the_five_lines_of_python_run(page, pictures, tmp_path) -> None:
     exec(code, names)
     assert names["depth"].shape == (56, 40)
     assert names["depth"].dtype == np.float32
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--mask", "a/one.png"], "--mask is for amodal"),
+        (["--second", "a/one.png"], "--second is for flow"),
+        (["--resolution", "-7"], "argument --resolution: '-7' is no whole number at least 0 and at most 8192"),
+        (["--steps", "0"], "argument --steps"),
+        (["--fov", "nan"], "argument --fov"),
+    ],
+)
+def test_options_of_other_tasks_and_numbers_out_of_range(
+    options, words, pictures, tmp_path, capsys, launcher_variables, monkeypatch
+) -> None:
+    monkeypatch.chdir(pictures)
+    weights = export_tiny(tmp_path, "depth", num_conditions=1)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["predict", "a/one.png", "--weights", str(weights), "--steps", "1", "--out", str(tmp_path / "out"), *options])
+    assert stop.value.code == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

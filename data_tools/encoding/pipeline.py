@@ -7,6 +7,7 @@ while one is encoded, and results come back and are written while the next ones 
 import queue
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,30 +27,39 @@ _QUEUED = 8
 class BatchEncoder:
     """A VAE (and an image tower) on its device, fed batches of exactly `batch_size` images.
 
-    Batches of one size, padded with zeros where a shard ends, keep the device's kernels, and so the results, the same whatever
-    is encoded together.
+    Results are the same whatever is encoded together. On a GPU batches of one size, padded with zeros where a shard ends, keep
+    its kernels the same. On a CPU every image is encoded by one thread, as many at once as torch has threads: sums that several
+    threads share would come out in another order with another number of them.
     """
 
     def __init__(self, codec: VAECodec, batch_size: int, clip: ClipEncoder | None = None) -> None:
         self.codec, self.batch_size, self.clip = codec, batch_size, clip
         self.device: torch.device = codec.vae.device
         self._prompts: dict[tuple[int, ...], NDArray[np.float16]] = {}
+        self._threads: ThreadPoolExecutor | None = None
         if self.device.type == "cuda":
             torch.backends.cudnn.deterministic = True
 
     def encode(self, images: Sequence[NDArray[Any]]) -> "Pending":
         """uint8 `[H, W, 3]` or float32 `[3, H, W]` in [-1, 1], all of one size -> moments, float16 `[B, 2, C, h, w]`."""
         assert 0 < len(images) <= self.batch_size
-        moments = self.codec.encode(self._upload(images))[: len(images)].half()
-        return Pending(moments)
+        if self.device.type == "cpu":
+            return Pending(torch.cat(self._each(lambda image: self.codec.encode(self._upload([image], 1)), images)).half())
+        return Pending(self.codec.encode(self._upload(images, self.batch_size))[: len(images)].half())
 
-    def _upload(self, images: Sequence[NDArray[Any]]) -> Tensor:
-        """The images on the device, float32 `[batch_size, 3, H, W]` in [-1, 1]. As uint8 on the way if all are."""
+    def _each(self, action: Callable[[Any], Tensor], items: Sequence[Any]) -> list[Tensor]:
+        """`action` of each item, by one thread each."""
+        if self._threads is None:  # not before the processes that read ahead have been forked
+            self._threads = ThreadPoolExecutor(torch.get_num_threads(), initializer=torch.set_num_threads, initargs=(1,))
+        return list(self._threads.map(action, items))
+
+    def _upload(self, images: Sequence[NDArray[Any]], size: int) -> Tensor:
+        """The images on the device, float32 `[size, 3, H, W]` in [-1, 1]. As uint8 on the way if all are."""
         as_bytes = all(image.dtype == np.uint8 for image in images)
         if not as_bytes:
             images = [image if image.dtype == np.float32 else tasks.image_to_float(image) for image in images]
         batch = torch.zeros(
-            (self.batch_size, *images[0].shape),
+            (size, *images[0].shape),
             dtype=torch.uint8 if as_bytes else torch.float32,
             pin_memory=self.device.type == "cuda",
         )
@@ -65,9 +75,12 @@ class BatchEncoder:
 
     def embed(self, pictures: Sequence[NDArray[np.uint8]]) -> "Pending":
         """CLIP embeddings, float32 `[B, D]`, of pictures of objects on white."""
-        assert self.clip is not None
+        clip = self.clip
+        assert clip is not None
+        if self.device.type == "cpu":
+            return Pending(torch.cat(self._each(lambda picture: clip([picture]), pictures)))
         padding = [pictures[0]] * (self.batch_size - len(pictures))
-        return Pending(self.clip([*pictures, *padding])[: len(pictures)])
+        return Pending(clip([*pictures, *padding])[: len(pictures)])
 
 
 class Pending:

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from data_tools.readers import ReadError, Sample
 from dpt import tasks
+from dpt.fits import How
 
-Fit = Literal["stretch", "crop", "pad", "aspect"]
 Prompt = Literal["all_valid", "ground_truth", "none"]
 
 
@@ -31,7 +31,7 @@ class Layout:
     """Keep the input and the truth at their own size."""
     prompt: Prompt = "all_valid"
     """Depth's second condition: an all-valid mask, the ground truth's (as the paper's released code), or none."""
-    fit: Fit = "stretch"
+    fit: How = "stretch"
     """Perception inputs to `resolution`: both sides stretched to the square, its centre cropped, the whole padded, or none of
     these: the aspect kept, sides rounded to two latents (16 pixels behind an 8x VAE)."""
     depth_code: str = tasks.DEPTH_CODE

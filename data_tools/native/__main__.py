@@ -1,19 +1,22 @@
 """Write tiny synthetic data sets in their native layouts (docs/readers.md), to try commands on before the downloads."""
 
-import argparse
 from pathlib import Path
 
 from data_tools.native.sets import WRITERS, write_sets
+from dpt.config.numbers import AT_LEAST_1, NOT_NEGATIVE, numeric
+from dpt.config.parser import Parser
 from dpt.errors import reported
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m data_tools.native", description=__doc__)
+    parser = Parser(prog="python -m data_tools.native", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"sets to write (default: all): {', '.join(WRITERS)}")
     parser.add_argument("--out", type=Path, required=True, help="folder; each set goes to the folder of its name in it")
-    parser.add_argument("--samples", type=int, default=4, help="samples of each split (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of all scenes (default: %(default)s)")
+    parser.add_argument(
+        "--samples", type=numeric(int, AT_LEAST_1), default=4, help="samples of each split (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=numeric(int, NOT_NEGATIVE), default=0, help="seed of all scenes (default: %(default)s)")
     return parser
 
 

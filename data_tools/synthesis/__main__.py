@@ -1,6 +1,5 @@
 """`python -m data_tools.synthesis`: write a synthetic data set."""
 
-import argparse
 import os
 import sys
 from pathlib import Path
@@ -8,21 +7,41 @@ from pathlib import Path
 from data_tools.synthesis.dataset import SynthesisConfig, synthesize
 from data_tools.synthesis.layouts import TASKS
 from data_tools.synthesis.scenes import VARIETIES
-from dpt.errors import UserError
+from dpt.config.numbers import AT_LEAST_1, NOT_NEGATIVE, Range, numeric
+from dpt.config.parser import Parser
+from dpt.errors import UserError, reported
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m data_tools.synthesis", description=__doc__)
+def parser() -> Parser:
+    """The command line."""
+    parser = Parser(prog="python -m data_tools.synthesis", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder to make; one folder a data set inside")
-    parser.add_argument("--scenes", type=int, default=2000, help="scenes in all splits together (default %(default)s)")
-    parser.add_argument("--size", type=int, default=128, help="width and height in pixels (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of all scenes (default %(default)s)")
+    parser.add_argument(
+        "--scenes", type=numeric(int, AT_LEAST_1), default=2000, help="scenes in all splits together (default %(default)s)"
+    )
+    parser.add_argument(
+        "--size",
+        type=numeric(int, Range(least=16, most=4096)),
+        default=128,
+        help="width and height in pixels (default %(default)s)",
+    )
+    parser.add_argument("--seed", type=numeric(int, NOT_NEGATIVE), default=0, help="seed of all scenes (default %(default)s)")
     parser.add_argument("--splits", default="train=0.9,val=0.1", help="shares of the splits (default %(default)s)")
     parser.add_argument("--tasks", default=",".join(TASKS), help="layouts to write (default %(default)s)")
     parser.add_argument("--variety", default="standard", help=f"one of {', '.join(VARIETIES)} (default %(default)s)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one a core, %(default)s)")
-    options = parser.parse_args(arguments)
-    try:
+    parser.add_argument(
+        "--workers",
+        type=numeric(int, AT_LEAST_1),
+        default=os.cpu_count() or 1,
+        help="processes (default: one a core, %(default)s)",
+    )
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; bad input, and files that cannot be written, end it with one sentence and exit code 2."""
+    options = parser().parse_args(arguments)
+    with reported("synthesis"):
         config = SynthesisConfig(
             scenes=options.scenes,
             size=options.size,
@@ -32,9 +51,6 @@ def main(arguments: list[str] | None = None) -> int:
             variety=options.variety,
         )
         synthesize(options.out, config, workers=options.workers)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     return 0
 
 

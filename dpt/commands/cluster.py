@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import json
 
+from dpt.config.numbers import AT_LEAST_1, NOT_NEGATIVE, numeric
 from dpt.config.presets import preset_values
 from dpt.config.sections import ModelConfig
 from dpt.errors import UserError
@@ -17,13 +18,28 @@ from dpt.scaling.results import format_cells
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("preset", help="network, as in `dpt presets`")
-    parser.add_argument("--gpus", type=int, nargs="+", default=[8, 16, 32, 64, 128, 256, 512, 1024], help="numbers of GPUs")
-    parser.add_argument("--input-size", type=int, default=32, help="side of the latents (default: %(default)s, 256 px)")
-    parser.add_argument("--batch", type=int, default=256, help="global batch, at least (default: %(default)s)")
-    parser.add_argument("--batch-per-gpu", type=int, default=4, help="samples a GPU, at least (default: %(default)s)")
-    parser.add_argument("--ep", type=int, default=0, help="ranks that share the experts of a layer (default: the fastest)")
+    parser.add_argument(
+        "--gpus", type=numeric(int, AT_LEAST_1), nargs="+", default=[8, 16, 32, 64, 128, 256, 512, 1024], help="numbers of GPUs"
+    )
+    parser.add_argument(
+        "--input-size", type=numeric(int, AT_LEAST_1), default=32, help="side of the latents (default: %(default)s, 256 px)"
+    )
+    parser.add_argument(
+        "--batch", type=numeric(int, AT_LEAST_1), default=256, help="global batch, at least (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--batch-per-gpu", type=numeric(int, AT_LEAST_1), default=4, help="samples a GPU, at least (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--ep",
+        type=numeric(int, NOT_NEGATIVE),
+        default=0,
+        help="ranks that share the experts of a layer (default: the fastest)",
+    )
     parser.add_argument("--zero", type=int, default=0, choices=range(4), help="ZeRO stage (default: the fastest)")
-    parser.add_argument("--imbalance", type=float, default=1.1, help="load of the fullest rank (default: %(default)s)")
+    parser.add_argument(
+        "--imbalance", type=numeric(float, AT_LEAST_1), default=1.1, help="load of the fullest rank (default: %(default)s)"
+    )
     parser.add_argument("--recipes", action="store_true", help="print the fields of each recipe")
     for field in dataclasses.fields(Cluster):
         parser.add_argument(f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default,

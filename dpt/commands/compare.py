@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from dpt.commands.options import add_run_options, selected_runs
+from dpt.config.numbers import NOT_NEGATIVE, numeric
 from dpt.errors import UserError
 from dpt.scaling.compare import as_csv, as_html, as_text, compare
 from dpt.scaling.page import write_page
@@ -14,7 +15,9 @@ _FORMATS = (".csv", ".html", ".txt")
 def configure(parser: argparse.ArgumentParser) -> None:
     add_run_options(parser)
     parser.add_argument("--metrics", nargs="+", default=[], metavar="NAME", help="further metrics (end and least value)")
-    parser.add_argument("--price", type=float, default=0.0, help="price of one device for one hour: adds a row of cost")
+    parser.add_argument(
+        "--price", type=numeric(float, NOT_NEGATIVE), default=0.0, help="price of one device for one hour: adds a row of cost"
+    )
     parser.add_argument(
         "--out", type=Path, help=f"write a file instead of printing; its suffix says how: {', '.join(_FORMATS)}"
     )

@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 
 from dpt.commands.options import add_card_options, card_text, write_card
+from dpt.config.numbers import SHARE, Range, numeric
+from dpt.config.sections import LONGEST_EMA
 from dpt.errors import UserError
 from dpt.models.pretrained import export_weights, read_config
 from dpt.training.export import export, load_weights
@@ -20,10 +22,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--to", choices=("dpt", "diffusers"), default="dpt",
                         help="diffusers: a complete pipeline: DiTPipeline for dense class models; for depth, dense and with "
                              "experts, one that needs nothing of dpt (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--ema-decay", type=float, help="decay of the average, of a run that kept several (default: its first)")
+    parser.add_argument(
+        "--ema-decay", type=numeric(float, SHARE), help="decay of the average, of a run that kept several (default: its first)"
+    )
     parser.add_argument(
         "--ema-length",
-        type=float,
+        type=numeric(float, Range(above=0, most=LONGEST_EMA)),
         metavar="SHARE",
         help="instead an average of this length, as a share of the run (EDM2's sigma_rel), made of a run's snapshots "
         "(dpt.training.ema_lengths)",

@@ -9,6 +9,7 @@ import os
 
 from dpt.commands.options import add_sampling_options, sampling_config
 from dpt.config.generation import GenerationConfig
+from dpt.config.numbers import AT_LEAST_1, NOT_NEGATIVE, numeric
 from dpt.config.recipe import DptConfig, Recipe, section_from_dict
 from dpt.config.sections import DataConfig, TrackingConfig
 from dpt.errors import UserError
@@ -22,10 +23,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", default="", help="ready-made images to score instead of weights: a folder or an .npz")
     parser.add_argument("--reference", required=True, metavar="SHARDS|FOLDER|NPZ",
                         help="real images: class shards, pictures, or an .npz of images or statistics (ADM's too)")  # fmt: skip
-    parser.add_argument("--num-images", type=int, default=default.num_images, help="images generated (default: %(default)s)")
+    parser.add_argument(
+        "--num-images",
+        type=numeric(int, AT_LEAST_1),
+        default=default.num_images,
+        help="images generated (default: %(default)s)",
+    )
     parser.add_argument("--labels", default=default.labels, choices=("balanced", "shares"),
                         help="classes equally often, or as the reference shards have them (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--guidance-channels", type=int, default=0, help="latent channels guided; 0: all, public DiT: 3")
+    parser.add_argument(
+        "--guidance-channels", type=numeric(int, NOT_NEGATIVE), default=0, help="latent channels guided; 0: all, public DiT: 3"
+    )
     parser.add_argument("--no-ema", action="store_true", help="the plain weights, not the averaged ones")
     parser.add_argument("--features", default="", metavar="FILE",
                         help="TorchScript of the feature network (default: Inception-v3 in torch.hub's cache)")  # fmt: skip
@@ -33,9 +41,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dinov2", default="", metavar="FOLDER|NAME",
                         help="for FD-DINOv2: a folder or a hub name, e.g. facebook/dinov2-large")  # fmt: skip
     parser.add_argument("--dinov2-sha256", default="", metavar="HASH", help="of weights other than facebook/dinov2-large's")
-    parser.add_argument("--neighbours", type=int, default=default.neighbours,
+    parser.add_argument("--neighbours", type=numeric(int, AT_LEAST_1), default=default.neighbours,
                         help="neighbour that precision and recall reach to (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--manifold-images", type=int, default=default.manifold_images,
+    parser.add_argument("--manifold-images", type=numeric(int, AT_LEAST_1), default=default.manifold_images,
                         help="real images that precision and recall look at (default: %(default)s)")  # fmt: skip
     parser.add_argument("--save-reference", default="", metavar="NPZ", help="keep the reference's statistics for later")
     parser.add_argument("--cache-dir", default="", metavar="FOLDER", help="keeps reference shards fetched from URLs")

@@ -5,10 +5,12 @@ import dataclasses
 from pathlib import Path
 from typing import Any, get_args
 
+from dpt.config.numbers import AT_LEAST_1, NOT_NEGATIVE, POSITIVE, numeric
 from dpt.config.recipe import section_from_dict
 from dpt.config.sections import DiffusionConfig, Task
 from dpt.data.codec import load_vae
 from dpt.errors import UserError
+from dpt.fits import FITS, Fit, as_section, fits_of
 from dpt.models.pretrained import export_weights, read_weights
 from dpt.models.schedulers import describe, read_scheduler
 from dpt.models.weights import Weights
@@ -23,9 +25,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", type=Path, help="folder to write")
     parser.add_argument("--task", choices=get_args(Task), help="what they are for (default: what the file tells, or class)")
     parser.add_argument("--vae", default="", help="VAE of their latents, e.g. stabilityai/sd-vae-ft-ema")
-    parser.add_argument("--heads", type=int, help="attention heads, where the shapes do not tell")
-    parser.add_argument("--top-k", type=int, help="experts of a token, where the shapes do not tell")
+    parser.add_argument("--heads", type=numeric(int, AT_LEAST_1), help="attention heads, where the shapes do not tell")
+    parser.add_argument("--top-k", type=numeric(int, AT_LEAST_1), help="experts of a token, where the shapes do not tell")
     parser.add_argument("--variant", default="", help="which files of a diffusers folder, e.g. fp16 (default: the plain ones)")
+    parser.add_argument("--fit", choices=FITS, help="how pictures came to their size in training (default: "
+                        "flow of the released generalist stretch, else aspect)")  # fmt: skip
     parser.add_argument("--plain", action="store_true", help="the plain weights, if the file has averaged ones too")
     objective = parser.add_argument_group("objective", "over --scheduler, which is over what the file tells")
     objective.add_argument("--scheduler", type=Path, help="a diffusers scheduler folder, or its scheduler_config.json")
@@ -35,12 +39,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
     objective.add_argument(
         "--schedule", choices=("linear", "scaled_linear", "squaredcos_cap_v2"), help="noise schedule, with its usual betas"
     )
-    objective.add_argument("--beta-start", type=float, help="first beta of a linear schedule")
-    objective.add_argument("--beta-end", type=float, help="last beta of a linear schedule")
+    objective.add_argument("--beta-start", type=numeric(float, POSITIVE), help="first beta of a linear schedule")
+    objective.add_argument("--beta-end", type=numeric(float, POSITIVE), help="last beta of a linear schedule")
     flag = argparse.BooleanOptionalAction
     objective.add_argument("--zero-terminal-snr", action=flag, help="betas rescaled so that the last timestep is pure noise")
     objective.add_argument("--set-alpha-to-one", action=flag, help="DDIM's last step ends at clean latents")
-    objective.add_argument("--steps-offset", type=int, help='added to the timesteps of the spacing "leading"')
+    objective.add_argument(
+        "--steps-offset", type=numeric(int, NOT_NEGATIVE), help='added to the timesteps of the spacing "leading"'
+    )
     objective.add_argument(
         "--timestep-spacing", choices=("leading", "trailing", "linspace"), help="which timesteps a sampler's steps fall on"
     )
@@ -77,6 +83,8 @@ def run(arguments: argparse.Namespace) -> None:
     sections["task"] = arguments.task or sections.get("task", "class")
     if diffusion := _diffusion(arguments, weights):
         sections["diffusion"] = diffusion
+    if arguments.fit:
+        sections["fits"] = as_section({task: Fit(how=arguments.fit) for task in fits_of({}, "")})
     if arguments.vae:
         vae = load_vae(arguments.vae, latent_channels=weights.config.in_channels)
         sections["vae"] = dataclasses.asdict(vae.record)

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from dpt.commands.options import add_run_options, selected_runs
+from dpt.config.numbers import AT_LEAST_1, NOT_NEGATIVE, numeric
 from dpt.errors import UserError
 from dpt.scaling.figures import FigureSpec, draw, find
 from dpt.scaling.points import X_NAMES
@@ -17,9 +18,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--x", default="macs", help=f"{names}; or a metric, or a numeric field (default: %(default)s)")
     parser.add_argument("--y", required=True, help="a metric, e.g. eval/depth/abs_rel, train/loss; 1-METRIC: one minus it")
     parser.add_argument("--group-by", default="", help="a law for each value of this field, tag or label")
-    parser.add_argument("--steps", type=int, help="only evaluations with this many sampler steps")
-    parser.add_argument("--ensemble", type=int, help="only evaluations with this ensemble size")
-    parser.add_argument("--predictions", type=int, default=0, help="with --x total_macs: predictions that the training serves")
+    parser.add_argument("--steps", type=numeric(int, AT_LEAST_1), help="only evaluations with this many sampler steps")
+    parser.add_argument("--ensemble", type=numeric(int, AT_LEAST_1), help="only evaluations with this ensemble size")
+    parser.add_argument(
+        "--predictions",
+        type=numeric(int, NOT_NEGATIVE),
+        default=0,
+        help="with --x total_macs: predictions that the training serves",
+    )
     parser.add_argument("--over", default="", metavar="TAG", help="draw runs that differ in this tag alone as their mean")
     parser.add_argument("--curve", action="store_true", help="all recorded values of a training metric, not the last alone")
     parser.add_argument("--frontier", action="store_true", help="one law through the least y that each x can buy (lower hull)")

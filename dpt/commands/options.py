@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dpt.config.numbers import AT_LEAST_1, SHARE, Range, numeric
 from dpt.config.recipe import section_from_dict
 from dpt.config.sections import EvaluationConfig, ModelConfig, TrackingConfig
 from dpt.errors import UserError
@@ -39,18 +40,26 @@ def add_sampling_options(
     if not on_ranks:
         parser.add_argument("--weights", required=True, help="exported, a checkpoint, public, or hub:owner/name[@revision]")
     parser.add_argument("--vae", default="", help="VAE (a folder, or a name on the hub), where the weights do not name theirs")
-    parser.add_argument("--steps", type=int, default=steps, help="sampler steps (default: %(default)s)")
+    parser.add_argument(
+        "--steps", type=numeric(int, Range(least=1, most=1000)), default=steps, help="sampler steps (default: %(default)s)"
+    )
     parser.add_argument("--sampler", default=sampler, choices=("ddim", "ddpm", "dpmsolver++"), help="(default: %(default)s)")
     parser.add_argument("--schedule", default="", choices=("linear", "scaled_linear", "squaredcos_cap_v2"),
                         help="noise schedule at test time, with its usual betas (default: the one of training)")  # fmt: skip
     parser.add_argument("--timestep-spacing", default="", choices=("leading", "trailing", "linspace"),
                         help="which timesteps the steps fall on (default: as the weights say)")  # fmt: skip
-    parser.add_argument("--guidance", type=float, default=guidance, help="guidance scale; 1: none (default: %(default)s)")
-    parser.add_argument("--guidance-interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("LOW", "HIGH"),
-                        help="noise levels, as shares of the timesteps, at which guidance acts (default: 0 1)")  # fmt: skip
-    parser.add_argument("--seed", type=int, default=0, help="seed of the initial noise (default: %(default)s)")
     parser.add_argument(
-        "--batch-size", "--batch", type=int, default=16, help="predictions computed at once (default: %(default)s)"
+        "--guidance", type=numeric(float), default=guidance, help="guidance scale; 1: none (default: %(default)s)"
+    )
+    parser.add_argument("--guidance-interval", type=numeric(float, SHARE), nargs=2, default=(0.0, 1.0), metavar=("LOW", "HIGH"),
+                        help="noise levels, as shares of the timesteps, at which guidance acts (default: 0 1)")  # fmt: skip
+    parser.add_argument("--seed", type=numeric(int), default=0, help="seed of the initial noise (default: %(default)s)")
+    parser.add_argument(
+        "--batch-size",
+        "--batch",
+        type=numeric(int, AT_LEAST_1),
+        default=16,
+        help="predictions computed at once (default: %(default)s)",
     )
     parser.add_argument("--precision", default="fp32", choices=("fp32", "tf32", "bf16"),
                         help="of the network's products; tf32 is for GPUs (default: %(default)s)")  # fmt: skip

@@ -3,10 +3,12 @@ time."""
 
 import argparse
 import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
 from dpt.commands.options import add_run_options, selected_runs
+from dpt.config.numbers import POSITIVE, Range, numeric
 from dpt.config.presets import preset_values
 from dpt.config.sections import ModelConfig, UpcyclingConfig
 from dpt.errors import UserError
@@ -20,8 +22,15 @@ from dpt.scaling.surface import FACTORS, Observation, Surface, fit_surface, obse
 
 def configure(parser: argparse.ArgumentParser) -> None:
     add_run_options(parser)
-    parser.add_argument("--budget", type=float, required=True, help="MACs of all training together, e.g. 1e18")
-    parser.add_argument("--test-macs-per-image", type=float, default=float("inf"), help="MACs of one prediction (default: any)")
+    parser.add_argument(
+        "--budget", type=numeric(float, POSITIVE), required=True, help="MACs of all training together, e.g. 1e18"
+    )
+    parser.add_argument(
+        "--test-macs-per-image",
+        type=numeric(float, Range(above=0, most=math.inf)),
+        default=float("inf"),
+        help="MACs of one prediction (default: any)",
+    )
     parser.add_argument("--task", default="depth", choices=sorted(MAIN_METRIC), help="(default: %(default)s)")
     parser.add_argument("--metric", default="", help="what is to be good (default: the task's main metric)")
     parser.add_argument("--dataset", default="", help="evaluation set, where the runs have several")
@@ -31,8 +40,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    if arguments.budget <= 0:
-        raise UserError(f"--budget {arguments.budget:g}: it must be above 0.")
     metric = arguments.metric or MAIN_METRIC[arguments.task]
     if metric not in METRICS:
         raise UserError(f"--metric {metric}: choose one of {', '.join(METRICS)}.")

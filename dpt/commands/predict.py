@@ -5,11 +5,13 @@ Results are written as they come; the same command goes on after a stop. On seve
 """
 
 import argparse
+import dataclasses
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpt.commands.options import add_sampling_options, sampling_config
+from dpt.config.numbers import NOT_NEGATIVE, POSITIVE, Range, numeric
 from dpt.errors import UserError
 
 if TYPE_CHECKING:
@@ -34,15 +36,25 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--formats", default="",
                         help="depth: npy, png16, colour, exr, ply; flow: flo, colour; amodal: mask, overlay "
                              "(default: npy,png16,colour; the others: both)")  # fmt: skip
-    parser.add_argument("--fov", type=float, default=60.0,
+    parser.add_argument("--fov", type=numeric(float, Range(above=0, below=180)), default=60.0,
                         help="ply: the camera's horizontal field of view in degrees (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--focal", type=float, default=0.0, help="ply: focal length in pixels, in place of --fov")
-    parser.add_argument("--depth-range", type=float, nargs=2, default=(1.0, 5.0), metavar=("NEAR", "FAR"),
+    parser.add_argument(
+        "--focal", type=numeric(float, NOT_NEGATIVE), default=0.0, help="ply: focal length in pixels, in place of --fov"
+    )
+    parser.add_argument("--depth-range", type=numeric(float, POSITIVE), nargs=2, default=(1.0, 5.0), metavar=("NEAR", "FAR"),
                         help="ply: distances of the least and greatest depth, which is known up to scale and shift "
                              "(default: 1 5)")  # fmt: skip
     parser.add_argument("--again", action="store_true", help="predict what is there already, too")
-    parser.add_argument("--resolution", type=int, default=0, help="longest side shown to the network (default: as trained)")
-    parser.add_argument("--ensemble", type=int, default=1, help="predictions that are merged (default: %(default)s)")
+    parser.add_argument("--resolution", type=numeric(int, Range(least=0, most=8192)), default=0,
+                        help="longest side shown to the network, pixels (default: as trained)")  # fmt: skip
+    parser.add_argument("--fit", choices=("stretch", "aspect"), default="",
+                        help="pictures are stretched to the square, or keep their aspect (default: as trained)")  # fmt: skip
+    parser.add_argument(
+        "--ensemble",
+        type=numeric(int, Range(least=1, most=50)),
+        default=1,
+        help="predictions that are merged (default: %(default)s)",
+    )
     add_sampling_options(parser, steps=50, guidance=1.0)
 
 
@@ -79,7 +91,12 @@ def run(arguments: argparse.Namespace) -> None:
         device=arguments.device,
         read=load_weights,
     )
+    if arguments.fit:
+        predictor.fits = {task: dataclasses.replace(fit, how=arguments.fit) for task, fit in predictor.fits.items()}
     task = arguments.task or predictor.task
+    for option, wanted in (("second", "flow"), ("mask", "amodal")):
+        if getattr(arguments, option) and task != wanted:
+            raise UserError(f"--{option} is for {wanted}, and {arguments.weights} predicts {task}; leave it out.")
     settings = {name: value for name, value in vars(arguments).items() if name not in _NOT_SETTINGS}
     with distributed.together():
         done = predict_files(

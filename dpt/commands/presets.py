@@ -4,16 +4,21 @@ import argparse
 import json
 from typing import Any
 
+from dpt.config.numbers import AT_LEAST_1, numeric
 from dpt.models.costs import preset_table
 from dpt.scaling.results import format_cells, show_macs
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print every column, numbers in full, as JSON")
-    parser.add_argument("--ranks", type=int, default=1, help="ranks (default: %(default)s)")
-    parser.add_argument("--ep", type=int, default=1, help="ranks that share the experts of a layer (default: %(default)s)")
+    parser.add_argument("--ranks", type=numeric(int, AT_LEAST_1), default=1, help="ranks (default: %(default)s)")
+    parser.add_argument(
+        "--ep", type=numeric(int, AT_LEAST_1), default=1, help="ranks that share the experts of a layer (default: %(default)s)"
+    )
     parser.add_argument("--zero", type=int, default=1, choices=range(4), help="ZeRO stage (default: %(default)s)")
-    parser.add_argument("--micro-batch", type=int, default=32, help="samples per rank and step (default: %(default)s)")
+    parser.add_argument(
+        "--micro-batch", type=numeric(int, AT_LEAST_1), default=32, help="samples per rank and step (default: %(default)s)"
+    )
     parser.add_argument("--precision", default="bf16", choices=("fp32", "bf16", "fp16"), help="(default: %(default)s)")
 
 

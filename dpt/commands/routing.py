@@ -4,16 +4,22 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from dpt.errors import UserError
+from dpt.config.numbers import AT_LEAST_1, numeric
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("weights", help="weights of a Mixture-of-Experts: exported, public, a checkpoint, or hub:owner/name")
     parser.add_argument("--data", nargs="+", required=True, help="training shards of the model's task")
-    parser.add_argument("--samples", type=int, default=256, help="samples shown to the network (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=32, help="samples at once (default: %(default)s)")
+    parser.add_argument(
+        "--samples", type=numeric(int, AT_LEAST_1), default=256, help="samples shown to the network (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--batch-size", type=numeric(int, AT_LEAST_1), default=32, help="samples at once (default: %(default)s)"
+    )
     parser.add_argument("--out", type=Path, default=Path("routing"), help="folder of the results (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of order, timesteps and noise (default: %(default)s)")
+    parser.add_argument(
+        "--seed", type=numeric(int), default=0, help="seed of order, timesteps and noise (default: %(default)s)"
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -27,14 +33,12 @@ def run(arguments: argparse.Namespace) -> None:
     from dpt.training.export import load_weights
     from dpt.training.step import Preparation
 
-    if min(arguments.samples, arguments.batch_size) < 1:
-        raise UserError("--samples and --batch-size must be at least 1.")
     weights = load_weights(arguments.weights, ema=True)
     config = DptConfig(
         task=weights.sections.get("task", "class"),
         model=weights.config,
         diffusion=section_from_dict(DiffusionConfig, weights.sections.get("diffusion", {}), arguments.weights),
-        data=DataConfig(shards=arguments.data, posterior="mean"),
+        data=DataConfig(shards=arguments.data, posterior="mean", vae=str((weights.sections.get("vae") or {}).get("name", ""))),
         training=TrainingConfig(seed=arguments.seed),
     )
     device, batch_size = distributed.device(), min(arguments.batch_size, arguments.samples)

@@ -4,14 +4,19 @@ import argparse
 from pathlib import Path
 
 from dpt.commands.options import add_sampling_options, sampling_config
+from dpt.config.numbers import AT_LEAST_1, NOT_NEGATIVE, numeric
 from dpt.errors import UserError
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--labels", required=True, help="class ids, e.g. 207,360,387")
-    parser.add_argument("--per-label", type=int, default=1, help="images of each class (default: %(default)s)")
+    parser.add_argument(
+        "--per-label", type=numeric(int, AT_LEAST_1), default=1, help="images of each class (default: %(default)s)"
+    )
     parser.add_argument("--out", type=Path, default=Path("samples"), help="folder of the images (default: %(default)s)")
-    parser.add_argument("--guidance-channels", type=int, default=0, help="latent channels guided; 0: all, public DiT: 3")
+    parser.add_argument(
+        "--guidance-channels", type=numeric(int, NOT_NEGATIVE), default=0, help="latent channels guided; 0: all, public DiT: 3"
+    )
     add_sampling_options(parser, steps=250, guidance=4.0)
 
 

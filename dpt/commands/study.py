@@ -4,8 +4,9 @@ import argparse
 import shlex
 from pathlib import Path
 
+from dpt.config.numbers import AT_LEAST_1, POSITIVE, Range, numeric
 from dpt.config.sections import TrackingConfig
-from dpt.errors import UserError
+from dpt.errors import UserError, hide_passwords
 from dpt.scaling.figures import draw, find
 from dpt.scaling.launching import command, count_devices, missing, pending, submit
 from dpt.scaling.rehearsal import WATERMARK, make_shards, rehearsal_of
@@ -20,12 +21,22 @@ from dpt.tracking.sender import sync
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("study", type=Path, nargs="+", help="YAML file, e.g. studies/small_model_size.yaml; several run as one")
     parser.add_argument(
-        "--jobs", type=int, default=1, help="launches at a time, sharing the devices or CPU threads (default: 1)"
+        "--jobs",
+        type=numeric(int, AT_LEAST_1),
+        default=1,
+        help="launches at a time, sharing the devices or CPU threads (default: 1)",
     )
     parser.add_argument("--uri", default=TrackingConfig.uri, help="MLflow store of the runs (default: %(default)s)")
     parser.add_argument("--dry-run", action="store_true", help="show launches, expected MACs and commands; start nothing")
-    parser.add_argument("--peak-flops", type=float, default=989e12, help="--dry-run: of a device (default: H100, bf16 dense)")
-    parser.add_argument("--mfu", type=float, default=0.4, help="--dry-run: share of it that is reached (default: %(default)s)")
+    parser.add_argument(
+        "--peak-flops", type=numeric(float, POSITIVE), default=989e12, help="--dry-run: of a device (default: H100, bf16 dense)"
+    )
+    parser.add_argument(
+        "--mfu",
+        type=numeric(float, Range(above=0, most=1)),
+        default=0.4,
+        help="--dry-run: share of it that is reached (default: %(default)s)",
+    )
     parser.add_argument(
         "--rehearse",
         nargs="?",
@@ -109,7 +120,8 @@ def _show(study: Study, peak_flops: float, mfu: float) -> None:
     if absent := missing(study):
         print("To be made first:\n" + "\n".join(map(how_to_make, absent)) + "\n")
     print(format_cells(["launch", "launcher", "MACs (evaluation: an image)", "device-hours", "state"], cells))
-    print("\n" + "\n".join(shlex.join(command(launch)) for launch in study.launches if launch.name in unfinished))
+    commands = [shlex.join(command(launch)) for launch in study.launches if launch.name in unfinished]
+    print("\n" + hide_passwords("\n".join(commands)))
 
 
 def device_hours(macs: float, peak_flops: float, mfu: float) -> float:

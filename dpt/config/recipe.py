@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_origin, get_type_hints
 
+from dpt.config.deepspeed_keys import DEEPSPEED_KEYS, check_keys
 from dpt.config.generation import GenerationConfig
+from dpt.config.numbers import FINITE
 from dpt.config.presets import preset_values
 from dpt.config.sections import (
     DataConfig,
@@ -23,42 +25,7 @@ from dpt.config.sections import (
     UpcyclingConfig,
     ValidationConfig,
 )
-from dpt.errors import UserError
-
-DEEPSPEED_KEYS = frozenset(
-    {
-        "activation_checkpointing",
-        "aio",
-        "bf16",
-        "checkpoint",
-        "comms_logger",
-        "communication_data_type",
-        "data_types",
-        "dataloader_drop_last",
-        "disable_allgather",
-        "dump_state",
-        "flops_profiler",
-        "fp16",
-        "gradient_accumulation_steps",
-        "gradient_clipping",
-        "gradient_predivide_factor",
-        "memory_breakdown",
-        "optimizer",
-        "prescale_gradients",
-        "scheduler",
-        "seq_parallel_communication_data_type",
-        "sparse_gradients",
-        "steps_per_print",
-        "torch_autocast",
-        "train_batch_size",
-        "train_micro_batch_size_per_gpu",
-        "use_data_before_expert_parallelism",
-        "wall_clock_breakdown",
-        "zero_allow_untested_optimizer",
-        "zero_force_ds_cpu_optimizer",
-        "zero_optimization",
-    }
-)
+from dpt.errors import UserError, hide_passwords
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,8 +60,10 @@ class Recipe:
     path: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """The recipe as one JSON object, every field resolved."""
-        return {**self.deepspeed, "dpt": dataclasses.asdict(self.dpt)}
+        """The recipe as one JSON object, every field resolved; a password in the tracking address is hidden."""
+        content = dataclasses.asdict(self.dpt)
+        content["tracking"]["uri"] = hide_passwords(self.dpt.tracking.uri)
+        return {**self.deepspeed, "dpt": content}
 
     @property
     def zero_stage(self) -> int:
@@ -152,6 +121,7 @@ def load_recipe(path: str | Path | None, overrides: Mapping[str, Any] | None = N
                 raise UserError(f"{source}: {name} cannot be set, since {part} is no object.")
             target = inner
         target[parts[-1]] = value
+    check_keys(content, source)
     model = given.get("model", {})
     given["model"] = {**preset_values(model.get("preset", ModelConfig.preset)), **model}
     return Recipe(deepspeed=content, dpt=_build(DptConfig, given, source, "dpt"), path=str(path or ""))
@@ -183,10 +153,18 @@ def _build(cls: type, values: dict[str, Any], source: str, prefix: str) -> Any:
         except ArgumentError as error:
             kind = _type_name(hints[name])
             raise UserError(f"{source}: {prefix}.{name} is {value!r}; it must be of type {kind}.") from error
+        _check_finite(f"{source}: {prefix}.{name}", values[name])
     try:
         return cls(**nested, **values)
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
+
+
+def _check_finite(name: str, value: Any) -> None:
+    """JSON as Python reads it has NaN and infinity, which no field takes."""
+    for one in value if isinstance(value, list) else [value]:
+        if isinstance(one, float):
+            FINITE.check(name, one)
 
 
 def _type_name(hint: Any) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from dpt.config.alignment import FeatureAlignmentConfig, SelfAlignmentConfig
+from dpt.config.numbers import NOT_NEGATIVE, Range
 from dpt.errors import UserError
 
 Task = Literal["class", "depth", "flow", "amodal", "generalist"]
@@ -297,6 +298,8 @@ class DataConfig:
     """Threads per rank that read shards, and as many that fetch them; 0: the one that fills batches reads, one fetches."""
     cache_dir: str = ""
     """Folder that keeps shards fetched from URLs (it grows to the size of the sets); empty: fetched anew every epoch."""
+    verify: bool = True
+    """Hash every shard ahead of its first use, as in the manifest: a bit that has flipped is named, never trained on."""
     max_bad_samples: int = 0
     """Unreadable samples that are skipped (and counted) before the run stops."""
 
@@ -378,6 +381,9 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         _check_interval(self.guidance_low, self.guidance_high, "dpt.sampling")
+        for name in ("every", "guidance_channels"):
+            NOT_NEGATIVE.check(f"dpt.sampling.{name}", getattr(self, name))
+        Range(least=1, most=1000).check("dpt.sampling.num_inference_steps", self.num_inference_steps)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -443,6 +449,8 @@ class TrainingConfig:
     """Checkpoints at multiples of this step are kept for good; 0: none."""
     resume: bool = True
     """Continue from the newest complete checkpoint in output_dir."""
+    resume_changed: bool = False
+    """Continue, too, where fields that decide the course of the training are not those of the run in output_dir."""
     max_skipped_steps: int = 10
     """Non-finite steps in a row before the run goes back to its last checkpoint and leaves out the samples in between."""
     timeout_s: float = 1800.0
@@ -473,6 +481,7 @@ class TrainingConfig:
             f"dpt.training.ema_snapshot_every is {self.ema_snapshot_every}; it cannot be negative.",
         )
         for name in (
+            "lr_final",
             "warmup_steps",
             "balance_loss_weight",
             "router_z_loss_weight",

@@ -74,6 +74,8 @@ class BatchReader:
     pin_memory: bool
     patience: Patience
     cache_dir: str
+    verify: bool
+    """Whether shards are hashed before their first samples are read."""
 
     def __post_init__(self) -> None:
         self.patience = replace(self.patience, stop=threading.Event())
@@ -152,7 +154,7 @@ class BatchReader:
                     f"{self.sets[number].name}: more than {self._most_open} shards must be open at once, which takes too many "
                     "files for one process; raise the limit (ulimit -n) or encode into larger shards."
                 )
-            shard = Shard(self.sets[number], shard_number, self._openers, self.patience, self.cache_dir)
+            shard = Shard(self.sets[number], shard_number, self._openers, self.patience, self.cache_dir, verify=self.verify)
             self._shards[number, shard_number] = shard
         return shard
 

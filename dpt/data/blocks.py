@@ -59,10 +59,14 @@ class Workers:
 class Shard:
     """A shard that one thread opens (or fetches) and others read. It is closed once nothing refers to it."""
 
-    def __init__(self, source: ShardSet, number: int, openers: Workers, patience: Patience, cache_dir: str) -> None:
+    def __init__(
+        self, source: ShardSet, number: int, openers: Workers, patience: Patience, cache_dir: str, *, verify: bool = False
+    ) -> None:
         self.url, self.num_samples = source.urls[number], source.manifest.shards[number].num_samples
         self._patience = patience
-        self._open = partial(openers.submit, patience.retry, partial(open_shard, source, number, patience, cache_dir))
+        self._open = partial(
+            openers.submit, patience.retry, partial(open_shard, source, number, patience, cache_dir, verify=verify)
+        )
         self._opened: Future[ShardReader] = self._open()
 
     def read(self, first: int, count: int, action: Callable[[ShardReader], T]) -> T:

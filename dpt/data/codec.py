@@ -153,8 +153,10 @@ def load_vae(name: str = EMBEDDED, *, latent_channels: int = 0, downsampling: in
     """Load "embedded", a folder in diffusers' layout, or a hub name such as "stabilityai/sd-vae-ft-ema", on the CPU in fp32.
 
     Of the kinds `AutoencoderKL` and `AutoencoderDC`; only safetensors are read. Names on the hub may be bare or as in
-    `dpt.hub`; the codec's `name` then says the commit. latent_channels, downsampling: what is needed; 0: any. UserError if there
-    is no such VAE, its files are broken, or it is another one than is needed.
+    `dpt.hub`; the codec's `name` then says the commit. latent_channels, downsampling: what is needed; 0: any.
+
+    Raises:
+        UserError: there is no such VAE, its files are broken, or it is another one than is needed.
     """
     import diffusers
 

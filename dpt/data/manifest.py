@@ -4,12 +4,13 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dpt.errors import UserError
+from dpt.fits import FITS, Fit
 from dpt.tasks import TASKS
 
 FORMAT_VERSION = 1
@@ -125,9 +126,22 @@ class Manifest:
     """Per member of latents: mean and standard deviation of the posterior mean, by latent channel."""
 
     @property
+    def fit(self) -> Fit | None:
+        """How pictures were brought to `resolution`; None if the encoder did not say."""
+        how = self.encoding.get("fit")
+        return Fit(how=how, resolution=self.resolution) if how in FITS else None
+
+    @property
     def data_sha256(self) -> str:
         """One hash for all samples: of the shards' hashes in order. What a run records as its data."""
         return hashlib.sha256("\n".join(shard.sha256 for shard in self.shards).encode()).hexdigest()
+
+
+def data_sha256(manifests: Sequence[Manifest]) -> str:
+    """One hash for all samples of several sets in this order; of a single one, its own."""
+    if len(manifests) == 1:
+        return manifests[0].data_sha256
+    return hashlib.sha256("\n".join(manifest.data_sha256 for manifest in manifests).encode()).hexdigest()
 
 
 def read_manifest(folder: str | Path) -> Manifest:

@@ -7,7 +7,8 @@ import numpy as np
 
 from dpt.data.blocks import Shard, Workers
 from dpt.data.reader import SampleError
-from dpt.data.sources import Patience, is_url, resolve
+from dpt.data.sources import Patience, is_url, open_shard, resolve
+from dpt.errors import UserError
 
 
 class ShardFolder:
@@ -37,11 +38,26 @@ class ShardFolder:
         if self._open is None or self._open[0] != index:
             self.close()
             patience = Patience() if is_url(url) else Patience(retries=0)  # a network may recover
-            self._open = index, Shard(self._source, index, Workers(0, ""), patience, self._cache_dir)
+            self._open = index, Shard(self._source, index, Workers(0, ""), patience, self._cache_dir, verify=is_url(url))
         try:
             return self._open[1].read(row, 1, lambda reader: reader.sample(row))
         except SampleError as error:
             raise SampleError(f"sample {row} of {url}: {error}") from error
+
+    def verify(self, first: int, count: int, part: int = 0, parts: int = 1) -> None:
+        """Hash every `parts`-th of the local shards that hold `count` samples from number `first` on, from the `part`-th on.
+
+        UserError names one that is not as it was written. Those behind URLs are hashed whenever they are fetched.
+        """
+        shards = np.unique(np.searchsorted(self._starts, np.arange(first, first + count), "right") - 1).tolist()
+        for number in shards[part::parts]:
+            url = self._source.urls[number]
+            if is_url(url):
+                continue
+            try:
+                open_shard(self._source, number, Patience(retries=0), verify=True).close()
+            except (SampleError, OSError) as error:
+                raise UserError(f"{url}: {error}; encode the set anew.") from error
 
     def close(self) -> None:
         """Close the open shard."""

@@ -2,6 +2,7 @@
 patience for sources that fail or stall."""
 
 import dataclasses
+import hashlib
 import io
 import os
 import re
@@ -19,7 +20,7 @@ from typing import Any, BinaryIO, TypeVar
 from braceexpand import braceexpand
 
 from dpt.data.manifest import MANIFEST_NAME, Manifest, ShardRecord, parse_manifest, read_manifest
-from dpt.data.reader import ShardReader
+from dpt.data.reader import SampleError, ShardReader
 from dpt.errors import UserError
 
 T = TypeVar("T")
@@ -71,6 +72,8 @@ class ShardSet:
     name: str
     manifest: Manifest
     urls: tuple[str, ...]
+    verified: set[int] = field(default_factory=set, compare=False)
+    """Numbers of the shards that this process has found to be as they were written."""
 
 
 def resolve(source: str, patience: Patience) -> ShardSet:
@@ -121,10 +124,11 @@ def _fetch_manifest(url: str, source: str, patience: Patience) -> Manifest:
     return parse_manifest(text, url)
 
 
-def open_shard(source: ShardSet, number: int, patience: Patience, cache_dir: str = "") -> ShardReader:
+def open_shard(source: ShardSet, number: int, patience: Patience, cache_dir: str = "", *, verify: bool = False) -> ShardReader:
     """Shard `number` of `source`; from a URL as a file in `cache_dir`, taken as it is if it is there, or an unnamed one.
 
-    OSError if it cannot be opened or does not come whole, SampleError if it is no tar.
+    `verify`: compare its hash with the manifest's, if that has not been done. OSError if it cannot be opened or does not come
+    whole, SampleError if it is no tar, or not as it was written.
     """
     record, url = source.manifest.shards[number], source.urls[number]
     if is_url(url):
@@ -132,7 +136,20 @@ def open_shard(source: ShardSet, number: int, patience: Patience, cache_dir: str
     else:
         file = open(url, "rb", buffering=0)  # noqa: SIM115 the reader closes it
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)  # its samples are soon read in random order
+    if verify and number not in source.verified:
+        _verify(file, record)
+        source.verified.add(number)
     return ShardReader(file, url, record, source.manifest.members)
+
+
+def _verify(file: BinaryIO, record: ShardRecord) -> None:
+    """SampleError if the contents are not those of the manifest. Lengths that differ are left to who reads the samples."""
+    if os.fstat(file.fileno()).st_size == record.bytes:
+        found = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+        if found != record.sha256:
+            file.close()
+            raise SampleError("its contents are not what was written, by the sha256 in the manifest: some bits have flipped")
+    file.seek(0)
 
 
 def _fetch_shard(url: str, record: ShardRecord, patience: Patience, cache_dir: str) -> BinaryIO:

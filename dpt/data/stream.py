@@ -37,6 +37,7 @@ class LatentStream:
     prefetch: batches filled ahead, and as many more whose blocks are read ahead.
     max_bad_samples: unreadable samples of this rank that are replaced by a neighbour, with a warning, before a UserError.
     cache_dir: folder that keeps shards fetched from URLs; empty: fetched anew when needed again.
+    verify: hash shards ahead of their first use; one that is not as it was written counts as unreadable.
 
     UserError if sources are missing, do not fit together, or the batch does not split.
     """
@@ -58,6 +59,7 @@ class LatentStream:
         pin_memory: bool = False,
         prefetch: int = 4,
         cache_dir: str = "",
+        verify: bool = False,
         patience: Patience | None = None,
     ) -> None:
         assert 0 <= rank < world_size
@@ -65,6 +67,8 @@ class LatentStream:
         assert prefetch >= 1
         if not sources:
             raise UserError("dpt.data.shards is empty; name at least one shard folder.")
+        if twice := [source for number, source in enumerate(sources) if source in sources[:number]]:
+            raise UserError(f"dpt.data.shards names {twice[0]} twice; name it once, with more weight in dpt.data.weights.")
         micro = micro_batch_size or global_batch_size // world_size
         if micro < 1 or global_batch_size % (micro * world_size):
             raise UserError(
@@ -95,6 +99,7 @@ class LatentStream:
             pin_memory=pin_memory,
             patience=patience,
             cache_dir=cache_dir,
+            verify=verify,
         )
 
     @property

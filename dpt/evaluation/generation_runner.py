@@ -1,5 +1,6 @@
 """The stage that scores class-conditional weights: generate, compare with real images, write down under which settings."""
 
+import contextlib
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,7 +18,7 @@ from dpt.evaluation.image_metrics import frechet_distance
 from dpt.evaluation.image_sources import ImageSource, label_counts
 from dpt.evaluation.prediction import Predictor
 from dpt.evaluation.references import Reference
-from dpt.evaluation.runner import weights_sha256
+from dpt.evaluation.runner import as_evaluated, weights_sha256
 from dpt.models.attention import use_backend
 from dpt.models.costs import macs
 from dpt.models.pretrained import read_weights
@@ -37,13 +38,18 @@ _SAMPLING = ("sampler", "eta", "step_power", "guidance_scale", "guidance_low", "
 
 
 def score_generation(
-    config: GenerationConfig, evaluation: EvaluationConfig, predictor: Predictor | None = None, *, cache_dir: str = ""
+    config: GenerationConfig,
+    evaluation: EvaluationConfig,
+    predictor: Predictor | None = None,
+    *,
+    cache_dir: str = "",
+    begin: Callable[[], object] = lambda: None,
 ) -> dict[str, Any]:
     """Generate images with `predictor` (or take `config.images`) and compare them with `config.reference`. Collective.
 
     Writes OUT/images/NNNNNN.png, from which an interrupted run goes on, and OUT/fid.json, below `evaluation.output_dir`.
     Returns what the file holds, {"version", "metrics", "settings"}, on every rank. All that can be checked is checked before
-    the first image is made. UserError for bad input.
+    the first image is made, and then `begin` is called. UserError for bad input.
     """
     output = Path(evaluation.output_dir)
     with distributed.together():
@@ -67,6 +73,7 @@ def score_generation(
     if predictor is not None:
         made_with = {**settings["sampling"], "weights_sha256": weights_sha256(predictor), "labels": config.labels}
         claim_folder(output / "images", made_with)
+    begin()
     distributed.log(format_settings(settings))
     real, real_dinov2 = reference.statistics(network), None
     if dinov2 is not None and reference.source is not None:
@@ -175,7 +182,7 @@ def format_metrics(summary: dict[str, Any]) -> str:
 def run_generation(recipe: Recipe, *, vae: str = "", read: Callable[..., Weights] = read_weights) -> dict[str, Any]:
     """`score_generation` of a recipe's `dpt.generation`, recorded in MLflow as a run nested in the one that trained the
     weights; `vae` (empty: the recipe's) and `read` as in `dpt.evaluation.loading.load_model`."""
-    from dpt.tracking import start_run
+    from dpt.tracking import Run, start_run
 
     evaluation = replace(recipe.dpt.evaluation, weights=hub.pinned(recipe.dpt.evaluation.weights))
     recipe, config = replace(recipe, dpt=replace(recipe.dpt, evaluation=evaluation)), recipe.dpt.generation
@@ -198,10 +205,24 @@ def run_generation(recipe: Recipe, *, vae: str = "", read: Callable[..., Weights
             )
     parent = str(predictor.lineage.get("run_id") or "") if predictor is not None else ""
     name = f"fid {Path(config.images or evaluation.weights).name}"
-    with start_run(
-        recipe.dpt.tracking, stage="evaluate", name=name, params=recipe.to_dict(), parents=[parent], output_dir=output, tags={}
-    ) as run:
-        summary = score_generation(config, evaluation, predictor, cache_dir=recipe.dpt.data.cache_dir)
+    with contextlib.ExitStack() as stack:
+        runs: list[Run] = []
+
+        def begin() -> None:
+            with distributed.together():
+                started = start_run(
+                    recipe.dpt.tracking,
+                    stage="evaluate",
+                    name=name,
+                    params=as_evaluated(recipe, predictor, "class").to_dict(),
+                    parents=[parent],
+                    output_dir=output,
+                    tags={},
+                )
+            runs.append(stack.enter_context(started))
+
+        summary = score_generation(config, evaluation, predictor, cache_dir=recipe.dpt.data.cache_dir, begin=begin)
+        (run,) = runs
         settings = summary["settings"]
         run.set_tags(
             {"dpt.dataset": Path(config.reference).name, "dpt.protocol": format_settings(settings).replace("\n", "; ")}

@@ -27,18 +27,20 @@ def read_prediction(folder: Path, key: str, task: str, size: tuple[int, int]) ->
     `[2, H, W]` in pixels; amodal bool `[H, W]`.
 
     Files: depth as .npy `[h, w]` or PNG of any bit depth; flow as .flo or .npy (`[2, h, w]` or `[h, w, 2]`) in pixels of its
-    own size; masks as PNG (see `dpt.pictures.decode_mask`) or .npy (over 0.5). UserError if one cannot be read or has another
+    own size; masks as PNG or .npy (`dpt.pictures.decode_mask`). UserError if one cannot be read or has another
     shape.
     """
     path = find_prediction(folder, key, task)
     try:
-        if path.suffix == ".npy":
+        if task == "amodal":
+            values = decode_mask(path)
+        elif path.suffix == ".npy":
             values = np.load(path, allow_pickle=False)
         elif path.suffix == ".flo":
             values = read_flo(path)
         else:
-            values = decode_mask(path) if task == "amodal" else np.asarray(Image.open(path))
-    except (OSError, ValueError) as error:
+            values = np.asarray(Image.open(path))
+    except (OSError, ValueError, EOFError) as error:
         raise UserError(f"{path}: the prediction cannot be read ({error}); write it again.") from error
     if task == "flow":
         values = np.moveaxis(values, -1, 0) if values.ndim == 3 and values.shape[-1] == 2 and values.shape[0] != 2 else values
@@ -47,8 +49,7 @@ def read_prediction(folder: Path, key: str, task: str, size: tuple[int, int]) ->
     values = values[..., 0] if values.ndim == 3 else values
     _require(path, values.ndim == 2, f"shape {values.shape}; a map has height and width")
     if task == "amodal":
-        inside = values > 0.5
-        return tasks.resize_smooth(inside.astype(np.float32), size) > 0.5
+        return tasks.resize_smooth(values.astype(np.float32), size) > 0.5
     return tasks.resize_smooth(values.astype(np.float32), size)
 
 

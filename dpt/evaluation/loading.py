@@ -14,6 +14,7 @@ from dpt.config.sections import DiffusionConfig, ModelConfig
 from dpt.data.codec import LatentScaling, load_vae
 from dpt.data.manifest import VAERecord
 from dpt.errors import UserError
+from dpt.fits import Fit, fits_of
 from dpt.models.pretrained import read_weights
 from dpt.models.weights import Weights
 
@@ -58,6 +59,8 @@ class LoadedModel:
     """How its targets are coded, by task (`tasks.TARGET_CODES`)."""
     depth_prompt: str = tasks.DEPTH_PROMPT
     """What depth's second condition showed in training: one of `tasks.DEPTH_PROMPTS`."""
+    fits: Mapping[str, Fit] = dataclasses.field(default_factory=lambda: fits_of({}, ""))
+    """How pictures came to the size that it was trained at, by task."""
     lineage: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -93,6 +96,7 @@ def load_model(
         codec=codec,
         codes=tasks.codes_of(sections, str(weights)),
         depth_prompt=tasks.check_depth_prompt(sections.get("depth_prompt", tasks.DEPTH_PROMPT), str(weights)),
+        fits=fits_of(sections, str(weights)),
         lineage=sections.get("lineage") or {},
     )
 

@@ -50,7 +50,7 @@ class Predictor:
         read: Callable[..., Weights] = read_weights,
     ) -> None:
         self.config = config or EvaluationConfig()
-        self.device = torch.device(device) if device is not None else distributed.device()
+        self.device = open_device(device) if device is not None else distributed.device()
         if isinstance(weights, LoadedModel):
             loaded = weights
         else:
@@ -58,7 +58,7 @@ class Predictor:
         self.dtype = torch.bfloat16 if self.config.precision == "bf16" else torch.float32
         self.network = loaded.network.to(self.device, self.dtype).eval()
         self.model, self.task, self.codec, self.lineage = loaded.model, loaded.task, loaded.codec, loaded.lineage
-        self.codes, self.depth_prompt = dict(loaded.codes), loaded.depth_prompt
+        self.codes, self.fits, self.depth_prompt = dict(loaded.codes), dict(loaded.fits), loaded.depth_prompt
         self.codec.to(self.device)
         self.config = self.config.settled(loaded.diffusion)
         spacing = self.config.timestep_spacing or loaded.diffusion.timestep_spacing
@@ -84,7 +84,8 @@ class Predictor:
         task: empty, the model's own. others: for flow the second frames uint8 `[H, W, 3]`, for amodal the visible masks bool
         `[H, W]`. embeddings: CLIP image embeddings `[B, D]` of the visible objects, for models that take them. keys: names that
         seed the noise; default: positions. steps, ensemble: default: the config's last ones.
-        resolution: longest side shown to the network in pixels; 0: the one the model is meant for.
+        resolution: longest side shown to the network in pixels; 0: the one it was trained at. How pictures come to it is
+        what `fits` says of the task: stretched to the square, or in their proportion.
         """
         spec = self.check_task(task or self.task)
         width = self.model.clip_embedding_size
@@ -121,6 +122,8 @@ class Predictor:
         if task == "generalist":
             raise UserError("a generalist predicts several tasks; name one of depth, flow, amodal.")
         spec = tasks.task_spec(task)
+        if not spec.conditions:
+            raise UserError("the weights are class-conditional and predict nothing of pictures; draw images with dpt sample.")
         for target in spec.targets:
             tasks.label_id(target, trained_task=self.task, num_classes=self.model.num_classes)
         if self.model.num_conditions > len(spec.conditions):
@@ -132,13 +135,18 @@ class Predictor:
     ) -> list[Tensor]:
         """Scaled condition latents `[K, C, h, w]` of each image."""
         token = self.model.patch_size * self.codec.downsampling
-        resolution = resolution or self.model.input_size * self.codec.downsampling
+        fit = self.fits[task]
+        resolution = resolution or fit.resolution or self.model.input_size * self.codec.downsampling
         if task in ("flow", "amodal") and self.model.num_conditions > 1 and (others is None or len(others) != len(images)):
             wanted = "second frame" if task == "flow" else "visible mask"
             raise UserError(f"{task} needs one {wanted} for each image; {0 if others is None else len(others)} were given.")
+        for image, other in zip(images, others or (), strict=False):
+            if other.shape[:2] != image.shape[:2]:
+                sizes = " and ".join(f"{a.shape[1]} x {a.shape[0]}" for a in (image, other))
+                raise UserError(f"a picture and its {'second frame' if task == 'flow' else 'mask'} differ in size ({sizes}).")
         encoded = []
         for i, image in enumerate(images):
-            size = tasks.fit_size(image.shape[0], image.shape[1], resolution, multiple=token)
+            size = fit.size(image.shape[0], image.shape[1], resolution, multiple=token)
             pictures = [tasks.image_to_float(tasks.resize_image(image, size))]
             if task == "depth":
                 pictures.append(tasks.all_valid_prompt(*size))
@@ -313,6 +321,18 @@ class Predictor:
             )
             images += [tasks.image_to_uint8(image) for image in self.codec.decode(latents).cpu().numpy()]
         return images
+
+
+def open_device(name: "torch.device | str") -> torch.device:
+    """The device of this name, such as "cpu" or "cuda:0"; UserError if there is none."""
+    try:
+        device = torch.device(name)
+        if torch.empty(0, device=device).is_meta:
+            raise RuntimeError("it holds no numbers")
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # of names, of builds without CUDA, of devices
+        known = ", ".join(["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))])
+        raise UserError(f'--device "{name}": there is no such device here; choose one of {known}.') from error
+    return device
 
 
 @contextlib.contextmanager

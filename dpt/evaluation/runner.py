@@ -1,5 +1,6 @@
 """The evaluator: every sample of every set predicted and scored once, on any number of ranks, under all settings of a sweep."""
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -18,6 +19,8 @@ from dpt.evaluation.records import Record, RecordLog, write_parquet
 from dpt.evaluation.scoring import Scorer
 from dpt.evaluation.sets import EvaluationSet, open_sets
 from dpt.evaluation.summary import pick_samples, protocol_line, summarize, tracked_metrics
+from dpt.fits import as_section
+from dpt.locking import held
 from dpt.models.attention import use_backend
 from dpt.models.costs import macs
 from dpt.models.pretrained import read_weights
@@ -28,10 +31,17 @@ from dpt.tasks import DEPTH_PROMPT
 SUMMARY_VERSION = 1
 
 
-def evaluate(config: EvaluationConfig, *, predictor: Predictor | None = None, cache_dir: str = "") -> dict[str, Any]:
+def evaluate(
+    config: EvaluationConfig,
+    *,
+    predictor: Predictor | None = None,
+    cache_dir: str = "",
+    begin: Callable[[list[EvaluationSet]], object] = len,
+) -> dict[str, Any]:
     """Score `config.data` with `predictor` (default: from `config.weights`), or the ready-made `config.predictions`.
 
-    `cache_dir`: folder that keeps shards fetched from URLs.
+    `cache_dir`: folder that keeps shards fetched from URLs. `begin` is called with the sets once nothing can be refused any
+    more, and before anything is scored.
 
     Writes, below `config.output_dir`: summary.json; and for each set SET/samples.parquet, SET/pictures/*.png and, while it
     lasts, SET/parts, from which an interrupted run goes on. Returns the summary, on every rank. UserError for bad input.
@@ -48,12 +58,18 @@ def evaluate(config: EvaluationConfig, *, predictor: Predictor | None = None, ca
         config = settled
     for one in sets:
         check_set(one, predictor)
+        _name_other_fit(one, predictor)
+    with distributed.together():
+        for one in sets:
+            one.verify(distributed.rank(), distributed.world_size())
     summary: dict[str, Any] = {"version": SUMMARY_VERSION, "sets": {}, "settings": _described(config, predictor)}
-    for one in sets:
-        summary["sets"][one.name] = _evaluate_set(one, config, predictor)
-    if distributed.is_main():
-        _write_json(Path(config.output_dir) / "summary.json", summary)
-    distributed.barrier()
+    with held(Path(config.output_dir)):
+        begin(sets)
+        for one in sets:
+            summary["sets"][one.name] = _evaluate_set(one, config, predictor)
+        if distributed.is_main():
+            _write_json(Path(config.output_dir) / "summary.json", summary)
+        distributed.barrier()
     return summary
 
 
@@ -81,6 +97,16 @@ def check_set(one: EvaluationSet, predictor: Predictor | None) -> None:
             "encode the set with the model's VAE."
         )
     _check_depth_prompt(one, predictor)
+
+
+def _name_other_fit(one: EvaluationSet, predictor: Predictor | None) -> None:
+    """Say so where a set's pictures came to their size in another way than those that the network learnt with."""
+    fit = one.manifest.fit
+    if fit is None or predictor is None or not predictor.fits[one.task].resolution:
+        return
+    learnt = predictor.fits[one.task]
+    if (fit.whole, fit.resolution) != (learnt.whole, learnt.resolution):
+        distributed.log(f"{one.name}: encoded with --fit {fit}; the weights learnt with {learnt}, which dpt predict follows.")
 
 
 def _check_depth_prompt(one: EvaluationSet, predictor: Predictor) -> None:
@@ -143,7 +169,14 @@ def weights_sha256(predictor: Predictor) -> str:
     """Hash of the network's weights by name and of what else decides its predictions."""
     digest = hashlib.sha256(
         repr(
-            (predictor.model, predictor.diffusion, predictor.task, sorted(predictor.codes.items()), predictor.codec.sha256)
+            (
+                predictor.model,
+                predictor.diffusion,
+                predictor.task,
+                sorted(predictor.codes.items()),
+                sorted(map(str, predictor.fits.items())),
+                predictor.codec.sha256,
+            )
         ).encode()
     )
     for name, tensor in sorted(predictor.network.state_dict().items()):
@@ -172,6 +205,7 @@ def _described(config: EvaluationConfig, predictor: Predictor | None) -> dict[st
         "schedule": predictor.diffusion.beta_schedule,
         "timestep_spacing": predictor.diffusion.timestep_spacing,
         "codes": predictor.codes,
+        "fits": as_section(predictor.fits),
         "forward_macs": macs(predictor.model).forward,
         "lineage": predictor.lineage,
     }
@@ -204,10 +238,18 @@ def _draw(one: EvaluationSet, scorer: Scorer, records: list[Record], count: int,
             write_page(page, folder / f"{one.name}_{title}.png", f"{one.name}: {title} by {metric}")
 
 
+def as_evaluated(recipe: Recipe, predictor: Predictor | None, task: str) -> Recipe:
+    """The recipe with the task, network and objective of the weights that are evaluated, which are what runs are found by."""
+    changes: dict[str, Any] = {"task": task}
+    if predictor is not None:
+        changes |= {"model": predictor.model, "diffusion": predictor.diffusion}
+    return dataclasses.replace(recipe, dpt=dataclasses.replace(recipe.dpt, **changes))
+
+
 def run_evaluation(recipe: Recipe, *, read: Callable[..., Weights] = read_weights) -> dict[str, Any]:
     """`evaluate` a recipe's `dpt.evaluation`, recorded in MLflow under the run that trained the weights; `read` as in
     `dpt.evaluation.loading.load_model`."""
-    from dpt.tracking import start_run
+    from dpt.tracking import Run, start_run
 
     config = replace(recipe.dpt.evaluation, weights=hub.pinned(recipe.dpt.evaluation.weights))
     recipe = replace(recipe, dpt=replace(recipe.dpt, evaluation=config))
@@ -219,10 +261,25 @@ def run_evaluation(recipe: Recipe, *, read: Callable[..., Weights] = read_weight
         predictor = Predictor(config.weights, config=config, vae=vae, read=read)
     parent = str(predictor.lineage.get("run_id") or "") if predictor is not None else ""
     name = f"evaluate {Path(config.predictions or config.weights).name}"
-    with start_run(
-        recipe.dpt.tracking, stage="evaluate", name=name, params=recipe.to_dict(), parents=[parent], output_dir=output, tags={}
-    ) as run:
-        summary = evaluate(config, predictor=predictor, cache_dir=recipe.dpt.data.cache_dir)
+    with contextlib.ExitStack() as stack:
+        runs: list[Run] = []
+
+        def begin(sets: list[EvaluationSet]) -> None:
+            task = predictor.task if predictor is not None else sets[0].task
+            with distributed.together():
+                started = start_run(
+                    recipe.dpt.tracking,
+                    stage="evaluate",
+                    name=name,
+                    params=as_evaluated(recipe, predictor, task).to_dict(),
+                    parents=[parent],
+                    output_dir=output,
+                    tags={},
+                )
+            runs.append(stack.enter_context(started))
+
+        summary = evaluate(config, predictor=predictor, cache_dir=recipe.dpt.data.cache_dir, begin=begin)
+        (run,) = runs
         sets = summary["sets"]
         run.set_tags({"dpt.dataset": ", ".join(sets), "dpt.protocol": protocol_line(summary)})
         run.log_metrics(tracked_metrics(summary), step=0)

@@ -89,6 +89,10 @@ class EvaluationSet:
         """`[N, 2, C, h, w]` -> scaled posterior means, float32 `[N, C, h, w]`."""
         return mean_latents(torch.from_numpy(moments), self._scaling).numpy()
 
+    def verify(self, part: int = 0, parts: int = 1) -> None:
+        """Hash this part's share of the shards that are scored; UserError if one is not as it was written."""
+        self._shards.verify(0, len(self), part, parts)
+
     def passes(self) -> int:
         """Sampler passes that one member of a prediction takes."""
         return len(tasks.task_spec(self.task).targets)

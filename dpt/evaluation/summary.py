@@ -36,6 +36,7 @@ def summarize(one: EvaluationSet, records: Iterable[Record]) -> dict[str, Any]:
         "list_sha256": list_sha256(records),
         "data_sha256": one.manifest.data_sha256,
         **({"depth_prompt": one.depth_prompt} if one.depth_prompt else {}),
+        **({"fit": str(one.manifest.fit)} if one.manifest.fit else {}),
         "results": results,
         **{reference.kind: figures.get(reference) or None for reference in REFERENCES},
     }

@@ -45,6 +45,7 @@ _SECTIONS = {
     "flow_code": str,
     "depth_prompt": str,
     "class_names": list,
+    "fits": dict,
     "lineage": dict,
 }
 """What config.json may say beside the network."""
@@ -183,6 +184,7 @@ def _read_public(path: Path, ema: bool, fields: Mapping[str, Any]) -> Weights:
             "depth_code": "linear",
             "flow_code": "linear_75",
             "depth_prompt": "ground_truth",
+            "fits": {"flow": {"fit": "stretch"}},  # whose training pairs were; the other tasks keep the aspect
             "diffusion": asdict(DiffusionConfig(beta_schedule="squaredcos_cap_v2")),
         }
     return Weights(

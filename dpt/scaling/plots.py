@@ -51,6 +51,11 @@ def new_axes(x_label: str, y_label: str, *, log_x: bool = False, log_y: bool = F
     return figure, axes
 
 
+def plain(name: str) -> str:
+    """A name as matplotlib shows it letter by letter: between dollars it would look for mathematics."""
+    return name.replace("$", r"\$")
+
+
 def _plain_ticks(axes: Any) -> None:
     """Numbers that people read, such as 1, 2, 5, 10, on logarithmic axes that span less than three decades of them."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
@@ -72,7 +77,7 @@ def curves(series: Mapping[str, Points], x_label: str, y_label: str, *, log_x: b
         if len(x) >= 30:
             axes.plot(x, y, color=colour, linewidth=0.8, alpha=0.3)
             y = running_mean(y)
-        axes.plot(x, y, color=colour, linewidth=1.8, label=label, marker=marker, markersize=4)
+        axes.plot(x, y, color=colour, linewidth=1.8, label=plain(label), marker=marker, markersize=4)
     if len(series) > 1:
         axes.legend(fontsize=9, frameon=False)
     return figure
@@ -102,13 +107,13 @@ def law_figure(
             below = [min(h, 0.99 * m) for h, m in zip(half, mean, strict=True)]  # the axis is logarithmic
             drawn = {"yerr": (below, half), "capsize": 3} if all(map(math.isfinite, half)) else {}
             width = 1.4 if join else 0
-            style = {"marker": "o", "markersize": 5, "linewidth": width, "elinewidth": 1, "label": name or None}
+            style = {"marker": "o", "markersize": 5, "linewidth": width, "elinewidth": 1, "label": plain(name) or None}
             axes.errorbar(middle, mean, color=colours[name], **style, **drawn)
             axes.scatter(x, y, color=colours[name], s=6, alpha=0.35)
             continue
         dense = len(x) > 40
         style = {"linewidth": 1.2 if join else 0, "markersize": 2 if dense else 5, "alpha": 0.6 if dense else 1.0}
-        axes.plot(x, y, color=colours[name], marker="o", label=name or None, **style)
+        axes.plot(x, y, color=colours[name], marker="o", label=plain(name) or None, **style)
     if chosen:
         axes.scatter(*zip(*chosen, strict=True), s=70, facecolors="none", edgecolors="#343a40", linewidths=1)
     for name, fit in fits.items():

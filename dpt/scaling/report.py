@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dpt.config.presets import PRESETS
-from dpt.errors import UserError
+from dpt.errors import UserError, hide_passwords
 from dpt.models.costs import num_params
 from dpt.scaling import paper, plots
 from dpt.scaling.compute import model_config, train_macs
@@ -245,6 +245,7 @@ def _recipes(runs: Sequence[RunRecord]) -> str:
 
 
 def _versions(runs: Sequence[RunRecord], uri: str) -> str:
+    uri = hide_passwords(uri)
     newest = runs[-1].tags
     versions = {"dpt": newest.get("dpt.version", "")} | json.loads(newest.get("dpt.versions", "{}"))
     if newest.get("mlflow.source.git.commit"):

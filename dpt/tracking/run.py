@@ -23,12 +23,15 @@ from typing import Any
 
 from dpt import __version__
 from dpt.config.sections import TrackingConfig
+from dpt.errors import hide_passwords
 from dpt.tracking.spool import Spool
-from dpt.tracking.store import absolute_uri
+from dpt.tracking.store import SECRET, absolute_uri, check_sqlite, out_of_reach
 
 _log = logging.getLogger(__name__)
 
 _NOTICE_SECONDS = 30.0
+_TOLD_SECONDS = 3.0
+_FAILED_SECONDS = 15.0
 _FINISH_SECONDS = 600.0  # a busy disk takes its time; a store that fails makes the sender give up long before
 _UNFIT = re.compile(r"[^\w\-. /:]", re.ASCII)
 
@@ -56,6 +59,12 @@ def start_run(
     if not config.enabled or os.environ.get("RANK", "0") != "0":
         return Run()
     uri = absolute_uri(config.uri)
+    if not config.offline:
+        check_sqlite(uri)
+        if reason := out_of_reach(uri):
+            _log.warning(
+                "MLflow at %s cannot be reached (%s); the records are kept and sent later.", hide_passwords(uri), reason
+            )
     run = SpooledRun(Path(output_dir) / "tracking", resume_run_id or uuid.uuid4().hex, past_step)
     record = {
         "uri": uri,
@@ -138,12 +147,13 @@ class SpooledRun(Run):
             self.log_artifact(recipe_path)
         if not offline:
             with self._survives():
-                self._sender = subprocess.Popen(
+                self._sender = subprocess.Popen(  # which gets a password in its environment, where records do not show it
                     [sys.executable, "-m", "dpt.tracking.sender", str(self._spool.path.absolute())],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.DEVNULL,
                     start_new_session=True,
+                    env=os.environ | {SECRET: record["uri"]},
                 )
         atexit.register(self._at_exit, os.getpid())
 
@@ -179,13 +189,7 @@ class SpooledRun(Run):
         if self._sender is None or self._sender.stdin is None:
             return
         self._sender.stdin.close()
-        try:
-            self._sender.wait(_NOTICE_SECONDS)
-        except subprocess.TimeoutExpired:
-            if unsent := self._spool.unsent:
-                _log.warning("Sending the last %d records of run %s to MLflow.", unsent, self.run_id)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._sender.wait(_FINISH_SECONDS)
+        self._wait(self._sender)
         unsent = self._spool.unsent
         if unsent:
             state = self._spool.state
@@ -193,6 +197,17 @@ class SpooledRun(Run):
                 "%d records of run %s have not reached MLflow (%s); they are kept: `dpt sync %s` sends them.",
                 unsent, self.run_id, state.error or "still sending", self._spool.folder.parent,
             )  # fmt: skip
+
+    def _wait(self, sender: "subprocess.Popen[bytes]") -> None:
+        """Until all is sent; not long where the store has failed, as the sender then ends by itself."""
+        begun, told = time.monotonic(), False
+        while sender.poll() is None and (waited := time.monotonic() - begun) < _FINISH_SECONDS:
+            if waited > _TOLD_SECONDS and not told:
+                told = True
+                _log.warning("Sending the last %d records of run %s to MLflow.", self._spool.unsent, self.run_id)
+            if waited > _FAILED_SECONDS and self._spool.state.error:
+                return
+            time.sleep(0.05)
 
     def _keep(self, path: Path, folder: str, name: str) -> None:
         with self._survives():

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from dpt.errors import hide_passwords
 from dpt.tracking import store
 from dpt.tracking.spool import Spool, SpoolState
 
@@ -77,7 +78,7 @@ class Sender:
             parts = _split(group)
             if len(parts) == 1:
                 self.state.rejected += 1
-                _log.error("refused for good: %s: %s", group[0], error)
+                _log.error("refused for good: %s: %s", group[0], hide_passwords(str(error)))
                 return
             for part in parts:
                 self._deliver(part)
@@ -106,8 +107,9 @@ class Sender:
             self.finished = True
 
     def _connected(self) -> Any:
-        if self._client is None or self._client_uri != self.state.uri:
-            self._client, self._client_uri = self._connect(self.state.uri), self.state.uri
+        uri = self._uri or self.state.uri  # the latter without a password
+        if self._client is None or self._client_uri != uri:
+            self._client, self._client_uri = self._connect(uri), uri
         return self._client
 
     def _start(self, record: dict[str, Any]) -> None:
@@ -242,7 +244,7 @@ def serve(spool: Spool) -> int:
             if give_up < math.inf:
                 return 0
         except Exception as error:
-            _log.warning("cannot send: %s", error)
+            _log.warning("cannot send: %s", hide_passwords(str(error)))
             if time.monotonic() > give_up:
                 return 3
             pause = min(2 * pause, 60.0)
@@ -274,7 +276,7 @@ def sync(root: Path, *, uri: str = "", again: bool = False) -> list[tuple[Spool,
             sent = Sender(spool, uri=store.absolute_uri(uri) if uri else "").send(wait=False)
             outcomes.append((spool, "" if sent else "its own run is sending it"))
         except Exception as error:
-            outcomes.append((spool, spool.state.error or str(error)))
+            outcomes.append((spool, spool.state.error or hide_passwords(str(error))))
     return outcomes
 
 

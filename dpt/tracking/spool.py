@@ -15,6 +15,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from dpt.errors import hide_passwords
+
 COPY_LIMIT = 32 * 2**20
 """Files up to this many bytes are copied into the spool, larger ones (weights) are sent from where they lie."""
 
@@ -54,13 +56,13 @@ class Spool:
         return [cls(p.parent, p.stem) for p in sorted(paths, key=_first_time)]
 
     def append(self, record: dict[str, Any]) -> None:
-        """Write one record; raises OSError where the disk does."""
+        """Write one record, without passwords in addresses; raises OSError where the disk does."""
         if self._file < 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
             if os.fstat(self._file).st_size and not self._ends_with_newline():
                 os.write(self._file, b"\n")
-        os.write(self._file, json.dumps(record).encode() + b"\n")
+        os.write(self._file, hide_passwords(json.dumps(record)).encode() + b"\n")
 
     def _ends_with_newline(self) -> bool:
         with self.path.open("rb") as file:
@@ -107,7 +109,7 @@ class Spool:
     def write_state(self, state: SpoolState) -> None:
         """Replace the cursor at once or not at all."""
         temporary = self._state_path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(asdict(state)))
+        temporary.write_text(hide_passwords(json.dumps(asdict(state))))
         os.replace(temporary, self._state_path)
 
     @property

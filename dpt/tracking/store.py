@@ -1,13 +1,20 @@
 """MLflow stores: addresses, clients that fail soon, and the experiment of a run."""
 
+import contextlib
 import json
 import os
+import socket
+import sqlite3
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
-from dpt.errors import UserError
+from dpt.errors import HIDDEN, UserError, hide_passwords
 
 _SQLITE = "sqlite:///"
+SECRET = "DPT_TRACKING_URI"
+"""Variable with the whole address of a store whose password records do not hold."""
+_PROBE_SECONDS = 3.0
 
 
 def absolute_uri(uri: str) -> str:
@@ -29,17 +36,56 @@ def sqlite_path(uri: str) -> Path | None:
     return Path(uri.removeprefix(_SQLITE)) if uri.startswith(_SQLITE) else None
 
 
+def check_sqlite(uri: str) -> None:
+    """UserError if the file of an SQLite store cannot be opened (MLflow would try for minutes); nothing for a server."""
+    path = sqlite_path(uri)
+    if path is None:
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.closing(sqlite3.connect(path, timeout=_PROBE_SECONDS)) as connection:
+            connection.execute("PRAGMA schema_version")
+    except (OSError, sqlite3.Error) as error:
+        if "locked" not in str(error):  # somebody writes to it
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(
+                f"{path}: no SQLite store can be opened there ({reason}); give another one (sqlite:///PATH)."
+            ) from error
+
+
+def out_of_reach(uri: str) -> str:
+    """Why nothing answers at a server's address within seconds; empty if something does, or it is not one of a web server."""
+    parts = urlsplit(uri)
+    if parts.scheme not in ("http", "https"):
+        return ""
+    try:
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+        socket.create_connection((parts.hostname or "", port), timeout=_PROBE_SECONDS).close()
+    except (OSError, ValueError, UnicodeError) as error:
+        return getattr(error, "strerror", None) or str(error)
+    return ""
+
+
+def with_password(uri: str) -> str:
+    """The address that records name, with the password that they hide from the variable `SECRET`; UserError without."""
+    if f":{HIDDEN}@" not in uri:
+        return uri
+    whole = os.environ.get(SECRET, "")
+    if hide_passwords(whole) != uri:
+        raise UserError(f"{uri}: records do not hold passwords; set {SECRET} to the whole address, or give it with --uri.")
+    return whole
+
+
 def connect(uri: str) -> Any:
     """An `MlflowClient` that gives up on a silent server after seconds rather than minutes (our callers try again)."""
+    uri = with_password(uri)
+    check_sqlite(uri)
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     from mlflow import MlflowClient
 
-    path = sqlite_path(uri)
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 

@@ -1,5 +1,6 @@
 """Ranks that act together: the request to stop that a signal makes, and flags agreed on at every step."""
 
+import os
 import signal
 from typing import Any
 
@@ -20,7 +21,7 @@ class Control:
 
     def listen(self, *signals: signal.Signals) -> None:
         """From now on the signals ask for a stop after the current step."""
-        for number in signals or (signal.SIGTERM, signal.SIGUSR1):
+        for number in signals or (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             self._previous[number] = signal.signal(number, self._handle)
 
     def unlisten(self) -> None:
@@ -31,6 +32,9 @@ class Control:
 
     def _handle(self, number: int, _frame: Any) -> None:
         self.signal = signal.Signals(number).name
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            os.write(2, b"Interrupted: the run is saved after this step and stops; a second Ctrl-C stops it at once.\n")
 
     def agree(self, **flags: float) -> dict[str, float]:
         """Sums of the flags over ranks. Collective; every rank gives the same names."""

@@ -1,15 +1,16 @@
 """The data loader of a recipe: the stream of latents that it trains on, checked against the network."""
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 from dpt import distributed
 from dpt.config.recipe import DptConfig
-from dpt.data.codec import LatentScaling
-from dpt.data.manifest import Manifest, VAERecord
+from dpt.data.codec import LatentScaling, load_vae
+from dpt.data.manifest import Manifest, VAERecord, data_sha256
 from dpt.data.stream import LatentStream
 from dpt.errors import UserError
+from dpt.fits import Fit
 from dpt.tasks import DEPTH_PROMPT, target_code
 
 
@@ -24,6 +25,8 @@ class DataLoader:
     """(h, w)."""
     depth_prompt: str
     """What the second condition of all depth sets shows (`dpt.tasks.DEPTH_PROMPTS`); empty if the network is shown none."""
+    fits: Mapping[str, Fit]
+    """How the pictures of all sets of a task came to their size, by task, of tasks whose sets say so."""
     codes: Mapping[str, str]
     """How the targets of all sets of a task are coded (`dpt.tasks.TARGET_CODES`), by task, of tasks that have sets."""
 
@@ -50,9 +53,7 @@ class DataLoader:
     @property
     def data_sha256(self) -> str:
         """One hash for all samples of all sources."""
-        if len(self.manifests) == 1:
-            return self.manifests[0].data_sha256
-        return hashlib.sha256("\n".join(m.data_sha256 for m in self.manifests).encode()).hexdigest()
+        return data_sha256(self.manifests)
 
 
 def open_data_loader(
@@ -83,6 +84,7 @@ def open_data_loader(
         max_bad_samples=config.data.max_bad_samples,
         pin_memory=pin_memory,
         cache_dir=config.data.cache_dir,
+        verify=config.data.verify,
     )
     manifests = list(stream.manifests.values())
     for name, manifest in stream.manifests.items():
@@ -99,7 +101,29 @@ def open_data_loader(
             raise UserError(f"{name}: encoded with --prompt {prompt}, another set with {wanted}; encode both with the same.")
     height, width = manifests[0].members[main].shape[-2:]
     depth_prompt = next(iter(prompts.values()), "")
-    return DataLoader(stream=stream, manifests=manifests, latent_size=(height, width), depth_prompt=depth_prompt, codes=shared)
+    return DataLoader(
+        stream=stream,
+        manifests=manifests,
+        latent_size=(height, width),
+        depth_prompt=depth_prompt,
+        fits=_shared_fits(stream.manifests),
+        codes=shared,
+    )
+
+
+def _shared_fits(manifests: Mapping[str, Manifest]) -> dict[str, Fit]:
+    """How the pictures of each perception task came to their size; UserError if sets of one task differ."""
+    shared: dict[str, Fit] = {}
+    for name, manifest in manifests.items():
+        if manifest.task == "class" or manifest.fit is None:
+            continue
+        wanted = shared.setdefault(manifest.task, manifest.fit)
+        if manifest.fit != wanted:
+            raise UserError(
+                f"{name}: encoded with --fit {manifest.fit.how}, another set for {manifest.task} with {wanted.how}; encode "
+                "both with the same, which predictions then follow."
+            )
+    return shared
 
 
 def _shared_codes(manifests: Mapping[str, Manifest], learnt: Mapping[str, str]) -> dict[str, str]:
@@ -148,6 +172,15 @@ def _check_features(config: DptConfig, manifests: Mapping[str, Manifest]) -> Non
             )
 
 
+@lru_cache(maxsize=1)
+def _vae_sha256(name: str, latent_channels: int) -> str:
+    """Hash of a VAE's weights; empty if it cannot be loaded here."""
+    try:
+        return load_vae(name, latent_channels=latent_channels).sha256
+    except UserError:
+        return ""
+
+
 def _check(config: DptConfig, name: str, manifest: Manifest) -> None:
     """UserError unless the shards are of the run's task and VAE and fit the network's inputs."""
     tasks = ("depth", "flow", "amodal") if config.task == "generalist" else (config.task,)
@@ -164,6 +197,15 @@ def _check(config: DptConfig, name: str, manifest: Manifest) -> None:
             f'{name}: VAE "{manifest.vae.name}" made latents of {main.shape[-2]} x {main.shape[-1]} ({manifest.resolution} px, '
             f"{manifest.vae.downsampling} px a latent), dpt.model.input_size is {config.model.input_size}; set it to "
             f"{max(main.shape[-2:])}, or encode the set at {config.model.input_size * manifest.vae.downsampling} px."
+        )
+    if (
+        config.data.vae
+        and config.data.vae != manifest.vae.name
+        and _vae_sha256(config.data.vae, config.model.in_channels) != manifest.vae.sha256
+    ):
+        raise UserError(
+            f'{name}: the latents were made by VAE "{manifest.vae.name}", dpt.data.vae is "{config.data.vae}", which is '
+            "another one or cannot be loaded here; set it to the shards' own, or encode the set anew."
         )
     if config.task == "class" and len(manifest.class_names) > config.model.num_classes:
         raise UserError(

@@ -58,6 +58,7 @@ class Engine:
             ema_warmup=training.ema_warmup,
             ema_lengths=training.ema_lengths,
         )
+        _let_deepspeed_check(config, recipe.path or "the command line")
         with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints memory tables
             self.deepspeed, *_ = deepspeed.initialize(model=module, optimizer=self.optimizer, config=config)
         if distributed.world_size() == 1 and not internals.reduces_gradients(self.deepspeed.optimizer):
@@ -130,6 +131,20 @@ def deepspeed_config(recipe: Recipe, world_size: int, numel: int) -> dict[str, A
     return config
 
 
+def _let_deepspeed_check(config: dict[str, Any], source: str) -> None:
+    """UserError, with DeepSpeed's reason, for values of its own keys that it does not take."""
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            DeepSpeedConfig(copy.deepcopy(config))
+    except Exception as error:  # pydantic's, assertions, and DeepSpeed's own, by the key
+        errors = getattr(error, "errors", None)
+        first = errors()[0] if callable(errors) else {}
+        reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}" if first else " ".join(str(error).split())[:200]
+        raise UserError(f"{source}: DeepSpeed does not take a value of its keys ({reason}); correct it.") from error
+
+
 def _check(recipe: Recipe) -> None:
     """What DeepSpeed would refuse late, or do wrong."""
     stage, ep_size, where = recipe.zero_stage, recipe.dpt.training.ep_size, recipe.path or "the command line"
@@ -147,9 +162,3 @@ def _check(recipe: Recipe) -> None:
         )
     if stage == 0 and recipe.precision == "fp16":
         raise UserError(f"{where}: fp16 needs the loss scaling of ZeRO stage 1 or more; set zero_optimization.stage to 1.")
-    for part in ("offload_optimizer", "offload_param"):
-        target = recipe.deepspeed.get("zero_optimization", {}).get(part, {}).get("device", "none")
-        if target not in ("none", "cpu"):
-            raise UserError(
-                f'{where}: zero_optimization.{part}.device is "{target}"; checkpoints here know "none" and "cpu" only.'
-            )

@@ -9,6 +9,7 @@ from dpt.config.recipe import DptConfig, section_from_dict
 from dpt.config.sections import ModelConfig
 from dpt.data.manifest import VAERecord
 from dpt.errors import UserError
+from dpt.fits import Fit, as_section
 from dpt.models.pretrained import export_weights, read_weights
 from dpt.models.weights import Weights
 from dpt.training.checkpoint import (
@@ -33,9 +34,11 @@ def weights_sections(
     codes: Mapping[str, str] | None = None,
     depth_prompt: str = "",
     class_names: Sequence[str] = (),
+    fits: Mapping[str, Fit] | None = None,
 ) -> dict[str, Any]:
     """What `config.json` says of exported weights beside the network: the objective, VAE and task that they need, and, where
-    they learnt with these, how targets were coded (`codes`, by task), what depth's second condition showed, and the classes."""
+    they learnt with these, how targets were coded and pictures brought to their size (`codes`, `fits`, by task), what depth's
+    second condition showed, and the classes."""
     return {
         "diffusion": dataclasses.asdict(config.diffusion),
         "vae": dataclasses.asdict(vae),
@@ -44,6 +47,7 @@ def weights_sections(
         **{f"{task}_code": code for task, code in (codes or {}).items()},
         **({"depth_prompt": depth_prompt} if depth_prompt else {}),
         **({"class_names": list(class_names)} if class_names else {}),
+        **({"fits": as_section(fits)} if fits else {}),
     }
 
 

@@ -2,10 +2,11 @@
 
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -13,6 +14,7 @@ from dpt import __version__, distributed
 from dpt.config.checks import batch_split, trains_with_muon
 from dpt.config.recipe import DptConfig, Recipe
 from dpt.errors import UserError
+from dpt.locking import held
 from dpt.models.costs import Macs, muon_macs, num_params
 from dpt.models.decoder_costs import recipe_macs
 from dpt.models.expert_distance import expert_distances
@@ -20,6 +22,7 @@ from dpt.models.moe import EarlierRouting
 from dpt.tracking import Run, start_run
 from dpt.training.averages import first_spacing
 from dpt.training.checkpoint import checkpoint_name, restore
+from dpt.training.continuing import check_course, check_data
 from dpt.training.control import Control
 from dpt.training.data_loader import open_data_loader
 from dpt.training.deepspeed_internals import gathered
@@ -35,10 +38,12 @@ from dpt.training.records import Recorder, data_sheet_flops, measure_peak_flops
 from dpt.training.resume import Found, SkippedSamples, check_network, find_checkpoint, position_of, remarks, rewind_target
 from dpt.training.sampling import averaged_network, draw_classes, load_codec
 from dpt.training.saving import Saver, SnapshotWriter
-from dpt.training.stages import learnt_codes, open_stage
+from dpt.training.stages import learnt_codes, learnt_fits, open_stage
 from dpt.training.step import Losses, LossModule, Preparation
 from dpt.training.validation import Best, OpenValidator, Validator, export_averaged
 from dpt.training.watchdog import Watchdog
+
+T = TypeVar("T")
 
 
 def train(recipe: Recipe, stage_name: str, open_validator: OpenValidator | None = None) -> None:
@@ -46,9 +51,17 @@ def train(recipe: Recipe, stage_name: str, open_validator: OpenValidator | None 
 
     `open_validator`: makes what scores networks for `dpt.validation`.
     """
+    with held(Path(recipe.dpt.training.output_dir)):
+        _train(recipe, stage_name, open_validator)
+
+
+def _train(recipe: Recipe, stage_name: str, open_validator: OpenValidator | None) -> None:
     training = recipe.dpt.training
     checkpoints, weights = Path(training.output_dir) / CHECKPOINTS, Path(training.output_dir) / WEIGHTS
     found = find_checkpoint(checkpoints, resume=training.resume)
+    if found is not None:
+        with distributed.together():
+            check_course(*found, recipe, stage_name)
     if found is None or (found[1]["step"] < training.steps and not Best.of(found[1]).stopped):
         Trainer(recipe, stage_name, found, open_validator).run()
     else:
@@ -86,7 +99,10 @@ class Trainer:
         if found is not None:
             self._take_counters(found[1])
         self.learnt_codes = learnt_codes(found[1]["sections"], str(found[0])) if found else self.stage.codes
+        self.learnt_fits = learnt_fits(found[1]["sections"], str(found[0])) if found else self.stage.fits
         self._open_data_loader()
+        if found is not None:
+            check_data(*found, recipe, self.data_loader.data_sha256)
         self.validator = self._open_validator(open_validator)
         pixel_loss = self._pixel_loss()
         self.macs = self._count_macs()
@@ -362,15 +378,15 @@ class Trainer:
             self.config,
             self.data_loader.vae,
             self._lineage(),
-            codes=self._codes(),
+            codes=self._of_tasks(self.learnt_codes, self.data_loader.codes),
             depth_prompt=self.data_loader.depth_prompt,
             class_names=self.data_loader.class_names,
+            fits=self._of_tasks(self.learnt_fits, self.data_loader.fits),
         )
 
-    def _codes(self) -> dict[str, str]:
-        """How the targets are coded of all tasks that the weights can predict: a generalist keeps what it is not shown now."""
-        known = {**self.learnt_codes, **self.data_loader.codes}
-        return {task: code for task, code in known.items() if self.config.task in (task, "generalist")}
+    def _of_tasks(self, learnt: Mapping[str, T], shown: Mapping[str, T]) -> dict[str, T]:
+        """What is known of all tasks that the weights can predict: a generalist keeps what it is not shown now."""
+        return {task: value for task, value in {**learnt, **shown}.items() if self.config.task in (task, "generalist")}
 
     def _lineage(self) -> dict[str, Any]:
         return {
@@ -409,17 +425,18 @@ class Trainer:
 
     def _start_tracking(self) -> Run:
         resumed, past = (self.run_id or None), (self.step if self.step else -1)
-        run = start_run(
-            self.config.tracking,
-            stage=self.stage.name,
-            name=f"{self.stage.name} {self.config.task} {self.config.model.preset}",
-            params=self.recipe.to_dict(),
-            parents=self.stage.parents,
-            output_dir=self.output_dir,
-            tags={"dpt.data_sha256": self.data_loader.data_sha256, "dpt.ranks": str(distributed.world_size())},
-            resume_run_id=resumed,
-            past_step=past,
-        )
+        with distributed.together():
+            run = start_run(
+                self.config.tracking,
+                stage=self.stage.name,
+                name=f"{self.stage.name} {self.config.task} {self.config.model.preset}",
+                params=self.recipe.to_dict(),
+                parents=self.stage.parents,
+                output_dir=self.output_dir,
+                tags={"dpt.data_sha256": self.data_loader.data_sha256, "dpt.ranks": str(distributed.world_size())},
+                resume_run_id=resumed,
+                past_step=past,
+            )
         self.run_id = distributed.broadcast_object(run.run_id)
         return run
 

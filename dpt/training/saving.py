@@ -170,7 +170,8 @@ class Writer(ABC):
                 remove(old)
 
     def _report(self, step: int, needed: int, reason: str) -> None:
-        free = shutil.disk_usage(self.folder).free
+        place = next(folder for folder in (self.folder, *self.folder.parents) if folder.exists())
+        free = shutil.disk_usage(place).free
         newest = next(iter(find_checkpoints(self.folder)), None)
         kept = f"the newest is still {newest.name}" if newest else "there is none yet"
         print(

@@ -11,6 +11,7 @@ from dpt import distributed, hub
 from dpt.config.checks import trained_model
 from dpt.config.recipe import Recipe
 from dpt.errors import UserError
+from dpt.fits import Fit, fits_of
 from dpt.models.adapting import adapt
 from dpt.models.attention import use_backend
 from dpt.models.dit import DiT
@@ -40,6 +41,11 @@ class Stage:
         """How the targets were coded that the first weights learnt, by task; those of tasks that they did not are left out."""
         return {} if self.start is None else learnt_codes(self.start.sections, self.recipe.dpt.training.weights)
 
+    @property
+    def fits(self) -> dict[str, Fit]:
+        """How the pictures came to their size that the first weights learnt with, by task."""
+        return {} if self.start is None else learnt_fits(self.start.sections, self.recipe.dpt.training.weights)
+
     def build(self) -> DiT:
         """The network with its first weights; with expert parallelism, this rank's experts."""
         config = self.recipe.dpt
@@ -58,6 +64,11 @@ def learnt_codes(sections: Mapping[str, Any], source: str) -> dict[str, str]:
     """How the targets of the tasks were coded that weights (`source`) of these sections have learnt."""
     learnt = [task for task in TARGET_CODES if sections.get("task") in (task, "generalist")]
     return {task: target_code(task, sections, source) for task in learnt}
+
+
+def learnt_fits(sections: Mapping[str, Any], source: str) -> dict[str, Fit]:
+    """How the pictures came to their size that weights (`source`) of these sections have learnt, by task, as far as said."""
+    return {task: fit for task, fit in fits_of(sections, source).items() if task in (sections.get("fits") or {})}
 
 
 def open_stage(recipe: Recipe, name: str, *, parents: list[str] | None = None) -> Stage:

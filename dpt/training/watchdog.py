@@ -2,9 +2,13 @@
 
 It needs no collective, which a hung rank would hang: every rank keeps a socket open to rank 0 and tells it where it is. A
 socket that closes is a death, seen at once; ranks that stay behind the others for too long hang.
+
+Rank 0 listens on the address at which the ranks meet, and on no other. It heeds connections that begin with the run's token
+alone: what strangers send, or do not send, is dropped.
 """
 
 import contextlib
+import hmac
 import json
 import os
 import secrets
@@ -18,6 +22,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dpt import distributed
+
+_HELLO_S = 10.0
+"""Within which a connection must tell the token."""
+_STRANGERS = 256
+"""Connections that may have not told it yet, at a time; more where there are many ranks."""
+_GREETINGS = 10
+_LONGEST_LINE = 1 << 16
 
 PHASES = ("starting", "reading data", "computing", "updating weights", "recording", "validating", "saving")
 """What a rank can be doing, in the order of a step."""
@@ -63,8 +74,9 @@ class Watchdog:
         self._world_size = distributed.world_size()
         self._closing, self._greeted = threading.Event(), threading.Event()
         self._failure: dict[str, Any] = {}
-        server = socket.create_server(("", 0)) if self._own.number == 0 else None
-        where = (os.environ.get("MASTER_ADDR", "127.0.0.1"), server.getsockname()[1] if server else 0, secrets.token_hex(16))
+        address = os.environ.get("MASTER_ADDR", "127.0.0.1")
+        server = _open_server(address) if self._own.number == 0 else None
+        where = (address, server.getsockname()[1] if server else 0, secrets.token_hex(16))
         host, port, self._token = distributed.broadcast_object(where)
         target, arguments = (self._serve, (server,)) if server else (self._report, (host, port))
         self._thread = threading.Thread(target=target, args=arguments, name="watchdog", daemon=True)
@@ -90,25 +102,36 @@ class Watchdog:
 
     def _report(self, host: str, port: int) -> None:
         try:
-            with socket.create_connection((host, port), timeout=60) as connection:
-                connection.settimeout(self.interval_s)
-                _send(connection, {"token": self._token, "rank": self._own.number, "host": self._own.host})
+            with self._greet(host, port) as connection:
                 self._greeted.set()
                 while not (self._closing.is_set() or self._failure):
                     self._tell_place(connection)
                     with contextlib.suppress(TimeoutError):
-                        verdict = json.loads(connection.recv(65536) or b"{}")
+                        verdict = _receive(connection)
                         if verdict.get("left"):  # rank 0 has done its part, and this rank is a little late
                             return None
                         reason = verdict.get("reason", f"rank 0 ({host}) died")
                         return self._stop(reason, verdict.get("code", 1))
                 self._tell_place(connection)  # which may have changed since the last interval began
                 _send(connection, self._failure or {"left": True})
-        except OSError:
+        except (OSError, ValueError):
             self._stop(f"rank 0 ({host}) died or is out of reach", 1)
         finally:
             self._greeted.set()
         return None
+
+    def _greet(self, host: str, port: int) -> socket.socket:
+        """A connection that rank 0 has admitted; made again if it was dropped, as in a flood of strangers. OSError without."""
+        for _ in range(_GREETINGS):
+            connection = socket.create_connection((host, port), timeout=60)
+            with contextlib.suppress(OSError, ValueError):
+                _send(connection, {"token": self._token, "rank": self._own.number, "host": self._own.host})
+                if _receive(connection).get("admitted"):
+                    connection.settimeout(self.interval_s)
+                    return connection
+            connection.close()
+            time.sleep(self.interval_s)
+        raise ConnectionError("rank 0 does not answer")
 
     def _tell_place(self, connection: socket.socket) -> None:
         _send(connection, {"beat": [self._own.step, self._own.phase, self._own.beats]})
@@ -136,7 +159,7 @@ class Watchdog:
 
 
 class _Peers:
-    """Rank 0's connections to the others."""
+    """Rank 0's connections to the others, and to strangers until they are dropped."""
 
     def __init__(self, server: socket.socket, token: str, ranks: list[_Rank]) -> None:
         self._token, self._ranks = token, ranks
@@ -144,56 +167,88 @@ class _Peers:
         self._selector.register(server, selectors.EVENT_READ)
         self._server = server
         self._admitted: dict[socket.socket, _Rank | None] = {}
+        """By connection; None before it has told the token."""
         self._buffers: dict[socket.socket, bytes] = {}
+        self._since: dict[socket.socket, float] = {}
+        """When each stranger came."""
 
     def listen(self, seconds: float) -> dict[str, Any]:
         """Take in what the ranks say, for up to `seconds`; {"reason", "code"} if one failed or died, else {}."""
         for key, _ in self._selector.select(seconds):
             if key.fileobj is self._server:
-                connection, _ = self._server.accept()
-                connection.settimeout(seconds)
-                self._selector.register(connection, selectors.EVENT_READ)
-                self._admitted[connection], self._buffers[connection] = None, b""
+                with contextlib.suppress(OSError):  # it has gone again, or there are too many files
+                    self._accept(seconds)
             elif verdict := self._read(key.fileobj):  # type: ignore[arg-type]
                 return verdict
+        for connection, since in list(self._since.items()):
+            if time.monotonic() - since > _HELLO_S:
+                self._drop(connection)
         return {}
 
+    def _accept(self, seconds: float) -> None:
+        connection, _ = self._server.accept()
+        connection.settimeout(seconds)
+        if len(self._since) >= max(_STRANGERS, 2 * len(self._ranks)):
+            self._drop(next(iter(self._since)))  # the one that has been silent longest
+        self._selector.register(connection, selectors.EVENT_READ)
+        self._admitted[connection], self._buffers[connection] = None, b""
+        self._since[connection] = time.monotonic()
+
     def _read(self, connection: socket.socket) -> dict[str, Any]:
+        if connection not in self._admitted:  # dropped since it was selected
+            return {}
         data = b""
         with contextlib.suppress(OSError):
             data = connection.recv(65536)
-        *lines, self._buffers[connection] = (self._buffers[connection] + data).split(b"\n")
+        *lines, rest = (self._buffers[connection] + data).split(b"\n")
+        self._buffers[connection] = rest
         for line in lines:
-            verdict = self._take(connection, json.loads(line))
+            verdict = self._take(connection, line)
             if verdict or connection not in self._admitted:
                 return verdict
-        if data:
+        if data and len(rest) <= _LONGEST_LINE:
             return {}
         rank = self._drop(connection)
         if rank is None or rank.left:
             return {}
         return {"reason": f"{rank} died {rank.where}", "code": 1}
 
-    def _take(self, connection: socket.socket, message: dict[str, Any]) -> dict[str, Any]:
+    def _take(self, connection: socket.socket, line: bytes) -> dict[str, Any]:
         rank = self._admitted[connection]
-        if rank is None:
-            if message.get("token") != self._token:
-                self._drop(connection)  # a stranger
+        try:
+            message = json.loads(line)
+            if rank is None:
+                self._admit(connection, message)
+            elif "beat" in message:
+                step, phase, beats = map(int, message["beat"])
+                rank.update(step, phase % len(PHASES), beats)
+            elif "reason" in message:
+                return {"reason": f"{rank} failed {rank.where}: {message['reason']}", "code": int(message["code"])}
             else:
-                rank = self._admitted[connection] = self._ranks[message["rank"]]
-                rank.host = message["host"]
-        elif "beat" in message:
-            rank.update(*message["beat"])
-        elif "reason" in message:
-            return {"reason": f"{rank} failed {rank.where}: {message['reason']}", "code": message["code"]}
-        else:
-            rank.left = message["left"]
+                rank.left = bool(message["left"])
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            if rank is None:
+                self._drop(connection)
         return {}
+
+    def _admit(self, connection: socket.socket, message: Any) -> None:
+        """Take a connection for that of a rank, if it tells the token and that rank has none yet; else drop it."""
+        known = isinstance(message["token"], str) and hmac.compare_digest(message["token"].encode(), self._token.encode())
+        number = int(message["rank"])
+        if not known or not 0 < number < len(self._ranks) or self._ranks[number] in self._admitted.values():
+            self._drop(connection)
+            return
+        self._admitted[connection] = self._ranks[number]
+        self._ranks[number].host = str(message["host"])
+        del self._since[connection]
+        with contextlib.suppress(OSError):  # it has died since, as reading will show
+            _send(connection, {"admitted": True})
 
     def _drop(self, connection: socket.socket) -> _Rank | None:
         self._selector.unregister(connection)
         connection.close()
         del self._buffers[connection]
+        self._since.pop(connection, None)
         return self._admitted.pop(connection)
 
     def close(self, verdict: dict[str, Any]) -> None:
@@ -204,6 +259,33 @@ class _Peers:
             self._drop(connection)
         self._selector.close()
         self._server.close()
+
+
+def _open_server(address: str) -> socket.socket:
+    """A server at a free port of the address at which the ranks meet; if that is none of ours, of all, which is said."""
+    places: list[Any] = []
+    with contextlib.suppress(OSError):
+        places = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM)
+    for family, _, _, _, place in places:
+        with contextlib.suppress(OSError):
+            server = socket.create_server((place[0], 0), family=family)
+            server.setblocking(False)
+            return server
+    distributed.log(f"The watchdog listens on all addresses: {address} (MASTER_ADDR) is none of this machine's own.")
+    server = socket.create_server(("", 0))
+    server.setblocking(False)
+    return server
+
+
+def _receive(connection: socket.socket) -> dict[str, Any]:
+    """A line from rank 0; {} if the connection has ended. TimeoutError if nothing comes."""
+    text = b""
+    while not text.endswith(b"\n"):
+        data = connection.recv(65536)
+        if not data:
+            return {}
+        text += data
+    return dict(json.loads(text))
 
 
 def _send(connection: socket.socket, message: dict[str, Any]) -> None:

@@ -211,6 +211,8 @@ def test_one_tiny_shard_for_many_readers(make_shards) -> None:
 def test_batches_that_do_not_split(folder: Path) -> None:
     with pytest.raises(UserError, match="global batch of 10 does not split into micro-batches of 4 on 1 ranks"):
         LatentStream([str(folder)], global_batch_size=10, micro_batch_size=4)
+    with pytest.raises(UserError, match=r"names .* twice; name it once"):
+        LatentStream([str(folder), str(folder)], global_batch_size=10)
     with pytest.raises(UserError, match="shards is empty"):
         LatentStream([], global_batch_size=10)
 

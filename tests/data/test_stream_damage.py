@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from dpt.data import batches as batches_module
+from dpt.data import sources as sources_module
 from dpt.data.reader import ShardReader
 from dpt.data.sources import Patience
 from dpt.data.stream import LatentStream
@@ -69,6 +70,28 @@ def test_corrupt_sample(folder: Path, row: int) -> None:
     found = stream(folder, max_bad_samples=1)
     assert 20 + row not in labels(found, 6)
     assert found.bad_samples[0].startswith(f"sample {row} of {path}: ")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_flipped_bit_is_named_and_never_handed_out(folder: Path, workers: int) -> None:
+    path = folder / "000001.tar"
+    content = bytearray(path.read_bytes())
+    content[content.rindex(b"latents.npy") + 512 + 128 + 100] ^= 1  # in a sample's latents, behind the headers
+    path.write_bytes(content)
+    assert labels(stream(folder, num_workers=workers), 6)  # which nothing but the hash tells
+    with pytest.raises(UserError, match=r"000001\.tar: the shard cannot be read \(its contents are not what was written, by"):
+        labels(stream(folder, num_workers=workers, verify=True), 6)
+    found = stream(folder, num_workers=workers, verify=True, max_bad_samples=10)
+    assert set(labels(found, 12)).isdisjoint(range(10, 20))
+
+
+def test_a_shard_is_hashed_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[str] = []
+    verify = sources_module._verify
+    monkeypatch.setattr(sources_module, "_verify", lambda file, record: (hashed.append(record.name), verify(file, record)))
+    monkeypatch.setattr(batches_module, "_OPENED_AHEAD", 5)
+    labels(stream(folder, verify=True), 24)  # four epochs
+    assert sorted(hashed) == ["000000.tar", "000001.tar", "000002.tar"]
 
 
 def test_missing_shard(folder: Path) -> None:

@@ -87,7 +87,9 @@ def test_a_limit_takes_the_first_of_the_order(pictures: Path, tmp_path: Path, va
     main(arguments(pictures, tmp_path / "five", vae, "--limit", "5"))
     keys = {name: [sample["key"] for sample in ShardFolder(tmp_path / name)] for name in ("all", "five")}
     assert keys["five"] == keys["all"][:5]
-    assert "--limit is 0" in refusal(capsys, *arguments(pictures, tmp_path / "none", vae, "--limit", "0"))
+    assert "argument --limit: '0' is no whole number at least 1" in refusal(
+        capsys, *arguments(pictures, tmp_path / "none", vae, "--limit", "0")
+    )
 
 
 def test_the_same_bytes_however_it_is_done(pictures: Path, tmp_path: Path, vae: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,6 +109,22 @@ def test_the_same_bytes_however_it_is_done(pictures: Path, tmp_path: Path, vae: 
     before = (tmp_path / "whole" / "000000.tar").stat().st_mtime_ns
     main(arguments(pictures, tmp_path / "whole", vae))
     assert (tmp_path / "whole" / "000000.tar").stat().st_mtime_ns == before
+
+
+def test_bits_do_not_depend_on_the_number_of_threads() -> None:
+    """In a process of its own: the number of torch's threads is set for good."""
+    code = (
+        "import numpy as np, torch\n"
+        "from data_tools.encoding.pipeline import BatchEncoder\n"
+        "from dpt.data.codec import load_vae\n"
+        "images = list(np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), dtype=np.uint8))\n"
+        "found = []\n"
+        "for threads in (1, 3):\n"
+        "    torch.set_num_threads(threads)\n"
+        "    found.append(BatchEncoder(load_vae(), 4).encode(images).get())\n"
+        "assert found[0].shape[0] == 3 and (found[0] == found[1]).all()\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def run_until_killed(steps: int, given: list[str]) -> int:

@@ -43,6 +43,12 @@ def test_no_picture(shards: Path, tmp_path: Path) -> None:
     assert not (shards / "contact_sheet.png").exists()
 
 
+def test_verifying_alone(shards: Path, capsys: pytest.CaptureFixture) -> None:
+    main([str(shards), "--verify"])
+    assert capsys.readouterr().out.strip().endswith("shards are as they were written.")
+    assert not (shards / "contact_sheet.png").exists()
+
+
 def test_spread() -> None:
     assert spread(10, 3) == [0, 4, 9]
     assert spread(2, 256) == [0, 1]
@@ -55,6 +61,7 @@ def test_damage(shards: Path, capsys: pytest.CaptureFixture) -> None:
     content[2000] ^= 1
     path.write_bytes(content)
     assert "000001.tar has other contents than were written (sha256)" in refusal(capsys, shards)
+    assert "000001.tar has other contents" in refusal(capsys, shards, "--verify")
     os.truncate(path, 3000)
     assert "000001.tar has 3000 bytes instead of" in refusal(capsys, shards, "--quick")
     path.rename(shards / "stray.tar")

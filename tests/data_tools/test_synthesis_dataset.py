@@ -77,7 +77,8 @@ def test_a_finished_set_is_reused_and_another_is_refused(written: Path, capsys: 
     assert not synthesize(written, CONFIG)
     assert (written / DESCRIPTION).stat().st_mtime_ns == before
     arguments = ["--out", str(written), "--scenes", "13", "--size", "32", "--seed", "5"]
-    assert main([*arguments, "--splits", "train=0.5,val=0.25,test=0.25"]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        main([*arguments, "--splits", "train=0.5,val=0.25,test=0.25"])
     error = capsys.readouterr().err
     assert "other scenes" in error
     assert "Traceback" not in error
@@ -176,7 +177,8 @@ def test_only_the_tasks_asked_for_are_written(tmp_path: Path) -> None:
 def test_bad_options_end_with_one_sentence(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], named: str
 ) -> None:
-    assert main(["--out", str(tmp_path / "set"), *options]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        main(["--out", str(tmp_path / "set"), *options])
     assert named in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 

@@ -207,7 +207,8 @@ def test_command_makes_a_vae_that_loads_and_a_card(tiny_vae, tmp_path, capsys):
     ],
 )
 def test_bad_input_ends_with_one_sentence(arguments, sentence, capsys):
-    assert main(arguments) == 2
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
     error = capsys.readouterr().err
     assert sentence in error
     assert error.count("\n") == 1

@@ -269,6 +269,14 @@ def test_an_evaluation_is_recorded_under_its_parent(depth_set, tmp_path, monkeyp
     runner.run_evaluation(Recipe(deepspeed={}, dpt=DptConfig(evaluation=config)))
     assert recorder.started["stage"] == "evaluate"
     assert recorder.started["parents"] == ["parent"]
+    recorded = recorder.started["params"]["dpt"]  # of the weights, whatever the recipe says
+    assert (recorded["task"], recorded["model"]["num_conditions"], recorded["model"]["hidden_size"]) == ("depth", 2, 32)
+    assert recorded["diffusion"]["prediction_type"] == "sample"
+    recorder.started.clear()
+    refused = Recipe(deepspeed={}, dpt=DptConfig(evaluation=dataclasses.replace(config, protocol="nothing")))
+    with pytest.raises(UserError, match="protocol"):
+        runner.run_evaluation(refused)
+    assert not recorder.started  # and no run says that it failed
     assert recorder.metrics["eval/depth/abs_rel"] == recorder.metrics["eval/depth/abs_rel/s2_n1"]
     assert "synthetic_depth v1, N=5, list " in recorder.tags["dpt.protocol"]
     assert {"/summary.json", "synthetic_val/samples.parquet", "pictures/synthetic_val_best"} <= set(recorder.files)

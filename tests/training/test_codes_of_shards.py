@@ -1,4 +1,4 @@
-"""What training knows of the codes and prompts of its shards, which its weights then carry."""
+"""What training knows of the codes, prompts and fits of its shards, which its weights then carry."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -6,18 +6,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from training_toys import make_recipe, make_shards
+from training_toys import VAE, make_recipe, make_shards
 
 from dpt.config.recipe import load_recipe
 from dpt.config.sections import DiffusionConfig
+from dpt.data.codec import load_vae
 from dpt.data.manifest import read_manifest, write_manifest
 from dpt.errors import UserError
+from dpt.fits import Fit
 from dpt.models.dit import DiT
 from dpt.models.pretrained import export_weights, read_weights
 from dpt.tasks import TARGET_CODES
 from dpt.training.data_loader import DataLoader, open_data_loader
 from dpt.training.export import weights_sections
-from dpt.training.stages import open_stage
+from dpt.training.stages import learnt_fits, open_stage
 
 FLOW = {"task": "flow", "model.num_conditions": 2, "model.num_classes": 10}
 
@@ -97,3 +99,26 @@ def test_weights_carry_the_depth_prompt_of_their_shards(tmp_path: Path) -> None:
         opened(tmp_path / "r.json", *shards, fields=DEPTH)
     one = {**DEPTH, "model.num_conditions": 1}
     assert opened(tmp_path / "r.json", *shards, fields=one).depth_prompt == ""  # it is shown no prompt
+
+
+def test_weights_carry_how_pictures_came_to_their_size(tmp_path: Path) -> None:
+    shards = [encoded(tmp_path / fit, "depth", {"fit": fit}) for fit in ("stretch", "aspect")]
+    loader = opened(tmp_path / "r.json", shards[0], fields=DEPTH)
+    config = load_recipe(tmp_path / "r.json", DEPTH).dpt
+    sections = weights_sections(config, loader.vae, {}, fits=loader.fits)
+    export_weights(DiT(config.model), tmp_path / "weights", sections=sections)
+    learnt = learnt_fits(read_weights(tmp_path / "weights").sections, "weights")
+    assert learnt == {"depth": Fit(how="stretch", resolution=32)}
+    with pytest.raises(UserError, match="encoded with --fit aspect, another set for depth with stretch; encode both with"):
+        opened(tmp_path / "r.json", *shards, fields=DEPTH)
+    silent = encoded(tmp_path / "silent", "depth", {})  # of before it was recorded
+    assert opened(tmp_path / "r.json", silent, fields=DEPTH).fits == {}
+
+
+def test_a_vae_other_than_that_of_the_shards_is_refused(tmp_path: Path) -> None:
+    shards = make_shards(tmp_path / "shards", "depth", count=8, shards=1, vae=dataclasses.replace(VAE, name="somebody/vae"))
+    with pytest.raises(UserError, match=r'made by VAE "somebody/vae", dpt\.data\.vae is "embedded", which is another one'):
+        opened(tmp_path / "r.json", shards, fields=DEPTH)
+    assert opened(tmp_path / "r.json", shards, fields={**DEPTH, "data.vae": "somebody/vae"}).vae.name == "somebody/vae"
+    vae = dataclasses.replace(VAE, name="a copy", sha256=load_vae().sha256)  # the same one by another name
+    assert opened(tmp_path / "r.json", make_shards(tmp_path / "copy", "depth", count=8, vae=vae), fields=DEPTH).vae == vae

@@ -71,7 +71,8 @@ def test_weights_of_an_earlier_end_are_exported_anew(
     """A run to step 20, killed before it exported; it had been one to step 10 before."""
     recipe = load_recipe(make_recipe(tmp_path / "run.json", []), {})
     folder, done = tmp_path / "run", list[Path]()
-    save(make_saver(folder / "checkpoints", monkeypatch), 20)
+    state = {name: value for name, value in _state(recipe).items() if name != "step"}
+    save(make_saver(folder / "checkpoints", monkeypatch), 20, **state)
     if exported >= 0:
         (folder / "weights").mkdir()
         (folder / "weights" / "config.json").write_text(json.dumps({"lineage": {"step": exported}}))
@@ -82,7 +83,8 @@ def test_weights_of_an_earlier_end_are_exported_anew(
 
 def _state(recipe: Recipe, **more: Any) -> dict[str, Any]:
     layout, sections = {"world_size": 2}, {"lineage": {"data_sha256": "a"}}
-    return {"step": 4, "samples_seen": 32, "layout": layout, "sections": sections, "recipe": recipe.to_dict(), **more}
+    state = {"step": 4, "samples_seen": 32, "layout": layout, "sections": sections}
+    return state | {"stage": "pretrain", "recipe": recipe.to_dict(), **more}
 
 
 def test_what_differs_from_the_checkpoint_is_said(tmp_path: Path) -> None:

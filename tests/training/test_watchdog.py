@@ -1,5 +1,6 @@
 """The watchdog names the rank that died, failed or hangs; with real processes, since that is what dies."""
 
+import json
 import multiprocessing
 import os
 import signal
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from dpt import distributed
+from dpt.training import watchdog
 from dpt.training.watchdog import Watchdog, _find_hang, _Rank
 
 HOST = socket.gethostname()
@@ -133,3 +135,96 @@ def test_one_rank_alone() -> None:
     while not ends and time.monotonic() < deadline:
         time.sleep(0.02)
     assert ends == [(f"rank 0 ({HOST}) made no progress for 0.3 s at step 3 while reading data", 1)]
+
+
+class Server:
+    """Rank 0 of two, with what its watchdog has found, and rank 1's token."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(distributed, "world_size", lambda: 2)
+        monkeypatch.setattr(distributed, "broadcast_object", self._keep)
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        self.ends: list[tuple[str, int]] = []
+        self.dog = Watchdog(60.0, end=lambda reason, code: self.ends.append((reason, code)), interval_s=0.05)
+
+    def _keep(self, where: tuple[str, int, str]) -> tuple[str, int, str]:
+        self.host, self.port, self.token = where
+        return where
+
+    def connect(self, *messages: bytes) -> socket.socket:
+        connection = socket.create_connection((self.host, self.port), timeout=10)
+        for message in messages:
+            connection.sendall(message)
+        return connection
+
+    def admitted(self) -> socket.socket:
+        """Rank 1's connection."""
+        hello = json.dumps({"token": self.token, "rank": 1, "host": "elsewhere"}).encode()
+        connection = self.connect(hello + b"\n")
+        assert json.loads(connection.recv(100)) == {"admitted": True}
+        return connection
+
+    def wait_for_end(self) -> tuple[str, int]:
+        deadline = time.monotonic() + 30
+        while not self.ends and time.monotonic() < deadline:
+            time.sleep(0.02)
+        return self.ends[0]
+
+
+def closed(connection: socket.socket) -> bool:
+    """Whether rank 0 has dropped it."""
+    try:
+        return connection.recv(1) == b""
+    except ConnectionError:
+        return True
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"\xff\xfe\x00\n",
+        b"[]\n",
+        b'{"token": 3, "rank": 1, "host": ""}\n',
+        b'{"token": "guess", "rank": 1, "host": ""}\n',
+        b'{"beat": [9, 1, 5]}\n',
+        b'{"reason": "die", "code": 1}\n',
+        b'{"left": true}\n',
+        b"[" * 60_000 + b"\n",
+        b"x" * 100_000,
+    ],
+)
+def test_strangers_are_dropped_and_end_nothing(monkeypatch: pytest.MonkeyPatch, message: bytes) -> None:
+    server = Server(monkeypatch)
+    stranger = server.connect(message)
+    assert closed(stranger)
+    rank = server.admitted()  # it still listens
+    rank.sendall(b'{"beat": [7, 2, 1]}\n')
+    assert not server.ends
+    rank.close()
+    assert server.wait_for_end() == ("rank 1 (elsewhere) died at step 7 while computing", 1)
+
+
+def test_floods_and_silent_connections_keep_no_rank_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watchdog, "_STRANGERS", 8)
+    monkeypatch.setattr(watchdog, "_HELLO_S", 0.5)
+    server = Server(monkeypatch)
+    silent = [server.connect() for _ in range(40)]
+    rank = server.admitted()
+    assert all(map(closed, silent))  # those that were too many, and the others after a while
+    rank.sendall(b"no JSON\n" + b'{"beat": "x"}\n' + b'{"beat": [3, 1, 1]}\n')  # what a rank garbles is passed over
+    second = server.connect(json.dumps({"token": server.token, "rank": 1, "host": "h"}).encode() + b"\n")
+    assert closed(second)  # the rank has its connection
+    assert not server.ends
+    rank.close()
+    assert server.wait_for_end()[0] == "rank 1 (elsewhere) died at step 3 while reading data"
+
+
+def test_it_listens_where_the_ranks_meet_and_nowhere_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = Server(monkeypatch)
+    assert server.host == "127.0.0.1"
+    with pytest.raises(OSError):
+        socket.create_connection(("127.0.0.2", server.port), timeout=1)  # of this machine, too
+    server.admitted().sendall(b'{"left": true}\n')
+    server.dog.close()
+    assert not server.ends

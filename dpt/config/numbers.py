@@ -1,0 +1,67 @@
+"""What numbers may be: one check for fields of recipes and for options of command lines."""
+
+import argparse
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from dpt.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Range:
+    """Finite numbers from `least` to `most`; `above` and `below` are not themselves among them. "inf" as `most` is."""
+
+    least: float | None = None
+    most: float | None = None
+    above: float | None = None
+    below: float | None = None
+
+    def __contains__(self, value: Any) -> bool:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return False
+        if not math.isfinite(value):
+            return value == math.inf == self.most
+        return (
+            (self.least is None or value >= self.least)
+            and (self.most is None or value <= self.most)
+            and (self.above is None or value > self.above)
+            and (self.below is None or value < self.below)
+        )
+
+    def __str__(self) -> str:
+        parts = [
+            f"{word} {bound:g}"
+            for word, bound in (("at least", self.least), ("above", self.above), ("at most", self.most), ("below", self.below))
+            if bound is not None and math.isfinite(bound)
+        ]
+        return " and ".join(parts) or "finite"
+
+    def check(self, name: str, value: Any) -> None:
+        """UserError, naming the field, unless `value` is in the range."""
+        if value not in self:
+            raise UserError(f"{name} is {value!r}; it must be {self}.")
+
+
+FINITE = Range()
+NOT_NEGATIVE = Range(least=0)
+AT_LEAST_1 = Range(least=1)
+POSITIVE = Range(above=0)
+SHARE = Range(least=0, most=1)
+
+
+def numeric(kind: type[int] | type[float], allowed: Range = FINITE) -> Callable[[str], Any]:
+    """The `type` of an option of argparse: a text as a number in a range."""
+
+    def read(text: str) -> int | float:
+        word = "whole number" if kind is int else "number"
+        try:
+            value = kind(text)
+        except (ValueError, OverflowError):
+            value = math.nan
+        if value not in allowed:
+            raise argparse.ArgumentTypeError(f"{text!r} is no {word}{'' if allowed == FINITE else f' {allowed}'}")
+        return value
+
+    return read

@@ -1,0 +1,60 @@
+"""One run in a folder at a time: a second one would take the first one's files for its own."""
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+from dpt import distributed
+from dpt.errors import UserError, file_problem
+
+_NAME = ".running"
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Hold `folder`, made if it is not there, while within. UserError, on all ranks, if another run holds it. Collective.
+
+    The lock goes with the process, however that ends. On file systems without locks nothing is held.
+    """
+    descriptor = -1
+    with distributed.together():
+        if distributed.is_main():
+            descriptor = _lock(folder)
+    try:
+        yield
+    finally:
+        if descriptor >= 0:
+            os.close(descriptor)
+
+
+def _lock(folder: Path) -> int:
+    """An open file that holds the lock."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder / _NAME, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise UserError(file_problem(error) or f"{folder}: cannot be written ({error}).") from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        said = os.pread(descriptor, 1000, 0)
+        os.close(descriptor)
+        raise UserError(f"{folder}: another run is using it ({_owner(said)}); wait for its end, or choose another.") from error
+    except OSError:  # a file system without locks
+        return descriptor
+    with contextlib.suppress(OSError):  # who it is, for the message alone
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, json.dumps({"host": socket.gethostname(), "process": os.getpid()}).encode(), 0)
+    return descriptor
+
+
+def _owner(said: bytes) -> str:
+    try:
+        found = json.loads(said)
+        return f"process {found['process']} on {found['host']}"
+    except (ValueError, KeyError, TypeError):
+        return "a process that has not said who it is"
