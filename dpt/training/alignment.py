@@ -31,10 +31,12 @@ class Projectors(nn.ModuleDict):
 
     def __init__(self, config: DptConfig) -> None:
         super().__init__()
+        shapes = projector_widths(config.training, config.model.hidden_size)
+        if not shapes:
+            return
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.training.seed)
-            for name, widths in projector_widths(config.training, config.model.hidden_size).items():
-                self[name] = _projector(widths)
+            self.update({name: _projector(widths) for name, widths in shapes.items()})
 
     def project(self, name: str, hidden: Tensor) -> Tensor:
         """Hidden states [B, T, D] -> [B, T, C], float32."""
@@ -89,7 +91,7 @@ class Teacher:
             self.network = self._build(engine)
         tensors = self.network.state_dict()  # shares the network's memory
         state = next(name for name, decay in engine.optimizer.ema_decays.items() if decay == self.decay)
-        for name, whole in whole_weights(engine.deepspeed, engine.optimizer, state, names=tensors):
+        for name, whole in whole_weights(engine.deepspeed, engine.optimizer, state, names=tensors, dtype=engine.dtype):
             tensors[name].copy_(whole)
         for name, buffer in persistent_buffers(engine.module).items():
             if name in tensors:

@@ -139,10 +139,15 @@ def refresh_weights(engine: Any) -> None:
 
 @torch.no_grad()
 def whole_weights(
-    engine: Any, optimizer: Any, state: str, *, names: Collection[str] | None = None
+    engine: Any,
+    optimizer: Any,
+    state: str,
+    *,
+    names: Collection[str] | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Iterator[tuple[str, Tensor]]:
     """The network's parameters by name (`names`: these alone), each one's weights (`state` "master") or optimizer state of its
-    shape ("ema0"), whole, float32.
+    shape ("ema0"), whole, as `dtype`.
 
     On every rank, on its device, one parameter at a time. Collective: all ranks go through all of them.
     """
@@ -150,7 +155,7 @@ def whole_weights(
     for name, (_, shape, _) in parameter_layout(engine.module).items():
         if not of_network(name) or (names is not None and name not in names):
             continue
-        whole = torch.zeros(torch.Size(shape).numel(), device=engine.device)
+        whole = torch.zeros(torch.Size(shape).numel(), dtype=dtype, device=engine.device)
         fragment = here.get(name)
         if fragment is not None and fragment.owned:
             values = fragment.master() if state == "master" else fragment.state(optimizer, state)

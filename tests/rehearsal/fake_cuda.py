@@ -55,14 +55,20 @@ def fake_network(mode: FakeTensorMode, config: ModelConfig, dtype: torch.dtype) 
     with unset_fake_temporarily():
         with torch.device("meta"):
             network = DiT(config)
-        for module in network.modules():
+        put_on_gpu(mode, network, dtype)
+    return network
+
+
+def put_on_gpu(mode: FakeTensorMode, whole: nn.Module, dtype: torch.dtype) -> None:
+    """Fake weights on the GPU in place of a module's own."""
+    with unset_fake_temporarily():
+        for module in whole.modules():
             for name, weight in module._parameters.items():
                 if weight is not None:
                     module._parameters[name] = nn.Parameter(_on_gpu(mode, weight, dtype), requires_grad=False)
             for name, buffer in module._buffers.items():
                 if buffer is not None:
                     module._buffers[name] = _on_gpu(mode, buffer, dtype)
-    return network
 
 
 def _on_gpu(mode: FakeTensorMode, tensor: Tensor, dtype: torch.dtype) -> Tensor:

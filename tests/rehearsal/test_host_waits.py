@@ -50,6 +50,11 @@ ALLOWED: dict[tuple[str, str], tuple[str, str]] = {  # (place, what) -> how ofte
     ("training/step.py:<dictcomp>", "to the CPU"): ("any", HERE),
     ("training/step.py:_check_labels", "_local_scalar_dense"): ("micro-batch", ON_CPUS),
 }
+SELF_ALIGNED = {
+    "training.self_alignment.weight": 0.2,
+    "training.self_alignment.student_block": 1,
+    "training.self_alignment.teacher_block": 2,
+}
 CASES = {
     "dense, ZeRO 1, bf16, flips": ("dense_a1", {}),
     "dense, ZeRO 2, bf16": ("dense_a5", {}),
@@ -57,6 +62,8 @@ CASES = {
     "dense, ZeRO 3": ("cpu_zero3", {}),
     "experts": ("moe_s2_8e", {"training.ema_warmup": True, "model.router_bias_balancing": True}),
     "upcycled experts on 4 ranks, recomputed": ("upcycle_generalist", {}),
+    "self-aligned, ZeRO 2, bf16": ("dense_a5", SELF_ALIGNED),
+    "self-aligned experts on 2 ranks": ("cpu_ep2", SELF_ALIGNED),
     "embeddings, noise of several resolutions": ("finetune_amodal", {"diffusion.multires_noise_strength": 0.9}),
 }
 
