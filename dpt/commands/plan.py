@@ -14,8 +14,9 @@ from dpt.models.costs import num_params
 from dpt.scaling.compute import section
 from dpt.scaling.plan_files import write_plan
 from dpt.scaling.planner import Limits, Plan, best_plan, naive_plan
-from dpt.scaling.results import MAIN_METRIC, METRICS, show, show_macs
+from dpt.scaling.results import show_macs
 from dpt.scaling.surface import FACTORS, Observation, Surface, fit_surface, observe
+from dpt.scores import MAIN_METRIC, METRICS, show
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

@@ -32,8 +32,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--frames", action="store_true", help="the pictures of a folder are the frames of one video, by name")
     parser.add_argument("--out", type=Path, default=Path("predictions"), help="folder of the results (default: %(default)s)")
     parser.add_argument("--formats", default="",
-                        help="depth: npy, png16, colour, exr, ply; flow: flo, colour; amodal: mask, overlay "
-                             "(default: npy,png16,colour; the others: both)")  # fmt: skip
+                        help="with commas; depth: npy, png16, colour, exr, ply; flow: flo, colour; "
+                             "amodal: mask, overlay, whole "
+                             "(default: npy,png16,colour; flow and amodal: all)")  # fmt: skip
     parser.add_argument("--fov", type=float, default=60.0,
                         help="ply: the camera's horizontal field of view in degrees (default: %(default)s)")  # fmt: skip
     parser.add_argument("--focal", type=float, default=0.0, help="ply: focal length in pixels, in place of --fov")

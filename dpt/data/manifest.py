@@ -16,9 +16,10 @@ FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 MEMBER_ORDER = (
     "label", "valid", "clip", "latents", "latents_mirrored", "cond_latents", "target_latents", "image", "truth", "code_mask",
+    "second", "visible_mask",
 )  # fmt: skip
 """Order of the arrays in a sample; `meta` follows."""
-_EVALUATION_MEMBERS = ("image", "truth", "code_mask")
+_EVALUATION_MEMBERS = ("image", "truth", "code_mask", "second", "visible_mask")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +75,8 @@ class Manifest:
     filter: str = ""
     """Which inputs of the split were left out on purpose, in words."""
     mirrored: bool = False
+    synthetic: bool = False
+    """The inputs are rendered scenes of ours in the set's layout, not the set itself; results say so."""
     encoding: Mapping[str, Any] = field(default_factory=dict)
     """The encoder's settings: all that the shards' bytes depend on, beside the inputs."""
     skipped: tuple[Skipped, ...] = ()

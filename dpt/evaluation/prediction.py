@@ -30,6 +30,8 @@ class Prediction:
     """depth: float32 `[H, W]`, up to scale and shift; flow: float32 `[2, H, W]` pixels; amodal: bool `[H, W]`."""
     uncertainty: np.ndarray
     """float32 `[H, W]`, 0 without an ensemble: depth and flow in the value's units, amodal as the share of dissenting votes."""
+    whole: np.ndarray | None = None
+    """amodal, from `Predictor.__call__`: uint8 `[H, W, 3]`, the completed object in colour, white outside `value`."""
 
 
 class Predictor:
@@ -110,9 +112,13 @@ class Predictor:
                 steps=asked.steps[0],
                 embeddings=None if embeddings is None else embeddings[group],
             )
-            values = self.decode(latents, spec.name)
+            pictures = self.decode_pictures(latents)
+            values = self.picture_values(pictures, spec.name)
             for row, i in enumerate(group):
-                results[i] = merge_members(spec.name, values[row], images[i].shape[:2], self.config.aggregation)
+                merged = merge_members(spec.name, values[row], images[i].shape[:2], self.config.aggregation)
+                if spec.name == "amodal":
+                    merged = dataclasses.replace(merged, whole=_whole_object(pictures[row, :, 0], merged.value))
+                results[i] = merged
         return [r for r in results if r is not None]
 
     def check_task(self, task: str) -> tasks.TaskSpec:
@@ -257,9 +263,16 @@ class Predictor:
     def decode(self, latents: Tensor, task: str, *, code: str = "") -> Tensor:
         """Target latents `[S, N, M, C, h, w]` -> values: depth `[S, N, H, W]` in [0, 1]; flow `[S, N, 2, H, W]` as fractions of
         the image's width and height; amodal bool `[S, N, H, W]`. `code`: of the targets; empty: the weights' own."""
+        return self.picture_values(self.decode_pictures(latents), task, code=code)
+
+    def decode_pictures(self, latents: Tensor) -> Tensor:
+        """Target latents `[S, N, M, C, h, w]` -> the target images float32 `[S, N, M, 3, H, W]` in [-1, 1]."""
         flat = latents.flatten(0, 2)
         images = torch.cat([self.codec.decode(part).float() for part in flat.split(self.config.batch_size)])
-        images = images.unflatten(0, latents.shape[:3])  # [S, N, M, 3, H, W]
+        return images.unflatten(0, latents.shape[:3])
+
+    def picture_values(self, images: Tensor, task: str, *, code: str = "") -> Tensor:
+        """Target images `[S, N, M, 3, H, W]` -> values, as `decode` gives them."""
         if task == "amodal":
             return tasks.decode_amodal(images[:, :, 0])
         code = code or self.codes[task]
@@ -328,6 +341,13 @@ def float32_products(precision: str, device: torch.device) -> Iterator[None]:
     finally:
         torch.set_float32_matmul_precision(products)
         torch.backends.cudnn.allow_tf32 = convolutions
+
+
+def _whole_object(pictures: Tensor, mask: np.ndarray) -> np.ndarray:
+    """Members' pictures `[N, 3, h, w]` in [-1, 1] -> their median uint8 `[H, W, 3]` at the size of `mask`, white outside it."""
+    middle = pictures.median(dim=0).values.cpu().numpy()
+    picture = tasks.resize_image(tasks.image_to_uint8(middle), (mask.shape[0], mask.shape[1]))
+    return np.where(mask[..., None], picture, np.uint8(255))
 
 
 def merge_members(task: str, values: Tensor, size: tuple[int, int], aggregation: str) -> Prediction:

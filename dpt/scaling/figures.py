@@ -8,10 +8,10 @@ from typing import Any
 
 from dpt.errors import UserError
 from dpt.scaling.laws import Fit, fit_power_law, frontier
-from dpt.scaling.plots import law_figure, save
+from dpt.scaling.plots import WORDS, law_figure, save
 from dpt.scaling.points import X_NAMES, Point, collect
 from dpt.scaling.repeats import Mean, as_markdown, means
-from dpt.scaling.results import METRICS
+from dpt.scores import METRICS
 from dpt.tracking.read import RunRecord
 
 
@@ -136,8 +136,11 @@ def metric_label(y: str) -> str:
     """What stands at the axis of a metric, or of "1-METRIC"."""
     complement, name = (True, y[2:]) if y.startswith("1-") else (False, y)
     shown = METRICS.get(name.rpartition("/")[2]) if name.startswith("eval/") else None
-    title = shown.title.removesuffix(" ↓").removesuffix(" ↑").removesuffix(" %") if shown else name
-    return f"1 - {title}" if complement else title
+    if shown is None:
+        title, unit = WORDS.get(name, name), ""
+    else:
+        title, unit = shown.name, {"%": ", as a share", "px": ", px"}.get(shown.unit, "")
+    return f"1 - {title}{unit}" if complement else f"{title}{unit}"
 
 
 def draw(findings: Findings, path: Path, *, watermark: str = "") -> Path:
