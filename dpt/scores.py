@@ -87,5 +87,5 @@ def round_ticks(low: float, high: float, most: int = 5) -> list[float]:
 
 
 def readable(value: float) -> str:
-    """A number of three digits at most, without an exponent where it needs none."""
-    return f"{float(f'{value:.3g}'):g}"
+    """A number of three digits that matter at most, without an exponent unless it is very small or large."""
+    return f"{float(f'{value:.3g}'):.15g}"

@@ -24,7 +24,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--budget", type=float, required=True, help="MACs of all training together, e.g. 1e18")
     parser.add_argument("--test-macs-per-image", type=float, default=float("inf"), help="MACs of one prediction (default: any)")
     parser.add_argument("--task", default="depth", choices=sorted(MAIN_METRIC), help="(default: %(default)s)")
-    parser.add_argument("--metric", default="", help="what is to be good (default: the task's main metric)")
+    parser.add_argument(
+        "--metric", default="", help=f"what is to be good: {', '.join(METRICS)} (default: the task's main metric)"
+    )
     parser.add_argument("--dataset", default="", help="evaluation set, where the runs have several")
     parser.add_argument("--models", nargs="+", default=[], metavar="PRESET", help="further models to consider, by preset")
     parser.add_argument("--out", type=Path, help="write the plan's recipes and a study that runs them into this folder")

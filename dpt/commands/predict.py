@@ -42,7 +42,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
                         help="ply: distances of the least and greatest depth, which is known up to scale and shift "
                              "(default: 1 5)")  # fmt: skip
     parser.add_argument("--again", action="store_true", help="predict what is there already, too")
-    parser.add_argument("--resolution", type=int, default=0, help="longest side shown to the network (default: as trained)")
+    parser.add_argument(
+        "--resolution", type=int, default=0, help="longest side shown to the network, in pixels (default: as trained)"
+    )
     parser.add_argument("--ensemble", type=int, default=1, help="predictions that are merged (default: %(default)s)")
     add_sampling_options(parser, steps=50, guidance=1.0)
 

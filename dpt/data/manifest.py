@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dpt.config.json_text import parse_object
 from dpt.errors import UserError
 from dpt.tasks import TASKS
 
@@ -110,12 +111,7 @@ def read_manifest(folder: str | Path) -> Manifest:
 
 def parse_manifest(text: str, name: str) -> Manifest:
     """The manifest in the JSON `text`, called `name` in errors."""
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{name}: not valid JSON at line {error.lineno}, column {error.colno}: {error.msg}.") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{name}: a manifest is a JSON object, not a {type(value).__name__}.")
+    value = parse_object(text, name, "a manifest")
     if value.get("format_version") != FORMAT_VERSION:
         raise UserError(
             f"{name}: format_version is {value.get('format_version')!r}, {FORMAT_VERSION} is read here; encode the set anew."

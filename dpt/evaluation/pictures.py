@@ -186,21 +186,21 @@ def write_page(rows: Sequence[Row], path: Path, title: str) -> None:
     with_scales = any(panel.scale for row in rows for panel in row.panels.values())
     strip = 0.62 if with_scales else 0.1
     tall = side * shape[0] / shape[1]
-    figure = Figure(figsize=(side * columns + 0.3, (tall + strip + 0.62) * len(rows) + 0.45), dpi=110)
+    figure = Figure(figsize=(side * columns + 0.3, (tall + strip + 0.5) * len(rows) + 0.45), dpi=110)
     figure.text(0.15 / figure.get_figwidth(), 1 - 0.25 / figure.get_figheight(), title, fontsize=11, weight="bold", va="center")
     width, height = figure.get_figwidth(), figure.get_figheight()
     for line, row in enumerate(rows):
-        top = height - 0.45 - (tall + strip + 0.62) * line
+        top = height - 0.45 - (tall + strip + 0.5) * line
         figure.text(0.15 / width, (top - 0.16) / height, row.caption, fontsize=9, va="center")
         for column, panel in enumerate(row.panels.values()):
             left = 0.15 + side * column
-            box = (left / width, (top - 0.58 - tall) / height, (side - 0.12) / width, tall * (side - 0.12) / side / height)
+            box = (left / width, (top - 0.44 - tall) / height, (side - 0.12) / width, tall * (side - 0.12) / side / height)
             axis = figure.add_axes(box)
             axis.imshow(panel.picture)
             axis.set_axis_off()
             axis.set_title(panel.title, fontsize=8, loc="left", pad=3)
             if panel.scale is not None:
-                _draw_scale(figure, panel.scale, left / width, (top - 0.58 - tall) / height, width, height, side)
+                _draw_scale(figure, panel.scale, left / width, (top - 0.44 - tall) / height, width, height, side)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
 

@@ -118,5 +118,5 @@ def _block(name: str, one: dict[str, Any]) -> str:
     for title, figures in rows + references:
         shown = [say(metric, value) for metric, value in figures.items() if metric in METRICS]
         lines.append(f"  {title:{width}}" + "  ".join(shown or ["nothing could be scored"]))
-    lines += [f"  ({title}: {EXPLANATIONS[title]})" for title, _ in references]
+    lines += [f"  ({title} = {EXPLANATIONS[title]})" for title, _ in references]
     return "\n".join(lines)

@@ -61,6 +61,11 @@ def new_axes(x_label: str, y_label: str, *, log_x: bool = False, log_y: bool = F
     return figure, axes
 
 
+def plain(name: str) -> str:
+    """A name as matplotlib shows it letter by letter: between dollars it would look for mathematics."""
+    return name.replace("$", r"\$")
+
+
 def style_of(number: int) -> dict[str, str]:
     """Colour, marker and line of the `number`-th series: no two of the first 32 look alike."""
     return {
@@ -107,7 +112,7 @@ def curves(series: Mapping[str, Points], x_label: str, y_label: str, *, log_x: b
         if len(x) >= 30:
             axes.plot(x, y, color=style["color"], linewidth=0.8, alpha=0.3)
             y = running_mean(y)
-        axes.plot(x, y, linewidth=1.8, label=label, markersize=4.5, markevery=max(1, len(x) // 8), **style)
+        axes.plot(x, y, linewidth=1.8, label=plain(label), markersize=4.5, markevery=max(1, len(x) // 8), **style)
     _plain_ticks(axes)
     if len(series) > 1:
         _legend_beside(axes)
@@ -138,13 +143,18 @@ def law_figure(
             middle, mean, half = zip(*sorted(bars[name]), strict=True)
             below = [min(h, 0.99 * m) for h, m in zip(half, mean, strict=True)]  # the axis is logarithmic
             drawn = {"yerr": (below, half), "capsize": 3} if all(map(math.isfinite, half)) else {}
-            how: dict[str, Any] = {"markersize": 5, "linewidth": 1.4 if join else 0, "elinewidth": 1, "label": name or None}
+            how: dict[str, Any] = {
+                "markersize": 5,
+                "linewidth": 1.4 if join else 0,
+                "elinewidth": 1,
+                "label": plain(name) or None,
+            }
             axes.errorbar(middle, mean, **styles[name], **how, **drawn)
             axes.scatter(x, y, color=colours[name], s=6, alpha=0.35)
             continue
         dense = len(x) > 40
         how = {"linewidth": 1.2 if join else 0, "markersize": 2 if dense else 5, "alpha": 0.6 if dense else 1.0}
-        axes.plot(x, y, label=name or None, **styles[name], **how)
+        axes.plot(x, y, label=plain(name) or None, **styles[name], **how)
     if chosen:
         axes.scatter(*zip(*chosen, strict=True), s=70, facecolors="none", edgecolors="#343a40", linewidths=1)
     for name, fit in fits.items():

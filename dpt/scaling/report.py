@@ -43,7 +43,7 @@ def render(experiment: str, runs: Sequence[RunRecord], uri: str) -> str:
     training = [r for r in shown if r.stage and r.stage != "evaluate"]
     sections = [
         ("results", "Results", _results(rows)),
-        ("compute", "Also", f'<div class="cards">{_cards(shown, rows)}</div>'),
+        ("compute", "At a glance", f'<div class="cards">{_cards(shown, rows)}</div>'),
         ("scenes", "The same scenes, model by model", _scenes(rows, list(scenes.values()))),
         ("pictures", "More pictures", _pictures(training, rows)),
         ("lineage", "Which model comes from which", _lineage(training, rows)),
@@ -134,7 +134,8 @@ def _shown(runs: Sequence[RunRecord], rows: list[Row]) -> list[RunRecord]:
 def _when(runs: Sequence[RunRecord], shown: Sequence[RunRecord]) -> str:
     day = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(max(r.end_time or r.start_time for r in runs)))
     superseded = len(runs) - len(shown)
-    return f"{len(shown)} runs, the last one of {day}" + (f"; {superseded} superseded ones are left out" if superseded else "")
+    left_out = f"; {superseded} superseded {'one is' if superseded == 1 else 'ones are'} left out" if superseded else ""
+    return f"{len(shown)} runs, the last one of {day}" + left_out
 
 
 def _cards(runs: Sequence[RunRecord], rows: list[Row]) -> str:
@@ -174,7 +175,7 @@ def _results(rows: list[Row]) -> str:
         kinds = ["base" if r.run is None else "best" if r is best else "" for r in group]
         parts.append(f"<h3>{escape(_about(group[-1]))}</h3>{table(header, cells, kinds)}")
         for label in dict.fromkeys(r.label for r in group if r.run is None):
-            parts.append(f'<p class="soft small">{escape(label.capitalize())}: {escape(EXPLANATIONS[label])}.</p>')
+            parts.append(f'<p class="soft small">{escape(label[:1].upper() + label[1:])}: {escape(EXPLANATIONS[label])}.</p>')
     return "".join(parts)
 
 
