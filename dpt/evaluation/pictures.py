@@ -98,9 +98,13 @@ def flow_wheel(side: int = 96) -> np.ndarray:
 
 
 def overlay_mask(image: np.ndarray, mask: np.ndarray, colour: tuple[int, int, int] = (40, 220, 120)) -> np.ndarray:
-    """The image uint8 `[H, W, 3]` with the mask bool `[H, W]` tinted."""
+    """The image uint8 `[H, W, 3]` with the mask bool `[H, W]` tinted, and outlined in white."""
     tinted = 0.45 * image + 0.55 * np.array(colour)
-    return np.where(mask[..., None], tinted, image).astype(np.uint8)
+    shown = np.where(mask[..., None], tinted, image).astype(np.uint8)
+    padded = np.pad(mask, 1)
+    inner = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
+    shown[mask & ~inner] = 255
+    return shown
 
 
 def compare(
