@@ -69,10 +69,11 @@ def read_weights(
 ) -> Weights:
     """Weights of any known format, as ours.
 
-    `path`: our export (a folder), the folder of a run that has exported, a diffusers folder (of a DiTTransformer2DModel, or of a
-    pipeline with one), or a public `.pt` or `.safetensors` file: DiT, DiT-MoE with plain or flash-attention keys, or the
+    `path`: our export (a folder), the folder of a run that has exported, a diffusers folder (of a DiTTransformer2DModel, or of
+    a pipeline with one), or a public `.pt` or `.safetensors` file: DiT, DiT-MoE with plain or flash-attention keys, or the
     generalist of "Scaling Properties of Diffusion Models for Perceptual Tasks". `ema`: averaged weights if the file holds both
-    kinds. `dtype`: of the result. `variant`: of a diffusers folder's files, such as "fp16". `scheduler`: the objective, in place of what the file tells.
+    kinds. `dtype`: of the result. `variant`: of a diffusers folder's files, such as "fp16". `scheduler`: the objective, in
+    place of what the file tells.
     `fields`: of ModelConfig, where a public file's shapes do not tell (num_heads, top_k). Nothing is unpickled but tensors.
     UserError if the format is unknown, or a tensor is missing, unknown, of a wrong shape, or not of finite numbers.
     """

@@ -113,19 +113,6 @@ def test_an_empty_experiment_is_refused(monkeypatch, tmp_path):
     assert not (tmp_path / "r.html").exists()
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="no browser")
-def test_a_browser_shows_the_page_without_sideways_scrolling(runs, monkeypatch, tmp_path):
-    monkeypatch.setattr(report, "load_runs", lambda uri, experiment: runs)
-    page = write_report("e", uri="sqlite:///x.db", out=tmp_path / "r.html")
-    probe = "<script>document.title=document.documentElement.scrollWidth+'/'+innerWidth</script></body>"
-    page.write_text(page.read_text().replace("</body>", probe))
-    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--window-size=500,900", "--dump-dom", page.as_uri()]
-    dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
-    wide, window = dom.split("<title>")[1].split("</title>")[0].split("/")
-    assert int(wide) <= int(window)
-
-
 def _with_scenes(folder, label, value, keys=("a/1", "b/2"), **fields):
     """An evaluation that has kept scenes."""
     import json
@@ -173,3 +160,27 @@ def test_synthetic_scenes_do_not_stand_beside_the_paper(tmp_path):
     run.metrics["eval/depth/flats_val/num_samples"] = 7370
     run.tags["dpt.protocol"] = "flats_val: hypersim v1, N=7370 (synthetic), list 0"
     assert "Marigold" not in render("e", [run], "sqlite:///mlflow.db")
+
+
+def _in_a_browser(page, script, width):
+    """What the script leaves as the page's title."""
+    probed = page.with_name("probe.html")
+    probed.write_text(page.read_text().replace("</body>", f"<script>{script}</script></body>"))
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},900", "--dump-dom"]
+    dom = subprocess.run([*command, probed.as_uri()], capture_output=True, text=True, timeout=120, check=True).stdout
+    return dom.split("<title>")[1].split("</title>")[0]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="no browser")
+def test_a_browser_shows_the_page_without_sideways_scrolling_and_moves_the_slider(runs, monkeypatch, tmp_path):
+    shown = [*runs, _with_scenes(tmp_path / "d", "a model with quite a long name", 0.1)]
+    monkeypatch.setattr(report, "load_runs", lambda uri, experiment: shown)
+    page = write_report("e", uri="sqlite:///x.db", out=tmp_path / "r.html")
+    for width in (500, 1200):
+        size = _in_a_browser(page, "document.title=document.documentElement.scrollWidth+'/'+innerWidth", width)
+        wide, window = size.split("/")
+        assert int(wide) <= int(window)
+    move = "let s=document.querySelector('input[type=range]');s.value=20;s.dispatchEvent(new Event('input'));"
+    clip = "document.title=getComputedStyle(s.parentNode.querySelector('.over')).clipPath"
+    assert _in_a_browser(page, move + clip, 500).endswith(" 20%)")
