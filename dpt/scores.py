@@ -70,6 +70,11 @@ def show(metric: str, value: float | None) -> str:
     return "–" if value is None else f"{value * shown.scale:.{shown.digits}f}"
 
 
+def name_of(metric: str) -> str:
+    """What a metric is called; the metrics that tables do not show keep their own names."""
+    return METRICS[metric].name if metric in METRICS else metric
+
+
 def say(metric: str, value: float) -> str:
     """A metric and its value in words, such as "AbsRel 5.90 %"; metrics that tables do not show as they are."""
     if metric not in METRICS:

@@ -224,7 +224,7 @@ def type_in_words(hint: Any) -> str:
         return f"a list, each {type_in_words(get_args(hint)[0])}"
     if get_origin(hint) in (Union, UnionType):
         return " or ".join(map(type_in_words, get_args(hint)))
-    if get_origin(hint) is dict:
+    if hint is dict or get_origin(hint) is dict:
         return "an object"
     return _KINDS.get(hint, f"of type {getattr(hint, '__name__', hint)}")
 

@@ -56,6 +56,8 @@ class Predictor:
             loaded = weights
         else:
             loaded = load_model(weights, vae=vae, use_ema=self.config.use_ema, read=read)
+        self.name = "these weights" if isinstance(weights, LoadedModel) else str(weights)
+        """What messages call the weights."""
         self.dtype = torch.bfloat16 if self.config.precision == "bf16" else torch.float32
         self.network = loaded.network.to(self.device, self.dtype).eval()
         self.model, self.task, self.codec, self.lineage = loaded.model, loaded.task, loaded.codec, loaded.lineage
@@ -92,7 +94,7 @@ class Predictor:
         if width and spec.name == "amodal" and (embeddings is None or tuple(embeddings.shape) != (len(images), width)):
             have = "none" if embeddings is None else f"shape {list(embeddings.shape)}"
             raise UserError(
-                f"these weights take a CLIP embedding of {width} numbers for each visible object, {have} is given; "
+                f"{self.name}: they take a CLIP embedding of {width} numbers for each visible object, {have} is given; "
                 "name the image tower of training with --clip."
             )
         keys = keys or [str(i) for i in range(len(images))]
@@ -124,12 +126,14 @@ class Predictor:
     def check_task(self, task: str) -> tasks.TaskSpec:
         """The task's spec; UserError if the model was not trained for it, or takes another number of conditions."""
         if task == "generalist":
-            raise UserError("a generalist predicts several tasks; name one of depth, flow, amodal.")
+            raise UserError(f"{self.name}: a generalist predicts several tasks; name one with --task: depth, flow or amodal.")
         spec = tasks.task_spec(task)
         for target in spec.targets:
             tasks.label_id(target, trained_task=self.task, num_classes=self.model.num_classes)
         if self.model.num_conditions > len(spec.conditions):
-            raise UserError(f"the model takes {self.model.num_conditions} condition images, {task} has {len(spec.conditions)}.")
+            raise UserError(
+                f"{self.name}: the model takes {self.model.num_conditions} condition images, {task} has {len(spec.conditions)}."
+            )
         return spec
 
     def _encode_conditions(
@@ -307,7 +311,7 @@ class Predictor:
         keys: names that seed the noise; size: (h, w) of the latents; guidance_channels: as in `dpt.diffusion.samplers.guide`.
         """
         if self.task != "class":
-            raise UserError(f"these weights were trained for {self.task}; only class-conditional weights generate images.")
+            raise UserError(f"{self.name}: trained for {self.task}; only class-conditional weights generate images.")
         side = self.model.input_size
         shape = (self.model.in_channels, *(size or (side, side)))
         seeds = noises.key_seeds(self.config.seed, keys, [0] * len(keys))

@@ -21,7 +21,7 @@ from dpt.models.costs import macs
 from dpt.models.pretrained import read_weights
 from dpt.models.weights import Weights
 from dpt.progress import progress
-from dpt.scores import METRICS, say
+from dpt.scores import name_of, say
 from dpt.tasks import DEPTH_PROMPT
 
 SUMMARY_VERSION = 1
@@ -213,7 +213,7 @@ def _draw(one: EvaluationSet, scorer: Scorer, records: list[Record], count: int,
     about = {"set": one.name, "task": one.task, "num_samples": len(one), "synthetic": one.manifest.synthetic}
     what = f"{one.name} ({len(one)} {'synthetic ' * one.manifest.synthetic}samples)"
     for title, samples in picked.items():
-        which = "drawn by key, the same for every model" if title == SAME else f"{title} by {METRICS[metric].name}"
+        which = "drawn by key, the same for every model" if title == SAME else f"{title} by {name_of(metric)}"
         page = [rows[r.index] for r in samples]
         write_page(page, folder / "pictures" / f"{one.name}_{title}.png", f"{what}: {which}")
     scenes = [Scene(key=r.key, value=r.metrics[metric], row=rows[r.index]) for r in picked[SAME]]

@@ -106,7 +106,9 @@ class Scorer:
 
     def _baseline(self, sample: Sample) -> np.ndarray | None:
         """What a prediction must beat: constant depth (aligned like any other), no motion, the visible mask as it is."""
-        return sample.visible_mask if self._set.task == "amodal" else np.zeros(sample.truth.shape, dtype=np.float32)
+        if self._set.task in ("depth", "flow"):
+            return np.zeros(sample.truth.shape, dtype=np.float32)
+        return sample.visible_mask
 
     def _ceiling(self, sample: Sample) -> np.ndarray | None:
         """The encoded truth, decoded again: what the task's image code, the resolution and the VAE leave of it."""

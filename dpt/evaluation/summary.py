@@ -111,12 +111,13 @@ def _block(name: str, one: dict[str, Any]) -> str:
         (f"{r['steps']} steps, {r['ensemble']} members" if "steps" in r else "given predictions", r["metrics"])
         for r in one["results"]
     ]
-    titles = {"baseline": BASELINES[one["task"]], "ceiling": CEILING, "code": CODE}
+    titles = {"baseline": BASELINES.get(one["task"], "baseline"), "ceiling": CEILING, "code": CODE}
     references = [(titles[r.kind], one[r.kind]) for r in REFERENCES if one[r.kind]]
     width = max(len(title) for title, _ in rows + references) + 2
     lines = [protocol_line({"sets": {name: one}})]
     for title, figures in rows + references:
-        shown = [say(metric, value) for metric, value in figures.items() if metric in METRICS]
+        known = [metric for metric in figures if metric in METRICS] or list(figures)
+        shown = [say(metric, figures[metric]) for metric in known]
         lines.append(f"  {title:{width}}" + "  ".join(shown or ["nothing could be scored"]))
-    lines += [f"  ({title} = {EXPLANATIONS[title]})" for title, _ in references]
+    lines += [f"  ({title} = {EXPLANATIONS[title]})" for title, _ in references if title in EXPLANATIONS]
     return "\n".join(lines)

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dpt.config.recipe import section_from_dict
+from dpt.config.recipe import section_from_dict, type_in_words
 from dpt.config.sections import DiffusionConfig, ModelConfig
 from dpt.errors import UserError
 from dpt.models.dit import DiT
@@ -130,7 +130,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{file}: this version of dpt does not know {', '.join(unknown)}; export the weights with it.")
     for name, kind in _SECTIONS.items():
         if name in config and not isinstance(config[name], kind):
-            raise UserError(f"{file}: {name} is {config[name]!r}; it must be of type {kind.__name__}.")
+            raise UserError(f"{file}: {name} is {config[name]!r}; it must be {type_in_words(kind)}.")
     model = config.get("model")
     if not isinstance(model, dict) or not model:
         raise UserError(f"{file}: model is {model!r}; it must be the object of the network's fields.")

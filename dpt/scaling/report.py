@@ -174,7 +174,7 @@ def _results(rows: list[Row]) -> str:
         best = _best([r for r in group if r.run], MAIN_METRIC.get(task, next(iter(METRICS))))
         kinds = ["base" if r.run is None else "best" if r is best else "" for r in group]
         parts.append(f"<h3>{escape(_about(group[-1]))}</h3>{table(header, cells, kinds)}")
-        for label in dict.fromkeys(r.label for r in group if r.run is None):
+        for label in dict.fromkeys(r.label for r in group if r.run is None and r.label in EXPLANATIONS):
             parts.append(f'<p class="soft small">{escape(label[:1].upper() + label[1:])}: {escape(EXPLANATIONS[label])}.</p>')
     return "".join(parts)
 
