@@ -14,7 +14,7 @@ import argparse
 import os
 from typing import TYPE_CHECKING, Any
 
-from data_tools.readers import READERS, Reader, changed_options, open_reader, parse_options
+from data_tools.readers import READERS, Reader, changed_options, is_synthetic, open_reader, parse_options
 from dpt import distributed
 from dpt.config.numbers import AT_LEAST_1, NOT_NEGATIVE, SHARE, Range, numeric
 from dpt.config.parser import Parser
@@ -147,6 +147,7 @@ def build_job(arguments: argparse.Namespace) -> "EncodingJob":
         shuffle_seed=None if arguments.evaluation or arguments.shuffle_seed < 0 else arguments.shuffle_seed,
         processes=(max(1, min(16, cores - 1)) if on_gpu else 1) if arguments.processes is None else arguments.processes,
         max_skipped_share=arguments.max_skipped_share,
+        synthetic=is_synthetic(Path(arguments.root)),
     )
 
 

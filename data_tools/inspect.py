@@ -5,7 +5,7 @@ Hashes and sizes are compared with the manifest's, samples with the schema; dama
 
 import argparse
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -144,44 +144,79 @@ def _statistics(vae: VAERecord) -> str:
 
 
 def contact_sheet(samples: ShardFolder, numbers: Sequence[int], codec: VAECodec) -> Image.Image:
-    """A row for each sample: its picture if kept, decoded conditions, decoded targets; class samples share rows."""
-    spec = tasks.task_spec(samples.manifest.task)
-    rows = []
+    """A row for each sample under its key: its picture if kept, decoded conditions, and each target's truth, where the set
+    keeps it, beside the decoded target; class samples share rows."""
+    manifest = samples.manifest
+    spec = tasks.task_spec(manifest.task)
+    code = tasks.target_code(manifest.task, manifest.encoding, manifest.dataset)
+    rows: list[tuple[str, list[tuple[str, NDArray[np.uint8]]]]] = []
     for number in progress(list(numbers), "draw", "sample"):
         sample = samples[number]
         cells: list[tuple[str, NDArray[np.uint8]]] = []
         if "image" in sample:
             cells.append(("image", sample["image"]))
+        truths = dict(zip(spec.targets, _true_targets(manifest.task, sample, code), strict=False))
         members = [name for name in ("latents", "latents_mirrored", "cond_latents", "target_latents") if name in sample]
         for name in members:
             moments = np.atleast_2d(sample[name]).reshape(-1, *sample[name].shape[-4:])
             titles = {"cond_latents": spec.conditions, "target_latents": spec.targets}.get(name, (name,))
             images = codec.decode(mean_latents(torch.from_numpy(moments), codec.scaling))
-            cells += [(title, tasks.image_to_uint8(image.cpu().numpy())) for title, image in zip(titles, images, strict=False)]
+            for title, image in zip(titles, images, strict=False):
+                if name == "target_latents" and title in truths:
+                    cells.append((f"true {title}", truths[title]))
+                cells.append((f"{title}, decoded", tasks.image_to_uint8(image.cpu().numpy())))
         caption = sample["meta"].get("class_name") or sample["key"]
-        rows.append([(f"{caption} {title}" if i == 0 else title, image) for i, (title, image) in enumerate(cells)])
-    if samples.manifest.task == "class":
-        flat = [cell for row in rows for cell in row]
-        rows = [flat[at : at + 8] for at in range(0, len(flat), 8)]
+        rows.append((caption, cells))
+    if manifest.task == "class":
+        flat = [(f"{caption}: {title}", image) for caption, cells in rows for title, image in cells]
+        rows = [("", flat[at : at + 8]) for at in range(0, len(flat), 8)]
     return _paste(rows)
 
 
-def _paste(rows: list[list[tuple[str, NDArray[np.uint8]]]]) -> Image.Image:
+def _true_targets(task: str, sample: Mapping[str, Any], code: str) -> list[NDArray[np.uint8]]:
+    """The truth of an evaluation sample as the pictures that its targets are encoded from, before the VAE; else none.
+
+    Of amodal sets that is the mask, whose object the target shows.
+    """
+    if "truth" not in sample:
+        return []
+    if task == "depth":
+        images = [tasks.encode_depth(sample["truth"], code=code)[0]]
+    elif task == "flow":
+        images = list(tasks.encode_flow(sample["truth"], code))
+    else:
+        images = [tasks.mask_image(sample["truth"] > 0)]
+    return [tasks.image_to_uint8(image) for image in images]
+
+
+def _paste(rows: list[tuple[str, list[tuple[str, NDArray[np.uint8]]]]]) -> Image.Image:
+    """Rows of titled pictures, each under its caption (none if empty), whole captions where the sheet is wide enough."""
     scaled = [
-        [(title, tasks.resize_image(image, (round(CELL * image.shape[0] / image.shape[1]), CELL))) for title, image in row]
-        for row in rows
+        (caption, [(title, tasks.resize_image(i, (round(CELL * i.shape[0] / i.shape[1]), CELL))) for title, i in row])
+        for caption, row in rows
     ]
-    heights = [max(image.shape[0] for _, image in row) + _CAPTION + _GAP for row in scaled]
-    sheet = Image.new("RGB", (max(map(len, scaled)) * (CELL + _GAP), sum(heights)), "white")
+    heads = [_CAPTION * (2 if caption else 1) for caption, _ in scaled]
+    heights = [max(image.shape[0] for _, image in row) + head + _GAP for (_, row), head in zip(scaled, heads, strict=True)]
+    sheet = Image.new("RGB", (max(len(row) for _, row in scaled) * (CELL + _GAP), sum(heights)), "white")
     draw = ImageDraw.Draw(sheet)
     top = 0
-    for row, height in zip(scaled, heights, strict=True):
+    for (caption, row), head, height in zip(scaled, heads, heights, strict=True):
+        draw.text((0, top + 1), caption, fill="black")
         for column, (title, image) in enumerate(row):
             left = column * (CELL + _GAP)
-            draw.text((left, top + 1), title[:26], fill="black")
-            sheet.paste(Image.fromarray(image), (left, top + _CAPTION))
+            draw.text((left, top + head - _CAPTION + 1), _fitting(draw, title), fill="#495057" if caption else "black")
+            sheet.paste(Image.fromarray(image), (left, top + head))
         top += height
     return sheet
+
+
+def _fitting(draw: ImageDraw.ImageDraw, title: str) -> str:
+    """The title, with an ellipsis if it is wider than a cell."""
+    if draw.textlength(title) <= CELL:
+        return title
+    while title and draw.textlength(title + "...") > CELL:
+        title = title[:-1]
+    return title + "..."
 
 
 def _decoder(manifest: Manifest, name: str) -> VAECodec:

@@ -203,8 +203,11 @@ def _resume(path: Path, config: VAETraining, parts: dict[str, Any]) -> int:
     """Load the checkpoint, if there is one, into modules, optimizers and schedules; return the step to go on with."""
     if not path.is_file():
         return 0
-    state = torch.load(path, weights_only=True)
-    if state["config"] != asdict(config):
+    try:
+        state = torch.load(path, weights_only=True)
+    except Exception as error:  # torch raises many kinds, and advises to trust the file
+        raise UserError(f"{path} is damaged or no checkpoint of this command; remove it, or choose another --out.") from error
+    if not isinstance(state, dict) or "config" not in state or state["config"] != asdict(config):
         raise UserError(f"{path} is of a run with other settings; give them again or choose another --out.")
     for name, part in parts.items():
         part.load_state_dict(state[name])

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Room -> rooms it may import. Each may import itself.
 BASE = {"errors", "config"}
-MIDDLE = BASE | {"distributed", "locking", "progress", "tracking", "tasks", "fits", "pictures", "clip", "hub"}
+MIDDLE = BASE | {"distributed", "locking", "progress", "tracking", "tasks", "fits", "pictures", "clip", "hub", "scores"}
 ALLOWED = {
     "errors": set(),
     "config": {"errors"},
@@ -24,6 +24,7 @@ ALLOWED = {
     "pictures": BASE,
     "hub": BASE | {"distributed"},
     "clip": BASE | {"hub"},
+    "scores": set(),
     "models": MIDDLE,
     "diffusion": MIDDLE,
     "data": MIDDLE,

@@ -45,6 +45,8 @@ class EncodingJob:
     """What is kept of each sample for hidden states to be aligned with (`dpt.training.feature_alignment`)."""
     processes: int = 0
     """Processes that read and prepare ahead of the VAE; 0: this one."""
+    synthetic: bool = False
+    """The inputs are rendered scenes of ours."""
     max_skipped_share: float = 0.01
     """Unreadable inputs, as a share of all, above which the job fails."""
 
@@ -271,6 +273,7 @@ def _merge(job: EncodingJob, settings: dict[str, Any], found: Sequence[tuple[Any
         reader_version=str(job.reader.version),
         filter=f"{len(excluded)} inputs left out by the set's own filter" if excluded else "",
         mirrored=job.layout.mirrored,
+        synthetic=job.synthetic,
         encoding=settings,
         skipped=skipped,
         num_skipped=len(skipped),

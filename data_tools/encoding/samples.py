@@ -160,6 +160,10 @@ def _prepare_perception(sample: Sample, layout: Layout) -> Prepared:
     arrays: dict[str, NDArray[Any]] = {"valid": tasks.latent_valid(frame.nearest(valid), factor=layout.downsampling)}
     if layout.evaluation:
         arrays |= {"image": sample.images[0], "truth": truth}
+        if layout.task == "flow":
+            arrays["second"] = sample.images[1]
+        elif layout.task == "amodal":
+            arrays["visible_mask"] = (sample.images[1][..., 0] > 127).astype(np.uint8)
         if sample.whole is not None:
             arrays["code_mask"] = tasks.decode_amodal(tasks.image_to_float(sample.whole)).astype(np.uint8)
     visible = None

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from data_tools.readers.base import Excluded, Reader, ReadError, Sample
+from data_tools.readers.base import SYNTHESIS, Excluded, Reader, ReadError, Sample, is_synthetic
 from data_tools.readers.coco_amodal import COCOAmodal
 from data_tools.readers.diode import DIODE
 from data_tools.readers.eth3d import ETH3D
@@ -20,7 +20,18 @@ from data_tools.readers.pix2gestalt import Pix2Gestalt
 from data_tools.readers.scannet import ScanNet
 from dpt.errors import UserError
 
-__all__ = ["READERS", "Excluded", "ReadError", "Reader", "Sample", "changed_options", "open_reader", "parse_options"]
+__all__ = [
+    "READERS",
+    "SYNTHESIS",
+    "Excluded",
+    "ReadError",
+    "Reader",
+    "Sample",
+    "changed_options",
+    "is_synthetic",
+    "open_reader",
+    "parse_options",
+]
 
 READERS: dict[str, Callable[..., Reader]] = {
     "coco_amodal": COCOAmodal,

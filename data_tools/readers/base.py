@@ -14,6 +14,15 @@ from dpt.errors import UserError
 Task = Literal["class", "depth", "flow", "amodal"]
 
 
+SYNTHESIS = "synthesis.json"
+"""The file that tells rendered scenes of ours from the set whose layout they have: in its root, or beside the root."""
+
+
+def is_synthetic(root: Path) -> bool:
+    """Whether `root` holds rendered scenes of ours."""
+    return any((folder / SYNTHESIS).is_file() for folder in (root, root.absolute().parent))
+
+
 class ReadError(Exception):
     """One sample that cannot be read: skipped, listed and counted, not the end of a job."""
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from data_tools.readers import SYNTHESIS as DESCRIPTION
 from data_tools.synthesis.layouts import TASKS, write_lists, write_scene
 from data_tools.synthesis.rendering import render
 from data_tools.synthesis.scenes import SPLITS, VARIETIES, make_scene
@@ -21,7 +22,6 @@ from dpt.errors import UserError
 
 GENERATOR_VERSION = 1
 """Counts up whenever the same parameters would give other files."""
-DESCRIPTION = "synthesis.json"
 _WRITTEN = "written.txt"
 """The numbers of the scenes that are on the disk, while a set is made."""
 _WORKER_ENVIRONMENT = {

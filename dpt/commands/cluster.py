@@ -15,6 +15,21 @@ from dpt.errors import UserError
 from dpt.scaling.cluster import Cluster, Projection, best_layout, project
 from dpt.scaling.results import format_cells
 
+_RATES = {
+    "gpus_per_node": "GPUs of a node",
+    "peak_flops": "FLOP a second of one GPU, bf16 matrix products",
+    "efficiency": "share of the peak that a GPU reaches in a step without communication",
+    "memory_bytes": "bytes of a GPU's memory",
+    "memory_bandwidth": "bytes a second of a GPU's memory",
+    "node_bandwidth": "bytes a second from a GPU to others of its node",
+    "network_bandwidth": "bytes a second from a GPU to other nodes",
+    "latency_s": "seconds that a message between two GPUs takes at least",
+    "host_bandwidth": "bytes a second from a GPU to its host's memory",
+    "storage_bandwidth": "bytes a second of the shared file system, all nodes together",
+    "jitter": "relative standard deviation of a rank's compute time from step to step",
+}
+"""What `Cluster`'s fields are, with their units."""
+
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("preset", help="network, as in `dpt presets`")
@@ -43,7 +58,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recipes", action="store_true", help="print the fields of each recipe")
     for field in dataclasses.fields(Cluster):
         parser.add_argument(f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default,
-                            help="of the machine (default: %(default)g)")  # fmt: skip
+                            help=f"{_RATES[field.name]} (default: %(default)g)")  # fmt: skip
 
 
 def run(arguments: argparse.Namespace) -> None:

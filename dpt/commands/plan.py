@@ -16,8 +16,9 @@ from dpt.models.costs import num_params
 from dpt.scaling.compute import section
 from dpt.scaling.plan_files import write_plan
 from dpt.scaling.planner import Limits, Plan, best_plan, naive_plan
-from dpt.scaling.results import MAIN_METRIC, METRICS, show, show_macs
+from dpt.scaling.results import show_macs
 from dpt.scaling.surface import FACTORS, Observation, Surface, fit_surface, observe
+from dpt.scores import MAIN_METRIC, METRICS, show
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -32,7 +33,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="MACs of one prediction (default: any)",
     )
     parser.add_argument("--task", default="depth", choices=sorted(MAIN_METRIC), help="(default: %(default)s)")
-    parser.add_argument("--metric", default="", help="what is to be good (default: the task's main metric)")
+    parser.add_argument(
+        "--metric", default="", help=f"what is to be good: {', '.join(METRICS)} (default: the task's main metric)"
+    )
     parser.add_argument("--dataset", default="", help="evaluation set, where the runs have several")
     parser.add_argument("--models", nargs="+", default=[], metavar="PRESET", help="further models to consider, by preset")
     parser.add_argument("--out", type=Path, help="write the plan's recipes and a study that runs them into this folder")

@@ -34,8 +34,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--frames", action="store_true", help="the pictures of a folder are the frames of one video, by name")
     parser.add_argument("--out", type=Path, default=Path("predictions"), help="folder of the results (default: %(default)s)")
     parser.add_argument("--formats", default="",
-                        help="depth: npy, png16, colour, exr, ply; flow: flo, colour; amodal: mask, overlay "
-                             "(default: npy,png16,colour; the others: both)")  # fmt: skip
+                        help="with commas; depth: npy, png16, colour, exr, ply; flow: flo, colour; "
+                             "amodal: mask, overlay, whole "
+                             "(default: npy,png16,colour; flow and amodal: all)")  # fmt: skip
     parser.add_argument("--fov", type=numeric(float, Range(above=0, below=180)), default=60.0,
                         help="ply: the camera's horizontal field of view in degrees (default: %(default)s)")  # fmt: skip
     parser.add_argument(
@@ -46,7 +47,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
                              "(default: 1 5)")  # fmt: skip
     parser.add_argument("--again", action="store_true", help="predict what is there already, too")
     parser.add_argument("--resolution", type=numeric(int, Range(least=0, most=8192)), default=0,
-                        help="longest side shown to the network, pixels (default: as trained)")  # fmt: skip
+                        help="longest side shown to the network, in pixels (default: as trained)")  # fmt: skip
     parser.add_argument("--fit", choices=("stretch", "aspect"), default="",
                         help="pictures are stretched to the square, or keep their aspect (default: as trained)")  # fmt: skip
     parser.add_argument(

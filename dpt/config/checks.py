@@ -68,6 +68,8 @@ def batch_split(recipe: Recipe, world_size: int) -> tuple[int, int, int]:
     accumulation = given.get("gradient_accumulation_steps")
     if total is None:
         if limit is None:
+            if not recipe.path:
+                raise UserError("no recipe is named: train_batch_size is missing; give a recipe with --ds_config FILE.")
             _refuse(recipe, "train_batch_size is missing; give the global batch size.")
         return limit * (accumulation or 1) * world_size, limit, accumulation or 1
     parts = (accumulation or 1) * world_size
@@ -246,4 +248,4 @@ def _check_teacher(recipe: Recipe) -> None:
 
 
 def _refuse(recipe: Recipe, sentence: str) -> NoReturn:
-    raise UserError(f"{recipe.path or 'the command line'}: {sentence}")
+    raise UserError(f"{recipe.source_of(sentence)}: {sentence}")

@@ -3,13 +3,16 @@
 import dataclasses
 import difflib
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from dpt.config.deepspeed_keys import DEEPSPEED_KEYS, check_keys
 from dpt.config.generation import GenerationConfig
+from dpt.config.json_text import parse_object
 from dpt.config.numbers import FINITE
 from dpt.config.presets import preset_values
 from dpt.config.sections import (
@@ -26,6 +29,9 @@ from dpt.config.sections import (
     ValidationConfig,
 )
 from dpt.errors import UserError, hide_passwords
+
+
+COMMAND_LINE = "the command line"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +64,12 @@ class Recipe:
     deepspeed: dict[str, Any]
     dpt: DptConfig
     path: str = ""
+    overridden: frozenset[str] = frozenset()
+    """Dotted names, without "dpt.", of the fields that the command line sets."""
+
+    def source_of(self, sentence: str) -> str:
+        """Whom a sentence about a field blames: the command line if it names one that is set there, else the file."""
+        return _blamed(sentence, self.path, self.overridden)
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as one JSON object, every field resolved; a password in the tracking address is hidden."""
@@ -85,13 +97,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: the file cannot be read ({error}); check the path.") from error
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: not valid JSON at line {error.lineno}, column {error.colno}: {error.msg}.") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: a recipe is a JSON object, not a {type(value).__name__}.")
-    return value
+    return parse_object(text, str(path), "a recipe")
 
 
 def load_recipe(path: str | Path | None, overrides: Mapping[str, Any] | None = None) -> Recipe:
@@ -99,26 +105,44 @@ def load_recipe(path: str | Path | None, overrides: Mapping[str, Any] | None = N
 
     `overrides` maps dotted names to values: "training.steps" (a field of "dpt"; the prefix "dpt." is optional) or
     "zero_optimization.stage" (a key of DeepSpeed's). Later layers win: preset, file, overrides.
-    Raises UserError that names file and field.
+    Raises UserError that names file and field, or the command line where a field is set there.
     """
-    source = str(path) if path is not None else "the command line"
+    overrides = dict(overrides or {})
+    names = frozenset(name.removeprefix("dpt.") for name in overrides)
+    source = str(path or COMMAND_LINE)
+    try:
+        return dataclasses.replace(_load(path, overrides, source), overridden=names)
+    except UserError as error:
+        sentence = str(error).removeprefix(f"{source}: ")
+        if path is None or sentence == str(error):
+            raise
+        raise UserError(f"{_blamed(sentence, source, names)}: {sentence}") from error
+
+
+def _blamed(sentence: str, source: str, overridden: Collection[str]) -> str:
+    """The command line, if the sentence names a field that is set there; else the source, or the command line without one."""
+    said = (re.search(rf"(?<![\w.]){re.escape(name)}(?![\w.]*\w)", sentence.replace("dpt.", "")) for name in overridden)
+    return COMMAND_LINE if not source or any(said) else source
+
+
+def _load(path: str | Path | None, overrides: Mapping[str, Any], source: str) -> Recipe:
     content = read_json(path) if path is not None else {}
     given = content.pop("dpt", {})
     if not isinstance(given, dict):
         raise UserError(f'{source}: "dpt" is a {type(given).__name__}; it must be an object of sections.')
     _reject_unknown(content, DEEPSPEED_KEYS | {"dpt"}, source, "")
     _check_keys(given, DptConfig, source, "dpt")
-    for name, value in (overrides or {}).items():
+    for name, value in overrides.items():
         parts = name.removeprefix("dpt.").split(".")
         target = content if parts[0] in DEEPSPEED_KEYS else given
         if target is given:
-            value = _from_text(value, _field_type(parts, source), name)
+            value = _from_text(value, _field_type(parts, COMMAND_LINE), name)
         elif isinstance(value, str):
             value = _json_or_text(value)
         for part in parts[:-1]:
             inner = target.setdefault(part, {})
             if not isinstance(inner, dict):
-                raise UserError(f"{source}: {name} cannot be set, since {part} is no object.")
+                raise UserError(f"{COMMAND_LINE}: {name} cannot be set, since {part} in {source} is no object.")
             target = inner
         target[parts[-1]] = value
     check_keys(content, source)
@@ -151,8 +175,8 @@ def _build(cls: type, values: dict[str, Any], source: str, prefix: str) -> Any:
         try:
             values[name] = parser.parse_object({name: value}, defaults=False)[name]
         except ArgumentError as error:
-            kind = _type_name(hints[name])
-            raise UserError(f"{source}: {prefix}.{name} is {value!r}; it must be of type {kind}.") from error
+            kind = type_in_words(hints[name])
+            raise UserError(f"{source}: {prefix}.{name} is {value!r}; it must be {kind}.") from error
         _check_finite(f"{source}: {prefix}.{name}", values[name])
     try:
         return cls(**nested, **values)
@@ -167,8 +191,20 @@ def _check_finite(name: str, value: Any) -> None:
             FINITE.check(name, one)
 
 
-def _type_name(hint: Any) -> str:
-    return str(hint).replace("typing.", "") if get_origin(hint) is not None else hint.__name__
+_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "null"}
+
+
+def type_in_words(hint: Any) -> str:
+    """A field's type as people say it: "a whole number", "one of linear, log", "a list, each a text"."""
+    if get_origin(hint) is Literal:
+        return f"one of {', '.join(map(str, get_args(hint)))}"
+    if get_origin(hint) is list:
+        return f"a list, each {type_in_words(get_args(hint)[0])}"
+    if get_origin(hint) in (Union, UnionType):
+        return " or ".join(map(type_in_words, get_args(hint)))
+    if hint is dict or get_origin(hint) is dict:
+        return "an object"
+    return _KINDS.get(hint, f"of type {getattr(hint, '__name__', hint)}")
 
 
 def _is_section(hint: Any) -> bool:

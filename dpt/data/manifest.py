@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dpt.config.json_text import parse_object
 from dpt.errors import UserError
 from dpt.fits import FITS, Fit
 from dpt.tasks import TASKS
@@ -17,10 +18,10 @@ FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 MEMBER_ORDER = (
     "label", "valid", "clip", "features", "latents", "latents_mirrored", "cond_latents", "target_latents",
-    "image", "truth", "code_mask",
+    "image", "truth", "code_mask", "second", "visible_mask",
 )  # fmt: skip
 """Order of the arrays in a sample; `meta` follows."""
-_EVALUATION_MEMBERS = ("image", "truth", "code_mask")
+_EVALUATION_MEMBERS = ("image", "truth", "code_mask", "second", "visible_mask")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +114,8 @@ class Manifest:
     filter: str = ""
     """Which inputs of the split were left out on purpose, in words."""
     mirrored: bool = False
+    synthetic: bool = False
+    """The inputs are rendered scenes of ours in the set's layout, not the set itself; results say so."""
     encoding: Mapping[str, Any] = field(default_factory=dict)
     """The encoder's settings: all that the shards' bytes depend on, beside the inputs."""
     skipped: tuple[Skipped, ...] = ()
@@ -159,12 +162,7 @@ def read_manifest(folder: str | Path) -> Manifest:
 
 def parse_manifest(text: str, name: str) -> Manifest:
     """The manifest in the JSON `text`, called `name` in errors."""
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{name}: not valid JSON at line {error.lineno}, column {error.colno}: {error.msg}.") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{name}: a manifest is a JSON object, not a {type(value).__name__}.")
+    value = parse_object(text, name, "a manifest")
     if value.get("format_version") != FORMAT_VERSION:
         raise UserError(
             f"{name}: format_version is {value.get('format_version')!r}, {FORMAT_VERSION} is read here; encode the set anew."

@@ -70,6 +70,8 @@ class LatentStream:
         if twice := [source for number, source in enumerate(sources) if source in sources[:number]]:
             raise UserError(f"dpt.data.shards names {twice[0]} twice; name it once, with more weight in dpt.data.weights.")
         micro = micro_batch_size or global_batch_size // world_size
+        if micro_batch_size is None and (micro < 1 or global_batch_size % world_size):
+            raise UserError(f"a global batch of {global_batch_size} does not split over {world_size} ranks; choose a multiple.")
         if micro < 1 or global_batch_size % (micro * world_size):
             raise UserError(
                 f"a global batch of {global_batch_size} does not split into micro-batches of {micro} on {world_size} ranks; "

@@ -17,10 +17,10 @@ from dpt.evaluation.prediction import Prediction
 FORMATS = {
     "depth": ("npy", "png16", "colour", "exr", "ply"),
     "flow": ("flo", "colour"),
-    "amodal": ("mask", "overlay"),
+    "amodal": ("mask", "overlay", "whole"),
 }
 """What a task's predictions can be written as."""
-DEFAULT_FORMATS = {"depth": ("npy", "png16", "colour"), "flow": ("flo", "colour"), "amodal": ("mask", "overlay")}
+DEFAULT_FORMATS = {"depth": ("npy", "png16", "colour"), "flow": ("flo", "colour"), "amodal": ("mask", "overlay", "whole")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +68,8 @@ def write_outputs(
     depth: _depth.npy float32 (up to scale and shift), _depth.png 16 bits (least to greatest depth on 0 to 65535),
     _depth_colour.png, _depth.exr (float32) and _depth.ply (points with the picture's colours; see `point_cloud`: least to
     greatest depth on `config.near` to `config.far`). flow: _flow.flo in pixels, _flow.png on the colour wheel (full colour at
-    the longest motion). amodal: _mask.png, _overlay.png. With an ensemble also _uncertainty.npy and .png. image: the input
+    the longest motion). amodal: _mask.png, _overlay.png, _whole.png (the completed object
+    in colour, on white). With an ensemble also _uncertainty.npy and .png. image: the input
     uint8 `[H, W, 3]`. limits: the depths, or (0, motion in pixels), that stand for the least and greatest, as the frames of a
     video share them; default: the prediction's own.
     """
@@ -110,6 +111,8 @@ def write_outputs(
             picture("mask.png", value.astype(np.uint8) * 255)
         if "overlay" in formats:
             picture("overlay.png", overlay_mask(image, value))
+        if "whole" in formats and prediction.whole is not None:
+            picture("whole.png", prediction.whole)
     if prediction.uncertainty.any():
         place("uncertainty.npy", lambda path: _save(path, prediction.uncertainty))
         picture("uncertainty.png", colour_error(prediction.uncertainty, float(np.quantile(prediction.uncertainty, 0.99))))

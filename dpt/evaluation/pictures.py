@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
@@ -10,28 +11,50 @@ from matplotlib.figure import Figure
 
 from dpt import tasks
 from dpt.evaluation.protocols import Protocol, align_depth_to_truth, counted_pixels
+from dpt.scores import readable, round_ticks
 
-LONGEST = 384
-"""Longest side of a picture in a page, in pixels."""
+LONGEST = 640
+"""Longest side of a panel, in pixels."""
+DEPTH_COLOURS, ERROR_COLOURS = "Spectral", "inferno"
+_RIGHT, _TOO_MUCH, _MISSING = (255, 255, 255), (255, 64, 64), (64, 96, 255)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """What a panel's colours mean: values from `low` to `high` in `unit`; the colours "wheel": motions up to `high`."""
+
+    colours: str
+    low: float
+    high: float
+    unit: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Panel:
+    """One picture uint8 `[H, W, 3]`, what it is in words, and what its colours mean."""
+
+    picture: np.ndarray
+    title: str
+    scale: Scale | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One sample in a page: panels uint8 `[H, W, 3]` by title, and a caption."""
+    """One sample in a page: its panels by what they are (input, second or visible, truth, prediction, error, uncertainty)."""
 
     caption: str
-    panels: dict[str, np.ndarray]
+    panels: dict[str, Panel]
 
 
 def colour_depth(depth: np.ndarray, low: float, high: float, valid: np.ndarray | None = None) -> np.ndarray:
     """Depth `[H, W]` -> uint8 `[H, W, 3]`: near red, far blue between `low` and `high`; black where invalid."""
     unit = np.clip((depth - low) / max(high - low, 1e-9), 0.0, 1.0)
-    return _coloured(unit, "Spectral", valid)
+    return _coloured(unit, DEPTH_COLOURS, valid)
 
 
 def colour_error(error: np.ndarray, high: float, valid: np.ndarray | None = None) -> np.ndarray:
     """Errors `[H, W]` from 0 (black) to `high` (bright) -> uint8 `[H, W, 3]`; grey where invalid."""
-    return _coloured(np.clip(error / max(high, 1e-9), 0.0, 1.0), "inferno", valid, fill=128)
+    return _coloured(np.clip(error / max(high, 1e-9), 0.0, 1.0), ERROR_COLOURS, valid, fill=128)
 
 
 def _coloured(unit: np.ndarray, name: str, valid: np.ndarray | None, fill: int = 0) -> np.ndarray:
@@ -66,56 +89,140 @@ def _colour_wheel() -> np.ndarray:
     return np.concatenate(colours)
 
 
+def flow_wheel(side: int = 96) -> np.ndarray:
+    """The legend of `colour_flow`, uint8 `[side, side, 3]`: each motion's colour where its arrow from the centre would end."""
+    v, u = np.mgrid[-1.0 : 1.0 : side * 1j, -1.0 : 1.0 : side * 1j]
+    wheel = colour_flow(np.stack([u, v]), 1.0)
+    wheel[np.hypot(u, v) > 1.0] = 255
+    return wheel
+
+
 def overlay_mask(image: np.ndarray, mask: np.ndarray, colour: tuple[int, int, int] = (40, 220, 120)) -> np.ndarray:
-    """The image uint8 `[H, W, 3]` with the mask bool `[H, W]` tinted."""
+    """The image uint8 `[H, W, 3]` with the mask bool `[H, W]` tinted, and outlined in white."""
     tinted = 0.45 * image + 0.55 * np.array(colour)
-    return np.where(mask[..., None], tinted, image).astype(np.uint8)
+    shown = np.where(mask[..., None], tinted, image).astype(np.uint8)
+    padded = np.pad(mask, 1)
+    inner = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
+    shown[mask & ~inner] = 255
+    return shown
 
 
 def compare(
-    protocol: Protocol, caption: str, image: np.ndarray, truth: np.ndarray, prediction: np.ndarray, uncertainty: np.ndarray
+    protocol: Protocol,
+    caption: str,
+    image: np.ndarray,
+    truth: np.ndarray,
+    prediction: np.ndarray,
+    uncertainty: np.ndarray,
+    *,
+    second: np.ndarray | None = None,
+    visible: np.ndarray | None = None,
 ) -> Row:
-    """Input, truth, prediction, error and uncertainty of one sample, all at the truth's size, as panels."""
+    """Input, truth, prediction, error and uncertainty of one sample, all at the truth's size (at most `LONGEST`), as panels.
+
+    second: flow's second frame, uint8 `[H, W, 3]`. visible: amodal's visible mask, bool `[H, W]`. Arrays as in
+    `dpt.evaluation.sets.Sample` and `Prediction`.
+    """
     height, width = truth.shape[-2:]
     size = tasks.fit_size(height, width, min(LONGEST, max(height, width)), multiple=1)
     shown = tasks.resize_image(image, (height, width))
-    valid = counted_pixels(protocol, truth)
-    if protocol.task == "depth":
-        metres = align_depth_to_truth(protocol, prediction, truth, valid)
-        low, high = np.quantile(truth[valid], (0.02, 0.98))
-        error = np.abs(metres - truth) / np.where(valid, truth, 1.0)
-        maps = [colour_depth(truth, low, high, valid), colour_depth(metres, low, high), colour_error(error, 0.3, valid)]
-    elif protocol.task == "flow":
-        longest = float(np.quantile(np.hypot(*truth)[valid], 0.99))
-        error = np.hypot(*(prediction - truth))
-        maps = [
-            colour_flow(truth, longest),
-            colour_flow(prediction, longest),
-            colour_error(error, max(3.0, longest / 4), valid),
-        ]
-    else:
-        wrong = np.zeros((*truth.shape, 3), np.uint8)
-        wrong[prediction & truth], wrong[prediction & ~truth], wrong[~prediction & truth] = 255, (255, 64, 64), (64, 96, 255)
-        maps = [overlay_mask(shown, truth), overlay_mask(shown, prediction), wrong]
-    titles = ("truth", "prediction", "error")
-    panels = {"input": shown, **dict(zip(titles, maps, strict=True))}
+    panels = {"input": Panel(picture=shown, title="first frame" if protocol.task == "flow" else "image")}
+    if second is not None:
+        panels["second"] = Panel(picture=tasks.resize_image(second, (height, width)), title="second frame")
+    if visible is not None:
+        panels["visible"] = Panel(picture=overlay_mask(shown, visible), title="visible mask (given)")
+    compared = {"depth": _depth_panels, "flow": _flow_panels}.get(protocol.task)
+    panels |= compared(protocol, truth, prediction) if compared else _mask_panels(shown, truth, prediction)
     if uncertainty.any():
-        panels["uncertainty"] = colour_error(uncertainty, float(np.quantile(uncertainty, 0.99)))
-    return Row(caption=caption, panels={title: tasks.resize_image(panel, size) for title, panel in panels.items()})
+        high = float(np.quantile(uncertainty, 0.99))
+        unit, factor = {"depth": ("% of the depth range", 100), "flow": ("px", 1)}.get(protocol.task, ("% of the votes", 100))
+        scale = Scale(colours=ERROR_COLOURS, low=0.0, high=high * factor, unit=unit)
+        panels["uncertainty"] = Panel(picture=colour_error(uncertainty, high), title="spread of the members", scale=scale)
+    resized = {
+        name: Panel(picture=tasks.resize_image(panel.picture, size), title=panel.title, scale=panel.scale)
+        for name, panel in panels.items()
+    }
+    return Row(caption=caption, panels=resized)
+
+
+def _depth_panels(protocol: Protocol, truth: np.ndarray, prediction: np.ndarray) -> dict[str, Panel]:
+    valid = counted_pixels(protocol, truth)
+    metres = align_depth_to_truth(protocol, prediction, truth, valid)
+    low, high = (float(q) for q in np.quantile(truth[valid], (0.02, 0.98)))
+    depth = Scale(colours=DEPTH_COLOURS, low=low, high=high, unit="m")
+    error = np.abs(metres - truth) / np.where(valid, truth, 1.0)
+    percent = Scale(colours=ERROR_COLOURS, low=0.0, high=30.0, unit="%")
+    return {
+        "truth": Panel(picture=colour_depth(truth, low, high, valid), title="true depth", scale=depth),
+        "prediction": Panel(picture=colour_depth(metres, low, high), title="predicted depth", scale=depth),
+        "error": Panel(picture=colour_error(error, 0.3, valid), title="relative error", scale=percent),
+    }
+
+
+def _flow_panels(protocol: Protocol, truth: np.ndarray, prediction: np.ndarray) -> dict[str, Panel]:
+    valid = counted_pixels(protocol, truth)
+    longest = float(np.quantile(np.hypot(*truth)[valid], 0.99))
+    wheel = Scale(colours="wheel", low=0.0, high=longest, unit="px")
+    error, high = np.hypot(*(prediction - truth)), max(3.0, longest / 4)
+    pixels = Scale(colours=ERROR_COLOURS, low=0.0, high=high, unit="px")
+    return {
+        "truth": Panel(picture=colour_flow(truth, longest), title="true motion", scale=wheel),
+        "prediction": Panel(picture=colour_flow(prediction, longest), title="predicted motion", scale=wheel),
+        "error": Panel(picture=colour_error(error, high, valid), title="end-point error", scale=pixels),
+    }
+
+
+def _mask_panels(shown: np.ndarray, truth: np.ndarray, prediction: np.ndarray) -> dict[str, Panel]:
+    wrong = np.zeros((*truth.shape, 3), np.uint8)
+    wrong[prediction & truth], wrong[prediction & ~truth], wrong[~prediction & truth] = _RIGHT, _TOO_MUCH, _MISSING
+    return {
+        "truth": Panel(picture=overlay_mask(shown, truth), title="true whole object"),
+        "prediction": Panel(picture=overlay_mask(shown, prediction), title="predicted whole object"),
+        "error": Panel(picture=wrong, title="white: right, red: too much, blue: missing"),
+    }
 
 
 def write_page(rows: Sequence[Row], path: Path, title: str) -> None:
-    """Rows of panels under one title, as one PNG."""
+    """Rows of panels under one title, as one PNG: each row under its caption, each panel over the scale of its colours."""
     columns = max(len(row.panels) for row in rows)
-    height, width = next(iter(rows[0].panels.values())).shape[:2]
-    figure = Figure(figsize=(2.4 * columns, (2.4 * height / width + 0.35) * len(rows) + 0.4), dpi=110, layout="constrained")
-    figure.suptitle(title, fontsize=10)
-    axes = figure.subplots(len(rows), columns, squeeze=False)
-    for line, row in zip(axes, rows, strict=True):
-        for axis in line:
+    shape = next(iter(rows[0].panels.values())).picture.shape
+    side = 2.6  # inches
+    with_scales = any(panel.scale for row in rows for panel in row.panels.values())
+    strip = 0.62 if with_scales else 0.1
+    tall = side * shape[0] / shape[1]
+    figure = Figure(figsize=(side * columns + 0.3, (tall + strip + 0.5) * len(rows) + 0.45), dpi=110)
+    figure.text(0.15 / figure.get_figwidth(), 1 - 0.25 / figure.get_figheight(), title, fontsize=11, weight="bold", va="center")
+    width, height = figure.get_figwidth(), figure.get_figheight()
+    for line, row in enumerate(rows):
+        top = height - 0.45 - (tall + strip + 0.5) * line
+        figure.text(0.15 / width, (top - 0.16) / height, row.caption, fontsize=9, va="center")
+        for column, panel in enumerate(row.panels.values()):
+            left = 0.15 + side * column
+            box = (left / width, (top - 0.44 - tall) / height, (side - 0.12) / width, tall * (side - 0.12) / side / height)
+            axis = figure.add_axes(box)
+            axis.imshow(panel.picture)
             axis.set_axis_off()
-        for axis, (name, panel) in zip(line, row.panels.items(), strict=False):
-            axis.imshow(panel)
-            axis.set_title(name if axis is not line[0] else row.caption, fontsize=8)
+            axis.set_title(panel.title, fontsize=8, loc="left", pad=3)
+            if panel.scale is not None:
+                _draw_scale(figure, panel.scale, left / width, (top - 0.44 - tall) / height, width, height, side)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
+
+
+def _draw_scale(figure: Figure, scale: Scale, left: float, top: float, width: float, height: float, side: float) -> None:
+    """A panel's colour bar with its unit, or the wheel of motions, below `top` (shares of the figure)."""
+    if scale.colours == "wheel":
+        axis: Any = figure.add_axes((left, top - 0.5 / height, 0.45 / width, 0.45 / height))
+        axis.imshow(flow_wheel())
+        axis.set_axis_off()
+        place = (left + 0.55 / width, top - 0.28 / height)
+        figure.text(*place, f"motion; rim: {readable(scale.high)} {scale.unit}", fontsize=8, va="center")
+        return
+    axis = figure.add_axes((left, top - 0.14 / height, (side - 0.12) / width, 0.09 / height))
+    axis.imshow(
+        colormaps[scale.colours](np.linspace(0, 1, 256))[None, :, :3], aspect="auto", extent=(scale.low, scale.high, 0, 1)
+    )
+    axis.set_yticks([])
+    axis.set_xticks(ticks := round_ticks(scale.low, scale.high), [readable(t) for t in ticks])
+    axis.tick_params(labelsize=7, length=2, pad=2)
+    axis.set_xlabel(scale.unit, fontsize=7, labelpad=1)

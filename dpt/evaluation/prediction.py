@@ -31,6 +31,8 @@ class Prediction:
     """depth: float32 `[H, W]`, up to scale and shift; flow: float32 `[2, H, W]` pixels; amodal: bool `[H, W]`."""
     uncertainty: np.ndarray
     """float32 `[H, W]`, 0 without an ensemble: depth and flow in the value's units, amodal as the share of dissenting votes."""
+    whole: np.ndarray | None = None
+    """amodal, from `Predictor.__call__`: uint8 `[H, W, 3]`, the completed object in colour, white outside `value`."""
 
 
 class Predictor:
@@ -55,6 +57,8 @@ class Predictor:
             loaded = weights
         else:
             loaded = load_model(weights, vae=vae, use_ema=self.config.use_ema, read=read)
+        self.name = "these weights" if isinstance(weights, LoadedModel) else str(weights)
+        """What messages call the weights."""
         self.dtype = torch.bfloat16 if self.config.precision == "bf16" else torch.float32
         self.network = loaded.network.to(self.device, self.dtype).eval()
         self.model, self.task, self.codec, self.lineage = loaded.model, loaded.task, loaded.codec, loaded.lineage
@@ -92,7 +96,7 @@ class Predictor:
         if width and spec.name == "amodal" and (embeddings is None or tuple(embeddings.shape) != (len(images), width)):
             have = "none" if embeddings is None else f"shape {list(embeddings.shape)}"
             raise UserError(
-                f"these weights take a CLIP embedding of {width} numbers for each visible object, {have} is given; "
+                f"{self.name}: they take a CLIP embedding of {width} numbers for each visible object, {have} is given; "
                 "name the image tower of training with --clip."
             )
         keys = keys or [str(i) for i in range(len(images))]
@@ -112,22 +116,28 @@ class Predictor:
                 steps=asked.steps[0],
                 embeddings=None if embeddings is None else embeddings[group],
             )
-            values = self.decode(latents, spec.name)
+            pictures = self.decode_pictures(latents)
+            values = self.picture_values(pictures, spec.name)
             for row, i in enumerate(group):
-                results[i] = merge_members(spec.name, values[row], images[i].shape[:2], self.config.aggregation)
+                merged = merge_members(spec.name, values[row], images[i].shape[:2], self.config.aggregation)
+                if spec.name == "amodal":
+                    merged = dataclasses.replace(merged, whole=_whole_object(pictures[row, :, 0], merged.value))
+                results[i] = merged
         return [r for r in results if r is not None]
 
     def check_task(self, task: str) -> tasks.TaskSpec:
         """The task's spec; UserError if the model was not trained for it, or takes another number of conditions."""
         if task == "generalist":
-            raise UserError("a generalist predicts several tasks; name one of depth, flow, amodal.")
+            raise UserError(f"{self.name}: a generalist predicts several tasks; name one with --task: depth, flow or amodal.")
         spec = tasks.task_spec(task)
         if not spec.conditions:
             raise UserError("the weights are class-conditional and predict nothing of pictures; draw images with dpt sample.")
         for target in spec.targets:
             tasks.label_id(target, trained_task=self.task, num_classes=self.model.num_classes)
         if self.model.num_conditions > len(spec.conditions):
-            raise UserError(f"the model takes {self.model.num_conditions} condition images, {task} has {len(spec.conditions)}.")
+            raise UserError(
+                f"{self.name}: the model takes {self.model.num_conditions} condition images, {task} has {len(spec.conditions)}."
+            )
         return spec
 
     def _encode_conditions(
@@ -266,9 +276,16 @@ class Predictor:
     def decode(self, latents: Tensor, task: str, *, code: str = "") -> Tensor:
         """Target latents `[S, N, M, C, h, w]` -> values: depth `[S, N, H, W]` in [0, 1]; flow `[S, N, 2, H, W]` as fractions of
         the image's width and height; amodal bool `[S, N, H, W]`. `code`: of the targets; empty: the weights' own."""
+        return self.picture_values(self.decode_pictures(latents), task, code=code)
+
+    def decode_pictures(self, latents: Tensor) -> Tensor:
+        """Target latents `[S, N, M, C, h, w]` -> the target images float32 `[S, N, M, 3, H, W]` in [-1, 1]."""
         flat = latents.flatten(0, 2)
         images = torch.cat([self.codec.decode(part).float() for part in flat.split(self.config.batch_size)])
-        images = images.unflatten(0, latents.shape[:3])  # [S, N, M, 3, H, W]
+        return images.unflatten(0, latents.shape[:3])
+
+    def picture_values(self, images: Tensor, task: str, *, code: str = "") -> Tensor:
+        """Target images `[S, N, M, 3, H, W]` -> values, as `decode` gives them."""
         if task == "amodal":
             return tasks.decode_amodal(images[:, :, 0])
         code = code or self.codes[task]
@@ -303,7 +320,7 @@ class Predictor:
         keys: names that seed the noise; size: (h, w) of the latents; guidance_channels: as in `dpt.diffusion.samplers.guide`.
         """
         if self.task != "class":
-            raise UserError(f"these weights were trained for {self.task}; only class-conditional weights generate images.")
+            raise UserError(f"{self.name}: trained for {self.task}; only class-conditional weights generate images.")
         side = self.model.input_size
         shape = (self.model.in_channels, *(size or (side, side)))
         seeds = noises.key_seeds(self.config.seed, keys, [0] * len(keys))
@@ -349,6 +366,13 @@ def float32_products(precision: str, device: torch.device) -> Iterator[None]:
     finally:
         torch.set_float32_matmul_precision(products)
         torch.backends.cudnn.allow_tf32 = convolutions
+
+
+def _whole_object(pictures: Tensor, mask: np.ndarray) -> np.ndarray:
+    """Members' pictures `[N, 3, h, w]` in [-1, 1] -> their median uint8 `[H, W, 3]` at the size of `mask`, white outside it."""
+    middle = pictures.median(dim=0).values.cpu().numpy()
+    picture = tasks.resize_image(tasks.image_to_uint8(middle), (mask.shape[0], mask.shape[1]))
+    return np.where(mask[..., None], picture, np.uint8(255))
 
 
 def merge_members(task: str, values: Tensor, size: tuple[int, int], aggregation: str) -> Prediction:

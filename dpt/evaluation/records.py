@@ -12,9 +12,10 @@ from typing import IO, Any
 class Setting:
     """What was scored: the model with so many steps and members, or a reference that needs no sampling.
 
-    kind: "model"; "baseline", the best prediction without looking at the image; "ceiling", the truth through the task's image
-    code and the VAE, which no model of these latents can be expected to pass; "code", the same without the VAE, where the set
-    has the picture (amodal: thresholding the true whole object); "given", a ready-made prediction.
+    kind: "model"; "baseline", what a prediction must beat (the best constant depth, no motion, the visible mask); "ceiling",
+    the truth through the task's image code and the VAE, which no model of these latents can be expected to pass; "code", the
+    same without the VAE, where the set has the picture (amodal: thresholding the true whole object); "given", a ready-made
+    prediction.
     """
 
     kind: str = "model"

@@ -18,7 +18,7 @@ from dpt.evaluation.prediction import Predictor
 from dpt.evaluation.records import Record, RecordLog, write_parquet
 from dpt.evaluation.scoring import Scorer
 from dpt.evaluation.sets import EvaluationSet, open_sets
-from dpt.evaluation.summary import pick_samples, protocol_line, summarize, tracked_metrics
+from dpt.evaluation.summary import SAME, pick_samples, protocol_line, summarize, tracked_metrics
 from dpt.fits import as_section
 from dpt.locking import held
 from dpt.models.attention import use_backend
@@ -26,9 +26,12 @@ from dpt.models.costs import macs
 from dpt.models.pretrained import read_weights
 from dpt.models.weights import Weights
 from dpt.progress import progress
+from dpt.scores import name_of, say
 from dpt.tasks import DEPTH_PROMPT
 
 SUMMARY_VERSION = 1
+SCENES = "scenes"
+"""Folder of the scenes of reports, below the set's own (`dpt.evaluation.scenes`)."""
 
 
 def evaluate(
@@ -145,7 +148,7 @@ def _evaluate_set(one: EvaluationSet, config: EvaluationConfig, predictor: Predi
     if distributed.is_main():
         write_parquet(records, folder / "samples.parquet")
     if config.pictures:
-        _draw(one, scorer, records, config.pictures, folder / "pictures")
+        _draw(one, scorer, records, config.pictures, folder)
     return summarize(one, records)
 
 
@@ -219,8 +222,9 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def _draw(one: EvaluationSet, scorer: Scorer, records: list[Record], count: int, folder: Path) -> None:
-    """Pages of telling samples; every rank predicts its share of them again, rank 0 puts the pages together."""
+    """Pages of telling samples, and the scenes of reports; every rank predicts its share again, rank 0 puts all together."""
     from dpt.evaluation.pictures import compare, write_page
+    from dpt.evaluation.scenes import Scene, write_scenes
 
     picked = pick_samples(one, records, count)
     chosen = {r.index: r for rows in picked.values() for r in rows}
@@ -229,13 +233,27 @@ def _draw(one: EvaluationSet, scorer: Scorer, records: list[Record], count: int,
     for index in sorted(chosen)[distributed.rank() :: distributed.world_size()]:
         sample, record = one[index], chosen[index]
         prediction = scorer.prediction(sample, record.setting)
-        caption = f"{sample.key}: {metric} {record.metrics[metric]:.3g}"
-        drawn[index] = compare(one.protocol, caption, sample.image, sample.truth, prediction.value, prediction.uncertainty)
+        drawn[index] = compare(
+            one.protocol,
+            f"{sample.key}: {say(metric, record.metrics[metric])}",
+            sample.image,
+            sample.truth,
+            prediction.value,
+            prediction.uncertainty,
+            second=sample.second,
+            visible=sample.visible_mask,
+        )
     rows = {index: row for part in distributed.gather_objects(drawn) for index, row in part.items()}
-    if distributed.is_main():
-        for title, samples in picked.items():
-            page = [rows[r.index] for r in samples]
-            write_page(page, folder / f"{one.name}_{title}.png", f"{one.name}: {title} by {metric}")
+    if not distributed.is_main() or not picked:
+        return
+    about = {"set": one.name, "task": one.task, "num_samples": len(one), "synthetic": one.manifest.synthetic}
+    what = f"{one.name} ({len(one)} {'synthetic ' * one.manifest.synthetic}samples)"
+    for title, samples in picked.items():
+        which = "drawn by key, the same for every model" if title == SAME else f"{title} by {name_of(metric)}"
+        page = [rows[r.index] for r in samples]
+        write_page(page, folder / "pictures" / f"{one.name}_{title}.png", f"{what}: {which}")
+    scenes = [Scene(key=r.key, value=r.metrics[metric], row=rows[r.index]) for r in picked[SAME]]
+    write_scenes(scenes, folder / SCENES, setting=picked[SAME][0].setting, metric=metric, about=about)
 
 
 def as_evaluated(recipe: Recipe, predictor: Predictor | None, task: str) -> Recipe:
@@ -286,6 +304,8 @@ def run_evaluation(recipe: Recipe, *, read: Callable[..., Weights] = read_weight
         run.log_artifact(output / "summary.json")
         for one in sets:
             run.log_artifact(output / one / "samples.parquet", folder=one)
+            if (output / one / SCENES).is_dir():
+                run.log_artifact(output / one / SCENES, folder=one)
             for picture in sorted((output / one / "pictures").glob("*.png")):
                 run.log_picture(picture, picture.stem)
     return summary

@@ -105,8 +105,10 @@ class Scorer:
         return Record(index=sample.index, key=sample.key, setting=setting, metrics=metrics, macs=macs)
 
     def _baseline(self, sample: Sample) -> np.ndarray | None:
-        """The best prediction without looking at the image: constant depth (aligned like any other), no motion; no mask."""
-        return None if self._set.task == "amodal" else np.zeros(sample.truth.shape, dtype=np.float32)
+        """What a prediction must beat: constant depth (aligned like any other), no motion, the visible mask as it is."""
+        if self._set.task in ("depth", "flow"):
+            return np.zeros(sample.truth.shape, dtype=np.float32)
+        return sample.visible_mask
 
     def _ceiling(self, sample: Sample) -> np.ndarray | None:
         """The encoded truth, decoded again: what the task's image code, the resolution and the VAE leave of it."""

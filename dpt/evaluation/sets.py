@@ -36,6 +36,11 @@ class Sample:
     code_mask: np.ndarray | None = None
     """amodal: bool `[H, W]`, the mask that the true picture of the whole object decodes to, where the set has one."""
 
+    second: np.ndarray | None = None
+    """flow: uint8 `[H, W, 3]`, the second frame, where the set keeps it."""
+    visible_mask: np.ndarray | None = None
+    """amodal: bool `[H, W]`, the mask that the network is shown, where the set keeps it at the truth's size."""
+
     @property
     def size(self) -> tuple[int, int]:
         """Height and width of the truth, which predictions are brought to."""
@@ -83,6 +88,8 @@ class EvaluationSet:
             target_latents=self._means(raw["target_latents"]) if "target_latents" in raw else None,
             embedding=raw.get("clip"),
             code_mask=raw["code_mask"] > 0 if "code_mask" in raw else None,
+            second=raw.get("second"),
+            visible_mask=raw["visible_mask"] > 0 if "visible_mask" in raw else None,
         )
 
     def _means(self, moments: np.ndarray) -> np.ndarray:

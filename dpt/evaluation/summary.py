@@ -1,13 +1,17 @@
 """From records to figures: means with what they are means of, telling samples, and the metrics that MLflow keeps."""
 
+import hashlib
 import itertools
-import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from dpt.evaluation.protocols import HIGHER_IS_BETTER, average
 from dpt.evaluation.records import REFERENCES, Record, list_sha256
 from dpt.evaluation.sets import EvaluationSet
+from dpt.scores import BASELINES, CEILING, CODE, EXPLANATIONS, METRICS, say
+
+SAME = "same"
+"""Samples that are the same for every model."""
 
 
 def summarize(one: EvaluationSet, records: Iterable[Record]) -> dict[str, Any]:
@@ -32,6 +36,7 @@ def summarize(one: EvaluationSet, records: Iterable[Record]) -> dict[str, Any]:
         "protocol": one.protocol.name,
         "protocol_version": one.protocol.version,
         "num_samples": len(one),
+        "synthetic": one.manifest.synthetic,
         "num_samples_of_protocol": one.protocol.num_samples or None,
         "list_sha256": list_sha256(records),
         "data_sha256": one.manifest.data_sha256,
@@ -43,7 +48,7 @@ def summarize(one: EvaluationSet, records: Iterable[Record]) -> dict[str, Any]:
 
 
 def pick_samples(one: EvaluationSet, records: Iterable[Record], count: int) -> dict[str, list[Record]]:
-    """Records of the best, median, worst and random samples of the main (last) setting, `count` each."""
+    """Records of the best, median and worst samples of the main (last) setting, and of `SAME`: `count` each, drawn by key."""
     rows = [r for r in records if r.metrics]
     if not rows:
         return {}
@@ -51,8 +56,13 @@ def pick_samples(one: EvaluationSet, records: Iterable[Record], count: int) -> d
     metric, sign = one.protocol.main_metric, -1.0 if one.protocol.main_metric in HIGHER_IS_BETTER else 1.0
     ranked = sorted((r for r in rows if r.setting == last), key=lambda r: (sign * r.metrics[metric], r.index))
     middle = max(0, (len(ranked) - count) // 2)
-    drawn = random.Random(0).sample(ranked, min(count, len(ranked)))
-    return {"best": ranked[:count], "median": ranked[middle : middle + count], "worst": ranked[::-1][:count], "random": drawn}
+    by_key = drawn_by_key(ranked, count)
+    return {"best": ranked[:count], "median": ranked[middle : middle + count], "worst": ranked[::-1][:count], SAME: by_key}
+
+
+def drawn_by_key(records: Sequence[Record], count: int) -> list[Record]:
+    """`count` of the records (of one setting), chosen and ordered by the hashes of their keys: by no model, metric or order."""
+    return sorted(records, key=lambda r: (hashlib.sha256(r.key.encode()).digest(), r.index))[:count]
 
 
 def tracked_metrics(summary: dict[str, Any]) -> dict[str, float]:
@@ -85,27 +95,30 @@ def tracked_metrics(summary: dict[str, Any]) -> dict[str, float]:
 def protocol_line(summary: dict[str, Any]) -> str:
     """One line a set: what its figures are figures of."""
     return "; ".join(
-        f"{name}: {one['protocol']} v{one['protocol_version']}, N={one['num_samples']}, list {one['list_sha256'][:12]}"
+        f"{name}: {one['protocol']} v{one['protocol_version']}, N={one['num_samples']}"
+        f"{' (synthetic)' if one.get('synthetic') else ''}, list {one['list_sha256'][:12]}"
         for name, one in summary["sets"].items()
     )
 
 
 def format_summary(summary: dict[str, Any]) -> str:
-    """The summary as plain text: a line a setting with its figures, under a line a set that says what they are figures of."""
-    lines = [
-        protocol_line({"sets": {name: one}}) + "".join(_line(r) for r in _rows(one)) for name, one in summary["sets"].items()
-    ]
-    return "\n".join(lines)
+    """The summary as plain text: a line a setting with its figures in the tables' units, under a line a set that says what
+    they are figures of, and under these what the references are."""
+    return "\n".join(_block(name, one) for name, one in summary["sets"].items())
 
 
-def _rows(one: dict[str, Any]) -> list[tuple[str, dict[str, float]]]:
+def _block(name: str, one: dict[str, Any]) -> str:
     rows = [
         (f"{r['steps']} steps, {r['ensemble']} members" if "steps" in r else "given predictions", r["metrics"])
         for r in one["results"]
     ]
-    return rows + [(reference.kind, one[reference.kind]) for reference in REFERENCES if one[reference.kind]]
-
-
-def _line(row: tuple[str, dict[str, float]]) -> str:
-    title, figures = row
-    return f"\n  {title:24}" + "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
+    titles = {"baseline": BASELINES.get(one["task"], "baseline"), "ceiling": CEILING, "code": CODE}
+    references = [(titles[r.kind], one[r.kind]) for r in REFERENCES if one[r.kind]]
+    width = max(len(title) for title, _ in rows + references) + 2
+    lines = [protocol_line({"sets": {name: one}})]
+    for title, figures in rows + references:
+        known = [metric for metric in figures if metric in METRICS] or list(figures)
+        shown = [say(metric, figures[metric]) for metric in known]
+        lines.append(f"  {title:{width}}" + "  ".join(shown or ["nothing could be scored"]))
+    lines += [f"  ({title} = {EXPLANATIONS[title]})" for title, _ in references if title in EXPLANATIONS]
+    return "\n".join(lines)

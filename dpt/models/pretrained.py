@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dpt import hub
-from dpt.config.recipe import section_from_dict
+from dpt.config.recipe import section_from_dict, type_in_words
 from dpt.config.sections import DiffusionConfig, ModelConfig
 from dpt.errors import UserError
 from dpt.models.dit import DiT
@@ -72,15 +72,17 @@ def read_weights(
 ) -> Weights:
     """Weights of any known format, as ours.
 
-    `path`: our export (a folder), a diffusers folder (of a DiTTransformer2DModel, or of a pipeline with one), or a public
-    `.pt` or `.safetensors` file: DiT, DiT-MoE with plain or flash-attention keys, or the generalist of "Scaling Properties of
-    Diffusion Models for Perceptual Tasks"; or any of these on the hub (`hub:owner/name[/path][@revision]`, `dpt.hub`).
-    `ema`: averaged weights if the file holds both kinds. `dtype`: of the result. `variant`: of a diffusers folder's files, such
-    as "fp16". `scheduler`: the objective, in place of what the file tells. `fields`: of ModelConfig, where a public file's
-    shapes do not tell (num_heads, top_k). Nothing is unpickled but tensors. UserError if the format is unknown, or a tensor is
-    missing, unknown, of a wrong shape, or not of finite numbers.
+    `path`: our export (a folder), the folder of a run that has exported, a diffusers folder (of a DiTTransformer2DModel, or of
+    a pipeline with one), or a public `.pt` or `.safetensors` file: DiT, DiT-MoE with plain or flash-attention keys, or the
+    generalist of "Scaling Properties of Diffusion Models for Perceptual Tasks"; or any of these on the hub
+    (`hub:owner/name[/path][@revision]`, `dpt.hub`). `ema`: averaged weights if the file holds both kinds. `dtype`: of the
+    result. `variant`: of a diffusers folder's files, such as "fp16". `scheduler`: the objective, in place of what the file
+    tells. `fields`: of ModelConfig, where a public file's shapes do not tell (num_heads, top_k). Nothing is unpickled but
+    tensors. UserError if the format is unknown, or a tensor is missing, unknown, of a wrong shape, or not of finite numbers.
     """
     path, place = hub.resolve(path)
+    if not (path / _CONFIG).is_file() and (path / "weights" / _CONFIG).is_file():
+        path = path / "weights"  # of a run's folder
     ours = (path / _WEIGHTS).is_file() and (path / _CONFIG).is_file()
     pipeline = (path / "transformer").is_dir()
     if path.is_dir() and not (path / _CONFIG).is_file() and not pipeline:
@@ -134,7 +136,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{file}: this version of dpt does not know {', '.join(unknown)}; export the weights with it.")
     for name, kind in _SECTIONS.items():
         if name in config and not isinstance(config[name], kind):
-            raise UserError(f"{file}: {name} is {config[name]!r}; it must be of type {kind.__name__}.")
+            raise UserError(f"{file}: {name} is {config[name]!r}; it must be {type_in_words(kind)}.")
     model = config.get("model")
     if not isinstance(model, dict) or not model:
         raise UserError(f"{file}: model is {model!r}; it must be the object of the network's fields.")

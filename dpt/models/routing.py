@@ -180,13 +180,13 @@ def _figure(width: float, height: float) -> "Figure":
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _heat_map(values: FloatArray, x_label: str, y_label: str, title: str) -> "Figure":
+def _heat_map(values: FloatArray, x_label: str, y_label: str, label: str) -> "Figure":
     figure = _figure(1.5 + 0.4 * values.shape[1], 1.5 + 0.25 * values.shape[0])
     axes = figure.subplots()
     image = axes.imshow(values, vmin=0, aspect="auto", interpolation="nearest")
-    axes.set(xlabel=x_label, ylabel=y_label, title=title)
+    axes.set(xlabel=x_label, ylabel=y_label)
     axes.locator_params(integer=True)
-    figure.colorbar(image)
+    figure.colorbar(image, label=label)
     return figure
 
 

@@ -1,7 +1,6 @@
 """Tensors and JSON objects out of files of others: safetensors, torch's pickles, and diffusers' folders, split or not."""
 
 import argparse
-import json
 import pickle
 import re
 import zipfile
@@ -13,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from dpt.config.json_text import parse_object
 from dpt.errors import UserError
 
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model"
@@ -21,14 +21,12 @@ DIFFUSERS_WEIGHTS = "diffusion_pytorch_model"
 def read_json_object(file: Path) -> dict[str, Any]:
     """The JSON object in `file`; UserError if it is missing, broken, or no object."""
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror}); check the path.") from error
-    except ValueError as error:
+    except UnicodeDecodeError as error:
         raise UserError(f"{file}: not a JSON object ({error}).") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{file}: holds a {type(value).__name__}, not a JSON object.")
-    return value
+    return parse_object(text, str(file), "what is read here")
 
 
 def read_tensors(file: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dpt.config.presets import PRESETS
+from dpt.config.recipe import type_in_words
 from dpt.config.sections import ModelConfig
 from dpt.errors import UserError
 
@@ -255,7 +256,7 @@ def config_from_diffusers(values: Mapping[str, Any]) -> ModelConfig:
         if name in _DIFFUSERS_ABSENT and value not in (None, False):
             raise UserError(f"{name} is {value!r}; a DiT has no such part.")
         if (kinds := _DIFFUSERS_NUMBERS.get(name)) and (not isinstance(value, kinds) or isinstance(value, bool)):
-            raise UserError(f"{name} is {value!r}; it must be of type {kinds[0].__name__}.")
+            raise UserError(f"{name} is {value!r}; it must be {type_in_words(kinds[0])}.")
         known = name.startswith("_") or name in _DIFFUSERS_NUMBERS or name in _DIFFUSERS_ABSENT or expected is not None
         if not known:
             raise UserError(f'there is no field "{name}" in a DiTTransformer2DModel; remove it, or check the file.')

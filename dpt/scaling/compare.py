@@ -11,7 +11,8 @@ from dpt.scaling import plots
 from dpt.scaling.compute import total_train_macs, train_macs
 from dpt.scaling.page import chart, grid, page, table
 from dpt.scaling.points import along, final_value
-from dpt.scaling.results import METRICS, evaluation_rows, format_cells, show_macs
+from dpt.scaling.results import evaluation_rows, format_cells, show_macs
+from dpt.scores import METRICS
 from dpt.tracking.read import RunRecord, ancestors
 
 TRAINING_METRICS = (
@@ -146,13 +147,13 @@ def _curves(runs: Sequence[RunRecord], family: Sequence[RunRecord]) -> str:
     figures = []
     for metric in _CURVES:
         histories = {r.run_id: r.history(metric) for r in runs if metric in r.metrics}
-        for x, label in {"steps": "step", "samples": "samples seen", "macs": "MACs, ancestors included"}.items():
+        for x, label in {"steps": "optimizer step", "samples": "samples seen", "macs": "MACs, ancestors included"}.items():
             series = {r.name: along(r, family, x, histories[r.run_id]) for r in runs if r.run_id in histories}
             series = {name: points for name, points in series.items() if len(points) > 1}
             if series:
                 positive = all(y > 0 for points in series.values() for _, y in points)
-                figure = plots.curves(series, label, metric, log_x=x == "macs", log_y=positive)
-                figures.append(chart(figure, f"{metric} over {label}"))
+                figure = plots.curves(series, label, plots.WORDS[metric], log_x=x == "macs", log_y=positive)
+                figures.append(chart(figure, f"{plots.WORDS[metric]} over {label}"))
     return grid(figures)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dpt.errors import UserError
-from dpt.scaling.plots import curves
+from dpt.scaling.plots import WORDS, curves
 from dpt.tracking.read import RunRecord
 
 METRIC = "experts/distance"
@@ -32,7 +32,7 @@ def distance_series(records: Sequence[RunRecord]) -> dict[str, list[tuple[float,
 
 def distance_figure(records: Sequence[RunRecord]) -> Any:
     """A line a run: 0 are copies, 1.41 (the root of 2) strangers. UserError as `distance_series`."""
-    figure = curves(distance_series(records), "step", "distance of experts / their norm")
+    figure = curves(distance_series(records), "optimizer step", WORDS[METRIC])
     axes = figure.axes[0]
     axes.set_ylim(0.0, 1.5)
     axes.axhline(2**0.5, color="#868e96", linewidth=1.0, linestyle=":")

@@ -9,12 +9,12 @@ from typing import Any
 from dpt.errors import UserError
 from dpt.scaling.expert_distance import METRIC as DISTANCE
 from dpt.scaling.laws import Fit, fit_power_law, frontier
-from dpt.scaling.plots import law_figure, save
+from dpt.scaling.plots import WORDS, law_figure, save
 from dpt.scaling.points import X_NAMES, Point, collect
 from dpt.scaling.repeats import Mean, as_markdown, means
-from dpt.scaling.results import METRICS
 from dpt.scaling.shares import Share, shares
 from dpt.scaling.shares import as_markdown as shares_as_markdown
+from dpt.scores import METRICS
 from dpt.tracking.read import RunRecord
 
 _LABELS = {"train/loss": "training loss", DISTANCE: "distance of experts / their norm"}
@@ -155,8 +155,11 @@ def metric_label(y: str) -> str:
     """What stands at the axis of a metric, or of "1-METRIC"."""
     complement, name = (True, y[2:]) if y.startswith("1-") else (False, y)
     shown = METRICS.get(name.rpartition("/")[2]) if name.startswith("eval/") else None
-    title = shown.title.removesuffix(" ↓").removesuffix(" ↑").removesuffix(" %") if shown else _LABELS.get(name, name)
-    return f"1 - {title}" if complement else title
+    if shown is None:
+        title, unit = WORDS.get(name, name), ""
+    else:
+        title, unit = shown.name, {"%": ", as a share", "px": ", px"}.get(shown.unit, "")
+    return f"1 - {title}{unit}" if complement else f"{title}{unit}"
 
 
 def draw(findings: Findings, path: Path, *, watermark: str = "") -> Path:

@@ -1,4 +1,4 @@
-"""The parts that HTML pages are put together from: one file, no network, no script."""
+"""The parts that HTML pages are put together from: one file, no network, no script but the sliders' own line."""
 
 import base64
 import io
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dpt.scaling import plots
+from dpt.scores import readable, round_ticks
 
 _STYLE = Path(__file__).parents[1] / "assets" / "report.css"
 
@@ -42,12 +43,14 @@ def page(title: str, head: str, sections: Sequence[Section]) -> str:
 
 
 def table(header: Sequence[str], cells: Sequence[Sequence[str]], kinds: Sequence[str] = ()) -> str:
-    """A table; `kinds` gives each row its class ("best", "base", "ours" or "")."""
-    head = "".join(f"<th>{escape(h)}</th>" for h in header)
+    """A table; `kinds` gives each row its class ("best", "base", "ours" or ""). On narrow screens each row becomes a card whose
+    values stand beside their column's name."""
+    head = "".join(f"<th>{escape(h).replace(' ↓', '&nbsp;↓').replace(' ↑', '&nbsp;↑')}</th>" for h in header)
     body = ""
     for number, row in enumerate(cells):
         kind = f' class="{kinds[number]}"' if number < len(kinds) and kinds[number] else ""
-        body += f"<tr{kind}>" + "".join(f"<td>{escape(c)}</td>" for c in row) + "</tr>"
+        named = zip(header, row, strict=True)
+        body += f"<tr{kind}>" + "".join(f'<td data-name="{escape(h, quote=True)}">{escape(c)}</td>' for h, c in named) + "</tr>"
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
@@ -57,6 +60,17 @@ def card(title: str, value: str, note: str = "") -> str:
     return f'<div class="card">{small}{escape(title)}</span><b>{escape(value)}</b>{small}{escape(note)}</span></div>'
 
 
+def bars(rows: Sequence[tuple[str, float, str, str]], axis: str) -> str:
+    """Horizontal bars under the name of their axis; each row is (label, length, shown value, kind as in `table`)."""
+    longest = max((length for _, length, _, _ in rows), default=0.0) or 1.0
+    lines = ""
+    for label, length, shown, kind in rows:
+        width = f"width:{100 * max(length, 0.0) / longest:.1f}%"
+        lines += f'<div class="bar {kind}"><span>{escape(label)}</span><div><i style="{width}"></i></div>'
+        lines += f"<b>{escape(shown)}</b></div>"
+    return f'<div class="bars"><div class="soft small">{escape(axis)}</div>{lines}</div>'
+
+
 def chart(figure: Any, caption: str) -> str:
     """A matplotlib figure, embedded; the figure is closed."""
     return _embedded("image/svg+xml", plots.to_svg(figure).encode(), caption)
@@ -64,25 +78,67 @@ def chart(figure: Any, caption: str) -> str:
 
 def picture(path: Path, caption: str) -> str:
     """A picture file, embedded; large ones are scaled down and compressed."""
+    return _embedded(*_encoded(path), caption)
+
+
+def _encoded(path: Path) -> tuple[str, bytes]:
+    """Media type and bytes of a picture as it is embedded."""
     from PIL import Image
 
     data = path.read_bytes()
     if len(data) <= _PLAIN_BYTES:
-        return _embedded(mimetypes.guess_type(path)[0] or "image/png", data, caption)
+        return mimetypes.guess_type(path)[0] or "image/png", data
     with Image.open(path) as image:
         shown = image.convert("RGB")
     shown.thumbnail((_LONGEST, 4 * _LONGEST))
     buffer = io.BytesIO()
     shown.save(buffer, "webp", quality=85)
-    return _embedded("image/webp", buffer.getvalue(), caption)
+    return "image/webp", buffer.getvalue()
+
+
+def _source(kind: str, data: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
 def _embedded(kind: str, data: bytes, caption: str) -> str:
     name = escape(caption, quote=True)
-    source = f"data:{kind};base64,{base64.b64encode(data).decode()}"
-    return f'<figure><img loading="lazy" alt="{name}" src="{source}"><figcaption>{name}</figcaption></figure>'
+    return f'<figure><img loading="lazy" alt="{name}" src="{_source(kind, data)}"><figcaption>{name}</figcaption></figure>'
 
 
-def grid(figures: Sequence[str]) -> str:
-    """Figures side by side where there is room."""
-    return f'<div class="grid">{"".join(figures)}</div>' if figures else ""
+def slider(below: Path, above: Path, names: tuple[str, str], caption: str) -> str:
+    """Two pictures of one size, the second over the first to the right of a line that a finger, mouse or key moves."""
+    first, second = (escape(name, quote=True) for name in names)
+    sources = [_source(*_encoded(path)) for path in (below, above)]
+    move = "this.parentNode.style.setProperty('--at',this.value+'%')"
+    return (
+        f'<figure><div class="slide"><img alt="{first}" src="{sources[0]}"><img class="over" alt="{second}" src="{sources[1]}">'
+        f'<input type="range" min="0" max="100" value="50" aria-label="{first} or {second}" oninput="{move}">'
+        f"</div><figcaption>{escape(caption)}</figcaption></figure>"
+    )
+
+
+def colour_bar(colours: str, low: float, high: float, unit: str, title: str) -> str:
+    """A legend of matplotlib's colour map `colours` from `low` to `high`, with round ticks and the unit."""
+    from matplotlib import colormaps
+    from matplotlib.colors import to_hex
+
+    stops = ", ".join(to_hex(colormaps[colours](i / 16)) for i in range(17))
+    ticks = "".join(
+        f'<span style="left:{100 * (t - low) / max(high - low, 1e-9):.1f}%">{readable(t)}</span>'
+        for t in round_ticks(low, high)
+    )
+    return (
+        f'<div class="scale"><span class="soft small">{escape(title)}, {escape(unit)}</span>'
+        f'<div style="background:linear-gradient(90deg, {stops})"></div><p>{ticks}</p></div>'
+    )
+
+
+def legend(path: Path, words: str) -> str:
+    """A small picture that explains colours, and its words."""
+    image = f'<img alt="" src="{_source(*_encoded(path))}">'
+    return f'<div class="legend">{image}<span class="soft small">{escape(words)}</span></div>'
+
+
+def grid(figures: Sequence[str], kind: str = "") -> str:
+    """Figures side by side where there is room; `kind` "trio": three large ones, "scenes": as many as fit."""
+    return f'<div class="grid {kind}">{"".join(figures)}</div>' if figures else ""

@@ -12,6 +12,16 @@ import numpy as np
 from dpt.scaling.laws import Fit, Law
 
 COLOURS = ("#1f6feb", "#d9480f", "#2b8a3e", "#9c36b5", "#c99a00", "#0b7285", "#c2255c", "#5c636a")
+WORDS = {
+    "train/loss": "training loss",
+    "train/load_balancing_loss": "load balancing loss",
+    "train/grad_norm": "gradient norm",
+    "perf/samples_per_second": "samples per second",
+    "experts/distance": "distance of experts / their norm",
+}
+"""What stands at the axis of a recorded metric."""
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "p")
+LINES = ("-", "--", ":", "-.")
 
 _STYLE = {
     "svg.fonttype": "none",
@@ -33,15 +43,15 @@ _STYLE = {
 Points = Sequence[tuple[float, float]]
 
 
-def new_axes(x_label: str, y_label: str, *, log_x: bool = False, log_y: bool = False) -> Any:
-    """An empty figure in the house's style: (figure, axes)."""
+def new_axes(x_label: str, y_label: str, *, log_x: bool = False, log_y: bool = False, legend: bool = False) -> Any:
+    """An empty figure in the house's style: (figure, axes); with `legend` it is wider, for a legend beside the axes."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     with matplotlib.rc_context(_STYLE):
-        figure, axes = pyplot.subplots(figsize=(6.4, 3.6))
+        figure, axes = pyplot.subplots(figsize=(8.0, 3.8) if legend else (6.4, 3.8))
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
     if log_x:
@@ -56,30 +66,56 @@ def plain(name: str) -> str:
     return name.replace("$", r"\$")
 
 
+def style_of(number: int) -> dict[str, str]:
+    """Colour, marker and line of the `number`-th series: no two of the first 32 look alike."""
+    return {
+        "color": COLOURS[number % len(COLOURS)],
+        "marker": MARKERS[number % len(MARKERS)],
+        "linestyle": LINES[number // len(COLOURS) % len(LINES)],
+    }
+
+
+def short_number(value: float) -> str:
+    """A number that people read: 0.05, 200, 20k, 1.5M, 2G, 30T, 1P."""
+    for factor, suffix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if abs(value) >= factor * (1 - 1e-9):
+            return f"{value / (1e3 if suffix == 'k' else factor):g}{suffix}"
+    return f"{value:g}"
+
+
 def _plain_ticks(axes: Any) -> None:
-    """Numbers that people read, such as 1, 2, 5, 10, on logarithmic axes that span less than three decades of them."""
+    """Numbers that people read, such as 1, 2, 5, 10, 20k or 1T, on both axes."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     for axis, (low, high) in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
-        if low >= 1e-4 and high <= 1e5 and high < 1e3 * low:
-            axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high > 10 * low else (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0)))
-            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        if axis.get_scale() == "log":
+            if low < 1e-4:
+                continue  # powers of ten read better there
+            if high < 1e3 * low:
+                steps = (1.0, 2.0, 5.0) if high > 10 * low else (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0)
+                axis.set_major_locator(LogLocator(subs=steps if high > 1.6 * low else tuple(1 + i / 10 for i in range(90))))
             axis.set_minor_formatter(NullFormatter())
+        axis.set_major_formatter(FuncFormatter(lambda value, _: short_number(float(f"{value:.6g}"))))
+
+
+def _legend_beside(axes: Any) -> None:
+    """The legend to the right of the axes, where it covers nothing."""
+    axes.legend(fontsize=9, frameon=False, loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0.0)
 
 
 def curves(series: Mapping[str, Points], x_label: str, y_label: str, *, log_x: bool = False, log_y: bool = False) -> Any:
     """Lines over a common axis: a thin line through the points as recorded, a strong one through their running mean."""
-    figure, axes = new_axes(x_label, y_label, log_x=log_x, log_y=log_y)
+    figure, axes = new_axes(x_label, y_label, log_x=log_x, log_y=log_y, legend=len(series) > 1)
     for number, (label, points) in enumerate(series.items()):
-        colour = COLOURS[number % len(COLOURS)]
+        style = style_of(number)
         x, y = ([p[i] for p in thinned(points)] for i in (0, 1))
-        marker = "o" if len(x) < 12 else None
         if len(x) >= 30:
-            axes.plot(x, y, color=colour, linewidth=0.8, alpha=0.3)
+            axes.plot(x, y, color=style["color"], linewidth=0.8, alpha=0.3)
             y = running_mean(y)
-        axes.plot(x, y, color=colour, linewidth=1.8, label=plain(label), marker=marker, markersize=4)
+        axes.plot(x, y, linewidth=1.8, label=plain(label), markersize=4.5, markevery=max(1, len(x) // 8), **style)
+    _plain_ticks(axes)
     if len(series) > 1:
-        axes.legend(fontsize=9, frameon=False)
+        _legend_beside(axes)
     return figure
 
 
@@ -98,22 +134,27 @@ def law_figure(
     `chosen` points (a frontier) are ringed; `join` connects the points of a group. `bars` are means of repeats by group, as
     (x, mean, half of its interval): then these are joined, and the single points are faint.
     """
-    figure, axes = new_axes(x_label, y_label, log_x=True, log_y=True)
-    colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(groups)}
+    figure, axes = new_axes(x_label, y_label, log_x=True, log_y=True, legend=True)
+    styles = {name: style_of(i) for i, name in enumerate(groups)}
+    colours = {name: style["color"] for name, style in styles.items()}
     for name, points in groups.items():
         x, y = ([p[i] for p in sorted(points)] for i in (0, 1))
         if bars and bars.get(name):
             middle, mean, half = zip(*sorted(bars[name]), strict=True)
             below = [min(h, 0.99 * m) for h, m in zip(half, mean, strict=True)]  # the axis is logarithmic
             drawn = {"yerr": (below, half), "capsize": 3} if all(map(math.isfinite, half)) else {}
-            width = 1.4 if join else 0
-            style = {"marker": "o", "markersize": 5, "linewidth": width, "elinewidth": 1, "label": plain(name) or None}
-            axes.errorbar(middle, mean, color=colours[name], **style, **drawn)
+            how: dict[str, Any] = {
+                "markersize": 5,
+                "linewidth": 1.4 if join else 0,
+                "elinewidth": 1,
+                "label": plain(name) or None,
+            }
+            axes.errorbar(middle, mean, **styles[name], **how, **drawn)
             axes.scatter(x, y, color=colours[name], s=6, alpha=0.35)
             continue
         dense = len(x) > 40
-        style = {"linewidth": 1.2 if join else 0, "markersize": 2 if dense else 5, "alpha": 0.6 if dense else 1.0}
-        axes.plot(x, y, color=colours[name], marker="o", label=plain(name) or None, **style)
+        how = {"linewidth": 1.2 if join else 0, "markersize": 2 if dense else 5, "alpha": 0.6 if dense else 1.0}
+        axes.plot(x, y, label=plain(name) or None, **styles[name], **how)
     if chosen:
         axes.scatter(*zip(*chosen, strict=True), s=70, facecolors="none", edgecolors="#343a40", linewidths=1)
     for name, fit in fits.items():
@@ -124,8 +165,7 @@ def law_figure(
         axes.plot(along, line, color=colour, linestyle="--", linewidth=1.4, label=_mathematical(fit.law))
     _plain_ticks(axes)
     if fits or any(groups):
-        beside = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)} if len(groups) + len(fits) > 4 else {}
-        axes.legend(fontsize=9, frameon=False, **beside)
+        _legend_beside(axes)
     return figure
 
 

@@ -1,8 +1,10 @@
 """Points (x, y) out of runs: what a law is fitted on and a figure shows."""
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 
 from dpt.errors import UserError
 from dpt.models.costs import num_params
@@ -23,6 +25,7 @@ X_NAMES = {
     "samples": "samples seen by the last training",
 }
 """What `x` may be, besides a metric or a numeric field of the recipe."""
+_SETTING = re.compile(r"/s\d+_n\d+$")
 _BEGINNING = 0.1
 _STRETCH, _STRETCH_VALUES = 1.1, 5
 _HISTORIES = {"macs": "compute/train_macs", "own_macs": "compute/train_macs", "samples": "train/samples_seen"}
@@ -61,13 +64,38 @@ def collect(
     Raises UserError if nothing fits.
     """
     name, complement = (y[2:], True) if y.startswith("1-") else (y, False)
+    if name.startswith("eval/") and name.count("/") < 2:
+        raise UserError(
+            f'y "{y}": a metric of evaluations is eval/TASK/METRIC or eval/TASK/SET/METRIC; {_known(records, name)}.'
+        )
     if name.startswith("eval/"):
         points = _evaluated(records, family, x, name, group_by, steps, ensemble, predictions)
     else:
         points = _trained(records, family, x, name, group_by, curve, settle)
+    if not points and not _has(records, name):
+        raise UserError(f'y "{y}": none of the {len(records)} runs has recorded it; {_known(records, name)}.')
     if not points:
-        raise UserError(f'no run has both x "{x}" and y "{y}"; x may be {", ".join(X_NAMES)}, a metric, or a numeric field.')
+        raise UserError(
+            f'x "{x}": no run that has the y "{y}" has it; x may be {", ".join(X_NAMES)}, a metric, or a numeric field.'
+        )
     return [Point(x=p.x, y=1 - p.y, group=p.group, run=p.run) for p in points] if complement else points
+
+
+def _has(records: Sequence[RunRecord], name: str) -> bool:
+    return any(known in (name, name.rpartition("/")[0]) for record in records for known in record.metrics)
+
+
+def _known(records: Sequence[RunRecord], name: str) -> str:
+    """What y may be: the closest names that the runs have recorded, those of evaluations without settings first."""
+    recorded = sorted({m for r in records for m in r.metrics if not _SETTING.search(m)})
+    if not recorded:
+        return "they have recorded nothing yet"
+    close = get_close_matches(name, recorded, n=3, cutoff=0.5)
+    if close:
+        return f"the nearest are {', '.join(close)}"
+    shown = sorted(recorded, key=lambda m: (not m.startswith("eval/"), m))[:12]
+    more = f" and {len(recorded) - len(shown)} more" if len(recorded) > len(shown) else ""
+    return f"they have {', '.join(shown)}{more}"
 
 
 def _evaluated(

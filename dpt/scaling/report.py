@@ -1,4 +1,4 @@
-"""One static HTML page about an experiment: results, pictures, lineage, curves, the paper's tables beside ours, recipes."""
+"""One static HTML page about an experiment: the best result first, then tables, scenes, lineage, curves, the paper, recipes."""
 
 import json
 import math
@@ -6,16 +6,16 @@ import time
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
 
-from dpt.config.presets import PRESETS
 from dpt.errors import UserError, hide_passwords
-from dpt.models.costs import num_params
-from dpt.scaling import paper, plots
-from dpt.scaling.compute import model_config, train_macs
+from dpt.scaling import plots
+from dpt.scaling.compute import train_macs
 from dpt.scaling.lineage import lineage_svg
-from dpt.scaling.page import card, chart, grid, page, picture, table, write_page
-from dpt.scaling.results import MAIN_METRIC, METRICS, Row, format_table, results_table, show, show_macs, table_cells
+from dpt.scaling.page import bars, card, chart, grid, page, picture, table, write_page
+from dpt.scaling.paper_tables import paper_tables
+from dpt.scaling.results import Row, format_table, results_table, setting_words, show_macs, table_cells
+from dpt.scaling.scenes import ShownScenes, headline_picture, read_scenes, scenes_section
+from dpt.scores import BASELINES, EXPLANATIONS, MAIN_METRIC, METRICS, say, show
 from dpt.tracking.read import RunRecord, ancestors, load_runs
 
 __all__ = ["format_table", "results_table", "write_report"]
@@ -38,19 +38,88 @@ def write_report(experiment: str, *, uri: str, out: Path) -> Path:
 def render(experiment: str, runs: Sequence[RunRecord], uri: str) -> str:
     """The page as text."""
     rows = results_table(runs)
+    scenes = {(s.row.task, s.row.dataset, s.row.label): s for s in map(read_scenes, _main_rows(rows)) if s is not None}
     shown = _shown(runs, rows)
     training = [r for r in shown if r.stage and r.stage != "evaluate"]
     sections = [
         ("results", "Results", _results(rows)),
-        ("pictures", "Pictures", _pictures(training, rows)),
+        ("compute", "At a glance", f'<div class="cards">{_cards(shown, rows)}</div>'),
+        ("scenes", "The same scenes, model by model", _scenes(rows, list(scenes.values()))),
+        ("pictures", "More pictures", _pictures(training, rows)),
         ("lineage", "Which model comes from which", _lineage(training, rows)),
         ("curves", "Training curves", _curves(training)),
-        ("paper", "Beside the paper", _paper(rows, training)),
+        ("paper", "Beside the paper", paper_tables(rows, training)),
         ("recipes", "Recipes", _recipes(shown)),
         ("versions", "Versions and where the runs are", _versions(runs, uri)),
     ]
-    head = f'<div class="soft">{_when(runs, shown)}</div><div class="cards">{_cards(shown, rows)}</div>'
+    head = f'<div class="soft">{_when(runs, shown)}</div>{_headline(rows, scenes)}'
     return page(experiment, head, sections)
+
+
+def _groups(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
+    """The rows by task and set, in the order of the table."""
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.task, row.dataset), []).append(row)
+    return groups
+
+
+def _main_rows(rows: Sequence[Row]) -> list[Row]:
+    """Each model's last (largest) setting on each set, best first."""
+    last = {(r.task, r.dataset, r.label): r for r in sorted(rows, key=lambda r: (r.steps or 0) * (r.ensemble or 1)) if r.run}
+    return sorted(last.values(), key=_rank)
+
+
+def _about(row: Row) -> str:
+    """The task, the set and how many samples of which kind, in words."""
+    count = f", {row.num_samples:,} {'synthetic ' * row.synthetic}samples" if row.num_samples else ""
+    return row.task.capitalize() + (f" on {row.dataset}" if row.dataset else "") + count
+
+
+def _headline(rows: Sequence[Row], scenes: dict[tuple[str, str, str], ShownScenes]) -> str:
+    """The best model of the first task: its figure, the others' beside it, and a typical scene."""
+    for task, metric in MAIN_METRIC.items():
+        for group in _groups([r for r in rows if r.task == task]).values():
+            best = _best([r for r in group if r.run], metric)
+            if best is not None:
+                found = scenes.get((task, best.dataset, best.label))
+                shown = headline_picture(found, found.row.metrics[metric]) if found is not None else _first_picture(best)
+                return f'<section class="hero">{_headline_figure(group, best, metric)}{shown}</section>'
+    return ""
+
+
+def _headline_figure(group: list[Row], best: Row, metric: str) -> str:
+    about = METRICS[metric]
+    models = len({r.label for r in group if r.run})
+    words = f"{about.words}; the best of {models} models" if models > 1 else about.words
+    figure = f'<b class="big">{show(metric, best.metrics[metric])} {about.unit}</b> <span>{escape(about.name)}</span>'
+    chosen = [r for r in group if r.run is None] + _main_rows(group)
+    values = [(r, r.metrics[metric]) for r in chosen if metric in r.metrics]
+    lines = [
+        (r.label, v * about.scale, show(metric, v), "base" if r.run is None else "best" if r.label == best.label else "")
+        for r, v in values
+    ]
+    axis = f"{about.name}{', ' + about.unit if about.unit else ''} ({'lower' if about.lower_is_better else 'higher'} is better)"
+    return (
+        f'<div class="figure"><div><p class="soft">{escape(_about(best))}</p><p>{figure}</p>'
+        f"<p>{escape(words[:1].upper() + words[1:])}: <b>{escape(best.label)}</b>, {setting_words(best)}.</p></div>"
+        f"{bars(lines, axis)}</div>"
+    )
+
+
+def _first_picture(row: Row) -> str:
+    """Of a model whose evaluation has kept no scenes."""
+    paths = _picture_paths(row.run) if row.run is not None else []
+    return _picture(row.run, paths[0]) if row.run is not None and paths else ""
+
+
+def _scenes(rows: Sequence[Row], shown: Sequence[ShownScenes]) -> str:
+    parts = []
+    for (task, dataset), group in _groups(rows).items():
+        models = [s for s in shown if (s.row.task, s.row.dataset) == (task, dataset)]
+        if models:
+            parts.append(f"<h3>{escape(_about(group[-1]))}</h3>{scenes_section(models)}")
+    return "".join(parts)
 
 
 def _shown(runs: Sequence[RunRecord], rows: list[Row]) -> list[RunRecord]:
@@ -65,7 +134,8 @@ def _shown(runs: Sequence[RunRecord], rows: list[Row]) -> list[RunRecord]:
 def _when(runs: Sequence[RunRecord], shown: Sequence[RunRecord]) -> str:
     day = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(max(r.end_time or r.start_time for r in runs)))
     superseded = len(runs) - len(shown)
-    return f"{len(shown)} runs, the last one of {day}" + (f"; {superseded} superseded ones are left out" if superseded else "")
+    left_out = f"; {superseded} superseded {'one is' if superseded == 1 else 'ones are'} left out" if superseded else ""
+    return f"{len(shown)} runs, the last one of {day}" + left_out
 
 
 def _cards(runs: Sequence[RunRecord], rows: list[Row]) -> str:
@@ -75,7 +145,9 @@ def _cards(runs: Sequence[RunRecord], rows: list[Row]) -> str:
         best = _best([r for r in rows if r.task == task and r.run], metric) if metric else None
         if best is not None:
             share = best.share(metric)
-            note = f"{best.label}, {_setting(best)}" + (f"; {share:.2f} of the best constant's" if share is not None else "")
+            note = f"{best.label}, {setting_words(best)}" + (
+                f"; {share:.2f} of {BASELINES[task]}'s" if share is not None else ""
+            )
             cards.append(card(f"best {task} {METRICS[metric].title}", show(metric, best.metrics[metric]), note))
     training = [r for r in runs if train_macs(r)]
     if training:
@@ -89,12 +161,6 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h" if seconds >= 7200 else f"{seconds / 60:.1f} min" if seconds >= 90 else f"{seconds:.0f} s"
 
 
-def _setting(row: Row) -> str:
-    if row.steps is None:
-        return "recipe's setting"
-    return f"{row.steps} step{'s' * (row.steps != 1)}" + (f" × {row.ensemble} samples" if (row.ensemble or 1) > 1 else "")
-
-
 def _best(rows: list[Row], metric: str) -> Row | None:
     scored = [r for r in rows if metric in r.metrics]
     sign = 1 if METRICS[metric].lower_is_better else -1
@@ -103,29 +169,26 @@ def _best(rows: list[Row], metric: str) -> Row | None:
 
 def _results(rows: list[Row]) -> str:
     parts = []
-    for task, dataset in dict.fromkeys((r.task, r.dataset) for r in rows):
-        group = [r for r in rows if (r.task, r.dataset) == (task, dataset)]
+    for (task, _), group in _groups(rows).items():
         header, cells = table_cells(group)
         best = _best([r for r in group if r.run], MAIN_METRIC.get(task, next(iter(METRICS))))
         kinds = ["base" if r.run is None else "best" if r is best else "" for r in group]
-        title = task.capitalize() + (f", {dataset}" if dataset else "")
-        parts.append(f"<h3>{escape(title)}</h3>{table(header, cells, kinds)}")
-        if any(r.baseline for r in group):
-            parts.append('<p class="soft small">The best constant is the prediction without any information of the image, '
-                         "aligned and scored like the others.</p>")  # fmt: skip
+        parts.append(f"<h3>{escape(_about(group[-1]))}</h3>{table(header, cells, kinds)}")
+        for label in dict.fromkeys(r.label for r in group if r.run is None and r.label in EXPLANATIONS):
+            parts.append(f'<p class="soft small">{escape(label[:1].upper() + label[1:])}: {escape(EXPLANATIONS[label])}.</p>')
     return "".join(parts)
 
 
 def _pictures(training: Sequence[RunRecord], rows: list[Row]) -> str:
-    """Pictures of the evaluations in the table, the best model's first, then the last ones of the training runs."""
+    """Pages of the evaluations in the table, the best model's first, and the last pictures of the training runs."""
     ranked = sorted((r for r in rows if r.run is not None), key=_rank)
     parts = []
     for run in {r.run.run_id: r.run for r in ranked if r.run is not None}.values():
-        paths = sorted(_picture_paths(run), key=lambda p: "random" not in p)  # the fair ones first
-        figures = [_picture(run, path) for path in paths[:PICTURES_PER_RUN]]
+        figures = [_picture(run, path) for path in _picture_paths(run)[:PICTURES_PER_RUN]]
         if figures:
-            rest = f"<details><summary>more of them</summary>{grid(figures[1:])}</details>" if figures[1:] else ""
-            parts.append(f"<h3>{escape(run.label)}</h3>{figures[0]}{rest}")
+            parts.append(
+                f"<details><summary>{escape(run.label)}: best, median and worst samples</summary>{grid(figures)}</details>"
+            )
     for run in training:
         figures = [_picture(run, path) for path in _picture_paths(run)[-1:]]
         if figures:
@@ -154,8 +217,7 @@ def _lineage(training: Sequence[RunRecord], rows: list[Row]) -> str:
     for row in rows:
         metric = MAIN_METRIC.get(row.task, "")
         if row.run is not None and row.run.parents and metric in row.metrics:
-            mark = "AbsRel" if metric == "abs_rel" else metric
-            notes[row.run.parents[0]] = f"{row.task} {mark} {show(metric, row.metrics[metric])}"
+            notes[row.run.parents[0]] = f"{row.task} {say(metric, row.metrics[metric])}"
     note = '<p class="soft small">MACs count a run and all that it descends from.</p>'
     return f'<div class="scroll">{lineage_svg(training, notes)}</div>{note}'
 
@@ -168,67 +230,9 @@ def _curves(training: Sequence[RunRecord]) -> str:
             series = {label: points for label, points in series.items() if len(points) > 1}
             if series:
                 positive = all(y > 0 for points in series.values() for _, y in points)
-                figures.append(chart(plots.curves(series, "step", metric, log_y=positive), f"{stage}: {metric}"))
+                figure = plots.curves(series, "optimizer step", plots.WORDS[metric], log_y=positive)
+                figures.append(chart(figure, f"{stage}: {plots.WORDS[metric]} ({metric})"))
     return grid(figures)
-
-
-def _paper(rows: list[Row], training: Sequence[RunRecord]) -> str:
-    parts = [_model_table(training)]
-    tables: list[tuple[str, str, dict[str, tuple[str, int]], dict[str, Any], list[str]]] = [
-        ("Depth (the paper's Table 3)", "depth", paper.DEPTH_SETS, paper.DEPTH, ["abs_rel", "delta1"]),
-        ("Optical flow (the paper's Table 4)", "flow", paper.FLOW_SETS, paper.FLOW, ["epe"]),
-        ("Amodal segmentation (the paper's Table 5)", "amodal", paper.AMODAL_SETS, paper.AMODAL, ["iou"]),
-    ]
-    for title, task, sets, published, metrics in tables:
-        ours = [r for r in rows if r.task == task and r.run is not None and _as_published(r, sets)]
-        if ours:
-            parts.append(f"<h3>{title}</h3>{_beside(ours, sets, published, metrics)}")
-    return "".join(parts)
-
-
-def _as_published(row: Row, sets: dict[str, tuple[str, int]]) -> bool:
-    """Whether a row was scored by a published protocol on as many images as published."""
-    return row.protocol in sets and sets[row.protocol][1] in (0, row.num_samples)
-
-
-def _beside(ours: list[Row], sets: dict[str, tuple[str, int]], published: dict[str, Any], metrics: list[str]) -> str:
-    """The published rows, then the newest of ours at its most expensive setting, over the protocols that we have scored."""
-    scored = [s for s in sets if any(r.protocol == s for r in ours)]
-    header = ["method", *(f"{sets[s][0]} {METRICS[m].title}" for s in scored for m in metrics)]
-    cells, kinds, notes = [], [], []
-    for method, values in published.items():
-        absent = ["–"] * len(metrics)
-        cells.append([method, *(c for s in scored for c in ([f"{v:g}" for v in values[s]] if s in values else absent))])
-        kinds.append("base")
-    for label in dict.fromkeys(r.label for r in ours):
-        most: dict[str, Row] = {}
-        for row in sorted((r for r in ours if r.label == label), key=lambda r: (r.steps or 0) * (r.ensemble or 1)):
-            most[row.protocol] = row
-        values = {name: row.metrics for name, row in most.items()}
-        cells.append([f"ours: {label}", *(show(m, values.get(s, {}).get(m)) for s in scored for m in metrics)])
-        kinds.append("ours")
-        notes += [f"{label} on {sets[name][0]}: {_setting(row)}" for name, row in most.items()]
-    return table(header, cells, kinds) + f'<p class="soft small">Ours: {escape("; ".join(notes))}.</p>'
-
-
-def _model_table(training: Sequence[RunRecord]) -> str:
-    """The models that were trained, beside the paper's where the preset is one of its own and unchanged."""
-    header = ["model", "hidden size", "heads", "layers", "experts", "parameters (active / total)", "the paper's"]
-    rows: dict[tuple[str, ...], None] = {}
-    for run in training:
-        config = model_config(run)
-        if config is None:
-            continue
-        preset = PRESETS.get(config.preset, {})
-        same = all(getattr(config, k) == preset.get(k) for k in ("hidden_size", "depth", "num_heads", "patch_size"))
-        count = num_params(config)
-        ours = " / ".join(f"{c / 1e6:,.1f} M" for c in dict.fromkeys((count.active, count.total)))
-        experts = f"{config.num_experts}, top {config.top_k}" if config.num_experts else "–"
-        name = config.preset if same else f"{config.preset}, changed"
-        is_published = same and config.preset in paper.MODELS and run.stage != "upcycle"
-        published = str(paper.MODELS[config.preset]["params"]) if is_published else "–"
-        rows[(name, str(config.hidden_size), str(config.num_heads), str(config.depth), experts, ours, published)] = None
-    return f"<h3>Models (the paper's Tables 1 and 2)</h3>{table(header, [list(r) for r in rows])}" if rows else ""
 
 
 def _recipes(runs: Sequence[RunRecord]) -> str:

@@ -2,8 +2,8 @@
 
 An evaluation logs `eval/TASK/DATASET/METRIC` (and `eval/TASK/METRIC`, if the task has one set) for its main setting, the same
 with `/sSTEPS_nENSEMBLE` for every setting (the metric "macs" is what a prediction took, in the mean),
-`baseline_METRIC` for the best constant prediction and `ceiling_METRIC` for the truth sent through the VAE
-and back.
+`baseline_METRIC` for what a prediction must beat, `ceiling_METRIC` for the truth sent through the VAE and back, and, for masks,
+`code_METRIC` for the truth through the image code alone (`dpt.scores.EXPLANATIONS`).
 """
 
 import itertools
@@ -13,42 +13,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from dpt.scaling.compute import prediction_macs
+from dpt.scores import BASELINES, CEILING, CODE, MAIN_METRIC, METRICS, show
 from dpt.tracking.read import RunRecord
 
 _SETTING = re.compile(r"s(\d+)_n(\d+)$")
-_REFERENCES = {"baseline_": "best constant", "ceiling_": "truth through the VAE"}
+_REFERENCES = ("baseline_", "code_", "ceiling_")
 _RENAMED = {"miou": "iou"}
 """Metrics that older runs recorded under another name."""
-_PROTOCOL = re.compile(r"(?:^|; )([^:;]+): (\w+) v\d+")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Metric:
-    """How a metric is shown: `value * scale` with `digits`, under `title`."""
-
-    title: str
-    scale: float
-    digits: int
-    lower_is_better: bool = True
-
-
-METRICS: dict[str, Metric] = {
-    "abs_rel": Metric(title="AbsRel % ↓", scale=100, digits=2),
-    "delta1": Metric(title="δ1 % ↑", scale=100, digits=1, lower_is_better=False),
-    "abs_rel_log_fit": Metric(title="AbsRel %, log fit ↓", scale=100, digits=2),
-    "delta1_log_fit": Metric(title="δ1 %, log fit ↑", scale=100, digits=1, lower_is_better=False),
-    "epe": Metric(title="EPE px ↓", scale=1, digits=3),
-    "epe_fit": Metric(title="EPE px, fitted ↓", scale=1, digits=3),
-    "iou": Metric(title="mIoU % ↑", scale=100, digits=1, lower_is_better=False),
-    "iou_pooled": Metric(title="pooled IoU % ↑", scale=100, digits=1, lower_is_better=False),
-    "fid": Metric(title="FID ↓", scale=1, digits=2),
-    "sfid": Metric(title="sFID ↓", scale=1, digits=2),
-    "inception_score": Metric(title="IS ↑", scale=1, digits=1, lower_is_better=False),
-    "precision": Metric(title="precision ↑", scale=1, digits=3, lower_is_better=False),
-    "recall": Metric(title="recall ↑", scale=1, digits=3, lower_is_better=False),
-    "fd_dinov2": Metric(title="FD-DINOv2 ↓", scale=1, digits=1),
-}
-MAIN_METRIC = {"depth": "abs_rel", "flow": "epe", "amodal": "iou", "class": "fid"}
+_PROTOCOL = re.compile(r"(?:^|; )([^:;]+): (\w+) v\d+(?:, N=\d+( \(synthetic\))?)?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,17 +34,19 @@ class Row:
     ensemble: int | None
     metrics: dict[str, float]
     baseline: dict[str, float] = field(default_factory=dict)
-    """The best constant prediction's metrics."""
+    """The metrics of what a prediction must beat, such as the best constant."""
     macs: float | None = None
     """Multiply-accumulates of one prediction: forward x steps x members x passes."""
     protocol: str = ""
     num_samples: int = 0
     """Samples scored; 0: not recorded."""
+    synthetic: bool = False
+    """The set's samples are rendered scenes of ours."""
     run: RunRecord | None = None
-    """None for the references: the best constant, and the truth through the VAE."""
+    """None for the references, such as the best constant, and the truth through the VAE."""
 
     def share(self, metric: str) -> float | None:
-        """The metric as a share of the best constant prediction's."""
+        """The metric as a share of that of what a prediction must beat."""
         base = self.baseline.get(metric)
         value = self.metrics.get(metric)
         return value / base if base and value is not None else None
@@ -91,7 +65,7 @@ def results_table(records: Iterable[RunRecord]) -> list[Row]:
     for _, group in itertools.groupby(rows, key=lambda r: (r.task, r.dataset)):
         members = list(group)
         references = {r.label: r for r in members if r.run is None}
-        table += [references[label] for label in _REFERENCES.values() if label in references]
+        table += [references[label] for label in (*BASELINES.values(), CODE, CEILING) if label in references]
         table += [r for r in members if r.run is not None]
     return table
 
@@ -121,7 +95,9 @@ def evaluation_rows(record: RunRecord) -> list[Row]:
 
 def _place_rows(record: RunRecord, task: str, dataset: str, by_setting: dict[str, dict[str, float]]) -> list[Row]:
     """The rows of one task on one data set; `by_setting` has metrics for "sS_nN", for a reference's prefix, and for ""."""
-    protocols = dict(_PROTOCOL.findall(record.tags.get("dpt.protocol", "")))
+    protocols = {name: rest for name, *rest in _PROTOCOL.findall(record.tags.get("dpt.protocol", ""))}
+    protocol, synthetic = protocols.get(dataset, ("", ""))
+    labels = {"baseline_": BASELINES.get(task, "best constant"), "code_": CODE, "ceiling_": CEILING}
     frame = Row(
         label=record.label,
         task=task,
@@ -130,10 +106,11 @@ def _place_rows(record: RunRecord, task: str, dataset: str, by_setting: dict[str
         ensemble=None,
         metrics={},
         baseline=by_setting.get("baseline_", {}),
-        protocol=protocols.get(dataset, ""),
+        protocol=protocol,
+        synthetic=bool(synthetic),
         num_samples=round(by_setting.get("", {}).get("num_samples", 0)),
     )
-    rows = [replace(frame, label=label, metrics=by_setting[p]) for p, label in _REFERENCES.items() if p in by_setting]
+    rows = [replace(frame, label=labels[p], metrics=by_setting[p]) for p in _REFERENCES if p in by_setting]
     matches = (_SETTING.fullmatch(name) for name in by_setting)
     settings: list[tuple[int | None, int | None]] = sorted((int(m[1]), int(m[2])) for m in matches if m)
     if not settings and "" in by_setting:  # a single setting, named by the recipe alone
@@ -164,6 +141,13 @@ def _macs(record: RunRecord, task: str, steps: int | None, ensemble: int | None)
     return prediction_macs(forward, task=task, steps=steps, ensemble=ensemble, guidance_scale=guidance)
 
 
+def setting_words(row: Row) -> str:
+    """Steps and members in words, such as "10 steps × 5 samples"."""
+    if row.steps is None:
+        return "recipe's setting"
+    return f"{row.steps} step{'s' * (row.steps != 1)}" + (f" × {row.ensemble} samples" if (row.ensemble or 1) > 1 else "")
+
+
 def shown_metrics(rows: Iterable[Row]) -> list[str]:
     """The metrics that a table of these rows shows, in the order of METRICS."""
     present = {name for row in rows for name in row.metrics}
@@ -176,7 +160,7 @@ def table_cells(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
     main = MAIN_METRIC.get(rows[0].task, metrics[0] if metrics else "")
     with_share = any(r.baseline for r in rows) and METRICS[main].lower_is_better
     header = ["model", "steps", "ensemble", *(METRICS[m].title for m in metrics)]
-    header += ["of constant's"] if with_share else []
+    header += [f"of {BASELINES.get(rows[0].task, 'best constant')}'s"] if with_share else []
     header += ["MACs / prediction"]
     cells = []
     for row in rows:
@@ -186,12 +170,6 @@ def table_cells(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
             values.append("–" if share is None else f"{share:.2f}")
         cells.append([row.label, _number(row.steps), _number(row.ensemble), *values, show_macs(row.macs)])
     return header, cells
-
-
-def show(metric: str, value: float | None) -> str:
-    """A metric's value as its table shows it."""
-    shown = METRICS[metric]
-    return "–" if value is None else f"{value * shown.scale:.{shown.digits}f}"
 
 
 def show_macs(macs: float | None) -> str:

@@ -20,7 +20,8 @@ from dpt.errors import UserError
 from dpt.models import costs
 from dpt.models.decoder_costs import recipe_macs
 from dpt.scaling.compute import section
-from dpt.scaling.results import METRICS, evaluation_rows
+from dpt.scaling.results import evaluation_rows
+from dpt.scores import METRICS
 from dpt.tracking.read import RunRecord, ancestors
 
 FACTORS = {

@@ -86,7 +86,14 @@ def load_runs(
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{uri}: the MLflow store cannot be read ({str(error).splitlines()[0]}).") from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        if filter and getattr(error, "error_code", "") in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST"):
+            raise UserError(
+                f"--filter {filter!r}: MLflow does not understand it ({reason}); conditions are such as "
+                "\"params.task = 'depth'\" "
+                'or "metrics.`train/loss` < 1", joined by and.'
+            ) from error
+        raise UserError(f"{uri}: the MLflow store cannot be read ({reason}).") from error
     records = [_record(client, run, names) for run in runs]
     records.sort(key=lambda r: r.start_time)
     return records if run_ids is None else _named(records, list(run_ids), uri)

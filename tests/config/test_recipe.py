@@ -53,7 +53,7 @@ def test_a_resolved_recipe_loads_again(tmp_path: Path) -> None:
         ({"trian_batch_size": 8}, ["trian_batch_size", "did you mean", "train_batch_size"]),
         ({"dpt": {"modle": {}}}, ["dpt.modle", "did you mean", "model"]),
         ({"dpt": {"training": {"stesp": 1}}}, ["dpt.training.stesp", '"steps"']),
-        ({"dpt": {"training": {"steps": "many"}}}, ["dpt.training.steps", "many", "int"]),
+        ({"dpt": {"training": {"steps": "many"}}}, ["dpt.training.steps", "many", "whole number"]),
         ({"dpt": {"training": {"steps": -1}}}, ["dpt.training.steps", "-1", "negative"]),
         ({"dpt": {"training": 3}}, ["dpt.training", "object"]),
         ({"dpt": {"model": {"preset": "Q/9"}}}, ["Q/9", "S/2"]),

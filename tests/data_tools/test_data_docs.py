@@ -27,5 +27,5 @@ def test_the_five_lines_for_stock_webdataset(make_class_shards, capsys) -> None:
     folder = make_class_shards()
     code = re.findall(r"```python\n(import webdataset.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)[0]
     assert len([line for line in code.splitlines() if line]) <= 5
-    exec(code.replace("shards/imagenet_256/train/{000000..001251}", f"{folder}/000000"), {})
+    exec(code.replace("data/shards/imagenet_256/train/{000000..001251}", f"{folder}/000000"), {})
     assert capsys.readouterr().out.splitlines()[-1].startswith("(2, 4, 4, 4) ")

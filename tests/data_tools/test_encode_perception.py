@@ -8,10 +8,12 @@ import torch
 from encode_runs import SIDE, arguments, encode_alone
 from PIL import Image
 
+from data_tools import inspect
 from data_tools.encode import main
 from data_tools.inspect import main as inspect_main
 from data_tools.readers import READERS, ReadError, Sample
 from dpt import tasks
+from dpt.data.codec import load_vae
 from dpt.data.manifest import read_manifest
 from dpt.data.shards import ShardFolder
 
@@ -215,6 +217,26 @@ def test_amodal_evaluation_sets_keep_the_mask_that_the_true_picture_gives(tmp_pa
     (sample,) = ShardFolder(out)
     assert sample["code_mask"].sum() == 64
     np.testing.assert_array_equal(sample["code_mask"] > 0, (mask > 0) & (whole[..., 0] == 90))
+    np.testing.assert_array_equal(sample["visible_mask"] > 0, mask > 0)
+    assert not ShardFolder(out).manifest.synthetic
+    (tmp_path / "synthesis.json").write_text("{}")  # beside the root, as data_tools.synthesis leaves it
+    again = tmp_path / "again"
+    main(arguments(tmp_path / "root", again, vae, "--split", "val", "--evaluation", dataset="pix2gestalt"))
+    assert ShardFolder(again).manifest.synthetic
+    ((caption, cells),) = _rows_of_sheet(again, vae)
+    assert caption == "7"
+    titles = ["image", "rgb, decoded", "visible_mask, decoded", "true whole", "whole, decoded"]
+    assert [title for title, _ in cells] == titles
+    np.testing.assert_array_equal(cells[3][1][..., 0] > 127, mask > 0)
+
+
+def _rows_of_sheet(shards: Path, vae: str) -> list[tuple[str, list[tuple[str, np.ndarray]]]]:
+    """What the contact sheet pastes together."""
+    pasted = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inspect, "_paste", pasted.append)
+        inspect.contact_sheet(ShardFolder(shards), [0], load_vae(vae))
+    return pasted[0]
 
 
 def test_shards_of_other_reader_options_are_refused(tmp_path: Path, vae: str, monkeypatch, capsys) -> None:

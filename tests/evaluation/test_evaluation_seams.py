@@ -18,7 +18,8 @@ from dpt.evaluation.protocols import HIGHER_IS_BETTER, PROTOCOLS, average, score
 from dpt.evaluation.runner import check_set, evaluate
 from dpt.evaluation.sets import EvaluationSet
 from dpt.evaluation.summary import protocol_line, tracked_metrics
-from dpt.scaling.results import METRICS, evaluation_rows
+from dpt.scaling.results import evaluation_rows
+from dpt.scores import METRICS
 from tests.evaluation.tiny import make_model, make_set
 from tests.scaling.made_runs import made_run
 

@@ -48,7 +48,10 @@ def test_exported_weights_predict_as_the_network_they_are_of(tmp_path):
         ({"vae": {"name": "pooling", "sha256": "other"}}, "another VAE"),
         ({"diffusion": {"prediction_type": "score"}}, "prediction_type = 'score' is unknown to dpt"),
         ({"diffusion": {"noise_offset": 0.1}}, "noise_offset = 0.1 is unknown to dpt"),
-        ({"diffusion": {"num_train_timesteps": "many"}}, r"diffusion\.num_train_timesteps is 'many'; it must be of type"),
+        (
+            {"diffusion": {"num_train_timesteps": "many"}},
+            r"num_train_timesteps is 'many'; it must be a whole number",
+        ),
         ({"depth_code": "octave"}, "depth code 'octave' is unknown; it is one of linear, log, disparity"),
         ({"depth_prompt": "holes"}, "depth prompt 'holes' is unknown; it is one of all_valid, ground_truth"),
     ],

@@ -34,9 +34,30 @@ def test_pages(name, tmp_path):
     image = rng.integers(0, 256, (30, 40, 3), dtype=np.uint8)
     shape = (2, 30, 40) if protocol.task == "flow" else (30, 40)
     truth, prediction = (rng.random(shape) + 1 if protocol.task != "amodal" else rng.random(shape) > 0.5 for _ in range(2))
-    rows = [pictures.compare(protocol, f"sample {i}", image, truth, prediction, np.full((30, 40), float(i))) for i in range(2)]
-    assert list(rows[0].panels) == ["input", "truth", "prediction", "error"]
+    further = {"flow": {"second": image}, "amodal": {"visible": truth > 1.5}}.get(protocol.task, {})
+    rows = [
+        pictures.compare(protocol, f"sample {i}", image, truth, prediction, np.full((30, 40), float(i)), **further)
+        for i in range(2)
+    ]
+    assert list(rows[0].panels) == ["input", *further, "truth", "prediction", "error"]
     assert list(rows[1].panels)[-1] == "uncertainty"
+    units = {name: panel.scale.unit for name, panel in rows[1].panels.items() if panel.scale}
+    assert (
+        units
+        == {
+            "depth": {"truth": "m", "prediction": "m", "error": "%", "uncertainty": "% of the depth range"},
+            "flow": {"truth": "px", "prediction": "px", "error": "px", "uncertainty": "px"},
+            "amodal": {"uncertainty": "% of the votes"},
+        }[protocol.task]
+    )
     pictures.write_page(rows, tmp_path / "deep" / "page.png", "a page")
     page = np.asarray(Image.open(tmp_path / "deep" / "page.png").convert("RGB"))
     assert page.std() > 10
+
+
+def test_the_flow_wheel_has_each_direction_where_its_arrow_ends():
+    wheel = pictures.flow_wheel(65)
+    assert (wheel[32, 32] == 255).all()
+    assert (wheel[0, 0] == 255).all()
+    direct = pictures.colour_flow(np.array([[[0.9]], [[0.0]]]), 1.0)[0, 0]
+    np.testing.assert_allclose(wheel[32, 61].astype(int), direct.astype(int), atol=12)

@@ -150,6 +150,9 @@ def test_amodal_masks_are_thresholded_at_full_size():
     assert result.value.dtype == bool
     truth = image[..., 0] < 200
     assert (result.value & truth).sum() / (result.value | truth).sum() > 0.6
+    assert result.whole.shape == image.shape
+    assert (result.whole[~result.value] == 255).all()
+    assert abs(float(result.whole[20:44, 4:24].mean()) - 60) < 15  # the object's own grey, as the picture shows it
 
 
 def test_embeddings_reach_the_network_with_their_images():

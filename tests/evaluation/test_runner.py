@@ -18,7 +18,7 @@ from dpt.evaluation.records import Record, RecordLog, Setting
 from dpt.evaluation.runner import evaluate
 from dpt.evaluation.scoring import samples_at_once
 from dpt.evaluation.sets import EvaluationSet
-from dpt.evaluation.summary import pick_samples, tracked_metrics
+from dpt.evaluation.summary import drawn_by_key, format_summary, pick_samples, tracked_metrics
 from tests.evaluation.tiny import make_model, make_set
 from tests.gloo import run_ranks
 
@@ -61,7 +61,7 @@ def test_a_sweep_scores_every_sample_once_under_every_setting(depth_set, tmp_pat
     forward = summary["settings"]["forward_macs"]
     assert [r["macs_per_prediction"] for r in one["results"]] == [forward * s * n for _, s, n in swept]
     pictures = sorted(p.name for p in (tmp_path / "out").glob("*/pictures/*.png"))
-    assert pictures == [f"synthetic_val_{which}.png" for which in ("best", "median", "random", "worst")]
+    assert pictures == [f"synthetic_val_{which}.png" for which in ("best", "median", "same", "worst")]
 
 
 def test_baseline_is_the_best_constant(depth_set, tmp_path):
@@ -212,6 +212,43 @@ def test_picked_samples(depth_set):
     picked = pick_samples(one, records, 1)
     assert [picked[w][0].index for w in ("best", "median", "worst")] == [1, 4, 0]
     assert pick_samples(one, records[2:3], 1) == {}
+
+
+def test_reports_show_every_model_on_the_same_scenes(depth_set, tmp_path):
+    shown = []
+    for name, kind in (("a", "sample"), ("b", "epsilon")):  # two models that err on other samples
+        config = _config(tmp_path / name, depth_set, steps=[1], ensemble=[1], pictures=2)
+        model = make_model("depth", prediction_type=kind)
+        evaluate(config, predictor=Predictor(model, config=config, device="cpu"))
+        folder = tmp_path / name / "synthetic_val" / "scenes"
+        index = json.loads((folder / "scenes.json").read_text())
+        assert (index["num_samples"], index["synthetic"], index["metric"]) == (5, False, "abs_rel")
+        for scene in index["scenes"]:
+            assert list(scene["panels"]) == ["input", "truth", "prediction", "error"]
+            assert all((folder / panel["file"]).is_file() for panel in scene["panels"].values())
+            assert scene["panels"]["truth"]["scale"] == scene["panels"]["prediction"]["scale"]
+        shown.append([(s["key"], s["value"]) for s in index["scenes"]])
+    (keys_a, values_a), (keys_b, values_b) = (zip(*scenes, strict=True) for scenes in shown)
+    assert keys_a == keys_b
+    assert values_a != values_b
+    shuffled = [Record(index=9 - i, key=k, setting=Setting(), metrics={}) for i, k in enumerate(sorted(keys_a))]
+    assert tuple(r.key for r in drawn_by_key(shuffled, 2)) == keys_a  # neither numbers nor order matter
+
+
+def test_the_visible_mask_is_the_baseline_of_amodal_sets(tmp_path):
+    amodal = make_set(tmp_path / "amodal", "amodal")
+    config = _config(tmp_path / "out", amodal, steps=[1], ensemble=[1], pictures=1)
+    summary = _run(config, "amodal")["sets"]["synthetic_val"]
+    half = [ShardFolder(amodal)[i]["visible_mask"] for i in range(5)]
+    whole = [ShardFolder(amodal)[i]["truth"] for i in range(5)]
+    expected = np.mean([np.sum(v & w) / np.sum(v | w) for v, w in zip(half, whole, strict=True)])
+    assert summary["baseline"]["iou"] == pytest.approx(expected)
+    index = json.loads((tmp_path / "out" / "synthetic_val" / "scenes" / "scenes.json").read_text())
+    assert "visible" in index["scenes"][0]["panels"]
+    text = format_summary({"sets": {"synthetic_val": summary}})
+    assert "visible mask" in text
+    assert f"mIoU {100 * expected:.1f} %" in text
+    assert "(truth through the image code = the true picture of the whole object thresholded" in text
 
 
 def test_batches_are_filled():

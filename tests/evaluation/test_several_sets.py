@@ -12,8 +12,9 @@ from dpt.evaluation.summary import protocol_line, tracked_metrics
 from dpt.scaling.compare import compare
 from dpt.scaling.points import collect
 from dpt.scaling.report import render
-from dpt.scaling.results import MAIN_METRIC, METRICS, evaluation_rows, show
+from dpt.scaling.results import evaluation_rows
 from dpt.scaling.surface import observe
+from dpt.scores import MAIN_METRIC, METRICS, show
 from dpt.tracking.read import RunRecord
 from tests.evaluation.tiny import make_model, make_set
 from tests.scaling.made_runs import made_run

@@ -95,7 +95,10 @@ def make_set(
             members = {"cond_latents": moments(conditions), "image": image, "truth": truth}
             if with_targets:
                 members["target_latents"] = moments(targets)
+            if task == "flow":
+                members["second"] = image[:, ::-1].copy()
             if task == "amodal":  # a threshold that loses the first column
+                members["visible_mask"] = truth * (np.arange(size[1]) < size[1] // 2).astype(np.uint8)
                 members["code_mask"] = truth * (np.arange(size[1]) > 0).astype(np.uint8)
             writer.add(f"scene_{number:03d}", members, {"width": size[1], "height": size[0]})
         record = writer.commit()

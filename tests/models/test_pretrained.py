@@ -204,6 +204,8 @@ def test_export_and_import_round_trip(tmp_path, fields):
     assert not again.averaged
     assert again.sections == sections
     assert [p.name for p in tmp_path.iterdir()] == ["export"]
+    path.rename(tmp_path / "weights")
+    assert read_weights(tmp_path).config == model.config  # a run's folder, in which its export lies
 
 
 def test_torn_and_foreign_exports_are_refused(tmp_path):

@@ -11,7 +11,7 @@ from dpt.errors import UserError
 from dpt.scaling import report
 from dpt.scaling.report import render, write_report
 
-VOID = {"meta", "img", "br", "link"}
+VOID = {"meta", "img", "br", "link", "input"}
 
 
 class Checker(HTMLParser):
@@ -71,7 +71,7 @@ def test_the_page_is_whole_and_shows_everything(runs):
     checker = Checker()
     checker.feed(page)
     assert checker.open == []
-    assert checker.images == 3  # two pictures and the loss curve
+    assert checker.images == 4  # two pictures (one of them the headline's too) and the loss curve
     assert "<script" not in page
     texts = ("ours &lt;script&gt;", "7.00", "the paper", "a &amp; b", "torch 2.13", "14.8M", "14.8 M", "3 PMACs", "0.23")
     for text in texts:
@@ -90,7 +90,7 @@ def test_superseded_runs_are_left_out_unless_a_result_descends_from_them(runs, t
     page = render("e", [runs[0], again, runs[1]], "sqlite:///mlflow.db")
     assert "superseded" not in page  # the evaluation descends from the older one
     page = render("e", [runs[0], again], "sqlite:///mlflow.db")
-    assert "1 superseded ones are left out" in page
+    assert "1 superseded one is left out" in page
 
 
 def test_large_pictures_are_compressed(tmp_path):
@@ -113,14 +113,74 @@ def test_an_empty_experiment_is_refused(monkeypatch, tmp_path):
     assert not (tmp_path / "r.html").exists()
 
 
+def _with_scenes(folder, label, value, keys=("a/1", "b/2"), **fields):
+    """An evaluation that has kept scenes."""
+    import json
+
+    import numpy as np
+    from PIL import Image
+
+    scenes = folder / "flats_val" / "scenes"
+    scenes.mkdir(parents=True)
+    listed = []
+    for number, key in enumerate(keys):
+        panels = {}
+        for name in ("input", "truth", "prediction", "error"):
+            Image.fromarray(np.full((32, 48, 3), 9 * number, np.uint8)).save(scenes / f"{number}_{name}.png")
+            scale = {"colours": "Spectral", "low": 1.2, "high": 4.9, "unit": "m"} if name in ("truth", "prediction") else None
+            panels[name] = {"file": f"{number}_{name}.png", "title": f"the {name}", "scale": scale}
+        listed.append({"key": key, "value": value * (number + 1), "panels": panels})
+    (scenes / "scenes.json").write_text(json.dumps({"metric": "abs_rel", "scenes": listed}))
+    return made_run(
+        label,
+        stage="evaluate",
+        folder=folder,
+        metrics={"eval/depth/flats_val/abs_rel/s10_n1": value, "eval/depth/flats_val/num_samples": 60},
+        tags={"dpt.label": label, "dpt.protocol": "flats_val: hypersim v1, N=60 (synthetic), list 0"},
+    )
+
+
+def test_the_result_comes_first_and_every_model_is_shown_on_the_same_scenes(tmp_path):
+    worse, better = _with_scenes(tmp_path / "a", "plain", 0.4), _with_scenes(tmp_path / "b", "better", 0.1)
+    page = render("e", [worse, better], "sqlite:///mlflow.db")
+    Checker().feed(page)
+    assert page.index("10.00 %") < page.index('<input type="range"') < page.index("<table>") < page.index('id="scenes"')
+    assert page.count("Depth on flats_val, 60 synthetic samples") == 3  # headline, table, scenes
+    assert "the better" not in page
+    assert "Scene a/1, AbsRel 10.00 %" in page  # of the two the nearest to the mean
+    for caption in ("better: AbsRel 10.00 %", "plain: AbsRel 40.00 %", "better: AbsRel 20.00 %", "plain: AbsRel 80.00 %"):
+        assert page.count(f"<figcaption>{caption}</figcaption>") == 1
+    assert page.index("better: AbsRel 10.00 %") < page.index("plain: AbsRel 40.00 %") < page.index("better: AbsRel 20.00 %")
+    assert "the truth, m" in page
+    assert ">2</span>" in page
+
+
+def test_synthetic_scenes_do_not_stand_beside_the_paper(tmp_path):
+    run = _with_scenes(tmp_path / "a", "plain", 0.4)
+    run.metrics["eval/depth/flats_val/num_samples"] = 7370
+    run.tags["dpt.protocol"] = "flats_val: hypersim v1, N=7370 (synthetic), list 0"
+    assert "Marigold" not in render("e", [run], "sqlite:///mlflow.db")
+
+
+def _in_a_browser(page, script, width):
+    """What the script leaves as the page's title."""
+    probed = page.with_name("probe.html")
+    probed.write_text(page.read_text().replace("</body>", f"<script>{script}</script></body>"))
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},900", "--dump-dom"]
+    dom = subprocess.run([*command, probed.as_uri()], capture_output=True, text=True, timeout=120, check=True).stdout
+    return dom.split("<title>")[1].split("</title>")[0]
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="no browser")
-def test_a_browser_shows_the_page_without_sideways_scrolling(runs, monkeypatch, tmp_path):
-    monkeypatch.setattr(report, "load_runs", lambda uri, experiment: runs)
+def test_a_browser_shows_the_page_without_sideways_scrolling_and_moves_the_slider(runs, monkeypatch, tmp_path):
+    shown = [*runs, _with_scenes(tmp_path / "d", "a model with quite a long name", 0.1)]
+    monkeypatch.setattr(report, "load_runs", lambda uri, experiment: shown)
     page = write_report("e", uri="sqlite:///x.db", out=tmp_path / "r.html")
-    probe = "<script>document.title=document.documentElement.scrollWidth+'/'+innerWidth</script></body>"
-    page.write_text(page.read_text().replace("</body>", probe))
-    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--window-size=500,900", "--dump-dom", page.as_uri()]
-    dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
-    wide, window = dom.split("<title>")[1].split("</title>")[0].split("/")
-    assert int(wide) <= int(window)
+    for width in (500, 1200):
+        size = _in_a_browser(page, "document.title=document.documentElement.scrollWidth+'/'+innerWidth", width)
+        wide, window = size.split("/")
+        assert int(wide) <= int(window)
+    move = "let s=document.querySelector('input[type=range]');s.value=20;s.dispatchEvent(new Event('input'));"
+    clip = "document.title=getComputedStyle(s.parentNode.querySelector('.over')).clipPath"
+    assert _in_a_browser(page, move + clip, 500).endswith(" 20%)")

@@ -118,6 +118,8 @@ def test_a_run_its_resumption_and_its_child_are_read_back(tmp_path, uri, without
     assert with_ancestors([evaluation], uri) == [parent, evaluation]
     assert load_runs(uri, run_ids=[parent.run_id[:8]]) == [parent]
     assert load_runs(uri, filter="metrics.`eval/depth/abs_rel` < 0.2") == [evaluation]
+    with pytest.raises(UserError, match=r"--filter 'metrics < < 1': MLflow does not understand it"):
+        load_runs(uri, filter="metrics < < 1")
     with pytest.raises(UserError, match="no run with this id"):
         load_runs(uri, run_ids=["nothing"])
     with pytest.raises(UserError, match="no such experiment"):
