@@ -30,7 +30,6 @@ from dpt.config.sections import (
 )
 from dpt.errors import UserError, hide_passwords
 
-
 COMMAND_LINE = "the command line"
 
 

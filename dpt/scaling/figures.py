@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from dpt.errors import UserError
-from dpt.scaling.expert_distance import METRIC as DISTANCE
 from dpt.scaling.laws import Fit, fit_power_law, frontier
 from dpt.scaling.plots import WORDS, law_figure, save
 from dpt.scaling.points import X_NAMES, Point, collect
@@ -16,9 +15,6 @@ from dpt.scaling.shares import Share, shares
 from dpt.scaling.shares import as_markdown as shares_as_markdown
 from dpt.scores import METRICS
 from dpt.tracking.read import RunRecord
-
-_LABELS = {"train/loss": "training loss", DISTANCE: "distance of experts / their norm"}
-"""What stands at the axis of a metric of training."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,8 @@ from dpt.errors import UserError
 from dpt.scaling.compute import total_train_macs
 from dpt.scaling.points import text_value
 from dpt.scaling.repeats import half_width
-from dpt.scaling.results import METRICS, evaluation_rows
+from dpt.scaling.results import evaluation_rows
+from dpt.scores import METRICS
 from dpt.tracking.read import RunRecord, ancestors
 
 
@@ -50,7 +51,7 @@ def shares(
 ) -> list[Share]:
     """For each group and each setting (sampler steps, members) of the stage `reference`, what all other stages need.
 
-    y: a metric "eval/TASK/[SET/]NAME"; whether more or less of it is better, `dpt.scaling.results.METRICS` knows. Between two
+    y: a metric "eval/TASK/[SET/]NAME"; whether more or less of it is better, `dpt.scores.METRICS` knows. Between two
     trainings of the others the metric is taken as linear in the logarithm of MACs.
 
     Raises:

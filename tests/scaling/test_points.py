@@ -133,7 +133,7 @@ def test_the_frontier_of_noisy_curves_is_that_of_the_curves_without_noise():
 
 def test_a_noisy_end_is_averaged_and_nothing_found_is_said():
     assert final_value([(s, float(s % 2)) for s in range(100)]) == pytest.approx(0.6)
-    with pytest.raises(UserError, match="none of the .* runs has recorded it|no run that has the y"):
+    with pytest.raises(UserError, match=r"none of the .* runs has recorded it|no run that has the y"):
         collect(study(), study(), "macs", "eval/flow/epe")
 
 
