@@ -177,3 +177,14 @@ def test_other_folders_are_not_overwritten(tmp_path: Path) -> None:
     folder = export_small(tmp_path / "weights")
     with pytest.raises(UserError, match="exists and holds no pipeline"):
         write(folder, folder)
+
+
+@pytest.mark.parametrize("name", ["dense_mup_qk_norm", "sigmoid_biased", "one_step"])
+def test_dpt_reads_its_own_pipelines(tmp_path: Path, name: str) -> None:
+    folder = export_small(tmp_path / "weights", **NETWORKS[name])
+    out = write(folder, tmp_path / "out")
+    image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    config = EvaluationConfig(steps=[2])
+    ours, theirs = (Predictor(place, config=config, device="cpu")([image])[0].value for place in (folder, out))
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    assert read_weights(out).sections["lineage"] == read_weights(folder).sections["lineage"]
