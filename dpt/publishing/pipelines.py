@@ -55,9 +55,7 @@ def write_pipeline(
         raise UserError(f"{out}: exists and holds no pipeline; choose another folder.")
     task = weights.sections.get("task", "class")
     if task not in ("class", "depth", "generalist"):
-        raise UserError(
-            f"{source}: trained for {task}; pipelines are written for class images and depth, so export a dpt folder."
-        )
+        raise UserError(f"{source}: trained for {task}; pipelines are for class images and depth only: export a dpt folder.")
     if "diffusion" not in weights.sections:
         raise UserError(f"{source}: nothing says what these weights predict; import them with --objective or --scheduler.")
     diffusion = section_from_dict(DiffusionConfig, weights.sections["diffusion"], source, prefix="diffusion")
