@@ -122,7 +122,7 @@ def usage(form: Form, task: str, name: str) -> str:
     if task != "class":
         call = "prediction = predictor([image])[0].value  # image: uint8 [H, W, 3]"
     place = hub.with_prefix(name)
-    return f'from dpt.evaluation.prediction import Predictor\n\npredictor = Predictor("{place}")\n{call}'
+    return f'from dpt.evaluation import Predictor\n\npredictor = Predictor("{place}")\n{call}'
 
 
 def _front(

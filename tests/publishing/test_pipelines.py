@@ -93,6 +93,7 @@ import numpy, torch
 from pathlib import Path
 from diffusers import DiffusionPipeline, DiTPipeline
 given = {name: torch.from_numpy(value) for name, value in numpy.load(sys.argv[1]).items()}
+latents = given.pop("latents")
 for folder in map(Path, sys.argv[2:]):
     found = {}
     for name in ("plain", "exact"):
@@ -102,7 +103,7 @@ for folder in map(Path, sys.argv[2:]):
         pipe = (DiffusionPipeline if more else DiTPipeline).from_pretrained(folder, **more)
         assert isinstance(pipe, DiTPipeline)
         with torch.no_grad():
-            found[name] = pipe.transformer(given["latents"], timestep=given["times"], class_labels=given["labels"]).sample.numpy()
+            found[name] = pipe.transformer(latents, **given).sample.numpy()
     pipe.set_progress_bar_config(disable=True)
     ids = pipe.get_label_ids(["tench", "shark"])
     assert ids == [0, 1], ids
@@ -115,7 +116,7 @@ for folder in map(Path, sys.argv[2:]):
 def test_class_weights_become_a_dit_pipeline(tmp_path: Path) -> None:
     torch.manual_seed(0)
     latents, times, labels = torch.randn(3, 4, 8, 8), torch.tensor([0, 500, 999]), torch.tensor([0, 3, 1000])
-    np.savez(tmp_path / "inputs.npz", latents=latents, times=times, labels=labels)
+    np.savez(tmp_path / "inputs.npz", latents=latents, timestep=times, class_labels=labels)
     (tmp_path / "out").mkdir()
     folders = {}
     for features in ("dit", "diffusers"):
