@@ -68,7 +68,8 @@ def write_pipeline(
             names = class_names or weights.sections.get("class_names", ())
             index = _write_class(weights, new, diffusion, names, source)
         else:
-            index = _write_depth(weights, new, diffusion, source) | {"default_steps": steps, "default_ensemble_size": ensemble}
+            index = _write_depth(weights, new, diffusion, source) | {"downsampling": codec.downsampling}
+            index |= {"default_steps": steps, "default_ensemble_size": ensemble}
         index |= _write_vae(codec, new, copied=include_vae or task == "class" or not hub.is_hub_name(codec.name))
         scheduler = scheduler_config(diffusion)
         _write_json(new / "scheduler" / SCHEDULER_FILE, scheduler)
@@ -106,6 +107,9 @@ def _codec(weights: Weights, vae: str, source: str) -> VAECodec:
     codec = load_vae(name, latent_channels=weights.config.in_channels)
     if record.get("sha256", codec.sha256) != codec.sha256:
         raise UserError(f"{source}: trained on latents of another VAE than {name!r}; name the one of training with --vae.")
+    config, task = codec.vae.config, weights.sections.get("task", "class")
+    if getattr(config, "latents_mean", None) is not None or (task == "class" and getattr(config, "shift_factor", None)):
+        raise UserError(f"{source}: its VAE shifts latents as no pipeline here does; export a dpt folder.")
     return codec
 
 

@@ -50,6 +50,7 @@ class DptDepthPipeline(DiffusionPipeline):
         vae_name: str = "",
         vae_revision: str = "",
         vae_subfolder: str = "",
+        downsampling: int = 8,
         num_conditions: int = 2,
         label: int = 1000,
         depth_code: str = "linear",
@@ -70,6 +71,7 @@ class DptDepthPipeline(DiffusionPipeline):
             vae_name=vae_name,
             vae_revision=vae_revision,
             vae_subfolder=vae_subfolder,
+            downsampling=downsampling,
             num_conditions=num_conditions,
             label=label,
             depth_code=depth_code,
@@ -125,7 +127,7 @@ class DptDepthPipeline(DiffusionPipeline):
 
     def _encode(self, picture: np.ndarray, resolution: int) -> Tensor:
         """Clean condition latents [1, K C, h, w]: the picture, and the prompt that says "all pixels are valid"."""
-        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        factor = self.config.downsampling
         token = factor * self.transformer.config.patch_size
         longest = resolution or self.transformer.config.sample_size * factor
         scale = longest / max(picture.shape[:2])
