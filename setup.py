@@ -24,6 +24,7 @@ setup(
         "torch>=2.10",  # the first with torch.nn.attention.activate_flash_attention_impl and torch.nn.functional.grouped_mm
         "deepspeed>=0.19,<0.20",  # dpt/training/deepspeed_internals.py lists what it relies on inside
         "diffusers>=0.36",
+        "huggingface_hub>=0.34",  # what that diffusers asks for, too
         "webdataset>=1.0.2",
         "mlflow>=3.0",
         "numpy>=2.0",

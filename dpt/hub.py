@@ -28,7 +28,7 @@ WEIGHT_FILES = (
 VAE_FILES = ("config.json", "diffusion_pytorch_model*.safetensors*")
 CLIP_FILES = ("config.json", "model*.safetensors*")
 _OLD_FILES = ("diffusion_pytorch_model*.bin*", "transformer/*.bin*")
-"""Taken only where there are no safetensors."""
+"""Pickled weights, taken only where there are no safetensors."""
 
 _REPO = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
 _NAME = re.compile(rf"(?P<repo>{_REPO})(?P<path>(?:/[\w.=+-]+)*)(?:@(?P<revision>[\w./-]+))?", re.ASCII)
@@ -82,7 +82,7 @@ def resolve(place: str | Path, files: Sequence[str] = WEIGHT_FILES) -> tuple[Pat
     beside = [f"{name.path}/{pattern}" for pattern in files] if name.path else list(files)
     snapshot = _fetch(name, [name.path, *beside] if name.path else beside)
     path = snapshot / name.path
-    if path.is_dir() and not any(path.rglob("*.safetensors")):
+    if files == WEIGHT_FILES and path.is_dir() and not any(path.rglob("*.safetensors")):
         _fetch(name, [f"{name.path}/{old}" if name.path else old for old in _OLD_FILES])
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         wanted = name.path or ", ".join(files[:3])

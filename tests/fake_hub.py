@@ -136,7 +136,7 @@ class _Handler(BaseHTTPRequestHandler):
             name = f"{asked['organization']}/{asked['name']}"
             if name in self.hub.repos:
                 return self._json({"error": "exists", "url": f"{self.hub.url}/{name}"}, 409)
-            self.hub.repos[name] = Repo(private=bool(asked.get("private")))
+            self.hub.repos[name] = Repo(private=bool(asked.get("private")) or asked.get("visibility") == "private")
             self.hub.repos[name].commit({".gitattributes": b""}, message="initial commit")
             return self._json({"url": f"{self.hub.url}/{name}", "name": name})
         if parts[2:] == ["info", "lfs", "objects", "batch"]:

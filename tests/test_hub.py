@@ -114,3 +114,13 @@ def test_each_way_of_not_being_there_is_one_sentence(hub: Hub, monkeypatch: pyte
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", "http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}")
     with pytest.raises(UserError, match=r"hub:lab/far: the hub at http://127.0.0.1:9 cannot be reached"):
         hubs.local_path("hub:lab/far")
+
+
+@pytest.mark.parametrize("name", ["hub:lab/vae", "lab/vae"])
+def test_a_vae_of_the_hub_says_which_commit_it_is(hub: Hub, name: str) -> None:
+    from dpt.data.codec import EMBEDDED_FOLDER, load_vae
+
+    commit = hub.add("lab/vae", EMBEDDED_FOLDER)
+    codec = load_vae(name)
+    assert codec.name == f"hub:lab/vae@{commit}"
+    assert codec.sha256 == load_vae().sha256

@@ -37,6 +37,8 @@ from dpt.models.weights import Weights, check_numbers, check_state, expected_sha
 
 FORMAT_VERSION = 1
 _WEIGHTS, _CONFIG = "weights.safetensors", "config.json"
+DEPTH_NETWORK = "DptTransformer2DModel"
+"""Class of the network in our pipelines for diffusers (`dpt/publishing/folder`)."""
 _SECTIONS = {
     "diffusion": dict,
     "vae": dict,
@@ -93,7 +95,7 @@ def read_weights(
         weights = _read_export(path, ema)
     elif path.is_dir():
         weights = _read_diffusers(path / "transformer" if pipeline else path, variant)
-        if pipeline and scheduler is None:
+        if pipeline and scheduler is None and "diffusion" not in weights.sections:
             scheduler = pipeline_scheduler(path)
     else:
         weights = _read_public(path, ema, fields)
@@ -131,21 +133,29 @@ def read_config(path: str | Path) -> dict[str, Any]:
     config = read_json_object(file)
     if config.pop("format_version", None) != FORMAT_VERSION:
         raise UserError(f"{file}: format_version is not {FORMAT_VERSION}; export the weights with this version of dpt.")
-    unknown = sorted(config.keys() - _SECTIONS.keys() - {"model", "export_id"})
-    if unknown:
-        raise UserError(f"{file}: this version of dpt does not know {', '.join(unknown)}; export the weights with it.")
-    for name, kind in _SECTIONS.items():
-        if name in config and not isinstance(config[name], kind):
-            raise UserError(f"{file}: {name} is {config[name]!r}; it must be {type_in_words(kind)}.")
     model = config.get("model")
+    _check_sections({name: value for name, value in config.items() if name not in ("model", "export_id")}, file)
     if not isinstance(model, dict) or not model:
         raise UserError(f"{file}: model is {model!r}; it must be the object of the network's fields.")
     model.pop("attention_backend", None)  # which older exports stored; any kernel reads any weights
     return config | {"model": section_from_dict(ModelConfig, model, str(file), prefix="model")}
 
 
+def _check_sections(sections: dict[str, Any], file: Path) -> dict[str, Any]:
+    """`sections` themselves; UserError, naming `file`, if this version does not know all of them."""
+    unknown = sorted(sections.keys() - _SECTIONS.keys())
+    if unknown:
+        raise UserError(f"{file}: this version of dpt does not know {', '.join(unknown)}; export the weights with it.")
+    for name, kind in _SECTIONS.items():
+        if name in sections and not isinstance(sections[name], kind):
+            raise UserError(f"{file}: {name} is {sections[name]!r}; it must be of type {kind.__name__}.")
+    return sections
+
+
 def _read_diffusers(path: Path, variant: str) -> Weights:
     values = read_json_object(path / _CONFIG)
+    if values.get("_class_name") == DEPTH_NETWORK:
+        return _read_depth_pipeline(path, values)
     if values.get("_class_name") not in ("DiTTransformer2DModel", "Transformer2DModel"):
         raise UserError(f'{path / _CONFIG}: _class_name is "{values.get("_class_name")}"; only DiTTransformer2DModel is known.')
     try:
@@ -162,6 +172,17 @@ def _read_diffusers(path: Path, variant: str) -> Weights:
                 raise UserError(f"{file}: {copy} differs from block 0's; a network of ours has one embedder for all blocks.")
             state.pop(copy, None)
     return Weights(config=config, state=_convert(state, config, diffusers_map, str(file)), source="diffusers")
+
+
+def _read_depth_pipeline(path: Path, values: Mapping[str, Any]) -> Weights:
+    """The network of a pipeline that `dpt.publishing` wrote: our names, and a config that says what ours would."""
+    known = values.get("_dpt")
+    if not isinstance(known, dict) or not isinstance(known.get("model"), dict) or not isinstance(known.get("sections"), dict):
+        raise UserError(f"{path / _CONFIG}: _dpt is {known!r}, not what dpt writes there; export the pipeline anew.")
+    sections = _check_sections(dict(known["sections"]), path / _CONFIG)
+    config = section_from_dict(ModelConfig, known["model"], str(path / _CONFIG), prefix="model")
+    _, state = read_diffusers_tensors(path)
+    return Weights(config=config, state=state, source="a pipeline of ours", sections=sections)
 
 
 def _read_public(path: Path, ema: bool, fields: Mapping[str, Any]) -> Weights:

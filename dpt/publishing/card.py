@@ -84,7 +84,7 @@ def model_card(
         f"# {name.rpartition('/')[2]}",
         f"{_network(model)} for {_TITLES[task]}, trained with dpt.",
         "## Use",
-        f"```python\n{usage(form, task, name)}\n```",
+        f"```python\n{usage(form, task, name, timestep_features=model.timestep_features)}\n```",
         "## Training",
         _table(["", ""], _training(model, sections, history)),
     ]
@@ -97,32 +97,37 @@ def model_card(
     return f"---\n{front}---\n\n" + "\n\n".join(parts) + "\n"
 
 
-def usage(form: Form, task: str, name: str) -> str:
-    """How to use the weights, in five lines of Python."""
-    if form == "diffusers" and task == "class":
-        load = 'custom_pipeline="pipeline", trust_remote_code=True'
-        return "\n".join(
-            [
-                "from diffusers import DiffusionPipeline",
-                f'pipe = DiffusionPipeline.from_pretrained("{name}", {load})',
+_CALLS = {
+    "class": 'image = predictor.generate([0], ["a name"], steps=50)[0]  # uint8 [H, W, 3]',
+    "depth": "depth = predictor([image])[0].value  # image: uint8 [H, W, 3]; depth: float32 [H, W]",
+    "flow": "flow = predictor([first], others=[second])[0].value  # uint8 [H, W, 3] each; flow: float32 [2, H, W]",
+    "amodal": "whole = predictor([image], others=[mask])[0].value  # uint8 [H, W, 3], bool [H, W]; whole: bool [H, W]",
+    "generalist": 'depth = predictor([image], task="depth")[0].value  # image: uint8 [H, W, 3]; or flow, amodal',
+}
+
+
+def usage(form: Form, task: str, name: str, *, timestep_features: str = "dit") -> str:
+    """How to use the weights, in five lines of Python; timestep_features: of the network (`ModelConfig`)."""
+    if form == "dpt":
+        place = hub.with_prefix(name)
+        return f'from dpt.evaluation import Predictor\n\npredictor = Predictor("{place}")\n{_CALLS[task]}'
+    if task == "class":
+        load = [f'pipe = DiTPipeline.from_pretrained("{name}")']
+        if timestep_features == "dit":
+            load = [
+                f'pipe = DiffusionPipeline.from_pretrained("{name}", custom_pipeline="pipeline", trust_remote_code=True)',
                 "# or DiTPipeline.from_pretrained, without the folder's code: timestep frequencies slightly off training's",
-                'pipe(class_labels=[0], num_inference_steps=50).images[0].save("image.png")',
             ]
-        )
-    if form == "diffusers":
-        return "\n".join(
-            [
-                "from diffusers import DiffusionPipeline",
-                "from PIL import Image",
-                f'pipe = DiffusionPipeline.from_pretrained("{name}", trust_remote_code=True)',
-                'depth = pipe(Image.open("picture.jpg")).depth[0]  # float32 [H, W], from 0 (near) to 1 (far)',
-            ]
-        )
-    call = 'image = predictor.generate([0], ["a"], steps=50)[0]  # uint8 [H, W, 3]'
-    if task != "class":
-        call = "prediction = predictor([image])[0].value  # image: uint8 [H, W, 3]"
-    place = hub.with_prefix(name)
-    return f'from dpt.evaluation.prediction import Predictor\n\npredictor = Predictor("{place}")\n{call}'
+        use = 'pipe(class_labels=[0], num_inference_steps=50).images[0].save("image.png")'
+        return "\n".join(["from diffusers import DiffusionPipeline, DiTPipeline", *load, use])
+    return "\n".join(
+        [
+            "from diffusers import DiffusionPipeline",
+            "from PIL import Image",
+            f'pipe = DiffusionPipeline.from_pretrained("{name}", trust_remote_code=True)',
+            'depth = pipe(Image.open("picture.jpg")).depth[0]  # float32 [H, W], from 0 (near) to 1 (far)',
+        ]
+    )
 
 
 def _front(

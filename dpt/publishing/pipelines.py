@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,10 @@ from torch import Tensor
 from dpt import hub
 from dpt.config.recipe import section_from_dict
 from dpt.config.sections import DiffusionConfig, ModelConfig
-from dpt.data.codec import VAECodec, load_vae
+from dpt.data.codec import EMBEDDED, VAECodec, load_vae
 from dpt.errors import UserError
 from dpt.models.mup import standard
-from dpt.models.pretrained import export_weights
+from dpt.models.pretrained import DEPTH_NETWORK, export_weights
 from dpt.models.schedulers import SCHEDULER_FILE
 from dpt.models.weight_files import DIFFUSERS_WEIGHTS
 from dpt.models.weights import Weights
@@ -55,9 +55,7 @@ def write_pipeline(
         raise UserError(f"{out}: exists and holds no pipeline; choose another folder.")
     task = weights.sections.get("task", "class")
     if task not in ("class", "depth", "generalist"):
-        raise UserError(
-            f"{source}: trained for {task}; pipelines are written for class images and depth, so export a dpt folder."
-        )
+        raise UserError(f"{source}: trained for {task}; pipelines are for class images and depth only: export a dpt folder.")
     if "diffusion" not in weights.sections:
         raise UserError(f"{source}: nothing says what these weights predict; import them with --objective or --scheduler.")
     diffusion = section_from_dict(DiffusionConfig, weights.sections["diffusion"], source, prefix="diffusion")
@@ -70,7 +68,8 @@ def write_pipeline(
             names = class_names or weights.sections.get("class_names", ())
             index = _write_class(weights, new, diffusion, names, source)
         else:
-            index = _write_depth(weights, new, diffusion, source) | {"default_steps": steps, "default_ensemble_size": ensemble}
+            index = _write_depth(weights, new, diffusion, source) | {"downsampling": codec.downsampling}
+            index |= {"default_steps": steps, "default_ensemble_size": ensemble}
         index |= _write_vae(codec, new, copied=include_vae or task == "class" or not hub.is_hub_name(codec.name))
         scheduler = scheduler_config(diffusion)
         _write_json(new / "scheduler" / SCHEDULER_FILE, scheduler)
@@ -108,6 +107,9 @@ def _codec(weights: Weights, vae: str, source: str) -> VAECodec:
     codec = load_vae(name, latent_channels=weights.config.in_channels)
     if record.get("sha256", codec.sha256) != codec.sha256:
         raise UserError(f"{source}: trained on latents of another VAE than {name!r}; name the one of training with --vae.")
+    config, task = codec.vae.config, weights.sections.get("task", "class")
+    if getattr(config, "latents_mean", None) is not None or (task == "class" and getattr(config, "shift_factor", None)):
+        raise UserError(f"{source}: its VAE shifts latents as no pipeline here does; export a dpt folder.")
     return codec
 
 
@@ -167,15 +169,15 @@ def _write_depth(weights: Weights, folder: Path, diffusion: DiffusionConfig, sou
     if diffusion.prediction_type == "rectified_flow" and diffusion.steps_offset:
         raise UserError(f"{source}: steps_offset {diffusion.steps_offset} on straight paths, which no pipeline walks.")
     config, state = standard(weights.config, weights.state)
-    task = weights.sections.get("task", "depth")
-    _write_network(config, state, folder / "transformer")
+    known = {"task": "depth", **weights.sections}
+    _write_network(config, state, folder / "transformer", known)
     shutil.copyfile(_FILES / "pipeline.py", folder / "pipeline.py")
     return {
         "_class_name": ["pipeline", "DptDepthPipeline"],
         "_diffusers_version": _diffusers_version(),
-        "transformer": ["dpt_transformer", "DptTransformer2DModel"],
+        "transformer": ["dpt_transformer", DEPTH_NETWORK],
         "num_conditions": config.num_conditions,
-        "label": label_id("depth", trained_task=task, num_classes=config.num_classes),
+        "label": label_id("depth", trained_task=known["task"], num_classes=config.num_classes),
         "depth_code": codes_of(weights.sections, source)["depth"],
         "prediction_type": diffusion.prediction_type,
         "time_convention": diffusion.time_convention,
@@ -185,8 +187,11 @@ def _write_depth(weights: Weights, folder: Path, diffusion: DiffusionConfig, sou
     }
 
 
-def _write_network(config: ModelConfig, state: dict[str, Tensor], folder: Path) -> None:
-    """The network, its config, and the file that computes it: diffusers looks for a part's class in the part's folder."""
+def _write_network(config: ModelConfig, state: dict[str, Tensor], folder: Path, sections: dict[str, Any]) -> None:
+    """The network, its config, and the file that computes it: diffusers looks for a part's class in the part's folder.
+
+    What dpt knows of it stands in the config too, under a name that diffusers passes over, so that dpt reads such folders.
+    """
     folder.mkdir()
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     save_file(tensors, folder / f"{DIFFUSERS_WEIGHTS}.safetensors", {"format": "pt"})
@@ -194,7 +199,8 @@ def _write_network(config: ModelConfig, state: dict[str, Tensor], folder: Path) 
     same = ("patch_size", "hidden_size", "num_heads", "num_classes", "qk_norm", "mlp_norm_eps", "timestep_features")
     same += ("num_experts", "top_k", "expert_activation", "router_gate", "normalize_top_k", "shared_expert_width", "mlp_width")
     values = {
-        "_class_name": "DptTransformer2DModel",
+        "_class_name": DEPTH_NETWORK,
+        "_dpt": {"model": asdict(config), "sections": _without_places(sections)},
         "sample_size": config.input_size,
         "in_channels": config.in_channels * (1 + config.num_conditions),
         "out_channels": config.in_channels * (2 if config.learn_sigma else 1),
@@ -204,6 +210,13 @@ def _write_network(config: ModelConfig, state: dict[str, Tensor], folder: Path) 
         **{name: getattr(config, name) for name in same},
     }
     _write_json(folder / "config.json", values)
+
+
+def _without_places(sections: dict[str, Any]) -> dict[str, Any]:
+    """The sections without the name of a VAE that is a folder of this machine."""
+    vae = sections.get("vae") or {}
+    public = vae.get("name") == EMBEDDED or hub.is_hub_name(hub.with_prefix(vae.get("name", "")))
+    return sections if public else {**sections, "vae": {**vae, "name": ""}}
 
 
 def _diffusers_version() -> str:

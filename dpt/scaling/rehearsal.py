@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from dpt import hub
 from dpt.config.sections import ModelConfig
 from dpt.errors import UserError
 from dpt.scaling.compute import WEIGHTS_STEP
@@ -148,6 +149,8 @@ def _shrunk(launch: Launch, parent: Launch | None, untrained: dict[str, Launch],
     if weights in untrained:
         name = untrained[weights].name
         fields[f"{home}.weights"] = str(untrained[weights].folder / "weights")
+    elif hub.is_hub_name(weights):
+        raise UserError(f"{launch.name}: {weights} cannot be rehearsed; only the paper's shard sets and public weights can.")
     elif weights:
         found = _CHECKPOINT.search(weights)
         if found and parent is not None:

@@ -82,10 +82,15 @@ def test_weights_of_the_hub_are_named_as_base() -> None:
     assert "Training began with `hub:facebook/DiT-XL-2-256@" in body
 
 
-@pytest.mark.parametrize("form", ["dpt", "diffusers"])
-@pytest.mark.parametrize("task", ["class", "depth"])
-def test_use_is_python_of_at_most_five_lines(form: card.Form, task: str) -> None:
-    lines = card.usage(form, task, "lab/name").splitlines()
+@pytest.mark.parametrize(
+    ("form", "task"),
+    [("dpt", task) for task in ("class", "depth", "flow", "amodal", "generalist")]
+    + [("diffusers", t) for t in ("class", "depth")],
+)
+@pytest.mark.parametrize("features", ["dit", "diffusers"])
+def test_use_is_python_of_at_most_five_lines(form: card.Form, task: str, features: str) -> None:
+    lines = card.usage(form, task, "lab/name", timestep_features=features).splitlines()
+    assert ("custom_pipeline" in "".join(lines)) == ((form, task, features) == ("diffusers", "class", "dit"))
     compile("\n".join(lines), "card", "exec")
     assert len(lines) <= 5
 
@@ -94,6 +99,31 @@ def test_a_run_that_trained_nothing_is_refused(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(card, "load_runs", lambda *_, **__: [made_run("x", stage="evaluate")])
     with pytest.raises(UserError, match="is an evaluation; name the one run that trained"):
         card.read_history("sqlite:///x.db", "x")
+
+
+def test_history_is_the_run_its_ancestors_and_the_evaluations_of_it(tmp_path: Path) -> None:
+    from dpt.tracking import store
+
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    client = store.connect(uri)
+    experiment = store.experiment_id(client, uri, "e")
+    runs = {
+        "base": ("pretrain", "", {"compute/train_macs": 2e15}),
+        "tuned": ("finetune", "base", {"compute/train_macs": 1e15}),
+        "scored": ("evaluate", "tuned", {"eval/depth/nyu/abs_rel/s50_n1": 0.08}),
+        "of_another": ("evaluate", "base", {"eval/depth/nyu/abs_rel/s50_n1": 0.5}),
+    }
+    for name, (stage, parents, metrics) in runs.items():
+        tags = {"dpt.run_id": name, "dpt.stage": stage, "dpt.parents": parents}
+        run = client.create_run(experiment, tags=tags, run_name=name).info.run_id
+        for metric, value in metrics.items():
+            client.log_metric(run, metric, value, step=1)
+    found = card.read_history(uri, "tuned")
+    assert [record.run_id for record in found.line] == ["tuned", "base"]
+    assert found.total_macs == 3e15
+    assert [row.metrics for row in found.rows] == [{"abs_rel": 0.08}]
+    with pytest.raises(UserError, match="is an evaluation"):
+        card.read_history(uri, "scored")
 
 
 def test_a_store_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:

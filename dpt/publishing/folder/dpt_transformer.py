@@ -34,8 +34,10 @@ def positions(height: int, width: int, size: int, device: Any) -> Tensor:
 
 
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
-    """LayerNorm of x [B, T, D] without weights, times (1 + scale) plus shift [B, D]."""
-    return F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale[:, None]) + shift[:, None]
+    """LayerNorm of x [B, T, D] without weights, times (1 + scale) plus shift, [B, D] or [1, D] for all samples."""
+    if len(shift) == 1:
+        return F.layer_norm(x, x.shape[-1:], 1 + scale[0], shift[0], eps)
+    return torch.addcmul(shift[:, None], F.layer_norm(x, x.shape[-1:], eps=eps), 1 + scale[:, None])
 
 
 def adaln(size: int, parts: int) -> nn.Sequential:
@@ -57,7 +59,7 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: Tensor, tasks: Tensor) -> Tensor:
         if not self.num_tasks:
-            return self.proj(x).flatten(2).transpose(1, 2)
+            return self.proj(x).flatten(2).transpose(1, 2).contiguous()
         tokens = [
             F.conv2d(one[None], self.weight[task], self.bias[task], stride=self.patch_size).flatten(2).transpose(1, 2)
             for one, task in zip(x, tasks.tolist(), strict=True)
@@ -184,9 +186,9 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, conditioning: Tensor) -> Tensor:
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(conditioning).chunk(6, dim=1)
-        x = x + gate_a[:, None] * self.attn(modulated_norm(x, shift_a, scale_a))
+        x = torch.addcmul(x, gate_a[:, None], self.attn(modulated_norm(x, shift_a, scale_a)))
         y = modulated_norm(x, shift_m, scale_m, self.eps)
-        return x + gate_m[:, None] * (self.moe(y) if self.has_experts else self.mlp(y))
+        return torch.addcmul(x, gate_m[:, None], self.moe(y) if self.has_experts else self.mlp(y))
 
 
 class TimestepEmbedder(nn.Module):
@@ -275,11 +277,14 @@ class DptTransformer2DModel(ModelMixin, ConfigMixin):
         self.final_layer = FinalLayer(hidden_size, patch_size, out_channels)
 
     def forward(self, latents: Tensor, times: Tensor, labels: Tensor) -> Tensor:
-        """latents [B, C_in, h, w], times [B] as the model was told in training, labels int64 [B] to [B, C_out, h, w]."""
+        """latents [B, C_in, h, w], times [B] as the model was told in training, labels int64 [B] to [B, C_out, h, w].
+
+        Samples that share their time and label may give both as [1].
+        """
         patch, (height, width) = self.config.patch_size, latents.shape[-2:]
         rows, columns = height // patch, width // patch
         first_task = self.config.num_classes - self.config.num_input_tasks
-        x = self.x_embedder(latents.to(self.dtype), labels - first_task)
+        x = self.x_embedder(latents.to(self.dtype), (labels - first_task).expand(len(latents)))
         x = x + positions(rows, columns, self.config.hidden_size, x.device).to(x.dtype)
         conditioning = self.t_embedder(times) + self.y_embedder(labels)
         for block in self.blocks:

@@ -50,6 +50,7 @@ class DptDepthPipeline(DiffusionPipeline):
         vae_name: str = "",
         vae_revision: str = "",
         vae_subfolder: str = "",
+        downsampling: int = 8,
         num_conditions: int = 2,
         label: int = 1000,
         depth_code: str = "linear",
@@ -64,11 +65,13 @@ class DptDepthPipeline(DiffusionPipeline):
         super().__init__()
         if vae is None:
             vae = AutoencoderKL.from_pretrained(vae_name, revision=vae_revision or None, subfolder=vae_subfolder or None)
+        vae.to(memory_format=torch.channels_last)  # a fifth faster on CPUs, and what GPUs' kernels want
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
         self.register_to_config(
             vae_name=vae_name,
             vae_revision=vae_revision,
             vae_subfolder=vae_subfolder,
+            downsampling=downsampling,
             num_conditions=num_conditions,
             label=label,
             depth_code=depth_code,
@@ -124,7 +127,7 @@ class DptDepthPipeline(DiffusionPipeline):
 
     def _encode(self, picture: np.ndarray, resolution: int) -> Tensor:
         """Clean condition latents [1, K C, h, w]: the picture, and the prompt that says "all pixels are valid"."""
-        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        factor = self.config.downsampling
         token = factor * self.transformer.config.patch_size
         longest = resolution or self.transformer.config.sample_size * factor
         scale = longest / max(picture.shape[:2])
@@ -156,11 +159,11 @@ class DptDepthPipeline(DiffusionPipeline):
     def _denoise(self, conditions: Tensor, noisy: Tensor, steps: int) -> Tensor:
         """Clean latents [N, C, h, w] from noise."""
         total, channels = self.scheduler.config.num_train_timesteps, noisy.shape[1]
-        labels = torch.full((len(noisy),), self.config.label, device=noisy.device)
+        labels = torch.tensor([self.config.label], device=noisy.device)
 
         def predict(noisy: Tensor, timestep: float) -> Tensor:
             told = {"index": timestep, "scaled_fraction": timestep + 1.0, "fraction": (timestep + 1.0) / total}
-            times = torch.full((len(noisy),), told[self.config.time_convention], device=noisy.device)
+            times = torch.tensor([told[self.config.time_convention]], device=noisy.device)
             inputs = torch.cat((conditions, noisy), dim=1).to(self.transformer.dtype)
             return self.transformer(inputs, times, labels).float()[:, :channels]
 
