@@ -19,7 +19,8 @@ class SceneFeatures:
     """Normals in the camera's axes (3 channels), or the share of each kind of surface (13), averaged over each latent."""
 
     def __init__(self, kind: Kind, geometry: SceneGeometry, layout: Layout) -> None:
-        self.name, self._geometry = kind, geometry
+        self.name: str = kind
+        self._geometry = geometry
         self.channels = 3 if kind == "normals" else len(SEGMENTS)
         rows, cols = _frame(geometry.size, geometry.size, layout).canvas
         self.grid = (rows // layout.downsampling, cols // layout.downsampling)
@@ -30,7 +31,7 @@ class SceneFeatures:
             maps = maps[..., ::-1].copy()
             if self.name == "normals":
                 maps[0] = -maps[0]
-        placed = _frame(*maps.shape[1:], layout).nearest(maps)
+        placed = _frame(maps.shape[1], maps.shape[2], layout).nearest(maps)
         (rows, cols), factor = self.grid, layout.downsampling
         means: NDArray[Any] = placed.reshape(self.channels, rows, factor, cols, factor).mean(axis=(2, 4))
         return means.astype(np.float16)

@@ -72,5 +72,5 @@ def put_on_gpu(mode: FakeTensorMode, whole: nn.Module, dtype: torch.dtype) -> No
 
 
 def _on_gpu(mode: FakeTensorMode, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    meta = tensor.detach().to(dtype) if tensor.is_floating_point() else tensor.detach()
+    meta = tensor.detach().to("meta", dtype if tensor.is_floating_point() else tensor.dtype)
     return mode.fake_tensor_converter.from_meta_and_device(mode, meta, CUDA)

@@ -12,6 +12,7 @@ from dpt.config.recipe import load_recipe
 from dpt.config.sections import DiffusionConfig
 from dpt.data.codec import LatentScaling
 from dpt.diffusion import noise
+from dpt.diffusion.objective import DiffusionObjective
 from dpt.diffusion.samplers import guide, make_plan, sample
 from dpt.models.dit import resolve_config
 from dpt.training import step
@@ -111,8 +112,9 @@ def test_preparation_and_loss_stay_on_the_gpu(name: str, monkeypatch: pytest.Mon
     _without_numbers_of_the_host(monkeypatch)
     tasks = {"class": ["class"], "generalist": ["depth", "flow", "amodal"]}.get(recipe.dpt.task, [recipe.dpt.task])
     with fake_cuda() as mode:
-        with unset_fake_temporarily():
+        with unset_fake_temporarily():  # projectors are drawn
             module = LossModule(fake_network(mode, model, torch.bfloat16), recipe.dpt)
+        module.objective = DiffusionObjective(recipe.dpt.diffusion)
         put_on_gpu(mode, module.alignment, torch.bfloat16)
         if module.teacher is not None:
             module.teacher.network = fake_network(mode, module.teacher.config, torch.bfloat16)

@@ -39,6 +39,7 @@ ALLOWED: dict[tuple[str, str], tuple[str, str]] = {  # (place, what) -> how ofte
     ("diffusion/noise.py:_level_ratios", "tolist"): ("micro-batch", ON_CPUS),
     ("distributed.py:all_reduce_sum", "tolist"): ("record", RECORD),
     ("models/dit.py:update_router_bias", "to the CPU"): ("any", HERE),
+    ("models/experts.py:reset_parameters", "_local_scalar_dense"): ("start", "the teacher is made; " + ON_CPUS),
     ("models/moe_parallel.py:_run_experts", "tolist"): ("layer", "the sizes of what ranks exchange"),
     ("training/deepspeed_internals.py:grad_norm", "_local_scalar_dense"): ("check", CHECK),
     ("training/engine.py:step", "_local_scalar_dense"): ("check", CHECK),
