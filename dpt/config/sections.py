@@ -609,3 +609,8 @@ class TrackingConfig:
     """Name of the run; empty: stage, preset and task."""
     tags: dict[str, str] = field(default_factory=dict)
     """Further tags of the run."""
+    system_every: float = 10.0
+    """Seconds between samples of every node's processors, memory, disks, network and GPUs (MLflow's system metrics); 0: none."""
+
+    def __post_init__(self) -> None:
+        _check(self.system_every >= 0, f"dpt.tracking.system_every is {self.system_every}; it cannot be negative.")

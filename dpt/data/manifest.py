@@ -128,6 +128,17 @@ class Manifest:
         """One hash for all samples: of the shards' hashes in order. What a run records as its data."""
         return hashlib.sha256("\n".join(shard.sha256 for shard in self.shards).encode()).hexdigest()
 
+    @property
+    def profile(self) -> dict[str, Any]:
+        """What a run's record says of the set."""
+        return {
+            "num_samples": self.num_samples,
+            "task": self.task,
+            "resolution": self.resolution,
+            "vae": self.vae.name,
+            "bytes": sum(shard.bytes for shard in self.shards),
+        }
+
 
 def read_manifest(folder: str | Path) -> Manifest:
     """The manifest in `folder`. UserError if the folder is missing or empty, or the manifest absent, broken or inconsistent."""
