@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 from data_tools.readers import READERS, Reader, changed_options, open_reader, parse_options
 from dpt import distributed
 from dpt.errors import UserError, reported
-from dpt.tasks import DEPTH_CODE, DEPTH_CODES, FLOW_CODE, FLOW_CODES
+from dpt.plugins import load_plugins
+from dpt.tasks import DEPTH_CODE, DEPTH_CODES, FLOW_CODE, FLOW_CODES, task_spec
 
 if TYPE_CHECKING:
     from data_tools.encoding.job import EncodingJob
@@ -137,6 +138,9 @@ def build_job(arguments: argparse.Namespace) -> "EncodingJob":
 def _check_for_task(arguments: argparse.Namespace, reader: Reader) -> None:
     if arguments.clip and reader.task != "amodal":
         raise UserError(f"--clip is for amodal sets; {reader.name} is for {reader.task}: leave it out.")
+    spec = task_spec(reader.task)
+    if arguments.mirrored and spec.registered and spec.mirror is None:
+        raise UserError(f"--mirrored: task {spec.name} has no mirror; leave it out, or give it one.")
     if arguments.evaluation and reader.task == "class":
         raise UserError(f"--evaluation is for perception; {reader.name} is a set of class images: leave it out.")
     if arguments.evaluation and (arguments.mirrored or arguments.fit in ("crop", "pad")):
@@ -181,6 +185,7 @@ def encode(arguments: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Run the command; bad input ends it with one sentence and exit code 2."""
     with reported("encode"):
+        load_plugins()
         encode(parser().parse_args(argv))
 
 

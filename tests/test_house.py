@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Room -> rooms it may import. Each may import itself.
 BASE = {"errors", "config"}
-MIDDLE = BASE | {"distributed", "progress", "tracking", "tasks", "pictures", "clip"}
+MIDDLE = BASE | {"distributed", "progress", "tracking", "tasks", "pictures", "clip", "plugins"}
 ALLOWED = {
     "errors": set(),
     "config": {"errors"},
@@ -21,6 +21,7 @@ ALLOWED = {
     "tasks": BASE,
     "pictures": BASE,
     "clip": BASE,
+    "plugins": {"errors"},
     "models": MIDDLE,
     "diffusion": MIDDLE,
     "data": MIDDLE,

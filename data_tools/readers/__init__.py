@@ -20,7 +20,17 @@ from data_tools.readers.pix2gestalt import Pix2Gestalt
 from data_tools.readers.scannet import ScanNet
 from dpt.errors import UserError
 
-__all__ = ["READERS", "Excluded", "ReadError", "Reader", "Sample", "changed_options", "open_reader", "parse_options"]
+__all__ = [
+    "READERS",
+    "Excluded",
+    "ReadError",
+    "Reader",
+    "Sample",
+    "changed_options",
+    "open_reader",
+    "parse_options",
+    "register_reader",
+]
 
 READERS: dict[str, Callable[..., Reader]] = {
     "coco_amodal": COCOAmodal,
@@ -37,6 +47,13 @@ READERS: dict[str, Callable[..., Reader]] = {
     "scannet": ScanNet,
 }
 """Data set: what opens it, called with root, split and the set's own options by name."""
+
+
+def register_reader(name: str, opener: Callable[..., Reader]) -> None:
+    """Add a data set: `opener(root, split, **options)` gives its reader. UserError if the name is taken."""
+    if name in READERS:
+        raise UserError(f"data set {name!r} is there already; choose another name.")
+    READERS[name] = opener
 
 
 def open_reader(name: str, root: Path | str, split: str, **options: Any) -> Reader:

@@ -93,6 +93,10 @@ def compare(
             colour_flow(prediction, longest),
             colour_error(error, max(3.0, longest / 4), valid),
         ]
+    elif (encode := tasks.task_spec(protocol.task).encode) is not None:  # its code is a picture
+        error = np.linalg.norm(prediction - truth, axis=0)
+        shown_maps = [tasks.image_to_uint8(encode(np.where(valid, truth, 0.0))[0]), tasks.image_to_uint8(encode(prediction)[0])]
+        maps = [*shown_maps, colour_error(error, float(np.quantile(error[valid], 0.99)), valid)]
     else:
         wrong = np.zeros((*truth.shape, 3), np.uint8)
         wrong[prediction & truth], wrong[prediction & ~truth], wrong[~prediction & truth] = 255, (255, 64, 64), (64, 96, 255)

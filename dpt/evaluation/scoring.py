@@ -106,7 +106,7 @@ class Scorer:
 
     def _baseline(self, sample: Sample) -> np.ndarray | None:
         """The best prediction without looking at the image: constant depth (aligned like any other), no motion; no mask."""
-        return None if self._set.task == "amodal" else np.zeros(sample.truth.shape, dtype=np.float32)
+        return None if self._set.task not in ("depth", "flow") else np.zeros(sample.truth.shape, dtype=np.float32)
 
     def _ceiling(self, sample: Sample) -> np.ndarray | None:
         """The encoded truth, decoded again: what the task's image code, the resolution and the VAE leave of it."""
