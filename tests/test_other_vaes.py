@@ -1,4 +1,4 @@
-"""A VAE of 16 pixels a latent, 32 channels, a shift and statistics by channel, on the whole road: shards, training, scores, images."""
+"""A VAE of 16 pixels a latent, 32 channels, a shift and statistics by channel, from shards to scores and images."""
 
 import dataclasses
 import json
