@@ -21,11 +21,20 @@ from dpt.models.weights import Weights
 class Codec(Protocol):
     """What a VAE must offer (`dpt.data.codec.VAECodec`)."""
 
-    record: VAERecord
-    scaling: LatentScaling
-    latent_channels: int
-    downsampling: int
-    sha256: str
+    @property
+    def record(self) -> VAERecord: ...
+
+    @property
+    def scaling(self) -> LatentScaling: ...
+
+    @property
+    def latent_channels(self) -> int: ...
+
+    @property
+    def downsampling(self) -> int: ...
+
+    @property
+    def sha256(self) -> str: ...
 
     def to(self, device: Any) -> Any: ...
 

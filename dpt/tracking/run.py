@@ -21,7 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from dpt import __version__
+from dpt import __version__, distributed
 from dpt.config.sections import TrackingConfig
 from dpt.tracking.spool import Spool
 from dpt.tracking.store import absolute_uri
@@ -84,9 +84,9 @@ def watch_node(config: TrackingConfig, *, run_id: str, output_dir: Path) -> "Run
 
 def _node() -> str:
     """What this node is called among several; empty for a run on one node."""
-    ranks, rank = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", "1"), ("RANK", "0")))
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", str(ranks)))
-    return f"node_{rank // local_ranks}" if local_ranks < ranks else ""
+    local_ranks = distributed.local_world_size()
+    several = local_ranks < int(os.environ.get("WORLD_SIZE", "1"))
+    return f"node_{int(os.environ.get('RANK', '0')) // local_ranks}" if several else ""
 
 
 def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

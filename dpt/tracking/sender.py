@@ -141,8 +141,8 @@ class Sender:
         """The run that another node's sender makes; ConnectionError while it is not there."""
         self.state.uri = self._uri or record["uri"]
         client = self._connected()
-        experiment = store.experiment_id(client, self.state.uri, record["experiment"])
-        run = store.find_run(client, [experiment], record["run_id"])
+        experiment = client.get_experiment_by_name(record["experiment"])
+        run = store.find_run(client, [experiment.experiment_id], record["run_id"]) if experiment is not None else None
         if run is None:
             raise ConnectionError(f"run {record['run_id']} is not in MLflow yet")
         self.state.mlflow_run_id = run.info.run_id
@@ -299,7 +299,7 @@ def _sample(system: SystemRecords) -> None:
 def _ends_with_finish(spool: Spool, offset: int) -> bool:
     kind = ""
     for record, _ in spool.read(offset):
-        kind = record["kind"]
+        kind = kind if record["kind"] == "metrics" else record["kind"]  # a sample of the node may follow the end
     return kind == "finish"
 
 

@@ -21,19 +21,16 @@ class SystemRecords:
         self._prefix = PREFIX + (f"{node}/" if node else "")
         self._step = 1 + max((s for name, s in spool.last_steps().items() if name.startswith(self._prefix)), default=-1)
         self._next = time.monotonic() + every
-        self._monitor: Any = None
+        self._monitors: list[Any] = []
 
     def sample(self) -> bool:
         """Take a sample if it is time; whether it was."""
         if time.monotonic() < self._next:
             return False
-        if self._monitor is None:
-            from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
-
-            self._monitor = SystemMetricsMonitor("", tracking_uri="sqlite://")  # for its monitors: what they find goes our way
+        self._monitors = self._monitors or _monitors()
         self._next = time.monotonic() + self._every
         values: dict[str, float] = {}
-        for monitor in self._monitor.monitors:
+        for monitor in self._monitors:
             monitor.collect_metrics()
             values |= monitor.aggregate_metrics()
             monitor.clear_metrics()
@@ -42,3 +39,18 @@ class SystemRecords:
             self._spool.append({"kind": "metrics", "time": int(time.time() * 1000), "run_id": self._spool.run_id, **record})
         self._step += 1
         return True
+
+
+def _monitors() -> list[Any]:
+    """MLflow's monitors of what this node has."""
+    from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
+    from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
+    from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
+    from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
+    from mlflow.system_metrics.metrics.rocm_monitor import ROCMMonitor
+
+    found: list[Any] = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
+    for kind in (GPUMonitor, ROCMMonitor):
+        with contextlib.suppress(Exception):  # no such GPU, or no library that reads it
+            return [*found, kind()]
+    return found
