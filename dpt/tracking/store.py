@@ -97,11 +97,12 @@ def write_model_card(folder: Path, weights: Path, run_id: str) -> None:
         "flow": TensorSpec(np.dtype("float32"), (-1, 2, -1, -1), "flow"),
         "amodal": TensorSpec(np.dtype("bool"), (-1, -1, -1), "mask"),
     }
+    output = outputs.get(task, TensorSpec(np.dtype("float32"), (-1, -1, -1, -1), task))  # of a registered task: [B, C, H, W]
     signature = None
-    if task in outputs:
+    if task != "generalist":  # which has several
         label = TensorSpec(np.dtype("int64"), (-1,), "label")
         inputs = [label] if task == "class" else [image, *second.get(task, [])]
-        signature = ModelSignature(inputs=Schema(inputs), outputs=Schema([outputs[task]]))
+        signature = ModelSignature(inputs=Schema(inputs), outputs=Schema([output]))
     metadata = {"task": task, "weights": str(weights), "model": config["model"]}
     folder.mkdir(parents=True)
     Model(artifact_path="model", run_id=run_id, signature=signature, metadata=metadata).save(folder / "MLmodel")

@@ -14,6 +14,7 @@ from dpt.tracking import Run, start_run, watch_node
 from dpt.tracking.read import load_runs, run_url
 from dpt.tracking.sender import Sender, sync
 from dpt.tracking.spool import Spool
+from dpt.tracking.store import write_model_card
 from dpt.tracking.system import SystemRecords
 
 
@@ -149,6 +150,21 @@ def test_a_password_in_the_address_is_refused_and_not_repeated(tmp_path):
         begin("https://user:secret-word@mlflow.example.org", tmp_path / "o")
     assert "secret-word" not in str(refusal.value)
     assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize(
+    ("task", "inputs", "output"),
+    [("depth", ["image"], "depth"), ("flow", ["image", "second_frame"], "flow"), ("normals", ["image"], "normals")],
+)
+def test_registered_weights_have_a_signature(task, inputs, output, tmp_path):
+    """Of tasks that users have registered, too."""
+    from mlflow.models import Model
+
+    (tmp_path / "config.json").write_text(json.dumps({"task": task, "model": {}}))
+    write_model_card(tmp_path / "model", tmp_path, "run")
+    signature = Model.load(tmp_path / "model" / "MLmodel").signature
+    assert [spec.name for spec in signature.inputs.inputs] == inputs
+    assert [spec.name for spec in signature.outputs.inputs] == [output]
 
 
 def test_runs_on_servers_have_pages():
