@@ -73,10 +73,12 @@ class VAERecord:
             return f"sha256 {said['sha256'][:12]}, not {self.sha256[:12]}"
         if "scaling_factor" not in said:
             return ""
-        other = VAERecord(**{"sha256": self.sha256, **said})
         for name in ("scaling_factor", "shift_factor", "latents_mean", "latents_std"):
-            if getattr(self, name) != getattr(other, name):
-                return f"{name} {_shortened(getattr(other, name))}, not {_shortened(getattr(self, name))}"
+            wanted = getattr(self, name)
+            found = said.get(name, 0.0 if name == "shift_factor" else ())
+            found = tuple(found) if isinstance(found, list) else found
+            if found != wanted:
+                return f"{name} {_shortened(found)}, not {_shortened(wanted)}"
         return ""
 
 

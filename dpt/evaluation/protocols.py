@@ -170,7 +170,7 @@ def find_protocol(dataset: str, task: str, *, name: str = "") -> Protocol:
     else:
         plain = _plain(dataset)
         candidates = [p for p in PROTOCOLS.values() if p.task == task and plain in map(_plain, p.datasets)]
-        found = candidates[0] if candidates else PROTOCOLS[f"synthetic_{task}"] if plain.startswith("synth") else None
+        found = candidates[0] if candidates else PROTOCOLS.get(f"synthetic_{task}") if plain.startswith("synth") else None
     if found is None:
         raise UserError(
             f"data set {dataset!r} has no {task} protocol; set dpt.evaluation.protocol to one of {', '.join(PROTOCOLS)}."

@@ -87,7 +87,7 @@ class EvaluationSet:
 
     def _means(self, moments: np.ndarray) -> np.ndarray:
         """`[N, 2, C, h, w]` -> scaled posterior means, float32 `[N, C, h, w]`."""
-        return mean_latents(torch.from_numpy(moments), self._scaling).numpy()
+        return mean_latents(torch.from_numpy(moments.astype(np.float32)), self._scaling).numpy()
 
     def passes(self) -> int:
         """Sampler passes that one member of a prediction takes."""
