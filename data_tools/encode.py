@@ -20,7 +20,8 @@ from dpt.config.numbers import AT_LEAST_1, NOT_NEGATIVE, SHARE, Range, numeric
 from dpt.config.parser import Parser
 from dpt.errors import UserError, reported
 from dpt.fits import FITS
-from dpt.tasks import DEPTH_CODE, DEPTH_CODES, FLOW_CODE, FLOW_CODES
+from dpt.plugins import load_plugins
+from dpt.tasks import DEPTH_CODE, DEPTH_CODES, FLOW_CODE, FLOW_CODES, task_spec
 
 if TYPE_CHECKING:
     from data_tools.encoding.job import EncodingJob
@@ -156,6 +157,9 @@ def _check_for_task(arguments: argparse.Namespace, reader: Reader) -> None:
         raise UserError(f"--clip is for amodal sets; {reader.name} is for {reader.task}: leave it out.")
     if arguments.evaluation and arguments.features:
         raise UserError("--features are for training, and --evaluation sets are scored: leave one of them out.")
+    spec = task_spec(reader.task)
+    if arguments.mirrored and spec.registered and spec.mirror is None:
+        raise UserError(f"--mirrored: task {spec.name} has no mirror; leave it out, or give it one.")
     if arguments.evaluation and reader.task == "class":
         raise UserError(f"--evaluation is for perception; {reader.name} is a set of class images: leave it out.")
     if arguments.evaluation and (arguments.mirrored or arguments.fit in ("crop", "pad")):
@@ -200,6 +204,7 @@ def encode(arguments: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Run the command; bad input ends it with one sentence and exit code 2."""
     with reported("encode"):
+        load_plugins()
         encode(parser().parse_args(argv))
 
 

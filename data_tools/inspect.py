@@ -22,6 +22,7 @@ from dpt.data.manifest import Manifest, VAERecord, file_sha256
 from dpt.data.reader import SampleError
 from dpt.data.shards import ShardFolder
 from dpt.errors import UserError, reported
+from dpt.plugins import load_plugins
 from dpt.progress import progress
 
 CELL = 160
@@ -253,6 +254,7 @@ def inspect(arguments: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Run the command; damage and bad input end it with one sentence and exit code 2."""
     with reported("inspect"):
+        load_plugins()
         inspect(parser().parse_args(argv))
 
 

@@ -58,6 +58,7 @@ def run(name: str, rest: Sequence[str]) -> int:
     """Parse a command's own arguments and run it."""
     from dpt.distributed import limit_spinning
     from dpt.errors import reported
+    from dpt.plugins import load_plugins
 
     limit_spinning()
     module = importlib.import_module(module_name(name))
@@ -66,6 +67,7 @@ def run(name: str, rest: Sequence[str]) -> int:
     arguments = parser.parse_args(rest)
     try:
         with reported(f"dpt {name}"):
+            load_plugins()
             module.run(arguments)
             sys.stdout.flush()
     except BrokenPipeError:  # `dpt presets | head`

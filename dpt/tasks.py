@@ -4,13 +4,14 @@ Shared by the offline encoder and by the evaluator, so that what one writes the 
 also take torch tensors (any device) and return tensors. Images are float32 `[3, H, W]` in [-1, 1] unless said otherwise.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from dpt.config.sections import CONDITIONS
 from dpt.errors import UserError
 
 
@@ -23,6 +24,19 @@ class TaskSpec:
     """Condition images, in the order of `cond_latents`."""
     targets: tuple[str, ...]
     """Target images, in the order of `target_latents`; a prediction takes one pass for each, with the same seeds."""
+    encode: Callable[[np.ndarray], np.ndarray] | None = None
+    """Of registered tasks: truth float32 `[C, H, W]`, 0 where unknown -> images `[M, 3, H, W]` in [-1, 1], one a target."""
+    decode: Callable[[Any], Any] | None = None
+    """Of registered tasks: images `[..., M, 3, H, W]` -> values `[..., C, H, W]`, tensors."""
+    finish: Callable[[np.ndarray], np.ndarray] | None = None
+    """Of registered tasks: merged and resized values float32 `[C, H, W]` -> the prediction; None: they are it."""
+    mirror: Callable[[np.ndarray], np.ndarray] | None = None
+    """Of registered tasks: a truth `[C, H, W]` -> that of the mirrored picture; None: sets of it cannot be encoded mirrored."""
+
+    @property
+    def registered(self) -> bool:
+        """Whether it is a user's."""
+        return self.encode is not None
 
 
 TASKS: dict[str, TaskSpec] = {
@@ -44,10 +58,27 @@ _TASK_LABELS: dict[str, tuple[str, ...]] = {
 }
 
 
+def register_task(spec: TaskSpec) -> None:
+    """Add a dense task that predicts values `[C, H, W]` from one picture, for recipes, shards, evaluation and prediction.
+
+    Beside it, `dpt.evaluation.protocols.register_protocol` says how it is scored and `data_tools.readers.register_reader` where
+    its data come from (docs/own_task.md). UserError if the name is taken, or the task is not such a one.
+    """
+    if spec.name in CONDITIONS:
+        raise UserError(f"task {spec.name!r} is there already; choose another name.")
+    if spec.conditions != ("rgb",) or not spec.targets or spec.encode is None or spec.decode is None:
+        raise UserError(f'task {spec.name!r}: it needs conditions ("rgb",), targets, encode and decode; give them.')
+    TASKS[spec.name] = spec
+    _TASK_LABELS[spec.name] = spec.targets if len(spec.targets) > 1 else ()
+    CONDITIONS[spec.name] = (1, 1)
+
+
 def task_spec(name: str) -> TaskSpec:
     """The task called `name`; UserError if there is none."""
     if name not in TASKS:
-        raise UserError(f"task {name!r} is unknown; choose one of {', '.join(TASKS)}.")
+        raise UserError(
+            f"task {name!r} is unknown; choose one of {', '.join(TASKS)}, or name the file that registers it in DPT_PLUGINS."
+        )
     return TASKS[name]
 
 

@@ -6,9 +6,11 @@ import os
 from dpt import distributed
 from dpt.config.command import parse_command
 from dpt.errors import reported
+from dpt.plugins import load_plugins
 
 if __name__ == "__main__":
     with reported("evaluate"):
+        load_plugins()
         distributed.set_environment()
         recipe = parse_command("evaluate", __doc__ or "", "evaluation")
         if int(os.environ["WORLD_SIZE"]) > 1:

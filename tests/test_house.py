@@ -11,7 +11,19 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Room -> rooms it may import. Each may import itself.
 BASE = {"errors", "config"}
-MIDDLE = BASE | {"distributed", "locking", "progress", "tracking", "tasks", "fits", "pictures", "clip", "hub", "scores"}
+MIDDLE = BASE | {
+    "distributed",
+    "locking",
+    "progress",
+    "tracking",
+    "tasks",
+    "fits",
+    "pictures",
+    "clip",
+    "hub",
+    "scores",
+    "plugins",
+}
 ALLOWED = {
     "errors": set(),
     "config": {"errors"},
@@ -25,6 +37,7 @@ ALLOWED = {
     "hub": BASE | {"distributed"},
     "clip": BASE | {"hub"},
     "scores": set(),
+    "plugins": {"errors"},
     "models": MIDDLE,
     "diffusion": MIDDLE,
     "data": MIDDLE,

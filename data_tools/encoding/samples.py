@@ -78,7 +78,7 @@ def prepare(sample: Sample, layout: Layout, features: Features | None = None) ->
     else:
         found = [_prepare_perception(sample, layout)]
         if layout.mirrored:
-            found.append(_prepare_perception(mirror(sample), layout))
+            found.append(_prepare_perception(mirror(sample, layout.task), layout))
     if features is None:
         return found
     values = [features(sample.key, layout, mirrored=bool(number)) for number in range(len(found))]
@@ -87,8 +87,9 @@ def prepare(sample: Sample, layout: Layout, features: Features | None = None) ->
     ]
 
 
-def mirror(sample: Sample) -> Sample:
+def mirror(sample: Sample, task: str) -> Sample:
     """The sample as seen in a mirror, under a key of its own."""
+    mirrored_truth = tasks.task_spec(task).mirror
 
     def flipped(values: Any) -> Any:
         """[H, W] or [2, H, W]."""
@@ -105,6 +106,7 @@ def mirror(sample: Sample) -> Sample:
         depth=flipped(sample.depth),
         flow=None if sample.flow is None else tasks.mirror_flow(sample.flow),
         mask=flipped(sample.mask),
+        truth=None if sample.truth is None or mirrored_truth is None else mirrored_truth(sample.truth),
         valid=flipped(sample.valid),
         whole=flipped_image(sample.whole),
         meta={**sample.meta, "mirrored": True},
@@ -152,6 +154,11 @@ def _prepare_perception(sample: Sample, layout: Layout) -> Prepared:
         truth = sample.flow.astype(np.float32)
         targets = list(tasks.encode_flow(frame.flow(truth, smooth=bool(valid.all())), layout.flow_code))
         further["clipped_pixels"] = tasks.count_clipped_flow(sample.flow, layout.flow_code)
+    elif (encode := tasks.task_spec(layout.task).encode) is not None:
+        if sample.truth is None:
+            raise _unusable(sample, "its reader gives no truth")
+        truth = np.where(valid, sample.truth, np.float32(np.nan)).astype(np.float32)
+        targets = list(encode(frame.nearest(np.where(valid, sample.truth, np.float32(0)).astype(np.float32))))
     else:
         assert sample.mask is not None
         truth = sample.mask.astype(np.uint8)

@@ -31,6 +31,7 @@ __all__ = [
     "is_synthetic",
     "open_reader",
     "parse_options",
+    "register_reader",
 ]
 
 READERS: dict[str, Callable[..., Reader]] = {
@@ -48,6 +49,13 @@ READERS: dict[str, Callable[..., Reader]] = {
     "scannet": ScanNet,
 }
 """Data set: what opens it, called with root, split and the set's own options by name."""
+
+
+def register_reader(name: str, opener: Callable[..., Reader]) -> None:
+    """Add a data set: `opener(root, split, **options)` gives its reader. UserError if the name is taken."""
+    if name in READERS:
+        raise UserError(f"data set {name!r} is there already; choose another name.")
+    READERS[name] = opener
 
 
 def open_reader(name: str, root: Path | str, split: str, **options: Any) -> Reader:

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from dpt.errors import UserError
 
-Task = Literal["class", "depth", "flow", "amodal"]
+Task = Literal["class", "depth", "flow", "amodal"] | str
+"""The last: one that `dpt.tasks.register_task` has added."""
 
 
 SYNTHESIS = "synthesis.json"
@@ -58,8 +59,10 @@ class Sample:
     """float32 [2, H, W], pixels (u right, v down) from the first frame to the second, 0 where unknown."""
     mask: NDArray[np.bool_] | None = None
     """bool [H, W], the amodal mask."""
+    truth: NDArray[np.float32] | None = None
+    """float32 [C, H, W], the values of a registered task."""
     valid: NDArray[np.bool_] | None = None
-    """bool [H, W], where depth or flow is known; None: everywhere, or no such truth."""
+    """bool [H, W], where depth, flow or truth is known; None: everywhere, or no such truth."""
     whole: NDArray[np.uint8] | None = None
     """uint8 [H, W, 3], the whole object on white, where the set has one."""
     meta: dict[str, Any] = field(default_factory=dict)
@@ -74,6 +77,7 @@ class Sample:
             (picture, np.uint8, (*size, 3)) for picture in pictures
         ]
         expected += [(self.depth, np.float32, size), (self.flow, np.float32, (2, *size))]
+        expected += [] if self.truth is None else [(self.truth, np.float32, (len(self.truth), *size))]
         expected += [(self.mask, np.bool_, size), (self.valid, np.bool_, size)]
         for array, dtype, shape in expected:
             if array is not None and (array.dtype != dtype or array.shape != shape):

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("inputs", nargs="+", type=Path, metavar="INPUT", help="pictures of any size, folders of them, videos")
-    parser.add_argument("--task", choices=("depth", "flow", "amodal"), help="(default: what the weights are for)")
+    parser.add_argument("--task", help="depth, flow, amodal or a registered task (default: what the weights are for)")
     parser.add_argument("--second", nargs="+", type=Path, default=[],
                         help="flow: second frame of each picture, or a folder with the same names")  # fmt: skip
     parser.add_argument("--mask", nargs="+", type=Path, default=[],

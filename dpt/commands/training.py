@@ -6,12 +6,14 @@ from typing import Any
 from dpt.config.command import parse_command
 from dpt.config.recipe import DptConfig
 from dpt.errors import reported
+from dpt.plugins import load_plugins
 from dpt.training.run import run_stage
 
 
 def run_launcher(stage: str, description: str) -> None:
     """Run the command line as `stage` ("pretrain", "finetune" or "upcycle"); `description` heads its help."""
     with reported(stage):
+        load_plugins()
         run_stage(parse_command(stage, description, "training"), stage, open_validator=_open_validator)
 
 

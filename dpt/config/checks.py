@@ -2,14 +2,11 @@
 
 import json
 from collections.abc import Mapping
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 from dpt.config.recipe import Recipe
-from dpt.config.sections import ModelConfig
+from dpt.config.sections import CONDITIONS, ModelConfig, Task
 from dpt.errors import UserError
-
-CONDITIONS = {"class": (0, 0), "depth": (1, 2), "flow": (2, 2), "amodal": (2, 2), "generalist": (2, 2)}
-"""Least and most condition latents (`model.num_conditions`) of each task."""
 
 
 def trained_model(recipe: Recipe, stage: str) -> ModelConfig:
@@ -163,6 +160,14 @@ def _check_gates(recipe: Recipe, experts: int) -> None:
 
 def _check_task(recipe: Recipe) -> None:
     config = recipe.dpt
+    if config.task not in CONDITIONS:
+        _refuse(
+            recipe,
+            f'dpt.task "{config.task}" is unknown; choose one of {", ".join(CONDITIONS)}, or name the file that registers it '
+            "in DPT_PLUGINS.",
+        )
+    if config.pixel_loss.weight and config.task not in get_args(Task):
+        _refuse(recipe, f'dpt.pixel_loss.weight is {config.pixel_loss.weight}, but task "{config.task}" has none; set it to 0.')
     least, most = CONDITIONS[config.task]
     if not least <= config.model.num_conditions <= most:
         span = str(least) if least == most else f"{least} or {most}"

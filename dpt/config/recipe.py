@@ -22,7 +22,6 @@ from dpt.config.sections import (
     ModelConfig,
     PixelLossConfig,
     SamplingConfig,
-    Task,
     TrackingConfig,
     TrainingConfig,
     UpcyclingConfig,
@@ -37,8 +36,8 @@ COMMAND_LINE = "the command line"
 class DptConfig:
     """The "dpt" object of a recipe."""
 
-    task: Task = "class"
-    """What is learned: class-conditional images, one perception task, or all of them (generalist)."""
+    task: str = "class"
+    """What is learned: class (images of a class), depth, flow, amodal, generalist (all three), or a task of your own."""
     hardware: str = ""
     """The hardware that the recipe is meant for, in words."""
     attention_backend: Literal["auto", "sdpa", "flash2", "flash3", "flash4"] = "auto"

@@ -12,6 +12,14 @@ from dpt.config.numbers import NOT_NEGATIVE, Range
 from dpt.errors import UserError
 
 Task = Literal["class", "depth", "flow", "amodal", "generalist"]
+CONDITIONS: dict[str, tuple[int, int]] = {
+    "class": (0, 0),
+    "depth": (1, 2),
+    "flow": (2, 2),
+    "amodal": (2, 2),
+    "generalist": (2, 2),
+}
+"""Least and most condition latents (`model.num_conditions`) of each task; `dpt.tasks.register_task` adds to them."""
 LONGEST_EMA = 0.28
 """Relative lengths of power-function averages are below that of the plain mean of a run, 1 / sqrt(12)."""
 
@@ -629,3 +637,8 @@ class TrackingConfig:
     """Name of the run; empty: stage, preset and task."""
     tags: dict[str, str] = field(default_factory=dict)
     """Further tags of the run."""
+    system_every: float = 10.0
+    """Seconds between samples of every node's processors, memory, disks, network and GPUs (MLflow's names); 0: none."""
+
+    def __post_init__(self) -> None:
+        _check(self.system_every >= 0, f"dpt.tracking.system_every is {self.system_every}; it cannot be negative.")

@@ -76,10 +76,12 @@ class VAERecord:
             return f"sha256 {said['sha256'][:12]}, not {self.sha256[:12]}"
         if "scaling_factor" not in said:
             return ""
-        other = VAERecord(**{"sha256": self.sha256, **said})
         for name in ("scaling_factor", "shift_factor", "latents_mean", "latents_std"):
-            if getattr(self, name) != getattr(other, name):
-                return f"{name} {_shortened(getattr(other, name))}, not {_shortened(getattr(self, name))}"
+            wanted = getattr(self, name)
+            found = said.get(name, 0.0 if name == "shift_factor" else ())
+            found = tuple(found) if isinstance(found, list) else found
+            if found != wanted:
+                return f"{name} {_shortened(found)}, not {_shortened(wanted)}"
         return ""
 
 
@@ -138,6 +140,17 @@ class Manifest:
     def data_sha256(self) -> str:
         """One hash for all samples: of the shards' hashes in order. What a run records as its data."""
         return hashlib.sha256("\n".join(shard.sha256 for shard in self.shards).encode()).hexdigest()
+
+    @property
+    def profile(self) -> dict[str, Any]:
+        """What a run's record says of the set."""
+        return {
+            "num_samples": self.num_samples,
+            "task": self.task,
+            "resolution": self.resolution,
+            "vae": self.vae.name,
+            "bytes": sum(shard.bytes for shard in self.shards),
+        }
 
 
 def data_sha256(manifests: Sequence[Manifest]) -> str:

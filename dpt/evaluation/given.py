@@ -15,16 +15,17 @@ FLO_MAGIC = np.float32(202021.25)
 
 def find_prediction(folder: Path, key: str, task: str) -> Path:
     """The file KEY.SUFFIX in `folder`; UserError if there is none."""
-    for suffix in SUFFIXES[task]:
+    suffixes = SUFFIXES.get(task, (".npy",))
+    for suffix in suffixes:
         path = folder / f"{key}{suffix}"
         if path.is_file():
             return path
-    raise UserError(f"{folder} has no prediction for {key}; name its file {key} with suffix {' or '.join(SUFFIXES[task])}.")
+    raise UserError(f"{folder} has no prediction for {key}; name its file {key} with suffix {' or '.join(suffixes)}.")
 
 
 def read_prediction(folder: Path, key: str, task: str, size: tuple[int, int]) -> np.ndarray:
     """The prediction for a sample, brought to `size` (H, W): depth float32 `[H, W]` up to scale and shift; flow float32
-    `[2, H, W]` in pixels; amodal bool `[H, W]`.
+    `[2, H, W]` in pixels; amodal bool `[H, W]`; registered tasks float32 `[C, H, W]`.
 
     Files: depth as .npy `[h, w]` or PNG of any bit depth; flow as .flo or .npy (`[2, h, w]` or `[h, w, 2]`) in pixels of its
     own size; masks as PNG or .npy (`dpt.pictures.decode_mask`). UserError if one cannot be read or has another
@@ -46,6 +47,9 @@ def read_prediction(folder: Path, key: str, task: str, size: tuple[int, int]) ->
         values = np.moveaxis(values, -1, 0) if values.ndim == 3 and values.shape[-1] == 2 and values.shape[0] != 2 else values
         _require(path, values.ndim == 3 and len(values) == 2, f"shape {values.shape}; flow has two channels")
         return tasks.resize_flow(values.astype(np.float32), size)
+    if tasks.task_spec(task).registered:
+        _require(path, values.ndim == 3, f"shape {values.shape}; {task} has channels, height and width")
+        return tasks.resize_smooth(values.astype(np.float32), size)
     values = values[..., 0] if values.ndim == 3 else values
     _require(path, values.ndim == 2, f"shape {values.shape}; a map has height and width")
     if task == "amodal":
@@ -59,10 +63,10 @@ def _require(path: Path, ok: bool, what: str) -> None:
 
 
 def save_prediction(folder: Path, key: str, task: str, value: np.ndarray) -> None:
-    """Keep a prediction where `read_prediction` finds it: depth .npy, flow .flo, masks 8-bit PNG."""
+    """Keep a prediction where `read_prediction` finds it: depth and registered tasks .npy, flow .flo, masks 8-bit PNG."""
     path = folder / key
     path.parent.mkdir(parents=True, exist_ok=True)
-    if task == "depth":
+    if task == "depth" or tasks.task_spec(task).registered:
         np.save(f"{path}.npy", value.astype(np.float32))
     elif task == "flow":
         write_flo(Path(f"{path}.flo"), value)

@@ -13,6 +13,7 @@ from dpt.evaluation.depth_files import point_cloud, write_exr, write_ply
 from dpt.evaluation.given import write_flo
 from dpt.evaluation.pictures import colour_depth, colour_error, colour_flow, overlay_mask
 from dpt.evaluation.prediction import Prediction
+from dpt.tasks import image_to_uint8, task_spec
 
 FORMATS = {
     "depth": ("npy", "png16", "colour", "exr", "ply"),
@@ -20,6 +21,8 @@ FORMATS = {
     "amodal": ("mask", "overlay", "whole"),
 }
 """What a task's predictions can be written as."""
+REGISTERED_FORMATS = ("npy", "colour")
+"""Of tasks that users have registered: the values, and the pictures that code them."""
 DEFAULT_FORMATS = {"depth": ("npy", "png16", "colour"), "flow": ("flo", "colour"), "amodal": ("mask", "overlay", "whole")}
 
 
@@ -47,10 +50,14 @@ class OutputConfig:
 
     def for_task(self, task: str) -> tuple[str, ...]:
         """The formats for a task; UserError if it has not one of them."""
+        spec = task_spec(task)
+        if task not in FORMATS and not spec.registered:
+            raise UserError(f"weights for {task} predict nothing of pictures; draw images with dpt sample.")
+        known = FORMATS.get(task, REGISTERED_FORMATS)
         for name in self.formats:
-            if name not in FORMATS[task]:
-                raise UserError(f"--formats {name}: predictions of {task} are written as {', '.join(FORMATS[task])}.")
-        return self.formats or DEFAULT_FORMATS[task]
+            if name not in known:
+                raise UserError(f"--formats {name}: predictions of {task} are written as {', '.join(known)}.")
+        return self.formats or DEFAULT_FORMATS.get(task, known)
 
 
 def write_outputs(
@@ -68,8 +75,8 @@ def write_outputs(
     depth: _depth.npy float32 (up to scale and shift), _depth.png 16 bits (least to greatest depth on 0 to 65535),
     _depth_colour.png, _depth.exr (float32) and _depth.ply (points with the picture's colours; see `point_cloud`: least to
     greatest depth on `config.near` to `config.far`). flow: _flow.flo in pixels, _flow.png on the colour wheel (full colour at
-    the longest motion). amodal: _mask.png, _overlay.png, _whole.png (the completed object
-    in colour, on white). With an ensemble also _uncertainty.npy and .png. image: the input
+    the longest motion). amodal: _mask.png, _overlay.png, _whole.png (the completed object in colour, on white). Registered
+    tasks: _TASK.npy, _TASK.png. With an ensemble also _uncertainty.npy and .png. image: the input
     uint8 `[H, W, 3]`. limits: the depths, or (0, motion in pixels), that stand for the least and greatest, as the frames of a
     video share them; default: the prediction's own.
     """
@@ -106,6 +113,12 @@ def write_outputs(
             place("flow.flo", lambda path: write_flo(path, value))
         if "colour" in formats:
             picture("flow.png", colour_flow(value, limits[1] if limits else float(np.hypot(*value).max())))
+    elif (encode := task_spec(task).encode) is not None:
+        if "npy" in formats:
+            place(f"{task}.npy", lambda path: _save(path, value))
+        if "colour" in formats:
+            for number, pixels in enumerate(encode(value)):
+                picture(f"{task}{number or ''}.png", image_to_uint8(pixels))
     else:
         if "mask" in formats:
             picture("mask.png", value.astype(np.uint8) * 255)

@@ -131,8 +131,11 @@ def compare(
         panels["second"] = Panel(picture=tasks.resize_image(second, (height, width)), title="second frame")
     if visible is not None:
         panels["visible"] = Panel(picture=overlay_mask(shown, visible), title="visible mask (given)")
-    compared = {"depth": _depth_panels, "flow": _flow_panels}.get(protocol.task)
-    panels |= compared(protocol, truth, prediction) if compared else _mask_panels(shown, truth, prediction)
+    if protocol.task == "amodal":
+        panels |= _mask_panels(shown, truth, prediction)
+    else:
+        compared = {"depth": _depth_panels, "flow": _flow_panels}.get(protocol.task, _registered_panels)
+        panels |= compared(protocol, truth, prediction)
     if uncertainty.any():
         high = float(np.quantile(uncertainty, 0.99))
         unit, factor = {"depth": ("% of the depth range", 100), "flow": ("px", 1)}.get(protocol.task, ("% of the votes", 100))
@@ -169,6 +172,23 @@ def _flow_panels(protocol: Protocol, truth: np.ndarray, prediction: np.ndarray) 
         "truth": Panel(picture=colour_flow(truth, longest), title="true motion", scale=wheel),
         "prediction": Panel(picture=colour_flow(prediction, longest), title="predicted motion", scale=wheel),
         "error": Panel(picture=colour_error(error, high, valid), title="end-point error", scale=pixels),
+    }
+
+
+def _registered_panels(protocol: Protocol, truth: np.ndarray, prediction: np.ndarray) -> dict[str, Panel]:
+    """Of a task that users have registered: the pictures that code its values."""
+    encode, valid = tasks.task_spec(protocol.task).encode, counted_pixels(protocol, truth)
+    assert encode is not None, "registered tasks say how their values become pictures"
+    error = np.linalg.norm(prediction - truth, axis=0)
+    high = float(np.quantile(error[valid], 0.99))
+    return {
+        "truth": Panel(picture=tasks.image_to_uint8(encode(np.where(valid, truth, 0.0))[0]), title=f"true {protocol.task}"),
+        "prediction": Panel(picture=tasks.image_to_uint8(encode(prediction)[0]), title=f"predicted {protocol.task}"),
+        "error": Panel(
+            picture=colour_error(error, high, valid),
+            title="length of the difference",
+            scale=Scale(colours=ERROR_COLOURS, low=0.0, high=high, unit=""),
+        ),
     }
 
 

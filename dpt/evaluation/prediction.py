@@ -28,7 +28,8 @@ class Prediction:
     """One image's result at its own size."""
 
     value: np.ndarray
-    """depth: float32 `[H, W]`, up to scale and shift; flow: float32 `[2, H, W]` pixels; amodal: bool `[H, W]`."""
+    """depth: float32 `[H, W]`, up to scale and shift; flow: float32 `[2, H, W]` pixels; amodal: bool `[H, W]`; registered
+    tasks: float32 `[C, H, W]`."""
     uncertainty: np.ndarray
     """float32 `[H, W]`, 0 without an ensemble: depth and flow in the value's units, amodal as the share of dissenting votes."""
     whole: np.ndarray | None = None
@@ -275,7 +276,8 @@ class Predictor:
 
     def decode(self, latents: Tensor, task: str, *, code: str = "") -> Tensor:
         """Target latents `[S, N, M, C, h, w]` -> values: depth `[S, N, H, W]` in [0, 1]; flow `[S, N, 2, H, W]` as fractions of
-        the image's width and height; amodal bool `[S, N, H, W]`. `code`: of the targets; empty: the weights' own."""
+        the image's width and height; amodal bool `[S, N, H, W]`; registered tasks `[S, N, C, H, W]`. `code`: of the targets;
+        empty: the weights' own."""
         return self.picture_values(self.decode_pictures(latents), task, code=code)
 
     def decode_pictures(self, latents: Tensor) -> Tensor:
@@ -288,6 +290,9 @@ class Predictor:
         """Target images `[S, N, M, 3, H, W]` -> values, as `decode` gives them."""
         if task == "amodal":
             return tasks.decode_amodal(images[:, :, 0])
+        if (registered := tasks.task_spec(task).decode) is not None:
+            decoded: Tensor = registered(images)
+            return decoded
         code = code or self.codes[task]
         if task == "depth":
             return tasks.decode_depth(images[:, :, 0], code)
@@ -380,7 +385,12 @@ def merge_members(task: str, values: Tensor, size: tuple[int, int], aggregation:
 
     Members are merged at the network's resolution, then resized (of masks, the share of votes is resized and thresholded).
     """
-    if task == "depth":
+    if (spec := tasks.task_spec(task)).registered:
+        merged, deviation = ensembling.merge_values(values[None].float(), "mean" if aggregation == "mean" else "median")
+        uncertainty = torch.linalg.vector_norm(deviation, dim=1)
+        value = tasks.resize_smooth(merged[0].cpu().numpy(), size)
+        value = value if spec.finish is None else spec.finish(value)
+    elif task == "depth":
         merged, uncertainty = ensembling.merge_depth(values[None], aggregation)
         value = tasks.resize_smooth(merged[0].cpu().numpy(), size)
     elif task == "flow":

@@ -5,8 +5,8 @@ Raise a protocol's version whenever a change here or in the metrics changes its 
 
 import math
 import re
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
 from scipy.ndimage import sobel
@@ -42,7 +42,7 @@ class Protocol:
     """How the predictions for a data set become figures."""
 
     name: str
-    task: Literal["depth", "flow", "amodal"]
+    task: str
     version: int = 1
     datasets: tuple[str, ...] = ()
     """Names, as in manifests, of the data sets it is for (compared without case, spaces and punctuation)."""
@@ -64,6 +64,8 @@ class Protocol:
     """Longest side, in pixels, at which images are shown to the network in publications; 0: their own size."""
     main_metric: str = ""
     """The metric that ranks samples, and the first in tables."""
+    metrics: Callable[[np.ndarray, np.ndarray], dict[str, float]] | None = None
+    """Of registered tasks: prediction and truth at the pixels that count, float32 `[C, N]` each -> the image's figures."""
 
 
 HIGHER_IS_BETTER = {"delta1", "delta2", "delta3", "delta1_log_fit", "iou", "iou_pooled"}
@@ -148,6 +150,14 @@ PROTOCOLS: dict[str, Protocol] = {
 }
 
 
+def register_protocol(protocol: Protocol, *, higher_is_better: Collection[str] = ()) -> None:
+    """Add a protocol; `higher_is_better`: those of its metrics that rise. UserError if its name is taken."""
+    if protocol.name in PROTOCOLS:
+        raise UserError(f"protocol {protocol.name!r} is there already; choose another name.")
+    PROTOCOLS[protocol.name] = protocol
+    HIGHER_IS_BETTER.update(higher_is_better)
+
+
 def find_protocol(dataset: str, task: str, *, name: str = "") -> Protocol:
     """The protocol called `name`, else that of the data set, else for synthetic sets the task's own.
 
@@ -160,7 +170,7 @@ def find_protocol(dataset: str, task: str, *, name: str = "") -> Protocol:
     else:
         plain = _plain(dataset)
         candidates = [p for p in PROTOCOLS.values() if p.task == task and plain in map(_plain, p.datasets)]
-        found = candidates[0] if candidates else PROTOCOLS[f"synthetic_{task}"] if plain.startswith("synth") else None
+        found = candidates[0] if candidates else PROTOCOLS.get(f"synthetic_{task}") if plain.startswith("synth") else None
     if found is None:
         raise UserError(
             f"data set {dataset!r} has no {task} protocol; set dpt.evaluation.protocol to one of {', '.join(PROTOCOLS)}."
@@ -175,11 +185,12 @@ def _plain(name: str) -> str:
 
 
 def counted_pixels(protocol: Protocol, truth: np.ndarray) -> np.ndarray:
-    """Pixels bool `[H, W]` that count: valid truth inside the crop. truth: depth `[H, W]`, flow `[2, H, W]`, mask `[H, W]`."""
+    """Pixels bool `[H, W]` that count: valid truth inside the crop. truth: depth `[H, W]`, others `[C, H, W]`, masks
+    `[H, W]`."""
     height, width = truth.shape[-2:]
     if protocol.task == "depth":
         valid = np.isfinite(truth) & (truth > protocol.valid_range[0]) & (truth < protocol.valid_range[1])
-    elif protocol.task == "flow":
+    elif truth.ndim == 3:
         valid = np.isfinite(truth).all(axis=0)
     else:
         valid = np.ones((height, width), dtype=bool)
@@ -216,7 +227,8 @@ def score(protocol: Protocol, prediction: np.ndarray, truth: np.ndarray) -> dict
 
     depth: prediction up to scale and shift, float `[H, W]`; with "abs_rel_log_fit", "delta1_log_fit" after the fit of `LogFit`,
     where it has pixels. flow: pixels `[2, H, W]`; with "epe_fit", "outliers_fit" after a
-    scale and shift per axis, as the authors' released code scores. amodal: bool `[H, W]`. UserError if it is not finite.
+    scale and shift per axis, as the authors' released code scores. amodal: bool `[H, W]`. Registered tasks: `[C, H, W]`.
+    UserError if it is not finite.
     """
     if prediction.shape != truth.shape:
         raise UserError(f"a prediction has shape {prediction.shape}, its truth {truth.shape}; resize it to the truth.")
@@ -225,6 +237,8 @@ def score(protocol: Protocol, prediction: np.ndarray, truth: np.ndarray) -> dict
     valid = counted_pixels(protocol, truth)
     if not valid.any():
         return {}
+    if protocol.metrics is not None:
+        return protocol.metrics(prediction[:, valid], truth[:, valid])
     if protocol.task == "depth":
         metres = align_depth_to_truth(protocol, prediction, truth, valid)
         return depth_metrics(metres[valid], truth[valid]) | _score_log_fit(protocol, prediction, truth)

@@ -13,6 +13,7 @@ from typing import Any
 from dpt import distributed, hub
 from dpt.config.recipe import Recipe
 from dpt.config.sections import DataConfig, EvaluationConfig
+from dpt.data.shards import ShardFolder
 from dpt.errors import UserError
 from dpt.evaluation.prediction import Predictor
 from dpt.evaluation.records import Record, RecordLog, write_parquet
@@ -300,6 +301,15 @@ def run_evaluation(recipe: Recipe, *, read: Callable[..., Weights] = read_weight
         (run,) = runs
         sets = summary["sets"]
         run.set_tags({"dpt.dataset": ", ".join(sets), "dpt.protocol": protocol_line(summary)})
+        for folder in config.data:
+            manifest = ShardFolder(folder, cache_dir=recipe.dpt.data.cache_dir).manifest
+            run.log_dataset(
+                f"{manifest.dataset}/{manifest.split}",
+                digest=manifest.data_sha256,
+                source=folder,
+                context="evaluation",
+                profile=manifest.profile,
+            )
         run.log_metrics(tracked_metrics(summary), step=0)
         run.log_artifact(output / "summary.json")
         for one in sets:

@@ -108,7 +108,7 @@ class Scorer:
         """What a prediction must beat: constant depth (aligned like any other), no motion, the visible mask as it is."""
         if self._set.task in ("depth", "flow"):
             return np.zeros(sample.truth.shape, dtype=np.float32)
-        return sample.visible_mask
+        return sample.visible_mask if self._set.task == "amodal" else None
 
     def _ceiling(self, sample: Sample) -> np.ndarray | None:
         """The encoded truth, decoded again: what the task's image code, the resolution and the VAE leave of it."""

@@ -94,7 +94,7 @@ class EvaluationSet:
 
     def _means(self, moments: np.ndarray) -> np.ndarray:
         """`[N, 2, C, h, w]` -> scaled posterior means, float32 `[N, C, h, w]`."""
-        return mean_latents(torch.from_numpy(moments), self._scaling).numpy()
+        return mean_latents(torch.from_numpy(moments.astype(np.float32)), self._scaling).numpy()
 
     def verify(self, part: int = 0, parts: int = 1) -> None:
         """Hash this part's share of the shards that are scored; UserError if one is not as it was written."""

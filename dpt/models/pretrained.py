@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dpt import hub
-from dpt.config.recipe import section_from_dict, type_in_words
+from dpt.config.recipe import section_from_dict
 from dpt.config.sections import DiffusionConfig, ModelConfig
 from dpt.errors import UserError
 from dpt.models.dit import DiT

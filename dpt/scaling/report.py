@@ -244,7 +244,8 @@ def _recipes(runs: Sequence[RunRecord]) -> str:
             command = run.tags.get("dpt.command", "")
             head = f"<p class='small'><code>{escape(command)}</code></p>" if command else ""
             title = escape(f"{run.name} · {run.stage} · {run.status.lower()}")
-            parts.append(f"<details><summary>{title}</summary>{head}<pre>{text}</pre></details>")
+            link = f"<p class='small'><a href='{escape(run.url)}'>this run in MLflow</a></p>" if run.url else ""
+            parts.append(f"<details><summary>{title}</summary>{link}{head}<pre>{text}</pre></details>")
     return "".join(parts)
 
 

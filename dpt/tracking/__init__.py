@@ -1,5 +1,5 @@
 """MLflow, never in the way: records go to a local spool first, and a process beside the run sends them on."""
 
-from dpt.tracking.run import Run, start_run
+from dpt.tracking.run import Run, start_run, watch_node
 
-__all__ = ["Run", "start_run"]
+__all__ = ["Run", "start_run", "watch_node"]

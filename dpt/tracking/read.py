@@ -29,6 +29,8 @@ class RunRecord:
     metrics: dict[str, float]
     """Last value of every metric."""
     client: Any = field(repr=False, compare=False, default=None)
+    url: str = ""
+    """The run's page on its server; empty for a store in a file, which has none."""
 
     @property
     def label(self) -> str:
@@ -86,15 +88,15 @@ def load_runs(
     except UserError:
         raise
     except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         if filter and getattr(error, "error_code", "") in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST"):
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(
                 f"--filter {filter!r}: MLflow does not understand it ({reason}); conditions are such as "
                 "\"params.task = 'depth'\" "
                 'or "metrics.`train/loss` < 1", joined by and.'
             ) from error
-        raise UserError(f"{uri}: the MLflow store cannot be read ({reason}).") from error
-    records = [_record(client, run, names) for run in runs]
+        raise UserError(f"{uri}: the MLflow store cannot be read ({store.problem(error)}).") from error
+    records = [_record(client, run, names, uri) for run in runs]
     records.sort(key=lambda r: r.start_time)
     return records if run_ids is None else _named(records, list(run_ids), uri)
 
@@ -110,7 +112,14 @@ def _search(client: Any, experiment_ids: list[str], filter: str) -> list[Any]:
             return runs
 
 
-def _record(client: Any, run: Any, experiments: dict[str, str]) -> RunRecord:
+def run_url(uri: str, experiment_id: str, mlflow_run_id: str) -> str:
+    """Address of a run's page on the server `uri`; empty if that is a file."""
+    if not uri.startswith(("http://", "https://")):
+        return ""
+    return f"{uri.rstrip('/')}/#/experiments/{experiment_id}/runs/{mlflow_run_id}"
+
+
+def _record(client: Any, run: Any, experiments: dict[str, str], uri: str) -> RunRecord:
     tags = dict(run.data.tags)
     return RunRecord(
         run_id=tags.get("dpt.run_id", run.info.run_id),
@@ -126,6 +135,7 @@ def _record(client: Any, run: Any, experiments: dict[str, str]) -> RunRecord:
         tags=tags,
         metrics=dict(run.data.metrics),
         client=client,
+        url=run_url(uri, run.info.experiment_id, run.info.run_id),
     )
 
 

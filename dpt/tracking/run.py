@@ -21,7 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from dpt import __version__
+from dpt import __version__, distributed
 from dpt.config.sections import TrackingConfig
 from dpt.errors import hide_passwords
 from dpt.tracking.spool import Spool
@@ -74,8 +74,28 @@ def start_run(
         "parents": [p for p in parents if p],
         "tags": {**_provenance(), **config.tags, **{k: str(v) for k, v in tags.items()}},
     }
-    run.begin(record, params, offline=config.offline)
+    run.begin(record, params, offline=config.offline, every=config.system_every, node=_node())
     return run
+
+
+def watch_node(config: TrackingConfig, *, run_id: str, output_dir: Path) -> "Run":
+    """On nodes beside the run's first: sample this one for the run, from one of its ranks; elsewhere a Run that does nothing.
+
+    `run_id`: ours, of the run that rank 0 has begun. Call `finish` when the training ends.
+    """
+    local_rank, rank = (int(os.environ.get(name, "0")) for name in ("LOCAL_RANK", "RANK"))
+    if not config.enabled or config.offline or not config.system_every or not run_id or local_rank or not rank:
+        return Run()
+    run = SpooledRun(Path(output_dir) / "tracking", run_id, node=_node())
+    run.join(config, _node())
+    return run
+
+
+def _node() -> str:
+    """What this node is called among several; empty for a run on one node."""
+    local_ranks = distributed.local_world_size()
+    several = local_ranks < int(os.environ.get("WORLD_SIZE", "1"))
+    return f"node_{int(os.environ.get('RANK', '0')) // local_ranks}" if several else ""
 
 
 def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
@@ -110,6 +130,12 @@ class Run:
         `tags` say what should be seen there, such as the stage and the metrics.
         """
 
+    def log_dataset(
+        self, name: str, *, digest: str, source: str, context: str, profile: Mapping[str, Any] | None = None
+    ) -> None:
+        """Record a data set as an input of the run. `source`: its folder or URL; `context`: "training" or "evaluation";
+        `profile`: what MLflow's page shows of it."""
+
     def set_tags(self, tags: Mapping[str, Any]) -> None:
         """Set tags of the run."""
 
@@ -127,9 +153,9 @@ class Run:
 class SpooledRun(Run):
     """A run whose records go to a spool, with a sender beside it."""
 
-    def __init__(self, folder: Path, run_id: str, past_step: int = -1) -> None:
+    def __init__(self, folder: Path, run_id: str, past_step: int = -1, *, node: str = "") -> None:
         self.run_id = run_id
-        self._spool = Spool(folder, run_id)
+        self._spool = Spool(folder, run_id, node)
         self._past_step = past_step
         self._last_steps = self._spool.last_steps()
         self._sender: subprocess.Popen[bytes] | None = None
@@ -137,8 +163,18 @@ class SpooledRun(Run):
         self._broken = False
         self._next_check = time.monotonic() + _NOTICE_SECONDS
 
-    def begin(self, record: dict[str, Any], recipe: Mapping[str, Any], *, offline: bool = False) -> None:
-        """Write the first record and, unless `offline`, start the sender."""
+    def join(self, config: TrackingConfig, node: str) -> None:
+        """Sample this node for a run that another node has begun."""
+        uri = absolute_uri(config.uri)
+        self._append("join", uri=uri, experiment=config.experiment)
+        self._start_sender(config.system_every, node, uri)
+        atexit.register(self._at_exit, os.getpid())
+
+    def begin(
+        self, record: dict[str, Any], recipe: Mapping[str, Any], *, offline: bool = False, every: float = 0.0, node: str = ""
+    ) -> None:
+        """Write the first record and, unless `offline`, start the sender, which samples the node called `node` every so many
+        seconds (0: never)."""
         self._append("start", **record)
         self._append("params", values=flatten({k: v for k, v in recipe.items() if k != "dpt"} | recipe.get("dpt", {})))
         with self._survives(), tempfile.TemporaryDirectory() as folder:
@@ -146,16 +182,19 @@ class SpooledRun(Run):
             recipe_path.write_text(json.dumps(recipe, indent=2, default=str))
             self.log_artifact(recipe_path)
         if not offline:
-            with self._survives():
-                self._sender = subprocess.Popen(  # which gets a password in its environment, where records do not show it
-                    [sys.executable, "-m", "dpt.tracking.sender", str(self._spool.path.absolute())],
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.DEVNULL,
-                    stderr=subprocess.DEVNULL,
-                    start_new_session=True,
-                    env=os.environ | {SECRET: record["uri"]},
-                )
+            self._start_sender(every, node, record["uri"])
         atexit.register(self._at_exit, os.getpid())
+
+    def _start_sender(self, every: float, node: str, uri: str) -> None:
+        with self._survives():
+            self._sender = subprocess.Popen(  # which gets a password in its environment, where records do not show it
+                [sys.executable, "-m", "dpt.tracking.sender", str(self._spool.path.absolute()), str(every), node],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+                env=os.environ | {SECRET: uri},
+            )
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         values = {}
@@ -177,13 +216,20 @@ class SpooledRun(Run):
     def register_model(self, path: str | Path, name: str, tags: Mapping[str, str] | None = None) -> None:
         self._append("model", path=str(Path(path).absolute()), name=name, tags={k: str(v) for k, v in (tags or {}).items()})
 
+    def log_dataset(
+        self, name: str, *, digest: str, source: str, context: str, profile: Mapping[str, Any] | None = None
+    ) -> None:
+        place = source if "://" in source else str(Path(source).absolute())
+        self._append("dataset", name=name, digest=digest, source=place, context=context, profile=dict(profile or {}))
+
     def set_tags(self, tags: Mapping[str, Any]) -> None:
         self._append("tags", values={k: str(v) for k, v in tags.items()})
 
     def finish(self, status: str = "FINISHED") -> None:
         if self._finished:
             return
-        self._append("finish", status=status)
+        if not self._spool.joins:
+            self._append("finish", status=status)
         self._finished = True
         self._spool.close()
         if self._sender is None or self._sender.stdin is None:

@@ -5,6 +5,7 @@ whose name, step, time and value it has, the run is looked up by its tag `dpt.ru
 and artifacts replace themselves.
 """
 
+import json
 import logging
 import math
 import select
@@ -20,6 +21,7 @@ from typing import Any
 from dpt.errors import hide_passwords
 from dpt.tracking import store
 from dpt.tracking.spool import Spool, SpoolState
+from dpt.tracking.system import SystemRecords
 
 _log = logging.getLogger(__name__)
 
@@ -60,7 +62,7 @@ class Sender:
                     self._save(error="")
                     self._forget_copies(group)
             except Exception as error:
-                self._save(error=str(error).split("\n", 1)[0][:300] or type(error).__name__)
+                self._save(error=store.problem(error))
                 raise
         return True
 
@@ -73,7 +75,7 @@ class Sender:
         try:
             self._deliver_whole(group)
         except Exception as error:
-            if getattr(error, "error_code", "") not in _REFUSALS or group[0]["kind"] == "start":
+            if getattr(error, "error_code", "") not in _REFUSALS or group[0]["kind"] in ("start", "join"):
                 raise
             parts = _split(group)
             if len(parts) == 1:
@@ -88,6 +90,9 @@ class Sender:
         if first["kind"] == "start":
             self._start(first)
             return
+        if first["kind"] == "join":
+            self._join(first)
+            return
         client, run_id = self._connected(), self.state.mlflow_run_id
         if first["kind"] == "metrics":
             from mlflow.entities import Metric
@@ -100,6 +105,8 @@ class Sender:
             self._send_params(first["values"])
         elif first["kind"] == "artifact":
             self._send_file(first)
+        elif first["kind"] == "dataset":
+            self._send_dataset(first)
         elif first["kind"] == "model":
             self._register(first)
         elif first["kind"] == "finish":
@@ -132,11 +139,24 @@ class Sender:
         self.state.mlflow_run_id = run.info.run_id
         self.finished = False
 
+    def _join(self, record: dict[str, Any]) -> None:
+        """The run that another node's sender makes; ConnectionError while it is not there."""
+        self.state.uri = self._uri or record["uri"]
+        client = self._connected()
+        experiment = client.get_experiment_by_name(record["experiment"])
+        run = store.find_run(client, [experiment.experiment_id], record["run_id"]) if experiment is not None else None
+        if run is None:
+            raise ConnectionError(f"run {record['run_id']} is not in MLflow yet")
+        self.state.mlflow_run_id = run.info.run_id
+
     def _nesting(self, client: Any, experiment: str, record: dict[str, Any]) -> dict[str, str]:
-        """An evaluation is shown inside the run that it evaluates."""
+        """An evaluation is shown inside the run that it evaluates, in whatever experiment of the store that is."""
         if record["stage"] != "evaluate" or not record["parents"]:
             return {}
-        parent = store.find_run(client, [experiment], record["parents"][0])
+        others = [e.experiment_id for e in client.search_experiments() if e.experiment_id != experiment]
+        parent = None
+        for place in ([experiment], others):
+            parent = parent or (store.find_run(client, place, record["parents"][0]) if place else None)
         return {"mlflow.parentRunId": parent.info.run_id} if parent is not None else {}
 
     def _send_params(self, values: dict[str, str]) -> None:
@@ -152,6 +172,22 @@ class Sender:
         changed = _tags({f"dpt.resumed.{k}": v for k, v in clipped.items() if known.get(k, v) != v})
         for start in range(0, len(changed), MAX_PARAMS):
             client.log_batch(run_id, tags=changed[start : start + MAX_PARAMS])
+
+    def _send_dataset(self, record: dict[str, Any]) -> None:
+        """A data set as an input of the run, as mlflow.data describes them."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        remote = "://" in record["source"]
+        source = {"url" if remote else "uri": record["source"]}
+        dataset = Dataset(
+            name=record["name"],
+            digest=record["digest"][:36],
+            source_type="http" if remote else "local",
+            source=json.dumps(source),
+            profile=json.dumps(record["profile"]),
+        )
+        tag = InputTag("mlflow.data.context", record["context"])
+        self._connected().log_inputs(self.state.mlflow_run_id, [DatasetInput(dataset, [tag])])
 
     def _send_file(self, record: dict[str, Any]) -> None:
         path = Path(record["path"])
@@ -227,8 +263,11 @@ def _split(group: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     return [[{**group[0], "values": {name: value}}] for name, value in values.items()] or [group]
 
 
-def serve(spool: Spool) -> int:
-    """Send a spool while its run goes on, and the rest when it has ended (end of stdin); 0: all was sent, 3: some is left."""
+def serve(spool: Spool, *, system: SystemRecords | None = None) -> int:
+    """Send a spool while its run goes on, and the rest when it has ended (end of stdin); 0: all was sent, 3: some is left.
+
+    `system`: samples the node meanwhile.
+    """
     sender = Sender(spool)
     pause, give_up = POLL_SECONDS, math.inf
     while True:
@@ -236,8 +275,10 @@ def serve(spool: Spool) -> int:
             time.sleep(min(pause, 2.0))
         elif select.select([sys.stdin], [], [], pause)[0]:
             give_up = time.monotonic() + GRACE_SECONDS
-            if not sender.finished and not _ends_with_finish(spool, sender.state.offset):
+            if not sender.finished and not spool.joins and not _ends_with_finish(spool, sender.state.offset):
                 _mark_failed(spool)
+        elif system is not None:
+            _sample(system)
         try:
             sender.send()
             pause = POLL_SECONDS
@@ -250,10 +291,17 @@ def serve(spool: Spool) -> int:
             pause = min(2 * pause, 60.0)
 
 
+def _sample(system: SystemRecords) -> None:
+    try:
+        system.sample()
+    except Exception as error:  # drivers and containers fail in their own ways; the run's records matter more
+        _log.warning("cannot sample the node: %s", error)
+
+
 def _ends_with_finish(spool: Spool, offset: int) -> bool:
     kind = ""
     for record, _ in spool.read(offset):
-        kind = record["kind"]
+        kind = kind if record["kind"] == "metrics" else record["kind"]  # a sample of the node may follow the end
     return kind == "finish"
 
 
@@ -285,7 +333,9 @@ def main() -> int:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a job's end reaches the run first; the sender ends with it
     path = Path(sys.argv[1])
     logging.basicConfig(filename=path.with_suffix(".log"), level=logging.WARNING, format="%(asctime)s %(message)s")
-    return serve(Spool(path.parent, path.stem))
+    every, node = float(sys.argv[2]), sys.argv[3]
+    spool = Spool.at(path)
+    return serve(spool, system=SystemRecords(spool, every=every, node=node) if every else None)
 
 
 if __name__ == "__main__":

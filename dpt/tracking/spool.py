@@ -40,20 +40,28 @@ class SpoolState:
 
 
 class Spool:
-    """The records of one run in `folder`."""
+    """The records of one run in `folder`, or those that another node than the run's first adds to it (`node`)."""
 
-    def __init__(self, folder: Path, run_id: str) -> None:
+    def __init__(self, folder: Path, run_id: str, node: str = "") -> None:
         self.folder = Path(folder)
         self.run_id = run_id
-        self.path = self.folder / f"{run_id}.jsonl"
-        self._state_path = self.folder / f"{run_id}.state.json"
+        self.name = f"{run_id}.{node}" if node else run_id
+        self.joins = bool(node)
+        self.path = self.folder / f"{self.name}.jsonl"
+        self._state_path = self.folder / f"{self.name}.state.json"
         self._file = -1
+
+    @classmethod
+    def at(cls, path: Path) -> "Spool":
+        """The spool whose records are in the file `path`."""
+        run_id, _, node = path.stem.partition(".")
+        return cls(path.parent, run_id, node)
 
     @classmethod
     def find(cls, root: Path) -> list["Spool"]:
         """Every spool below `root`, oldest first (so that parents are sent before their children)."""
         paths = [p for p in Path(root).rglob("*.jsonl") if p.parent.name == "tracking"]
-        return [cls(p.parent, p.stem) for p in sorted(paths, key=_first_time)]
+        return [cls.at(p) for p in sorted(paths, key=_first_time)]
 
     def append(self, record: dict[str, Any]) -> None:
         """Write one record, without passwords in addresses; raises OSError where the disk does."""
@@ -131,7 +139,7 @@ class Spool:
     def locked(self, *, wait: bool) -> Iterator[bool]:
         """Hold the right to send; gives False if another process has it and `wait` is False."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / f"{self.run_id}.lock").open("w") as lock:
+        with (self.folder / f"{self.name}.lock").open("w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except BlockingIOError:

@@ -20,8 +20,14 @@ _PROBE_SECONDS = 3.0
 def absolute_uri(uri: str) -> str:
     """`uri` with an SQLite path made absolute, so that it means the same from any working directory.
 
-    Raises UserError for a plain folder or `file:` store, which MLflow no longer writes.
+    Raises UserError for a plain folder or `file:` store, which MLflow no longer writes, and for one with a password in it,
+    which would be kept with the run.
     """
+    if "@" in uri and (urlsplit(uri).username or urlsplit(uri).password):
+        raise UserError(
+            "dpt.tracking.uri holds a user name or a password; give them in the environment, MLFLOW_TRACKING_USERNAME and "
+            "MLFLOW_TRACKING_PASSWORD, and the server's address without them."
+        )
     if uri.startswith(_SQLITE):
         return _SQLITE + str(Path(uri.removeprefix(_SQLITE)).absolute())
     if "://" not in uri or uri.startswith("file:"):
@@ -89,6 +95,18 @@ def connect(uri: str) -> Any:
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
+def problem(error: Exception) -> str:
+    """What a store's error says, in one sentence without its server's pages."""
+    status = error.get_http_status_code() if hasattr(error, "get_http_status_code") else 0
+    if status == 401:
+        known = bool(os.environ.get("MLFLOW_TRACKING_USERNAME") or os.environ.get("MLFLOW_TRACKING_TOKEN"))
+        state = "refuses the user and password" if known else "asks for a user and a password"
+        return f"the server {state}; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (or MLFLOW_TRACKING_TOKEN)"
+    if status == 403:
+        return "the server knows the user, but does not permit this; ask its administrator for the right to the experiment"
+    return str(error).split("\n", 1)[0][:300] or type(error).__name__
+
+
 def experiment_id(client: Any, uri: str, name: str) -> str:
     """Id of the experiment, made if it is not there; artifacts of an SQLite store lie in `mlruns` beside the file."""
     experiment = client.get_experiment_by_name(name)
@@ -124,11 +142,12 @@ def write_model_card(folder: Path, weights: Path, run_id: str) -> None:
         "flow": TensorSpec(np.dtype("float32"), (-1, 2, -1, -1), "flow"),
         "amodal": TensorSpec(np.dtype("bool"), (-1, -1, -1), "mask"),
     }
+    output = outputs.get(task, TensorSpec(np.dtype("float32"), (-1, -1, -1, -1), task))  # of a registered task: [B, C, H, W]
     signature = None
-    if task in outputs:
+    if task != "generalist":  # which has several
         label = TensorSpec(np.dtype("int64"), (-1,), "label")
         inputs = [label] if task == "class" else [image, *second.get(task, [])]
-        signature = ModelSignature(inputs=Schema(inputs), outputs=Schema([outputs[task]]))
+        signature = ModelSignature(inputs=Schema(inputs), outputs=Schema([output]))
     metadata = {"task": task, "weights": str(weights), "model": config["model"]}
     folder.mkdir(parents=True)
     Model(artifact_path="model", run_id=run_id, signature=signature, metadata=metadata).save(folder / "MLmodel")

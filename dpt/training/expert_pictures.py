@@ -36,7 +36,7 @@ class ExpertPictures:
             yield
 
     def draw(self, step: int, run: Run) -> None:
-        """Save what was counted as `STEP/*.png` and `STEP/routing.npz`, and send it with all experts' tokens. Collective."""
+        """Save what was counted as `STEP/*.png` and `STEP/routing.npz`, and send it with how even the loads are. Collective."""
         if self.tally is None:
             return
         tally, self.tally = self.tally, None
@@ -54,10 +54,8 @@ class ExpertPictures:
                 run.log_picture(file, f"routing_{file.stem}", step)
             else:
                 run.log_artifact(file, f"routing/{step:08d}")
-        tokens = {
-            f"experts/tokens/layer_{layer:02d}/expert_{expert:02d}": float(count)
-            for layer, counts in enumerate(report.tokens_per_expert.tolist())
-            for expert, count in enumerate(counts)
-        }
-        run.log_metrics(tokens, step)
+        evenness = report.load_entropy.tolist()
+        unused = float((report.tokens_per_expert == 0).sum())
+        loads = {"experts/evenness": sum(evenness) / len(evenness), "experts/least_evenness": min(evenness)}
+        run.log_metrics(loads | {"experts/unused": unused}, step)
         distributed.log(f"Routing: {files[0].parent}")

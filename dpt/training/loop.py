@@ -19,7 +19,7 @@ from dpt.models.costs import Macs, muon_macs, num_params
 from dpt.models.decoder_costs import recipe_macs
 from dpt.models.expert_distance import expert_distances
 from dpt.models.moe import EarlierRouting
-from dpt.tracking import Run, start_run
+from dpt.tracking import Run, start_run, watch_node
 from dpt.training.averages import first_spacing
 from dpt.training.checkpoint import checkpoint_name, restore
 from dpt.training.continuing import check_course, check_data
@@ -433,12 +433,34 @@ class Trainer:
                 params=self.recipe.to_dict(),
                 parents=self.stage.parents,
                 output_dir=self.output_dir,
-                tags={"dpt.data_sha256": self.data_loader.data_sha256, "dpt.ranks": str(distributed.world_size())},
+                tags=self._tags(),
                 resume_run_id=resumed,
                 past_step=past,
             )
+        for source, manifest in zip(self.data_loader.stream.manifests, self.data_loader.manifests, strict=True):
+            run.log_dataset(
+                f"{manifest.dataset}/{manifest.split}",
+                digest=manifest.data_sha256,
+                source=source,
+                context="training",
+                profile=manifest.profile,
+            )
         self.run_id = distributed.broadcast_object(run.run_id)
+        self.node_watch = watch_node(self.config.tracking, run_id=self.run_id, output_dir=self.output_dir)
         return run
+
+    def _tags(self) -> dict[str, str]:
+        """What tells runs apart on MLflow's pages, beside their parameters."""
+        model = self.config.model
+        experts = f"{model.num_experts} experts, top {model.top_k}" if model.num_experts else "dense"
+        return {
+            "dpt.data_sha256": self.data_loader.data_sha256,
+            "dpt.ranks": str(distributed.world_size()),
+            "dpt.task": self.config.task,
+            "dpt.model": experts,
+            "dpt.parameters": f"{num_params(model).total / 1e6:.4g}M",
+            "dpt.dataset": ", ".join(f"{m.dataset}/{m.split}" for m in self.data_loader.manifests),
+        }
 
     def _start_recorder(self) -> Recorder:
         return Recorder(
@@ -503,6 +525,7 @@ class Trainer:
         self.batches.close()  # type: ignore[attr-defined]
         self.watchdog.close()
         self.control.unlisten()
+        self.node_watch.finish()
         self.tracking.finish(status)
 
 

@@ -43,9 +43,13 @@ def test_a_run_on_two_ranks_with_spread_experts(tmp_path: Path) -> None:
             entropy = arrays["token_entropy"]
         assert run.history("experts/router_entropy/layer_01")[step - 1] == (step, pytest.approx(entropy[1], rel=1e-5))
     assert f"routing/{3:08d}/routing.npz" in run.artifacts("routing/00000003")
-    tokens = [run.history(f"experts/tokens/layer_00/expert_{expert:02d}") for expert in range(4)]
-    assert [[step for step, _ in history] for history in tokens] == [[2, 3]] * 4
-    assert sum(history[0][1] for history in tokens) == 64
+    for name in ("evenness", "least_evenness", "unused"):
+        assert [step for step, _ in run.history(f"experts/{name}")] == [2, 3]
+    assert 0 < run.metrics["experts/least_evenness"] <= run.metrics["experts/evenness"] <= 1
+    assert not [name for name in run.metrics if name.startswith("experts/tokens")]  # a series for each expert of each layer
+    assert run.tags["dpt.model"] == "4 experts, top 2"
+    (dataset,) = run.client.get_run(run.mlflow_run_id).inputs.dataset_inputs
+    assert dataset.dataset.digest == run.tags["dpt.data_sha256"][:36]
 
 
 def _inputs(samples: int = 3) -> Inputs:
