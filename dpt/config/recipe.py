@@ -89,6 +89,8 @@ def read_json(path: str | Path) -> dict[str, Any]:
         value = json.loads(text)
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: not valid JSON at line {error.lineno}, column {error.colno}: {error.msg}.") from error
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, objects within objects without end
+        raise UserError(f"{path}: the JSON cannot be read ({error}).") from error
     if not isinstance(value, dict):
         raise UserError(f"{path}: a recipe is a JSON object, not a {type(value).__name__}.")
     return value
