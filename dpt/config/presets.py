@@ -86,6 +86,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 def preset_values(name: str) -> dict[str, Any]:
     """The fields that preset `name` sets, as `ModelConfig` keywords; UserError if there is no such preset."""
-    if name not in PRESETS:
+    if not isinstance(name, str) or name not in PRESETS:
         raise UserError(f'dpt.model.preset: there is no preset "{name}"; choose one of {", ".join(PRESETS)}.')
     return {"preset": name, **PRESETS[name]}

@@ -104,7 +104,9 @@ def _course(content: Mapping[str, Any], world_size: int, stage: str, like: Recip
     deepspeed = {key: value for key, value in content.items() if key != "dpt"}
     optimizer = deepspeed.get("optimizer", {})
     options = {"type": "Muon" if trains_with_muon(optimizer) else "AdamW", **optimizer_options(optimizer)}
-    course |= {f"optimizer.params.{name}".replace("params.type", "type"): str(value) for name, value in options.items()}
+    for name, value in options.items():
+        key = "optimizer.type" if name == "type" else f"optimizer.params.{name}"
+        course[key] = str(float(value) if isinstance(value, int) else value)
     course["train_batch_size"] = str(batch_split(replace(like, deepspeed=deepspeed), world_size)[0])
     course["gradient_clipping"] = str(float(deepspeed.get("gradient_clipping", 0.0)))
     return course

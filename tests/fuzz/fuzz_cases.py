@@ -90,6 +90,9 @@ def recipes(seed: int, count: int) -> Iterator[tuple[str, str]]:
         content = copy.deepcopy(recipe(task))
         for _ in range(chance.choice((1, 1, 2, 3))):
             _mutate_recipe(chance, content)
+        training = content.get("dpt", {}).get("training", {}) if isinstance(content.get("dpt"), dict) else {}
+        if isinstance(training, dict) and isinstance(training.get("steps"), int | float) and training["steps"] > 20:
+            training["steps"] = 3  # a long run is no hang
         text = json.dumps(content)
         if chance.random() < 0.05:
             at = chance.randrange(len(text))
@@ -114,6 +117,6 @@ def _mutate_recipe(chance: random.Random, content: dict[str, Any]) -> None:
     elif kind == 1 and isinstance(node, dict):
         node[key + "s"] = node.pop(key)
     elif kind == 2 and isinstance(node[key], int | float) and not isinstance(node[key], bool):
-        node[key] = chance.choice((-node[key], node[key] * 1000, 0, node[key] + 0.5, str(node[key])))
+        node[key] = chance.choice((-node[key], node[key] * 7, 0, node[key] + 0.5, str(node[key])))
     else:
         node[key] = chance.choice(_VALUES)

@@ -73,7 +73,7 @@ CASES = {
 def test_a_step_waits_only_where_it_must(name: str, tmp_path: Path) -> None:
     stem, changed = CASES[name]
     path = next(path for path in RECIPES if path.stem == stem)
-    vae = VAERecord(name="none", sha256="0" * 64, scaling_factor=1.0, latent_channels=4)
+    vae = VAERecord(name="embedded", sha256="0" * 64, scaling_factor=1.0, latent_channels=4)
     recipe, fields = load_recipe(path), prepare_places(path, tmp_path, vae)
     more = {"training.steps": 100, "training.log_every": LOG_EVERY, "training.compile": False}
     fields = {**fields, **more, **changed}

@@ -62,6 +62,7 @@ def test_what_does_not_change_the_course_may_differ(path: Path) -> None:
         "bf16.enabled": True,
         "train_micro_batch_size_per_gpu": 2,
         "optimizer.params.eps": 1e-8,  # as where nothing is said
+        "optimizer.params.weight_decay": "0.010",
         "validation.patience": 3,
         "tracking.experiment": "other",
         "upcycling.noise_std": 0.1,  # of another stage
