@@ -92,15 +92,15 @@ def _headline(rows: Sequence[Row], scenes: dict[tuple[str, str, str], ShownScene
 
 def _headline_figure(group: list[Row], best: Row, metric: str) -> str:
     about = METRICS[metric]
-    ranked = _main_rows(group)
+    labels = dict.fromkeys(r.label for r in group if r.run)
+    bests = (_best([r for r in group if r.run and r.label == label], metric) for label in labels)
+    ranked = sorted((r for r in bests if r is not None), key=_rank)
     words = f"{about.words}; the best of {len(ranked)} models" if len(ranked) > 1 else about.words
     figure = f'<b class="big">{show(metric, best.metrics[metric])} {about.unit}</b> <span>{escape(about.name)}</span>'
-    shown = [best if r.label == best.label else r for r in ranked[:MOST_BARS]]
-    chosen = [r for r in group if r.run is None] + shown
+    chosen = [r for r in group if r.run is None] + ranked[:MOST_BARS]
     values = [(r, r.metrics[metric]) for r in chosen if metric in r.metrics]
     lines = [
-        (r.label, v * about.scale, show(metric, v), "base" if r.run is None else "best" if r.label == best.label else "")
-        for r, v in values
+        (r.label, v * about.scale, show(metric, v), "base" if r.run is None else "best" if r is best else "") for r, v in values
     ]
     axis = f"{about.name}{', ' + about.unit if about.unit else ''} ({'lower' if about.lower_is_better else 'higher'} is better)"
     if len(ranked) > MOST_BARS:
