@@ -151,7 +151,7 @@ def _cards(runs: Sequence[RunRecord], rows: list[Row]) -> str:
         if best is not None:
             share = best.share(metric)
             note = f"{best.label}, {setting_words(best)}" + (
-                f"; {share:.2f} of {BASELINES[task]}'s" if share is not None else ""
+                f"; {share:.2f} where {BASELINES[task]} is 1" if share is not None else ""
             )
             cards.append(card(f"best {task} {METRICS[metric].title}", show(metric, best.metrics[metric]), note))
     training = [r for r in runs if train_macs(r)]

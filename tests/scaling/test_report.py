@@ -203,3 +203,24 @@ def test_a_browser_shows_the_page_without_sideways_scrolling_and_moves_the_slide
     move = "let s=document.querySelector('input[type=range]');s.value=20;s.dispatchEvent(new Event('input'));"
     clip = "document.title=getComputedStyle(s.parentNode.querySelector('.over')).clipPath"
     assert _in_a_browser(page, move + clip, 500).endswith(" 20%)")
+
+
+def test_the_colours_of_motion_are_explained_by_a_wheel(tmp_path):
+    import json
+
+    from PIL import Image
+
+    run = _with_scenes(tmp_path / "a", "flow", 3.2)
+    folder = tmp_path / "a" / "flats_val" / "scenes"
+    Image.new("RGB", (8, 8)).save(folder / "wheel.png")
+    index = json.loads((folder / "scenes.json").read_text()) | {"metric": "epe"}
+    for scene in index["scenes"]:
+        scene["panels"]["truth"]["scale"] = {"colours": "wheel", "low": 0.0, "high": 7.3149, "unit": "px"}
+    (folder / "scenes.json").write_text(json.dumps(index))
+    run.metrics.clear()
+    run.metrics.update({"eval/flow/flats_val/epe/s10_n1": 3.2, "eval/flow/flats_val/baseline_epe": 6.0})
+    page = render("e", [run], "sqlite:///mlflow.db")
+    Checker().feed(page)
+    assert page.index("3.200 px") < page.index('class="legend"') < page.index("rim: 7.31 px") < page.index("<table>")
+    assert "No motion: flow of zero everywhere." in page
+    assert "<th>no motion = 1</th>" in page
