@@ -117,7 +117,8 @@ def describe(manifest: Manifest, rows: dict[str, list[str]], seen: int) -> str:
     gigabytes = sum(shard.bytes for shard in manifest.shards) / 1e9
     vae = manifest.vae
     lines = [
-        f"{manifest.dataset}, {manifest.split}: {manifest.num_samples} samples, task {manifest.task}, {manifest.resolution} px",
+        f"{manifest.dataset}, {manifest.split}: {manifest.num_samples} {'synthetic ' * manifest.synthetic}samples, "
+        f"task {manifest.task}, {manifest.resolution} px",
         f"{len(manifest.shards)} shards, {gigabytes:.3g} GB; data {manifest.data_sha256[:12]}",
         f"VAE {vae.name} ({vae.sha256[:12]}), scaling factor {vae.scaling_factor:g}{_statistics(vae)}, {vae.latent_channels} "
         f"channels, {vae.downsampling} px a side",

@@ -77,9 +77,13 @@ def name_of(metric: str) -> str:
 
 def say(metric: str, value: float) -> str:
     """A metric and its value in words, such as "AbsRel 5.90 %"; metrics that tables do not show as they are."""
-    if metric not in METRICS:
-        return f"{metric} {value:.4g}"
-    return f"{METRICS[metric].name} {show(metric, value)} {METRICS[metric].unit}".rstrip()
+    return f"{name_of(metric)} {with_unit(metric, value)}"
+
+
+def with_unit(metric: str, value: float) -> str:
+    """A metric's value with its unit, such as "5.90 %"; `metric` may be a path that ends in its name."""
+    metric = metric.rpartition("/")[2]
+    return f"{show(metric, value)} {METRICS[metric].unit}".rstrip() if metric in METRICS else f"{value:.4g}"
 
 
 def round_ticks(low: float, high: float, most: int = 5) -> list[float]:

@@ -2,13 +2,14 @@
 
 import pytest
 
-from dpt.scores import METRICS, readable, round_ticks, say, show
+from dpt.scores import METRICS, readable, round_ticks, say, show, with_unit
 
 
 def test_one_unit_everywhere():
     assert say("abs_rel", 0.0590) == "AbsRel 5.90 %"
     assert say("epe", 3.17) == "EPE 3.170 px"
     assert say("rmse", 0.51234) == "rmse 0.5123"
+    assert with_unit("depth/hypersim_val/abs_rel", 0.0590) == "5.90 %"
     assert show("delta1", 0.956) == "95.6"
     assert METRICS["abs_rel_log_fit"].name == "AbsRel, log fit"
 

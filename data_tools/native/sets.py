@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from data_tools.native import depth, pictures
+from data_tools.readers import SYNTHESIS
 from dpt.errors import UserError
 
 WRITERS: dict[str, Callable[[Path, int, int], None]] = {
@@ -52,4 +53,5 @@ def write_sets(out: Path, names: Sequence[str] = (), *, samples: int = 4, seed: 
         WRITERS[name](partial / name, samples, seed)
         os.replace(partial / name, root)
     partial.rmdir()
+    (out / SYNTHESIS).write_text('{"generator": "data_tools.native"}\n', encoding="utf-8")  # what encoded shards say
     return roots

@@ -12,6 +12,8 @@ def parse_object(text: str, source: str, what: str) -> dict[str, Any]:
         value = json.loads(text)
     except json.JSONDecodeError as error:
         raise UserError(f"{source}: not valid JSON: {json_problem(text, error)}.") from error
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, objects within objects without end
+        raise UserError(f"{source}: the JSON cannot be read ({error}).") from error
     if not isinstance(value, dict):
         raise UserError(f"{source}: {what} is a JSON object, not a {type(value).__name__}.")
     return value

@@ -314,7 +314,7 @@ def run_evaluation(recipe: Recipe, *, read: Callable[..., Weights] = read_weight
         run.log_artifact(output / "summary.json")
         for one in sets:
             run.log_artifact(output / one / "samples.parquet", folder=one)
-            if (output / one / SCENES).is_dir():
+            if config.pictures and (output / one / SCENES).is_dir():
                 run.log_artifact(output / one / SCENES, folder=one)
             for picture in sorted((output / one / "pictures").glob("*.png")):
                 run.log_picture(picture, picture.stem)

@@ -100,7 +100,15 @@ def _plain_ticks(axes: Any) -> None:
 
 def _legend_beside(axes: Any) -> None:
     """The legend to the right of the axes, where it covers nothing."""
-    axes.legend(fontsize=9, frameon=False, loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0.0)
+    count = len(axes.get_legend_handles_labels()[1])
+    axes.legend(
+        fontsize=9 if count <= 16 else 6.5,
+        ncols=-(-count // 26),
+        frameon=False,
+        loc="upper left",
+        bbox_to_anchor=(1.01, 1.0),
+        borderaxespad=0.0,
+    )
 
 
 def curves(series: Mapping[str, Points], x_label: str, y_label: str, *, log_x: bool = False, log_y: bool = False) -> Any:

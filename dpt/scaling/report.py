@@ -21,6 +21,8 @@ from dpt.tracking.read import RunRecord, ancestors, load_runs
 __all__ = ["format_table", "results_table", "write_report"]
 
 PICTURES_PER_RUN = 12
+MOST_BARS, MOST_CURVES = 8, 12
+"""Models beside the headline, and runs in a figure of curves; the table has all."""
 _CURVES = ("train/loss", "train/load_balancing_loss", "train/grad_norm")
 
 
@@ -90,16 +92,19 @@ def _headline(rows: Sequence[Row], scenes: dict[tuple[str, str, str], ShownScene
 
 def _headline_figure(group: list[Row], best: Row, metric: str) -> str:
     about = METRICS[metric]
-    models = len({r.label for r in group if r.run})
-    words = f"{about.words}; the best of {models} models" if models > 1 else about.words
+    labels = dict.fromkeys(r.label for r in group if r.run)
+    bests = (_best([r for r in group if r.run and r.label == label], metric) for label in labels)
+    ranked = sorted((r for r in bests if r is not None), key=_rank)
+    words = f"{about.words}; the best of {len(ranked)} models" if len(ranked) > 1 else about.words
     figure = f'<b class="big">{show(metric, best.metrics[metric])} {about.unit}</b> <span>{escape(about.name)}</span>'
-    chosen = [r for r in group if r.run is None] + _main_rows(group)
+    chosen = [r for r in group if r.run is None] + ranked[:MOST_BARS]
     values = [(r, r.metrics[metric]) for r in chosen if metric in r.metrics]
     lines = [
-        (r.label, v * about.scale, show(metric, v), "base" if r.run is None else "best" if r.label == best.label else "")
-        for r, v in values
+        (r.label, v * about.scale, show(metric, v), "base" if r.run is None else "best" if r is best else "") for r, v in values
     ]
     axis = f"{about.name}{', ' + about.unit if about.unit else ''} ({'lower' if about.lower_is_better else 'higher'} is better)"
+    if len(ranked) > MOST_BARS:
+        axis += f"; the best {MOST_BARS} of {len(ranked)} models"
     return (
         f'<div class="figure"><div><p class="soft">{escape(_about(best))}</p><p>{figure}</p>'
         f"<p>{escape(words[:1].upper() + words[1:])}: <b>{escape(best.label)}</b>, {setting_words(best)}.</p></div>"
@@ -146,7 +151,7 @@ def _cards(runs: Sequence[RunRecord], rows: list[Row]) -> str:
         if best is not None:
             share = best.share(metric)
             note = f"{best.label}, {setting_words(best)}" + (
-                f"; {share:.2f} of {BASELINES[task]}'s" if share is not None else ""
+                f"; {share:.2f} where {BASELINES[task]} is 1" if share is not None else ""
             )
             cards.append(card(f"best {task} {METRICS[metric].title}", show(metric, best.metrics[metric]), note))
     training = [r for r in runs if train_macs(r)]
@@ -228,10 +233,12 @@ def _curves(training: Sequence[RunRecord]) -> str:
         for metric in _CURVES:
             series = {r.label: r.history(metric) for r in training if r.stage == stage and metric in r.metrics}
             series = {label: points for label, points in series.items() if len(points) > 1}
+            found, series = len(series), dict(list(series.items())[-MOST_CURVES:])
             if series:
                 positive = all(y > 0 for points in series.values() for _, y in points)
+                more = f": the last {len(series)} of {found} runs" if found > len(series) else ""
                 figure = plots.curves(series, "optimizer step", plots.WORDS[metric], log_y=positive)
-                figures.append(chart(figure, f"{stage}: {plots.WORDS[metric]} ({metric})"))
+                figures.append(chart(figure, f"{stage}: {plots.WORDS[metric]} ({metric}){more}"))
     return grid(figures)
 
 

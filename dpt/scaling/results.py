@@ -160,7 +160,7 @@ def table_cells(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
     main = MAIN_METRIC.get(rows[0].task, metrics[0] if metrics else "")
     with_share = any(r.baseline for r in rows) and METRICS[main].lower_is_better
     header = ["model", "steps", "ensemble", *(METRICS[m].title for m in metrics)]
-    header += [f"of {BASELINES.get(rows[0].task, 'best constant')}'s"] if with_share else []
+    header += [f"{BASELINES.get(rows[0].task, 'baseline')} = 1"] if with_share else []
     header += ["MACs / prediction"]
     cells = []
     for row in rows:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dpt.scaling.page import colour_bar, grid, legend, picture, slider
-from dpt.scaling.results import Row
+from dpt.scaling.results import Row, setting_words
 from dpt.scores import readable, say
 
 MOST_MODELS = 6
@@ -36,7 +36,7 @@ class ShownScenes:
 
     def caption(self, scene: dict[str, Any]) -> str:
         """The model and how well it does on the scene."""
-        return f"{self.row.label}: {say(self.index['metric'], scene['value'])}"
+        return f"{self.row.label}, {setting_words(self.row)}: {say(self.index['metric'], scene['value'])}"
 
     def figure(self, scene: dict[str, Any], name: str, caption: str = "") -> str:
         """A panel as a figure, under `caption` (default: its own title); "" if the scene has none."""
@@ -91,7 +91,7 @@ def headline_picture(shown: ShownScenes, mean: float) -> str:
     figures.append(shown.figure(scene, "prediction"))
     count = len(shown.index["scenes"])
     value = say(shown.index["metric"], scene["value"])
-    words = f"Scene {scene['key']}, {value}: of the {count} drawn by key the nearest to the mean."
+    words = f"Scene {scene['key']}, {setting_words(shown.row)}, {value}: of the {count} drawn by key the nearest to the mean."
     caption = f'<p class="soft small">{escape(words)}</p>'
     return grid(figures, "trio") + shown.scale(scene, "truth") + caption
 

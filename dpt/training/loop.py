@@ -19,6 +19,7 @@ from dpt.models.costs import Macs, muon_macs, num_params
 from dpt.models.decoder_costs import recipe_macs
 from dpt.models.expert_distance import expert_distances
 from dpt.models.moe import EarlierRouting
+from dpt.scores import with_unit
 from dpt.tracking import Run, start_run, watch_node
 from dpt.training.averages import first_spacing
 from dpt.training.checkpoint import checkpoint_name, restore
@@ -245,7 +246,8 @@ class Trainer:
             export_averaged(self.engine, self.config, self._sections(), self.output_dir / BEST)
         seconds = time.perf_counter() - begin
         distributed.log(
-            f"step {self.step}: validation {self.validator.metric} {value:.4g}, best {self.best.value:.4g} at step "
+            f"step {self.step}: validation {self.validator.metric} {with_unit(self.validator.metric, value)}, "
+            f"best {with_unit(self.validator.metric, self.best.value)} at step "
             f"{self.best.step}, {seconds:.1f} s"
         )
         self.recorder.pause(seconds)

@@ -85,9 +85,9 @@ def test_the_report_has_a_table_of_each_set_and_the_best_of_each_task(evaluated)
     for task, metric in ((task, MAIN_METRIC[task]) for task in PERCEPTION):
         assert f"best {task} {METRICS[metric].title}" in page
     for name, one in summary["sets"].items():
-        _, _, table = page.partition(f"<h3>{one['task'].capitalize()}, {name}</h3>")
+        _, _, table = page.partition(f"<h3>{one['task'].capitalize()} on {name}, {one['num_samples']} samples</h3>")
         table = table.partition("<h3>")[0]
         metric = MAIN_METRIC[one["task"]]
-        assert METRICS[metric].title in table
+        assert METRICS[metric].name in table
         for result in one["results"]:
             assert show(metric, result["metrics"][metric]) in table

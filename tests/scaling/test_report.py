@@ -147,12 +147,31 @@ def test_the_result_comes_first_and_every_model_is_shown_on_the_same_scenes(tmp_
     assert page.index("10.00 %") < page.index('<input type="range"') < page.index("<table>") < page.index('id="scenes"')
     assert page.count("Depth on flats_val, 60 synthetic samples") == 3  # headline, table, scenes
     assert "the better" not in page
-    assert "Scene a/1, AbsRel 10.00 %" in page  # of the two the nearest to the mean
-    for caption in ("better: AbsRel 10.00 %", "plain: AbsRel 40.00 %", "better: AbsRel 20.00 %", "plain: AbsRel 80.00 %"):
+    assert "Scene a/1, 10 steps, AbsRel 10.00 %" in page  # of the two the nearest to the mean
+    for caption in (
+        "better, 10 steps: AbsRel 10.00 %",
+        "plain, 10 steps: AbsRel 40.00 %",
+        "better, 10 steps: AbsRel 20.00 %",
+        "plain, 10 steps: AbsRel 80.00 %",
+    ):
         assert page.count(f"<figcaption>{caption}</figcaption>") == 1
-    assert page.index("better: AbsRel 10.00 %") < page.index("plain: AbsRel 40.00 %") < page.index("better: AbsRel 20.00 %")
+    assert (
+        page.index("better, 10 steps: AbsRel 10.00 %")
+        < page.index("plain, 10 steps: AbsRel 40.00 %")
+        < page.index("better, 10 steps: AbsRel 20.00 %")
+    )
     assert "the truth, m" in page
     assert ">2</span>" in page
+
+
+def test_the_headline_and_its_bars_are_of_each_models_best_setting(tmp_path):
+    runs = [_with_scenes(tmp_path / "a", "plain", 0.4), _with_scenes(tmp_path / "b", "better", 0.2)]
+    runs[0].metrics["eval/depth/flats_val/abs_rel/s1_n1"] = 0.1
+    page = render("e", runs, "sqlite:///mlflow.db")
+    hero = page[: page.index("</section>")]
+    assert "10.00 %</b>" in hero
+    assert hero.index("<span>plain</span>") < hero.index("<b>10.00</b>") < hero.index("<span>better</span>")
+    assert "40.00</b>" not in hero
 
 
 def test_synthetic_scenes_do_not_stand_beside_the_paper(tmp_path):
@@ -184,3 +203,24 @@ def test_a_browser_shows_the_page_without_sideways_scrolling_and_moves_the_slide
     move = "let s=document.querySelector('input[type=range]');s.value=20;s.dispatchEvent(new Event('input'));"
     clip = "document.title=getComputedStyle(s.parentNode.querySelector('.over')).clipPath"
     assert _in_a_browser(page, move + clip, 500).endswith(" 20%)")
+
+
+def test_the_colours_of_motion_are_explained_by_a_wheel(tmp_path):
+    import json
+
+    from PIL import Image
+
+    run = _with_scenes(tmp_path / "a", "flow", 3.2)
+    folder = tmp_path / "a" / "flats_val" / "scenes"
+    Image.new("RGB", (8, 8)).save(folder / "wheel.png")
+    index = json.loads((folder / "scenes.json").read_text()) | {"metric": "epe"}
+    for scene in index["scenes"]:
+        scene["panels"]["truth"]["scale"] = {"colours": "wheel", "low": 0.0, "high": 7.3149, "unit": "px"}
+    (folder / "scenes.json").write_text(json.dumps(index))
+    run.metrics.clear()
+    run.metrics.update({"eval/flow/flats_val/epe/s10_n1": 3.2, "eval/flow/flats_val/baseline_epe": 6.0})
+    page = render("e", [run], "sqlite:///mlflow.db")
+    Checker().feed(page)
+    assert page.index("3.200 px") < page.index('class="legend"') < page.index("rim: 7.31 px") < page.index("<table>")
+    assert "No motion: flow of zero everywhere." in page
+    assert "<th>no motion = 1</th>" in page
