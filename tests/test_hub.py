@@ -124,3 +124,14 @@ def test_a_vae_of_the_hub_says_which_commit_it_is(hub: Hub, name: str) -> None:
     codec = load_vae(name)
     assert codec.name == f"hub:lab/vae@{commit}"
     assert codec.sha256 == load_vae().sha256
+
+
+def test_a_command_ends_with_one_sentence_and_exit_code_2(hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
+    from dpt import cli
+
+    with pytest.raises(SystemExit) as end:
+        cli.main(["sample", "--weights", "hub:lab/none@v2", "--labels", "1"])
+    assert end.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("dpt sample: error: hub:lab/none@v2: the hub has no model lab/none")
+    assert said.count("\n") == 1

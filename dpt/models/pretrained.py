@@ -180,6 +180,9 @@ def _read_depth_pipeline(path: Path, values: Mapping[str, Any]) -> Weights:
     if not isinstance(known, dict) or not isinstance(known.get("model"), dict) or not isinstance(known.get("sections"), dict):
         raise UserError(f"{path / _CONFIG}: _dpt is {known!r}, not what dpt writes there; export the pipeline anew.")
     sections = _check_sections(dict(known["sections"]), path / _CONFIG)
+    vae = sections.get("vae", {})
+    if not vae.get("name") and (path.parent / "vae").is_dir():  # one that had no name that others could use
+        sections["vae"] = {**vae, "name": str(path.parent / "vae")}
     config = section_from_dict(ModelConfig, known["model"], str(path / _CONFIG), prefix="model")
     _, state = read_diffusers_tensors(path)
     return Weights(config=config, state=state, source="a pipeline of ours", sections=sections)

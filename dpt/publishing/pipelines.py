@@ -60,6 +60,8 @@ def write_pipeline(
         raise UserError(f"{source}: nothing says what these weights predict; import them with --objective or --scheduler.")
     diffusion = section_from_dict(DiffusionConfig, weights.sections["diffusion"], source, prefix="diffusion")
     codec = _codec(weights, vae, source)
+    record = {n: getattr(codec, n) for n in ("name", "sha256", "scaling_factor", "latent_channels")}
+    weights = replace(weights, sections={**weights.sections, "vae": record})
     new, old = (out.with_name(f".{out.name}.{kind}-{os.getpid()}") for kind in ("new", "old"))
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
@@ -79,9 +81,9 @@ def write_pipeline(
         if out.exists():
             out.rename(old)
         new.rename(out)
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(new, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
     return out
 
 

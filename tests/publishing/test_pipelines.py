@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from dpt.config.sections import EvaluationConfig
+from dpt.data.codec import EMBEDDED_FOLDER, load_vae
 from dpt.errors import UserError
 from dpt.evaluation.prediction import Predictor
 from dpt.models.pretrained import import_weights, read_weights
@@ -190,3 +192,12 @@ def test_dpt_reads_its_own_pipelines(tmp_path: Path, name: str) -> None:
     ours, theirs = (Predictor(place, config=config, device="cpu")([image])[0].value for place in (folder, out))
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
     assert read_weights(out).sections["lineage"] == read_weights(folder).sections["lineage"]
+
+
+def test_a_vae_of_this_machine_travels_with_the_pipeline(tmp_path: Path) -> None:
+    shutil.copytree(EMBEDDED_FOLDER, tmp_path / "my_vae")
+    out = write(export_small(tmp_path / "weights"), tmp_path / "out", vae=str(tmp_path / "my_vae"))
+    assert str(tmp_path) not in (out / "transformer" / "config.json").read_text()
+    moved = out.rename(tmp_path / "moved")
+    assert read_weights(moved).sections["vae"]["name"] == str(moved / "vae")
+    assert Predictor(moved, device="cpu").codec.sha256 == load_vae().sha256

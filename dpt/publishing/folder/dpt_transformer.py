@@ -133,6 +133,13 @@ class Router(nn.Module):
 class Experts(nn.Module):
     """The experts' weights, stacked: SwiGLU without biases, or GELU with them."""
 
+    gate_up_weight: Tensor
+    down_weight: Tensor
+    fc1_weight: Tensor
+    fc1_bias: Tensor
+    fc2_weight: Tensor
+    fc2_bias: Tensor
+
     def __init__(self, num_experts: int, size: int, width: int, activation: str) -> None:
         super().__init__()
         self.activation = activation
@@ -201,7 +208,7 @@ class TimestepEmbedder(nn.Module):
 
     def forward(self, times: Tensor) -> Tensor:
         sine, cosine = sines(times.float(), _SINES, self.denominator)
-        return self.mlp(torch.cat([cosine, sine], dim=-1).to(self.mlp[0].weight.dtype))
+        return self.mlp(torch.cat([cosine, sine], dim=-1).to(next(self.mlp.parameters()).dtype))
 
 
 class LabelEmbedder(nn.Module):
