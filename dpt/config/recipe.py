@@ -11,6 +11,7 @@ from typing import Any, Literal, get_origin, get_type_hints
 from dpt.config.generation import GenerationConfig
 from dpt.config.presets import preset_values
 from dpt.config.sections import (
+    CONDITIONS,
     DataConfig,
     DiffusionConfig,
     EvaluationConfig,
@@ -81,6 +82,13 @@ class DptConfig:
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def __post_init__(self) -> None:
+        if self.task not in CONDITIONS:
+            raise UserError(
+                f'dpt.task is "{self.task}"; choose one of {", ".join(CONDITIONS)}, or name the file that registers it in '
+                "DPT_PLUGINS."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
