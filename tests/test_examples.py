@@ -1,8 +1,8 @@
 """`examples/` and docs/own_task.md do what they say, as they stand."""
 
+import contextlib
 import json
 import multiprocessing
-import os
 import re
 import runpy
 import shlex
@@ -35,9 +35,7 @@ def block(name: str) -> str:
 
 
 def _script(path: Path, arguments: list[str], log: Path) -> None:
-    with log.open("w") as out:
-        os.dup2(out.fileno(), 1)
-        os.dup2(out.fileno(), 2)
+    with log.open("w") as out, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
         sys.argv = [str(path), *arguments]
         runpy.run_path(str(path), run_name="__main__")
 

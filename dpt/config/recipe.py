@@ -16,6 +16,7 @@ from dpt.config.json_text import parse_object
 from dpt.config.numbers import FINITE
 from dpt.config.presets import preset_values
 from dpt.config.sections import (
+    CONDITIONS,
     DataConfig,
     DiffusionConfig,
     EvaluationConfig,
@@ -53,6 +54,13 @@ class DptConfig:
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def __post_init__(self) -> None:
+        if self.task not in CONDITIONS:
+            raise UserError(
+                f'dpt.task is "{self.task}"; choose one of {", ".join(CONDITIONS)}, or name the file that registers it in '
+                "DPT_PLUGINS."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -72,7 +72,7 @@ def test_damage(shards: Path, capsys: pytest.CaptureFixture) -> None:
 
 def test_bad_input(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert "no such shard folder" in refusal(capsys, tmp_path / "none")
-    assert "has other weights" in refusal(capsys, shards, "--vae", "embedded")
+    assert "is not the one that made the shards (sha256" in refusal(capsys, shards, "--vae", "embedded")
 
 
 def test_values_that_are_not_finite(shards: Path, capsys: pytest.CaptureFixture) -> None:
