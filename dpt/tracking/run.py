@@ -179,7 +179,7 @@ class SpooledRun(Run):
         self._append("params", values=flatten({k: v for k, v in recipe.items() if k != "dpt"} | recipe.get("dpt", {})))
         with self._survives(), tempfile.TemporaryDirectory() as folder:
             recipe_path = Path(folder) / "recipe.json"
-            recipe_path.write_text(json.dumps(recipe, indent=2, default=str))
+            recipe_path.write_text(hide_passwords(json.dumps(recipe, indent=2, default=str)))
             self.log_artifact(recipe_path)
         if not offline:
             self._start_sender(every, node, record["uri"])
