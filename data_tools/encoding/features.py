@@ -48,10 +48,10 @@ class FolderFeatures:
         if first is None:
             raise UserError(f"--features {folder}: it holds no KEY.npy of a sample of {reader.name}, such as {keys[0]}.npy.")
         try:
-            self.channels, *grid = self._read(first).shape
-            self.grid = (grid[0], grid[1])
-        except (ReadError, IndexError) as error:
+            self.channels, rows, cols = self._read(first).shape
+        except (ReadError, ValueError) as error:
             raise UserError(f"--features {self._path(first)}: it is no array of numbers [C, h, w].") from error
+        self.grid = (rows, cols)
 
     def __call__(self, key: str, layout: Layout, *, mirrored: bool) -> NDArray[np.float16]:
         name = f"{key}_mirrored" if mirrored else key

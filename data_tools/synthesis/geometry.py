@@ -36,7 +36,9 @@ class SceneGeometry:
                 f"{root}: no synthetic scenes lie there ({path} cannot be read), and only they have exact normals and "
                 "segments; give --features a folder of .npy files."
             ) from error
-        if version != GENERATOR_VERSION or dataset not in TASKS.values():
+        if dataset not in TASKS.values():
+            raise UserError(f"{root}: synthetic scenes are no {dataset}; take {', '.join(TASKS.values())} as --dataset.")
+        if version != GENERATOR_VERSION:
             raise UserError(
                 f"{path} is of version {version} of the scenes, {GENERATOR_VERSION} is made here; synthesise the set anew."
             )

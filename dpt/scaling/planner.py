@@ -10,7 +10,7 @@ from dpt.config.sections import ModelConfig, UpcyclingConfig
 from dpt.errors import UserError
 from dpt.models import costs
 from dpt.scaling.compute import prediction_macs
-from dpt.scaling.surface import Setting, Surface, factor_values
+from dpt.scaling.surface import Setting, Surface, added_macs, factor_values
 
 _SHARES = np.round(np.linspace(0.02, 0.98, 49), 2)
 """Shares of the budget that pre-training may get."""
@@ -118,7 +118,7 @@ def make_plan(
     """
     per_sample = costs.macs(config).training
     per_tuned = per_sample * (1 - upcycled_share) + costs.macs(limits.upcycling.apply(config)).training * upcycled_share
-    per_tuned += surface.settings[setting]
+    per_tuned += added_macs(surface.settings[setting], config)
     pretrain = limits.train_macs * pretrain_share / per_sample
     tuned = limits.train_macs * (1 - pretrain_share) / per_tuned
     if "pretrain" not in surface.factors:

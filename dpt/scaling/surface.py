@@ -68,8 +68,8 @@ class Observation:
     """Value of every factor."""
     upcycled: bool
     setting: Setting
-    added_macs: float
-    """Of the pixel loss and aligned hidden states, for each sample of fine-tuning."""
+    recipe: DptConfig
+    """The parts of the fine-tuning's recipe that cost (`added_macs`)."""
     run_id: str
     """The trained run (several settings of one run are not independent)."""
     evaluation_id: str
@@ -105,7 +105,7 @@ def observe(
                     quantities=quantities,
                     upcycled=samples["upcycle"] > 0,
                     setting=Setting("", row.steps or 0, row.ensemble or 0),
-                    added_macs=_added_macs(line[0], config),
+                    recipe=_costing(line[0]),
                     run_id=line[0].run_id,
                     evaluation_id=record.run_id,
                 )
@@ -125,16 +125,22 @@ def _with_methods(observations: Sequence[Observation], fields: Mapping[str, Mapp
     return [replace(o, setting=o.setting._replace(method=name)) for o, name in zip(observations, names, strict=True)]
 
 
-def _added_macs(record: RunRecord, config: ModelConfig) -> float:
-    """MACs that a fine-tuning's pixel loss and aligned hidden states add to each sample."""
-    pixel_loss = section(record, "pixel_loss", PixelLossConfig) or PixelLossConfig()
-    data = section(record, "data", DataConfig) or DataConfig()
+def _costing(record: RunRecord) -> DptConfig:
+    """The parts of a fine-tuning's recipe that make its samples dearer than the network alone."""
     training = TrainingConfig(
         self_alignment=section(record, "training.self_alignment", SelfAlignmentConfig) or SelfAlignmentConfig(),
         feature_alignment=section(record, "training.feature_alignment", FeatureAlignmentConfig) or FeatureAlignmentConfig(),
     )
-    whole = recipe_macs(DptConfig(pixel_loss=pixel_loss, data=data, training=training), config)
-    return float(whole.training - costs.macs(config).training)
+    return DptConfig(
+        pixel_loss=section(record, "pixel_loss", PixelLossConfig) or PixelLossConfig(),
+        data=section(record, "data", DataConfig) or DataConfig(),
+        training=training,
+    )
+
+
+def added_macs(recipe: DptConfig, config: ModelConfig) -> float:
+    """MACs that a recipe's pixel loss and aligned hidden states add to each sample of a dense model's fine-tuning."""
+    return float(recipe_macs(recipe, config).training - costs.macs(config).training)
 
 
 def factor_values(config: ModelConfig, pretrain_samples: float, finetune_samples: float) -> dict[str, float]:
@@ -159,8 +165,8 @@ class Surface:
     """Factors that the observations vary; the others have no say."""
     ranges: dict[str, tuple[float, float]]
     """Least and greatest observed value of every factor."""
-    settings: dict[Setting, float]
-    """Those observed, each with the MACs that its method adds to a sample of fine-tuning."""
+    settings: dict[Setting, DptConfig]
+    """Those observed, each with the parts of its method's recipe that cost (`added_macs`)."""
     upcycling: bool
     """Whether both upcycled and dense models were observed."""
     centre: np.ndarray
@@ -234,7 +240,7 @@ def fit_surface(observations: Sequence[Observation], *, samples: int = 100, seed
     return Surface(
         factors=factors,
         ranges={f: (min(v), max(v)) for f in FACTORS for v in [[o.quantities[f] for o in observations]]},
-        settings={o.setting: o.added_macs for o in observations},
+        settings={o.setting: o.recipe for o in observations},
         upcycling=len({o.upcycled for o in observations}) > 1,
         centre=centre,
         parameters=best,

@@ -35,7 +35,7 @@ class Projectors(nn.ModuleDict):
         if not shapes:
             return
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.training.seed)
+            torch.manual_seed(config.training.seed + 2**32)  # other numbers than the network was drawn from
             self.update({name: _projector(widths) for name, widths in shapes.items()})
 
     def project(self, name: str, hidden: Tensor) -> Tensor:
@@ -93,9 +93,10 @@ class Teacher:
         state = next(name for name, decay in engine.optimizer.ema_decays.items() if decay == self.decay)
         for name, whole in whole_weights(engine.deepspeed, engine.optimizer, state, names=tensors, dtype=engine.dtype):
             tensors[name].copy_(whole)
-        for name, buffer in persistent_buffers(engine.module).items():
-            if name in tensors:
-                tensors[name].copy_(buffer)
+        if self.config.router_bias_balancing:
+            for name, buffer in persistent_buffers(engine.module).items():
+                if name in tensors:
+                    tensors[name].copy_(buffer)
 
     def _build(self, engine: Engine) -> DiT:
         with torch.device("meta"):

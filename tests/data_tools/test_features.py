@@ -133,5 +133,7 @@ def test_what_has_none_is_refused(scenes: Path, tmp_path: Path, tiny_vae: str, c
     (tmp_path / "older" / DESCRIPTION).write_text(json.dumps(description | {"generator_version": 0}))
     with pytest.raises(UserError, match="of version 0 of the scenes"):
         SceneGeometry(tmp_path / "older" / "hypersim", "hypersim")
+    with pytest.raises(UserError, match="synthetic scenes are no nyuv2"):
+        SceneGeometry(scenes / "hypersim", "nyuv2")
     with pytest.raises(UserError, match="no synthetic scenes lie there"):
         SceneGeometry(tmp_path / "elsewhere", "hypersim")

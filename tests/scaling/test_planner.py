@@ -15,7 +15,7 @@ from dpt.config.sections import ModelConfig
 from dpt.errors import UserError
 from dpt.models import costs
 from dpt.scaling.planner import Limits, best_plan, naive_plan
-from dpt.scaling.surface import Setting, factor_values, fit_surface, observe
+from dpt.scaling.surface import Setting, added_macs, factor_values, fit_surface, observe
 
 STEPS = {1: 1.5, 10: 1.0, 100: 1.05}  # too many steps hurt a little
 ENSEMBLES = {1: 1.1, 5: 1.0}
@@ -193,11 +193,25 @@ def test_a_pixel_loss_costs_the_decoder():
     runs = study(upcycle=(False,))
     runs += one_step(runs, 0.8, pixel_loss="1.0")
     surface = fit_surface(observe(runs, runs, "depth", "abs_rel"), samples=5)
-    added = {s.method: macs for s, macs in surface.settings.items()}
+    added = {s.method: added_macs(recipe, config(64)) for s, recipe in surface.settings.items()}
     assert sorted(macs > 0 for macs in added.values()) == [False, True]
     plan = best_plan(surface, [config(64)], Limits(train_macs=1e12))
     tuned = plan.finetune_samples * (costs.macs(config(64)).training + added[plan.setting.method])
     assert plan.pretrain_samples * costs.macs(config(64)).training + tuned == pytest.approx(1e12, rel=1e-6)
+
+
+def test_aligned_hidden_states_are_a_method_whose_cost_grows_with_the_model():
+    runs = study(upcycle=(False,))
+    aligned = {
+        "training.self_alignment.weight": "0.2",
+        "training.self_alignment.student_block": "1",
+        "training.self_alignment.teacher_block": "2",
+    }
+    runs += [dataclasses.replace(r, params=r.params | aligned) for r in one_step(runs, 0.8)]
+    surface = fit_surface(observe(runs, runs, "depth", "abs_rel"), samples=5)
+    own = next(s for s in surface.settings if "training.self_alignment.weight=0.2" in s.method)
+    small, large = (added_macs(surface.settings[own], config(width)) for width in (64, 128))
+    assert 0 < 2 * small < large
 
 
 def test_too_few_runs_are_refused():

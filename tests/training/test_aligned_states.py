@@ -8,13 +8,15 @@ import pytest
 import torch
 from torch.utils import flop_counter
 
+from benchmarks.memory import LiveBytes
 from dpt.config.alignment import FeatureAlignmentConfig, SelfAlignmentConfig
 from dpt.config.checks import check_recipe
 from dpt.config.command import parse_command
 from dpt.config.recipe import DptConfig, Recipe
 from dpt.config.sections import DataConfig, DiffusionConfig, ModelConfig, TrainingConfig
 from dpt.errors import UserError
-from dpt.models.alignment_costs import alignment_params
+from dpt.models.alignment_costs import alignment_bytes, alignment_params
+from dpt.models.costs import memory
 from dpt.models.decoder_costs import recipe_macs
 from dpt.models.dit import DiT
 from dpt.training.alignment import feature_alignment_loss, self_alignment_loss
@@ -242,3 +244,29 @@ def test_single_fields_are_checked_and_set_by_their_names(capsys: pytest.Capture
     with pytest.raises(SystemExit):
         parse_command("pretrain", "", "training", ["--help"])
     assert "--training.self_alignment.teacher_block" in capsys.readouterr().out
+
+
+def test_memory_of_a_step_is_within_15_percent_of_the_measured_peak() -> None:
+    large = config({"activation_checkpointing": False}, hidden_size=96, num_heads=6, input_size=16)
+    large = dataclasses.replace(
+        large,
+        training=dataclasses.replace(large.training, feature_alignment=dataclasses.replace(FEATURES, projector_width=512)),
+    )
+    module, _ = module_and_inputs(large)
+    assert module.teacher is not None
+    assert module.teacher.network is not None
+    for parameter in module.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    moments, features = torch.randn(6, 2, 4, 16, 16).half(), torch.randn(6, 3, 8, 8).half()
+    sample = {"label": torch.arange(6), "latents": moments, "features": features, "sample_index": torch.arange(6)}
+    prepare = Preparation(large, tasks=["class"], scaling_factor=1.0, device=torch.device("cpu"), dtype=torch.float32)
+    inputs = prepare({**sample, "key": [""] * 6})
+    held = [*module.parameters(), *(p.grad for p in module.parameters())]
+    existing = [*held, *module.teacher.network.state_dict().values(), *(value for value in inputs if value is not None)]
+    with LiveBytes(existing) as live:
+        module(*inputs).total.backward()
+    teacher = 4 * sum(p.numel() for p in module.teacher.network.parameters())
+    added = alignment_bytes(large.training, large.model, micro_batch_size=6, size=4) - teacher
+    plan = memory(large.model, micro_batch_size=6, precision="fp32")
+    assert plan.activations + added == pytest.approx(live.peak, rel=0.15)
+    assert added > 0.2 * plan.activations

@@ -1,11 +1,15 @@
 """Runs whose hidden states are aligned: splits, stops, ZeRO stages, experts, precisions; what is kept, exported and refused."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_runs import ACCUMULATED, BF16, MOE, Runs, ToyRun, ep, newest_tensors, zero
+from training_runs import ACCUMULATED, BF16, BIASES, MOE, Runs, ToyRun, ep, newest_tensors, zero
 from training_toys import CLASSES, make_shards, records
 
+from data_tools.encode import main as encode
+from data_tools.synthesis.dataset import SynthesisConfig, synthesize
 from dpt.models.pretrained import read_weights
 from dpt.training.export import checkpoint_weights, export
 
@@ -29,6 +33,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     shards = make_shards(runs.folder / "featured", features=3, encoding={"features": {"name": "normals", "grid": [4, 4]}})
     other = make_shards(runs.folder / "other", features=3, encoding={"features": {"name": "segments", "grid": [4, 4]}})
     fields = ALIGNED | {"data.shards": [str(shards)]}
+    depth = ALIGNED | {
+        "task": "depth",
+        "model.num_conditions": 1,
+        "data.shards": [str(encoded_scenes(runs.folder))],
+        "data.posterior": "mean",
+        "training.steps": 4,
+        "training.activation_checkpointing": True,
+    }
     mixed = [str(shards), str(runs.folder / "shards")]
     runs.train(
         1,
@@ -36,6 +48,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
             ToyRun(name="one", fields=fields | zero(1) | {"training.ema_lengths": [0.1]}),
             ToyRun(name="plain", fields=zero(1)),
             ToyRun(name="experts one", fields=fields | zero(1, MOE)),
+            ToyRun(name="scenes", fields=depth | zero(1), stage="finetune"),
+            ToyRun(name="biases", fields=fields | zero(1, MOE, BIASES) | {"training.steps": 3}),
             ToyRun(name="mixed", fields=ALIGNED | zero(1) | {"data.shards": mixed, "data.weights": [1, 3]}),
         ],
     )
@@ -56,6 +70,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
         ],
     )
     return runs
+
+
+def encoded_scenes(folder: Path) -> Path:
+    """Shards of synthetic scenes with exact normals."""
+    synthesize(folder / "scenes", SynthesisConfig(scenes=10, size=32, splits={"train": 1.0}, tasks=("depth",)), workers=1)
+    given = ["--dataset", "hypersim", "--root", str(folder / "scenes" / "hypersim"), "--resolution", "32", "--processes", "0"]
+    encode([*given, "--features", "normals", "--prompt", "none", "--out", str(folder / "encoded")])
+    return folder / "encoded"
 
 
 @pytest.mark.parametrize("name", ["split", "resumed", "zero 0", "zero 2", "zero 3"])
@@ -82,7 +104,7 @@ def test_it_learns_what_it_is_told(runs: Runs) -> None:
     first, last = records(runs("one"))[0], records(runs("one"))[-1]
     assert last["train/self_alignment_loss"] < first["train/self_alignment_loss"]
     assert last["train/feature_alignment_loss"] < 1.0 < first["train/feature_alignment_loss"] * 1.2
-    for name in ("one", "bf16"):
+    for name in ("one", "bf16", "scenes", "biases"):
         assert all(0 < record["train/self_alignment_loss"] < 10 for record in records(runs(name)))
     assert "train/self_alignment_loss" not in records(runs("plain"))[0]
     mixed = records(runs("mixed"))
