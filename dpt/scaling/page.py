@@ -45,7 +45,9 @@ def page(title: str, head: str, sections: Sequence[Section]) -> str:
 def table(header: Sequence[str], cells: Sequence[Sequence[str]], kinds: Sequence[str] = ()) -> str:
     """A table; `kinds` gives each row its class ("best", "base", "ours" or ""). On narrow screens each row becomes a card whose
     values stand beside their column's name."""
-    head = "".join(f"<th>{escape(h).replace(' ↓', '&nbsp;↓').replace(' ↑', '&nbsp;↑')}</th>" for h in header)
+    head = "".join(
+        f"<th>{escape(h).replace(' ↓', '&nbsp;↓').replace(' ↑', '&nbsp;↑').replace(' = ', ' =&nbsp;')}</th>" for h in header
+    )
     body = ""
     for number, row in enumerate(cells):
         kind = f' class="{kinds[number]}"' if number < len(kinds) and kinds[number] else ""

@@ -38,6 +38,12 @@ class ShownScenes:
         """The model and how well it does on the scene."""
         return f"{self.row.label}, {setting_words(self.row)}: {say(self.index['metric'], scene['value'])}"
 
+    def spread(self, scene: dict[str, Any]) -> str:
+        """What the brightest place of the members' spread stands for, in words."""
+        scale = (scene["panels"].get("uncertainty") or {}).get("scale")
+        until = f", 0 to {readable(scale['high'])} {scale['unit']}" if scale else ""
+        return f"{self.row.label}: spread of the members{until}"
+
     def figure(self, scene: dict[str, Any], name: str, caption: str = "") -> str:
         """A panel as a figure, under `caption` (default: its own title); "" if the scene has none."""
         file = self.panel(scene, name)
@@ -106,7 +112,7 @@ def scenes_section(models: Sequence[ShownScenes]) -> str:
         inputs += [first.figure(scene, name) for name in ("second", "visible", "truth")]
         predictions = [model.figure(s, "prediction", model.caption(s)) for model, s in found]
         errors = [model.figure(s, "error", model.row.label) for model, s in found]
-        spreads = [model.figure(s, "uncertainty", f"{model.row.label}: spread of the members") for model, s in found]
+        spreads = [model.figure(s, "uncertainty", model.spread(s)) for model, s in found]
         title = scene["panels"]["error"]["title"]
         more = f"<details><summary>{escape(title)}, and the spread of ensembles</summary>{grid(errors, 'scenes')}"
         more += f"{first.scale(scene, 'error')}{grid([s for s in spreads if s], 'scenes')}</details>"

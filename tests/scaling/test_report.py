@@ -223,4 +223,4 @@ def test_the_colours_of_motion_are_explained_by_a_wheel(tmp_path):
     Checker().feed(page)
     assert page.index("3.200 px") < page.index('class="legend"') < page.index("rim: 7.31 px") < page.index("<table>")
     assert "No motion: flow of zero everywhere." in page
-    assert "<th>no motion = 1</th>" in page
+    assert "<th>no motion =&nbsp;1</th>" in page
