@@ -95,7 +95,14 @@ def scheduler_config(diffusion: DiffusionConfig) -> dict[str, Any]:
             "num_train_timesteps": diffusion.num_train_timesteps,
             "shift": 1.0,
         }
-    names = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "prediction_type", "timestep_spacing")
+    names: tuple[str, ...] = (
+        "num_train_timesteps",
+        "beta_schedule",
+        "beta_start",
+        "beta_end",
+        "prediction_type",
+        "timestep_spacing",
+    )
     names += ("steps_offset", "set_alpha_to_one", "rescale_betas_zero_snr")
     return {"_class_name": "DDIMScheduler", **{n: getattr(diffusion, n) for n in names}, "clip_sample": False}
 
@@ -198,7 +205,15 @@ def _write_network(config: ModelConfig, state: dict[str, Tensor], folder: Path, 
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     save_file(tensors, folder / f"{DIFFUSERS_WEIGHTS}.safetensors", {"format": "pt"})
     shutil.copyfile(_FILES / "dpt_transformer.py", folder / "dpt_transformer.py")
-    same = ("patch_size", "hidden_size", "num_heads", "num_classes", "qk_norm", "mlp_norm_eps", "timestep_features")
+    same: tuple[str, ...] = (
+        "patch_size",
+        "hidden_size",
+        "num_heads",
+        "num_classes",
+        "qk_norm",
+        "mlp_norm_eps",
+        "timestep_features",
+    )
     same += ("num_experts", "top_k", "expert_activation", "router_gate", "normalize_top_k", "shared_expert_width", "mlp_width")
     values = {
         "_class_name": DEPTH_NETWORK,
