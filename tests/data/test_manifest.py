@@ -59,7 +59,7 @@ def test_broken_manifests(make_shards, change: dict, words: str) -> None:
 def test_broken_json(make_shards) -> None:
     path = make_shards([3]) / "manifest.json"
     path.write_text(path.read_text()[:40])
-    with pytest.raises(UserError, match="not valid JSON: .* line"):
+    with pytest.raises(UserError, match=r"not valid JSON: .* line"):
         read_manifest(path.parent)
 
 
