@@ -136,8 +136,6 @@ def test_a_noisy_end_is_averaged_and_nothing_found_is_said():
     for wrong in ("eval/flow/epe", "eval/depth/abs_rell", "eval/dept"):
         with pytest.raises(UserError, match=r"eval/depth/abs_rel\b"):  # what the runs have
             collect(study(), study(), "macs", wrong)
-    with pytest.raises(UserError, match=r'x "params_tota": no run that has the y'):
-        collect(study(), study(), "params_tota", "eval/depth/abs_rel")
 
 
 def test_the_command_prints_draws_and_refuses(monkeypatch, capsys, tmp_path):
