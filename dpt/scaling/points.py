@@ -86,7 +86,7 @@ def _has(records: Sequence[RunRecord], name: str) -> bool:
 
 
 def _known(records: Sequence[RunRecord], name: str) -> str:
-    """What y may be: the closest names that the runs have recorded, those of evaluations without settings first."""
+    """What y may be: the closest names that the runs have recorded, or those of evaluations first."""
     recorded = sorted({_SETTING.sub("", m) for r in records for m in r.metrics})
     if not recorded:
         return "they have recorded nothing yet"
