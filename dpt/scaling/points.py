@@ -82,12 +82,12 @@ def collect(
 
 
 def _has(records: Sequence[RunRecord], name: str) -> bool:
-    return any(known in (name, name.rpartition("/")[0]) for record in records for known in record.metrics)
+    return any(_SETTING.sub("", known) == name for record in records for known in record.metrics)
 
 
 def _known(records: Sequence[RunRecord], name: str) -> str:
-    """What y may be: the closest names that the runs have recorded, those of evaluations without settings first."""
-    recorded = sorted({m for r in records for m in r.metrics if not _SETTING.search(m)})
+    """What y may be: the closest names that the runs have recorded, or those of evaluations first."""
+    recorded = sorted({_SETTING.sub("", m) for r in records for m in r.metrics})
     if not recorded:
         return "they have recorded nothing yet"
     close = get_close_matches(name, recorded, n=3, cutoff=0.5)
