@@ -31,10 +31,14 @@ def run(monkeypatch: pytest.MonkeyPatch, launcher: str, *arguments: str) -> int 
 
 
 def field_names() -> list[str]:
+    """Of all sections, those within sections too."""
+    hints = {name: hint for name, hint in get_type_hints(DptConfig).items() if dataclasses.is_dataclass(hint)}
     names = []
-    for section, hint in get_type_hints(DptConfig).items():
-        if dataclasses.is_dataclass(hint):
-            names += [f"{section}.{field.name}" for field in dataclasses.fields(hint)]
+    while hints:
+        section, hint = hints.popitem()
+        inner = {f"{section}.{name}": kind for name, kind in get_type_hints(hint).items()}
+        hints |= {name: kind for name, kind in inner.items() if dataclasses.is_dataclass(kind)}
+        names += [name for name, kind in inner.items() if not dataclasses.is_dataclass(kind)]
     return names
 
 
