@@ -40,7 +40,7 @@ def write_recipe(folder: Path, preset: str, batch: int) -> Path:
     model = {"preset": preset, "input_size": 32}
     training = {"output_dir": str(folder / "run"), "steps": 1, "checkpoint_every": 0}
     dpt = {
-        "task": "class", "model": model, "data": {"shards": [str(shards)]}, "training": training,
+        "task": "class", "model": model, "data": {"shards": [str(shards)], "vae": "none"}, "training": training,
         "sampling": {"num_inference_steps": 1, "labels": [0]}, "tracking": {"uri": f"sqlite:///{folder}/mlflow.db"},
     }  # fmt: skip
     path = folder / "recipe.json"

@@ -20,15 +20,21 @@ def held(folder: Path) -> Iterator[None]:
 
     The lock goes with the process, however that ends. On file systems without locks nothing is held.
     """
-    descriptor = -1
+    descriptor, made = -1, False
     with distributed.together():
         if distributed.is_main():
+            made = not folder.exists()
             descriptor = _lock(folder)
     try:
         yield
     finally:
         if descriptor >= 0:
             os.close(descriptor)
+        if made:
+            with contextlib.suppress(OSError):
+                if os.listdir(folder) == [_NAME]:  # a run that was refused leaves nothing behind
+                    (folder / _NAME).unlink()
+                    folder.rmdir()
 
 
 def _lock(folder: Path) -> int:

@@ -169,7 +169,7 @@ BAD = {
     "unknown field": (_exported(lambda c: c | {"model": c["model"] | {"hidden_sise": 3}}), 'did you mean "hidden_size"'),
     "unknown section": (_exported(lambda c: c | {"wings": 3}), "does not know wings"),
     "type of a section": (_exported(lambda c: c | {"diffusion": 3}), "diffusion is 3"),
-    "no object": (_exported(lambda c: 5), "not a JSON object"),
+    "no object": (_exported(lambda c: 5), "is a JSON object, not a int"),
     "diffusers type": (_diffusers({"num_attention_heads": "4"}), "num_attention_heads is '4'"),
     "diffusers unknown": (_diffusers({"wings": 3}), 'no field "wings"'),
     "diffusers part": (_diffusers({"cross_attention_dim": 8}), "cross_attention_dim is 8"),

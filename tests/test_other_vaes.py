@@ -117,7 +117,7 @@ def test_weights_know_it_and_are_scored_and_used_with_it(road) -> None:
     picture = np.random.default_rng(5).integers(0, 255, (48, 96, 3), dtype=np.uint8)
     assert predictor([picture])[0].value.shape == (48, 96)
     conditions = predictor._encode_conditions("depth", [picture], None, 0)[0]
-    assert conditions.shape == (1, 32, 2, 4)  # 64 px is the longer side; a token is two latents
+    assert conditions.shape == (1, 32, 4, 4)  # stretched to 64 px a side, as its shards were
 
     other = road.folder / "other"
     config_file = json.loads((road.vae / "config.json").read_text())

@@ -53,7 +53,7 @@ def test_predict_embeds_the_visible_object(tmp_path: Path, tower: str, capsys, m
     for more, words in (
         (["--mask", str(mask_file)], "take a CLIP embedding of 6 numbers"),
         (["--clip", tower], r"give a --mask for each picture (1 pictures, 0 masks)"),
-        (["--mask", str(mask_file), "--clip", tower, "--weights", str(depth)], "--clip is for amodal weights"),
+        (["--mask", str(mask_file), "--clip", tower, "--weights", str(depth)], "--mask is for amodal"),
         (["--mask", str(mask_file), "--clip", str(tmp_path / "none")], "the image tower cannot be loaded"),
     ):
         with pytest.raises(SystemExit) as caught:

@@ -75,7 +75,7 @@ def test_folders_in_every_format_and_what_cannot_be_read(pictures, tmp_path, cap
     for more, words in (
         (["--formats", "tga"], "--formats tga: unknown"),
         (["--formats", "flo"], "--formats flo: predictions of depth are written as npy, png16"),
-        (["--fov", "180"], "a field of view is between 0 and 180"),
+        (["--fov", "180"], "argument --fov: '180' is no number above 0 and below 180"),
         (["--depth-range", "3", "2"], "0 < NEAR < FAR"),
         (["--pattern", "*.exr"], r"no file like *.exr there"),
         (["--second", str(pictures / "three.png")], "each picture needs one second frame; 1 were given for 5"),

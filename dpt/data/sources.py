@@ -145,6 +145,7 @@ def open_shard(source: ShardSet, number: int, patience: Patience, cache_dir: str
 def _verify(file: BinaryIO, record: ShardRecord) -> None:
     """SampleError if the contents are not those of the manifest. Lengths that differ are left to who reads the samples."""
     if os.fstat(file.fileno()).st_size == record.bytes:
+        file.seek(0)  # one that was just fetched stands at its end
         found = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
         if found != record.sha256:
             file.close()

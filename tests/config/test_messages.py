@@ -23,7 +23,10 @@ def recipe(tmp_path):
     [
         ({"training.steps": "many"}, "the command line: dpt.training.steps is 'many'; it must be a whole number."),
         ({"dpt.training.steps": "many"}, "the command line: dpt.training.steps is 'many'; it must be a whole number."),
-        ({"task": "dept"}, "the command line: dpt.task is 'dept'; it must be one of class, depth, flow, amodal, generalist."),
+        (
+            {"task": "dept"},
+            'the command line: dpt.task is "dept"; choose one of class, depth, flow, amodal, generalist, or name',
+        ),
         ({"training.stepz": "4"}, 'the command line: there is no field "training.stepz"; did you mean "steps"?.'),
         ({"data.shards": "1"}, ""),
         ({"tracking.enabled": "perhaps"}, "the command line: dpt.tracking.enabled is 'perhaps'; it must be true or false."),

@@ -87,9 +87,9 @@ def test_a_rank_opens_its_own_share_of_every_set(make_shards, monkeypatch: pytes
     opened: set[tuple[str, int]] = set()
     original = blocks.open_shard
 
-    def open_shard(source, number, *arguments):
+    def open_shard(source, number, *arguments, **options):
         opened.add((source.name, number))
-        return original(source, number, *arguments)
+        return original(source, number, *arguments, **options)
 
     monkeypatch.setattr(blocks, "open_shard", open_shard)
     names = [str(make_shards([8] * 32)), str(make_shards([8] * 32))]

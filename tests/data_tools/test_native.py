@@ -127,8 +127,8 @@ def test_the_same_seed_gives_the_same_files(sets: Path, tmp_path: Path) -> None:
     ("arguments", "reason"),
     [
         (["nuy"], "'nuy' is unknown"),
-        (["kitti", "--samples", "0"], "--samples is 0"),
-        (["kitti", "--seed", "-1"], "--seed is -1"),
+        (["kitti", "--samples", "0"], "argument --samples: '0' is no whole number at least 1"),
+        (["kitti", "--seed", "-1"], "argument --seed: '-1' is no whole number at least 0"),
         (["eth3d", "kitti"], "kitti exists already"),
     ],
 )

@@ -34,7 +34,9 @@ def test_predictions_of_pictures_are_those_of_encoded_ones(how):
     shown.append(tasks.all_valid_prompt(*shown[0].shape[-2:]))
     assert shown[0].shape[-2:] == ((48, 48) if how == "stretch" else (32, 48))
     moments = model.codec.encode(torch.from_numpy(np.stack(shown)))
-    latents = predictor.predict_latents(moments[None, :, 0] * model.codec.scaling_factor, ["k"], [0], task="depth", steps=2)
+    latents = predictor.predict_latents(
+        moments[None, :, 0] * model.codec.record.scaling_factor, ["k"], [0], task="depth", steps=2
+    )
     wanted = merge_members("depth", predictor.decode(latents, "depth")[0], image.shape[:2], predictor.config.aggregation).value
     np.testing.assert_allclose(predictor([image], keys=["k"])[0].value, wanted, atol=1e-5)
 

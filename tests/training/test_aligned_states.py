@@ -14,6 +14,7 @@ from dpt.config.checks import check_recipe
 from dpt.config.command import parse_command
 from dpt.config.recipe import DptConfig, Recipe
 from dpt.config.sections import DataConfig, DiffusionConfig, ModelConfig, TrainingConfig
+from dpt.data.codec import LatentScaling
 from dpt.errors import UserError
 from dpt.models.alignment_costs import alignment_bytes, alignment_params
 from dpt.models.costs import memory
@@ -65,7 +66,9 @@ def module_and_inputs(settings: DptConfig) -> tuple[LossModule, Inputs]:
         module.teacher.network = DiT(module.teacher.config)
         state = module.network.state_dict()
         module.teacher.network.load_state_dict({name: state[name] for name in module.teacher.network.state_dict()})
-    prepare = Preparation(settings, tasks=["class"], scaling_factor=1.0, device=torch.device("cpu"), dtype=torch.float32)
+    prepare = Preparation(
+        settings, tasks=["class"], scaling=LatentScaling(scale=1.0), device=torch.device("cpu"), dtype=torch.float32
+    )
     return module, prepare(batch())
 
 
@@ -122,7 +125,9 @@ def test_gradients_reach_the_blocks_up_to_the_aligned_ones_and_no_teacher() -> N
 def test_the_teacher_sees_less_noise_and_the_same_rest() -> None:
     settings = config({"self_alignment": dataclasses.replace(OWN, offset_low=0.1, offset_high=0.2)})
     torch.manual_seed(0)
-    prepare = Preparation(settings, tasks=["class"], scaling_factor=1.0, device=torch.device("cpu"), dtype=torch.float32)
+    prepare = Preparation(
+        settings, tasks=["class"], scaling=LatentScaling(scale=1.0), device=torch.device("cpu"), dtype=torch.float32
+    )
     many = {
         name: value.repeat(200, *[1] * (value.dim() - 1)) for name, value in batch().items() if isinstance(value, torch.Tensor)
     }
@@ -158,7 +163,11 @@ def test_the_network_starts_and_computes_as_without_them() -> None:
         torch.manual_seed(0)
         module = LossModule(DiT(MODEL), config(training))
         prepare = Preparation(
-            module_config(module), tasks=["class"], scaling_factor=1.0, device=torch.device("cpu"), dtype=torch.float32
+            module_config(module),
+            tasks=["class"],
+            scaling=LatentScaling(scale=1.0),
+            device=torch.device("cpu"),
+            dtype=torch.float32,
         )
         torch.manual_seed(1)
         inputs = prepare(batch())
@@ -259,7 +268,9 @@ def test_memory_of_a_step_is_within_15_percent_of_the_measured_peak() -> None:
         parameter.grad = torch.zeros_like(parameter)
     moments, features = torch.randn(6, 2, 4, 16, 16).half(), torch.randn(6, 3, 8, 8).half()
     sample = {"label": torch.arange(6), "latents": moments, "features": features, "sample_index": torch.arange(6)}
-    prepare = Preparation(large, tasks=["class"], scaling_factor=1.0, device=torch.device("cpu"), dtype=torch.float32)
+    prepare = Preparation(
+        large, tasks=["class"], scaling=LatentScaling(scale=1.0), device=torch.device("cpu"), dtype=torch.float32
+    )
     inputs = prepare({**sample, "key": [""] * 6})
     held = [*module.parameters(), *(p.grad for p in module.parameters())]
     existing = [*held, *module.teacher.network.state_dict().values(), *(value for value in inputs if value is not None)]

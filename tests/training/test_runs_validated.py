@@ -67,7 +67,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
         "validation.steps": 2,
         **zero(1),
     }
-    still = fields | {"optimizer.params.lr": 0.0, "optimizer.params.weight_decay": 0.0, "validation.patience": 1}
+    still = fields | {"optimizer.params.lr": 1e-30, "optimizer.params.weight_decay": 0.0, "validation.patience": 1}
     runs.train(
         1,
         [
