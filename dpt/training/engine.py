@@ -135,9 +135,10 @@ def _let_deepspeed_check(config: dict[str, Any], source: str) -> None:
     """UserError, with DeepSpeed's reason, for values of its own keys that it does not take."""
     from deepspeed.runtime.config import DeepSpeedConfig
 
-    try:
+    checked = {name: value for name, value in config.items() if name not in ("train_batch_size", "gradient_accumulation_steps")}
+    try:  # without those, which are divided rightly, and which it multiplies by the ranks that it knows of so far
         with contextlib.redirect_stdout(io.StringIO()):
-            DeepSpeedConfig(copy.deepcopy(config))
+            DeepSpeedConfig(copy.deepcopy(checked))
     except Exception as error:  # pydantic's, assertions, and DeepSpeed's own, by the key
         errors = getattr(error, "errors", None)
         first = errors()[0] if callable(errors) else {}

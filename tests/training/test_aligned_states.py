@@ -25,6 +25,7 @@ from dpt.training.preflight import needs
 from dpt.training.step import Inputs, LossModule, Preparation
 from tests.models.test_costs import ATTENTION_FLOPS
 
+UNSCALED = LatentScaling(scale=1.0)
 MODEL = ModelConfig(input_size=8, hidden_size=32, depth=4, num_heads=2, num_classes=8)
 OWN = SelfAlignmentConfig(weight=0.2, student_block=1, teacher_block=3)
 FEATURES = FeatureAlignmentConfig(weight=0.5, block=2, channels=3, projector_width=24)
@@ -66,9 +67,7 @@ def module_and_inputs(settings: DptConfig) -> tuple[LossModule, Inputs]:
         module.teacher.network = DiT(module.teacher.config)
         state = module.network.state_dict()
         module.teacher.network.load_state_dict({name: state[name] for name in module.teacher.network.state_dict()})
-    prepare = Preparation(
-        settings, tasks=["class"], scaling=LatentScaling(scale=1.0), device=torch.device("cpu"), dtype=torch.float32
-    )
+    prepare = Preparation(settings, tasks=["class"], scaling=UNSCALED, device=torch.device("cpu"), dtype=torch.float32)
     return module, prepare(batch())
 
 
@@ -125,9 +124,7 @@ def test_gradients_reach_the_blocks_up_to_the_aligned_ones_and_no_teacher() -> N
 def test_the_teacher_sees_less_noise_and_the_same_rest() -> None:
     settings = config({"self_alignment": dataclasses.replace(OWN, offset_low=0.1, offset_high=0.2)})
     torch.manual_seed(0)
-    prepare = Preparation(
-        settings, tasks=["class"], scaling=LatentScaling(scale=1.0), device=torch.device("cpu"), dtype=torch.float32
-    )
+    prepare = Preparation(settings, tasks=["class"], scaling=UNSCALED, device=torch.device("cpu"), dtype=torch.float32)
     many = {
         name: value.repeat(200, *[1] * (value.dim() - 1)) for name, value in batch().items() if isinstance(value, torch.Tensor)
     }
@@ -268,9 +265,7 @@ def test_memory_of_a_step_is_within_15_percent_of_the_measured_peak() -> None:
         parameter.grad = torch.zeros_like(parameter)
     moments, features = torch.randn(6, 2, 4, 16, 16).half(), torch.randn(6, 3, 8, 8).half()
     sample = {"label": torch.arange(6), "latents": moments, "features": features, "sample_index": torch.arange(6)}
-    prepare = Preparation(
-        large, tasks=["class"], scaling=LatentScaling(scale=1.0), device=torch.device("cpu"), dtype=torch.float32
-    )
+    prepare = Preparation(large, tasks=["class"], scaling=UNSCALED, device=torch.device("cpu"), dtype=torch.float32)
     inputs = prepare({**sample, "key": [""] * 6})
     held = [*module.parameters(), *(p.grad for p in module.parameters())]
     existing = [*held, *module.teacher.network.state_dict().values(), *(value for value in inputs if value is not None)]
