@@ -85,6 +85,7 @@ d.shutdown()
     assert run_code(code) == ["from rank 0", ""]
 
 
+@pytest.mark.slow
 def test_the_time_limit_holds_for_every_group_that_training_makes():
     """DeepSpeed's for experts and for those who share them, and our own for signals, as well as the first one."""
     code = """

@@ -57,13 +57,13 @@ def _faults(run: Callable[..., str], cases: list[tuple[list[str], str | None]]) 
     return [fault for line, recipe in cases if (fault := run(line, recipe))]
 
 
-@pytest.mark.parametrize("count", [60, pytest.param(2000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [25, pytest.param(2000, marks=pytest.mark.slow)])
 def test_mutated_command_lines(count: int, run: Callable[..., str]) -> None:
     faults = _faults(run, [(line, None) for line in command_lines(SEED, count)])
     assert not faults, f"{len(faults)} of {count}:\n" + "\n\n".join(faults[:20])
 
 
-@pytest.mark.parametrize("count", [60, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [25, pytest.param(1000, marks=pytest.mark.slow)])
 def test_mutated_recipes(count: int, run: Callable[..., str]) -> None:
     cases = [([launcher, "--ds_config", "recipe.json"], text) for launcher, text in recipes(SEED, count)]
     faults = _faults(run, cases)

@@ -115,6 +115,7 @@ for folder in map(Path, sys.argv[2:]):
 """
 
 
+@pytest.mark.slow
 def test_class_weights_become_a_dit_pipeline(tmp_path: Path) -> None:
     torch.manual_seed(0)
     latents, times, labels = torch.randn(3, 4, 8, 8), torch.tensor([0, 500, 999]), torch.tensor([0, 3, 1000])

@@ -20,6 +20,7 @@ from dpt.training.step import Inputs, Losses, LossModule
 PICTURES = ("share_by_class", "share_by_position", "share_by_timestep", "tokens_per_expert")
 
 
+@pytest.mark.slow
 def test_a_run_on_two_ranks_with_spread_experts(tmp_path: Path) -> None:
     """With accumulation and recomputed blocks: each token of a drawn step counts once."""
     recipe = make_recipe(tmp_path / "run.json", [make_shards(tmp_path / "shards")], steps=3)

@@ -69,6 +69,7 @@ def test_they_weigh_the_runs_updates_and_nothing_from_before(runs: Runs) -> None
     assert exponent(0.05) > exponent(0.1)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_keeps_the_same_snapshots_bit_for_bit(runs: Runs) -> None:
     whole, parts = runs("zero3_kept"), runs("zero3_parts")
     steps = [path.name for path in find_checkpoints(whole / "averages")]
