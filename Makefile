@@ -6,10 +6,11 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: help install quickstart test test-all lint format bench gpu clean
+.PHONY: help install quickstart check test test-all lint format bench gpu clean
 
 help:
-	@echo "make quickstart   the whole road on this machine, from synthetic scenes to a report (about 13 minutes)"
+	@echo "make quickstart   the whole road on this machine, from synthetic scenes to a report (about 10 minutes)"
+	@echo "make check        style, types and the tests of what you changed since origin/main (BASE=COMMIT: since that)"
 	@echo "make test         the test suite (CPU, no network)"
 	@echo "make test-all     the same with the longer checks"
 	@echo "make lint         style and types"
@@ -26,6 +27,9 @@ $(INSTALLED): setup.py constraints.txt
 
 quickstart: $(INSTALLED)
 	$(BIN)/python launchers/quickstart.py
+
+check: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow and not gpu" -n 2 --dist loadfile $$($(BIN)/python tests/changed.py $(BASE))
 
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" -n 2 --dist loadfile

@@ -1,5 +1,5 @@
 """Speed, as shares of what the machine can do and beside baselines, all in one run."""
 
-from dpt.distributed import limit_spinning
+from dpt.cpu.settings import limit_spinning
 
 limit_spinning()  # as the launchers do, before torch is loaded

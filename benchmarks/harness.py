@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpt import distributed
+from dpt.cpu.settings import keep_freed_memory
 from dpt.models.products import product_dtype
 
 if not torch.cuda.is_available():
-    distributed.keep_freed_memory()  # as the launchers do
+    keep_freed_memory()  # as the launchers do
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BOUND = "bound"

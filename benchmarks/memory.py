@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dpt import distributed
+from dpt.cpu.settings import return_freed_memory
 
 
 class LiveBytes(TorchDispatchMode):
@@ -60,5 +60,5 @@ def peak_bytes(build: Callable[[], Callable[[], object]]) -> float:
         action()
     del action
     gc.collect()
-    distributed.return_freed_memory()
+    return_freed_memory()
     return float(live.peak)

@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(name: str, rest: Sequence[str]) -> int:
     """Parse a command's own arguments and run it."""
-    from dpt.distributed import limit_spinning
+    from dpt.cpu.settings import limit_spinning
     from dpt.errors import reported
     from dpt.plugins import load_plugins
 

@@ -5,7 +5,6 @@ this module loads neither torch nor DeepSpeed.
 """
 
 import contextlib
-import ctypes
 import logging
 import os
 import re
@@ -16,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from dpt.cpu.settings import keep_freed_memory, limit_spinning, share_threads
 from dpt.errors import UserError
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ T = TypeVar("T")
 def set_environment() -> None:
     """Set what `torch.distributed` reads and a launcher did not: SLURM's variables are used, else this is the only process.
 
-    Call it before torch is loaded (see `limit_spinning`).
+    Call it before torch is loaded (see `dpt.cpu.settings.limit_spinning`).
     """
     limit_spinning()
     srun = os.environ if "SLURM_STEP_NUM_TASKS" in os.environ else {}  # which a batch script's own shell does not have
@@ -41,15 +41,6 @@ def set_environment() -> None:
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     if "MASTER_PORT" not in os.environ:
         os.environ["MASTER_PORT"] = "29500" if int(os.environ["WORLD_SIZE"]) > 1 else str(_free_port())
-
-
-def limit_spinning() -> None:
-    """CPU threads that wait for each other spin for microseconds only before they sleep. Takes effect before torch is loaded.
-
-    Spinning on, they are many times slower as soon as anything else runs on the machine; sleeping at once, by a quarter.
-    """
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 
 def _free_port() -> int:
@@ -89,8 +80,8 @@ def init(timeout_s: float = 1800.0) -> None:
     from deepspeed.ops import __compatible_ops__
 
     _quiet()
-    if "OMP_NUM_THREADS" not in os.environ and not torch.cuda.is_available():
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world_size()))
+    if not torch.cuda.is_available():
+        share_threads(local_world_size())
     # DeepSpeed would compile a shared-memory collective at first use: half a minute, and a crash without a compiler.
     __compatible_ops__["deepspeed_shm_comm"] = False
     timeout = timedelta(seconds=timeout_s)
@@ -104,23 +95,6 @@ def _set_default_timeout(timeout: timedelta) -> None:
 
     distributed_c10d.default_pg_timeout = timeout
     distributed_c10d.default_pg_nccl_timeout = timeout
-
-
-def keep_freed_memory() -> None:
-    """Let the C library keep freed memory for the next step's tensors, where it is glibc.
-
-    By default every large tensor's pages go back to the system and are cleared anew: a tenth of an MoE step's time on a CPU.
-    """
-    with contextlib.suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD: bytes from which memory comes from the system directly
-        mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD: free bytes from which the heap shrinks
-
-
-def return_freed_memory() -> None:
-    """Give back once what `keep_freed_memory` kept, where the C library is glibc: after a model that is not needed any more."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 @contextlib.contextmanager

@@ -22,12 +22,12 @@ from dpt.config.numbers import AT_LEAST_1, numeric
 from dpt.config.parser import Parser
 from dpt.errors import UserError, reported
 from dpt.evaluation.summary import format_summary
-from dpt.scaling.processes import start_forked, start_fresh
+from dpt.scaling.processes import LaunchProcess, start_forked, start_fresh
 from dpt.scaling.report import format_table, results_table
+from dpt.scaling.side_by_side import Running, run_side_by_side
 from dpt.tracking.read import load_runs
 
 ROOT = Path(__file__).resolve().parents[1]
-_POLL_S = 0.2
 EXPERIMENT = "quickstart"
 DEFAULT_OUT = "runs/quickstart"
 STEPS, ENSEMBLE = 10, 5
@@ -173,65 +173,57 @@ def run_road(steps: list[Step], out: Path, jobs: int) -> None:
     """
     record = out / "commands.json"
     begun: dict[str, list[str]] = json.loads(record.read_text()) if record.exists() else {}
-    numbers = {step.title: number for number, step in enumerate(steps, 1)}
-    waiting, running, done_again = list(steps), list[_Running](), set[Path]()
-    failures = list[str]()
-    try:
-        while running or (waiting and not failures):
-            unmade = {step.result for step in waiting} | {one.step.result for one in running}
-            ready = [step for step in waiting if not unmade.intersection(step.needs)]
-            beside = min(jobs, len(ready) + len(running))
-            for step in ready:
-                if failures or len(running) == jobs:
-                    break
-                waiting.remove(step)
-                head, identity = f"[{numbers[step.title]}/{len(steps)}] {step.title}", _identity(step)
-                same = begun.get(step.title) == identity and not done_again.intersection(step.needs)
-                if same and step.result.exists():
-                    print(f"{head}: done before", flush=True)
-                    continue
-                if not same:
-                    _remove(step.folder, out)
-                begun[step.title] = identity
-                record.write_text(json.dumps(begun, indent=1))
-                print(f"\n{head}\n  $ {shlex.join(_shown(step.command))}", flush=True)
-                running.append(_Running(step, numbers[step.title], out / "logs", beside))
-            time.sleep(_POLL_S)
-            for one in list(running):
-                code = one.process.exit_code()
-                one.show()
-                if code is None:
-                    continue
-                running.remove(one)
-                done_again.add(one.step.result)
-                if code != 0 or not one.step.result.exists():
-                    failures.append(f"step {one.number} ({one.step.title}) ended with exit code {code}")
-                else:
-                    print(f"[{one.number}/{len(steps)}] done in {time.monotonic() - one.begun:.0f} s", flush=True)
-    finally:
-        for one in running:
-            one.process.terminate()
-        for one in running:
-            one.process.wait()
-    if failures:
+    numbers, done_again = {step.title: number for number, step in enumerate(steps, 1)}, set[Path]()
+
+    def start(step: Step, slot: int, beside: int) -> LaunchProcess | None:
+        head, identity = f"[{numbers[step.title]}/{len(steps)}] {step.title}", _identity(step)
+        same = begun.get(step.title) == identity and not done_again.intersection(step.needs)
+        if same and step.result.exists():
+            print(f"{head}: done before", flush=True)
+            return None
+        if not same:
+            _remove(step.folder, out)
+        begun[step.title] = identity
+        record.write_text(json.dumps(begun, indent=1))
+        print(f"\n{head}\n  $ {shlex.join(_shown(step.command))}", flush=True)
+        return _ShownProcess(step, numbers[step.title], out / "logs", beside)
+
+    def ended(one: Running[Step]) -> str:
+        number = numbers[one.job.title]
+        done_again.add(one.job.result)
+        if not one.succeeded:
+            return f"step {number} ({one.job.title}) ended with exit code {one.process.exit_code()}"
+        print(f"[{number}/{len(steps)}] done in {one.seconds:.0f} s", flush=True)
+        return ""
+
+    if failures := run_side_by_side(steps, slots=jobs, start=start, ended=ended):
         raise UserError(f"{' and '.join(failures)}; fix what it says above and run again.")
 
 
-class _Running:
-    """A step as a process, whose output is shown line by line with the step's number before it."""
+class _ShownProcess:
+    """A step's process, whose output is shown line by line with the step's number before it whenever it is asked after."""
 
     def __init__(self, step: Step, number: int, logs: Path, beside: int) -> None:
         """`beside`: how many steps share the CPU threads."""
         logs.mkdir(exist_ok=True)
-        self.step, self.number, self.begun = step, number, time.monotonic()
-        self._log = logs / f"{number:02}.txt"
+        self._number, self._log, self._shown = number, logs / f"{number:02}.txt", 0
         self._log.unlink(missing_ok=True)
-        self._shown = 0
         forked = step.command[0] == sys.executable and not torch.cuda.is_available()
         start = start_forked if forked else start_fresh
-        self.process = start(_on_free_port(step.command), self._log, _environment(beside))
+        self._process = start(_on_free_port(step.command), self._log, _environment(beside))
 
-    def show(self) -> None:
+    def exit_code(self) -> int | None:
+        code = self._process.exit_code()
+        self._show()
+        return code
+
+    def terminate(self) -> None:
+        self._process.terminate()
+
+    def wait(self) -> None:
+        self._process.wait()
+
+    def _show(self) -> None:
         """Print the lines that have come since."""
         if not self._log.exists():
             return
@@ -242,7 +234,7 @@ class _Running:
         self._shown += end
         for line in lines[:end].decode("utf-8", "replace").splitlines():
             if line.strip():
-                print(f"  {self.number} | {line}", flush=True)
+                print(f"  {self._number} | {line}", flush=True)
 
 
 def _identity(step: Step) -> list[str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from dpt import distributed
+from dpt.cpu.settings import limit_spinning
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -45,7 +46,7 @@ def test_a_batch_scripts_own_shell_is_one_process(monkeypatch):
 def test_waiting_threads_do_not_spin_for_long_unless_the_user_says_how(monkeypatch):
     for given, expected in (({}, "2000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None)):
         monkeypatch.setattr(os, "environ", dict(given))
-        distributed.limit_spinning()
+        limit_spinning()
         assert os.environ.get("GOMP_SPINCOUNT") == expected
 
 
@@ -120,7 +121,7 @@ d.shutdown()
 def test_freed_memory_is_kept_for_the_next_tensor():
     """After a few times (glibc's aligned blocks need some to find their places), a large tensor costs no page faults."""
     code = (
-        "import resource, torch; from dpt import distributed; distributed.keep_freed_memory()\n"
+        "import resource, torch; from dpt.cpu.settings import keep_freed_memory; keep_freed_memory()\n"
         "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
         "for _ in range(20): before = faults(); torch.ones(4 << 20)\n"
         "print(faults() - before)"

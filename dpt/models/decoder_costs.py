@@ -1,11 +1,12 @@
-"""What training through a VAE's decoder costs. Pure Python, as `dpt.models.costs`."""
+"""What a sample costs under a recipe: the network, and what its optional methods add. Pure Python, as `dpt.models.costs`."""
 
 from dataclasses import replace
 
-from dpt.config.recipe import DptConfig
+from dpt.config.checks import trains_with_muon
+from dpt.config.recipe import DptConfig, Recipe
 from dpt.config.sections import ModelConfig
 from dpt.models.alignment_costs import alignment_macs
-from dpt.models.costs import Macs, macs, with_bypass
+from dpt.models.costs import Macs, macs, muon_macs, with_bypass
 from dpt.models.vae_costs import decoder_costs, vae_config, vae_size
 
 
@@ -23,6 +24,14 @@ def recipe_macs(config: DptConfig, model: ModelConfig, height: int = 0, width: i
         return network
     decoder = decoder_costs(vae_config(config.data.vae), height or model.input_size, width or model.input_size)
     return replace(network, training=network.training + 3 * decoder.macs)
+
+
+def step_macs(recipe: Recipe, model: ModelConfig, batch: int, height: int = 0, width: int = 0) -> Macs:
+    """`recipe_macs` of a sample with its share of what the optimizer computes in a step of `batch` samples: Muon's products."""
+    sample = recipe_macs(recipe.dpt, model, height, width)
+    if not trains_with_muon(recipe.deepspeed.get("optimizer", {})):
+        return sample
+    return replace(sample, training=sample.training + muon_macs(model) // batch)
 
 
 def decoder_bytes(config: DptConfig, *, micro_batch_size: int, size: int) -> int:

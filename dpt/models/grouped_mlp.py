@@ -13,15 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dpt.cpu.chunks import expert_chunks
 from dpt.models import activations
 from dpt.models.products import mm
 
 Rows = Callable[[Tensor], None]
 """Is told the gradient of the rows as soon as it is there, before the weights' are computed."""
-
-_CHUNK = 1 << 22
-"""Numbers of a first product that a CPU works on at once: the arrays between the two products are never larger. Smaller chunks
-are faster for one thread, but threads that share a machine with other work then wait for each other too often."""
 
 
 class Weights(NamedTuple):
@@ -63,7 +60,7 @@ def backward_pass(grad: Tensor, x: Tensor, hidden: Tensor, w_in: Tensor, w_out: 
     if has_grouped_products(x):
         return _backward_grouped(grad, x, hidden, w_in, w_out, counts, kind, biased, on_rows)[1]
     sizes = counts.tolist()
-    rows = list(_chunks(sizes, w_in.shape[1], x))
+    rows = list(expert_chunks(sizes, w_in.shape[1], x))
     d_x, d_hidden, active = torch.empty_like(x), torch.empty_like(hidden), torch.empty_like(hidden[:, : w_out.shape[2]])
     for e, part, _ in rows:
         mm(grad[part], w_out[e], out=active[part])
@@ -193,27 +190,11 @@ def _sums(y_NB: Tensor, counts: Tensor) -> Tensor:
 # --- sliced -------------------------------------------------------------------------------------------------------------
 
 
-def _chunks(counts: list[int], width: int, x: Tensor) -> Iterator[tuple[int, slice, bool]]:
-    """Expert, rows and whether they are its first, of chunks of at most _CHUNK numbers on a CPU; at least one chunk an expert.
-
-    In less than float32 an expert's rows are one chunk: its weights' gradients are summed within one product, not rounded
-    between.
-    """
-    rows = max(1, _CHUNK // width)
-    in_chunks = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
-    start = 0
-    for number, count in enumerate(counts):
-        step = rows if in_chunks else max(1, count)
-        for first in range(0, max(1, count), step):
-            yield number, slice(start + first, start + min(first + step, count)), first == 0
-        start += count
-
-
 def _forward_sliced(x: Tensor, weights: Weights, counts: list[int], kind: activations.Kind) -> tuple[Tensor, Tensor]:
     """As `_forward_grouped`."""
     w_in, b_in, w_out, b_out = weights
     hidden, out = x.new_empty(x.shape[0], w_in.shape[1]), x.new_empty(x.shape[0], w_out.shape[1])
-    for e, rows, _ in _chunks(counts, w_in.shape[1], x):
+    for e, rows, _ in expert_chunks(counts, w_in.shape[1], x):
         mm(x[rows], w_in[e].t(), out=hidden[rows])
         if b_in is not None:
             hidden[rows] += b_in[e]
@@ -228,7 +209,7 @@ def _backward_sliced(grad: Tensor, x: Tensor, hidden: Tensor, w_in: Tensor, w_ou
     """As `_backward_grouped`."""
     d_x, d_w_in, d_w_out = torch.empty_like(x), torch.empty_like(w_in), torch.empty_like(w_out)
     d_b_in, d_b_out = w_in.new_zeros(w_in.shape[:2]), w_out.new_zeros(w_out.shape[:2])
-    for e, rows, first in _chunks(counts, w_in.shape[1], x):
+    for e, rows, first in expert_chunks(counts, w_in.shape[1], x):
         d_active = torch.empty_like(hidden[rows, : w_out.shape[2]])
         mm(grad[rows], w_out[e], out=d_active)
         d_hidden, active = activations.backward(d_active, hidden[rows], kind, again=True)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dpt.models.activations import activate
 from dpt.models.costs import FREQUENCY_EMBEDDING_SIZE
-from dpt.models.products import Linear, baddbmm, is_widened, linear
+from dpt.models.products import Linear, baddbmm, embed_patches, patchify
 
 
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
@@ -61,10 +61,7 @@ class PatchEmbed(nn.Module):
         nn.init.zeros_(self.proj.bias)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
-        if is_widened(x):
-            return linear(patchify(x, self.proj.kernel_size[0]), self.proj.weight.flatten(1), self.proj.bias)
-        # Contiguous, or every later sum would keep the convolution's channel-first strides, which norms are slow on.
-        return self.proj(x).flatten(2).transpose(1, 2).contiguous()  # [B, T, D]
+        return embed_patches(x, self.proj.weight, self.proj.bias)
 
 
 class PatchEmbedRouter(nn.Module):
@@ -92,13 +89,6 @@ class PatchEmbedRouter(nn.Module):
         patches = patchify(x, self.patch_size)  # [B, T, C p p]
         weight = F.embedding(tasks, self.weight.flatten(1)).unflatten(1, (self.weight.shape[1], -1))  # [B, D, C p p]
         return baddbmm(F.embedding(tasks, self.bias).unsqueeze(1), patches, weight.transpose(1, 2))
-
-
-def patchify(x: Tensor, patch_size: int) -> Tensor:
-    """Latents [B, C, h, w] -> [B, T, C p p]: the patches that a strided convolution sees, in its weights' order."""
-    p = patch_size
-    b, c, h, w = x.shape
-    return x.reshape(b, c, h // p, p, w // p, p).permute(0, 2, 4, 1, 3, 5).reshape(b, (h // p) * (w // p), c * p * p)
 
 
 def unpatchify(x: Tensor, patch_size: int, height: int, width: int) -> Tensor:

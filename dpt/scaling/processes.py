@@ -10,7 +10,7 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Protocol
 
-from dpt import distributed
+from dpt.cpu.settings import limit_spinning
 
 _LIBRARIES = ["deepspeed", "dpt.evaluation.runner", "dpt.training.run"]
 """What launchers load, and what takes long to."""
@@ -40,7 +40,7 @@ def start_forked(words: list[str], log: Path, environment: dict[str, str]) -> La
 
     That process has one thread and has computed nothing, so that a fork of it is as good as a new interpreter.
     """
-    distributed.limit_spinning()  # in the forked process's environment, before it loads torch
+    limit_spinning()  # in the forked process's environment, before it loads torch
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_LIBRARIES)

@@ -3,7 +3,6 @@
 import os
 import shlex
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +10,10 @@ from pathlib import Path
 from dpt.errors import UserError
 from dpt.scaling.launching import check_needs, command, count_devices, identity, pending, record
 from dpt.scaling.processes import LaunchProcess, start_forked, start_fresh
+from dpt.scaling.side_by_side import Running, run_side_by_side
 from dpt.scaling.study import Launch, Study
 
 _FIRST_PORT = 29600
-_POLL_S = 0.2
 
 
 def run_here(studies: Sequence[Study], *, jobs: int = 1, fork: bool = False, say: Callable[[str], None]) -> None:
@@ -26,50 +25,61 @@ def run_here(studies: Sequence[Study], *, jobs: int = 1, fork: bool = False, say
     `log.txt` in its folder. An interrupted one continues from its last checkpoint. UserError if one fails: no further one
     starts then, and those that run beside it end first.
     """
-    waiting = _join(studies)
-    total, seconds = len(waiting), list[float]()
-    start = start_forked if fork and count_devices() == 0 else start_fresh
-    free, running, failures = _shares(jobs), list[_Running](), list[str]()
-    try:
-        while running or (waiting and not failures):
-            unfinished = {launch.folder for _, launch in waiting} | {one.launch.folder for one in running}
-            ready = [pair for pair in waiting if pair[1].folder.parent / pair[1].parent not in unfinished]
-            for study, launch in ready[: 0 if failures else len(free)]:
-                waiting.remove((study, launch))
-                record(study, launch)
-                running.append(_Running.start(launch, free.pop(0), start))
-                say(f"[{total - len(waiting)}/{total}] {launch.name}\n  $ {shlex.join(running[-1].words)}")
-            time.sleep(_POLL_S)
-            for one in [one for one in running if one.process.exit_code() is not None]:
-                running.remove(one)
-                free.append(one.share)
-                if one.failure:
-                    failures.append(one.failure)
-                    continue
-                seconds.append(time.monotonic() - one.begun)
-                rest = sum(seconds) / len(seconds) * (total - len(seconds)) / jobs
-                left = f"; {len(seconds)} of {total} done, about {rest / 60:.0f} min left" if rest else ""
-                say(f"  {one.launch.name}: done in {seconds[-1]:.0f} s{left}")
-    finally:
-        for one in running:
-            one.process.terminate()
-        for one in running:
-            one.process.wait()
-    if failures:
+    pending_jobs = _join(studies)
+    total, begun, seconds = len(pending_jobs), 0, list[float]()
+    start_process = start_forked if fork and count_devices() == 0 else start_fresh
+    shares = _shares(jobs)
+
+    def start(job: _Job, slot: int, beside: int) -> LaunchProcess:
+        nonlocal begun
+        begun += 1
+        launch, share = job.launch, shares[slot]
+        record(job.study, launch)
+        words = share.command(launch)
+        say(f"[{begun}/{total}] {launch.name}\n  $ {shlex.join(words)}")
+        launch.folder.mkdir(parents=True, exist_ok=True)
+        return start_process(words, launch.folder / "log.txt", share.environment())
+
+    def ended(one: Running[_Job]) -> str:
+        launch = one.job.launch
+        if not one.succeeded:
+            return f"{launch.name} ended with exit code {one.process.exit_code()}; {launch.folder / 'log.txt'} says why."
+        seconds.append(one.seconds)
+        rest = sum(seconds) / len(seconds) * (total - len(seconds)) / jobs
+        left = f"; {len(seconds)} of {total} done, about {rest / 60:.0f} min left" if rest else ""
+        say(f"  {launch.name}: done in {seconds[-1]:.0f} s{left}")
+        return ""
+
+    if failures := run_side_by_side(pending_jobs, slots=jobs, start=start, ended=ended):
         raise UserError(f"{' '.join(failures)} Call again to go on.")
 
 
-def _join(studies: Sequence[Study]) -> list[tuple[Study, Launch]]:
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    """A launch that is pending."""
+
+    study: Study
+    launch: Launch
+
+    @property
+    def result(self) -> Path:
+        return self.launch.result
+
+    @property
+    def needs(self) -> list[Path]:
+        return [self.launch.folder.parent / self.launch.parent / "weights/config.json"] if self.launch.parent else []
+
+
+def _join(studies: Sequence[Study]) -> list[_Job]:
     """The pending launches of all studies, each folder once; UserError if two studies want different ones in a folder."""
     check_needs(studies)
-    first: dict[Path, tuple[Study, Launch]] = {}
+    first: dict[Path, _Job] = {}
     for study in studies:
         for launch in pending(study):
-            other, same = first.setdefault(launch.folder, (study, launch))
-            if identity(same) != identity(launch):
-                raise UserError(
-                    f"{study.path} and {other.path} ask for different launches in {launch.folder}; change the output of one."
-                )
+            same = first.setdefault(launch.folder, _Job(study=study, launch=launch))
+            if identity(same.launch) != identity(launch):
+                files = f"{study.path} and {same.study.path}"
+                raise UserError(f"{files} ask for different launches in {launch.folder}; change the output of one.")
     return list(first.values())
 
 
@@ -113,28 +123,3 @@ def _shares(jobs: int) -> list[_Share]:
     return [
         _Share(number=n, devices=devices[n * each : (n + 1) * each] if each else None, threads=threads) for n in range(jobs)
     ]
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Running:
-    launch: Launch
-    share: _Share
-    words: list[str]
-    process: LaunchProcess
-    begun: float
-
-    @classmethod
-    def start(
-        cls, launch: Launch, share: _Share, start: Callable[[list[str], Path, dict[str, str]], LaunchProcess]
-    ) -> "_Running":
-        words = share.command(launch)
-        launch.folder.mkdir(parents=True, exist_ok=True)
-        process = start(words, launch.folder / "log.txt", share.environment())
-        return cls(launch=launch, share=share, words=words, process=process, begun=time.monotonic())
-
-    @property
-    def failure(self) -> str:
-        """What to say of an ended process; empty if it succeeded."""
-        if self.process.exit_code() == 0 and self.launch.result.exists():
-            return ""
-        return f"{self.launch.name} ended with exit code {self.process.exit_code()}; {self.launch.folder / 'log.txt'} says why."

@@ -31,11 +31,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dpt import hub
-from dpt.config.checks import trained_model, trains_with_muon
+from dpt.config.checks import trained_model
 from dpt.config.recipe import Recipe, load_recipe, section_from_dict
 from dpt.errors import UserError
 from dpt.models import costs
-from dpt.models.decoder_costs import recipe_macs
+from dpt.models.decoder_costs import step_macs
 from dpt.scaling.compute import WEIGHTS_STEP, prediction_macs
 from dpt.scaling.figures import FigureSpec
 
@@ -231,9 +231,8 @@ def expected_macs(study: Study, launch: Launch) -> float:
     recipe = launch.resolved
     if launch.launcher != "evaluate":
         model = trained_model(recipe, launch.launcher)
-        samples = recipe.dpt.training.steps * recipe.deepspeed.get("train_batch_size", 1)
-        updates = costs.muon_macs(model) if trains_with_muon(recipe.deepspeed.get("optimizer", {})) else 0
-        return float(recipe_macs(recipe.dpt, model).training) * samples + updates * recipe.dpt.training.steps
+        batch = recipe.deepspeed.get("train_batch_size", 1)
+        return float(step_macs(recipe, model, batch).training) * recipe.dpt.training.steps * batch
     parent = next((other for other in study.launches if other.name == launch.parent), None)
     if parent is None:
         return 0.0

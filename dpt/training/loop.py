@@ -3,7 +3,6 @@
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,12 +10,12 @@ from typing import Any, TypeVar
 import torch
 
 from dpt import __version__, distributed
-from dpt.config.checks import batch_split, trains_with_muon
+from dpt.config.checks import batch_split
 from dpt.config.recipe import DptConfig, Recipe
 from dpt.errors import UserError
 from dpt.locking import held
-from dpt.models.costs import Macs, muon_macs, num_params
-from dpt.models.decoder_costs import recipe_macs
+from dpt.models.costs import Macs, num_params
+from dpt.models.decoder_costs import step_macs
 from dpt.models.expert_distance import expert_distances
 from dpt.models.moe import EarlierRouting
 from dpt.scores import with_unit
@@ -312,12 +311,8 @@ class Trainer:
             return open_validator(self.config, self.data_loader.codes, self.data_loader.depth_prompt)
 
     def _count_macs(self) -> Macs:
-        """Of a sample, with its share of what Muon computes in a step."""
-        macs = recipe_macs(self.config, self.config.model, *self.data_loader.latent_size)
-        if not trains_with_muon(self.recipe.deepspeed.get("optimizer", {})):
-            return macs
         batch, _, _ = batch_split(self.recipe, distributed.world_size())
-        return replace(macs, training=macs.training + muon_macs(self.config.model) // batch)
+        return step_macs(self.recipe, self.config.model, batch, *self.data_loader.latent_size)
 
     def _pixel_loss(self) -> PixelLoss | None:
         """With the decoder on the training device: in bf16 beside a network that is not in float32, on a GPU."""

@@ -64,7 +64,7 @@ def test_plain_ways_that_take_minutes_are_left_out_unless_asked_for(monkeypatch)
 def test_the_bound_of_bf16_without_units_is_that_of_fp32(monkeypatch):
     products = harness.linear_products(3, 4, 5)
     for narrow, expected in ((frozenset([torch.bfloat16]), torch.float32), (frozenset(), torch.bfloat16)):
-        monkeypatch.setattr("dpt.models.products._WIDENED", narrow)
+        monkeypatch.setattr("dpt.cpu.upcast._UPCAST", narrow)
         bound = harness.MatrixProducts(products, torch.bfloat16)
         assert {t.dtype for operands in bound._operands for t in operands} == {expected}
 

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 
+from dpt.cpu import upcast
 from dpt.errors import UserError
 from dpt.models import attention as module
 from dpt.models.attention import Attention, attention, use_backend
@@ -30,13 +31,13 @@ def test_sdpa_is_the_formula(head_size):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("widened", [False, True])
-def test_scores_have_the_scale_that_is_asked_for(monkeypatch, widened):
+@pytest.mark.parametrize("upcasts", [False, True])
+def test_scores_have_the_scale_that_is_asked_for(monkeypatch, upcasts):
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, 3, 10, 16, requires_grad=True) for _ in range(3))
     weights = torch.randn(2, 3, 10, 16)
-    if widened:  # as on a processor without units for the type
-        monkeypatch.setattr(module.products, "_WIDENED", {torch.float32})
+    if upcasts:  # as on a processor without units for the type
+        monkeypatch.setattr(upcast, "_UPCAST", {torch.float32})
     out, expected = attention(q, k, v, 0.05), (q @ k.transpose(-1, -2) * 0.05).softmax(-1) @ v
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
     grads = [torch.autograd.grad((x * weights).sum(), (q, k, v)) for x in (out, expected)]

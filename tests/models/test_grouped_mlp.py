@@ -4,7 +4,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dpt.models import grouped_mlp as module
 from dpt.models.grouped_mlp import Weights, grouped_mlp
 
 D, WIDTH = 8, 16
@@ -38,7 +37,7 @@ def test_equal_to_one_mlp_after_the_other(monkeypatch, request, way, kind, biase
     torch.manual_seed(0)
     dtype = torch.float32 if way == "grouped" else torch.float64
     if way == "small chunks":
-        monkeypatch.setattr(module, "_CHUNK", 40)
+        monkeypatch.setattr("dpt.cpu.chunks._CHUNK", 40)
     if way == "grouped":
         request.getfixturevalue("grouped_products")
     weights = make(len(counts), kind, biased, dtype)
@@ -53,7 +52,7 @@ def test_equal_to_one_mlp_after_the_other(monkeypatch, request, way, kind, biase
 
 def test_in_bf16_gradients_of_weights_are_rounded_once(monkeypatch):
     torch.manual_seed(0)
-    monkeypatch.setattr(module, "_CHUNK", 40)
+    monkeypatch.setattr("dpt.cpu.chunks._CHUNK", 40)
     weights = Weights(*(None if w is None else w.detach().bfloat16().requires_grad_() for w in make(1, "swiglu", False, None)))
     x = torch.randn(300, D).bfloat16()
     (ours,) = torch.autograd.grad(grouped_mlp(x, weights, torch.tensor([300]), "swiglu").sum(), weights.w_out)

@@ -5,8 +5,9 @@ import torch
 
 from benchmarks.memory import LiveBytes
 from dpt.config.sections import ModelConfig
+from dpt.cpu import gelu, upcast
 from dpt.data.codec import load_vae
-from dpt.models import activations, build_model, products
+from dpt.models import build_model
 from dpt.models.costs import memory, num_params, picture_bytes
 from dpt.models.vae_costs import VAESize, vae_config, vae_size
 from tests.gloo import run_ranks
@@ -121,10 +122,10 @@ UNDER_DEEPSPEED = {
     ("network", "ep_size", "stage"), [("dense", 1, 1), ("dense", 1, 2), ("dense", 1, 3), ("experts", 2, 1), ("experts", 2, 2)]
 )
 def test_total_bytes_are_within_15_percent_of_deepspeeds_peak(network, ep_size, stage, precision, monkeypatch):
-    """Dense on one rank; experts spread over two; with units for bf16, and the activation's pieces small beside a
+    """Dense on one rank; experts spread over two; with units for bf16, and the activation's chunks small beside a
     layer, as those of large networks are."""
-    monkeypatch.setattr(products, "_WIDENED", frozenset())
-    monkeypatch.setattr(activations, "_CHUNK", 1024)
+    monkeypatch.setattr(upcast, "_UPCAST", frozenset())
+    monkeypatch.setattr(gelu, "_CHUNK", 1024)
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     config = UNDER_DEEPSPEED[network]
     estimate = memory(

@@ -1,4 +1,4 @@
-"""Products of bf16 numbers through float32: rounded once, kept narrow, and none left out of the network."""
+"""Products of bf16 numbers through float32: rounded once, kept in 16 bits, and none left out of the network."""
 
 import pytest
 import torch
@@ -6,6 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.memory import LiveBytes
+from dpt.cpu import upcast
 from dpt.models import products
 from dpt.models.layers import PatchEmbed
 from tests.models.test_attention import formula
@@ -17,7 +18,7 @@ NARROW = [torch.bfloat16, torch.float16]
 @pytest.fixture(autouse=True)
 def no_units(monkeypatch):
     """Whatever this processor has."""
-    monkeypatch.setattr(products, "_WIDENED", frozenset(NARROW))
+    monkeypatch.setattr(upcast, "_UPCAST", frozenset(NARROW))
 
 
 def rounded_once(exact, dtype):
@@ -106,7 +107,7 @@ class NoNarrowProducts(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_all_products_of_a_network_are_widened(name, monkeypatch):
+def test_all_products_of_a_network_are_upcasts(name, monkeypatch):
     """Training in bf16: the same as with units for it, up to rounding, and no product in bf16 at all."""
     torch.manual_seed(0)
     network = tiny(**VARIANTS[name])
@@ -123,7 +124,7 @@ def test_all_products_of_a_network_are_widened(name, monkeypatch):
 
     with NoNarrowProducts():
         ours = gradients()
-    monkeypatch.setattr(products, "_WIDENED", frozenset())
+    monkeypatch.setattr(upcast, "_UPCAST", frozenset())
     theirs = gradients()
     assert ours.keys() == theirs.keys()
     largest = max(float(g.abs().max()) for g in theirs.values())  # a bias of keys changes nothing: its gradient is rounding
@@ -136,20 +137,20 @@ def test_the_patch_embedding_is_its_convolution(monkeypatch):
     torch.manual_seed(0)
     embed, x = PatchEmbed(2, 4, 16).bfloat16(), torch.randn(2, 4, 6, 8).bfloat16()
     ours = embed(x)
-    monkeypatch.setattr(products, "_WIDENED", frozenset())
+    monkeypatch.setattr(upcast, "_UPCAST", frozenset())
     torch.testing.assert_close(ours, embed(x), rtol=2e-2, atol=2e-2)
 
 
 def test_float32_is_left_to_pytorch():
     x, weight, bias = torch.randn(3, 4), torch.randn(5, 4), torch.randn(5)
     assert torch.equal(products.linear(x, weight, bias), torch.nn.functional.linear(x, weight, bias))
-    assert not products.is_widened(x)
+    assert not upcast.needs_upcast(x)
 
 
-@pytest.mark.parametrize("widened", [True, False])
-def test_blocks_compile_into_one_graph(widened, monkeypatch):
-    if not widened:
-        monkeypatch.setattr(products, "_WIDENED", frozenset())
+@pytest.mark.parametrize("upcasts", [True, False])
+def test_blocks_compile_into_one_graph(upcasts, monkeypatch):
+    if not upcasts:
+        monkeypatch.setattr(upcast, "_UPCAST", frozenset())
     block = tiny().bfloat16().blocks[0]
     x, conditioning = torch.randn(2, 16, 32).bfloat16(), torch.randn(2, 32).bfloat16()
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
@@ -160,5 +161,5 @@ def test_blocks_compile_into_one_graph(widened, monkeypatch):
 def test_the_speed_of_narrow_products_is_that_of_float32(monkeypatch):
     cpu = torch.device("cpu")
     assert products.product_dtype(torch.bfloat16, cpu) == torch.float32
-    monkeypatch.setattr(products, "_WIDENED", frozenset())
+    monkeypatch.setattr(upcast, "_UPCAST", frozenset())
     assert products.product_dtype(torch.bfloat16, cpu) == torch.bfloat16

@@ -1,0 +1,87 @@
+"""Jobs that read each other's results, several side by side on this machine."""
+
+import time
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, Protocol, TypeVar
+
+from dpt.scaling.processes import LaunchProcess
+
+_POLL_S = 0.2
+
+
+class Job(Protocol):
+    """What is run as one process."""
+
+    @property
+    def result(self) -> Path:
+        """The file that proves that it has finished."""
+
+    @property
+    def needs(self) -> Collection[Path]:
+        """Results of other jobs that it reads."""
+
+
+J = TypeVar("J", bound=Job)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Running(Generic[J]):
+    """A job and its process."""
+
+    job: J
+    slot: int
+    """0 to the number of slots - 1: no two jobs that run at once have the same."""
+    process: LaunchProcess
+    begun: float
+
+    @property
+    def seconds(self) -> float:
+        """Since it began."""
+        return time.monotonic() - self.begun
+
+    @property
+    def succeeded(self) -> bool:
+        """Whether the ended process did what it was for."""
+        return self.process.exit_code() == 0 and self.job.result.exists()
+
+
+def run_side_by_side(
+    jobs: Sequence[J],
+    *,
+    slots: int,
+    start: Callable[[J, int, int], LaunchProcess | None],
+    ended: Callable[[Running[J]], str],
+) -> list[str]:
+    """Run the jobs, `slots` at a time, each as soon as those whose results it needs have ended. Returns the failures.
+
+    `start(job, slot, beside)` starts one that shares the machine with at most `beside` - 1 others; None: nothing is to be done.
+    `ended(running)` is told of an ended one, and returns its failure in words, or "". After a failure no further job starts,
+    and those that run beside it end first. Interrupted, it ends the processes.
+    """
+    waiting, running, failures, free = list(jobs), list[Running[J]](), list[str](), list(range(slots))
+    try:
+        while running or (waiting and not failures):
+            unmade = {job.result for job in waiting} | {one.job.result for one in running}
+            ready = [job for job in waiting if not unmade.intersection(job.needs)]
+            beside = min(slots, len(ready) + len(running))
+            for job in ready:
+                if failures or not free:
+                    break
+                waiting.remove(job)
+                process = start(job, free[0], beside)
+                if process is not None:
+                    running.append(Running(job=job, slot=free.pop(0), process=process, begun=time.monotonic()))
+            time.sleep(_POLL_S)
+            for one in [one for one in running if one.process.exit_code() is not None]:
+                running.remove(one)
+                free.append(one.slot)
+                if failure := ended(one):
+                    failures.append(failure)
+    finally:
+        for one in running:
+            one.process.terminate()
+        for one in running:
+            one.process.wait()
+    return failures
