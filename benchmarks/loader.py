@@ -2,7 +2,7 @@
 
 python -m benchmarks.loader [--megabytes 512] [--shards FOLDER] [--json FILE]
 
-Samples per second of processor time. `bound` reads whole tars into memory and copies them from there; in pieces that stay in
+Samples per second of processor time. `bound` reads whole tars into memory and copies them from there; in chunks that stay in
 the cache between the two, which no shuffled order can have, it is faster. `data_wait`: the share of a training loop's time in
 which it waits for batches of 256, if its steps compute for 50 ms (5120 samples/s).
 """
@@ -48,13 +48,13 @@ def write_shards(folder: Path, megabytes: int) -> None:
     write_manifest(folder, manifest)
 
 
-def read_and_copy(folder: Path, pieces: int | None = None) -> int:
-    """Read every tar into a buffer and copy it from there to another, whole or in pieces of so many bytes.
+def read_and_copy(folder: Path, chunk: int | None = None) -> int:
+    """Read every tar into a buffer and copy it from there to another, whole or in chunks of so many bytes.
 
-    Pieces stay in the core's cache between the two, which no shuffled order can have. Returns the samples passed.
+    Chunks stay in the core's cache between the two, which no shuffled order can have. Returns the samples passed.
     """
     manifest = read_manifest(folder)
-    size = pieces or max(shard.bytes for shard in manifest.shards)
+    size = chunk or max(shard.bytes for shard in manifest.shards)
     buffer, copy = _buffers(size)
     for shard in manifest.shards:
         with (folder / shard.name).open("rb", buffering=0) as file:
@@ -100,7 +100,7 @@ def speed(folder: Path, rounds: int) -> list[harness.Row]:
 
     measured = {
         harness.BOUND: lambda: read_and_copy(folder),
-        "bound in pieces of 4 MB": lambda: read_and_copy(folder, 4 << 20),
+        "bound in chunks of 4 MB": lambda: read_and_copy(folder, 4 << 20),
         harness.OURS: stream,
     }
     rates = [{name: rate(action) for name, action in measured.items()} for _ in range(rounds + 1)][1:]

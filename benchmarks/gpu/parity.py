@@ -10,7 +10,7 @@ from benchmarks.gpu.training import Training
 from dpt.config.sections import ModelConfig
 from dpt.models import grouped_mlp
 from dpt.models.attention import attention
-from dpt.models.grouped_mlp import Weights
+from dpt.models.grouped_mlp import ExpertWeights
 
 LOSS_STEPS = 50
 _BF16_ROUNDING = 2.0**-8
@@ -45,7 +45,7 @@ def _experts(experts: int = 4, rows: int = 4096, size: int = 256, width: int = 5
     seed = torch.randn(rows, size, device=device).bfloat16()
     poison = torch.full_like(torch.cat([w_in.flatten(), w_out.flatten()]), float("nan"))
     del poison  # what the kernel leaves unwritten would now be seen
-    out = grouped_mlp.grouped_mlp(x, Weights(w_in, None, w_out, None), counts, "swiglu")
+    out = grouped_mlp.grouped_mlp(x, ExpertWeights(w_in, None, w_out, None), counts, "swiglu")
     ours = [out, *torch.autograd.grad(out, (x, w_in, w_out), seed)]
     wide = [t.detach().double().requires_grad_() for t in (x, w_in, w_out)]
     parts = []

@@ -5,7 +5,7 @@ import json
 from typing import Any
 
 from dpt.config.numbers import AT_LEAST_1, numeric
-from dpt.models.costs import preset_table
+from dpt.models.memory import preset_table
 from dpt.scaling.results import format_cells, show_macs
 
 

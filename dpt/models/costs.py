@@ -1,24 +1,17 @@
-"""What a network costs, from its config alone: parameters, multiply-accumulates, bytes per rank. Pure Python, no torch.
+"""What a network costs, from its config alone: parameters and multiply-accumulates. Pure Python, no torch.
 
 One multiply-accumulate (MAC) is two floating-point operations; papers on Diffusion Transformers call MACs "Gflops". Counted are
 matrix products, convolutions and attention, as torch's FlopCounterMode does.
 """
 
 import math
-from dataclasses import dataclass, fields, replace
-from typing import Any, Literal
+from dataclasses import dataclass, replace
 
-from dpt.config.presets import PRESETS, preset_values
 from dpt.config.sections import ModelConfig
 from dpt.errors import UserError
-from dpt.models.vae_costs import VAESize
-
-Precision = Literal["fp32", "bf16", "fp16"]
 
 FREQUENCY_EMBEDDING_SIZE = 256
 """Width of the sinusoidal timestep features in DiT."""
-REDUCE_BUCKET_SIZE = 100_000_000
-"""Our zero_optimization.reduce_bucket_size, in elements: several buckets a backward pass, so that they overlap with it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,41 +36,6 @@ class Macs:
     """What flash attention's backward pass computes again; FlopCounterMode counts `training` plus this."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Memory:
-    """Bytes on each rank in the course of training."""
-
-    weights: int
-    """In the precision of the matrix products."""
-    master_weights: int
-    """The optimizer's own float32 copy."""
-    gradients: int
-    """In float32 where bf16 gradients are accumulated so, which our training engine sets for ZeRO 1 to 3."""
-    buckets: int
-    """DeepSpeed's buffer for exchanging gradients, of its default size (ZeRO 1 to 3)."""
-    moments: int
-    """Adam's two, float32; one of those matrices that Muon trains."""
-    ema: int
-    """Averaged weights, float32."""
-    activations: int
-    """Kept for the backward pass, and its largest temporaries."""
-    pictures: int = 0
-    """Drawing class pictures, as far as the activations, which are free by then, leave no room for it."""
-    orthogonal: int = 0
-    """What Muon makes updates in, as far as the activations leave no room for it."""
-    alignment: int = 0
-    """Aligned hidden states: the averaged network that teaches, and what projectors keep for the backward pass."""
-    decoder: int = 0
-    """A pixel loss: the VAE's weights, and what its decoder keeps for the backward pass."""
-    host: int = 0
-    """In the host's memory, where offloading keeps it; not in `total`."""
-
-    @property
-    def total(self) -> int:
-        """On the device."""
-        return sum(getattr(self, f.name) for f in fields(self)) - self.host
-
-
 def num_tokens(config: ModelConfig, height: int = 0, width: int = 0) -> int:
     """Tokens of a latent image of height x width (0: input_size); UserError if patches do not divide it."""
     height, width, p = height or config.input_size, width or config.input_size, config.patch_size
@@ -97,7 +55,7 @@ def num_params(config: ModelConfig) -> ParamCount:
     block = 4 * d * d + 4 * d + 6 * d * d + 6 * d  # attention, adaLN
     if config.qk_norm:
         block += 4 * (d // config.num_heads)
-    expert = _expert_params(config)
+    expert = expert_params(config)
     block += config.num_experts * d + 3 * d * config.shared_expert_width if config.num_experts else expert
     routed, used = config.depth * config.num_experts * expert, config.depth * min(config.num_experts, config.top_k) * expert
     return ParamCount(
@@ -150,71 +108,15 @@ def with_bypass(whole: Macs, config: ModelConfig, share: float, blocks: int, hei
     return replace(whole, training=whole.training - 3 * saved, attention_recompute=recompute)
 
 
-def memory(
-    config: ModelConfig,
-    *,
-    ranks: int = 1,
-    ep_size: int = 1,
-    zero_stage: int = 1,
-    micro_batch_size: int = 1,
-    precision: Precision = "bf16",
-    num_emas: int = 1,
-    height: int = 0,
-    width: int = 0,
-    activation_checkpointing: bool = False,
-    offload_optimizer: bool = False,
-    offload_param: bool = False,
-    pictures: int = 0,
-    muon: bool = False,
-    projector_params: int = 0,
-) -> Memory:
-    """Bytes on each of `ranks` when training with AdamW (or Muon) and DeepSpeed's ZeRO stage (0 to 3); latents as in `macs`.
-
-    ZeRO divides over all ranks: optimizer states (stage 1), gradients too (2), weights too (3); experts' ones over the ranks
-    that hold the same experts, which comes to the same. `offload_optimizer` (stages 1 to 3) and `offload_param` (stage 3) are
-    DeepSpeed's, to the CPU. `pictures`: of drawing class pictures (`picture_bytes`). `projector_params`:
-    trained beside the network's own (`dpt.models.alignment_costs`). UserError for what cannot be.
-    """
-    for name, value in (("ranks", ranks), ("ep_size", ep_size), ("micro_batch_size", micro_batch_size)):
-        if value < 1:
-            raise UserError(f"{name} is {value}; it must be at least 1.")
-    if ranks % ep_size or (config.num_experts or 1) % ep_size:
-        raise UserError(f"ep_size {ep_size} must divide the ranks ({ranks}) and num_experts ({config.num_experts}).")
-    if zero_stage == 3 and ep_size > 1:
-        raise UserError(f"ZeRO stage 3 cannot go with ep_size {ep_size}; choose stage 2 or ep_size 1.")
-    size = 4 if precision == "fp32" else 2
-    count = num_params(config)
-    count = replace(count, total=count.total + projector_params)
-    held = count.total - count.routed + count.routed // ep_size  # before ZeRO
-    share = math.ceil(count.total / ranks)
-    optimizer = share if zero_stage >= 1 else held
-    keeps_master = precision != "fp32" or zero_stage >= 1  # ZeRO's partitions are copies in any precision
-    if precision == "bf16" and zero_stage == 2 and ranks == 1 and not offload_optimizer:
-        zero_stage = 1  # as the engine does: there is nothing to reduce
-    tokens = micro_batch_size * num_tokens(config, height, width)
-    plan = Memory(
-        weights=size * (share if zero_stage == 3 else held),
-        master_weights=4 * optimizer if keeps_master else 0,
-        gradients=_gradient_bytes(precision, zero_stage, held, share),
-        buckets=_bucket_bytes(precision, zero_stage, held),
-        moments=8 * optimizer - (4 * math.ceil(optimizer * _muon_params(config)[0] / count.total) if muon else 0),
-        ema=4 * num_emas * optimizer,
-        activations=_activation_bytes(config, tokens, size, ep_size, activation_checkpointing),
-    )
-    working = 24 * _muon_params(config)[1] // ep_size if muon else 0  # six copies in float32, as on a CPU
-    plan = replace(plan, pictures=max(0, pictures - plan.activations), orthogonal=max(0, working - plan.activations))
-    return _offloaded(plan, zero_stage, size * share, optimizer=offload_optimizer, param=offload_param)
-
-
 def _muon_stacks(config: ModelConfig) -> list[tuple[int, int, int]]:
     """The parameters of a block that Muon trains (`dpt.training.muon`): matrices in each, rows and columns."""
     d, width, experts, shared = config.hidden_size, config.mlp_width, config.num_experts, config.shared_expert_width
-    inputs = 2 if _is_swiglu(config) else 1
+    inputs = 2 if is_swiglu(config) else 1
     stacks = [(3, d, d), (1, d, d), (6, d, d), (inputs * max(experts, 1), width, d), (max(experts, 1), d, width)]
     return stacks + ([(2, shared, d), (1, d, shared)] if experts and shared else [])
 
 
-def _muon_params(config: ModelConfig) -> tuple[int, int]:
+def muon_params(config: ModelConfig) -> tuple[int, int]:
     """Numbers in all matrices that Muon trains, and in the largest parameter of them."""
     sizes = [math.prod(stack) for stack in _muon_stacks(config)]
     return config.depth * sum(sizes), max(sizes)
@@ -230,99 +132,6 @@ def muon_macs(config: ModelConfig) -> int:
     return config.depth * sum(count * matrix(rows, columns) for count, rows, columns in _muon_stacks(config))
 
 
-def _gradient_bytes(precision: Precision, zero_stage: int, held: int, share: int) -> int:
-    """Of `held` parameters, `share` of them this rank's: bf16 ones are summed in fp32, in stage 1 beside themselves."""
-    if precision != "bf16" or zero_stage == 0:
-        return (4 if precision == "fp32" else 2) * (share if zero_stage >= 2 else held)
-    return 4 * share if zero_stage >= 2 else 6 * held
-
-
-def _bucket_bytes(precision: Precision, zero_stage: int, held: int) -> int:
-    """What gradients are reduced in: with bf16 in fp32, in stage 2 in two buckets, one filled while the other is under way."""
-    if zero_stage == 0:
-        return 0
-    size = 2 if precision == "fp16" or (precision == "bf16" and zero_stage == 3) else 4
-    return size * min(held, REDUCE_BUCKET_SIZE) * (2 if precision == "bf16" and zero_stage == 2 else 1)
-
-
-def _offloaded(plan: Memory, zero_stage: int, share: int, *, optimizer: bool, param: bool) -> Memory:
-    """The plan with what DeepSpeed offloads in the host's memory.
-
-    `share`: bytes of a rank's part of the weights, of which the optimizer keeps a copy on the host (stages 1 and 2). The host
-    gets a rank's part of the gradients, in float32; before that stage 1 collects all of them on the device.
-    """
-    if optimizer and zero_stage >= 1:
-        part = plan.master_weights
-        moved = plan.master_weights + plan.moments + plan.ema + part + (share if zero_stage < 3 else 0)
-        gradients = plan.gradients if zero_stage == 1 else 0
-        plan = replace(plan, master_weights=0, moments=0, ema=0, gradients=gradients, host=plan.host + moved)
-    if param and zero_stage == 3:
-        plan = replace(plan, weights=0, host=plan.host + plan.weights)
-    return plan
-
-
-def picture_bytes(
-    config: ModelConfig,
-    vae: VAESize,
-    *,
-    images: int = 1,
-    guided: bool = True,
-    precision: Precision = "bf16",
-    height: int = 0,
-    width: int = 0,
-) -> int:
-    """Bytes for sampling while training, `images` at a time: class pictures (`dpt.training.sampling`), validation; as `macs`.
-
-    A whole copy of the network, the VAE in float32, and the larger of a forward pass (of two latents if `guided`) and decoding.
-    """
-    size, latents = 4 if precision == "fp32" else 2, (height or config.input_size) * (width or config.input_size)
-    tokens = images * (1 + guided) * num_tokens(config, height, width)
-    forward = tokens * (_kept_per_token(config, size) + 2 * config.hidden_size * size)
-    decoded = images * 4 * 4 * vae.channels * vae.downsampling**2 * latents
-    return size * num_params(config).total + 4 * vae.params + max(forward, decoded)
-
-
-def preset_table(
-    *, ranks: int = 1, ep_size: int = 1, zero_stage: int = 1, micro_batch_size: int = 32, precision: Precision = "bf16"
-) -> list[dict[str, Any]]:
-    """Parameters, MACs at 256 and 512 px and bytes per rank (at 256 px) of every preset and upcycled form, one row each.
-
-    `..._checkpointed` is with activation checkpointing. Dense networks are counted with ep_size 1.
-    """
-    configs = {name: ModelConfig(**preset_values(name)) for name in PRESETS}
-    for name, config in list(configs.items()):
-        if not config.num_experts and config.patch_size == 2:
-            configs[f"{name} upcycled 8E2A"] = ModelConfig(**preset_values(name) | {"num_experts": 8, "top_k": 2})
-    rows = []
-    for name, config in configs.items():
-        count, at_256, at_512 = num_params(config), macs(config, 32, 32), macs(config, 64, 64)
-        settings: dict[str, Any] = {"ranks": ranks, "ep_size": ep_size if config.num_experts else 1, "zero_stage": zero_stage}
-        settings |= {"micro_batch_size": micro_batch_size, "precision": precision}
-        plain, checkpointed = (memory(config, **settings, activation_checkpointing=c) for c in (False, True))
-        rows.append(
-            {
-                "preset": name,
-                "params_total": count.total,
-                "params_active": count.active,
-                "forward_macs_256px": at_256.forward,
-                "training_macs_256px": at_256.training,
-                "forward_macs_512px": at_512.forward,
-                "training_macs_512px": at_512.training,
-                "bytes_weights": plain.weights,
-                "bytes_master_weights": plain.master_weights,
-                "bytes_gradients": plain.gradients,
-                "bytes_buckets": plain.buckets,
-                "bytes_moments": plain.moments,
-                "bytes_ema": plain.ema,
-                "bytes_activations": plain.activations,
-                "bytes_activations_checkpointed": checkpointed.activations,
-                "bytes_total": plain.total,
-                "bytes_total_checkpointed": checkpointed.total,
-            }
-        )
-    return rows
-
-
 def _in_channels(config: ModelConfig) -> int:
     return config.in_channels * (1 + config.num_conditions)
 
@@ -331,14 +140,14 @@ def _out_channels(config: ModelConfig) -> int:
     return config.in_channels * (2 if config.learn_sigma else 1)
 
 
-def _is_swiglu(config: ModelConfig) -> bool:
+def is_swiglu(config: ModelConfig) -> bool:
     return config.num_experts > 0 and config.expert_activation == "swiglu"
 
 
-def _expert_params(config: ModelConfig) -> int:
+def expert_params(config: ModelConfig) -> int:
     """Parameters of one expert, or of a dense block's MLP."""
     d, width = config.hidden_size, config.mlp_width
-    return 3 * d * width if _is_swiglu(config) else 2 * d * width + width + d
+    return 3 * d * width if is_swiglu(config) else 2 * d * width + width + d
 
 
 def _mlp_macs_per_token(config: ModelConfig) -> int:
@@ -346,38 +155,5 @@ def _mlp_macs_per_token(config: ModelConfig) -> int:
     d, width = config.hidden_size, config.mlp_width
     if not config.num_experts:
         return 2 * d * width
-    matrices = 3 if _is_swiglu(config) else 2
+    matrices = 3 if is_swiglu(config) else 2
     return d * config.num_experts + config.top_k * matrices * d * width + 3 * d * config.shared_expert_width
-
-
-def _activation_bytes(config: ModelConfig, tokens: int, size: int, ep_size: int, checkpointing: bool) -> int:
-    """Largest sum of what autograd keeps and what the backward pass works in, for `tokens` tokens of `size`-byte numbers."""
-    d = config.hidden_size
-    kept, working = _kept_per_token(config, size), 7 * d * size  # 7: the final layer, and gradients on their way
-    if config.num_experts:
-        width, swiglu = config.top_k * config.mlp_width, int(_is_swiglu(config))
-        expert_gradients = config.num_experts // ep_size * _expert_params(config) * size  # of one block
-        # In the experts' backward pass: gradient of the activation, the activation again, gradient of the first product; later
-        # the last two beside the weights' gradients. The shared expert's backward pass is over by then.
-        freed = (4 * config.shared_expert_width - 2 * d) * size
-        early, late = (3 + swiglu) * width * size, (2 + swiglu) * width * size + expert_gradients // tokens
-        working = max(working, max(early, late) - freed)
-    blocks = kept + config.depth * d * size if checkpointing else config.depth * kept
-    return tokens * (blocks + working)
-
-
-def _kept_per_token(config: ModelConfig, size: int) -> int:
-    """Bytes that one block keeps for the backward pass, per token."""
-    d, heads = config.hidden_size, config.num_heads
-    wide = 8 * d + 4 * d  # attention: input, norm, modulated, qkv, result, projection; MLP: input, norm, modulated, result
-    if config.qk_norm:
-        wide += 3 * d
-    narrow = 4 * (heads + 4)  # float32: attention's log-sums, both norms' means and deviations
-    if config.num_experts:
-        k, width = config.top_k, config.mlp_width
-        wide += k * (2 * d + width * (2 if _is_swiglu(config) else 1)) + 4 * config.shared_expert_width
-        narrow += 3 * 4 * config.num_experts + k * (3 * 4 + 4 * 8)  # router in float32; slots' weights and indices
-        narrow += 4 * d if size < 4 else 0  # the router's float32 input
-    else:
-        wide += 2 * config.mlp_width
-    return wide * size + narrow

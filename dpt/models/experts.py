@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from dpt.models import activations
-from dpt.models.grouped_mlp import Weights, grouped_mlp
+from dpt.models.grouped_mlp import ExpertWeights, grouped_mlp
 
 
 class _Permute(torch.autograd.Function):
@@ -135,21 +135,21 @@ class Experts(nn.Module):
                 nn.init.xavier_uniform_(weight, generator=generator)
 
     @property
-    def weights(self) -> Weights:
+    def weights(self) -> ExpertWeights:
         """The parameters as `grouped_mlp` takes them."""
         if self.kind == "swiglu":
-            return Weights(self.gate_up_weight, None, self.down_weight, None)
-        return Weights(self.fc1_weight, self.fc1_bias, self.fc2_weight, self.fc2_bias)
+            return ExpertWeights(self.gate_up_weight, None, self.down_weight, None)
+        return ExpertWeights(self.fc1_weight, self.fc1_bias, self.fc2_weight, self.fc2_bias)
 
     def forward(self, x_ND: Tensor, counts_E: Tensor) -> Tensor:
         """Rows sorted by expert [N, D], rows of each expert int64 [E] -> [N, D]. Autocast applies as to a linear layer."""
         return grouped_mlp(*self.cast(x_ND), counts_E, self.kind)
 
-    def cast(self, x_ND: Tensor) -> tuple[Tensor, Weights]:
+    def cast(self, x_ND: Tensor) -> tuple[Tensor, ExpertWeights]:
         """Rows and weights in the type that they are multiplied in: autocast's, if it is on."""
         weights = self.weights
         device = x_ND.device.type
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
-            x_ND, weights = x_ND.to(dtype), Weights(*(None if w is None else w.to(dtype) for w in weights))  # type: ignore[arg-type]
+            x_ND, weights = x_ND.to(dtype), ExpertWeights(*(None if w is None else w.to(dtype) for w in weights))  # type: ignore[arg-type]
         return x_ND, weights

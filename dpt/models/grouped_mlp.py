@@ -21,8 +21,8 @@ Rows = Callable[[Tensor], None]
 """Is told the gradient of the rows as soon as it is there, before the weights' are computed."""
 
 
-class Weights(NamedTuple):
-    """Weights of E MLPs, in PyTorch's [out, in] orientation behind the first axis."""
+class ExpertWeights(NamedTuple):
+    """ExpertWeights of E MLPs, in PyTorch's [out, in] orientation behind the first axis."""
 
     w_in: Tensor
     """[E, H, D]."""
@@ -34,7 +34,7 @@ class Weights(NamedTuple):
     """[E, D]; there is one if there is a `b_in`."""
 
 
-def grouped_mlp(x_ND: Tensor, weights: Weights, counts: Tensor, kind: activations.Kind) -> Tensor:
+def grouped_mlp(x_ND: Tensor, weights: ExpertWeights, counts: Tensor, kind: activations.Kind) -> Tensor:
     """Rows sorted by expert [N, D], rows of each int64 [E] -> [N, D], differentiable.
 
     Grouped products where the device has a kernel for them (`has_grouped_products`): no host needs to know the counts, and
@@ -44,18 +44,18 @@ def grouped_mlp(x_ND: Tensor, weights: Weights, counts: Tensor, kind: activation
     if has_grouped_products(x_ND):
         out: Tensor = _GroupedMlp.apply(x_ND, *weights, counts, kind)
         return out
-    return _sliced_mlp(x_ND, weights, counts, kind)
+    return _looped_mlp(x_ND, weights, counts, kind)
 
 
-def forward_pass(x_ND: Tensor, weights: Weights, counts: Tensor, kind: activations.Kind) -> tuple[Tensor, Tensor]:
+def forward_pass(x_ND: Tensor, weights: ExpertWeights, counts: Tensor, kind: activations.Kind) -> tuple[Tensor, Tensor]:
     """The first products [N, H], which `backward_pass` needs, and the results [N, D]; not differentiable."""
     if has_grouped_products(x_ND):
         return _forward_grouped(x_ND, weights, counts, kind)
-    return _forward_sliced(x_ND, weights, counts.tolist(), kind)
+    return _forward_looped(x_ND, weights, counts.tolist(), kind)
 
 
 def backward_pass(grad: Tensor, x: Tensor, hidden: Tensor, w_in: Tensor, w_out: Tensor, counts: Tensor,
-                  kind: activations.Kind, biased: bool, on_rows: Rows) -> Weights:  # fmt: skip
+                  kind: activations.Kind, biased: bool, on_rows: Rows) -> ExpertWeights:  # fmt: skip
     """Gradients of the weights; that of the rows goes to `on_rows`, so that it can travel while they are computed."""
     if has_grouped_products(x):
         return _backward_grouped(grad, x, hidden, w_in, w_out, counts, kind, biased, on_rows)[1]
@@ -74,7 +74,7 @@ def backward_pass(grad: Tensor, x: Tensor, hidden: Tensor, w_in: Tensor, w_out: 
         mm(grad[part].t(), active[part], out=d_w_out[e])
         mm(d_hidden[part].t(), x[part], out=d_w_in[e])
     d_b_in, d_b_out = (_sums(d_hidden, counts), _sums(grad, counts)) if biased else (None, None)
-    return Weights(d_w_in, d_b_in, d_w_out, d_b_out)
+    return ExpertWeights(d_w_in, d_b_in, d_w_out, d_b_out)
 
 
 def _slices(counts: list[int]) -> Iterator[slice]:
@@ -93,7 +93,7 @@ class _GroupedMlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, w_in: Tensor, b_in: Tensor | None, w_out: Tensor, b_out: Tensor | None, counts: Tensor,
                 kind: activations.Kind) -> Tensor:  # fmt: skip
-        hidden, out = _forward_grouped(x, Weights(w_in, b_in, w_out, b_out), counts, kind)
+        hidden, out = _forward_grouped(x, ExpertWeights(w_in, b_in, w_out, b_out), counts, kind)
         ctx.save_for_backward(x, hidden, w_in, w_out, counts)
         ctx.kind, ctx.biased = kind, b_in is not None
         return out
@@ -107,16 +107,16 @@ class _GroupedMlp(torch.autograd.Function):
 
 
 @torch.compiler.disable
-def _sliced_mlp(x_ND: Tensor, weights: Weights, counts: Tensor, kind: activations.Kind) -> Tensor:
-    result: Tensor = _SlicedMlp.apply(x_ND, *weights, counts.tolist(), kind)
+def _looped_mlp(x_ND: Tensor, weights: ExpertWeights, counts: Tensor, kind: activations.Kind) -> Tensor:
+    result: Tensor = _LoopedMlp.apply(x_ND, *weights, counts.tolist(), kind)
     return result
 
 
-class _SlicedMlp(torch.autograd.Function):
+class _LoopedMlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, w_in: Tensor, b_in: Tensor | None, w_out: Tensor, b_out: Tensor | None, counts: list[int],
                 kind: activations.Kind) -> Tensor:  # fmt: skip
-        hidden, out = _forward_sliced(x, Weights(w_in, b_in, w_out, b_out), counts, kind)
+        hidden, out = _forward_looped(x, ExpertWeights(w_in, b_in, w_out, b_out), counts, kind)
         ctx.save_for_backward(x, hidden, w_in, w_out)
         ctx.counts, ctx.kind, ctx.biased = counts, kind, b_in is not None
         return out
@@ -125,14 +125,14 @@ class _SlicedMlp(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, hidden, w_in, w_out = ctx.saved_tensors
-        d_x, d_weights = _backward_sliced(grad.contiguous(), x, hidden, w_in, w_out, ctx.counts, ctx.kind, ctx.biased)
+        d_x, d_weights = _backward_looped(grad.contiguous(), x, hidden, w_in, w_out, ctx.counts, ctx.kind, ctx.biased)
         return d_x, *d_weights, None, None
 
 
 # --- grouped ------------------------------------------------------------------------------------------------------------
 
 
-def _forward_grouped(x: Tensor, weights: Weights, counts: Tensor, kind: activations.Kind) -> tuple[Tensor, Tensor]:
+def _forward_grouped(x: Tensor, weights: ExpertWeights, counts: Tensor, kind: activations.Kind) -> tuple[Tensor, Tensor]:
     """The first products [N, H] and the results [N, D]."""
     w_in, b_in, w_out, b_out = weights
     hidden = _product(x, w_in.transpose(1, 2), counts)
@@ -145,7 +145,8 @@ def _forward_grouped(x: Tensor, weights: Weights, counts: Tensor, kind: activati
 
 
 def _backward_grouped(grad: Tensor, x: Tensor, hidden: Tensor, w_in: Tensor, w_out: Tensor, counts: Tensor,
-                      kind: activations.Kind, biased: bool, on_rows: Rows | None = None) -> tuple[Tensor, Weights]:  # fmt: skip
+                      kind: activations.Kind, biased: bool,
+                      on_rows: Rows | None = None) -> tuple[Tensor, ExpertWeights]:  # fmt: skip
     """Gradients of the rows and of the weights."""
     d_active = _product(grad, w_out, counts)
     d_hidden, active = activations.backward(d_active, hidden, kind, again=True)
@@ -158,7 +159,7 @@ def _backward_grouped(grad: Tensor, x: Tensor, hidden: Tensor, w_in: Tensor, w_o
     del active
     d_w_in = _outer(d_hidden, x, counts)
     d_b_in, d_b_out = (_sums(d_hidden, counts), _sums(grad, counts)) if biased else (None, None)
-    return d_x, Weights(d_w_in, d_b_in, d_w_out, d_b_out)
+    return d_x, ExpertWeights(d_w_in, d_b_in, d_w_out, d_b_out)
 
 
 def _product(x_NA: Tensor, w_EAB: Tensor, counts: Tensor) -> Tensor:
@@ -187,10 +188,10 @@ def _sums(y_NB: Tensor, counts: Tensor) -> Tensor:
     return (experts[:, None] == _row_owners(counts, y_NB.shape[0])).to(y_NB.dtype) @ y_NB
 
 
-# --- sliced -------------------------------------------------------------------------------------------------------------
+# --- looped -------------------------------------------------------------------------------------------------------------
 
 
-def _forward_sliced(x: Tensor, weights: Weights, counts: list[int], kind: activations.Kind) -> tuple[Tensor, Tensor]:
+def _forward_looped(x: Tensor, weights: ExpertWeights, counts: list[int], kind: activations.Kind) -> tuple[Tensor, Tensor]:
     """As `_forward_grouped`."""
     w_in, b_in, w_out, b_out = weights
     hidden, out = x.new_empty(x.shape[0], w_in.shape[1]), x.new_empty(x.shape[0], w_out.shape[1])
@@ -204,8 +205,8 @@ def _forward_sliced(x: Tensor, weights: Weights, counts: list[int], kind: activa
     return hidden, out
 
 
-def _backward_sliced(grad: Tensor, x: Tensor, hidden: Tensor, w_in: Tensor, w_out: Tensor, counts: list[int],
-                     kind: activations.Kind, biased: bool) -> tuple[Tensor, Weights]:  # fmt: skip
+def _backward_looped(grad: Tensor, x: Tensor, hidden: Tensor, w_in: Tensor, w_out: Tensor, counts: list[int],
+                     kind: activations.Kind, biased: bool) -> tuple[Tensor, ExpertWeights]:  # fmt: skip
     """As `_backward_grouped`."""
     d_x, d_w_in, d_w_out = torch.empty_like(x), torch.empty_like(w_in), torch.empty_like(w_out)
     d_b_in, d_b_out = w_in.new_zeros(w_in.shape[:2]), w_out.new_zeros(w_out.shape[:2])
@@ -223,4 +224,4 @@ def _backward_sliced(grad: Tensor, x: Tensor, hidden: Tensor, w_in: Tensor, w_ou
         if biased:
             d_b_in[e] += d_hidden.sum(dim=0)
             d_b_out[e] += grad[rows].sum(dim=0)
-    return d_x, Weights(d_w_in, d_b_in if biased else None, d_w_out, d_b_out if biased else None)
+    return d_x, ExpertWeights(d_w_in, d_b_in if biased else None, d_w_out, d_b_out if biased else None)

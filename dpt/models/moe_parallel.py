@@ -77,7 +77,7 @@ class _Experts(torch.autograd.Function):
         exchange.wait()
         order, inverse = _expert_major(counts_RE, x.shape[0])
         counts, x_sorted = counts_RE.sum(dim=0), x.index_select(0, order)
-        hidden, out = grouped_mlp.forward_pass(x_sorted, grouped_mlp.Weights(w_in, b_in, w_out, b_out), counts, kind)
+        hidden, out = grouped_mlp.forward_pass(x_sorted, grouped_mlp.ExpertWeights(w_in, b_in, w_out, b_out), counts, kind)
         ctx.save_for_backward(x_sorted, hidden, w_in, w_out, counts, order, inverse)
         ctx.kind, ctx.biased, ctx.exchange = kind, b_in is not None, exchange
         return out.index_select(0, inverse)

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from dpt.config.sections import ModelConfig
 from dpt.errors import UserError
 from dpt.models import costs
+from dpt.models.memory import Precision, memory
 
 Kind = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all"]
 
@@ -58,7 +59,7 @@ class Layout:
     ep_size: int = 1
     zero_stage: int = 1
     activation_checkpointing: bool = False
-    precision: costs.Precision = "bf16"
+    precision: Precision = "bf16"
     overlap: bool = True
     """zero_optimization.overlap_comm: gradients travel while others are still computed."""
 
@@ -205,7 +206,7 @@ def project(
         gathered = max(0.0, gathered - compute / 3.0)
     count = costs.num_params(config).total
     optimizer = (24 + 12 * num_emas) * count / layout.ranks / cluster.memory_bandwidth
-    memory = costs.memory(
+    plan = memory(
         config, ranks=layout.ranks, ep_size=layout.ep_size, zero_stage=layout.zero_stage, precision=layout.precision,
         micro_batch_size=layout.micro_batch_size, activation_checkpointing=layout.activation_checkpointing,
         num_emas=num_emas, height=height, width=width,
@@ -224,7 +225,7 @@ def project(
         samples_per_second=rate,
         mfu=rate * 2.0 * macs.training / (cluster.peak_flops * layout.ranks),
         efficiency=rate / (alone * layout.ranks),
-        memory_bytes=memory.total,
+        memory_bytes=plan.total,
         checkpoint_bytes=saved,
         checkpoint_pause_s=saved / layout.ranks / cluster.host_bandwidth,
         checkpoint_write_s=saved / cluster.storage_bandwidth,

@@ -210,26 +210,26 @@ def restore(engine: Engine, checkpoint: Path, state: Mapping[str, Any]) -> None:
             )
     sources = {name: kept.get(decay) for name, decay in optimizer.ema_decays.items()}
     sources |= {name: lengths[length] for name, length in optimizer.ema_lengths.items()}
-    pieces = Pieces(checkpoint, state)
+    reader = CheckpointReader(checkpoint, state)
     optimizer.updates = state["engine"]["updates"]
     for fragment in fragments(engine.deepspeed):
         master = fragment.master()
-        pieces.read_into(master, "master", fragment.name, fragment.offset)
+        reader.read_into(master, "master", fragment.name, fragment.offset)
         optimizer.ensure_state(fragment.flat)["step"].fill_(optimizer.updates)
         for name in optimizer.names_of(fragment.flat):
             source = sources.get(name, name)
             if source is None:
                 fragment.state(optimizer, name).copy_(master)
             else:
-                pieces.read_into(fragment.state(optimizer, name), source, fragment.name, fragment.offset)
+                reader.read_into(fragment.state(optimizer, name), source, fragment.name, fragment.offset)
     for name, buffer in persistent_buffers(engine.module).items():
-        buffer.copy_(pieces.buffer(name))
+        buffer.copy_(reader.buffer(name))
     set_scaler_state(engine.loss_scaler, state["engine"]["loss_scaler"])
     refresh_weights(engine.deepspeed)
-    pieces.close()
+    reader.close()
 
 
-class Pieces:
+class CheckpointReader:
     """Any range of any parameter's states, wherever the ranks that wrote a checkpoint left it."""
 
     def __init__(self, checkpoint: Path, state: Mapping[str, Any]) -> None:

@@ -14,7 +14,7 @@ from dpt import distributed
 from dpt.config.checks import batch_split, trains_with_muon
 from dpt.config.recipe import Recipe
 from dpt.errors import UserError
-from dpt.models.costs import REDUCE_BUCKET_SIZE
+from dpt.models.memory import REDUCE_BUCKET_SIZE
 from dpt.training import deepspeed_internals as internals
 from dpt.training.fragments import fragments
 from dpt.training.groups import parameter_groups

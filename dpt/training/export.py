@@ -14,8 +14,8 @@ from dpt.models.pretrained import export_weights, read_weights
 from dpt.models.weights import Weights
 from dpt.training.checkpoint import (
     STATE_NAME,
+    CheckpointReader,
     DamagedCheckpoint,
-    Pieces,
     check_file,
     find_checkpoints,
     kept_averages,
@@ -111,13 +111,13 @@ def checkpoint_weights(checkpoint: Path, *, ema: bool, ema_decay: float | None =
         if check:
             for name, entry in state["files"].items():
                 check_file(checkpoint / name, entry)
-        pieces = Pieces(checkpoint, state)
+        reader = CheckpointReader(checkpoint, state)
         average = _average(checkpoint, state, ema_decay)
         kind = (average if ema else None) or "master"
         shapes = {name: shape for name, shape in state["parameters"].items() if of_network(name)}
-        tensors = {name: pieces.whole(kind, name, shape) for name, shape in shapes.items()}
-        tensors |= {name: pieces.buffer(name) for name in state["buffers"]}
-        pieces.close()
+        tensors = {name: reader.whole(kind, name, shape) for name, shape in shapes.items()}
+        tensors |= {name: reader.buffer(name) for name in state["buffers"]}
+        reader.close()
     except DamagedCheckpoint as error:
         before = [path for path in find_checkpoints(checkpoint.parent) if path.name < checkpoint.name]
         mend = f"the one before it is {before[0]}" if before else "there is none before it"

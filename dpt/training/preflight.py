@@ -11,8 +11,9 @@ from dpt.config.checks import batch_split, check_recipe, ranks_in_words, trained
 from dpt.config.recipe import Recipe, load_recipe
 from dpt.errors import UserError
 from dpt.models.alignment_costs import alignment_bytes, alignment_params
-from dpt.models.costs import Memory, Precision, memory, num_params, picture_bytes
+from dpt.models.costs import num_params
 from dpt.models.decoder_costs import decoder_bytes
+from dpt.models.memory import Memory, Precision, memory, picture_bytes
 from dpt.models.vae_costs import vae_config, vae_size
 
 OVERHEAD_BYTES = 600 * 2**20
@@ -60,7 +61,7 @@ class Available:
 
 
 def needs(recipe: Recipe, stage: str, world_size: int) -> Needs:
-    """Memory of a rank by the cost model (`dpt.models.costs.memory`), and shards. UserError if the batch cannot be split."""
+    """Memory of a rank by the cost model (`dpt.models.memory`), and shards. UserError if the batch cannot be split."""
     config = recipe.dpt
     training, model, precision = config.training, trained_model(recipe, stage), cast(Precision, recipe.precision)
     ranks = -(-world_size // training.ep_size) * training.ep_size

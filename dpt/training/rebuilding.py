@@ -10,7 +10,7 @@ from torch import Tensor
 from dpt.config.sections import LONGEST_EMA
 from dpt.errors import UserError
 from dpt.training.averages import Mix, Profile, exponent, mix
-from dpt.training.checkpoint import DamagedCheckpoint, Pieces, check_file, find_checkpoints, kept_lengths, read_state
+from dpt.training.checkpoint import CheckpointReader, DamagedCheckpoint, check_file, find_checkpoints, kept_lengths, read_state
 from dpt.training.fragments import of_network
 from dpt.training.outputs import AVERAGES
 
@@ -67,15 +67,15 @@ def _averages(checkpoint: Path) -> tuple[list[Path], list[dict[str, Any]]]:
 def _sum(
     folders: list[Path], states: list[dict[str, Any]], found: list[tuple[int, str, Profile]], made: Mix
 ) -> dict[str, Tensor]:
-    pieces = [Pieces(folder, state) for folder, state in zip(folders, states, strict=True)]
+    readers = [CheckpointReader(folder, state) for folder, state in zip(folders, states, strict=True)]
     sums = {}
     for name, shape in states[0]["parameters"].items():
         if not of_network(name):
             continue
         total = torch.zeros(math.prod(shape), dtype=torch.float64)
         for (number, kept, _), share in zip(found, made.shares, strict=True):
-            total.add_(pieces[number].whole(kept, name, shape).flatten().double(), alpha=share)
+            total.add_(readers[number].whole(kept, name, shape).flatten().double(), alpha=share)
         sums[name] = total.float().view(shape)
-    for files in pieces:
-        files.close()
+    for reader in readers:
+        reader.close()
     return sums

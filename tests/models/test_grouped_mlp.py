@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dpt.models.grouped_mlp import Weights, grouped_mlp
+from dpt.models.grouped_mlp import ExpertWeights, grouped_mlp
 
 D, WIDTH = 8, 16
 
@@ -25,7 +25,9 @@ def reference(x, weights, counts, kind):
 def make(num, kind, biased, dtype):
     columns = 2 * WIDTH if kind == "swiglu" else WIDTH
     shapes = [(num, columns, D), (num, columns), (num, D, WIDTH), (num, D)]
-    return Weights(*((0.3 * torch.randn(s, dtype=dtype)).requires_grad_() if len(s) == 3 or biased else None for s in shapes))
+    return ExpertWeights(
+        *((0.3 * torch.randn(s, dtype=dtype)).requires_grad_() if len(s) == 3 or biased else None for s in shapes)
+    )
 
 
 @pytest.mark.parametrize("way", ["chunks", "small chunks", "grouped"])
@@ -53,7 +55,9 @@ def test_equal_to_one_mlp_after_the_other(monkeypatch, request, way, kind, biase
 def test_in_bf16_gradients_of_weights_are_rounded_once(monkeypatch):
     torch.manual_seed(0)
     monkeypatch.setattr("dpt.cpu.chunks._CHUNK", 40)
-    weights = Weights(*(None if w is None else w.detach().bfloat16().requires_grad_() for w in make(1, "swiglu", False, None)))
+    weights = ExpertWeights(
+        *(None if w is None else w.detach().bfloat16().requires_grad_() for w in make(1, "swiglu", False, None))
+    )
     x = torch.randn(300, D).bfloat16()
     (ours,) = torch.autograd.grad(grouped_mlp(x, weights, torch.tensor([300]), "swiglu").sum(), weights.w_out)
     (theirs,) = torch.autograd.grad(reference(x, weights, [300], "swiglu").sum(), weights.w_out)
@@ -92,7 +96,7 @@ def test_empty_groups_get_zero_gradients_whatever_the_kernel_leaves_there(monkey
 def test_grouped_products_compile_into_one_graph(grouped_products, biased):
     torch._dynamo.reset()
     kind = "gelu" if biased else "swiglu"
-    weights = Weights(
+    weights = ExpertWeights(
         *(None if w is None else w.detach().bfloat16().requires_grad_() for w in make(3, kind, biased, torch.float32))
     )
     x = torch.randn(24, D).bfloat16().requires_grad_()

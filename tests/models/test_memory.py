@@ -5,8 +5,8 @@ import pytest
 from dpt.config.presets import preset_values
 from dpt.config.sections import ModelConfig
 from dpt.errors import UserError
-from dpt.models import costs
-from dpt.models.costs import memory, num_params
+from dpt.models.costs import num_params
+from dpt.models.memory import REDUCE_BUCKET_SIZE, memory
 
 TINY = {"hidden_size": 32, "depth": 2, "num_heads": 4, "input_size": 8, "num_classes": 10}
 
@@ -47,7 +47,7 @@ def test_bytes_of_states():
     held = n.total - n.routed + n.routed // 4
     share = n.total // 4
     assert (four.weights, four.gradients, four.moments, four.ema) == (2 * held, 4 * share, 8 * share, 4 * share)
-    assert four.buckets == 2 * 4 * min(held, costs.REDUCE_BUCKET_SIZE)  # one is filled while the other is reduced, in fp32
+    assert four.buckets == 2 * 4 * min(held, REDUCE_BUCKET_SIZE)  # one is filled while the other is reduced, in fp32
     one_rank = memory(config, zero_stage=2, precision="bf16")  # as ZeRO 1: nothing to reduce
     assert one_rank.gradients == (4 + 2) * n.total
     assert memory(config, ranks=4, zero_stage=3).weights == 2 * share

@@ -8,7 +8,8 @@ from dpt.config.sections import ModelConfig
 from dpt.cpu import gelu, upcast
 from dpt.data.codec import load_vae
 from dpt.models import build_model
-from dpt.models.costs import memory, num_params, picture_bytes
+from dpt.models.costs import num_params
+from dpt.models.memory import memory, picture_bytes
 from dpt.models.vae_costs import VAESize, vae_config, vae_size
 from tests.gloo import run_ranks
 

@@ -11,6 +11,7 @@ from dpt.config.presets import preset_values
 from dpt.config.sections import ModelConfig
 from dpt.errors import UserError
 from dpt.models import costs
+from dpt.models.memory import memory
 from dpt.scaling.cluster import Cluster, Layout, Traffic, best_layout, project, sample_bytes, seconds, traffic
 
 MOE = ModelConfig(**preset_values("L/2-8E2A"))
@@ -85,7 +86,7 @@ def test_projections_are_consistent(ranks, micro, ep_and_stage, checkpointing):
     assert project(MOE, dataclasses.replace(layout, overlap=False), H100).step_s >= one.step_s
     assert one.checkpoint_bytes == 16 * costs.num_params(MOE).total
     assert one.memory_bytes == pytest.approx(
-        costs.memory(
+        memory(
             MOE, ranks=ranks, ep_size=ep_size, zero_stage=stage, micro_batch_size=micro, activation_checkpointing=checkpointing
         ).total
     )

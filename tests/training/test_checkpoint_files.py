@@ -24,8 +24,8 @@ from dpt.errors import UserError
 from dpt.training import checkpoint, saving
 from dpt.training.checkpoint import (
     STATE_NAME,
+    CheckpointReader,
     DamagedCheckpoint,
-    Pieces,
     check_file,
     checkpoint_name,
     find_checkpoints,
@@ -62,7 +62,7 @@ def test_files_are_safetensors(tmp_path_factory: pytest.TempPathFactory, shapes:
 def test_any_range_is_read_from_any_partition(
     tmp_path_factory: pytest.TempPathFactory, cuts: list[int], low: int, length: int
 ) -> None:
-    folder = tmp_path_factory.mktemp("pieces")
+    folder = tmp_path_factory.mktemp("reader")
     whole = torch.arange(24, dtype=torch.float32)
     edges = [0, *sorted(set(cuts)), 24]
     files = {}
@@ -72,13 +72,13 @@ def test_any_range_is_read_from_any_partition(
             **write_tensors(folder / name, {"master/w": whole[start:end]}),
             "fragments": {"w": [start, end - start]},
         }
-    pieces = Pieces(folder, {"files": files})
+    reader = CheckpointReader(folder, {"files": files})
     target = torch.empty(min(length, 24 - low))
-    pieces.read_into(target, "master", "w", low)
+    reader.read_into(target, "master", "w", low)
     assert torch.equal(target, whole[low : low + len(target)])
-    assert torch.equal(pieces.whole("master", "w", [4, 6]), whole.view(4, 6))
+    assert torch.equal(reader.whole("master", "w", [4, 6]), whole.view(4, 6))
     with pytest.raises(DamagedCheckpoint, match="24 of 25 numbers of master/w"):
-        pieces.read_into(torch.empty(25), "master", "w", 0)
+        reader.read_into(torch.empty(25), "master", "w", 0)
 
 
 # --- a run of checkpoints -----------------------------------------------------------------------------------------------
@@ -89,7 +89,7 @@ def _check_whole(folder: Path) -> int:
     found = newest_checkpoint(folder)
     assert found is not None
     path, state = found
-    values = Pieces(path, state).whole("master", "w", state["parameters"]["w"])
+    values = CheckpointReader(path, state).whole("master", "w", state["parameters"]["w"])
     assert values.eq(state["step"]).all()
     assert path.name == checkpoint_name(state["step"])
     assert state["note"] == "kept"

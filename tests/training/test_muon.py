@@ -12,9 +12,10 @@ from dpt.config.checks import check_recipe
 from dpt.config.recipe import load_recipe
 from dpt.config.sections import ModelConfig
 from dpt.errors import UserError
-from dpt.models.costs import _muon_params, macs, memory, muon_macs
+from dpt.models.costs import macs, muon_macs, muon_params
 from dpt.models.dit import DiT
-from dpt.training.checkpoint import Pieces, find_checkpoints, read_state
+from dpt.models.memory import memory
+from dpt.training.checkpoint import CheckpointReader, find_checkpoints, read_state
 from dpt.training.fragments import Fragment
 from dpt.training.groups import parameter_groups
 from dpt.training.muon import Muon, matrices, orthogonal, runs
@@ -60,7 +61,7 @@ def test_which_parameters_are_stacks_of_matrices() -> None:
         rest = {name for name, _ in network.named_parameters()} - ours.keys()
         assert all(name.startswith("blocks.") for name in ours)
         assert all(not n.startswith("blocks.") or n.endswith(("bias", "gate.weight")) for n in rest)
-        assert (sum(p.numel() for p in ours.values()), max(p.numel() for p in ours.values())) == _muon_params(fields)
+        assert (sum(p.numel() for p in ours.values()), max(p.numel() for p in ours.values())) == muon_params(fields)
         groups = parameter_groups(network, fields, 0.0, with_muon=True)
         assert sum(len(group["params"]) for group in groups if group["muon"]) == len(ours)
 
@@ -139,9 +140,9 @@ def test_options() -> None:
 def test_the_plan_counts_one_moment_of_matrices_and_their_workspace() -> None:
     config = ModelConfig(hidden_size=256, num_heads=4, depth=4)
     adam, muon = (memory(config, ranks=2, micro_batch_size=1, muon=muon) for muon in (False, True))
-    assert adam.moments - muon.moments == pytest.approx(4 * _muon_params(config)[0] / 2, abs=8)
+    assert adam.moments - muon.moments == pytest.approx(4 * muon_params(config)[0] / 2, abs=8)
     assert adam.orthogonal == 0
-    assert muon.orthogonal == max(0, 24 * _muon_params(config)[1] - muon.activations)
+    assert muon.orthogonal == max(0, 24 * muon_params(config)[1] - muon.activations)
 
 
 @pytest.mark.parametrize(
@@ -212,11 +213,11 @@ def test_any_number_of_ranks_makes_the_same_updates(trained: Runs, name: str) ->
     assert losses[0] == pytest.approx(losses[1], rel=2e-4)
     checkpoints = [find_checkpoints(trained(run) / "checkpoints")[0] for run in (name, wanted)]
     states = [read_state(checkpoint) for checkpoint in checkpoints]
-    pieces = [Pieces(*pair) for pair in zip(checkpoints, states, strict=True)]
+    readers = [CheckpointReader(*pair) for pair in zip(checkpoints, states, strict=True)]
     for parameter, shape in states[0]["parameters"].items():
         kinds = ("momentum",) if matrices(parameter, shape) else ("exp_avg", "exp_avg_sq")
         for kind in ("master", "ema0", *kinds):
-            found, expected = (each.whole(kind, parameter, shape) for each in pieces)
+            found, expected = (each.whole(kind, parameter, shape) for each in readers)
             assert (found - expected).norm() <= 2e-3 * expected.norm() + 1e-7, (kind, parameter)
 
 

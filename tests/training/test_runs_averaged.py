@@ -12,7 +12,7 @@ from dpt import cli
 from dpt.errors import UserError
 from dpt.models.pretrained import read_config, read_weights
 from dpt.training.averages import exponent
-from dpt.training.checkpoint import Pieces, find_checkpoints, kept_lengths, rank_file, read_state
+from dpt.training.checkpoint import CheckpointReader, find_checkpoints, kept_lengths, rank_file, read_state
 from dpt.training.export import export
 from dpt.training.rebuilding import rebuild
 
@@ -49,12 +49,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReques
 def test_an_average_made_afterwards_is_the_one_that_was_tracked(runs: Runs, name: str) -> None:
     made_of, tracked = (find_checkpoints(runs(f"{name}_{kind}") / "checkpoints")[0] for kind in ("kept", "others"))
     state = read_state(tracked)
-    pieces = Pieces(tracked, state)
+    reader = CheckpointReader(tracked, state)
     for length, kept in kept_lengths(state).items():
         averages, residual = rebuild(made_of, length)
         assert residual < 0.05
         for key, shape in state["parameters"].items():
-            expected = pieces.whole(kept, key, shape)
+            expected = reader.whole(kept, key, shape)
             assert (averages[key] - expected).norm() <= 1e-3 * expected.norm() + 1e-6, (length, key)
 
 
@@ -62,9 +62,9 @@ def test_they_weigh_the_runs_updates_and_nothing_from_before(runs: Runs) -> None
     """The longest one lies between the last weights and the others: its length is seen in the weights."""
     checkpoint = find_checkpoints(runs("zero1_kept") / "checkpoints")[0]
     state = read_state(checkpoint)
-    pieces = Pieces(checkpoint, state)
+    reader = CheckpointReader(checkpoint, state)
     name = "blocks.0.attn.qkv.weight"
-    master, short, long = (pieces.whole(kind, name, state["parameters"][name]) for kind in ("master", "power0", "power1"))
+    master, short, long = (reader.whole(kind, name, state["parameters"][name]) for kind in ("master", "power0", "power1"))
     assert 0 < (short - master).norm() < (long - master).norm()
     assert exponent(0.05) > exponent(0.1)
 

@@ -11,7 +11,7 @@ from training_toys import MOE, records
 
 from dpt.errors import UserError
 from dpt.models.pretrained import read_weights
-from dpt.training.checkpoint import Pieces, check_file, find_checkpoints, read_state
+from dpt.training.checkpoint import CheckpointReader, check_file, find_checkpoints, read_state
 from dpt.training.export import checkpoint_weights, export
 
 RESUMED = {  # runs that must be the same bit for bit whether they were interrupted or not
@@ -98,8 +98,8 @@ def test_moments_and_averages_are_carried_over(runs: Runs, name: str) -> None:
     assert road["engine"]["updates"] == straight["engine"]["updates"] == STEPS
     for kind in road["states"]:
         found, expected = (
-            torch.cat([pieces.whole(kind, key, shape).flatten() for key, shape in road["parameters"].items()])
-            for pieces in (Pieces(checkpoints[0], road), Pieces(checkpoints[1], straight))
+            torch.cat([reader.whole(kind, key, shape).flatten() for key, shape in road["parameters"].items()])
+            for reader in (CheckpointReader(checkpoints[0], road), CheckpointReader(checkpoints[1], straight))
         )
         assert (found - expected).norm() < 1e-3 * expected.norm(), kind
 
