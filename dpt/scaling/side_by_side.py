@@ -1,7 +1,10 @@
 """Jobs that read each other's results, several side by side on this machine."""
 
+import contextlib
+import signal
+import threading
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
@@ -58,10 +61,10 @@ def run_side_by_side(
 
     `start(job, slot, beside)` starts one that shares the machine with at most `beside` - 1 others; None: nothing is to be done.
     `ended(running)` is told of an ended one, and returns its failure in words, or "". After a failure no further job starts,
-    and those that run beside it end first. Interrupted, it ends the processes.
+    and those that run beside it end first. Interrupted or terminated, it ends the processes.
     """
     waiting, running, failures, free = list(jobs), list[Running[J]](), list[str](), list(range(slots))
-    try:
+    with _ending(running):
         while running or (waiting and not failures):
             unmade = {job.result for job in waiting} | {one.job.result for one in running}
             ready = [job for job in waiting if not unmade.intersection(job.needs)]
@@ -79,9 +82,24 @@ def run_side_by_side(
                 free.append(one.slot)
                 if failure := ended(one):
                     failures.append(failure)
+    return failures
+
+
+@contextlib.contextmanager
+def _ending(running: list[Running[J]]) -> Iterator[None]:
+    """Whatever ends the body, SIGTERM included, the processes of `running` end too."""
+
+    def leave(*_: object) -> None:
+        raise SystemExit(128 + signal.SIGTERM)
+
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, leave) if in_main_thread else None
+    try:
+        yield
     finally:
         for one in running:
             one.process.terminate()
         for one in running:
             one.process.wait()
-    return failures
+        if in_main_thread:
+            signal.signal(signal.SIGTERM, before)
