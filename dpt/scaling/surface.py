@@ -6,10 +6,11 @@ equation 2), times the measured effects of the method of fine-tuning with its sa
 rather than multiplied, since then a budget has a best split inside its range.
 """
 
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -40,6 +41,7 @@ METHODS = (
     "diffusion.prediction_type",
     "diffusion.beta_schedule",
     "pixel_loss.weight",
+    "training.bypass_share",
     "training.self_alignment.weight",
     "training.feature_alignment.weight",
     "optimizer.type",
@@ -127,7 +129,10 @@ def _with_methods(observations: Sequence[Observation], fields: Mapping[str, Mapp
 
 def _costing(record: RunRecord) -> DptConfig:
     """The parts of a fine-tuning's recipe that make its samples dearer than the network alone."""
+    given = {name: record.params.get(f"training.{name}") for name in ("bypass_share", "bypass_first", "bypass_last")}
+    bypass: dict[str, Any] = {name: json.loads(value) for name, value in given.items() if value is not None}
     training = TrainingConfig(
+        **bypass,
         self_alignment=section(record, "training.self_alignment", SelfAlignmentConfig) or SelfAlignmentConfig(),
         feature_alignment=section(record, "training.feature_alignment", FeatureAlignmentConfig) or FeatureAlignmentConfig(),
     )
@@ -139,7 +144,7 @@ def _costing(record: RunRecord) -> DptConfig:
 
 
 def added_macs(recipe: DptConfig, config: ModelConfig) -> float:
-    """MACs that a recipe's pixel loss and aligned hidden states add to each sample of a dense model's fine-tuning."""
+    """MACs that a recipe's methods add to each sample of a dense model's fine-tuning, or save (tokens that bypass blocks)."""
     return float(recipe_macs(recipe, config).training - costs.macs(config).training)
 
 

@@ -214,6 +214,16 @@ def test_aligned_hidden_states_are_a_method_whose_cost_grows_with_the_model():
     assert 0 < 2 * small < large
 
 
+def test_tokens_that_bypass_blocks_save_their_compute():
+    runs = study(upcycle=(False,))
+    bypass = {"training.bypass_share": "0.5", "training.bypass_first": "0", "training.bypass_last": "1"}
+    runs += [dataclasses.replace(r, params=r.params | bypass) for r in one_step(runs, 0.8)]
+    surface = fit_surface(observe(runs, runs, "depth", "abs_rel"), samples=5)
+    saved = {s.method: added_macs(recipe, config(64)) for s, recipe in surface.settings.items()}
+    assert sorted(macs < 0 for macs in saved.values()) == [False, True]
+    assert all("bypass_share=0.5" in method for method, macs in saved.items() if macs < 0)
+
+
 def test_too_few_runs_are_refused():
     runs = study(widths=(64,), lengths=(1e3,))
     with pytest.raises(UserError, match="at least 4 models"):
