@@ -74,7 +74,11 @@ def run(arguments: argparse.Namespace) -> None:
         far=arguments.depth_range[1],
     )
     sources = find_sources(
-        arguments.inputs, patterns=arguments.pattern, recursive=not arguments.no_recursive, as_frames=arguments.frames
+        arguments.inputs,
+        patterns=arguments.pattern,
+        recursive=not arguments.no_recursive,
+        as_frames=arguments.frames,
+        out=arguments.out,
     )
     jobs = _jobs(sources, arguments)
     distributed.set_environment()
