@@ -129,13 +129,15 @@ def iter_frames(source: Source) -> Iterator[np.ndarray]:
 
 
 def count_frames(source: Source) -> int:
-    """Number of frames, 0 if the file does not say."""
+    """Number of frames, 0 if the file says neither it nor how long it lasts (then it is the rate times that, about)."""
     if source.frames:
         return len(source.frames)
     if source.path.suffix.lower() in ANIMATIONS:
         return _num_frames(source.path)
     with _open(source.path) as container:
-        return int(container.streams.video[0].frames)
+        stream = container.streams.video[0]
+        lasts = (container.duration or 0) / 1e6  # microseconds
+        return int(stream.frames or round(lasts * float(stream.average_rate or 0)))
 
 
 def frame_rate(source: Source) -> float:
@@ -180,12 +182,14 @@ def _open(path: Path) -> Any:
 
 
 def _decode(path: Path) -> Iterator[np.ndarray]:
+    """Frames, turned as the file's display matrix says (by quarter turns), as players do."""
     with _open(path) as container:
         import av
 
         try:
             for frame in container.decode(video=0):
-                yield frame.to_ndarray(format="rgb24")
+                quarters = round(getattr(frame, "rotation", 0) / 90) % 4  # counterclockwise
+                yield np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), quarters))
         except av.error.FFmpegError as error:
             raise UserError(f"{path}: the video breaks off ({error}); cut it there, or convert it anew.") from error
 
