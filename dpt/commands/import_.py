@@ -85,8 +85,9 @@ def run(arguments: argparse.Namespace) -> None:
         sections["diffusion"] = diffusion
     if arguments.fit:
         sections["fits"] = as_section({task: Fit(how=arguments.fit) for task in fits_of({}, "")})
-    if arguments.vae:
-        vae = load_vae(arguments.vae, latent_channels=weights.config.in_channels)
+    known = sections.get("vae") or {}
+    if arguments.vae or ("sha256" not in known and known.get("name")):  # a diffusers pipeline's own
+        vae = load_vae(arguments.vae or known["name"], latent_channels=weights.config.in_channels)
         sections["vae"] = dataclasses.asdict(vae.record)
     print(f"{export_weights(weights, arguments.out, sections=sections)}: {weights.source}, task {sections['task']}")
     if "diffusion" in sections:

@@ -76,9 +76,7 @@ def find_sources(
     return _unique(found)
 
 
-def _of_folder(
-    folder: Path, patterns: Sequence[str], recursive: bool, as_frames: bool, out: Path | None
-) -> list[Source]:
+def _of_folder(folder: Path, patterns: Sequence[str], recursive: bool, as_frames: bool, out: Path | None) -> list[Source]:
     known = PICTURES + VIDEOS + ANIMATIONS
     files = [p for p in sorted(folder.rglob("*") if recursive else folder.iterdir()) if p.is_file() and p.name[0] != "."]
     if out is not None and out.resolve().is_relative_to(folder.resolve()):

@@ -21,11 +21,10 @@ from dpt.fits import fits_of
 from dpt.models.mup import standard
 from dpt.models.pretrained import DEPTH_NETWORK, export_weights
 from dpt.models.schedulers import SCHEDULER_FILE
-from dpt.models.weight_files import DIFFUSERS_WEIGHTS
+from dpt.models.weight_files import DIFFUSERS_WEIGHTS, PIPELINE_INDEX
 from dpt.models.weights import Weights
 from dpt.tasks import codes_of, label_id
 
-INDEX = "model_index.json"
 NULL_LABEL = 1000
 """The label without a class in diffusers' DiTPipeline, whatever the number of classes."""
 _FILES = Path(__file__).parent / "folder"
@@ -52,7 +51,7 @@ def write_pipeline(
     stand for missing ones. `steps`, `ensemble`: depth's defaults. `card`: text of README.md. UserError for what diffusers has
     no pipeline for.
     """
-    if out.exists() and not (out / INDEX).is_file():
+    if out.exists() and not (out / PIPELINE_INDEX).is_file():
         raise UserError(f"{out}: exists and holds no pipeline; choose another folder.")
     task = weights.sections.get("task", "class")
     if task not in ("class", "depth", "generalist"):
@@ -80,7 +79,7 @@ def write_pipeline(
             index |= _name_vae(codec)
         scheduler = scheduler_config(diffusion)
         _write_json(new / "scheduler" / SCHEDULER_FILE, scheduler)
-        _write_json(new / INDEX, index | {"scheduler": ["diffusers", scheduler["_class_name"]]})
+        _write_json(new / PIPELINE_INDEX, index | {"scheduler": ["diffusers", scheduler["_class_name"]]})
         if card:
             (new / "README.md").write_text(card, encoding="utf-8")
         if out.exists():

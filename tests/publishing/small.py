@@ -45,7 +45,12 @@ def export_small(
     values |= {"num_classes": 10 + tasks.num_task_labels(task)}
     record = load_vae(vae).record
     config = ModelConfig(**{**values, "in_channels": record.latent_channels, **model})
-    sections = {"task": task, "vae": asdict(record), "lineage": LINEAGE, "diffusion": vars(DiffusionConfig(**(diffusion or {})))}
+    sections = {
+        "task": task,
+        "vae": asdict(record),
+        "lineage": LINEAGE,
+        "diffusion": vars(DiffusionConfig(**(diffusion or {}))),
+    }
     sections |= {"fits": fits} if fits else {}
     network = DiT(config)
     network.load_state_dict(random_state(config, 0))

@@ -44,7 +44,9 @@ def test_class_names_come_from_a_file_and_what_opens_the_pipeline_exactly_is_sai
     index = json.loads((tmp_path / "out" / "model_index.json").read_text())
     assert index["id2label"]["1"] == "shark, great white"
     said = capsys.readouterr().out
-    assert f'DiffusionPipeline.from_pretrained("{tmp_path / "out"}", custom_pipeline="pipeline", trust_remote_code=True)' in said
+    assert (
+        f'DiffusionPipeline.from_pretrained("{tmp_path / "out"}", custom_pipeline="pipeline", trust_remote_code=True)' in said
+    )
     assert "timestep frequencies slightly off training's" in said
 
 
