@@ -31,7 +31,7 @@ def recipe(tmp_path):
         ({"data.shards": "1"}, ""),
         (
             {"tracking.registered_model": "lab/depth"},
-            'the command line: dpt.tracking.registered_model is "lab/depth"; names in MLflow\'s registry have no / : or quotes.',
+            'the command line: dpt.tracking.registered_model is "lab/depth"; names in MLflow\'s registry',
         ),
         ({"tracking.enabled": "perhaps"}, "the command line: dpt.tracking.enabled is 'perhaps'; it must be true or false."),
         (
