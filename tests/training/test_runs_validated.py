@@ -163,6 +163,7 @@ def test_unknown_metrics_and_sets_of_another_task_are_refused(runs: Runs) -> Non
         ],
     )
     assert 'dpt.validation.metric "depth/abs" is not among depth/synthetic_val/abs_rel' in unknown
+    assert not (runs.folder / "unknown" / "records.jsonl").exists()  # before the first step
     assert 'there is no "flow"; it may begin with depth, depth/synthetic_val.' in foreign
     assert "encode the set for evaluation" in training
 
