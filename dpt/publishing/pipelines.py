@@ -127,7 +127,7 @@ def _name_vae(codec: VAECodec) -> dict[str, Any]:
     """What the index says of a VAE that is on the hub: where."""
     name = hub.parse(codec.name)
     place = {"vae_name": name.repo, "vae_revision": name.revision, "vae_subfolder": name.path}
-    return {"vae": [None, None], "vae_class": codec.vae.config["_class_name"], **place}
+    return {"vae": [None, None], "vae_class": type(codec.vae).__name__, **place}
 
 
 def _write_vae(vae: Any, folder: Path) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from fake_hub import TOKEN, Hub
 
 from dpt import cli
 from dpt import hub as hubs
-from dpt.data.codec import load_vae
+from dpt.data.codec import EMBEDDED_FOLDER, load_vae
 from dpt.models.pretrained import read_weights
 from dpt.publishing.pipelines import write_pipeline
 from tests.publishing.small import export_small
@@ -117,3 +117,21 @@ def test_refusals_are_one_sentence_without_the_token(
 
 def test_an_error_that_carries_the_token_does_not_show_it(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     assert TOKEN not in hubs.one_line(OSError(f"Authorization: Bearer {TOKEN}\n failed"))
+
+
+def test_a_vae_of_the_hub_is_named_with_its_class_and_commit(hub: Hub, tmp_path: Path) -> None:
+    commit = hub.add("lab/vae", EMBEDDED_FOLDER)
+    write_pipeline(read_weights(export_small(tmp_path / "weights")), tmp_path / "out", source="weights", vae="lab/vae")
+    index = json.loads((tmp_path / "out" / "model_index.json").read_text())
+    assert (index["vae_name"], index["vae_revision"], index["vae_class"]) == ("lab/vae", commit, "AutoencoderKL")
+    assert not (tmp_path / "out" / "vae").exists()
+    assert read_weights(tmp_path / "out").sections["vae"]["name"] == f"hub:lab/vae@{commit}"
+
+
+def test_a_pipeline_whose_vae_cannot_be_read_is_imported_without(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = export_small(tmp_path / "class", task="class", timestep_features="diffusers", mlp_norm_eps=1e-5)
+    out = write_pipeline(read_weights(weights), tmp_path / "pipeline", source="weights")
+    (out / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    assert cli.main(["import", str(out), str(tmp_path / "imported")]) == 0
+    assert "the pipeline's own vae is left out: VAE" in capsys.readouterr().out
+    assert "vae" not in json.loads((tmp_path / "imported" / "config.json").read_text())
