@@ -49,6 +49,7 @@ setup(
         "test": [
             "pytest>=9",
             "pytest-xdist>=3.6",
+            "av>=14",
             "hypothesis>=6.100",
             "torchmetrics>=1.6",
             "transformers>=5.0",

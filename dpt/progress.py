@@ -26,6 +26,7 @@ class Progress(Generic[T]):
         self._count = self._initial = initial
         self._started = self._printed = time.monotonic()
         self._text = ""
+        self._told = -1
         shown, terminal = is_main(), sys.stderr.isatty()
         self._bar = tqdm(total=total, desc=desc, unit=unit, initial=initial, dynamic_ncols=True) if shown and terminal else None
         self._lines = shown and not terminal
@@ -44,7 +45,7 @@ class Progress(Generic[T]):
     def _print_line(self) -> None:
         from tqdm import tqdm
 
-        self._printed = time.monotonic()
+        self._printed, self._told = time.monotonic(), self._count
         elapsed = self._printed - self._started
         line = tqdm.format_meter(
             n=self._count,
@@ -62,7 +63,7 @@ class Progress(Generic[T]):
         """Show the final state."""
         if self._bar is not None:
             self._bar.close()
-        elif self._lines:
+        elif self._lines and self._told != self._count:
             self._print_line()
         self._lines = False
 
@@ -78,6 +79,14 @@ class Progress(Generic[T]):
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+def say(line: object) -> None:
+    """Print a line to standard output at once; on a terminal above the bars, which it would break otherwise."""
+    from tqdm import tqdm
+
+    tqdm.write(str(line))
+    sys.stdout.flush()
 
 
 def progress(items: Iterable[T] | int, desc: str, unit: str = "item", *, total: int | None = None) -> Progress[T]:

@@ -24,7 +24,7 @@ class Pairs:
         self.root = Path(root)
 
     def keys(self) -> list[str]:
-        return sorted(path.stem for path in self.root.glob("*.npy"))
+        return sorted(path.stem for path in self.root.glob("*.png"))
 
     def read(self, key: str) -> Sample:
         depth = np.load(self.root / f"{key}.npy").astype(np.float32)

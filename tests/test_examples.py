@@ -127,6 +127,7 @@ def test_training_on_own_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         picture = np.random.default_rng(number).integers(0, 255, (64, 64, 3), dtype=np.uint8)
         Image.fromarray(picture).save(f"in/{number}.png")
         np.save(f"in/{number}.npy", 1 + picture[..., 0] / 64)
+    np.save("in/0_depth.npy", np.zeros((64, 64), np.float32))  # as examples/predict.py writes it
     printed = run_script(ROOT / "examples" / "train_own_pairs.py", "in", "out")
     assert "step 20/20" in printed
     assert (Path("out") / "run" / "weights" / "config.json").is_file()

@@ -14,7 +14,7 @@ from data_tools.encoding.shards import ShardWriter
 from dpt import cli
 from dpt.config.sections import DiffusionConfig, ModelConfig
 from dpt.data.codec import load_vae
-from dpt.data.manifest import Manifest, MemberSpec, VAERecord, write_manifest
+from dpt.data.manifest import Manifest, MemberSpec, VAERecord, file_sha256, write_manifest
 from dpt.models.dit import DiT
 from dpt.models.pretrained import export_weights
 from tests.evaluation.image_networks import Random, random_images, save_network
@@ -77,6 +77,9 @@ def test_the_evaluator_scores_images_where_a_reference_is_named(tmp_path: Path, 
     records = [json.loads(line) for line in spool.read_text().splitlines()]
     (start,) = [r for r in records if r["kind"] == "start"]
     (metrics,) = [r for r in records if r["kind"] == "metrics"]
+    (dataset,) = [r for r in records if r["kind"] == "dataset"]
+    assert (dataset["name"], dataset["context"]) == ("real.npz", "evaluation")
+    assert dataset["digest"] == file_sha256(tmp_path / "real.npz")
     assert (start["stage"], start["parents"]) == ("evaluate", ["the-training"])  # which nests it in MLflow
     figures = json.loads((tmp_path / "out" / "fid.json").read_text())["metrics"]
     assert {f"eval/class/{n}": v for n, v in figures.items()}.items() <= metrics["values"].items()

@@ -9,6 +9,7 @@ from PIL import Image
 
 from dpt import cli
 from dpt.config.sections import EvaluationConfig
+from dpt.errors import UserError
 from dpt.evaluation import Predictor, predicting
 from dpt.evaluation.frames import find_sources
 from dpt.evaluation.predicting import Job, predict_files
@@ -61,7 +62,15 @@ def test_folders_in_every_format_and_what_cannot_be_read(pictures, tmp_path, cap
     }
     assert not list(out.rglob("*.part"))
 
-    (pictures / "b" / "broken.png").unlink()
+    (pictures / "a" / "worse.png").touch()
+    with pytest.raises(SystemExit):
+        cli.main(command)
+    named = capsys.readouterr().err
+    assert all(f"{name}.png: not a picture that can be read" in named for name in ("a/worse", "b/broken"))
+    assert named.rstrip().endswith("2 of 7 could not be predicted, each named above; the others are written.")
+
+    for path in ("a/worse.png", "b/broken.png"):
+        (pictures / path).unlink()
     (out / "three_depth.npy").unlink()
     assert cli.main(command) == 0  # what is there stays
     printed = capsys.readouterr().out
@@ -88,6 +97,26 @@ def test_folders_in_every_format_and_what_cannot_be_read(pictures, tmp_path, cap
     with pytest.raises(SystemExit):
         cli.main(["predict", str(tmp_path / "none"), "--weights", str(weights)])
     assert "there is no such file or folder" in capsys.readouterr().err
+
+
+def test_results_are_not_taken_for_pictures(pictures, monkeypatch) -> None:
+    results = pictures / "predictions"
+    results.mkdir()
+    (pictures / "three.png").rename(results / "four_depth_colour.png")
+    monkeypatch.chdir(pictures)
+    found = find_sources([Path(".")], out=Path("predictions"))
+    assert [s.name for s in found] == ["a/one", "a/two", "b/deep/one", "four"]
+    assert len(find_sources([pictures], out=pictures.parent / "elsewhere")) == 5
+    with pytest.raises(UserError, match="results beside the pictures of a folder"):
+        find_sources([Path(".")], out=pictures)
+
+
+def test_names_of_results_are_all_different(tmp_path) -> None:
+    for name in ("x.png", "x.jpg", "x_0.png"):
+        (tmp_path / name).touch()
+    found = find_sources([tmp_path, tmp_path / "x.png"])
+    assert {s.path.name: s.name for s in found[:3]} == {"x.jpg": "x_1", "x.png": "x_2", "x_0.png": "x_0"}
+    assert found[3].name == "x_3"
 
 
 def _predictor() -> Predictor:

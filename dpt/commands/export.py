@@ -69,6 +69,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _write_pipeline(arguments: argparse.Namespace) -> None:
+    from dpt.publishing.card import usage
     from dpt.publishing.pipelines import write_pipeline
 
     if arguments.steps < 1 or not 1 <= arguments.ensemble <= 50:
@@ -89,6 +90,9 @@ def _write_pipeline(arguments: argparse.Namespace) -> None:
         card=card_text(arguments, weights.config, weights.sections, form="diffusers", name=name),
     )
     print(out)
+    task = weights.sections.get("task", "class")
+    for line in usage("diffusers", task, str(out), timestep_features=weights.config.timestep_features).splitlines():
+        print(f"  {line}")
 
 
 def _class_names(file: Path) -> list[str]:

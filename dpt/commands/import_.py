@@ -85,12 +85,21 @@ def run(arguments: argparse.Namespace) -> None:
         sections["diffusion"] = diffusion
     if arguments.fit:
         sections["fits"] = as_section({task: Fit(how=arguments.fit) for task in fits_of({}, "")})
+    own, left_out = sections.get("vae") or {}, ""
     if arguments.vae:
         vae = load_vae(arguments.vae, latent_channels=weights.config.in_channels)
         sections["vae"] = dataclasses.asdict(vae.record)
+    elif own.get("name") and "sha256" not in own:  # a diffusers pipeline's
+        try:
+            sections["vae"] = dataclasses.asdict(load_vae(own["name"], latent_channels=weights.config.in_channels).record)
+        except UserError as error:
+            left_out = f"  the pipeline's own vae is left out: {error}"
+            del sections["vae"]
     print(f"{export_weights(weights, arguments.out, sections=sections)}: {weights.source}, task {sections['task']}")
     if "diffusion" in sections:
         print(f"  objective: {describe(sections['diffusion'], str(arguments.out))}")
+    if left_out:
+        print(left_out)
     for name, option in {"diffusion": "--objective or --scheduler", "vae": "--vae"}.items():
         if name not in sections:
             print(f"  its {name} is not known; give it with {option} before predicting with it")

@@ -7,6 +7,7 @@ Results are written as they come; the same command goes on after a stop. On seve
 import argparse
 import dataclasses
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,7 +75,11 @@ def run(arguments: argparse.Namespace) -> None:
         far=arguments.depth_range[1],
     )
     sources = find_sources(
-        arguments.inputs, patterns=arguments.pattern, recursive=not arguments.no_recursive, as_frames=arguments.frames
+        arguments.inputs,
+        patterns=arguments.pattern,
+        recursive=not arguments.no_recursive,
+        as_frames=arguments.frames,
+        out=arguments.out,
     )
     jobs = _jobs(sources, arguments)
     distributed.set_environment()
@@ -83,6 +88,7 @@ def run(arguments: argparse.Namespace) -> None:
     from dpt.evaluation.predicting import predict_files
     from dpt.evaluation.prediction import Predictor
     from dpt.evaluation.runner import weights_sha256
+    from dpt.progress import say
     from dpt.training.export import load_weights
 
     predictor = Predictor(
@@ -110,15 +116,19 @@ def run(arguments: argparse.Namespace) -> None:
             embed=_embedding(arguments, predictor, task),
             settings={"task": task, "weights": weights_sha256(predictor), **settings},
             again=arguments.again,
-            report=lambda path: print(path, flush=True),
+            report=say,
         )
     failed = [text for part in distributed.gather_objects(done.failed) for text in part]
     skipped = sum(distributed.gather_objects(done.skipped))
     if skipped:
         distributed.log(f"{skipped} of {len(jobs)} were there already, with the same settings (--again predicts them anew).")
+    if len(failed) > 1 and distributed.is_main():
+        print("\n".join(failed), file=sys.stderr)
     distributed.shutdown()
+    if len(failed) > 1:
+        raise UserError(f"{len(failed)} of {len(jobs)} could not be predicted, each named above; the others are written.")
     if failed:
-        rest = f"; {len(failed)} of {len(jobs)} could not be predicted, the others are written." if len(jobs) > 1 else "."
+        rest = f"; 1 of {len(jobs)} could not be predicted, the others are written." if len(jobs) > 1 else "."
         raise UserError(failed[0].rstrip(".") + rest)
 
 

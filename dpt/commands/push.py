@@ -21,12 +21,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     from dpt.models.pretrained import read_config
-    from dpt.publishing.pipelines import INDEX
+    from dpt.models.weight_files import PIPELINE_INDEX
     from dpt.publishing.push import push_folder
 
     folder: Path = arguments.folder
     ours = (folder / "weights.safetensors").is_file() and (folder / "config.json").is_file()
-    if not ours and not (folder / INDEX).is_file():
+    if not ours and not (folder / PIPELINE_INDEX).is_file():
         raise UserError(f"{folder}: neither exported weights nor a pipeline; write one with dpt export.")
     if ours:
         config = read_config(folder)

@@ -639,6 +639,12 @@ class TrackingConfig:
     """Further tags of the run."""
     system_every: float = 10.0
     """Seconds between samples of every node's processors, memory, disks, network and GPUs (MLflow's names); 0: none."""
+    registered_model: str = ""
+    """Name in MLflow's model registry that the exported weights become a version of; empty: none."""
 
     def __post_init__(self) -> None:
+        _check(
+            not set(self.registered_model) & set("/:'\""),
+            f'dpt.tracking.registered_model is "{self.registered_model}"; names in MLflow\'s registry have no / : or quotes.',
+        )
         _check(self.system_every >= 0, f"dpt.tracking.system_every is {self.system_every}; it cannot be negative.")

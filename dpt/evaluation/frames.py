@@ -3,7 +3,8 @@
 import importlib.util
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -45,18 +46,29 @@ class Source:
 
 
 def find_sources(
-    inputs: Sequence[Path], *, patterns: Sequence[str] = (), recursive: bool = True, as_frames: bool = False
+    inputs: Sequence[Path],
+    *,
+    patterns: Sequence[str] = (),
+    recursive: bool = True,
+    as_frames: bool = False,
+    out: Path | None = None,
 ) -> list[Source]:
     """The pictures and videos that `inputs` name, in order: files as they are, folders by name.
 
     patterns: which files of a folder are meant, such as "*.png" or "cam0/*.jpg", matched from the right; empty: all pictures
     and videos. recursive: with subfolders. as_frames: the pictures of a folder are the frames of one video. A file's result is
-    named after it, a folder's after the paths within it. UserError for what is not there, and for folders without any.
+    named after it, a folder's after the paths within it. out: where results go; what lies there is none of a folder's
+    pictures. UserError for what is not there, for folders without any, and for a folder whose results would lie among them.
     """
     found: list[Source] = []
     for path in inputs:
         if path.is_dir():
-            found += _of_folder(path, patterns, recursive, as_frames)
+            if out is not None and out.resolve() == path.resolve():
+                raise UserError(
+                    f"--out {out}: results beside the pictures of a folder would be taken for pictures the next time; "
+                    "choose another folder."
+                )
+            found += _of_folder(path, patterns, recursive, as_frames, out)
         elif path.is_file():
             found.append(Source(name=path.stem, path=path))
         else:
@@ -64,9 +76,12 @@ def find_sources(
     return _unique(found)
 
 
-def _of_folder(folder: Path, patterns: Sequence[str], recursive: bool, as_frames: bool) -> list[Source]:
+def _of_folder(folder: Path, patterns: Sequence[str], recursive: bool, as_frames: bool, out: Path | None) -> list[Source]:
     known = PICTURES + VIDEOS + ANIMATIONS
     files = [p for p in sorted(folder.rglob("*") if recursive else folder.iterdir()) if p.is_file() and p.name[0] != "."]
+    if out is not None and out.resolve().is_relative_to(folder.resolve()):
+        results = folder / out.resolve().relative_to(folder.resolve())
+        files = [p for p in files if not p.is_relative_to(results)]
     files = [p for p in files if (any(p.match(pattern) for pattern in patterns) if patterns else p.suffix.lower() in known)]
     if not files:
         which = f"file like {' or '.join(patterns)}" if patterns else "picture or video"
@@ -87,13 +102,14 @@ def _of_folder(folder: Path, patterns: Sequence[str], recursive: bool, as_frames
 def _unique(sources: list[Source]) -> list[Source]:
     """The same with their names numbered where several are equal."""
     counts = Counter(source.name for source in sources)
-    seen: dict[str, int] = {}
+    taken = {name for name, times in counts.items() if times == 1}
     result = []
     for source in sources:
-        number = seen.get(source.name, 0)
-        seen[source.name] = number + 1
-        name = f"{source.name}_{number}" if counts[source.name] > 1 else source.name
-        result.append(Source(name=name, path=source.path, frames=source.frames))
+        name = source.name
+        if counts[name] > 1:
+            name = next(n for number in count() if (n := f"{source.name}_{number}") not in taken)
+            taken.add(name)
+        result.append(replace(source, name=name))
     return result
 
 
@@ -111,13 +127,15 @@ def iter_frames(source: Source) -> Iterator[np.ndarray]:
 
 
 def count_frames(source: Source) -> int:
-    """Number of frames, 0 if the file does not say."""
+    """Number of frames, 0 if the file says neither it nor how long it lasts (then it is the rate times that, about)."""
     if source.frames:
         return len(source.frames)
     if source.path.suffix.lower() in ANIMATIONS:
         return _num_frames(source.path)
     with _open(source.path) as container:
-        return int(container.streams.video[0].frames)
+        stream = container.streams.video[0]
+        lasts = (container.duration or 0) / 1e6  # microseconds
+        return int(stream.frames or round(lasts * float(stream.average_rate or 0)))
 
 
 def frame_rate(source: Source) -> float:
@@ -162,12 +180,14 @@ def _open(path: Path) -> Any:
 
 
 def _decode(path: Path) -> Iterator[np.ndarray]:
+    """Frames, turned as the file's display matrix says (by quarter turns), as players do."""
     with _open(path) as container:
         import av
 
         try:
             for frame in container.decode(video=0):
-                yield frame.to_ndarray(format="rgb24")
+                quarters = round(getattr(frame, "rotation", 0) / 90) % 4  # counterclockwise
+                yield np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), quarters))
         except av.error.FFmpegError as error:
             raise UserError(f"{path}: the video breaks off ({error}); cut it there, or convert it anew.") from error
 

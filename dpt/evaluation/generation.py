@@ -72,7 +72,7 @@ def collect_features(
     by the rounding of sums alone. manifold_images: how many images are kept for precision and recall, evenly spaced; 0: all.
     """
     count = len(source)
-    kept = np.unique(np.linspace(0, count - 1, min(manifold_images or count, count)).round().astype(np.int64))
+    kept = spread(count, min(manifold_images or count, count))
     pooled, spatial, scores = _Sums(), _Sums(), ScoreSums()
     found: list[tuple[np.ndarray, np.ndarray]] = []
     starts = range(distributed.rank() * batch_size, count, distributed.world_size() * batch_size)
@@ -108,6 +108,11 @@ def collect_features(
         scores=total_scores if total_scores.sums else None,
         manifold=manifold,
     )
+
+
+def spread(count: int, chosen: int) -> np.ndarray:
+    """Numbers int64 `[chosen]` of so many of `count` images, evenly spaced: sets are often in the order of their classes."""
+    return np.linspace(0, count - 1, chosen).round().astype(np.int64)
 
 
 def compare_features(generated: FeatureSet, reference: Statistics, *, neighbours: int = 3) -> dict[str, float]:

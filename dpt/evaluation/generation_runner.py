@@ -1,6 +1,7 @@
 """The stage that scores class-conditional weights: generate, compare with real images, write down under which settings."""
 
 import contextlib
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,6 +12,9 @@ from dpt import distributed, hub
 from dpt.config.generation import GenerationConfig
 from dpt.config.recipe import Recipe
 from dpt.config.sections import DataConfig, EvaluationConfig
+from dpt.data.manifest import MANIFEST_NAME, file_sha256
+from dpt.data.shards import ShardFolder
+from dpt.data.sources import is_url
 from dpt.errors import UserError
 from dpt.evaluation.feature_networks import FeatureNetwork, load_dinov2, load_features
 from dpt.evaluation.generation import claim_folder, collect_features, compare_features, spread_labels, write_samples
@@ -101,6 +105,22 @@ def score_generation(
         temporary.replace(output / "fid.json")
     distributed.barrier()
     return summary
+
+
+def _as_dataset(path: str, found: dict[str, Any], cache_dir: str) -> dict[str, Any]:
+    """What MLflow keeps of a reference as a data set: its hash, and for a folder of pictures that of their names and sizes."""
+    more = {"source": path, "context": "evaluation"}
+    if is_url(path) or (Path(path) / MANIFEST_NAME).is_file():
+        manifest = ShardFolder(path, cache_dir=cache_dir).manifest
+        name = f"{manifest.dataset}/{manifest.split}"
+        return more | {"name": name, "digest": manifest.data_sha256, "profile": manifest.profile}
+    if Path(path).is_dir():
+        files = (p for p in sorted(Path(path).rglob("*")) if p.is_file())
+        listed = "".join(f"{p.relative_to(path)} {p.stat().st_size}\n" for p in files)
+        digest = hashlib.sha256(listed.encode()).hexdigest()
+    else:
+        digest = file_sha256(Path(path))
+    return more | {"name": Path(path).name, "digest": digest, "profile": found}
 
 
 def _check_counts(config: GenerationConfig, count: int, reference: Reference) -> None:
@@ -227,6 +247,8 @@ def run_generation(recipe: Recipe, *, vae: str = "", read: Callable[..., Weights
         run.set_tags(
             {"dpt.dataset": Path(config.reference).name, "dpt.protocol": format_settings(settings).replace("\n", "; ")}
         )
+        if distributed.is_main():
+            run.log_dataset(**_as_dataset(config.reference, settings["reference"], recipe.dpt.data.cache_dir))
         figures = summary["metrics"] | {"num_samples": float(settings["num_images"])}
         if "macs_per_image" in settings:
             figures["macs"] = settings["macs_per_image"]

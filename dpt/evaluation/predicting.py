@@ -153,7 +153,7 @@ def predict_files(
             for job, files in _predict_batch(predictor, sound, out, task, outputs, resolution, embed):
                 keep(job, files)
         for job in videos:
-            made_with = None if again else settings
+            made_with = None if again or settings is None else [settings, _stamp(job)]
             try:
                 files = predict_video(
                     predictor, job.source, out, task=task, outputs=outputs, resolution=resolution, settings=made_with

@@ -8,7 +8,7 @@ from dpt import distributed
 from dpt.config.generation import GenerationConfig
 from dpt.errors import UserError
 from dpt.evaluation.feature_networks import FeatureNetwork
-from dpt.evaluation.generation import collect_features
+from dpt.evaluation.generation import collect_features, spread
 from dpt.evaluation.image_sources import ImageSource, Statistics, has_images, read_statistics, write_statistics
 
 
@@ -62,7 +62,8 @@ class Reference:
             )
         assert found is not None
         if found.manifold is not None and len(found.manifold) > config.manifold_images:
-            found = dataclasses.replace(found, manifold=found.manifold[: config.manifold_images])
+            rows = spread(len(found.manifold), config.manifold_images)
+            found = dataclasses.replace(found, manifold=found.manifold[rows])
         if config.save_reference and distributed.is_main():
             kept = dataclasses.replace(found, network=network.sha256, resolution=self._resolution)
             write_statistics(Path(config.save_reference), kept)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from dpt import distributed, tasks
@@ -14,7 +15,7 @@ from dpt.data.codec import load_vae
 from dpt.errors import UserError
 from dpt.evaluation.loading import LoadedModel
 from dpt.evaluation.prediction import Predictor
-from dpt.evaluation.protocols import average, is_better
+from dpt.evaluation.protocols import average, is_better, score
 from dpt.evaluation.records import Record, Setting
 from dpt.evaluation.runner import check_set
 from dpt.evaluation.scoring import Scorer
@@ -59,12 +60,16 @@ class Validator:
             raise UserError(
                 f'dpt.validation.metric "{self.metric}": there is no "{wanted}"; it may begin with {", ".join(self._places())}.'
             )
+        truths = [(one.protocol, np.nan_to_num(one[0].truth, posinf=0.0)) for one in self._sets]
+        metrics = [average([score(protocol, truth, truth)]) for protocol, truth in truths]
+        if all(metrics) and not self.metric.endswith("_log_fit"):  # a first truth may lack pixels that count there, or at all
+            self._check_metric(self._named(metrics))
 
     def __call__(self, network: nn.Module, alive: Callable[[], None]) -> dict[str, float]:
         """TASK/SET/METRIC of every set, and TASK/METRIC of the first one of its task. `alive` is called after each sample."""
         predictor = self._predictor(network)
         setting = Setting(steps=self._config.steps[0], ensemble=self._config.ensemble[0])
-        found: dict[str, float] = {}
+        figures: list[dict[str, float]] = []
         for one in self._sets:
             scorer = Scorer(one, self._config, predictor, Path())
             mine: list[Record] = []
@@ -74,12 +79,22 @@ class Validator:
                 mine += records
                 alive()
             rows = sorted((r for part in distributed.gather_objects(mine) for r in part), key=lambda r: r.index)
-            figures = average([r.metrics for r in rows])
-            found |= {f"{one.task}/{one.name}/{name}": value for name, value in figures.items()}
-            found |= {f"{one.task}/{n}": v for n, v in figures.items() if f"{one.task}/{n}" not in found}
+            figures.append(average([r.metrics for r in rows]))
+        found = self._named(figures)
+        self._check_metric(found)
+        return found
+
+    def _named(self, figures: list[dict[str, float]]) -> dict[str, float]:
+        """Each set's figures under the names that calls give."""
+        found: dict[str, float] = {}
+        for one, values in zip(self._sets, figures, strict=True):
+            found |= {f"{one.task}/{one.name}/{name}": value for name, value in values.items()}
+            found |= {f"{one.task}/{n}": v for n, v in values.items() if f"{one.task}/{n}" not in found}
+        return found
+
+    def _check_metric(self, found: Mapping[str, float]) -> None:
         if self.metric not in found:
             raise UserError(f'dpt.validation.metric "{self.metric}" is not among {", ".join(found)}.')
-        return found
 
     def is_better(self, value: float, other: float) -> bool:
         """Whether a value of `metric` is better than another."""

@@ -23,7 +23,7 @@ from dpt.models.dit import DiT
 from dpt.models.layers import position_table
 from dpt.models.mup import standard
 from dpt.models.schedulers import pipeline_scheduler
-from dpt.models.weight_files import DIFFUSERS_WEIGHTS, read_diffusers_tensors, read_json_object, read_tensors
+from dpt.models.weight_files import DIFFUSERS_WEIGHTS, PIPELINE_INDEX, read_diffusers_tensors, read_json_object, read_tensors
 from dpt.models.weight_maps import (
     Map,
     config_from_diffusers,
@@ -101,6 +101,9 @@ def read_weights(
         weights = _read_public(path, ema, fields)
     if scheduler is not None:
         weights = replace(weights, sections={**weights.sections, "diffusion": asdict(scheduler)})
+    said = weights.sections.get("vae", {})
+    if path.is_dir() and not said.get("name") and (vae := _pipeline_vae(path if pipeline else path.parent, place)):
+        weights = replace(weights, sections={**weights.sections, "vae": {**said, "name": vae}})
     if hub.is_hub_name(place):
         lineage = {**weights.sections.get("lineage", {}), "weights": place}
         weights = replace(weights, sections={**weights.sections, "lineage": lineage})
@@ -174,15 +177,23 @@ def _read_diffusers(path: Path, variant: str) -> Weights:
     return Weights(config=config, state=_convert(state, config, diffusers_map, str(file)), source="diffusers")
 
 
+def _pipeline_vae(folder: Path, place: str) -> str:
+    """What a pipeline's own VAE is called: its folder, or on the hub the part of `place`; empty if there is none."""
+    if not (folder / PIPELINE_INDEX).is_file() or not (read_json_object(folder / PIPELINE_INDEX).get("vae") or [None])[-1]:
+        return ""
+    if not hub.is_hub_name(place):
+        return str(folder / "vae")
+    name = hub.parse(place)
+    beside = name.path.removesuffix("transformer").strip("/")
+    return str(replace(name, path=f"{beside}/vae".strip("/")))
+
+
 def _read_depth_pipeline(path: Path, values: Mapping[str, Any]) -> Weights:
     """The network of a pipeline that `dpt.publishing` wrote: our names, and a config that says what ours would."""
     known = values.get("_dpt")
     if not isinstance(known, dict) or not isinstance(known.get("model"), dict) or not isinstance(known.get("sections"), dict):
         raise UserError(f"{path / _CONFIG}: _dpt is {known!r}, not what dpt writes there; export the pipeline anew.")
     sections = _check_sections(dict(known["sections"]), path / _CONFIG)
-    vae = sections.get("vae", {})
-    if not vae.get("name") and (path.parent / "vae").is_dir():  # one that had no name that others could use
-        sections["vae"] = {**vae, "name": str(path.parent / "vae")}
     config = section_from_dict(ModelConfig, known["model"], str(path / _CONFIG), prefix="model")
     _, state = read_diffusers_tensors(path)
     return Weights(config=config, state=state, source="a pipeline of ours", sections=sections)

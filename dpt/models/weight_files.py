@@ -16,6 +16,8 @@ from dpt.config.json_text import parse_object
 from dpt.errors import UserError
 
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model"
+PIPELINE_INDEX = "model_index.json"
+"""What tells a pipeline's folder, and names its parts."""
 
 
 def read_json_object(file: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from dpt.config.sections import ModelConfig
 from dpt.errors import UserError
 from dpt.models.costs import macs, num_params
 from dpt.scaling.compute import total_train_macs, train_macs
-from dpt.scaling.results import METRICS, Row, results_table, show_macs, table_cells
+from dpt.scaling.results import METRICS, Row, results_table, setting_words, show_macs, table_cells
 from dpt.tracking.read import RunRecord, ancestors, load_runs, with_ancestors
 
 Form = Literal["dpt", "diffusers"]
@@ -153,12 +153,12 @@ def _front(
 
 
 def _result(row: Row) -> dict[str, Any]:
-    setting = f", {row.steps} steps, {row.ensemble} members" if row.steps and row.ensemble else ""
+    setting = f", {setting_words(row)}" if row.steps else ""
     return {
         "task": {"type": _TAGS.get(row.task, row.task)},
         "dataset": {"name": row.dataset, "type": row.dataset},
         "metrics": [
-            {"type": metric, "value": round(value, 6), "name": f"{METRICS[metric].title}{setting}"}
+            {"type": metric, "value": round(value, 6), "name": f"{METRICS[metric].name}{setting}"}
             for metric, value in row.metrics.items()
             if metric in METRICS
         ],

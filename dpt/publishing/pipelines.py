@@ -17,14 +17,14 @@ from dpt.config.recipe import section_from_dict
 from dpt.config.sections import DiffusionConfig, ModelConfig
 from dpt.data.codec import EMBEDDED, VAECodec, load_vae
 from dpt.errors import UserError
+from dpt.fits import fits_of
 from dpt.models.mup import standard
 from dpt.models.pretrained import DEPTH_NETWORK, export_weights
 from dpt.models.schedulers import SCHEDULER_FILE
-from dpt.models.weight_files import DIFFUSERS_WEIGHTS
+from dpt.models.weight_files import DIFFUSERS_WEIGHTS, PIPELINE_INDEX
 from dpt.models.weights import Weights
 from dpt.tasks import codes_of, label_id
 
-INDEX = "model_index.json"
 NULL_LABEL = 1000
 """The label without a class in diffusers' DiTPipeline, whatever the number of classes."""
 _FILES = Path(__file__).parent / "folder"
@@ -51,7 +51,7 @@ def write_pipeline(
     stand for missing ones. `steps`, `ensemble`: depth's defaults. `card`: text of README.md. UserError for what diffusers has
     no pipeline for.
     """
-    if out.exists() and not (out / INDEX).is_file():
+    if out.exists() and not (out / PIPELINE_INDEX).is_file():
         raise UserError(f"{out}: exists and holds no pipeline; choose another folder.")
     task = weights.sections.get("task", "class")
     if task not in ("class", "depth", "generalist"):
@@ -60,8 +60,7 @@ def write_pipeline(
         raise UserError(f"{source}: nothing says what these weights predict; import them with --objective or --scheduler.")
     diffusion = section_from_dict(DiffusionConfig, weights.sections["diffusion"], source, prefix="diffusion")
     codec = _codec(weights, vae, source)
-    record = {n: getattr(codec, n) for n in ("name", "sha256", "scaling_factor", "latent_channels")}
-    weights = replace(weights, sections={**weights.sections, "vae": record})
+    weights = replace(weights, sections={**weights.sections, "vae": asdict(codec.record)})
     new, old = (out.with_name(f".{out.name}.{kind}-{os.getpid()}") for kind in ("new", "old"))
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
@@ -72,10 +71,15 @@ def write_pipeline(
         else:
             index = _write_depth(weights, new, diffusion, source) | {"downsampling": codec.downsampling}
             index |= {"default_steps": steps, "default_ensemble_size": ensemble}
-        index |= _write_vae(codec, new, copied=include_vae or task == "class" or not hub.is_hub_name(codec.name))
+        if task == "class":
+            index |= _write_vae(scaled_only(codec), new)
+        elif include_vae or not hub.is_hub_name(codec.name):
+            index |= _write_vae(codec.vae, new)
+        else:
+            index |= _name_vae(codec)
         scheduler = scheduler_config(diffusion)
         _write_json(new / "scheduler" / SCHEDULER_FILE, scheduler)
-        _write_json(new / INDEX, index | {"scheduler": ["diffusers", scheduler["_class_name"]]})
+        _write_json(new / PIPELINE_INDEX, index | {"scheduler": ["diffusers", scheduler["_class_name"]]})
         if card:
             (new / "README.md").write_text(card, encoding="utf-8")
         if out.exists():
@@ -116,23 +120,53 @@ def _codec(weights: Weights, vae: str, source: str) -> VAECodec:
     codec = load_vae(name, latent_channels=weights.config.in_channels)
     if record.get("sha256", codec.sha256) != codec.sha256:
         raise UserError(f"{source}: trained on latents of another VAE than {name!r}; name the one of training with --vae.")
-    config, task = codec.vae.config, weights.sections.get("task", "class")
-    if getattr(config, "latents_mean", None) is not None or (task == "class" and getattr(config, "shift_factor", None)):
-        raise UserError(f"{source}: its VAE shifts latents as no pipeline here does; export a dpt folder.")
     return codec
 
 
-def _write_vae(codec: VAECodec, folder: Path, *, copied: bool) -> dict[str, Any]:
-    """What the index says of the VAE: that it lies in the folder, or where it is on the hub."""
-    if not copied:
-        name = hub.parse(codec.name)
-        place = {"vae_name": name.repo, "vae_revision": name.revision, "vae_subfolder": name.path}
-        return {"vae": [None, None], **place}
-    codec.vae.to(memory_format=torch.contiguous_format).save_pretrained(folder / "vae")
+def _name_vae(codec: VAECodec) -> dict[str, Any]:
+    """What the index says of a VAE that is on the hub: where."""
+    name = hub.parse(codec.name)
+    place = {"vae_name": name.repo, "vae_revision": name.revision, "vae_subfolder": name.path}
+    return {"vae": [None, None], "vae_class": type(codec.vae).__name__, **place}
+
+
+def _write_vae(vae: Any, folder: Path) -> dict[str, Any]:
+    """Copy the VAE to FOLDER/vae; what the index says of it."""
+    vae.to(memory_format=torch.contiguous_format).save_pretrained(folder / "vae")
     config = json.loads((folder / "vae" / "config.json").read_text(encoding="utf-8"))
     config.pop("_name_or_path", None)  # a folder of this machine
     _write_json(folder / "vae" / "config.json", config)
     return {"vae": ["diffusers", config["_class_name"]]}
+
+
+def scaled_only(codec: VAECodec) -> Any:
+    """A VAE whose latents are those that networks see of `codec` over the scaling factor: DiTPipeline knows nothing else.
+
+    The shift and the statistics by channel become part of the 1 x 1 convolutions behind the encoder and before the decoder,
+    which are added where the VAE has none. A VAE without either is given back as it is.
+    """
+    scaling, record = codec.scaling, codec.record
+    if not (record.shift_factor or record.latents_mean or record.latents_std):
+        return codec.vae
+    channels = record.latent_channels
+    std = torch.tensor(record.latents_std or (1.0,) * channels)
+    mean = torch.as_tensor(scaling.shift, dtype=torch.float32).flatten().cpu().expand(channels)
+    plain = {"shift_factor": None, "latents_mean": None, "latents_std": None}
+    config = {**codec.vae.config, **plain, "use_quant_conv": True, "use_post_quant_conv": True}
+    vae = type(codec.vae).from_config(config)
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in codec.vae.state_dict().items()}
+    for name, size in (("quant_conv", 2 * channels), ("post_quant_conv", channels)):
+        state.setdefault(f"{name}.weight", torch.eye(size)[:, :, None, None])
+        state.setdefault(f"{name}.bias", torch.zeros(size))
+    behind, before = state["quant_conv.weight"].squeeze(), state["post_quant_conv.weight"].squeeze()
+    gain = torch.cat([1 / std, torch.ones(channels)])
+    offset = torch.cat([-mean / std, -2 * std.log()])  # of the means, and of the log-variances
+    state["quant_conv.weight"] = (gain[:, None] * behind)[:, :, None, None]
+    state["quant_conv.bias"] = gain * state["quant_conv.bias"] + offset
+    state["post_quant_conv.weight"] = (before * std)[:, :, None, None]
+    state["post_quant_conv.bias"] = state["post_quant_conv.bias"] + before @ mean
+    vae.load_state_dict(state)
+    return vae.eval()
 
 
 # --- class images ---------------------------------------------------------------------------------------------------------
@@ -179,6 +213,7 @@ def _write_depth(weights: Weights, folder: Path, diffusion: DiffusionConfig, sou
         raise UserError(f"{source}: steps_offset {diffusion.steps_offset} on straight paths, which no pipeline walks.")
     config, state = standard(weights.config, weights.state)
     known = {"task": "depth", **weights.sections}
+    fit = fits_of(weights.sections, source)["depth"]
     _write_network(config, state, folder / "transformer", known)
     shutil.copyfile(_FILES / "pipeline.py", folder / "pipeline.py")
     return {
@@ -186,6 +221,8 @@ def _write_depth(weights: Weights, folder: Path, diffusion: DiffusionConfig, sou
         "_diffusers_version": _diffusers_version(),
         "transformer": ["dpt_transformer", DEPTH_NETWORK],
         "num_conditions": config.num_conditions,
+        "fit": fit.whole,
+        "fit_resolution": fit.resolution,
         "label": label_id("depth", trained_task=known["task"], num_classes=config.num_classes),
         "depth_code": codes_of(weights.sections, source)["depth"],
         "prediction_type": diffusion.prediction_type,

@@ -248,9 +248,9 @@ class SpooledRun(Run):
         """Until all is sent; not long where the store has failed, as the sender then ends by itself."""
         begun, told = time.monotonic(), False
         while sender.poll() is None and (waited := time.monotonic() - begun) < _FINISH_SECONDS:
-            if waited > _TOLD_SECONDS and not told:
+            if waited > _TOLD_SECONDS and not told and (unsent := self._spool.unsent):
                 told = True
-                _log.warning("Sending the last %d records of run %s to MLflow.", self._spool.unsent, self.run_id)
+                _log.warning("Sending the last %d records of run %s to MLflow.", unsent, self.run_id)
             if waited > _FAILED_SECONDS and self._spool.state.error:
                 return
             time.sleep(0.05)

@@ -515,6 +515,8 @@ class Trainer:
         if distributed.is_main():
             export(last, weights)
             distributed.log(f"Weights: {weights}")
+            if name := self.config.tracking.registered_model:
+                self.tracking.register_model(weights, name, {"dpt.stage": self.stage.name, "dpt.task": self.config.task})
         distributed.barrier()
         self._close("FINISHED")
 

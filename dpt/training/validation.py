@@ -59,7 +59,8 @@ class Best:
 
     def after(self, step: int, value: float, validator: Validator, *, patience: int) -> "Best":
         """The best one after another validation. One that is not a number is never the best."""
-        if math.isnan(self.value) or validator.is_better(value, self.value):
+        better = not math.isnan(value) and (math.isnan(self.value) or validator.is_better(value, self.value))
+        if better:
             return Best(step=step, value=value)
         misses = self.misses + 1
         return replace(self, misses=misses, stopped=0 < patience <= misses)

@@ -29,6 +29,10 @@ def recipe(tmp_path):
         ),
         ({"training.stepz": "4"}, 'the command line: there is no field "training.stepz"; did you mean "steps"?.'),
         ({"data.shards": "1"}, ""),
+        (
+            {"tracking.registered_model": "lab/depth"},
+            'the command line: dpt.tracking.registered_model is "lab/depth"; names in MLflow\'s registry',
+        ),
         ({"tracking.enabled": "perhaps"}, "the command line: dpt.tracking.enabled is 'perhaps'; it must be true or false."),
         (
             {"training.ema_decays": '["a"]'},

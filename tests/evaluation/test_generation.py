@@ -1,5 +1,6 @@
 """Figures of generated images against independent implementations (numpy, scipy), and how the images are made."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -17,6 +18,7 @@ from dpt.evaluation.feature_networks import load_features
 from dpt.evaluation.generation_runner import score_generation
 from dpt.evaluation.image_metrics import Moments, ScoreSums, frechet_distance, precision_recall
 from dpt.evaluation.image_sources import ImageSource, read_statistics
+from dpt.evaluation.references import Reference
 from tests.evaluation.image_networks import Random, random_images, save_network
 from tests.evaluation.tiny import make_model
 from tests.gloo import run_ranks
@@ -243,3 +245,14 @@ def test_networks_whose_features_are_not_numbers_are_refused(tmp_path):
     network = load_features(*save_network(Broken(), tmp_path / "broken.pt"))
     with pytest.raises(UserError, match="not finite"):
         generation.collect_features(ImageSource(tmp_path / "zeros.npz"), network)
+
+
+def test_a_stored_reference_is_thinned_evenly(network, tmp_path):
+    """The first rows of a set in the order of its classes would be one class."""
+    np.savez(tmp_path / "real.npz", random_images(9, 0, side=64))
+    config = GenerationConfig(reference=str(tmp_path / "real.npz"), save_reference=str(tmp_path / "kept.npz"), **network)
+    features = load_features(config.features, config.features_sha256)
+    whole = Reference(config, features, 64).statistics(features).manifold
+    config = dataclasses.replace(config, reference=config.save_reference, save_reference="", manifold_images=3)
+    thinned = Reference(config, features, 64).statistics(features).manifold
+    np.testing.assert_array_equal(thinned, whole[[0, 4, 8]])

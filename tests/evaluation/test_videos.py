@@ -1,5 +1,7 @@
 """Depth carried through a video: no flicker, no fading, cuts begin anew; stopped videos go on; files by their libraries."""
 
+import os
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -9,6 +11,7 @@ from dpt.errors import UserError
 from dpt.evaluation import Predictor, videos
 from dpt.evaluation.frames import Source, find_sources, iter_frames
 from dpt.evaluation.outputs import OutputConfig
+from dpt.evaluation.predicting import Job, predict_files
 from dpt.evaluation.prediction import Prediction
 from dpt.evaluation.videos import Carried, align_to, predict_video
 from dpt.tasks import resize_smooth
@@ -133,3 +136,50 @@ def test_mp4_in_and_out(tmp_path):
     assert len(frames) == count_frames(source) == 4
     assert frames[0].shape == (32, 48, 3)
     np.testing.assert_allclose(frames[0].mean((0, 1)), (200, 40, 90), atol=6)
+
+
+def test_phones_videos_are_turned_and_containers_without_a_count_have_one(tmp_path):
+    av = pytest.importorskip("av")
+    from dpt.evaluation.frames import count_frames
+
+    picture = np.zeros((32, 48, 3), np.uint8)
+    picture[:, :24] = 255  # white on the left
+    for name, kind, turn in (("turned.mp4", "mp4", 90), ("plain.mkv", "matroska", 0)):
+        with av.open(str(tmp_path / name), "w", format=kind) as container:
+            stream = container.add_stream("h264", rate=12)
+            stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
+            if turn and not hasattr(stream, "set_display_rotation"):
+                pytest.skip("this av cannot write the turn that phones write")
+            if turn:
+                stream.set_display_rotation(turn)
+            for _ in range(6):
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+            container.mux(stream.encode(None))
+    frames = list(iter_frames(Source(name="a", path=tmp_path / "turned.mp4")))
+    assert frames[0].shape == (48, 32, 3)
+    assert frames[0][36:].mean() > 200 > 50 > frames[0][:12].mean()  # counterclockwise: left is below
+    assert count_frames(Source(name="a", path=tmp_path / "plain.mkv")) == 6
+
+
+def test_a_video_that_has_changed_begins_anew(tmp_path, monkeypatch):
+    predictor = Predictor(make_model(num_conditions=1), config=EvaluationConfig(batch_size=1, steps=[1]), device="cpu")
+    rng = np.random.default_rng(0)
+    (tmp_path / "v").mkdir()
+    for i in range(3):
+        Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(tmp_path / "v" / f"{i}.png")
+    sources = find_sources([tmp_path / "v"], as_frames=True)
+    write, numbers = videos.write_outputs, []
+
+    def stopped(*arguments, **more):
+        numbers.append(arguments[4])
+        if len(numbers) == 3:
+            raise KeyboardInterrupt
+        return write(*arguments, **more)
+
+    monkeypatch.setattr(videos, "write_outputs", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        predict_files(predictor, [Job(source=sources[0])], tmp_path / "out", settings=[1])
+    numbers.append("")
+    os.utime(tmp_path / "v" / "0.png", (2**31, 2**31))
+    predict_files(predictor, [Job(source=sources[0])], tmp_path / "out", settings=[1])
+    assert numbers[4:] == ["000000", "000001", "000002"]

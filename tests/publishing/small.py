@@ -1,5 +1,6 @@
 """Small random weights as exported folders, plain and averaged ones different."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +30,28 @@ def random_state(config: ModelConfig, seed: int) -> dict[str, torch.Tensor]:
     return state | noisy | {n: torch.randint(-30, 30, t.shape) for n, t in state.items() if not t.is_floating_point()}
 
 
-def export_small(folder: Path, *, task: str = "depth", diffusion: dict[str, Any] | None = None, **model: Any) -> Path:
+def export_small(
+    folder: Path,
+    *,
+    task: str = "depth",
+    diffusion: dict[str, Any] | None = None,
+    vae: str = "embedded",
+    fits: dict[str, Any] | None = None,
+    **model: Any,
+) -> Path:
     """An export of a network of two narrow blocks for latents of 8 x 8, with its averaged weights."""
     least = {"class": 0, "depth": 2, "generalist": 2, "flow": 2}[task]
     values = {"input_size": 8, "hidden_size": 32, "depth": 2, "num_heads": 2, "num_conditions": least}
     values |= {"num_classes": 10 + tasks.num_task_labels(task)}
-    config = ModelConfig(**{**values, **model})
-    codec = load_vae("embedded")
-    vae = {"name": "embedded", "sha256": codec.sha256, "scaling_factor": codec.scaling_factor, "latent_channels": 4}
-    sections = {"task": task, "vae": vae, "lineage": LINEAGE, "diffusion": vars(DiffusionConfig(**(diffusion or {})))}
+    record = load_vae(vae).record
+    config = ModelConfig(**{**values, "in_channels": record.latent_channels, **model})
+    sections = {
+        "task": task,
+        "vae": asdict(record),
+        "lineage": LINEAGE,
+        "diffusion": vars(DiffusionConfig(**(diffusion or {}))),
+    }
+    sections |= {"fits": fits} if fits else {}
     network = DiT(config)
     network.load_state_dict(random_state(config, 0))
     averaged = {n: t for n, t in random_state(config, 1).items() if t.is_floating_point()}

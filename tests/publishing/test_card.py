@@ -67,6 +67,7 @@ def test_a_card_from_mlflow_has_data_lineage_compute_and_results() -> None:
     results = front["model-index"][0]["results"]
     assert results[0]["dataset"]["name"] == "nyu"
     assert {m["type"]: m["value"] for m in results[0]["metrics"]} == {"abs_rel": 0.072, "delta1": 0.94}
+    assert not any("%" in m["name"] for m in results[0]["metrics"])  # values are fractions
     for words in ("| data | hypersim_train, vkitti |", "| MACs of training | 1 P |", "training that led here | 3 P |",
                   "| base | pretrain | imagenet_256 | 400 | 102,400 | 2 P |", "depth on nyu", "7.20", "best constant",
                   'from_pretrained("lab/depth-moe", trust_remote_code=True)'):  # fmt: skip

@@ -37,12 +37,17 @@ def test_a_pipeline_has_its_defaults_and_a_card(tmp_path: Path) -> None:
     assert 'from_pretrained("lab/depth", trust_remote_code=True)' in card
 
 
-def test_class_names_come_from_a_file(tmp_path: Path) -> None:
+def test_class_names_come_from_a_file_and_what_opens_the_pipeline_exactly_is_said(tmp_path: Path, capsys) -> None:
     weights = export_small(tmp_path / "weights", task="class")
     (tmp_path / "names.txt").write_text("tench\nshark, great white\n")
     assert export(weights, tmp_path / "out", "--to", "diffusers", "--class-names", tmp_path / "names.txt") == 0
     index = json.loads((tmp_path / "out" / "model_index.json").read_text())
     assert index["id2label"]["1"] == "shark, great white"
+    said = capsys.readouterr().out
+    assert (
+        f'DiffusionPipeline.from_pretrained("{tmp_path / "out"}", custom_pipeline="pipeline", trust_remote_code=True)' in said
+    )
+    assert "timestep frequencies slightly off training's" in said
 
 
 def test_bad_input_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
 
 from dpt.config.sections import EvaluationConfig
 from dpt.data.codec import EMBEDDED_FOLDER, load_vae
@@ -19,6 +20,7 @@ from dpt.evaluation.prediction import Predictor
 from dpt.models.pretrained import import_weights, read_weights
 from dpt.publishing import pipelines
 from dpt.publishing.pipelines import write_pipeline
+from tests.data.test_codec import small_vae
 from tests.publishing.small import export_small
 
 NETWORKS = {
@@ -35,6 +37,8 @@ NETWORKS = {
                                "vlb_weight": 0.0}},
     "cosine": {"diffusion": {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction", "steps_offset": 1,
                              "timestep_spacing": "leading", "set_alpha_to_one": False}},
+    "stretched": {"fits": {"depth": {"fit": "stretch", "resolution": 96}}},
+    "other_vae": {"vae": "f16d8", "fits": {"depth": {"fit": "stretch", "resolution": 64}}},
 }  # fmt: skip
 STEPS, MEMBERS = 3, 2
 FILES = Path(pipelines.__file__).with_name("folder")
@@ -58,6 +62,14 @@ for folder in sys.argv[2:]:
 """
 
 
+def statistics_vae(folder: Path, **changes: object) -> Path:
+    """A VAE of 16 pixels a latent, 8 channels, a shift and statistics by channel."""
+    statistics = {"latents_mean": np.linspace(-1, 1, 8).tolist(), "latents_std": np.linspace(0.5, 2, 8).tolist()}
+    shape = {"block_out_channels": (8,) * 5, "latent_channels": 8, "scaling_factor": 0.5, "shift_factor": 0.25}
+    small_vae(**{**shape, **statistics, **changes}).save_pretrained(folder)
+    return folder
+
+
 def without_dpt(code: str, cache: Path, *arguments: object) -> None:
     variables = {n: v for n, v in os.environ.items() if n != "PYTHONPATH"}
     variables |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(cache), "HF_MODULES_CACHE": str(cache / "modules")}
@@ -74,7 +86,9 @@ def test_depth_without_dpt_is_dpts_depth(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     images = {"wide": rng.integers(0, 256, (40, 75, 3), np.uint8), "tall": rng.integers(0, 256, (90, 64, 3), np.uint8)}
     np.savez(tmp_path / "images.npz", **images)
-    for name, options in NETWORKS.items():
+    vae = statistics_vae(tmp_path / "f16d8")
+    for name, given in NETWORKS.items():
+        options = {**given, "vae": str(vae)} if "vae" in given else given
         write(export_small(tmp_path / name, **options), tmp_path / "out" / name)
     folders = [tmp_path / "out" / name for name in NETWORKS]
     without_dpt(LOADING, tmp_path, tmp_path / "images.npz", *folders)
@@ -135,6 +149,25 @@ def test_class_weights_become_a_dit_pipeline(tmp_path: Path) -> None:
         assert (np.abs(found["plain"] - expected).max() > 1e-4) == (features == "dit")
         index = json.loads((folder / "model_index.json").read_text())
         assert index["id2label"] == {"0": "tench", "1": "shark, great white", **{str(n): str(n) for n in range(2, 10)}}
+
+
+@pytest.mark.parametrize("convolutions", [True, False])
+def test_statistics_of_a_vae_become_part_of_what_dit_pipeline_decodes(tmp_path: Path, convolutions: bool) -> None:
+    made = statistics_vae(tmp_path / "vae", use_quant_conv=convolutions, use_post_quant_conv=convolutions)
+    weights = export_small(tmp_path / "weights", task="class", vae=str(made))
+    vae = AutoencoderKL.from_pretrained(write(weights, tmp_path / "out") / "vae")
+    codec = load_vae(str(made))
+    torch.manual_seed(0)
+    latents, images = torch.randn(2, 8, 4, 4), torch.rand(2, 3, 64, 64) * 2 - 1
+    with torch.no_grad():
+        decoded = vae.decode(latents / vae.config.scaling_factor).sample  # as DiTPipeline does
+        posterior = vae.encode(images).latent_dist
+    torch.testing.assert_close(decoded, codec.decode_with_gradients(latents), atol=1e-5, rtol=1e-4)
+    moments = codec.encode(images)
+    torch.testing.assert_close(posterior.mean * 0.5, codec.scaling.normalize(moments[:, 0]), atol=1e-5, rtol=1e-4)
+    spread = (0.5 * moments[:, 1]).exp() * codec.scaling.scale
+    torch.testing.assert_close(posterior.std * 0.5, spread, atol=1e-5, rtol=1e-4)
+    assert vae.config.latents_mean is None
 
 
 def test_the_copied_files_need_torch_diffusers_and_numpy_only() -> None:

@@ -9,7 +9,9 @@ from fake_hub import TOKEN, Hub
 
 from dpt import cli
 from dpt import hub as hubs
+from dpt.data.codec import EMBEDDED_FOLDER, load_vae
 from dpt.models.pretrained import read_weights
+from dpt.publishing.pipelines import write_pipeline
 from tests.publishing.small import export_small
 
 
@@ -48,6 +50,24 @@ def test_what_is_pushed_is_read_by_its_name(
     assert any(sent == f"Bearer {TOKEN}" for _, _, sent in hub.requests)
     assert TOKEN not in printed + caplog.text
     assert not any(TOKEN.encode() in content for content in files.values())
+
+
+def test_a_pipeline_brings_its_own_vae_here_and_from_the_hub(hub: Hub, tmp_path: Path) -> None:
+    weights = export_small(tmp_path / "class", task="class", timestep_features="diffusers", mlp_norm_eps=1e-5)
+    out = tmp_path / "pipeline"
+    write_pipeline(read_weights(weights), out, source="weights")
+    assert read_weights(out).sections["vae"]["name"] == str(out / "vae")
+    hub.add("lab/class", out)
+    hub.add("lab/more", tmp_path)
+    for name in ("hub:lab/class", "hub:lab/more/pipeline"):
+        vae = read_weights(name).sections["vae"]["name"]
+        repo, _, commit = vae.partition("@")
+        assert repo == f"{name}/vae"
+        assert len(commit) == 40
+        assert load_vae(vae).sha256 == load_vae().sha256
+    assert cli.main(["import", "hub:lab/class", str(tmp_path / "imported")]) == 0
+    found = json.loads((tmp_path / "imported" / "config.json").read_text())["vae"]
+    assert (found["name"], found["sha256"]) == (read_weights("hub:lab/class").sections["vae"]["name"], load_vae().sha256)
 
 
 def test_a_branch_is_made_and_a_model_that_is_there_is_updated(hub: Hub, weights: Path) -> None:
@@ -97,3 +117,21 @@ def test_refusals_are_one_sentence_without_the_token(
 
 def test_an_error_that_carries_the_token_does_not_show_it(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     assert TOKEN not in hubs.one_line(OSError(f"Authorization: Bearer {TOKEN}\n failed"))
+
+
+def test_a_vae_of_the_hub_is_named_with_its_class_and_commit(hub: Hub, tmp_path: Path) -> None:
+    commit = hub.add("lab/vae", EMBEDDED_FOLDER)
+    write_pipeline(read_weights(export_small(tmp_path / "weights")), tmp_path / "out", source="weights", vae="lab/vae")
+    index = json.loads((tmp_path / "out" / "model_index.json").read_text())
+    assert (index["vae_name"], index["vae_revision"], index["vae_class"]) == ("lab/vae", commit, "AutoencoderKL")
+    assert not (tmp_path / "out" / "vae").exists()
+    assert read_weights(tmp_path / "out").sections["vae"]["name"] == f"hub:lab/vae@{commit}"
+
+
+def test_a_pipeline_whose_vae_cannot_be_read_is_imported_without(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = export_small(tmp_path / "class", task="class", timestep_features="diffusers", mlp_norm_eps=1e-5)
+    out = write_pipeline(read_weights(weights), tmp_path / "pipeline", source="weights")
+    (out / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    assert cli.main(["import", str(out), str(tmp_path / "imported")]) == 0
+    assert "the pipeline's own vae is left out: VAE" in capsys.readouterr().out
+    assert "vae" not in json.loads((tmp_path / "imported" / "config.json").read_text())

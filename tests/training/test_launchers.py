@@ -272,11 +272,13 @@ def test_a_disk_that_fills_up_costs_checkpoints_but_not_the_run(recipe: Path) ->
 @pytest.mark.slow
 def test_records_and_pictures_reach_console_file_and_mlflow(tmp_path: Path) -> None:
     from mlflow import MlflowClient
+    from mlflow.models import get_model_info
 
     codec = load_vae()
     vae = VAERecord(name="embedded", sha256=codec.sha256, scaling_factor=codec.scaling_factor, latent_channels=4)
     recipe = make_recipe(tmp_path / "run.json", [make_shards(tmp_path / "shards", vae=vae)])
     tracking = {"tracking.enabled": "true", "tracking.uri": f"sqlite:///{tmp_path}/mlflow.db"}
+    tracking["tracking.registered_model"] = "tiny classes"
     fields = {**MOE, **tracking, "sampling.every": 2, "sampling.labels": "0,1,2,3,4"}
     options = [text for name, value in fields.items() for text in (f"--{name}", json.dumps(value).strip('"'))]
     done = launch("torchrun", 2, PRETRAIN, "--ds_config", str(recipe), "--steps", "5", *options)
@@ -309,6 +311,10 @@ def test_records_and_pictures_reach_console_file_and_mlflow(tmp_path: Path) -> N
         "experts/min_load",
         "experts/max_load",
     } < {*run.data.metrics}
+    (version,) = client.search_model_versions("name = 'tiny classes'")
+    assert (version.tags["dpt.stage"], version.tags["dpt.task"]) == ("pretrain", "class")
+    assert Path(version.tags["dpt.folder"]) == recipe.with_suffix("") / "weights"
+    assert get_model_info(version.source.removeprefix("file://")).signature.inputs.inputs[0].name == "label"
     distances = client.get_metric_history(run.info.run_id, "experts/distance")
     assert [m.step for m in distances] == [0, 5]  # of the weights that it starts from, and at the end
     assert distances[1].value == lines[-1]["experts/distance"]

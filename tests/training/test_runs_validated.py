@@ -1,7 +1,9 @@
 """Validation while training: the same on any number of ranks and over stops, the best weights, an early end."""
 
 import json
+import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from dpt.models.costs import num_params
 from dpt.training.checkpoint import find_checkpoints, read_state
 from dpt.training.outputs import has_finished
 from dpt.training.preflight import needs
+from dpt.training.validation import Best
 
 
 def make_evaluation_set(folder: Path, vae: VAERecord, *, count: int = 5) -> Path:
@@ -160,5 +163,14 @@ def test_unknown_metrics_and_sets_of_another_task_are_refused(runs: Runs) -> Non
         ],
     )
     assert 'dpt.validation.metric "depth/abs" is not among depth/synthetic_val/abs_rel' in unknown
+    assert not (runs.folder / "unknown" / "records.jsonl").exists()  # before the first step
     assert 'there is no "flow"; it may begin with depth, depth/synthetic_val.' in foreign
     assert "encode the set for evaluation" in training
+
+
+def test_a_score_that_is_not_a_number_is_never_the_best() -> None:
+    lower = SimpleNamespace(is_better=lambda value, other: value < other)
+    best = Best().after(4, math.nan, lower, patience=0)
+    assert (best.step, best.misses) == (0, 1)
+    best = best.after(8, 0.5, lower, patience=0).after(12, math.nan, lower, patience=0)
+    assert (best.step, best.value, best.misses) == (8, 0.5, 1)

@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import diffusers
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline
+from diffusers import DDIMScheduler, DiffusionPipeline
 from diffusers.utils import BaseOutput
 from PIL import Image
 from torch import Tensor
@@ -50,7 +51,10 @@ class DptDepthPipeline(DiffusionPipeline):
         vae_name: str = "",
         vae_revision: str = "",
         vae_subfolder: str = "",
+        vae_class: str = "AutoencoderKL",
         downsampling: int = 8,
+        fit: str = "aspect",
+        fit_resolution: int = 0,
         num_conditions: int = 2,
         label: int = 1000,
         depth_code: str = "linear",
@@ -64,14 +68,18 @@ class DptDepthPipeline(DiffusionPipeline):
     ) -> None:
         super().__init__()
         if vae is None:
-            vae = AutoencoderKL.from_pretrained(vae_name, revision=vae_revision or None, subfolder=vae_subfolder or None)
+            where = {"revision": vae_revision or None, "subfolder": vae_subfolder or None}
+            vae = getattr(diffusers, vae_class).from_pretrained(vae_name, **where)
         vae.to(memory_format=torch.channels_last)  # a fifth faster on CPUs, and what GPUs' kernels want
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
         self.register_to_config(
             vae_name=vae_name,
             vae_revision=vae_revision,
             vae_subfolder=vae_subfolder,
+            vae_class=vae_class,
             downsampling=downsampling,
+            fit=fit,
+            fit_resolution=fit_resolution,
             num_conditions=num_conditions,
             label=label,
             depth_code=depth_code,
@@ -129,19 +137,27 @@ class DptDepthPipeline(DiffusionPipeline):
         """Clean condition latents [1, K C, h, w]: the picture, and the prompt that says "all pixels are valid"."""
         factor = self.config.downsampling
         token = factor * self.transformer.config.patch_size
-        longest = resolution or self.transformer.config.sample_size * factor
-        scale = longest / max(picture.shape[:2])
-        height, width = (max(token, round(side * scale / token) * token) for side in picture.shape[:2])
+        longest = resolution or self.config.fit_resolution or self.transformer.config.sample_size * factor
+        sides = (1, 1) if self.config.fit == "stretch" else picture.shape[:2]
+        height, width = (max(token, round(side * longest / max(sides) / token) * token) for side in sides)
         if picture.shape[:2] != (height, width):
             picture = np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling.BICUBIC))
         pixels = torch.from_numpy(np.ascontiguousarray(np.moveaxis(picture, -1, 0), dtype=np.float32) / 127.5 - 1.0)
         shown = torch.stack([pixels, torch.ones_like(pixels)])[: self.config.num_conditions]
-        mean = self.vae.encode(shown.to(self._execution_device, self.vae.dtype)).latent_dist.mean.float()
-        return ((mean - self._shift) * self.vae.config.scaling_factor).flatten(0, 1)[None]
+        encoded = self.vae.encode(shown.to(self._execution_device, self.vae.dtype))
+        mean = encoded.latent_dist.mean if hasattr(encoded, "latent_dist") else encoded.latent
+        scale, shift = self._scaling()
+        return ((mean.float() - shift) * scale).flatten(0, 1)[None]
 
-    @property
-    def _shift(self) -> float:
-        return getattr(self.vae.config, "shift_factor", None) or 0.0
+    def _scaling(self) -> tuple[Any, Any]:
+        """What the network sees of the VAE's latents, (latents - shift) * scale: numbers, or tensors [C, 1, 1]."""
+        config = self.vae.config
+        scale, shift = config.scaling_factor, getattr(config, "shift_factor", None) or 0.0
+        if getattr(config, "latents_std", None):
+            scale = scale / torch.tensor(config.latents_std, device=self._execution_device)[:, None, None]
+        if getattr(config, "latents_mean", None):
+            shift = shift + torch.tensor(config.latents_mean, device=self._execution_device)[:, None, None]
+        return scale, shift
 
     def _noise(self, size: Sequence[int], seed: int, key: str, members: int, generator: torch.Generator | None) -> Tensor:
         """What denoising starts from, float32 [N, C, h, w]."""
@@ -194,7 +210,8 @@ class DptDepthPipeline(DiffusionPipeline):
 
     def _decode(self, latents: Tensor) -> Tensor:
         """Clean latents [N, C, h, w] to depth [N, H, W] in [0, 1]."""
-        unscaled = latents / self.vae.config.scaling_factor + self._shift
+        scale, shift = self._scaling()
+        unscaled = latents / scale + shift
         images = self.vae.decode(unscaled.to(self.vae.dtype)).sample.float().clamp(-1, 1)
         coded = (images.mean(1).clamp(-1, 1) + 1.0) / 2.0
         if self.config.depth_code == "log":
