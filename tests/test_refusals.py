@@ -112,9 +112,9 @@ def test_a_bad_store_is_refused_at_once(tmp_path: Path) -> None:
     assert out_of_reach("http://127.0.0.1:99999")
     assert not out_of_reach("postgresql://nowhere/x")
     with pytest.raises(UserError, match=r"set DPT_TRACKING_URI to the whole address"):
-        with_password("http://u:***@h")
-    os.environ["DPT_TRACKING_URI"] = "http://u:p@h"
+        with_password("postgresql://u:***@h/x")
+    os.environ["DPT_TRACKING_URI"] = "postgresql://u:p@h/x"
     try:
-        assert with_password("http://u:***@h") == "http://u:p@h"
+        assert with_password("postgresql://u:***@h/x") == "postgresql://u:p@h/x"
     finally:
         del os.environ["DPT_TRACKING_URI"]

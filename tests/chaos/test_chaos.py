@@ -157,20 +157,26 @@ def faulty(request: pytest.FixtureRequest) -> Iterator[str]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     if request.param == "dead":
-        yield f"http://user:secret@127.0.0.1:{port}"
+        yield f"http://127.0.0.1:{port}"
         return
     server = http.server.ThreadingHTTPServer(("127.0.0.1", port), Faulty)
     server.daemon_threads = True
     server.fault = request.param  # type: ignore[attr-defined]
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://user:secret@127.0.0.1:{port}"
+    yield f"http://127.0.0.1:{port}"
     server.shutdown()
 
 
 @pytest.mark.parametrize("faulty", ["dead", "refuse", "break", "hang", "cut"], indirect=True)
 def test_a_tracking_server_that_fails_costs_neither_the_run_nor_its_records(
-    faulty: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+    faulty: str,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "user")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "secret")
     output = tmp_path / "run"
     config = TrackingConfig(uri=faulty, experiment="e")
     begin = time.monotonic()
