@@ -88,7 +88,7 @@ def print_help(prog: str, description: str, home: str) -> None:
         if action.dest in sections_of(DptConfig):
             action.help = argparse.SUPPRESS
     parser.epilog = (
-        "--ds_config FILE is the recipe: JSON of DeepSpeed's keys plus the object \"dpt\" of the fields above. "
+        '--ds_config FILE is the recipe: JSON of DeepSpeed\'s keys plus the object "dpt" of the fields above. '
         f'Fields of "{home}" may be written without the section\'s name. Keys of DeepSpeed are set in the same way, e.g. '
         f"--train_batch_size 64, --zero_optimization.stage 2; known: {', '.join(sorted(DEEPSPEED_KEYS))}."
     )

@@ -15,8 +15,8 @@ class _Help(argparse.HelpFormatter):
             return text
         if isinstance(action.type, Number):
             text += f" [{action.type}]"
-        told = action.default is None or action.default is False or action.default in ("", [], argparse.SUPPRESS) or "default" in text
-        return text if told else f"{text} (default: {_plain(action.default)})"
+        silent = action.default is None or action.default is False or action.default in ("", [], argparse.SUPPRESS)
+        return text if silent or "default" in text else f"{text} (default: {_plain(action.default)})"
 
 
 def _plain(default: object) -> str:

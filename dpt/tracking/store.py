@@ -27,7 +27,7 @@ def absolute_uri(uri: str) -> str:
     """
     if uri.startswith(("http://", "https://")) and "@" in urlsplit(uri).netloc:
         raise UserError(
-            f"{hide_passwords(uri)}: a tracking server's address holds a user name or a password; give them in the environment, "
+            f"{hide_passwords(uri)}: the address holds a user name or a password; give them in the environment, "
             "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, and the address without them."
         )
     if uri.startswith(_SQLITE):
