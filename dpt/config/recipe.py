@@ -178,11 +178,13 @@ def _build(cls: type, values: dict[str, Any], source: str, prefix: str) -> Any:
     parser = ArgumentParser(exit_on_error=False, default_env=False)
     for name, value in values.items():
         parser.add_argument(f"--{name}", type=hints[name])
+        wrong = UserError(f"{source}: {prefix}.{name} is {value!r}; it must be {type_in_words(hints[name])}.")
+        if value is None and type(None) not in get_args(hints[name]):  # which jsonargparse lets pass
+            raise wrong
         try:
             values[name] = parser.parse_object({name: value}, defaults=False)[name]
         except ArgumentError as error:
-            kind = type_in_words(hints[name])
-            raise UserError(f"{source}: {prefix}.{name} is {value!r}; it must be {kind}.") from error
+            raise wrong from error
         _check_finite(f"{source}: {prefix}.{name}", values[name])
     try:
         return cls(**nested, **values)

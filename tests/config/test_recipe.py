@@ -54,6 +54,8 @@ def test_a_resolved_recipe_loads_again(tmp_path: Path) -> None:
         ({"dpt": {"modle": {}}}, ["dpt.modle", "did you mean", "model"]),
         ({"dpt": {"training": {"stesp": 1}}}, ["dpt.training.stesp", '"steps"']),
         ({"dpt": {"training": {"steps": "many"}}}, ["dpt.training.steps", "many", "whole number"]),
+        ({"dpt": {"training": {"steps": None}}}, ["dpt.training.steps is None; it must be a whole number"]),
+        ({"dpt": {"model": {"num_classes": None}}}, ["dpt.model.num_classes is None; it must be a whole number"]),
         ({"dpt": {"training": {"steps": -1}}}, ["dpt.training.steps", "-1", "negative"]),
         ({"dpt": {"training": 3}}, ["dpt.training", "object"]),
         ({"dpt": {"model": {"preset": "Q/9"}}}, ["Q/9", "S/2"]),
