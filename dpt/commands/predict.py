@@ -7,6 +7,7 @@ Results are written as they come; the same command goes on after a stop. On seve
 import argparse
 import dataclasses
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -116,6 +117,8 @@ def run(arguments: argparse.Namespace) -> None:
     skipped = sum(distributed.gather_objects(done.skipped))
     if skipped:
         distributed.log(f"{skipped} of {len(jobs)} were there already, with the same settings (--again predicts them anew).")
+    for sentence in failed[1:] if distributed.is_main() else ():
+        print(sentence, file=sys.stderr)
     distributed.shutdown()
     if failed:
         rest = f"; {len(failed)} of {len(jobs)} could not be predicted, the others are written." if len(jobs) > 1 else "."
