@@ -24,6 +24,16 @@ class UserError(ValueError):
     """
 
 
+@contextmanager
+def naming(source: object) -> Iterator[None]:
+    """Put the file, folder or weights that a UserError is about before its sentence, unless it begins with them."""
+    try:
+        yield
+    except UserError as error:
+        sentence = str(error)
+        raise UserError(sentence if sentence.startswith(str(source)) else f"{source}: {sentence}") from error
+
+
 _DISKS = {errno.ENOSPC, errno.EDQUOT}
 _FILES = _DISKS | {
     errno.ENOENT,

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from dpt import cli
-from dpt.errors import UserError, file_problem, hide_passwords, reported
+from dpt.errors import UserError, file_problem, hide_passwords, naming, reported
 from tests.test_cli import export_tiny
 
 
@@ -33,6 +33,13 @@ def test_errors_of_files_are_sentences(error: OSError, words: str, capsys: pytes
     if words:
         assert end.value.code == 2
         assert capsys.readouterr().err.startswith("do: error: ")
+
+
+def test_what_a_sentence_is_about_is_named_once() -> None:
+    for sentence in ("it has no experts.", "a/b: it has no experts."):
+        with pytest.raises(UserError) as refusal, naming("a/b"):
+            raise UserError(sentence)
+        assert str(refusal.value) == "a/b: it has no experts."
 
 
 def test_an_interrupt_leaves_no_stack_trace(capsys: pytest.CaptureFixture[str]) -> None:
@@ -78,7 +85,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("predict a.png --weights depth --device gpu", '--device "gpu": there is no such device here; choose one of cpu'),
         ("predict a.png --weights depth --device cuda:99", '--device "cuda:99": there is no such device here'),
         ("predict a.png --weights depth --device meta", '--device "meta": there is no such device here'),
-        ("predict a.png --weights class", "are class-conditional and predict nothing of pictures; draw images with dpt sample"),
+        ("predict a.png --weights class", "class: class-conditional weights predict nothing of pictures; draw images with dpt sample"),
+        ("predict a.png --weights depth --task flow --second a.png", "depth: a model trained for 'depth' cannot predict 'flow_x'"),
+        ("routing depth --data nowhere", "nowhere: there is no such shard folder"),
         ("sample --weights class --labels 0 --steps 1 --out file", "file: cannot be read or written"),
         ("export class file --diffusers", "file"),
         ("sync " + "x" * 5000, "file name too long"),

@@ -29,7 +29,7 @@ from dpt.config.sections import (
     UpcyclingConfig,
     ValidationConfig,
 )
-from dpt.errors import UserError, hide_passwords
+from dpt.errors import UserError, hide_passwords, naming
 
 COMMAND_LINE = "the command line"
 
@@ -198,10 +198,8 @@ def _build(cls: type, values: dict[str, Any], source: str, prefix: str) -> Any:
         except ArgumentError as error:
             raise wrong from error
         _check_finite(f"{source}: {prefix}.{name}", values[name])
-    try:
+    with naming(source):
         return cls(**nested, **values)
-    except UserError as error:
-        raise UserError(f"{source}: {error}") from error
 
 
 def _check_finite(name: str, value: Any) -> None:

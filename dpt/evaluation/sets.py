@@ -12,7 +12,7 @@ from dpt import tasks
 from dpt.data.codec import LatentScaling, mean_latents
 from dpt.data.reader import SampleError
 from dpt.data.shards import ShardFolder
-from dpt.errors import UserError
+from dpt.errors import UserError, naming
 from dpt.evaluation.protocols import Protocol, find_protocol
 
 
@@ -62,7 +62,8 @@ class EvaluationSet:
             if member not in self.manifest.members:
                 raise UserError(f"{folder}: the shards hold no {member}; encode the set for evaluation (--evaluation).")
         self.task = self.manifest.task
-        self.protocol: Protocol = find_protocol(self.manifest.dataset, self.task, name=protocol)
+        with naming(folder):
+            self.protocol: Protocol = find_protocol(self.manifest.dataset, self.task, name=protocol)
         self.code = tasks.target_code(self.task, self.manifest.encoding, str(folder))
         self.depth_prompt = str(self.manifest.encoding.get("prompt") or tasks.DEPTH_PROMPT) if self.task == "depth" else ""
         self.name = f"{self.manifest.dataset}_{self.manifest.split}".replace("/", "_")
