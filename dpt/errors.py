@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_PASSWORD = re.compile(r"(?<=://)([^/\s:@\"']*):([^/\s@\"']+)@")
+_PASSWORD = re.compile(r"(?<=://)([^/\s:@\"']*):([^/\s\"']+)@")
 HIDDEN = "***"
 """What stands for a password in addresses that are written anywhere."""
 

@@ -53,6 +53,7 @@ def test_an_interrupt_leaves_no_stack_trace(capsys: pytest.CaptureFixture[str]) 
     [
         ("http://user:pass@host:5000/x", "http://user:***@host:5000/x"),
         ("cannot reach postgresql://u:p%40ss@h/db now", "cannot reach postgresql://u:***@h/db now"),
+        ("mysql://u:p@ss:w@h/db", "mysql://u:***@h/db"),
         ('{"uri": "https://:token@h"}', '{"uri": "https://:***@h"}'),
         ("http://host:5000/a@b", "http://host:5000/a@b"),
         ("sqlite:///mlflow.db", "sqlite:///mlflow.db"),
