@@ -86,8 +86,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("predict a.png --weights depth --device gpu", '--device "gpu": there is no such device here; choose one of cpu'),
         ("predict a.png --weights depth --device cuda:99", '--device "cuda:99": there is no such device here'),
         ("predict a.png --weights depth --device meta", '--device "meta": there is no such device here'),
-        ("predict a.png --weights class", "class: class-conditional weights predict nothing of pictures; draw images with dpt sample"),
-        ("predict a.png --weights depth --task flow --second a.png", "depth: a model trained for 'depth' cannot predict 'flow_x'"),
+        (
+            "predict a.png --weights class",
+            "class: class-conditional weights predict nothing of pictures; draw images with dpt sample",
+        ),
+        (
+            "predict a.png --weights depth --task flow --second a.png",
+            "depth: a model trained for 'depth' cannot predict 'flow_x'",
+        ),
         ("routing depth --data nowhere", "nowhere: there is no such shard folder"),
         ("sample --weights class --labels 0 --steps 1 --out file", "file: cannot be read or written"),
         ("export class file --diffusers", "file"),

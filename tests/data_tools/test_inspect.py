@@ -76,7 +76,9 @@ def test_bad_input(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture) 
 
 
 @pytest.mark.parametrize("name", ["-", "sheet", "sheet.txt"])
-def test_sheets_that_are_no_pictures_are_refused_before_any_work(name: str, shards: Path, capsys: pytest.CaptureFixture) -> None:
+def test_sheets_that_are_no_pictures_are_refused_before_any_work(
+    name: str, shards: Path, capsys: pytest.CaptureFixture
+) -> None:
     assert "name a file such as sheet.png" in refusal(capsys, shards, "--picture", name)
 
 
