@@ -54,8 +54,8 @@ def _widen(state: dict[str, Tensor], source: ModelConfig, target: ModelConfig, w
         return
     if source.num_conditions:
         raise UserError(
-            f"dpt.model.num_conditions is {target.num_conditions}, but the weights ({weights}) have {source.num_conditions} already; "
-            f"set it to {source.num_conditions}, or start from weights without conditions."
+            f"dpt.model.num_conditions is {target.num_conditions}, but the weights ({weights}) have "
+            f"{source.num_conditions} already; set it to {source.num_conditions}, or start from weights without conditions."
         )
     images = 1 + target.num_conditions
     name = "x_embedder.weight" if source.patch_embed_tasks else "x_embedder.proj.weight"
@@ -68,8 +68,8 @@ def _route(state: dict[str, Tensor], source: ModelConfig, target: ModelConfig, w
         return
     if source.patch_embed_tasks:
         raise UserError(
-            f"dpt.model.patch_embed_tasks is {target.patch_embed_tasks}, but the weights ({weights}) have {source.patch_embed_tasks}; "
-            f"set it to {source.patch_embed_tasks}."
+            f"dpt.model.patch_embed_tasks is {target.patch_embed_tasks}, but the weights ({weights}) have "
+            f"{source.patch_embed_tasks}; set it to {source.patch_embed_tasks}."
         )
     for kind in ("weight", "bias"):
         state[f"x_embedder.{kind}"] = torch.stack([state.pop(f"x_embedder.proj.{kind}")] * target.patch_embed_tasks)

@@ -315,7 +315,7 @@ def sync(root: Path, *, uri: str = "", again: bool = False) -> list[tuple[Spool,
     """Send what is left of every run below `root`, parents first; gives each spool with "" or the reason why some is left.
 
     `uri`: another store than the recorded one. `again`: from the first record on (for a store that has lost the runs). What
-    another store has begun to get is not sent to `uri` unless `again`: that store has the run, and this one would lack its start.
+    another store has begun to get is not sent to `uri` unless `again`, as its beginning would be missing there.
     """
     outcomes: list[tuple[Spool, str]] = []
     target = store.absolute_uri(uri) if uri else ""
