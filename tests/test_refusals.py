@@ -94,6 +94,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "predict a.png --weights depth --task flow --second a.png",
             "depth: a model trained for 'depth' cannot predict 'flow_x'",
         ),
+        ("predict a.png --weights flow", "flow predicts flow: each picture needs its second frame; give --second."),
         ("routing depth --data nowhere", "nowhere: there is no such shard folder"),
         ("sample --weights class --labels 0 --steps 1 --out file", "file: cannot be read or written"),
         ("export class file --diffusers", "file"),
