@@ -83,9 +83,10 @@ def print_help(prog: str, description: str, home: str) -> None:
     usage = f"deepspeed launchers/{prog}.py --ds_config FILE [--FIELD VALUE ...]"
     parser = ArgumentParser(prog=prog, usage=usage, description=description, add_help=False, default_env=False)
     parser.add_class_arguments(DptConfig)
+    whole = sections_of(DptConfig)
     for action in parser._actions:  # sections as files, and lists that grow, are jsonargparse's and not ours
         action.option_strings = [option for option in action.option_strings if not option.endswith("+")]
-        if action.dest in sections_of(DptConfig):
+        if action.dest in whole:
             action.help = argparse.SUPPRESS
     parser.epilog = (
         '--ds_config FILE is the recipe: JSON of DeepSpeed\'s keys plus the object "dpt" of the fields above. '
