@@ -58,6 +58,11 @@ class EvaluationSet:
         self.manifest = self._shards.manifest
         self.folder = str(folder)
         self._scaling = LatentScaling.of(self.manifest.vae)
+        if not tasks.task_spec(self.manifest.task).conditions:
+            raise UserError(
+                f"{folder}: shards of task {self.manifest.task} have no truth to compare predictions with; generated images are "
+                "scored by dpt fid."
+            )
         for member in ("cond_latents", "image", "truth"):
             if member not in self.manifest.members:
                 raise UserError(f"{folder}: the shards hold no {member}; encode the set for evaluation (--evaluation).")
