@@ -57,12 +57,12 @@ class EvaluationSet:
         self._shards = ShardFolder(folder, cache_dir=cache_dir)
         self.manifest = self._shards.manifest
         self.folder = str(folder)
-        self._scaling = LatentScaling.of(self.manifest.vae)
         if not tasks.task_spec(self.manifest.task).conditions:
             raise UserError(
                 f"{folder}: shards of task {self.manifest.task} have no truth to compare predictions with; generated images are "
                 "scored by dpt fid."
             )
+        self._scaling = LatentScaling.of(self.manifest.vae)
         for member in ("cond_latents", "image", "truth"):
             if member not in self.manifest.members:
                 raise UserError(f"{folder}: the shards hold no {member}; encode the set for evaluation (--evaluation).")
