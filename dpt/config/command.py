@@ -46,7 +46,7 @@ def _pairs(arguments: list[str]) -> list[tuple[str, str]]:
     while arguments:
         argument = arguments.pop(0)
         if not argument.startswith("--"):
-            raise UserError(f'unexpected argument "{argument}"; fields are set as --section.field VALUE.')
+            raise UserError(f'unexpected argument "{argument}"; fields are set as --section.field VALUE, lists with commas.')
         name, equals, value = argument[2:].partition("=")
         if not equals:
             if name == "deepspeed":  # DeepSpeed's customary flag without a value

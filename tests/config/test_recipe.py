@@ -95,6 +95,11 @@ def test_command_line_refuses(arguments: list[str]) -> None:
         parse_command("pretrain", "", "training", arguments)
 
 
+def test_a_second_value_is_told_how_lists_are_written() -> None:
+    with pytest.raises(UserError, match=r'unexpected argument "b"; fields are set as .*, lists with commas'):
+        parse_command("evaluate", "", "evaluation", ["--data", "a", "b"])
+
+
 def test_help_lists_every_field(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         parse_command("pretrain", "Train.", "training", ["--help"])
