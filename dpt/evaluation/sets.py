@@ -59,8 +59,8 @@ class EvaluationSet:
         self.folder = str(folder)
         if not tasks.task_spec(self.manifest.task).conditions:
             raise UserError(
-                f"{folder}: shards of task {self.manifest.task} have no truth to compare predictions with; generated images are "
-                "scored by dpt fid."
+                f"{folder}: shards of task {self.manifest.task} have no truth to compare predictions with; generated images "
+                "are scored by dpt fid."
             )
         self._scaling = LatentScaling.of(self.manifest.vae)
         for member in ("cond_latents", "image", "truth"):
