@@ -80,7 +80,12 @@ def parser() -> Parser:
         type=numeric(int, AT_LEAST_1),
         help="encode only so many inputs, the first in the order of the shards (default: all)",
     )
-    add("--shuffle-seed", type=numeric(int), default=0, help="order of training samples; negative: the set's (%(default)s)")
+    add(
+        "--shuffle-seed",
+        type=numeric(int),
+        default=0,
+        help="seed of the order of training samples; negative: the set's own order",
+    )
     add("--batch-size", type=numeric(int, AT_LEAST_1), default=32, help="images encoded at once (default: %(default)s)")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the VAE (auto: bfloat16 on GPUs)")
     add(

@@ -233,12 +233,16 @@ def _decoder(manifest: Manifest, name: str) -> VAECodec:
 
 def inspect(arguments: argparse.Namespace) -> None:
     """Verify, describe, draw. UserError if something is wrong."""
+    suffix = Path(arguments.picture).suffix
+    if arguments.picture and suffix.lower() not in Image.registered_extensions():
+        raise UserError(f"--picture {arguments.picture}: no picture has the suffix {suffix!r}; name a file such as sheet.png.")
     samples = ShardFolder(arguments.shards)
     problems = verify(samples, hashes=not arguments.quick)
     if problems:
         raise UserError(f"{samples.folder}: {'; '.join(problems[:5])} ({len(problems)} in all); encode these shards anew.")
     if arguments.verify:
-        print(f"{samples.folder}: {len(samples.manifest.shards)} shards are as they were written.")
+        count = len(samples.manifest.shards)
+        print(f"{samples.folder}: {count} shard{'s are as they were' if count > 1 else ' is as it was'} written.")
         return
     numbers = spread(len(samples), max(arguments.samples, 1))
     rows, problems = statistics(samples, numbers)

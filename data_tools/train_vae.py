@@ -20,7 +20,7 @@ from torch import Tensor
 
 from data_tools.vae_images import RESOLUTION, bundled_photos, leaf_images, sample_batch, synthetic_images
 from data_tools.vae_measures import figures_table, measure, measure_speed, save_vae, write_card
-from dpt.config.numbers import AT_LEAST_1, numeric
+from dpt.config.numbers import AT_LEAST_1, NOT_NEGATIVE, POSITIVE, Range, numeric
 from dpt.config.parser import Parser
 from dpt.data.codec import load_vae
 from dpt.distributed import log
@@ -35,30 +35,34 @@ _LEAST_SQUARED = 1e-4
 """A squared error, 46 dB of PSNR, below which there is little to gain."""
 
 
+def _setting(default: Any, allowed: Range, text: str) -> Any:
+    """A field of a number in a range, with its help."""
+    return field(default=default, metadata={"help": text, "range": allowed})
+
+
 @dataclass(frozen=True, kw_only=True)
 class VAETraining:
     """One training run; the defaults are those of the embedded VAE."""
 
-    steps: int = field(default=9000, metadata={"help": "optimizer steps"})
-    batch_size: int = field(default=4, metadata={"help": "crops per step"})
-    crop: int = field(default=128, metadata={"help": "side of the crops, pixels"})
-    learning_rate: float = field(default=0.01, metadata={"help": "of Muon; the last half of the steps takes it to 0"})
-    adam_learning_rate: float = field(default=1e-3, metadata={"help": "of AdamW, for all but the inner convolutions"})
-    warmup_steps: int = field(default=40, metadata={"help": "steps of linear warm-up"})
-    ema_decay: float = field(default=0.995, metadata={"help": "decay of the averaged weights, which are the ones kept"})
-    kl_weight: float = field(default=1e-4, metadata={"help": "weight of the KL divergence per latent number"})
-    absolute_weight: float = field(default=0.1, metadata={"help": "weight of the L1 error, for the many easy pixels"})
-    log_weight: float = field(default=0.1, metadata={"help": "weight of the log of each crop's squared error: of its PSNR"})
-    scenes: int = field(default=500, metadata={"help": "synthetic scenes to learn from"})
-    leaves: int = field(default=400, metadata={"help": "dead-leaves pictures to learn from"})
-    seed: int = field(default=0, metadata={"help": "seed of scenes, crops, noise and initial weights"})
+    steps: int = _setting(9000, AT_LEAST_1, "optimizer steps")
+    batch_size: int = _setting(4, AT_LEAST_1, "crops per step")
+    crop: int = _setting(128, Range(least=8, most=RESOLUTION), "side of the crops in pixels, a multiple of 8")
+    learning_rate: float = _setting(0.01, POSITIVE, "of Muon; the last half of the steps takes it to 0")
+    adam_learning_rate: float = _setting(1e-3, POSITIVE, "of AdamW, for all but the inner convolutions")
+    warmup_steps: int = _setting(40, AT_LEAST_1, "steps of linear warm-up")
+    ema_decay: float = _setting(0.995, Range(least=0, below=1), "decay of the averaged weights, which are the ones kept")
+    kl_weight: float = _setting(1e-4, NOT_NEGATIVE, "weight of the KL divergence per latent number")
+    absolute_weight: float = _setting(0.1, NOT_NEGATIVE, "weight of the L1 error, for the many easy pixels")
+    log_weight: float = _setting(0.1, NOT_NEGATIVE, "weight of the log of each crop's squared error: of its PSNR")
+    scenes: int = _setting(500, AT_LEAST_1, "synthetic scenes to learn from")
+    leaves: int = _setting(400, AT_LEAST_1, "dead-leaves pictures to learn from")
+    seed: int = _setting(0, NOT_NEGATIVE, "seed of scenes, crops, noise and initial weights")
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "crop", "warmup_steps", "scenes", "leaves"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1.")
-        if self.crop % 8 or self.crop > RESOLUTION:
-            raise UserError(f"--crop is {self.crop}; it must be a multiple of 8, at most {RESOLUTION}.")
+        for entry in fields(self):
+            entry.metadata["range"].check(f"--{entry.name.replace('_', '-')}", getattr(self, entry.name))
+        if self.crop % 8:
+            raise UserError(f"--crop is {self.crop}; it must be a multiple of 8.")
 
 
 # --- training -----------------------------------------------------------------------------------------------------------
@@ -241,8 +245,8 @@ def parser() -> Parser:
         "--note", default="", help="what the model card must tell beside the command, such as changes on the way"
     )
     for entry in fields(VAETraining):
-        flag, kind = f"--{entry.name.replace('_', '-')}", type(entry.default)
-        parser.add_argument(flag, type=kind, default=entry.default, help=f"{entry.metadata['help']} (default: {entry.default})")
+        flag, read = f"--{entry.name.replace('_', '-')}", numeric(type(entry.default), entry.metadata["range"])
+        parser.add_argument(flag, type=read, default=entry.default, help=entry.metadata["help"])
     return parser
 
 

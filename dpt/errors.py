@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_PASSWORD = re.compile(r"(?<=://)([^/\s:@\"']*):([^/\s@\"']+)@")
+_PASSWORD = re.compile(r"(?<=://)([^/\s:@\"']*):([^/\s\"']+)@")
 HIDDEN = "***"
 """What stands for a password in addresses that are written anywhere."""
 
@@ -22,6 +22,16 @@ class UserError(ValueError):
 
     Commands print it without a stack trace and end with exit code 2.
     """
+
+
+@contextmanager
+def naming(source: object) -> Iterator[None]:
+    """Put the file, folder or weights that a UserError is about before its sentence, unless it begins with them."""
+    try:
+        yield
+    except UserError as error:
+        sentence = str(error)
+        raise UserError(sentence if sentence.startswith(str(source)) else f"{source}: {sentence}") from error
 
 
 _DISKS = {errno.ENOSPC, errno.EDQUOT}

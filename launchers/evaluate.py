@@ -20,8 +20,10 @@ if __name__ == "__main__":
         from dpt.evaluation.summary import format_summary
         from dpt.training.export import load_weights
 
-        if recipe.dpt.generation.reference:
-            distributed.log(format_metrics(run_generation(recipe, read=load_weights)))
-        else:
-            distributed.log(format_summary(run_evaluation(recipe, read=load_weights)))
+        with recipe.blamed():
+            if recipe.dpt.generation.reference:
+                said = format_metrics(run_generation(recipe, read=load_weights))
+            else:
+                said = format_summary(run_evaluation(recipe, read=load_weights))
+        distributed.log(said)
         distributed.shutdown()

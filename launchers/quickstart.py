@@ -272,7 +272,8 @@ def _remove(folder: Path, out: Path) -> None:
         shutil.rmtree(folder)
 
 
-def main() -> None:
+def parser() -> Parser:
+    """The command line."""
     parser = Parser(prog="quickstart", description=__doc__)
     parser.add_argument("--out", default=DEFAULT_OUT, help="folder of everything that is made (default: %(default)s)")
     parser.add_argument("--scenes", type=numeric(int, AT_LEAST_1), default=1200, help="synthetic scenes (default: %(default)s)")
@@ -282,7 +283,11 @@ def main() -> None:
         default=1 if torch.cuda.is_available() else 2,
         help="steps side by side (default: %(default)s)",
     )
-    arguments = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    arguments = parser().parse_args()
     out = Path(arguments.out)
     uri = f"sqlite:///{out}/mlflow.db" if importlib.util.find_spec("mlflow") else ""
     os.chdir(ROOT)

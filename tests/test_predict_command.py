@@ -53,6 +53,13 @@ def test_folders_in_every_format_and_what_cannot_be_read(pictures, tmp_path, cap
     assert stop.value.code == 2
     assert "broken.png: not a picture that can be read" in printed.err
     assert "; 1 of 6 could not be predicted, the others are written." in printed.err
+    (pictures / "empty.png").touch()
+    with pytest.raises(SystemExit):
+        cli.main(command)
+    errors = capsys.readouterr().err
+    for name in ("broken.png", "empty.png"):  # each by its name
+        assert f"{name}: not a picture that can be read" in errors
+    (pictures / "empty.png").unlink()
     written = sorted(Path(line) for line in printed.out.splitlines())
     assert len(written) == 25
     assert all(path.is_file() for path in written)

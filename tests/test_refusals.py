@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from dpt import cli
-from dpt.errors import UserError, file_problem, hide_passwords, reported
+from dpt.errors import UserError, file_problem, hide_passwords, naming, reported
 from tests.test_cli import export_tiny
 
 
@@ -35,6 +35,13 @@ def test_errors_of_files_are_sentences(error: OSError, words: str, capsys: pytes
         assert capsys.readouterr().err.startswith("do: error: ")
 
 
+def test_what_a_sentence_is_about_is_named_once() -> None:
+    for sentence in ("it has no experts.", "a/b: it has no experts."):
+        with pytest.raises(UserError) as refusal, naming("a/b"):
+            raise UserError(sentence)
+        assert str(refusal.value) == "a/b: it has no experts."
+
+
 def test_an_interrupt_leaves_no_stack_trace(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="130"), reported("do"):
         raise KeyboardInterrupt
@@ -46,6 +53,7 @@ def test_an_interrupt_leaves_no_stack_trace(capsys: pytest.CaptureFixture[str]) 
     [
         ("http://user:pass@host:5000/x", "http://user:***@host:5000/x"),
         ("cannot reach postgresql://u:p%40ss@h/db now", "cannot reach postgresql://u:***@h/db now"),
+        ("mysql://u:p@ss:w@h/db", "mysql://u:***@h/db"),
         ('{"uri": "https://:token@h"}', '{"uri": "https://:***@h"}'),
         ("http://host:5000/a@b", "http://host:5000/a@b"),
         ("sqlite:///mlflow.db", "sqlite:///mlflow.db"),
@@ -78,7 +86,16 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("predict a.png --weights depth --device gpu", '--device "gpu": there is no such device here; choose one of cpu'),
         ("predict a.png --weights depth --device cuda:99", '--device "cuda:99": there is no such device here'),
         ("predict a.png --weights depth --device meta", '--device "meta": there is no such device here'),
-        ("predict a.png --weights class", "are class-conditional and predict nothing of pictures; draw images with dpt sample"),
+        (
+            "predict a.png --weights class",
+            "class: class-conditional weights predict nothing of pictures; draw images with dpt sample",
+        ),
+        (
+            "predict a.png --weights depth --task flow --second a.png",
+            "depth: a model trained for 'depth' cannot predict 'flow_x'",
+        ),
+        ("predict a.png --weights flow", "flow predicts flow: each picture needs its second frame; give --second."),
+        ("routing depth --data nowhere", "nowhere: there is no such shard folder"),
         ("sample --weights class --labels 0 --steps 1 --out file", "file: cannot be read or written"),
         ("export class file --diffusers", "file"),
         ("sync " + "x" * 5000, "file name too long"),
@@ -112,9 +129,9 @@ def test_a_bad_store_is_refused_at_once(tmp_path: Path) -> None:
     assert out_of_reach("http://127.0.0.1:99999")
     assert not out_of_reach("postgresql://nowhere/x")
     with pytest.raises(UserError, match=r"set DPT_TRACKING_URI to the whole address"):
-        with_password("http://u:***@h")
-    os.environ["DPT_TRACKING_URI"] = "http://u:p@h"
+        with_password("postgresql://u:***@h/x")
+    os.environ["DPT_TRACKING_URI"] = "postgresql://u:p@h/x"
     try:
-        assert with_password("http://u:***@h") == "http://u:p@h"
+        assert with_password("postgresql://u:***@h/x") == "postgresql://u:p@h/x"
     finally:
         del os.environ["DPT_TRACKING_URI"]

@@ -28,7 +28,9 @@ def parser() -> Parser:
     parser.add_argument("--seed", type=numeric(int, NOT_NEGATIVE), default=0, help="seed of all scenes (default %(default)s)")
     parser.add_argument("--splits", default="train=0.9,val=0.1", help="shares of the splits (default %(default)s)")
     parser.add_argument("--tasks", default=",".join(TASKS), help="layouts to write (default %(default)s)")
-    parser.add_argument("--variety", default="standard", help=f"one of {', '.join(VARIETIES)} (default %(default)s)")
+    parser.add_argument(
+        "--variety", default="standard", choices=VARIETIES, help="how wide the ranges are that scenes are drawn from"
+    )
     parser.add_argument(
         "--workers",
         type=numeric(int, AT_LEAST_1),

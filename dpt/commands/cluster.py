@@ -8,7 +8,7 @@ import argparse
 import dataclasses
 import json
 
-from dpt.config.numbers import AT_LEAST_1, NOT_NEGATIVE, numeric
+from dpt.config.numbers import AT_LEAST_1, NOT_NEGATIVE, POSITIVE, Range, numeric
 from dpt.config.presets import preset_values
 from dpt.config.sections import ModelConfig
 from dpt.errors import UserError
@@ -29,6 +29,13 @@ _RATES = {
     "jitter": "relative standard deviation of a rank's compute time from step to step",
 }
 """What `Cluster`'s fields are, with their units."""
+_RANGES = {
+    "gpus_per_node": AT_LEAST_1,
+    "efficiency": Range(above=0, most=1),
+    "latency_s": NOT_NEGATIVE,
+    "jitter": NOT_NEGATIVE,
+}
+"""What they may be; the others are positive."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -57,7 +64,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--recipes", action="store_true", help="print the fields of each recipe")
     for field in dataclasses.fields(Cluster):
-        parser.add_argument(f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default,
+        parser.add_argument(f"--{field.name.replace('_', '-')}", default=field.default,
+                            type=numeric(type(field.default), _RANGES.get(field.name, POSITIVE)),
                             help=f"{_RATES[field.name]} (default: %(default)g)")  # fmt: skip
 
 

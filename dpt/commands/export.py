@@ -39,8 +39,18 @@ def configure(parser: argparse.ArgumentParser) -> None:
     pipeline.add_argument("--include-vae", action="store_true", help="depth: copy a VAE of the hub, too, instead of naming it")
     pipeline.add_argument("--class-names", type=Path, metavar="FILE",
                           help="a line a class, or a JSON list (default: those of the training shards)")  # fmt: skip
-    pipeline.add_argument("--steps", type=int, default=50, help="depth: sampler steps by default (default: %(default)s)")
-    pipeline.add_argument("--ensemble", type=int, default=1, help="depth: predictions merged by default (default: %(default)s)")
+    pipeline.add_argument(
+        "--steps",
+        type=numeric(int, Range(least=1, most=1000)),
+        default=50,
+        help="depth: sampler steps by default (default: %(default)s)",
+    )
+    pipeline.add_argument(
+        "--ensemble",
+        type=numeric(int, Range(least=1, most=50)),
+        default=1,
+        help="depth: predictions merged by default (default: %(default)s)",
+    )
     add_card_options(parser)
 
 
@@ -72,10 +82,6 @@ def _write_pipeline(arguments: argparse.Namespace) -> None:
     from dpt.publishing.card import usage
     from dpt.publishing.pipelines import write_pipeline
 
-    if arguments.steps < 1 or not 1 <= arguments.ensemble <= 50:
-        raise UserError(
-            f"--steps {arguments.steps} and --ensemble {arguments.ensemble}: give at least 1, and at most 50 members."
-        )
     weights = load_weights(arguments.checkpoint, ema=not arguments.plain)
     name = arguments.name or arguments.out.name
     out = write_pipeline(

@@ -43,7 +43,12 @@ def add_sampling_options(
     parser.add_argument(
         "--steps", type=numeric(int, Range(least=1, most=1000)), default=steps, help="sampler steps (default: %(default)s)"
     )
-    parser.add_argument("--sampler", default=sampler, choices=("ddim", "ddpm", "dpmsolver++"), help="(default: %(default)s)")
+    parser.add_argument(
+        "--sampler",
+        default=sampler,
+        choices=("ddim", "ddpm", "dpmsolver++"),
+        help="how a step goes from noise to less noise (default: %(default)s)",
+    )
     parser.add_argument("--schedule", default="", choices=("linear", "scaled_linear", "squaredcos_cap_v2"),
                         help="noise schedule at test time, with its usual betas (default: the one of training)")  # fmt: skip
     parser.add_argument("--timestep-spacing", default="", choices=("leading", "trailing", "linspace"),

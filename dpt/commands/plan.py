@@ -32,7 +32,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         default=float("inf"),
         help="MACs of one prediction (default: any)",
     )
-    parser.add_argument("--task", default="depth", choices=sorted(MAIN_METRIC), help="(default: %(default)s)")
+    parser.add_argument(
+        "--task", default="depth", choices=sorted(MAIN_METRIC), help="whose evaluations count (default: %(default)s)"
+    )
     parser.add_argument(
         "--metric", default="", help=f"what is to be good: {', '.join(METRICS)} (default: the task's main metric)"
     )

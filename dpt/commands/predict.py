@@ -104,6 +104,8 @@ def run(arguments: argparse.Namespace) -> None:
     for option, wanted in (("second", "flow"), ("mask", "amodal")):
         if getattr(arguments, option) and task != wanted:
             raise UserError(f"--{option} is for {wanted}, and {arguments.weights} predicts {task}; leave it out.")
+        if task == wanted and any(job.other is None and not job.source.is_video for job in jobs):
+            raise UserError(f"{arguments.weights} predicts {task}: each picture needs its {_OTHERS[option]}; give --{option}.")
     settings = {name: value for name, value in vars(arguments).items() if name not in _NOT_SETTINGS}
     with distributed.together():
         done = predict_files(
@@ -132,6 +134,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError(failed[0].rstrip(".") + rest)
 
 
+_OTHERS = {"second": "second frame", "mask": "visible mask"}
 _NOT_SETTINGS = (
     "inputs",
     "second",
@@ -164,7 +167,7 @@ def _jobs(sources: "list[Source]", arguments: argparse.Namespace) -> "list[Job]"
     if len(given) == 1 and given[0].is_dir():
         return [Job(source=source, other=_namesake(given[0], source, option)) for source in sources]
     if len(given) != len(sources):
-        what = "second frame" if arguments.second else "visible mask"
+        what = _OTHERS[option.removeprefix("--")]
         raise UserError(f"{option}: each picture needs one {what}; {len(given)} were given for {len(sources)}.")
     return [Job(source=source, other=other) for source, other in zip(sources, given, strict=True)]
 

@@ -19,7 +19,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--micro-batch", type=numeric(int, AT_LEAST_1), default=32, help="samples per rank and step (default: %(default)s)"
     )
-    parser.add_argument("--precision", default="bf16", choices=("fp32", "bf16", "fp16"), help="(default: %(default)s)")
+    parser.add_argument(
+        "--precision", default="bf16", choices=("fp32", "bf16", "fp16"), help="of training (default: %(default)s)"
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -11,7 +11,7 @@ from dpt.errors import UserError
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", type=Path, help="exported weights (of dpt export, or a run's weights folder), or a pipeline")
+    parser.add_argument("folder", type=Path, help="exported weights (of dpt export), a run's folder, or a pipeline")
     parser.add_argument("hub_name", metavar="OWNER/NAME", help="the model on the hub; it is made if it is not there")
     parser.add_argument("--private", action="store_true", help="make it private (one that is there keeps what it is)")
     parser.add_argument("--revision", "--branch", default="", help="branch, made if it is not there (default: main)")
@@ -25,6 +25,8 @@ def run(arguments: argparse.Namespace) -> None:
     from dpt.publishing.push import push_folder
 
     folder: Path = arguments.folder
+    if not (folder / "config.json").is_file() and (folder / "weights" / "config.json").is_file():
+        folder = folder / "weights"  # of a run's folder
     ours = (folder / "weights.safetensors").is_file() and (folder / "config.json").is_file()
     if not ours and not (folder / PIPELINE_INDEX).is_file():
         raise UserError(f"{folder}: neither exported weights nor a pipeline; write one with dpt export.")

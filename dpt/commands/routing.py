@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from dpt.config.numbers import AT_LEAST_1, numeric
+from dpt.errors import naming
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -65,12 +66,13 @@ def run(arguments: argparse.Namespace) -> None:
         }
 
     batches = islice(data_loader.stream, -(-arguments.samples // batch_size))
-    report = trace_routing(
-        network,
-        map(arguments_of, batches),
-        num_train_timesteps=config.diffusion.num_train_timesteps,
-        network_time=prepare.objective.network_time,
-    )
+    with naming(arguments.weights):
+        report = trace_routing(
+            network,
+            map(arguments_of, batches),
+            num_train_timesteps=config.diffusion.num_train_timesteps,
+            network_time=prepare.objective.network_time,
+        )
     for layer, (load, token) in enumerate(zip(report.load_entropy, report.token_entropy, strict=True)):
         print(f"layer {layer}: evenness of loads {load:.3f}, uncertainty of a token {token:.3f} (1: even, 0: one expert)")
     for path in report.save(arguments.out):

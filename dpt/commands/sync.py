@@ -22,4 +22,6 @@ def run(arguments: argparse.Namespace) -> None:
     if not outcomes:
         raise UserError(f"{arguments.folder}: no run has left records here.")
     if any(problem for _, problem in outcomes):
-        raise UserError("some records are still kept back; call `dpt sync` again when the store can be reached.")
+        raise UserError(
+            "some records have not been sent, for the reasons above; they are kept, and `dpt sync` sends them later."
+        )

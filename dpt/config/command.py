@@ -1,9 +1,11 @@
 """The command line of a launcher: `--ds_config FILE` and any field by its dotted name; help that lists every field."""
 
+import argparse
+import dataclasses
 import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
-from typing import Any, get_type_hints
+from typing import Any, cast, get_type_hints
 
 from dpt.config.recipe import DEEPSPEED_KEYS, DptConfig, Recipe, load_recipe
 from dpt.errors import UserError
@@ -44,7 +46,7 @@ def _pairs(arguments: list[str]) -> list[tuple[str, str]]:
     while arguments:
         argument = arguments.pop(0)
         if not argument.startswith("--"):
-            raise UserError(f'unexpected argument "{argument}"; fields are set as --section.field VALUE.')
+            raise UserError(f'unexpected argument "{argument}"; fields are set as --section.field VALUE, lists with commas.')
         name, equals, value = argument[2:].partition("=")
         if not equals:
             if name == "deepspeed":  # DeepSpeed's customary flag without a value
@@ -64,6 +66,15 @@ def _is_number(text: str) -> bool:
     return True
 
 
+def sections_of(config: type, prefix: str = "") -> list[str]:
+    """The dotted names of the sections of a config, those within sections too."""
+    names = []
+    for name, hint in get_type_hints(config).items():
+        if dataclasses.is_dataclass(hint):
+            names += [f"{prefix}{name}", *sections_of(cast(type, hint), f"{prefix}{name}.")]
+    return names
+
+
 def print_help(prog: str, description: str, home: str) -> None:
     """Print usage, then every field with its type, default, meaning and unit."""
     from jsonargparse import ArgumentParser, set_parsing_settings
@@ -71,9 +82,14 @@ def print_help(prog: str, description: str, home: str) -> None:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     usage = f"deepspeed launchers/{prog}.py --ds_config FILE [--FIELD VALUE ...]"
     parser = ArgumentParser(prog=prog, usage=usage, description=description, add_help=False, default_env=False)
-    parser.add_argument("--ds_config", metavar="FILE", help="Recipe: JSON of DeepSpeed's keys plus the object dpt.")
     parser.add_class_arguments(DptConfig)
+    whole = sections_of(DptConfig)
+    for action in parser._actions:  # sections as files, and lists that grow, are jsonargparse's and not ours
+        action.option_strings = [option for option in action.option_strings if not option.endswith("+")]
+        if action.dest in whole:
+            action.help = argparse.SUPPRESS
     parser.epilog = (
+        '--ds_config FILE is the recipe: JSON of DeepSpeed\'s keys plus the object "dpt" of the fields above. '
         f'Fields of "{home}" may be written without the section\'s name. Keys of DeepSpeed are set in the same way, e.g. '
         f"--train_batch_size 64, --zero_optimization.stage 2; known: {', '.join(sorted(DEEPSPEED_KEYS))}."
     )

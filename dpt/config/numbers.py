@@ -2,7 +2,6 @@
 
 import argparse
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,17 +50,27 @@ POSITIVE = Range(above=0)
 SHARE = Range(least=0, most=1)
 
 
-def numeric(kind: type[int] | type[float], allowed: Range = FINITE) -> Callable[[str], Any]:
-    """The `type` of an option of argparse: a text as a number in a range."""
+@dataclass(frozen=True)
+class Number:
+    """The `type` of an option of argparse: a text as a number in a range, which `Parser` shows in the option's help."""
 
-    def read(text: str) -> int | float:
-        word = "whole number" if kind is int else "number"
+    kind: type[int] | type[float]
+    allowed: Range
+
+    def __call__(self, text: str) -> int | float:
         try:
-            value = kind(text)
+            value = self.kind(text)
         except (ValueError, OverflowError):
             value = math.nan
-        if value not in allowed:
-            raise argparse.ArgumentTypeError(f"{text!r} is no {word}{'' if allowed == FINITE else f' {allowed}'}")
+        if value not in self.allowed:
+            raise argparse.ArgumentTypeError(f"{text!r} is no {self}")
         return value
 
-    return read
+    def __str__(self) -> str:
+        word = "whole number" if self.kind is int else "number"
+        return word if self.allowed == FINITE else f"{word} {self.allowed}"
+
+
+def numeric(kind: type[int] | type[float], allowed: Range = FINITE) -> Number:
+    """The `type` of an option of argparse: a text as a number in a range."""
+    return Number(kind, allowed)

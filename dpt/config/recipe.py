@@ -1,10 +1,11 @@
 """A recipe: one JSON file of DeepSpeed's own keys plus one object "dpt"; read, overridden by dotted names, typed."""
 
+import contextlib
 import dataclasses
 import difflib
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import UnionType
@@ -28,7 +29,7 @@ from dpt.config.sections import (
     UpcyclingConfig,
     ValidationConfig,
 )
-from dpt.errors import UserError, hide_passwords
+from dpt.errors import UserError, hide_passwords, naming
 
 COMMAND_LINE = "the command line"
 
@@ -76,6 +77,17 @@ class Recipe:
     def source_of(self, sentence: str) -> str:
         """Whom a sentence about a field blames: the command line if it names one that is set there, else the file."""
         return _blamed(sentence, self.path, self.overridden)
+
+    @contextlib.contextmanager
+    def blamed(self) -> Iterator[None]:
+        """Put before a UserError that begins with one of the recipe's fields where that was set: the file or command line."""
+        try:
+            yield
+        except UserError as error:
+            first = str(error).split(".", 1)[0]
+            if first != "dpt" and first not in DEEPSPEED_KEYS:
+                raise
+            raise UserError(f"{self.source_of(str(error))}: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as one JSON object, every field resolved; a password in the tracking address is hidden."""
@@ -178,16 +190,16 @@ def _build(cls: type, values: dict[str, Any], source: str, prefix: str) -> Any:
     parser = ArgumentParser(exit_on_error=False, default_env=False)
     for name, value in values.items():
         parser.add_argument(f"--{name}", type=hints[name])
+        wrong = UserError(f"{source}: {prefix}.{name} is {value!r}; it must be {type_in_words(hints[name])}.")
+        if value is None and type(None) not in get_args(hints[name]):  # which jsonargparse lets pass
+            raise wrong
         try:
             values[name] = parser.parse_object({name: value}, defaults=False)[name]
         except ArgumentError as error:
-            kind = type_in_words(hints[name])
-            raise UserError(f"{source}: {prefix}.{name} is {value!r}; it must be {kind}.") from error
+            raise wrong from error
         _check_finite(f"{source}: {prefix}.{name}", values[name])
-    try:
+    with naming(source):
         return cls(**nested, **values)
-    except UserError as error:
-        raise UserError(f"{source}: {error}") from error
 
 
 def _check_finite(name: str, value: Any) -> None:
@@ -230,12 +242,12 @@ def _check_keys(values: Mapping[str, Any], cls: type, source: str, prefix: str) 
 def _reject_unknown(values: Mapping[str, Any], known: Any, source: str, prefix: str) -> None:
     for name in values:
         if name not in known:
-            raise UserError(f'{source}: there is no field "{prefix}{name}"{_suggestion(name, list(known))}.')
+            raise UserError(f'{source}: there is no field "{prefix}{name}"{_suggestion(name, list(known))}')
 
 
 def _suggestion(name: str, known: list[str]) -> str:
     close = difflib.get_close_matches(name, known, n=1)
-    return f'; did you mean "{close[0]}"?' if close else f"; known here: {', '.join(sorted(known))}"
+    return f'; did you mean "{close[0]}"?' if close else f"; known here: {', '.join(sorted(known))}."
 
 
 def _field_type(parts: list[str], source: str) -> Any:
@@ -244,7 +256,7 @@ def _field_type(parts: list[str], source: str) -> Any:
         hints = get_type_hints(cls) if _is_section(cls) else {}
         if part not in hints:
             known = sorted(hints) + (sorted(DEEPSPEED_KEYS) if depth == 0 else [])
-            raise UserError(f'{source}: there is no field "{".".join(parts)}"{_suggestion(part, known)}.')
+            raise UserError(f'{source}: there is no field "{".".join(parts)}"{_suggestion(part, known)}')
         cls = hints[part]
     return cls
 

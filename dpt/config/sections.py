@@ -561,7 +561,7 @@ class EvaluationConfig:
     seed: int = 0
     """Seed of the initial noise."""
     pictures: int = 4
-    """Best, median, worst and random samples drawn, each this many; 0: none."""
+    """Best, median and worst samples drawn, and some that are the same for every model, each this many; 0: none."""
     predictions: str = ""
     """Folder of another system's ready-made predictions to score instead."""
     save_predictions: bool = False

@@ -245,4 +245,8 @@ def _draw_scale(figure: Figure, scale: Scale, left: float, top: float, width: fl
     axis.set_yticks([])
     axis.set_xticks(ticks := round_ticks(scale.low, scale.high), [readable(t) for t in ticks])
     axis.tick_params(labelsize=7, length=2, pad=2)
+    span = max(scale.high - scale.low, 1e-9)
+    for label, tick in zip(axis.get_xticklabels(), ticks, strict=True):  # those at the ends keep off the neighbouring panels'
+        share = (tick - scale.low) / span
+        label.set_horizontalalignment("left" if share < 0.03 else "right" if share > 0.97 else "center")
     axis.set_xlabel(scale.unit, fontsize=7, labelpad=1)

@@ -15,7 +15,7 @@ from dpt.config.sections import EvaluationConfig
 from dpt.data.codec import mean_latents
 from dpt.diffusion import noise as noises
 from dpt.diffusion.samplers import Plan, guide, make_plan, sample
-from dpt.errors import UserError
+from dpt.errors import UserError, naming
 from dpt.evaluation import ensembling
 from dpt.evaluation.loading import LoadedModel, load_model
 from dpt.models.costs import macs
@@ -132,9 +132,10 @@ class Predictor:
             raise UserError(f"{self.name}: a generalist predicts several tasks; name one with --task: depth, flow or amodal.")
         spec = tasks.task_spec(task)
         if not spec.conditions:
-            raise UserError("the weights are class-conditional and predict nothing of pictures; draw images with dpt sample.")
-        for target in spec.targets:
-            tasks.label_id(target, trained_task=self.task, num_classes=self.model.num_classes)
+            raise UserError(f"{self.name}: class-conditional weights predict nothing of pictures; draw images with dpt sample.")
+        with naming(self.name):
+            for target in spec.targets:
+                tasks.label_id(target, trained_task=self.task, num_classes=self.model.num_classes)
         if self.model.num_conditions > len(spec.conditions):
             raise UserError(
                 f"{self.name}: the model takes {self.model.num_conditions} condition images, {task} has {len(spec.conditions)}."

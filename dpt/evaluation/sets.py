@@ -12,7 +12,7 @@ from dpt import tasks
 from dpt.data.codec import LatentScaling, mean_latents
 from dpt.data.reader import SampleError
 from dpt.data.shards import ShardFolder
-from dpt.errors import UserError
+from dpt.errors import UserError, naming
 from dpt.evaluation.protocols import Protocol, find_protocol
 
 
@@ -57,12 +57,18 @@ class EvaluationSet:
         self._shards = ShardFolder(folder, cache_dir=cache_dir)
         self.manifest = self._shards.manifest
         self.folder = str(folder)
+        if not tasks.task_spec(self.manifest.task).conditions:
+            raise UserError(
+                f"{folder}: shards of task {self.manifest.task} have no truth to compare predictions with; generated images "
+                "are scored by dpt fid."
+            )
         self._scaling = LatentScaling.of(self.manifest.vae)
         for member in ("cond_latents", "image", "truth"):
             if member not in self.manifest.members:
                 raise UserError(f"{folder}: the shards hold no {member}; encode the set for evaluation (--evaluation).")
         self.task = self.manifest.task
-        self.protocol: Protocol = find_protocol(self.manifest.dataset, self.task, name=protocol)
+        with naming(folder):
+            self.protocol: Protocol = find_protocol(self.manifest.dataset, self.task, name=protocol)
         self.code = tasks.target_code(self.task, self.manifest.encoding, str(folder))
         self.depth_prompt = str(self.manifest.encoding.get("prompt") or tasks.DEPTH_PROMPT) if self.task == "depth" else ""
         self.name = f"{self.manifest.dataset}_{self.manifest.split}".replace("/", "_")

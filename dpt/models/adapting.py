@@ -32,9 +32,8 @@ def adapt(weights: Weights, target: ModelConfig) -> Weights:
         if old != new:
             raise UserError(f"dpt.model.{name} is {new}, but the weights ({weights.source}) have {old}; set it to {old}.")
     state = dict(weights.state)
-    _widen(state, source, target)
-    _route(state, source, target)
-    _add_labels(state, source, target)
+    for change in (_widen, _route, _add_labels):
+        change(state, source, target, weights.source)
     if target.clip_embedding_size and not source.clip_embedding_size:
         table = state["y_embedder.embedding_table.weight"]
         state["clip_embedder.weight"] = table.new_zeros(target.hidden_size, target.clip_embedding_size)
@@ -48,43 +47,43 @@ def adapt(weights: Weights, target: ModelConfig) -> Weights:
     return dataclasses.replace(weights, config=target, state=state)
 
 
-def _widen(state: dict[str, Tensor], source: ModelConfig, target: ModelConfig) -> None:
+def _widen(state: dict[str, Tensor], source: ModelConfig, target: ModelConfig, weights: str) -> None:
     """Repeat the patch embedding's weights for 1 + num_conditions images and divide by their number (Ke et al., "Repurposing
     Diffusion-Based Image Generators for Monocular Depth Estimation", 2024, section 3.2)."""
     if source.num_conditions == target.num_conditions:
         return
     if source.num_conditions:
         raise UserError(
-            f"dpt.model.num_conditions is {target.num_conditions}, but the weights have {source.num_conditions} already; "
-            f"set it to {source.num_conditions}, or start from weights without conditions."
+            f"dpt.model.num_conditions is {target.num_conditions}, but the weights ({weights}) have "
+            f"{source.num_conditions} already; set it to {source.num_conditions}, or start from weights without conditions."
         )
     images = 1 + target.num_conditions
     name = "x_embedder.weight" if source.patch_embed_tasks else "x_embedder.proj.weight"
     state[name] = torch.cat([state[name] / images] * images, dim=-3)  # [..., D, C, p, p]
 
 
-def _route(state: dict[str, Tensor], source: ModelConfig, target: ModelConfig) -> None:
+def _route(state: dict[str, Tensor], source: ModelConfig, target: ModelConfig, weights: str) -> None:
     """One convolution -> one a task, all equal."""
     if source.patch_embed_tasks == target.patch_embed_tasks:
         return
     if source.patch_embed_tasks:
         raise UserError(
-            f"dpt.model.patch_embed_tasks is {target.patch_embed_tasks}, but the weights have {source.patch_embed_tasks}; "
-            f"set it to {source.patch_embed_tasks}."
+            f"dpt.model.patch_embed_tasks is {target.patch_embed_tasks}, but the weights ({weights}) have "
+            f"{source.patch_embed_tasks}; set it to {source.patch_embed_tasks}."
         )
     for kind in ("weight", "bias"):
         state[f"x_embedder.{kind}"] = torch.stack([state.pop(f"x_embedder.proj.{kind}")] * target.patch_embed_tasks)
 
 
-def _add_labels(state: dict[str, Tensor], source: ModelConfig, target: ModelConfig) -> None:
+def _add_labels(state: dict[str, Tensor], source: ModelConfig, target: ModelConfig, weights: str) -> None:
     """New label rows before the null label's."""
     new = target.num_classes - source.num_classes
     if new == 0:
         return
     if new < 0 or new > source.num_classes:
         raise UserError(
-            f"dpt.model.num_classes is {target.num_classes}, but the weights have {source.num_classes} labels; set it to "
-            f"{source.num_classes} plus the number of new task labels."
+            f"dpt.model.num_classes is {target.num_classes}, but the weights ({weights}) have {source.num_classes} labels; "
+            f"set it to {source.num_classes} plus the number of new task labels."
         )
     name = "y_embedder.embedding_table.weight"
     classes, null = state[name][:-1], state[name][-1:]

@@ -18,7 +18,7 @@ from torch import Tensor
 from dpt import hub
 from dpt.config.recipe import section_from_dict
 from dpt.config.sections import DiffusionConfig, ModelConfig
-from dpt.errors import UserError
+from dpt.errors import UserError, naming
 from dpt.models.dit import DiT
 from dpt.models.layers import position_table
 from dpt.models.mup import standard
@@ -161,10 +161,8 @@ def _read_diffusers(path: Path, variant: str) -> Weights:
         return _read_depth_pipeline(path, values)
     if values.get("_class_name") not in ("DiTTransformer2DModel", "Transformer2DModel"):
         raise UserError(f'{path / _CONFIG}: _class_name is "{values.get("_class_name")}"; only DiTTransformer2DModel is known.')
-    try:
+    with naming(path / _CONFIG):
         config = config_from_diffusers(values)
-    except UserError as error:
-        raise UserError(f"{path / _CONFIG}: {error}") from error
     file, state = read_diffusers_tensors(path, variant)
     if (table := state.pop("pos_embed.pos_embed", None)) is not None:
         _check_positions(table, config, str(file))
@@ -204,10 +202,8 @@ def _read_public(path: Path, ema: bool, fields: Mapping[str, Any]) -> Weights:
     if "x_embedder.proj.weight" not in state and "x_embedder.proj.conv_in_1.weight" not in state:
         names = f"its names begin with {', '.join(sorted(state)[:3])}" if state else "it holds no tensors"
         raise UserError(f"{path}: not the weights of a DiT ({names}).")
-    try:
+    with naming(path):
         config = infer_public_config(state, **fields)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
     _check_positions(state.pop("pos_embed"), config, str(path))
     flash = "blocks.0.attn.Wqkv.weight" in state
     kind = "generalist" if config.patch_embed_tasks else "DiT-MoE" if config.num_experts else "DiT"

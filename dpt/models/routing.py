@@ -203,7 +203,7 @@ def _per_layer(values: FloatArray, y_label: str, rows: list[str]) -> "Figure":
             image = axes.imshow(values[layer], vmin=0, vmax=np.nanmax(values), aspect="auto", interpolation="nearest")
             axes.set_title(f"layer {layer}", fontsize=9)
             axes.set_yticks(ticks, [rows[t] for t in ticks])
-    figure.colorbar(image, ax=all_axes, label="share")
+    figure.colorbar(image, ax=all_axes, label="share of a row's slots")
     figure.supxlabel("expert")
     figure.supylabel(y_label)
     return figure
@@ -222,5 +222,5 @@ def _grid(values: FloatArray, layers: int, experts: int) -> "Figure":
     axes.set_xticks([(width + 1) * e + (width - 1) / 2 for e in range(experts)], [str(e) for e in range(experts)])
     axes.set_yticks([(height + 1) * n + (height - 1) / 2 for n in range(layers)], [str(n) for n in range(layers)])
     axes.spines[:].set_visible(False)
-    figure.colorbar(image, label="share")
+    figure.colorbar(image, label="share of a position's slots")
     return figure

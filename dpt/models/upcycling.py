@@ -36,7 +36,8 @@ def upcycle(weights: Weights, upcycling: UpcyclingConfig, *, seed: int = 0) -> W
     dense, m = weights.config, upcycling.granularity
     if dense.num_experts:
         raise UserError(
-            f"dpt.upcycling: the network has {dense.num_experts} experts in each block already; give dense weights."
+            f"dpt.upcycling: the weights ({weights.source}) have {dense.num_experts} experts in each block already; "
+            "give dense ones."
         )
     if dense.mlp_width % m:
         raise UserError(f"dpt.upcycling.granularity {m} does not divide the MLPs' width {dense.mlp_width}; choose a divisor.")

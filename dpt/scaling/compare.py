@@ -11,8 +11,8 @@ from dpt.scaling import plots
 from dpt.scaling.compute import total_train_macs, train_macs
 from dpt.scaling.page import chart, grid, page, table
 from dpt.scaling.points import along, final_value
-from dpt.scaling.results import evaluation_rows, format_cells, show_macs
-from dpt.scores import METRICS
+from dpt.scaling.results import evaluation_rows, format_cells, setting_words, show_macs
+from dpt.scores import METRICS, show
 from dpt.tracking.read import RunRecord, ancestors
 
 TRAINING_METRICS = (
@@ -23,6 +23,7 @@ TRAINING_METRICS = (
     "perf/matrix_peak_share",
     "perf/memory_gib",
 )
+_IN_PER_CENT = ("perf/mfu", "perf/matrix_peak_share")
 _CURVES = ("train/loss", "train/load_balancing_loss")
 _OWN_FIELDS = ("tracking.", "training.output_dir", "evaluation.output_dir", "hardware")
 """Fields that differ between any two runs and say nothing."""
@@ -88,19 +89,21 @@ def _metric_rows(runs: Sequence[RunRecord], extra: Sequence[str]) -> dict[str, l
     for name in (*TRAINING_METRICS, *extra):
         if not any(name in r.metrics for r in runs):
             continue
+        title, scale = (f"{name} %", 100.0) if name in _IN_PER_CENT else (name, 1.0)
         histories = [r.history(name) if name in r.metrics else [] for r in runs]
-        rows[f"{name} (end)"] = [f"{final_value(h):.5g}" if h else "–" for h in histories]
+        rows[f"{title} (end)"] = [f"{scale * final_value(h):.5g}" if h else "–" for h in histories]
         if name == "train/loss" or name in extra:
-            rows[f"{name} (least)"] = [f"{min(v for _, v in h):.5g}" if h else "–" for h in histories]
-    scores: dict[str, dict[str, float]] = {}
+            rows[f"{title} (least)"] = [f"{scale * min(v for _, v in h):.5g}" if h else "–" for h in histories]
+    scores: dict[str, dict[str, str]] = {}
     for run in runs:
         for row in evaluation_rows(run):
-            for metric in METRICS:
+            for metric, about in METRICS.items():
                 if row.run is not None and metric in row.metrics:
-                    place = "/".join(p for p in (row.task, row.dataset, metric) if p)
-                    scores.setdefault(f"{place} s{row.steps}_n{row.ensemble}", {})[run.run_id] = row.metrics[metric]
+                    place = "/".join(p for p in (row.task, row.dataset) if p)
+                    name = f"{place}: {about.title}, {setting_words(row)}"
+                    scores.setdefault(name, {})[run.run_id] = show(metric, row.metrics[metric])
     for name, values in scores.items():
-        rows[name] = [f"{values[r.run_id]:.4f}" if r.run_id in values else "–" for r in runs]
+        rows[name] = [values.get(r.run_id, "–") for r in runs]
     return rows
 
 

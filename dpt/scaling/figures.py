@@ -13,7 +13,7 @@ from dpt.scaling.points import X_NAMES, Point, collect
 from dpt.scaling.repeats import Mean, as_markdown, means
 from dpt.scaling.shares import Share, shares
 from dpt.scaling.shares import as_markdown as shares_as_markdown
-from dpt.scores import METRICS
+from dpt.scores import METRICS, Metric
 from dpt.tracking.read import RunRecord
 
 
@@ -73,8 +73,12 @@ class Findings:
         return {name: [p for p in self.points if p.group == name] for name in dict.fromkeys(p.group for p in self.points)}
 
     def sentences(self) -> list[str]:
-        """A line for each law."""
-        return [f"{name + ': ' if name else ''}{fit.sentence(self.spec.y, self.spec.x)}" for name, fit in self.fits.items()]
+        """A line for each law, with the unit of its y."""
+        unit = unit_words(self.spec.y)
+        return [
+            f"{name + ': ' if name else ''}{fit.sentence(self.spec.y, self.spec.x)}{f'; y {unit}' if unit else ''}"
+            for name, fit in self.fits.items()
+        ]
 
     def as_json(self) -> dict[str, Any]:
         """Laws and points, to be kept beside the figure."""
@@ -150,12 +154,21 @@ def _x_label(spec: FigureSpec) -> str:
 def metric_label(y: str) -> str:
     """What stands at the axis of a metric, or of "1-METRIC"."""
     complement, name = (True, y[2:]) if y.startswith("1-") else (False, y)
-    shown = METRICS.get(name.rpartition("/")[2]) if name.startswith("eval/") else None
-    if shown is None:
-        title, unit = WORDS.get(name, name), ""
-    else:
-        title, unit = shown.name, {"%": ", as a share", "px": ", px"}.get(shown.unit, "")
-    return f"1 - {title}{unit}" if complement else f"{title}{unit}"
+    shown = _shown(name)
+    title = WORDS.get(name, name) if shown is None else shown.name
+    unit = unit_words(y).removeprefix("in ")
+    return f"{'1 - ' if complement else ''}{title}{f', {unit}' if unit else ''}"
+
+
+def unit_words(y: str) -> str:
+    """The unit of the recorded values of a metric, or of "1-METRIC", which laws are fitted to: "as a share", "in px" or ""."""
+    shown = _shown(y.removeprefix("1-"))
+    return {"%": "as a share", "px": "in px"}.get(shown.unit, "") if shown else ""
+
+
+def _shown(name: str) -> Metric | None:
+    """How tables show a metric of evaluations; None for others."""
+    return METRICS.get(name.rpartition("/")[2]) if name.startswith("eval/") else None
 
 
 def draw(findings: Findings, path: Path, *, watermark: str = "") -> Path:

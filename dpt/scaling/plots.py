@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from dpt.errors import UserError
 from dpt.scaling.laws import Fit, Law
 
 COLOURS = ("#1f6feb", "#d9480f", "#2b8a3e", "#9c36b5", "#c99a00", "#0b7285", "#c2255c", "#5c636a")
@@ -22,6 +23,8 @@ WORDS = {
 """What stands at the axis of a recorded metric."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "p")
 LINES = ("-", "--", ":", "-.")
+SUFFIXES = (".svg", ".png", ".pdf")
+"""Of files of figures."""
 
 _STYLE = {
     "svg.fonttype": "none",
@@ -210,9 +213,12 @@ def to_svg(figure: Any) -> str:
 
 
 def save(figure: Any, path: Path) -> Path:
-    """Write the figure in the format of the file's suffix (svg, png, pdf); the figure is closed."""
+    """Write the figure in the format of the file's suffix (svg, png, pdf); the figure is closed. UserError for other ones."""
     from matplotlib import pyplot, rc_context
 
+    if path.suffix.lower() not in SUFFIXES:
+        pyplot.close(figure)
+        raise UserError(f"{path}: a figure can be written as {', '.join(SUFFIXES)}; give its file one of these suffixes.")
     path.parent.mkdir(parents=True, exist_ok=True)
     with rc_context(_STYLE):
         figure.savefig(path, dpi=150)

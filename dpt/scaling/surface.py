@@ -222,9 +222,10 @@ def fit_surface(observations: Sequence[Observation], *, samples: int = 100, seed
     runs = sorted({o.run_id for o in observations})
     factors = [f for f in FACTORS if len({o.quantities[f] for o in observations}) > 1]
     if len(runs) < _LEAST_RUNS or not factors:
+        varied = f" that vary {', '.join(factors)}" if factors else ", which do not differ" if runs else ""
         raise UserError(
             f"a plan needs evaluations of at least {_LEAST_RUNS} models that differ in size or training, but there are "
-            f"{len(runs)} that vary {', '.join(factors) or 'nothing'}; run a study first (docs/science.md)."
+            f"{len(runs)}{varied}; run a study first (docs/science.md)."
         )
     if any(o.error <= 0 for o in observations):
         raise UserError("an error of 0 or less was observed; a power law needs errors above 0.")

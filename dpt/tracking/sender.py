@@ -314,14 +314,20 @@ def _mark_failed(spool: Spool) -> None:
 def sync(root: Path, *, uri: str = "", again: bool = False) -> list[tuple[Spool, str]]:
     """Send what is left of every run below `root`, parents first; gives each spool with "" or the reason why some is left.
 
-    `uri`: another store than the recorded one. `again`: from the first record on (for a store that has lost the runs).
+    `uri`: another store than the recorded one. `again`: from the first record on (for a store that has lost the runs). What
+    another store has begun to get is not sent to `uri` unless `again`, as its beginning would be missing there.
     """
-    outcomes = []
+    outcomes: list[tuple[Spool, str]] = []
+    target = store.absolute_uri(uri) if uri else ""
     for spool in Spool.find(root):
         if again:
             spool.write_state(SpoolState())
+        began = spool.state
+        if target and began.offset and began.uri != hide_passwords(target):
+            outcomes.append((spool, f"it was sent to {began.uri}; --again sends it to {hide_passwords(target)}, too"))
+            continue
         try:
-            sent = Sender(spool, uri=store.absolute_uri(uri) if uri else "").send(wait=False)
+            sent = Sender(spool, uri=target).send(wait=False)
             outcomes.append((spool, "" if sent else "its own run is sending it"))
         except Exception as error:
             outcomes.append((spool, spool.state.error or hide_passwords(str(error))))

@@ -15,26 +15,27 @@ from dpt.errors import HIDDEN, UserError, hide_passwords
 
 _SQLITE = "sqlite:///"
 SECRET = "DPT_TRACKING_URI"
-"""Variable with the whole address of a store whose password records do not hold."""
+"""Variable with the whole address of a database whose password records do not hold."""
 _PROBE_SECONDS = 3.0
 
 
 def absolute_uri(uri: str) -> str:
     """`uri` with an SQLite path made absolute, so that it means the same from any working directory.
 
-    Raises UserError for a plain folder or `file:` store, which MLflow no longer writes, and for one with a password in it,
-    which would be kept with the run.
+    Raises UserError for a plain folder or `file:` store, which MLflow no longer writes, and for a server's address with a user
+    or a password in it, which belong into the environment. A database's may have them: they are hidden wherever it is written.
     """
-    if "@" in uri and (urlsplit(uri).username or urlsplit(uri).password):
+    if uri.startswith(("http://", "https://")) and "@" in urlsplit(uri).netloc:
         raise UserError(
-            "dpt.tracking.uri holds a user name or a password; give them in the environment, MLFLOW_TRACKING_USERNAME and "
-            "MLFLOW_TRACKING_PASSWORD, and the server's address without them."
+            f"{hide_passwords(uri)}: the address holds a user name or a password; give them in the environment, "
+            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, and the address without them."
         )
     if uri.startswith(_SQLITE):
         return _SQLITE + str(Path(uri.removeprefix(_SQLITE)).absolute())
     if "://" not in uri or uri.startswith("file:"):
         raise UserError(
-            f'dpt.tracking.uri is "{uri}"; give an SQLite file (sqlite:///mlflow.db) or a server (http://HOST:PORT).'
+            f'"{uri}" is no MLflow store; give an SQLite file (sqlite:///mlflow.db) or a server (http://HOST:PORT) as '
+            "dpt.tracking.uri, or as --uri."
         )
     return uri
 

@@ -69,9 +69,10 @@ def check_course(checkpoint: Path, state: Mapping[str, Any], recipe: Recipe, sta
     if not changed:
         return
     more = f" and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else ""
+    which = ", ".join(changed[:_SHOWN])
     raise UserError(
-        f"{recipe.path or 'the command line'}: {checkpoint} is of a run with another recipe: {', '.join(changed[:_SHOWN])}"
-        f"{more}; choose another dpt.training.output_dir, or set dpt.training.resume_changed to true to go on all the same."
+        f"{recipe.source_of(which)}: {checkpoint} is of a run with another recipe: {which}{more}; choose another "
+        "dpt.training.output_dir, or set dpt.training.resume_changed to true to go on all the same."
     )
 
 
@@ -79,7 +80,7 @@ def check_data(checkpoint: Path, state: Mapping[str, Any], recipe: Recipe, sha25
     """UserError if the shards, whose names have not changed, are not the ones that a checkpoint's run has seen."""
     if state["sections"]["lineage"]["data_sha256"] != sha256 and not recipe.dpt.training.resume_changed:
         raise UserError(
-            f"{recipe.path or 'the command line'}: dpt.data.shards are not the ones that the run of {checkpoint} has seen; "
+            f"dpt.data.shards are not the ones that the run of {checkpoint} has seen; "
             "choose another dpt.training.output_dir, or set dpt.training.resume_changed to true to go on with these."
         )
 

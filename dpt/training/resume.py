@@ -117,7 +117,8 @@ def check_network(checkpoint: Path, state: Mapping[str, Any], recipe: Recipe, pa
 
 def remarks(checkpoint: Path, state: Mapping[str, Any], recipe: Recipe, data_sha256: str) -> list[str]:
     """What to say when a run of `recipe` on such data goes on from a checkpoint: a sentence each."""
-    said = [f"Continuing from {checkpoint} (step {state['step']}, written on {state['layout']['world_size']} ranks)."]
+    ranks = state["layout"]["world_size"]
+    said = [f"Continuing from {checkpoint} (step {state['step']}, written on {ranks} rank{'s' * (ranks > 1)})."]
     skipped = SkippedSamples.of(state)
     if skipped.windows:
         said.append(f"Samples {skipped} of the stream stay skipped: they led to losses that were not finite.")

@@ -18,6 +18,11 @@ def run_stage(recipe: Recipe, stage: str, *, open_validator: "OpenValidator | No
 
     `open_validator`: makes what scores networks for `dpt.validation`.
     """
+    with recipe.blamed():
+        _run(recipe, stage, open_validator)
+
+
+def _run(recipe: Recipe, stage: str, open_validator: "OpenValidator | None") -> None:
     distributed.set_environment()
     distributed.set_device()
     from dpt.training.preflight import available, check_memory, check_ranks

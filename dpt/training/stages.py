@@ -84,26 +84,26 @@ def open_stage(recipe: Recipe, name: str, *, parents: list[str] | None = None) -
     path = config.training.weights
     if not path:
         if name == "upcycle":
-            raise UserError(
-                f"{recipe.path}: dpt.training.weights is empty; upcycling starts from the weights of a dense model."
-            )
+            raise UserError("dpt.training.weights is empty; upcycling starts from the weights of a dense model.")
         if name == "finetune":
             distributed.log("dpt.training.weights is empty: fine-tuning starts from random weights.")
         return Stage(name=name, recipe=trained, start=None, parents=[])
     path = hub.pinned(path)
     config = dataclasses.replace(config, training=dataclasses.replace(config.training, weights=path))
     trained = dataclasses.replace(trained, dpt=dataclasses.replace(trained.dpt, training=config.training))
-    weights = adapt(load_weights(path, ema=config.training.use_ema), config.model)
+    read = load_weights(path, ema=config.training.use_ema)
+    kind = read.source
+    weights = adapt(dataclasses.replace(read, source=path), config.model)
     told = (weights.sections.get("diffusion") or {}).get("time_convention", config.diffusion.time_convention)
     if told != config.diffusion.time_convention:
         raise UserError(
-            f'{recipe.path}: dpt.diffusion.time_convention is "{config.diffusion.time_convention}", but the weights in {path} '
+            f'dpt.diffusion.time_convention is "{config.diffusion.time_convention}", but the weights in {path} '
             f'learnt with "{told}"; set it to that.'
         )
     if name == "upcycle":
         weights = upcycle(weights, config.upcycling, seed=config.training.seed)
     lineage = weights.sections.get("lineage", {})
-    distributed.log(f"Weights to start from: {path} ({weights.source}{', averaged' if weights.averaged else ''}).")
+    distributed.log(f"Weights to start from: {path} ({kind}{', averaged' if weights.averaged else ''}).")
     return Stage(
         name=name,
         recipe=trained,

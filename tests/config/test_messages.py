@@ -27,7 +27,7 @@ def recipe(tmp_path):
             {"task": "dept"},
             'the command line: dpt.task is "dept"; choose one of class, depth, flow, amodal, generalist, or name',
         ),
-        ({"training.stepz": "4"}, 'the command line: there is no field "training.stepz"; did you mean "steps"?.'),
+        ({"training.stepz": "4"}, 'the command line: there is no field "training.stepz"; did you mean "steps"?'),
         ({"data.shards": "1"}, ""),
         (
             {"tracking.registered_model": "lab/depth"},
@@ -53,6 +53,20 @@ def test_the_file_is_blamed_for_its_own(recipe):
     recipe.write_text(json.dumps({"train_batch_size": 8, "dpt": {"training": {"steps": "many"}}}))
     with pytest.raises(UserError, match=r"r\.json: dpt\.training\.steps is 'many'; it must be a whole number"):
         load_recipe(recipe, {"training.seed": 1})
+
+
+def test_sentences_of_later_checks_say_where_a_field_was_set(recipe):
+    """Those that begin with a field; what names a file or a folder stays as it is."""
+    loaded = load_recipe(recipe, {"training.seed": "1"})
+    for sentence, said in {
+        "dpt.training.steps is too many.": f"{recipe}: dpt.training.steps is too many.",
+        "dpt.training.seed is odd.": "the command line: dpt.training.seed is odd.",
+        "optimizer.params.lr is high.": f"{recipe}: optimizer.params.lr is high.",
+        "some/folder: there is no such folder.": "some/folder: there is no such folder.",
+    }.items():
+        with pytest.raises(UserError) as caught, loaded.blamed():
+            raise UserError(sentence)
+        assert str(caught.value) == said
 
 
 def test_impossible_batches_name_what_was_set(recipe):

@@ -54,6 +54,8 @@ def test_a_resolved_recipe_loads_again(tmp_path: Path) -> None:
         ({"dpt": {"modle": {}}}, ["dpt.modle", "did you mean", "model"]),
         ({"dpt": {"training": {"stesp": 1}}}, ["dpt.training.stesp", '"steps"']),
         ({"dpt": {"training": {"steps": "many"}}}, ["dpt.training.steps", "many", "whole number"]),
+        ({"dpt": {"training": {"steps": None}}}, ["dpt.training.steps is None; it must be a whole number"]),
+        ({"dpt": {"model": {"num_classes": None}}}, ["dpt.model.num_classes is None; it must be a whole number"]),
         ({"dpt": {"training": {"steps": -1}}}, ["dpt.training.steps", "-1", "negative"]),
         ({"dpt": {"training": 3}}, ["dpt.training", "object"]),
         ({"dpt": {"model": {"preset": "Q/9"}}}, ["Q/9", "S/2"]),
@@ -91,6 +93,11 @@ def test_command_line_accepts_bare_fields_of_its_section(tmp_path: Path) -> None
 def test_command_line_refuses(arguments: list[str]) -> None:
     with pytest.raises(UserError, match=r"steps|stesp"):
         parse_command("pretrain", "", "training", arguments)
+
+
+def test_a_second_value_is_told_how_lists_are_written() -> None:
+    with pytest.raises(UserError, match=r'unexpected argument "b"; fields are set as .*, lists with commas'):
+        parse_command("evaluate", "", "evaluation", ["--data", "a", "b"])
 
 
 def test_help_lists_every_field(capsys: pytest.CaptureFixture[str]) -> None:

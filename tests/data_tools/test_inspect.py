@@ -75,6 +75,13 @@ def test_bad_input(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture) 
     assert "is not the one that made the shards (sha256" in refusal(capsys, shards, "--vae", "embedded")
 
 
+@pytest.mark.parametrize("name", ["-", "sheet", "sheet.txt"])
+def test_sheets_that_are_no_pictures_are_refused_before_any_work(
+    name: str, shards: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert "name a file such as sheet.png" in refusal(capsys, shards, "--picture", name)
+
+
 def test_values_that_are_not_finite(shards: Path, capsys: pytest.CaptureFixture) -> None:
     path = shards / "000000.tar"
     content = path.read_bytes()

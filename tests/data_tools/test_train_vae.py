@@ -201,7 +201,7 @@ def test_command_makes_a_vae_that_loads_and_a_card(tiny_vae, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--out", "x", "--steps", "0"], "--steps is 0; it must be at least 1"),
+        (["--out", "x", "--steps", "0"], "--steps: '0' is no whole number at least 1"),
         (["--out", "x", "--crop", "20"], "--crop is 20; it must be a multiple of 8"),
         (["--evaluate", "/no/such/folder"], "neither"),
     ],

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -199,6 +200,13 @@ def test_bad_input_is_refused(depth_set, tmp_path):
     with pytest.raises(UserError, match="no truth"):
         _run(_config(tmp_path / "out", depth_set))
     assert not (tmp_path / "out").exists()
+
+
+def test_shards_of_classes_are_not_asked_for_what_they_never_hold(monkeypatch):
+    shards = SimpleNamespace(manifest=SimpleNamespace(task="class"))
+    monkeypatch.setattr("dpt.evaluation.sets.ShardFolder", lambda folder, cache_dir: shards)
+    with pytest.raises(UserError, match=r"^some/set: shards of task class have no truth .* scored by dpt fid\.$"):
+        EvaluationSet("some/set")
 
 
 def test_picked_samples(depth_set):

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -90,9 +91,10 @@ def recipes(seed: int, count: int) -> Iterator[tuple[str, str]]:
         content = copy.deepcopy(recipe(task))
         for _ in range(chance.choice((1, 1, 2, 3))):
             _mutate_recipe(chance, content)
-        training = content.get("dpt", {}).get("training", {}) if isinstance(content.get("dpt"), dict) else {}
-        if isinstance(training, dict) and isinstance(training.get("steps"), int | float) and training["steps"] > 20:
-            training["steps"] = 3  # a long run is no hang
+        training = content["dpt"].setdefault("training", {}) if isinstance(content.get("dpt"), dict) else {}
+        steps = training.get("steps", math.inf) if isinstance(training, dict) else 0
+        if isinstance(steps, int | float) and steps > 20:
+            training["steps"] = 3  # a long run, as by default, is no hang
         text = json.dumps(content)
         if chance.random() < 0.05:
             at = chance.randrange(len(text))

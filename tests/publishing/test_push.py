@@ -83,6 +83,16 @@ def test_a_branch_is_made_and_a_model_that_is_there_is_updated(hub: Hub, weights
     assert json.loads((hubs.local_path("hub:lab/depth@v2") / "config.json").read_text()) == config
 
 
+def test_a_runs_folder_is_taken_as_its_weights(hub: Hub, weights: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    weights.rename(run / "weights")
+    (run / "records.jsonl").write_text("")
+    assert push(run, "lab/depth") == 0
+    repo = hub.repos["lab/depth"]
+    assert set(repo.commits[repo.branches["main"]]) == {".gitattributes", "README.md", "config.json", "weights.safetensors"}
+
+
 def test_refusals_are_one_sentence_without_the_token(
     hub: Hub, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

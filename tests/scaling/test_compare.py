@@ -44,7 +44,7 @@ def test_metrics_compute_cost_and_ancestors(runs):
     assert rows["from"] == ["–", "one", "two < one"]
     assert rows["train/loss (end)"] == ["2", "2", "–"]
     assert rows["train/loss (least)"] == ["1", "1", "–"]
-    assert rows["depth/abs_rel s1_n1"] == ["–", "–", "0.1250"]
+    assert rows["depth: AbsRel % ↓, 1 step"] == ["–", "–", "12.50"]  # in the unit of all tables, which the name says
     assert rows["MACs with ancestors"] == ["2 T", "4 T", "4 T"]
     assert rows["cost"] == ["0.13", "0.03", "0.03"]  # a minute on four devices, and on one
 

@@ -2,8 +2,9 @@
 
 import pytest
 
+from dpt.errors import UserError
 from dpt.scaling.figures import metric_label
-from dpt.scaling.plots import curves, law_figure, short_number, style_of
+from dpt.scaling.plots import curves, law_figure, new_axes, save, short_number, style_of
 
 
 @pytest.mark.parametrize(
@@ -35,3 +36,11 @@ def test_axes_have_names_and_units():
     assert metric_label("eval/flow/set_val/epe") == "EPE, px"
     assert metric_label("1-eval/depth/delta1") == "1 - δ1, as a share"
     assert metric_label("train/loss") == "training loss"
+
+
+@pytest.mark.parametrize("name", ["mlflow.db", "figure", "figure.svgz.x"])
+def test_a_figure_goes_into_files_of_figures_alone(name, tmp_path):
+    figure, _ = new_axes("x", "y")
+    with pytest.raises(UserError, match=r"can be written as \.svg, \.png, \.pdf"):
+        save(figure, tmp_path / name)
+    assert not (tmp_path / name).exists()

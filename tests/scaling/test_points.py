@@ -143,7 +143,9 @@ def test_the_command_prints_draws_and_refuses(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(laws, "selected_runs", lambda arguments: (runs, runs))
     out = tmp_path / "law.svg"
     assert cli.main(["laws", "--y", "eval/depth/abs_rel", "--out", str(out)]) == 0
-    assert "eval/depth/abs_rel(macs) = 3 × macs^-0.1;" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "eval/depth/abs_rel(macs) = 3 × macs^-0.1;" in said
+    assert said.rstrip().endswith("; y as a share")
     assert "3 × C" in out.read_text()
     assert cli.main(["laws", "--y", "train/loss", "--curve", "--frontier", "--json"]) == 0
     content = json.loads(capsys.readouterr().out)

@@ -152,6 +152,26 @@ def test_a_password_in_the_address_is_refused_and_not_repeated(tmp_path):
     assert not (tmp_path / "o").exists()
 
 
+def test_a_databases_password_is_used_and_kept_nowhere(tmp_path, without_process, monkeypatch):
+    """MLflow takes it from the address alone; the driver that is missing here is what the attempt ends at."""
+    whole, shown = "postgresql://user:secret-word@127.0.0.1:9/db", "postgresql://user:***@127.0.0.1:9/db"
+    with begin(whole, tmp_path / "o") as run:
+        run.set_tags({"where": whole})
+    kept = "".join(path.read_text() for path in (tmp_path / "o").rglob("*") if path.is_file())
+    assert shown in kept
+    assert "secret-word" not in kept
+    ((_, problem),) = sync(tmp_path)
+    assert "set DPT_TRACKING_URI to the whole address" in problem
+    for way in ("variable", "option"):
+        monkeypatch.setenv("DPT_TRACKING_URI", whole if way == "variable" else "")
+        ((_, problem),) = sync(tmp_path, uri=whole if way == "option" else "")
+        assert problem
+        assert "DPT_TRACKING_URI" not in problem
+        assert "secret-word" not in problem
+    kept = "".join(path.read_text() for path in (tmp_path / "o").rglob("*") if path.is_file())
+    assert "secret-word" not in kept
+
+
 @pytest.mark.parametrize(
     ("task", "inputs", "output"),
     [("depth", ["image"], "depth"), ("flow", ["image", "second_frame"], "flow"), ("normals", ["image"], "normals")],

@@ -159,6 +159,8 @@ def test_an_exception_marks_the_run_and_sync_sends_to_another_store(tmp_path, ur
     assert [r.status for r in load_runs(uri, "t")] == ["FAILED"]
     shutil.copyfile(tmp_path / "mlflow.db", tmp_path / "other.db")
     other = f"sqlite:///{tmp_path / 'other.db'}"
+    ((_, left),) = sync(tmp_path, uri=other)
+    assert left == f"it was sent to {uri}; --again sends it to {other}, too"
     ((spool, left),) = sync(tmp_path, uri=other, again=True)
     assert (spool.run_id, left) == (run.run_id, "")
     (record,) = load_runs(other, "t")

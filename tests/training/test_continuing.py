@@ -45,7 +45,12 @@ def test_another_recipe_is_refused_and_the_fields_are_named(path: Path, fields: 
     state = state_of(load_recipe(path))
     with pytest.raises(UserError) as refusal:
         check_course(Path("there"), state, load_recipe(path, fields), "pretrain")
-    for word in (words, str(path), "there", "dpt.training.output_dir", "dpt.training.resume_changed"):
+    for word in (
+        words,
+        "the command line: there is of a run with another recipe",
+        "dpt.training.output_dir",
+        "dpt.training.resume_changed",
+    ):
         assert word in str(refusal.value)
     check_course(Path("there"), state, load_recipe(path, {**fields, "training.resume_changed": True}), "pretrain")
     with pytest.raises(UserError, match="stage pretrain -> finetune"):
