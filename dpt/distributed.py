@@ -9,6 +9,7 @@ import ctypes
 import logging
 import os
 import re
+import resource
 import socket
 import sys
 import warnings
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
+
+_OPEN_FILES = 16384
 
 # --- start and end ------------------------------------------------------------------------------------------------------
 
@@ -121,6 +124,16 @@ def return_freed_memory() -> None:
     """Give back once what `keep_freed_memory` kept, where the C library is glibc: after a model that is not needed any more."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def raise_file_limit() -> int:
+    """Raise the soft limit of open files as far as it may be, at most to 16,384. Returns it."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    soft, hard = (sys.maxsize if limit == resource.RLIM_INFINITY else limit for limit in limits)
+    if soft < min(hard, _OPEN_FILES):
+        soft = min(hard, _OPEN_FILES)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, limits[1]))
+    return soft
 
 
 @contextlib.contextmanager
