@@ -112,7 +112,7 @@ def fetch_file(url: str, size: int, patience: Patience, kept: Path | None = None
         file.close()
         Path(file.name).unlink(missing_ok=True)
         raise
-    return file  # type: ignore[no-any-return]
+    return file
 
 
 def _copy(descriptor: int, file: BinaryIO, patience: Patience) -> None:

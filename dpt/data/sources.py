@@ -34,13 +34,13 @@ def resolve(source: str, patience: Patience) -> ShardSet:
 
     The manifest is read from beside the shards. UserError if something is missing.
     """
-    before, names, after = f"{source.rstrip('/') if is_url(source) else Path(source)}/", [], ""
-    if ".tar" in source and not Path(source).is_dir():
-        urls = list(braceexpand(source))
-        parts = [found.groups() for url in urls if (found := _TAR.fullmatch(url))]
-        if len(parts) < len(urls):
-            raise UserError(f"{source}: a shard's name must end in .tar; name the tars or their folder.")
-        (before, _, after), names = parts[0], [name for _, name, _ in parts]
+    before, after = f"{source.rstrip('/') if is_url(source) else Path(source)}/", ""
+    urls = list(braceexpand(source)) if ".tar" in source and not Path(source).is_dir() else []
+    parts = [found.groups() for url in urls if (found := _TAR.fullmatch(url))]
+    if len(parts) < len(urls):
+        raise UserError(f"{source}: a shard's name must end in .tar; name the tars or their folder.")
+    if parts:
+        before, _, after = parts[0]
     elif source.startswith("pipe:"):
         raise UserError(f"{source}: name the tars behind a command by a brace pattern such as {{000000..000127}}.tar.")
     if is_url(source):
@@ -51,10 +51,9 @@ def resolve(source: str, patience: Patience) -> ShardSet:
             raise UserError(f"{source}: no manifest can be fetched from {url} ({error}); check the address.") from error
     else:
         manifest = read_manifest(before)
-    if names:
-        manifest = _choose(manifest, names, source)
-    else:
-        urls = [before + shard.name for shard in manifest.shards]
+    if parts:
+        manifest = _choose(manifest, [name for _, name, _ in parts], source)
+    urls = urls or [before + shard.name for shard in manifest.shards]
     return ShardSet(name=source, manifest=manifest, urls=tuple(urls))
 
 

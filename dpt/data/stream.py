@@ -131,10 +131,10 @@ class LatentStream:
         atexit.register(reader.close)  # a thread at work while the interpreter is taken apart ends in an abort
         try:
             batches = reader.batches(self._places(self._handed))
-            filled = deque(reader.filler.submit(next, batches) for _ in range(self.prefetch))
+            filled = deque(reader.filler.submit(batches.__next__) for _ in range(self.prefetch))
             while True:
                 batch = filled.popleft().result()
-                filled.append(reader.filler.submit(next, batches))
+                filled.append(reader.filler.submit(batches.__next__))
                 self._handed += 1
                 yield batch
         finally:
