@@ -12,9 +12,9 @@ import argparse
 import json
 import os
 import socket
-import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +33,7 @@ from dpt.config.sections import ModelConfig
 from dpt.data.codec import LatentScaling
 from dpt.models.dit import DiT
 from dpt.scaling.cluster import Cluster, Layout, seconds, traffic
+from dpt.scaling.processes import start_forked, start_fresh
 from dpt.training.optimizer import DEFAULTS, AdamWEMA
 
 SMALL_MESSAGE = 1 << 14
@@ -192,17 +193,26 @@ def _beside_paper(
 
 
 def launch(ranks: int, arguments: argparse.Namespace, result: Path) -> list[harness.Row]:
-    """Run the worker on so many ranks of this machine."""
+    """Run the worker on so many ranks of this machine; without GPUs, as forks of a process that has loaded the libraries."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    options = ("rounds", "batch", "depth", "hidden_size", "input_size")
-    words = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", str(port)]
-    words += ["-m", "benchmarks.scaling", "--worker", str(result)]
-    for name in options:
+    words = [sys.executable, "-m", "benchmarks.scaling", "--worker", str(result)]
+    for name in ("rounds", "batch", "depth", "hidden_size", "input_size"):
         words += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"} | ({} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"})
-    subprocess.run(words, cwd=Path(__file__).resolve().parents[1], env=environment, check=True)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    environment |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+    log, start = result.with_suffix(".log"), start_fresh
+    if not torch.cuda.is_available():
+        environment["DS_ACCELERATOR"], start = "cpu", start_forked
+    started = [start(words, log, environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(ranks)]
+    while any(process.exit_code() is None for process in started):
+        if any(process.exit_code() for process in started):  # the others would wait for it
+            for process in started:
+                process.terminate()
+        time.sleep(0.02)
+    if any(process.exit_code() for process in started):
+        raise RuntimeError(f"{ranks} ranks could not be measured:\n{log.read_text(encoding='utf-8')}")
     rows: list[harness.Row] = json.loads(result.read_text())
     return rows
 

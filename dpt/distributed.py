@@ -8,6 +8,7 @@ import contextlib
 import logging
 import os
 import re
+import resource
 import socket
 import sys
 import warnings
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
+
+_OPEN_FILES = 16384
 
 # --- start and end ------------------------------------------------------------------------------------------------------
 
@@ -95,6 +98,16 @@ def _set_default_timeout(timeout: timedelta) -> None:
 
     distributed_c10d.default_pg_timeout = timeout
     distributed_c10d.default_pg_nccl_timeout = timeout
+
+
+def raise_file_limit() -> int:
+    """Raise the soft limit of open files as far as it may be, at most to 16,384. Returns it."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    soft, hard = (sys.maxsize if limit == resource.RLIM_INFINITY else limit for limit in limits)
+    if soft < min(hard, _OPEN_FILES):
+        soft = min(hard, _OPEN_FILES)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, limits[1]))
+    return soft
 
 
 @contextlib.contextmanager

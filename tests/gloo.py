@@ -1,9 +1,12 @@
-"""Run a function on several gloo ranks of this machine: `run_ranks(2, fn, *args)` returns fn(rank's results) by rank."""
+"""Run a function on several gloo ranks of this machine: `run_ranks(2, fn, *args)` returns fn(rank's results) by rank. Run a
+script without starting an interpreter: `run_script(log, path, *arguments)` returns its exit code."""
 
 import gc
 import importlib
 import os
+import runpy
 import socket
+import sys
 import tempfile
 import time
 import traceback
@@ -35,6 +38,29 @@ def load_libraries() -> None:
         patch.setenv("DS_ACCELERATOR", "cpu")
         for module in _LIBRARIES:
             importlib.import_module(module)
+
+
+def run_script(log: Path, *words: str, timeout_s: float = 600.0) -> int | None:
+    """Run a script, or `-m MODULE`, in a process forked from this one, which has loaded what takes longest. Returns its exit
+    code; what it says goes to `log`."""
+    load_libraries()
+    process = get_context("fork").Process(target=_run_script, args=(log, words))
+    process.start()
+    process.join(timeout_s)
+    return process.exitcode
+
+
+def _run_script(log: Path, words: tuple[str, ...]) -> None:
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    with log.open("w") as file:
+        for descriptor in (1, 2):
+            os.dup2(file.fileno(), descriptor)
+        sys.stdout = sys.stderr = file
+        sys.argv = list(words[1:] if words[0] == "-m" else words)
+        if words[0] == "-m":
+            runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(words[0], run_name="__main__")
 
 
 def _free_port() -> int:

@@ -1,12 +1,8 @@
 """`examples/` and docs/own_task.md do what they say, as they stand."""
 
-import contextlib
 import json
-import multiprocessing
 import re
-import runpy
 import shlex
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +16,7 @@ from dpt.plugins import load_plugins
 from dpt.tracking import start_run
 from dpt.tracking.read import load_runs
 from dpt.tracking.sender import sync
-from tests.gloo import load_libraries
+from tests.gloo import run_script
 from tests.test_cli import export_tiny
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,20 +30,10 @@ def block(name: str) -> str:
     return found[1]
 
 
-def _script(path: Path, arguments: list[str], log: Path) -> None:
-    with log.open("w") as out, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
-        sys.argv = [str(path), *arguments]
-        runpy.run_path(str(path), run_name="__main__")
-
-
-def run_script(path: Path, *arguments: str) -> str:
-    """What a script prints, in a process forked from this one, which has loaded what takes longest."""
-    load_libraries()
+def run(path: Path, *arguments: str) -> str:
+    """What a script prints."""
     log = Path("log")
-    process = multiprocessing.get_context("fork").Process(target=_script, args=(path, list(arguments), log))
-    process.start()
-    process.join(600)
-    assert process.exitcode == 0, log.read_text()
+    assert run_script(log, str(path), *arguments) == 0, log.read_text()
     return log.read_text()
 
 
@@ -81,11 +67,11 @@ def test_a_task_of_ones_own_from_its_page(tmp_path: Path, monkeypatch: pytest.Mo
     for command in commands:
         words = shlex.split(command)
         if words[0] == "dpt":
-            run_script(ROOT / "dpt" / "cli.py", *words[1:])
+            run(ROOT / "dpt" / "cli.py", *words[1:])
         elif words[1] == "-m":
-            run_script(ROOT / "data_tools" / "encode.py", *words[3:])
+            run(ROOT / "data_tools" / "encode.py", *words[3:])
         else:
-            run_script(ROOT / words[1], *words[2:])
+            run(ROOT / words[1], *words[2:])
     figures = json.loads(Path("runs/normals/evaluation/summary.json").read_text())["sets"]["my_normals_val"]
     assert 0 < figures["results"][0]["metrics"]["angle"] < 180
     assert figures["ceiling"]["within_11"] >= 0
@@ -115,7 +101,7 @@ def test_predicting_from_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.chdir(tmp_path)
     weights = export_tiny(tmp_path, "depth", num_conditions=1)
     pairs(Path("in"), 2)
-    printed = run_script(ROOT / "examples" / "predict.py", str(weights), "in/0.png", "in/1.png")
+    printed = run(ROOT / "examples" / "predict.py", str(weights), "in/0.png", "in/1.png")
     assert printed.count("uncertain by") == 2
     assert np.load("in/1_depth.npy").shape == (48, 64)
 
@@ -128,7 +114,7 @@ def test_training_on_own_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         Image.fromarray(picture).save(f"in/{number}.png")
         np.save(f"in/{number}.npy", 1 + picture[..., 0] / 64)
     np.save("in/0_depth.npy", np.zeros((64, 64), np.float32))  # as examples/predict.py writes it
-    printed = run_script(ROOT / "examples" / "train_own_pairs.py", "in", "out")
+    printed = run(ROOT / "examples" / "train_own_pairs.py", "in", "out")
     assert "step 20/20" in printed
     assert (Path("out") / "run" / "weights" / "config.json").is_file()
 
@@ -138,11 +124,11 @@ def test_comparing_two_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     config = TrackingConfig(uri="sqlite:///mlflow.db", offline=True)
     for name, rate in (("slow", 0.1), ("fast", 0.2)):
         options = {"stage": "pretrain", "name": name, "params": {"lr": rate, "seed": 1}, "parents": [], "tags": {}}
-        with start_run(config, output_dir=tmp_path / name, **options) as run:
+        with start_run(config, output_dir=tmp_path / name, **options) as tracked:
             for step in (1, 2):
-                run.log_metrics({"train/loss": rate * step}, step)
+                tracked.log_metrics({"train/loss": rate * step}, step)
     assert [problem for _, problem in sync(tmp_path)] == ["", ""]
-    printed = run_script(ROOT / "examples" / "compare_runs.py", "sqlite:///mlflow.db", "slow", "fast")
+    printed = run(ROOT / "examples" / "compare_runs.py", "sqlite:///mlflow.db", "slow", "fast")
     rows = {line.split()[0]: line.split()[1:] for line in printed.splitlines()}
     assert rows["run"] == ["slow", "fast"]
     assert rows["lr"] == ["0.1", "0.2"]

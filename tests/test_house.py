@@ -23,6 +23,8 @@ MIDDLE = BASE | {
     "hub",
     "scores",
     "plugins",
+    "threads",
+    "urls",
 }
 ALLOWED = {
     "errors": set(),
@@ -39,6 +41,8 @@ ALLOWED = {
     "clip": BASE | {"hub"},
     "scores": set(),
     "plugins": {"errors"},
+    "threads": set(),
+    "urls": set(),
     "models": MIDDLE,
     "diffusion": MIDDLE,
     "data": MIDDLE,
@@ -90,3 +94,10 @@ def test_only_three_rooms_know_deepspeed(path: Path) -> None:
 def test_the_light_rooms_import_no_torch() -> None:
     code = "import sys, dpt, dpt.config.checks, dpt.config.command, dpt.cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_the_loader_stays_small() -> None:
+    """All of dpt/data: at most seven files; but the VAE codec and the manifest, at most 900 lines."""
+    lines = {path.stem: len(path.read_text().splitlines()) for path in (ROOT / "dpt" / "data").glob("*.py")}
+    assert len(lines) <= 7
+    assert sum(lines.values()) - lines["codec"] - lines["manifest"] <= 900

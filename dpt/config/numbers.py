@@ -71,6 +71,6 @@ class Number:
         return word if self.allowed == FINITE else f"{word} {self.allowed}"
 
 
-def numeric(kind: type[int] | type[float], allowed: Range = FINITE) -> Number:
+def numeric(kind: type[Any], allowed: Range = FINITE) -> Number:
     """The `type` of an option of argparse: a text as a number in a range."""
     return Number(kind, allowed)

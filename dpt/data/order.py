@@ -127,9 +127,8 @@ class MixtureOrder:
         jitter = _raw(self.period, seed, _MIXTURE, 0) * 2.0**-64
         order = np.argsort((np.concatenate(numbers) + jitter) / np.repeat(self.shares, self.shares), kind="stable")
         self._set = np.repeat(np.arange(len(sizes)), self.shares)[order]
-        """For each place of the period: its set."""
         self._number = np.concatenate(numbers)[order]
-        """And the how-manieth sample of that set it is."""
+        """For each place of the period: its set, and the how-manieth sample of that set it is."""
         self.sets = [
             SetOrder(size, np.flatnonzero(self._set == number), self.period, lanes, seed, number)
             for number, size in enumerate(sizes)

@@ -50,7 +50,7 @@ def _member_bytes(spec: MemberSpec) -> int:
 
 
 class Rows:
-    """Memory for `slots` blocks of `size` rows each; reused for ever, as fresh pages cost as much as filling them.
+    """Memory for `slots` blocks of `size` samples each; reused for ever, as fresh pages cost as much as filling them.
 
     A row is what a sample is in a tar, up to the end of the last of the `wanted` members; `members`: all that it has.
     """
@@ -58,47 +58,53 @@ class Rows:
     def __init__(self, members: Mapping[str, MemberSpec], wanted: Collection[str], size: int, slots: int) -> None:
         self.size, self.free = size, list(range(0, slots * size, size))[::-1]
         """Rows of a block, and the first row of each unused slot."""
+        self.keys = np.empty(slots * size, object)
         self.arrays: dict[str, np.ndarray] = {}
         """The wanted members, `[slots * size, ...]`."""
-        self.sound = np.zeros(slots * size, bool)
-        """Which rows came whole and have the headers that they must have."""
-        starts: dict[str, int] = {}
-        checked, expected, end, kept = [], [], 0, 0
-        for name in (name for name in MEMBER_ORDER if name in members):
-            spec, start = members[name], end
-            end = start + _member_bytes(spec)
-            if name in wanted:
-                npy, info = npy_header(spec.dtype, spec.shape), tarfile.TarInfo(name)
-                info.size = len(npy) + _array_bytes(spec)
-                # In 8-byte words: the low digits of the size and the magic of the tar's header, and all of the array's.
-                words = [16, 32, *range(BLOCK // 8, (BLOCK + len(npy)) // 8)]
-                checked += [start // 8 + word for word in words]
-                expected += np.frombuffer(info.tobuf(tarfile.USTAR_FORMAT) + npy, np.int64)[words].tolist()
-                if not starts:
-                    self._name = start  # of the sample, in its first header
-                starts[name], kept = start + BLOCK + len(npy), end
-        self._checked, self._expected = np.array(checked), np.array(expected)
+        names = [name for name in MEMBER_ORDER if name in members]
+        ends = np.cumsum([_member_bytes(members[name]) for name in names]).tolist()
+        kept = max((end for name, end in zip(names, ends, strict=True) if name in wanted), default=0)
         self._memory = np.empty((slots * size, kept), np.uint8)
-        self._parts: dict[tuple[int, int], list[memoryview]] = {}
-        """Of a slot, by its first row and the bytes of a sample: where to read each row to, and the rest of its sample."""
-        for name, start in starts.items():
-            values = self._memory[:, start : start + _array_bytes(members[name])].view(members[name].dtype)
-            self.arrays[name] = values.reshape(-1, *members[name].shape)
+        checked, expected = [], []
+        for name, start in zip(names, [0, *ends], strict=False):
+            if name in wanted:
+                spec, info = members[name], tarfile.TarInfo(name)
+                npy, length = npy_header(spec.dtype, spec.shape), _array_bytes(spec)
+                info.size = len(npy) + length
+                header = info.tobuf(tarfile.USTAR_FORMAT) + npy
+                # In 8-byte words: the low digits of the size and the magic of the tar's header, and all of the array's.
+                words = [16, 32, *range(BLOCK // 8, len(header) // 8)]
+                checked += [start // 8 + word for word in words]
+                expected += np.frombuffer(header, np.int64)[words].tolist()
+                values = self._memory[:, start + len(header) : start + len(header) + length].view(spec.dtype)
+                self.arrays[name] = values.reshape(-1, *spec.shape)
+        self._checked, self._expected = np.array(checked), np.array(expected)
 
-    def read(self, descriptor: int, offset: int, stride: int, at: int, count: int) -> None:
-        """Read `count` rows of a file, `stride` bytes each from byte `offset` on, into the rows from number `at` on."""
-        if (at, stride) not in self._parts:
-            rest = memoryview(bytearray(stride - self._memory.shape[1]))
-            self._parts[at, stride] = [part for row in self._memory[at : at + self.size] for part in (row.data, rest)]
-        whole = os.preadv(descriptor, self._parts[at, stride][: 2 * count], offset) // stride
-        words = self._memory[at : at + whole].view(np.int64)[:, self._checked]
-        self.sound[at : at + count] = False
-        self.sound[at : at + whole] = (words == self._expected).all(axis=1)
+    def read(self, descriptor: int, offset: int, stride: int, at: int, count: int) -> np.ndarray:
+        """Read `count` rows of a file, `stride` bytes each from byte `offset` on, into the rows from number `at` on.
 
-    def keys(self, rows: np.ndarray) -> list[str]:
-        """The keys of some rows."""
-        names = self._memory[rows, self._name : self._name + 100].tobytes().decode("latin1")
-        return [names[at : at + 100].partition(".")[0] for at in range(0, len(names), 100)]
+        Returns bool `[count]`: which came whole and have the headers that they must have.
+        """
+        kept = self._memory.shape[1]
+        whole_memory, rest = self._memory.reshape(-1).data, memoryview(bytearray(stride - kept))
+        parts = [part for row in range(at, at + count) for part in (whole_memory[row * kept : (row + 1) * kept], rest)]
+        whole = os.preadv(descriptor, parts, offset) // stride
+        rows = self._memory[at : at + whole]
+        start = 8 * (int(self._checked[0]) - 16)  # of a tar's header, which begins with the sample's key
+        names = rows[:, start : start + 100].tobytes().decode("latin1")
+        self.keys[at : at + whole] = [names[i : i + 100].partition(".")[0] for i in range(0, len(names), 100)]
+        sound = np.zeros(count, bool)
+        sound[:whole] = (rows.view(np.int64)[:, self._checked] == self._expected).all(axis=1)
+        return sound
+
+    def put(self, at: int, sample: Mapping[str, Any]) -> None:
+        """Put a parsed sample into row `at`. SampleError if a member of it is not what the manifest promises."""
+        for name, values in self.arrays.items():
+            array = sample[name]
+            if (array.dtype, array.shape) != (values.dtype, values.shape[1:]):
+                raise SampleError(f"its {name} is {array.dtype} {list(array.shape)}, not as in the manifest")
+            values[at] = array
+        self.keys[at] = sample["key"]
 
 
 class ShardReader:
@@ -115,19 +121,24 @@ class ShardReader:
         self._spans = [] if self._stride else self._walk(name)
         """Where the samples are, first byte and end, of a tar that is no array of rows."""
 
-    def rows(self, first: int, count: int, into: Rows, at: int) -> None:
-        """Read `count` rows from number `first` on into those of `into` from `at` on. OSError if the file cannot be read."""
-        if self._stride:
-            into.read(self._descriptor, first * self._stride, self._stride, at, count)
-        else:
-            into.sound[at : at + count] = False
+    def read(self, first: int, count: int, rows: Rows, at: int) -> dict[int, str]:
+        """Read `count` samples from number `first` on into `rows` from row `at` on: at once, and what is not as it should be
+        by parsing. Returns the unreadable ones, by number, and why. OSError if the file cannot be read."""
+        sound, stride = np.zeros(count, bool), self._stride
+        if stride:
+            sound = rows.read(self._descriptor, first * stride, stride, at, count)
+        errors: dict[int, str] = {}
+        for number in np.flatnonzero(~sound).tolist():
+            try:
+                rows.put(at + number, self.sample(first + number, list(rows.arrays)))
+            except SampleError as error:
+                errors[first + number] = str(error)
+        return errors
 
     def sample(self, row: int, members: Sequence[str] | None = None) -> dict[str, Any]:
         """One sample: `key`, its arrays and `meta` (dict); of the arrays only `members` if given. SampleError if damaged,
         OSError if the file cannot be read."""
-        start, end = row * self._stride, (row + 1) * self._stride
-        if not self._stride and row < len(self._spans):
-            start, end = self._spans[row]
+        start, end = self._spans[row] if row < len(self._spans) else (row * self._stride, (row + 1) * self._stride)
         content = os.pread(self._descriptor, end - start, start)
         if not content or len(content) < end - start:
             raise SampleError("the tar is truncated")
@@ -142,11 +153,10 @@ class ShardReader:
         size = os.fstat(self._descriptor).st_size
         whole = min(record.num_samples, size // stride)  # less if it is truncated
         probes = sorted({(whole - 1) * i // _PROBES for i in range(_PROBES + 1)} if whole else ())
-        probe = Rows(members, members, 1, len(probes))
-        for at, row in enumerate(probes):
-            probe.read(self._descriptor, row * stride, stride, at, 1)
+        probe = Rows(members, members, 1, 1)
+        sound = [probe.read(self._descriptor, row * stride, stride, 0, 1)[0] for row in probes]
         share = 0.5 if size == record.bytes else 1.0  # of a tar as written, some may be damaged
-        return stride if probes and probe.sound.mean() >= share else 0
+        return stride if sound and np.mean(sound) >= share else 0
 
     def _walk(self, name: str) -> list[tuple[int, int]]:
         """(first byte, end) of every complete sample of a tar whose samples differ."""

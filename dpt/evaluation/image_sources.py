@@ -16,10 +16,10 @@ from dpt.data.codec import load_vae, mean_latents
 from dpt.data.manifest import MANIFEST_NAME
 from dpt.data.reader import SampleError
 from dpt.data.shards import ShardFolder
-from dpt.data.sources import is_url
 from dpt.errors import UserError
 from dpt.pictures import read_picture
 from dpt.tasks import centre_crop, image_to_uint8
+from dpt.urls import is_url
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 

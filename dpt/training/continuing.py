@@ -13,10 +13,11 @@ from dpt import distributed
 from dpt.config.checks import batch_split, trained_model, trains_with_muon
 from dpt.config.recipe import DptConfig, Recipe
 from dpt.data.manifest import data_sha256
-from dpt.data.sources import Patience, resolve
+from dpt.data.sources import resolve
 from dpt.errors import UserError
 from dpt.tracking.run import flatten
 from dpt.training.optimizer import optimizer_options
+from dpt.urls import Patience
 
 _COURSE = ("task", "model", "diffusion", "pixel_loss", "data", "training")
 """Sections (and fields) of "dpt" whose fields decide the course, but for these:"""

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ import torch
 
 from benchmarks.__main__ import NAMES
 from benchmarks.gpu import parity
+from dpt.scaling.processes import start_forked
+from tests.gloo import run_script
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMED = {"case", "what", "median_s", "low_s", "high_s", "rounds"}
@@ -45,18 +48,22 @@ WHAT = {
 
 RUNNER = """
 import importlib, json, sys
-for name, arguments in json.loads(sys.argv[1]).items():
-    importlib.import_module(f"benchmarks.{name}").main(arguments)
+if __name__ == "__main__":
+    for name, arguments in json.loads(sys.argv[1]).items():
+        importlib.import_module(f"benchmarks.{name}").main(arguments)
 """
 
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    """What all of them wrote, by name; from one process, since loading the libraries takes longest."""
+    """What all of them wrote, by name; from one forked process, since loading the libraries takes longest."""
     folder = tmp_path_factory.mktemp("benchmarks")
     arguments = {name: [*words, "--json", str(folder / f"{name}.json")] for name, words in TINY.items()}
-    done = subprocess.run([sys.executable, "-c", RUNNER, json.dumps(arguments)], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    script, log = folder / "run_all.py", folder / "log.txt"
+    script.write_text(RUNNER)
+    process = start_forked([sys.executable, str(script), json.dumps(arguments)], log, {**os.environ, "PYTHONPATH": str(ROOT)})
+    process.wait()
+    assert process.exit_code() == 0, log.read_text()[-6000:]
     return {name: json.loads((folder / f"{name}.json").read_text()) for name in TINY}
 
 
@@ -153,10 +160,10 @@ def test_parity_of_the_acceptance_holds_and_can_fail(monkeypatch):
     assert parity._experts() > limit
 
 
-def test_without_a_gpu_the_acceptance_offers_the_toy_form():
+def test_without_a_gpu_the_acceptance_offers_the_toy_form(tmp_path):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    done = subprocess.run([sys.executable, "-m", "benchmarks.gpu"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr.count("\n") == 1
-    assert "--toy" in done.stderr
+    log = tmp_path / "log"
+    assert run_script(log, "-m", "benchmarks.gpu") == 2
+    assert log.read_text().count("\n") == 1
+    assert "--toy" in log.read_text()

@@ -178,13 +178,13 @@ def test_readers_without_a_sample_in_some_batches(folder: Path) -> None:
 def test_a_rare_set_is_not_read_again_and_again(make_shards, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stream_module, "_LOCATED", 64)
     rows: Counter = Counter()
-    original = ShardReader.rows
+    original = ShardReader.read
 
     def read_rows(self, *arguments):
         rows[self._file.name] += 1
         return original(self, *arguments)
 
-    monkeypatch.setattr(ShardReader, "rows", read_rows)
+    monkeypatch.setattr(ShardReader, "read", read_rows)
     common, rare = make_shards([400]), make_shards([64 * 8])
     stream = LatentStream([str(common), str(rare)], global_batch_size=8, weights=[31, 1])
     found = list(islice(stream, 31))

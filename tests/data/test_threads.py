@@ -1,7 +1,9 @@
 """Reading takes threads of the training process and nothing else; each rank its own share; sources behind URLs."""
 
 import http.server
+import multiprocessing
 import os
+import resource
 import subprocess
 import sys
 import threading
@@ -13,11 +15,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from dpt.data import batches, blocks, sources
+from dpt import urls
+from dpt.data import shards, stream
 from dpt.data.order import permutation
 from dpt.data.shards import ShardFolder
-from dpt.data.sources import Patience
 from dpt.data.stream import LatentStream
+from dpt.errors import UserError
+from dpt.urls import Patience
 
 HASTY = Patience(retries=1, wait_s=0.01, stall_s=30.0)
 
@@ -85,13 +89,13 @@ def test_a_process_ends_in_the_middle_of_reading(make_shards) -> None:
 @pytest.mark.parametrize("weights", [[], [3, 1]])
 def test_a_rank_opens_its_own_share_of_every_set(make_shards, monkeypatch: pytest.MonkeyPatch, weights: list[float]) -> None:
     opened: set[tuple[str, int]] = set()
-    original = blocks.open_shard
+    original = shards.open_shard
 
     def open_shard(source, number, *arguments, **options):
         opened.add((source.name, number))
         return original(source, number, *arguments, **options)
 
-    monkeypatch.setattr(blocks, "open_shard", open_shard)
+    monkeypatch.setattr(shards, "open_shard", open_shard)
     names = [str(make_shards([8] * 32)), str(make_shards([8] * 32))]
     options = {"global_batch_size": 8, "weights": weights}
     whole: list[list[str]] = [batch["key"] for batch in islice(LatentStream(names, **options), 64)]
@@ -99,24 +103,29 @@ def test_a_rank_opens_its_own_share_of_every_set(make_shards, monkeypatch: pytes
     for rank in range(4):
         opened.clear()
         mine = LatentStream(names, rank=rank, world_size=4, prefetch=1, **options)
-        monkeypatch.setattr(batches, "_OPENED_AHEAD", 1)
+        monkeypatch.setattr(stream, "_OPENED_AHEAD", 1)
         assert [batch["key"] for batch in islice(mine, 32)] == [batch[rank::4] for batch in whole[:32]]
         shares.append([sum(name == own for own, _ in opened) for name in names])
     assert all(count <= 32 / 4 + 2 * 2 for share in shares for count in share)  # two lanes, which may begin amid a shard
 
 
+def _first_batch(source: str, hard: int, found: Path) -> None:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
+    try:
+        found.write_text(f"{len(keys(source, 1, global_batch_size=64))} samples")
+    except UserError as error:
+        found.write_text(str(error))
+
+
 @pytest.mark.parametrize(("hard", "expected"), [(64, "more than 48 shards must be open at once"), (1024, "64 samples")])
-def test_open_files_are_bounded(make_shards, hard: int, expected: str) -> None:
+def test_open_files_are_bounded(make_shards, tmp_path: Path, hard: int, expected: str) -> None:
     """64 lanes of shards behind URLs: the soft limit is raised, and if that is not enough the run says what to do."""
-    code = (
-        "import resource, sys; from dpt.data.stream import LatentStream; from dpt.errors import UserError\n"
-        "resource.setrlimit(resource.RLIMIT_NOFILE, (64, int(sys.argv[2])))\n"
-        "try: print(len(next(iter(LatentStream(sys.argv[1:2], global_batch_size=64)))['key']), 'samples')\n"
-        "except UserError as error: print(error)"
-    )
-    source = f"pipe:cat {make_shards([2] * 80)}/{{000000..000079}}.tar"
-    done = subprocess.run([sys.executable, "-c", code, source, str(hard)], capture_output=True, text=True)
-    assert expected in done.stdout, done.stderr
+    source, found = f"pipe:cat {make_shards([2] * 80)}/{{000000..000079}}.tar", tmp_path / "found"
+    process = multiprocessing.get_context("fork").Process(target=_first_batch, args=(source, hard, found))
+    process.start()
+    process.join(120)
+    assert process.exitcode == 0
+    assert expected in found.read_text()
 
 
 # --- behind URLs --------------------------------------------------------------------------------------------------------
@@ -158,13 +167,13 @@ def test_s3_folders(make_shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_fetching_goes_on_past_the_first_shards(make_shards, monkeypatch: pytest.MonkeyPatch) -> None:
     """All shards that a lane's next stretch needs are on their way before the first batch is there."""
     folder, asked = make_shards([4] * 40), []
-    original = sources.fetch
+    original = urls.fetch
 
     def fetching(url: str, file, patience) -> None:
         asked.append(url)
         original(url, file, patience)
 
-    monkeypatch.setattr(sources, "fetch", fetching)
+    monkeypatch.setattr(urls, "fetch", fetching)
     reader = LatentStream([f"pipe:cat {folder}/{{000000..000039}}.tar"], global_batch_size=64, num_workers=2, patience=HASTY)
     found = iter(reader)
     next(found)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_runs import ACCUMULATED, BF16, BIASES, MOE, Runs, ToyRun, ep, newest_tensors, zero
+from training_runs import ACCUMULATED, BF16, BIASES, MOE, Runs, ToyRun, asks_for_slow, ep, marked, newest_tensors, zero
 from training_toys import CLASSES, make_shards, records
 
 from data_tools.encode import main as encode
@@ -23,13 +23,15 @@ ALIGNED = {
     "training.feature_alignment.channels": 3,
     "training.feature_alignment.projector_width": 16,
 }
+SLOW = {"zero 0", "zero 2"}
+"""Left to `make test-all`."""
 LOSSES = ("train/loss", "train/self_alignment_loss", "train/feature_alignment_loss", "train/grad_norm")
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+def runs(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Runs:
     """The same run on one rank and on two, under every ZeRO stage, stopped on the way, in bf16, and with experts."""
-    runs = Runs(tmp_path_factory.mktemp("aligned"))
+    runs, stages = Runs(tmp_path_factory.mktemp("aligned")), (0, 2, 3) if asks_for_slow(request) else (3,)
     shards = make_shards(runs.folder / "featured", features=3, encoding={"features": {"name": "normals", "grid": [4, 4]}})
     other = make_shards(runs.folder / "other", features=3, encoding={"features": {"name": "segments", "grid": [4, 4]}})
     fields = ALIGNED | {"data.shards": [str(shards)]}
@@ -61,7 +63,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
             ToyRun(name="resumed", fields=fields | zero(1) | {"training.feature_alignment.weight": 0.0}, ends=None),
             ToyRun(name="resumed", fields=fields | zero(1)),
             ToyRun(name="straight", fields=fields | zero(1)),
-            *(ToyRun(name=f"zero {stage}", fields=fields | zero(stage)) for stage in (0, 2, 3)),
+            *(ToyRun(name=f"zero {stage}", fields=fields | zero(stage)) for stage in stages),
             ToyRun(name="bf16", fields=fields | zero(2, BF16) | {"training.activation_checkpointing": True}),
             ToyRun(name="experts", fields=fields | ep(2, 2)),
             ToyRun(name="no features", fields=ALIGNED | zero(1), ends=None),
@@ -80,7 +82,7 @@ def encoded_scenes(folder: Path) -> Path:
     return folder / "encoded"
 
 
-@pytest.mark.parametrize("name", ["split", "resumed", "zero 0", "zero 2", "zero 3"])
+@pytest.mark.parametrize("name", [marked(SLOW, name) for name in ("split", "resumed", "zero 0", "zero 2", "zero 3")])
 def test_splits_stops_and_stages_change_nothing(runs: Runs, name: str) -> None:
     for record, other in zip(records(runs("one")), records(runs(name)), strict=True):
         for metric in LOSSES:

@@ -59,11 +59,12 @@ SPREAD: dict[int, dict[str, dict[str, Any]]] = {  # ranks -> runs that must equa
     },
 }
 SLOW = {  # left to `make test-all`
-    *(f"1_{name}" for name in ("dense_zero1", "dense_zero2", "moe_zero1", "moe_zero2", "dense_accumulated")),
-    *("1_moe_biases_accumulated", "2_moe_biases_accumulated"),
-    *(f"2_{name}" for name in ("moe_zero0", "moe_zero1", "moe_zero2", "moe_checkpointing_ep2")),
+    *(f"1_{kind}_zero{stage}" for kind in ("dense", "moe") for stage in (1, 2, 3)),
+    *("1_dense_accumulated", "1_moe_biases_accumulated", "2_moe_biases_accumulated"),
+    *("1_dense_rectified_flow", "2_dense_rectified_flow"),
+    *(f"2_{name}" for name in ("dense_zero2", "moe_zero0", "moe_zero1", "moe_zero2", "moe_zero2_ep2", "moe_checkpointing_ep2")),
     *(f"2_{name}" for name in ("dense_zero0_bf16", "dense_zero3_bf16", "moe_zero2_ep2_bf16")),
-    *(f"4_{name}" for name in ("dense_zero0", "dense_zero1", "dense_accumulated")),
+    *(f"4_{name}" for name in ("dense_zero0", "dense_zero1", "dense_zero3", "dense_accumulated")),
     *(
         f"4_{name}"
         for name in ("moe_zero0", "moe_zero1", "moe_zero2", "moe_zero3", "moe_zero1_ep2", "moe_zero2_ep4", "moe_biases")

@@ -1,14 +1,13 @@
 """Real runs, one stage after the other: pre-training, fine-tuning for each task, upcycling."""
 
 import json
-import subprocess
-import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from training_runs import Runs, ToyRun, zero
-from training_toys import ROOT, VAE, environment, make_shards, records
+from training_toys import ROOT, VAE, make_shards, records
 
 from dpt.evaluation import loading
 from dpt.evaluation.prediction import Predictor
@@ -16,6 +15,7 @@ from dpt.models.pretrained import read_weights
 from dpt.training.checkpoint import find_checkpoints
 from dpt.training.export import load_weights
 from tests.evaluation.tiny import PoolingCodec
+from tests.gloo import run_script
 
 
 @pytest.fixture(scope="module")
@@ -88,17 +88,9 @@ def test_a_checkpoint_predicts_as_its_export(runs: Runs, monkeypatch: pytest.Mon
         np.testing.assert_allclose(other([image], steps=1)[0].value, export([image], steps=1)[0].value, atol=1e-5)
 
 
-def test_the_evaluation_launcher_reads_checkpoints(runs: Runs) -> None:
+def test_the_evaluation_launcher_reads_checkpoints(runs: Runs, tmp_path: Path) -> None:
     """As far as the VAE, which is of no latents here: by then all weights have been read."""
-    run = runs("finetune_depth")
-    command = [
-        sys.executable,
-        "launchers/evaluate.py",
-        "--evaluation.weights",
-        str(run / "checkpoints"),
-        "--tracking.enabled",
-        "false",
-    ]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
-    assert done.returncode == 2
-    assert "trained on latents of another VAE than 'embedded'" in done.stderr.splitlines()[-1]
+    weights, log = runs("finetune_depth") / "checkpoints", tmp_path / "log"
+    launcher = str(ROOT / "launchers" / "evaluate.py")
+    assert run_script(log, launcher, "--evaluation.weights", str(weights), "--tracking.enabled", "false") == 2
+    assert "trained on latents of another VAE than 'embedded'" in log.read_text().splitlines()[-1]

@@ -1,0 +1,47 @@
+"""Threads that work off calls in order."""
+
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+_CLOSING_S = 10.0
+
+
+class Workers:
+    """`count` threads that work off calls in order, or if it is 0 the caller's, at once. They do not keep the process alive
+    (as those of concurrent.futures do), so that a read that hangs cannot."""
+
+    def __init__(self, count: int, name: str) -> None:
+        self._calls: queue.SimpleQueue[tuple[Future, Callable, tuple] | None] = queue.SimpleQueue()
+        self._threads = [threading.Thread(target=self._run, name=f"{name} {i}", daemon=True) for i in range(count)]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, action: Callable[..., T], *arguments: Any) -> Future[T]:
+        """What `action(*arguments)` will return or raise."""
+        future: Future[T] = Future()
+        self._calls.put((future, action, arguments))
+        if not self._threads:
+            self._calls.put(None)
+            self._run()
+        return future
+
+    def _run(self) -> None:
+        while (call := self._calls.get()) is not None:
+            future, action, arguments = call
+            try:
+                future.set_result(action(*arguments))
+            except BaseException as error:  # raised again where the result is asked for
+                future.set_exception(error)
+            del call, future, action, arguments  # else they live until the next call
+
+    def close(self) -> None:
+        """End the threads once the calls so far are done, and wait for them."""
+        for _ in self._threads:
+            self._calls.put(None)
+        for thread in self._threads:
+            thread.join(timeout=_CLOSING_S)
