@@ -234,7 +234,7 @@ def broadcast_object(value: T, source: int = 0) -> T:
 
 
 @contextlib.contextmanager
-def together() -> Iterator[None]:
+def shared_errors() -> Iterator[None]:
     """If a rank raises a UserError within, all ranks do, with its sentence: none is left waiting for it. Collective."""
     problem = ""
     try:

@@ -18,7 +18,7 @@ def hide_passwords(text: str) -> str:
 
 
 class UserError(ValueError):
-    """Bad input: one sentence that names the file or field and says how to mend it.
+    """Bad input: one sentence that names the file or field and says how to fix it.
 
     Commands print it without a stack trace and end with exit code 2.
     """
@@ -64,8 +64,8 @@ def file_problem(error: OSError) -> str:
     which = error.filename2 or error.filename  # of a move, the place that it should have gone to
     name = os.fsdecode(which) if isinstance(which, bytes) else str(which)
     name = name if len(name) <= 200 else f"{name[:197]}..."
-    mend = "make room" if error.errno in _DISKS else "check the path and the rights to it"
-    return f"{name}: cannot be read or written ({reason}); {mend}."
+    fix = "make room" if error.errno in _DISKS else "check the path and the rights to it"
+    return f"{name}: cannot be read or written ({reason}); {fix}."
 
 
 @contextmanager

@@ -97,7 +97,7 @@ def pinned(place: str, files: Sequence[str] = WEIGHT_FILES) -> str:
     """
     if not is_hub_name(place):
         return place
-    with distributed.together():
+    with distributed.shared_errors():
         known = resolve(place, files)[1] if distributed.is_main() else ""
     return distributed.broadcast_object(known)
 

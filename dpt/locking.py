@@ -21,7 +21,7 @@ def held(folder: Path) -> Iterator[None]:
     The lock goes with the process, however that ends. On file systems without locks nothing is held.
     """
     descriptor, made = -1, False
-    with distributed.together():
+    with distributed.shared_errors():
         if distributed.is_main():
             made = not folder.exists()
             descriptor = _lock(folder)

@@ -1,12 +1,15 @@
-"""Reading picture files: the one way to colours and the one way to masks. Needs numpy and Pillow only."""
+"""Reading picture files: the one way to colours, to masks and to flow. Needs numpy and Pillow only."""
 
 import io
+import struct
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from dpt.errors import UserError
+
+_FLO_MAGIC = 202021.25
 
 
 def decode_picture(source: Path | bytes, *, upright: bool = True) -> np.ndarray:
@@ -72,3 +75,23 @@ def read_mask(path: Path) -> np.ndarray:
     if not mask.any():
         raise UserError(f"{path}: the mask is empty; it must show the object's visible part, white on black.")
     return mask
+
+
+def read_flo(path: Path) -> np.ndarray:
+    """A Middlebury .flo file as float32 `[2, H, W]` in pixels. ValueError: a wrong mark or length."""
+    content = path.read_bytes()
+    if len(content) < 12:
+        raise ValueError(f"{len(content)} bytes are too few for a .flo header")
+    magic, width, height = struct.unpack("<fii", content[:12])
+    if magic != _FLO_MAGIC:
+        raise ValueError(f"a .flo file begins with {_FLO_MAGIC}, this one with {magic}")
+    if width < 1 or height < 1 or len(content) != 12 + 8 * width * height:
+        raise ValueError(f"{len(content)} bytes do not hold a flow of {width} x {height} pixels")
+    flow = np.frombuffer(content, "<f4", offset=12).reshape(height, width, 2)
+    return np.ascontiguousarray(np.moveaxis(flow, -1, 0), dtype=np.float32)
+
+
+def flo_bytes(flow: np.ndarray) -> bytes:
+    """float `[2, H, W]` in pixels as a Middlebury .flo file."""
+    _, height, width = flow.shape
+    return struct.pack("<fii", _FLO_MAGIC, width, height) + np.ascontiguousarray(np.moveaxis(flow, 0, -1), "<f4").tobytes()

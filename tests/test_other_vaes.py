@@ -89,7 +89,8 @@ def road(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
         path = folder / "recipe.json"
         path.write_text(json.dumps(recipe))
         patch.chdir(folder)
-        run_script(ROOT / "launchers" / "finetune.py", "--ds_config", str(path))
+        log = folder / "log.txt"
+        assert run_script(log, str(ROOT / "launchers" / "finetune.py"), "--ds_config", str(path)) == 0, log.read_text()
     return SimpleNamespace(folder=folder, vae=vae, recipe=path)
 
 

@@ -192,7 +192,7 @@ def _check_unreadable(job: EncodingJob, unreadable: int, total: int, last: Unrea
         example = f" ({last.key}: {last.reason})" if last else ""
         raise UserError(
             f"{job.reader.name}: {unreadable} of {total} inputs cannot be read{example}, more than the share "
-            f"{job.max_skipped_share:g} allowed; mend them or raise --max-skipped-share."
+            f"{job.max_skipped_share:g} allowed; fix them or raise --max-skipped-share."
         )
 
 

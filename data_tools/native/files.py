@@ -1,14 +1,11 @@
 """Writing single files of the formats that data sets come in (`data_tools.readers.files` reads them)."""
 
-import struct
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-
-from data_tools.readers.files import FLO_MAGIC
 
 
 def write(path: Path, content: str | bytes) -> Path:
@@ -46,12 +43,6 @@ def save_hdf5(path: Path, **datasets: NDArray[Any]) -> Path:
         for name, array in datasets.items():
             file.create_dataset(name, data=array)
     return path
-
-
-def flo(flow: NDArray[Any]) -> bytes:
-    """Flow [2, H, W] in pixels as a Middlebury .flo file."""
-    _, height, width = flow.shape
-    return struct.pack("<fii", FLO_MAGIC, width, height) + np.moveaxis(flow, 0, -1).astype("<f4").tobytes()
 
 
 def encode_rle(mask: NDArray[np.bool_]) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """Reading single files of the formats that data sets come in."""
 
 import os
-import struct
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,6 @@ from dpt.errors import UserError
 from dpt.pictures import decode_mask, decode_picture
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".webp")
-FLO_MAGIC = 202021.25
 UNKNOWN_FLOW = 1e9
 """A flow beyond this is unknown (Middlebury's convention)."""
 
@@ -37,24 +35,6 @@ def read_png16(path: Path, units_per_metre: float) -> NDArray[np.float32]:
         if image.mode not in ("I;16", "I;16B", "I"):
             raise ValueError(f"a picture of mode {image.mode} where 16-bit grey is expected")
         return (np.asarray(image).astype(np.float64) / units_per_metre).astype(np.float32)
-
-
-def read_flo(path: Path) -> NDArray[np.float32]:
-    """A Middlebury .flo file as float32 [2, H, W] pixels.
-
-    Raises:
-        ValueError: a wrong mark or length.
-    """
-    content = path.read_bytes()
-    if len(content) < 12:
-        raise ValueError(f"{len(content)} bytes are too few for a .flo header")
-    magic, width, height = struct.unpack("<fii", content[:12])
-    if magic != FLO_MAGIC:
-        raise ValueError(f"a .flo file begins with {FLO_MAGIC}, this one with {magic}")
-    if width < 1 or height < 1 or len(content) != 12 + 8 * width * height:
-        raise ValueError(f"{len(content)} bytes do not hold a flow of {width} x {height} pixels")
-    flow = np.frombuffer(content, "<f4", offset=12).reshape(height, width, 2)
-    return np.ascontiguousarray(np.moveaxis(flow, -1, 0), dtype=np.float32)
 
 
 def mask_image(mask: NDArray[np.bool_]) -> NDArray[np.uint8]:

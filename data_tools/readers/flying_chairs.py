@@ -5,8 +5,9 @@ from pathlib import Path
 import numpy as np
 
 from data_tools.readers.base import Sample, Task, check_split, reading, wrong_root
-from data_tools.readers.files import UNKNOWN_FLOW, read_flo, read_lines, read_rgb
+from data_tools.readers.files import UNKNOWN_FLOW, read_lines, read_rgb
 from dpt.errors import UserError
+from dpt.pictures import read_flo
 
 SPLIT_FILE = "FlyingChairs_train_val.txt"
 SPLIT_NUMBERS = {"train": 1, "val": 2, "test": 3}

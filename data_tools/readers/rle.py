@@ -1,4 +1,7 @@
-"""COCO's two ways to write a mask: run lengths and polygons."""
+"""COCO's two ways to write a mask: run lengths and polygons.
+
+Our own: pycocotools is a compiled package, of which these two functions would be used.
+"""
 
 from collections.abc import Sequence
 from typing import Any

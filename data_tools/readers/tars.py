@@ -1,4 +1,7 @@
-"""Samples inside tar files, read at their place without unpacking."""
+"""Samples inside tar files, read at their place without unpacking.
+
+Our own: webdataset reads tars from their beginning; a reader wants a member by its key, in any order, in tars within tars.
+"""
 
 import tarfile
 from collections.abc import Iterator

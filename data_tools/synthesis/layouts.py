@@ -8,10 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from data_tools.native.files import flo
 from data_tools.synthesis.rendering import SceneTruth
 from data_tools.synthesis.scenes import SPLITS
 from data_tools.synthesis.shapes import CLASS_NAMES
+from dpt.pictures import flo_bytes
 
 TASKS: dict[str, str] = {"class": "imagenet", "depth": "hypersim", "flow": "flying_chairs", "amodal": "pix2gestalt"}
 """Task: folder (and data set) whose layout it takes."""
@@ -73,7 +73,7 @@ def _write_flow(root: Path, split: str, number: int, truth: SceneTruth, image: b
     stem = f"{number + 1:05d}"
     _write(root / "data" / f"{stem}_img1.ppm", _ppm(truth.image))
     _write(root / "data" / f"{stem}_img2.ppm", _ppm(truth.next_image))
-    _write(root / "data" / f"{stem}_flow.flo", flo(truth.flow))
+    _write(root / "data" / f"{stem}_flow.flo", flo_bytes(truth.flow))
 
 
 def _write_amodal(root: Path, split: str, number: int, truth: SceneTruth, image: bytes) -> None:

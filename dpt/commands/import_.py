@@ -94,7 +94,7 @@ def run(arguments: argparse.Namespace) -> None:
             sections["vae"] = dataclasses.asdict(load_vae(own["name"], latent_channels=weights.config.in_channels).record)
         except UserError as error:
             left_out = f"  the pipeline's own vae is left out: {error}"
-            del sections["vae"]
+            del sections["vae"], weights.sections["vae"]
     print(f"{export_weights(weights, arguments.out, sections=sections)}: {weights.source}, task {sections['task']}")
     if "diffusion" in sections:
         print(f"  objective: {describe(sections['diffusion'], str(arguments.out))}")

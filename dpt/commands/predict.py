@@ -107,7 +107,7 @@ def run(arguments: argparse.Namespace) -> None:
         if task == wanted and any(job.other is None and not job.source.is_video for job in jobs):
             raise UserError(f"{arguments.weights} predicts {task}: each picture needs its {_OTHERS[option]}; give --{option}.")
     settings = {name: value for name, value in vars(arguments).items() if name not in _NOT_SETTINGS}
-    with distributed.together():
+    with distributed.shared_errors():
         done = predict_files(
             predictor,
             jobs,

@@ -29,7 +29,7 @@ def run(arguments: argparse.Namespace) -> None:
     from dpt import distributed
     from dpt.config.recipe import DptConfig, section_from_dict
     from dpt.config.sections import DataConfig, DiffusionConfig, TrainingConfig
-    from dpt.models.routing import trace_routing
+    from dpt.models.routing_pictures import trace_routing
     from dpt.training.data_loader import open_data_loader
     from dpt.training.export import load_weights
     from dpt.training.step import Preparation

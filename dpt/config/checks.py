@@ -15,7 +15,7 @@ def trained_model(recipe: Recipe, stage: str) -> ModelConfig:
 
 
 def check_recipe(recipe: Recipe, world_size: int, stage: str = "pretrain") -> None:
-    """Raise a UserError naming the key, its value and a mend if the recipe cannot run as `stage` on `world_size` ranks."""
+    """Raise a UserError naming the key, its value and a fix if the recipe cannot run as `stage` on `world_size` ranks."""
     batch_split(recipe, world_size)
     _check_experts(recipe, world_size, trained_model(recipe, stage).num_experts)
     _check_task(recipe)

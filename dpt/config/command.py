@@ -34,8 +34,8 @@ def parse_command(prog: str, description: str, home: str, argv: Sequence[str] | 
             overrides[f"{home}.{name}"] = value
         elif "." not in name and name not in DEEPSPEED_KEYS and name not in sections:
             close = get_close_matches(name, [*bare, *sections, *DEEPSPEED_KEYS], n=1)
-            mend = f"did you mean --{close[0]}?" if close else "--help lists the fields."
-            raise UserError(f"there is no field --{name}; {mend}")
+            fix = f"did you mean --{close[0]}?" if close else "--help lists the fields."
+            raise UserError(f"there is no field --{name}; {fix}")
         else:
             overrides[name] = value
     return load_recipe(recipe_path, overrides)

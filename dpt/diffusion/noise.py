@@ -144,7 +144,7 @@ def initial_noise(kind: str, seeds: Tensor, shape: Sequence[int]) -> Tensor:
     return torch.zeros(len(seeds), *shape, device=seeds.device)
 
 
-class Draws:
+class RandomNumbers:
     """All random numbers of one training batch: functions of (seed, sample_index) alone.
 
     `sample_index`: int64 `[B]`, positions in the global stream; the numbers are on its device. `host_index`: the same in the

@@ -34,7 +34,7 @@ class DiffusionObjective:
         return table[timesteps][:, None, None, None]
 
     def noise_strength(self, timesteps: Tensor) -> Tensor | float:
-        """Multi-resolution strength for `Draws.noise`: `[B]` if annealed by t / T, a number if not; 0 is white noise."""
+        """Multi-resolution strength of the noise: `[B]` if annealed by t / T, a number if not; 0 is white noise."""
         strength = self.config.multires_noise_strength
         if strength > 0 and self.config.multires_noise_annealed:
             return strength * timesteps / self.config.num_train_timesteps

@@ -77,7 +77,7 @@ def collect_features(
     found: list[tuple[np.ndarray, np.ndarray]] = []
     starts = range(distributed.rank() * batch_size, count, distributed.world_size() * batch_size)
     bar: Progress[int] = progress(starts, f"features of {title}", "batch")
-    with distributed.together(), float32_products("fp32", distributed.device()):
+    with distributed.shared_errors(), float32_products("fp32", distributed.device()):
         for start in bar:
             numbers = np.arange(start, min(start + batch_size, count))
             batch = torch.from_numpy(source.batch(numbers.tolist()))
@@ -172,7 +172,7 @@ def write_samples(
         distributed.log(f"{folder} has {done} of {len(labels)} images.")
     mine = missing[distributed.rank() :: distributed.world_size()]
     bar: Progress[int] = progress(sum(map(len, mine)), "generate", "image")
-    with distributed.together(), bar:
+    with distributed.shared_errors(), bar:
         for batch in mine:
             images = predictor.generate(
                 [labels[i] for i in batch],
@@ -191,7 +191,7 @@ def write_samples(
 
 def claim_folder(folder: Path, settings: dict[str, Any]) -> None:
     """Keep the settings beside the images to come; UserError if those there are of other ones. Collective."""
-    with distributed.together():
+    with distributed.shared_errors():
         if distributed.is_main():
             folder.mkdir(parents=True, exist_ok=True)
             _check_settings(folder, settings)

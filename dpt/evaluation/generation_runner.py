@@ -56,7 +56,7 @@ def score_generation(
     the first image is made, and then `begin` is called. UserError for bad input.
     """
     output = Path(evaluation.output_dir)
-    with distributed.together():
+    with distributed.shared_errors():
         network = load_features(config.features, config.features_sha256)
         dinov2 = load_dinov2(config.dinov2, config.dinov2_sha256) if config.dinov2 else None
         if predictor is None:
@@ -229,7 +229,7 @@ def run_generation(recipe: Recipe, *, vae: str = "", read: Callable[..., Weights
         runs: list[Run] = []
 
         def begin() -> None:
-            with distributed.together():
+            with distributed.shared_errors():
                 started = start_run(
                     recipe.dpt.tracking,
                     stage="evaluate",

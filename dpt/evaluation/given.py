@@ -7,10 +7,9 @@ from PIL import Image
 
 from dpt import tasks
 from dpt.errors import UserError
-from dpt.pictures import decode_mask
+from dpt.pictures import decode_mask, flo_bytes, read_flo
 
 SUFFIXES = {"depth": (".npy", ".png"), "flow": (".flo", ".npy"), "amodal": (".png", ".npy")}
-FLO_MAGIC = np.float32(202021.25)
 
 
 def find_prediction(folder: Path, key: str, task: str) -> Path:
@@ -69,24 +68,6 @@ def save_prediction(folder: Path, key: str, task: str, value: np.ndarray) -> Non
     if task == "depth" or tasks.task_spec(task).registered:
         np.save(f"{path}.npy", value.astype(np.float32))
     elif task == "flow":
-        write_flo(Path(f"{path}.flo"), value)
+        Path(f"{path}.flo").write_bytes(flo_bytes(value))
     else:
         Image.fromarray(value.astype(np.uint8) * 255).save(f"{path}.png")
-
-
-def read_flo(path: Path) -> np.ndarray:
-    """Middlebury .flo -> float32 `[2, H, W]` in pixels. ValueError if it is no .flo file."""
-    content = path.read_bytes()
-    if len(content) < 12 or np.frombuffer(content, "<f4", 1)[0] != FLO_MAGIC:
-        raise ValueError("no .flo file: its magic number is missing")
-    width, height = (int(side) for side in np.frombuffer(content, "<i4", 2, 4))
-    if len(content) != 12 + 8 * width * height:
-        raise ValueError(f"a .flo file of {width} x {height} has {12 + 8 * width * height} bytes, not {len(content)}")
-    return np.moveaxis(np.frombuffer(content, "<f4", offset=12).reshape(height, width, 2), -1, 0).copy()
-
-
-def write_flo(path: Path, flow: np.ndarray) -> None:
-    """float `[2, H, W]` in pixels -> Middlebury .flo."""
-    _, height, width = flow.shape
-    header = FLO_MAGIC.tobytes() + np.array([width, height], "<i4").tobytes()
-    path.write_bytes(header + np.ascontiguousarray(np.moveaxis(flow, 0, -1), "<f4").tobytes())

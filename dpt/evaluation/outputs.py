@@ -10,9 +10,9 @@ from PIL import Image
 
 from dpt.errors import UserError
 from dpt.evaluation.depth_files import point_cloud, write_exr, write_ply
-from dpt.evaluation.given import write_flo
 from dpt.evaluation.pictures import colour_depth, colour_error, colour_flow, overlay_mask
 from dpt.evaluation.prediction import Prediction
+from dpt.pictures import flo_bytes
 from dpt.tasks import image_to_uint8, task_spec
 
 FORMATS = {
@@ -110,7 +110,7 @@ def write_outputs(
             place("depth.ply", lambda path: write_ply(path, points, image))
     elif task == "flow":
         if "flo" in formats:
-            place("flow.flo", lambda path: write_flo(path, value))
+            place("flow.flo", lambda path: path.write_bytes(flo_bytes(value)))
         if "colour" in formats:
             picture("flow.png", colour_flow(value, limits[1] if limits else float(np.hypot(*value).max())))
     elif (encode := task_spec(task).encode) is not None:

@@ -233,7 +233,7 @@ def score(protocol: Protocol, prediction: np.ndarray, truth: np.ndarray) -> dict
     if prediction.shape != truth.shape:
         raise UserError(f"a prediction has shape {prediction.shape}, its truth {truth.shape}; resize it to the truth.")
     if not np.isfinite(prediction).all():
-        raise UserError("a prediction has values that are not finite; mend the system that made it.")
+        raise UserError("a prediction has values that are not finite; fix the system that made it.")
     valid = counted_pixels(protocol, truth)
     if not valid.any():
         return {}

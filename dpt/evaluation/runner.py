@@ -63,7 +63,7 @@ def evaluate(
     for one in sets:
         check_set(one, predictor)
         _name_other_fit(one, predictor)
-    with distributed.together():
+    with distributed.shared_errors():
         for one in sets:
             one.verify(distributed.rank(), distributed.world_size())
     summary: dict[str, Any] = {"version": SUMMARY_VERSION, "sets": {}, "settings": _described(config, predictor)}
@@ -285,7 +285,7 @@ def run_evaluation(recipe: Recipe, *, read: Callable[..., Weights] = read_weight
 
         def begin(sets: list[EvaluationSet]) -> None:
             task = predictor.task if predictor is not None else sets[0].task
-            with distributed.together():
+            with distributed.shared_errors():
                 started = start_run(
                     recipe.dpt.tracking,
                     stage="evaluate",

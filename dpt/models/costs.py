@@ -7,11 +7,8 @@ matrix products, convolutions and attention, as torch's FlopCounterMode does.
 import math
 from dataclasses import dataclass, replace
 
-from dpt.config.sections import ModelConfig
+from dpt.config.sections import TIMESTEP_FEATURES, ModelConfig
 from dpt.errors import UserError
-
-FREQUENCY_EMBEDDING_SIZE = 256
-"""Width of the sinusoidal timestep features in DiT."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +46,7 @@ def num_params(config: ModelConfig) -> ParamCount:
     d, patch = config.hidden_size, config.patch_size**2
     outside = max(config.patch_embed_tasks, 1) * (_in_channels(config) * patch * d + d)
     outside += num_tokens(config) * d  # position table
-    outside += FREQUENCY_EMBEDDING_SIZE * d + d + d * d + d  # timesteps
+    outside += TIMESTEP_FEATURES * d + d + d * d + d  # timesteps
     outside += (config.num_classes + 1) * d + config.clip_embedding_size * d
     outside += 2 * d * d + 2 * d + d * patch * _out_channels(config) + patch * _out_channels(config)  # final layer
     block = 4 * d * d + 4 * d + 6 * d * d + 6 * d  # attention, adaLN
@@ -85,7 +82,7 @@ def _input_macs(config: ModelConfig, tokens: int) -> int:
     """Of the layers that take what the network is given: patches, timesteps' features, CLIP embeddings."""
     d = config.hidden_size
     patches = tokens * _in_channels(config) * config.patch_size**2 * d
-    return patches + FREQUENCY_EMBEDDING_SIZE * d + config.clip_embedding_size * d
+    return patches + TIMESTEP_FEATURES * d + config.clip_embedding_size * d
 
 
 def _block_macs(config: ModelConfig, tokens: int) -> int:

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dpt.config.sections import TIMESTEP_FEATURES
 from dpt.models.activations import activate
-from dpt.models.costs import FREQUENCY_EMBEDDING_SIZE
 from dpt.models.products import Linear, baddbmm, embed_patches, patchify
 
 
@@ -103,9 +103,9 @@ class TimestepEmbedder(nn.Module):
 
     def __init__(self, hidden_size: int, features: Literal["dit", "diffusers"] = "dit") -> None:
         super().__init__()
-        self.count = FREQUENCY_EMBEDDING_SIZE // 2
+        self.count = TIMESTEP_FEATURES // 2
         self.denominator = self.count if features == "dit" else self.count - 1
-        self.mlp = nn.Sequential(Linear(FREQUENCY_EMBEDDING_SIZE, hidden_size), nn.SiLU(), Linear(hidden_size, hidden_size))
+        self.mlp = nn.Sequential(Linear(TIMESTEP_FEATURES, hidden_size), nn.SiLU(), Linear(hidden_size, hidden_size))
 
     def reset_parameters(self) -> None:
         """Normal weights of deviation 0.02 (DiT), zero biases."""

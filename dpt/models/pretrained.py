@@ -290,7 +290,7 @@ def export_weights(
     "diffusers": a DiTTransformer2DModel with the averaged weights, if they are given; UserError if diffusers has no such
     network (experts, task convolutions, CLIP projection, qk-norm). It computes the same at the network's input_size (at others
     diffusers squeezes the positions), unless timestep_features is "dit": diffusers' sines are at 10000^(-i/127), DiT's at
-    10000^(-i/128), and its config cannot say so. A warning then tells the line of code that mends the loaded model, unless
+    10000^(-i/128), and its config cannot say so. A warning then tells the line of code that fixes the loaded model, unless
     `quiet`.
     """
     if isinstance(weights, DiT):

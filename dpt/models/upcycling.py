@@ -44,13 +44,13 @@ def upcycle(weights: Weights, upcycling: UpcyclingConfig, *, seed: int = 0) -> W
     check_state(dense, weights.state, weights.source)
     config = upcycling.apply(dense)
     generator = torch.Generator().manual_seed(seed)
-    redraw = _Redraw(upcycling.reinit_share, config.num_experts, config.mlp_width, seed)
+    reinitialised = _Reinitialised(upcycling.reinit_share, config.num_experts, config.mlp_width, seed)
     state = {}
     for name, shape in expected_shapes(config).items():  # a fixed order, so that the seed tells every number
         if match := re.fullmatch(r"(blocks\.\d+)\.moe\.experts\.(fc[12])_(weight|bias)", name):
             mlp = weights.state[f"{match[1]}.mlp.{match[2]}.{match[3]}"]
             experts = _split(mlp, f"{match[2]}.{match[3]}", m).repeat(upcycling.num_experts, *(1 for _ in mlp.shape))
-            experts = redraw(experts, match[1], f"{match[2]}.{match[3]}")
+            experts = reinitialised(experts, match[1], f"{match[2]}.{match[3]}")
             state[name] = _add_noise(experts, upcycling.noise_std, generator)
         elif name.endswith(".moe.gate.weight"):
             bound = 1 / math.sqrt(config.hidden_size * config.width_ratio)
@@ -72,7 +72,7 @@ def _split(tensor: Tensor, kind: str, m: int) -> Tensor:
     return torch.stack(tensor.chunk(m))
 
 
-class _Redraw:
+class _Reinitialised:
     """Draws a share of each expert's hidden units anew, the same ones in all tensors of a block. Its random numbers are its
     own: they change neither routers nor noise."""
 

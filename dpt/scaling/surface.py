@@ -14,9 +14,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dpt.config.alignment import FeatureAlignmentConfig, SelfAlignmentConfig
 from dpt.config.recipe import DptConfig
-from dpt.config.sections import DataConfig, ModelConfig, PixelLossConfig, TrainingConfig
+from dpt.config.sections import (
+    DataConfig,
+    FeatureAlignmentConfig,
+    ModelConfig,
+    PixelLossConfig,
+    SelfAlignmentConfig,
+    TrainingConfig,
+)
 from dpt.errors import UserError
 from dpt.models import costs
 from dpt.models.decoder_costs import recipe_macs
@@ -36,17 +42,18 @@ _PRIOR = 0.02  # how much a parameter's prior weighs against a residual of log e
 _LEAST_RUNS = 4
 
 
-METHODS = (
-    "diffusion.timesteps",
-    "diffusion.prediction_type",
-    "diffusion.beta_schedule",
-    "pixel_loss.weight",
-    "training.bypass_share",
-    "training.self_alignment.weight",
-    "training.feature_alignment.weight",
-    "optimizer.type",
-)
-"""Fields of a fine-tuning that make another method of it: what differs between the runs is chosen among, like sampler steps."""
+METHODS = {
+    "diffusion.timesteps": "uniform",
+    "diffusion.prediction_type": "epsilon",
+    "diffusion.beta_schedule": "linear",
+    "pixel_loss.weight": "0.0",
+    "training.bypass_share": "0.0",
+    "training.self_alignment.weight": "0.0",
+    "training.feature_alignment.weight": "0.0",
+    "optimizer.type": "AdamW",
+}
+"""Fields of a fine-tuning that make another method of it: what differs between runs is chosen among, like sampler steps. With
+their defaults, which older runs may not have recorded."""
 
 
 class Setting(NamedTuple):
@@ -96,7 +103,7 @@ def observe(
         trained = line[0].params.get("task", task) if line else ""
         if config is None or not samples["pretrain"] or trained not in (task, "generalist"):
             continue
-        fields[line[0].run_id] = {name: line[0].params.get(name, "") for name in METHODS}
+        fields[line[0].run_id] = {name: line[0].params.get(name, default) for name, default in METHODS.items()}
         quantities = factor_values(config, samples["pretrain"], samples["finetune"] + samples["upcycle"])
         for row in rows:
             if dataset in ("", row.dataset):
@@ -123,7 +130,7 @@ def _with_methods(observations: Sequence[Observation], fields: Mapping[str, Mapp
     """The observations with the methods named in which they differ; `fields` has those of each trained run."""
     used = [fields[o.run_id] for o in observations]
     varied = [name for name in METHODS if len({values[name] for values in used}) > 1]
-    names = [", ".join(f"{name}={values[name] or 'default'}" for name in varied) for values in used]
+    names = [", ".join(f"{name}={values[name]}" for name in varied) for values in used]
     return [replace(o, setting=o.setting._replace(method=name)) for o, name in zip(observations, names, strict=True)]
 
 

@@ -48,7 +48,7 @@ def start_run(
     resume_run_id: str | None = None,
     past_step: int = -1,
 ) -> "Run":
-    """Begin (or take up) the record of a run; a Run that records nothing when tracking is off or on ranks other than 0.
+    """Begin (or resume) the record of a run; a Run that records nothing when tracking is off or on ranks other than 0.
 
     `stage` is "pretrain", "finetune", "upcycle" or "evaluate"; `name` is used unless the recipe names the run. `params` is the
     resolved recipe: nested, recorded flat under the dotted names of the command line and whole as the artifact `recipe.json`.

@@ -7,7 +7,7 @@ from pathlib import Path
 from dpt import distributed
 from dpt.config.recipe import DptConfig
 from dpt.models.dit import DiT
-from dpt.models.routing import RoutingTally
+from dpt.models.routing_pictures import RoutingTally
 from dpt.tracking import Run
 from dpt.training.step import Inputs
 

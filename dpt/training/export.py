@@ -120,8 +120,8 @@ def checkpoint_weights(checkpoint: Path, *, ema: bool, ema_decay: float | None =
         reader.close()
     except DamagedCheckpoint as error:
         before = [path for path in find_checkpoints(checkpoint.parent) if path.name < checkpoint.name]
-        mend = f"the one before it is {before[0]}" if before else "there is none before it"
-        raise UserError(f"{error}; {mend}.") from error
+        fix = f"the one before it is {before[0]}" if before else "there is none before it"
+        raise UserError(f"{error}; {fix}.") from error
     model = section_from_dict(ModelConfig, state["recipe"]["dpt"]["model"], str(checkpoint))
     return Weights(config=model, state=tensors, source="our checkpoint", averaged=kind != "master", sections=state["sections"])
 

@@ -7,20 +7,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
-
 from dpt import __version__, distributed
 from dpt.config.checks import batch_split
-from dpt.config.recipe import DptConfig, Recipe
+from dpt.config.recipe import Recipe
 from dpt.errors import UserError
 from dpt.locking import held
-from dpt.models.costs import Macs, num_params
 from dpt.models.decoder_costs import step_macs
 from dpt.models.expert_distance import expert_distances
 from dpt.models.moe import EarlierRouting
 from dpt.scores import with_unit
-from dpt.tracking import Run, start_run, watch_node
-from dpt.training.averages import first_spacing
+from dpt.tracking import watch_node
+from dpt.training import opening
 from dpt.training.checkpoint import checkpoint_name, restore
 from dpt.training.continuing import check_course, check_data
 from dpt.training.control import Control
@@ -32,15 +29,12 @@ from dpt.training.export import export, weights_sections
 from dpt.training.failure import TrainingFailed, failure_report
 from dpt.training.fragments import parameter_shapes
 from dpt.training.optimizer import learning_rate
-from dpt.training.outputs import AVERAGES, BEST, CHECKPOINTS, WEIGHTS, exported_step
-from dpt.training.pixel_loss import PixelLoss
-from dpt.training.records import Recorder, data_sheet_flops, measure_peak_flops
+from dpt.training.outputs import BEST, CHECKPOINTS, WEIGHTS, exported_step
 from dpt.training.resume import Found, SkippedSamples, check_network, find_checkpoint, position_of, remarks, rewind_target
-from dpt.training.sampling import averaged_network, draw_classes, load_codec
-from dpt.training.saving import Saver, SnapshotWriter
+from dpt.training.sampling import averaged_network, save_class_samples
 from dpt.training.stages import learnt_codes, learnt_fits, open_stage
 from dpt.training.step import Losses, LossModule, Preparation
-from dpt.training.validation import Best, OpenValidator, Validator, export_averaged
+from dpt.training.validation import Best, OpenValidator, export_averaged
 from dpt.training.watchdog import Watchdog
 
 T = TypeVar("T")
@@ -60,7 +54,7 @@ def _train(recipe: Recipe, stage_name: str, open_validator: OpenValidator | None
     checkpoints, weights = Path(training.output_dir) / CHECKPOINTS, Path(training.output_dir) / WEIGHTS
     found = find_checkpoint(checkpoints, resume=training.resume)
     if found is not None:
-        with distributed.together():
+        with distributed.shared_errors():
             check_course(*found, recipe, stage_name)
     if found is None or (found[1]["step"] < training.steps and not Best.of(found[1]).stopped):
         Trainer(recipe, stage_name, found, open_validator).run()
@@ -92,25 +86,26 @@ class Trainer:
             raise
 
     def _build(self, recipe: Recipe, stage_name: str, found: Found | None, open_validator: OpenValidator | None) -> None:
-        with distributed.together():
+        with distributed.shared_errors():
             self.stage = open_stage(recipe, stage_name, parents=found[1]["parents"] if found else None)
             self.recipe, self.config = self.stage.recipe, self.stage.recipe.dpt
         self.origin = found[1]["sections"]["lineage"].get("weights", "") if found else self.stage.origin
         if found is not None:
-            self._take_counters(found[1])
+            self._restore_counters(found[1])
         self.learnt_codes = learnt_codes(found[1]["sections"], str(found[0])) if found else self.stage.codes
         self.learnt_fits = learnt_fits(found[1]["sections"], str(found[0])) if found else self.stage.fits
         self._open_data_loader()
         if found is not None:
             check_data(*found, recipe, self.data_loader.data_sha256)
-        self.validator = self._open_validator(open_validator)
-        pixel_loss = self._pixel_loss()
-        self.macs = self._count_macs()
+        self.validator = opening.open_validator(self.config, self.data_loader, open_validator)
+        pixel_loss = opening.open_pixel_loss(self.recipe, self.data_loader)
+        batch, _, _ = batch_split(self.recipe, distributed.world_size())
+        self.macs = step_macs(self.recipe, self.config.model, batch, *self.data_loader.latent_size)
         module = LossModule(self.stage.build(), self.config, pixel_loss)
         self.engine, self.teacher = Engine(self.recipe, module), module.teacher
         self.stage.start = None  # the engine has them now
         if found is not None:
-            self._go_back(*found)
+            self._restore(*found)
         self.prepare = Preparation(
             self.config,
             tasks=self.data_loader.tasks,
@@ -118,10 +113,12 @@ class Trainer:
             device=self.engine.device,
             dtype=self.engine.dtype,
         )
-        self.saver = self._open_saver()
+        self.saver = opening.open_saver(self.config, self.output_dir, self.step)
         self.expert_pictures = ExpertPictures(self.engine.module.network, self.config, self.output_dir / "routing")  # type: ignore[arg-type]
-        self.tracking = self._start_tracking()
-        self.recorder = self._start_recorder()
+        self.tracking = opening.open_tracking(self.stage, self.data_loader, self.output_dir, run_id=self.run_id, step=self.step)
+        self.run_id = distributed.broadcast_object(self.tracking.run_id)
+        self.node_watch = watch_node(self.config.tracking, run_id=self.run_id, output_dir=self.output_dir)
+        self._open_recorder()
 
     # --- the loop -------------------------------------------------------------------------------------------------------
 
@@ -139,7 +136,7 @@ class Trainer:
             raise
 
     def _train(self) -> None:
-        self._announce()
+        opening.announce(self.stage, self.engine, self.data_loader, self.step)
         if self.step == 0:
             self.recorder.note_start(self._expert_distance())
         while self.step < self.training.steps:
@@ -149,7 +146,7 @@ class Trainer:
             result = self.engine.step(lr)
             self.step += 1
             self.samples_seen += self.engine.global_batch_size
-            if self._went_back(result, losses, keys):
+            if self._skipped_or_rewound(result, losses, keys):
                 continue
             self.watchdog.beat(self.step, "recording")
             self._record(result, lr)
@@ -189,8 +186,8 @@ class Trainer:
         assert earlier is not None
         return losses._replace(loss=loss, tokens_per_expert=earlier.tokens_per_expert), keys
 
-    def _went_back(self, result: StepResult, losses: Losses, keys: list[str]) -> bool:
-        """Balance the routers, or count a skipped step; True if too many of them put the run back to its last checkpoint."""
+    def _skipped_or_rewound(self, result: StepResult, losses: Losses, keys: list[str]) -> bool:
+        """Balance the routers, or count a skipped step; True if too many of them rewound the run to its last checkpoint."""
         if result.applied:
             self.skipped_in_a_row = 0
             if self.config.model.router_bias_balancing:
@@ -269,7 +266,7 @@ class Trainer:
 
     # --- states ---------------------------------------------------------------------------------------------------------
 
-    def _take_counters(self, state: dict[str, Any]) -> None:
+    def _restore_counters(self, state: dict[str, Any]) -> None:
         self.step, self.samples_seen, self.skipped = state["step"], state["samples_seen"], state["skipped"]
         self.skipped_in_a_row = state.get("skipped_in_a_row", 0)
         self.skipped_samples = SkippedSamples.of(state)
@@ -281,18 +278,18 @@ class Trainer:
         """Of the next sample in the stream."""
         return self.skipped_samples.position(self.samples_seen)
 
-    def _go_back(self, checkpoint: Path, state: dict[str, Any]) -> None:
-        """Take up the state of a checkpoint."""
+    def _restore(self, checkpoint: Path, state: dict[str, Any]) -> None:
+        """Restore the state of a checkpoint."""
         check_network(checkpoint, state, self.recipe, parameter_shapes(self.engine.module))
         restore(self.engine, checkpoint, state)
-        self._take_counters(state)
+        self._restore_counters(state)
         for sentence in remarks(checkpoint, state, self.recipe, self.data_loader.data_sha256):
             distributed.log(sentence)
 
     def _open_data_loader(self) -> None:
         """Begin to read at `position`."""
         total, micro, _ = batch_split(self.recipe, distributed.world_size())
-        with distributed.together():
+        with distributed.shared_errors():
             self.data_loader = open_data_loader(
                 self.config,
                 global_batch_size=total,
@@ -303,41 +300,8 @@ class Trainer:
             )
         self.batches = iter(self.data_loader.stream)
 
-    def _open_validator(self, open_validator: OpenValidator | None) -> Validator | None:
-        if not self.config.validation.every:
-            return None
-        assert open_validator is not None, "launchers give one"
-        with distributed.together():
-            return open_validator(self.config, self.data_loader.codes, self.data_loader.depth_prompt)
-
-    def _count_macs(self) -> Macs:
-        batch, _, _ = batch_split(self.recipe, distributed.world_size())
-        return step_macs(self.recipe, self.config.model, batch, *self.data_loader.latent_size)
-
-    def _pixel_loss(self) -> PixelLoss | None:
-        """With the decoder on the training device: in bf16 beside a network that is not in float32, on a GPU."""
-        if not self.config.pixel_loss.weight:
-            return None
-        with distributed.together():
-            codec = load_codec(self.config, self.data_loader.vae)
-        device = distributed.device()
-        narrow = device.type == "cuda" and self.recipe.precision != "fp32"
-        codec.to(device, torch.bfloat16 if narrow else torch.float32)
-        return PixelLoss(self.config, codec, codes=self.data_loader.codes)
-
-    def _open_saver(self) -> Saver:
-        """Of checkpoints and snapshots; ones of a course that is not gone on with are removed."""
-        training, snapshots = self.training, None
-        if training.ema_lengths:
-            every = training.ema_snapshot_every or first_spacing(training.steps, training.ema_snapshots)
-            snapshots = SnapshotWriter(self.output_dir / AVERAGES, every=every, most=training.ema_snapshots)
-            snapshots.forget_after(self.step)
-        return Saver(
-            self.output_dir / CHECKPOINTS,
-            keep_last=training.keep_last,
-            keep_every=training.keep_every,
-            snapshots=snapshots,
-        )
+    def _open_recorder(self) -> None:
+        self.recorder = opening.open_recorder(self.recipe, self.engine, self.tracking, self.macs, self.output_dir, self.step)
 
     def _take_snapshot(self) -> None:
         begin = time.perf_counter()
@@ -398,7 +362,7 @@ class Trainer:
         }
 
     def _rewind(self, loss: float, keys: list[str]) -> None:
-        """After too many skipped steps in a row: back to a checkpoint, once to each, and on behind what led here."""
+        """After too many skipped steps in a row: rewind to a checkpoint, once to each, and go on behind what led here."""
         if self.saver.pending:
             self.saver.finish()
         found = rewind_target(self.saver.folder, self.skipped_samples)
@@ -407,81 +371,18 @@ class Trainer:
             raise TrainingFailed(failure_report(self.engine, self.output_dir, self.step, loss, keys, rewound))
         first, end = position_of(found[1]), self.position
         distributed.log(
-            f"{self.skipped_in_a_row} steps in a row up to step {self.step} were not finite: going back to {found[0]}; samples "
+            f"{self.skipped_in_a_row} steps in a row up to step {self.step} were not finite: rewinding to {found[0]}; samples "
             f"{first} to {end - 1} of the stream, which led there, are skipped."
         )
-        self._go_back(*found)
+        self._restore(*found)
         self.saver.forget_after(self.step)
         self.skipped_samples = self.skipped_samples.plus(first, end)
         self.tracking.set_tags({"dpt.skipped_samples": str(self.skipped_samples)})
         self.batches.close()  # type: ignore[attr-defined]
         self._open_data_loader()
-        self.recorder = self._start_recorder()
+        self._open_recorder()
 
-    # --- beginnings and ends --------------------------------------------------------------------------------------------
-
-    def _start_tracking(self) -> Run:
-        resumed, past = (self.run_id or None), (self.step if self.step else -1)
-        with distributed.together():
-            run = start_run(
-                self.config.tracking,
-                stage=self.stage.name,
-                name=f"{self.stage.name} {self.config.task} {self.config.model.preset}",
-                params=self.recipe.to_dict(),
-                parents=self.stage.parents,
-                output_dir=self.output_dir,
-                tags=self._tags(),
-                resume_run_id=resumed,
-                past_step=past,
-            )
-        for source, manifest in zip(self.data_loader.stream.manifests, self.data_loader.manifests, strict=True):
-            run.log_dataset(
-                f"{manifest.dataset}/{manifest.split}",
-                digest=manifest.data_sha256,
-                source=source,
-                context="training",
-                profile=manifest.profile,
-            )
-        self.run_id = distributed.broadcast_object(run.run_id)
-        self.node_watch = watch_node(self.config.tracking, run_id=self.run_id, output_dir=self.output_dir)
-        return run
-
-    def _tags(self) -> dict[str, str]:
-        """What tells runs apart on MLflow's pages, beside their parameters."""
-        model = self.config.model
-        experts = f"{model.num_experts} experts, top {model.top_k}" if model.num_experts else "dense"
-        return {
-            "dpt.data_sha256": self.data_loader.data_sha256,
-            "dpt.ranks": str(distributed.world_size()),
-            "dpt.task": self.config.task,
-            "dpt.model": experts,
-            "dpt.parameters": f"{num_params(model).total / 1e6:.4g}M",
-            "dpt.dataset": ", ".join(f"{m.dataset}/{m.split}" for m in self.data_loader.manifests),
-        }
-
-    def _start_recorder(self) -> Recorder:
-        return Recorder(
-            self.output_dir,
-            self.tracking,
-            step=self.step,
-            steps=self.training.steps,
-            every=self.training.log_every,
-            global_batch_size=self.engine.global_batch_size,
-            macs={"forward": self.macs.forward, "training": self.macs.training},
-            matrix_flops=measure_peak_flops(self.engine.device, self.engine.dtype),
-            data_sheet_flops=data_sheet_flops(self.engine.device, self.recipe.precision),
-            dense=self.config.model.num_experts == 0,
-            further_losses=_further_losses(self.config),
-        )
-
-    def _announce(self) -> None:
-        engine, ranks, params = self.engine, distributed.world_size(), num_params(self.config.model)
-        distributed.log(
-            f"{self.stage.name}: {self.config.task}, {params.total / 1e6:.2f}M parameters ({params.active / 1e6:.2f}M active), "
-            f"{ranks} rank{'s' * (ranks > 1)} on {engine.device.type}, {self.recipe.precision}, ZeRO {self.recipe.zero_stage}, "
-            f"batch {engine.global_batch_size} = {engine.micro_batch_size} x {engine.accumulation} micro-batches x {ranks}, "
-            f"{self.data_loader.stream.num_samples} samples, steps {self.step} to {self.training.steps}."
-        )
+    # --- ends --------------------------------------------------------------------------------------------
 
     def _draw(self) -> None:
         """Routing, if there are experts; class samples, while pre-training."""
@@ -489,7 +390,7 @@ class Trainer:
         if self.config.task != "class":
             return
         path = self.output_dir / "pictures" / f"classes_{self.step:08d}.png"
-        if draw_classes(self.engine, self.config, self.data_loader.vae, self.data_loader.latent_size, path):
+        if save_class_samples(self.engine, self.config, self.data_loader.vae, self.data_loader.latent_size, path):
             self.tracking.log_picture(path, "classes", self.step)
             distributed.log(f"Class samples: {path}")
 
@@ -526,13 +427,3 @@ class Trainer:
         self.control.unlisten()
         self.node_watch.finish()
         self.tracking.finish(status)
-
-
-def _further_losses(config: DptConfig) -> list[str]:
-    """The optional losses that a recipe trains with, by their names in records."""
-    weights = {
-        "pixel_loss": config.pixel_loss.weight,
-        "self_alignment_loss": config.training.self_alignment.weight,
-        "feature_alignment_loss": config.training.feature_alignment.weight,
-    }
-    return [name for name, weight in weights.items() if weight]

@@ -22,7 +22,7 @@ from dpt.training.engine import Engine
 from dpt.training.fragments import persistent_buffers, whole_weights
 
 
-def draw_classes(engine: Engine, config: DptConfig, vae: VAERecord, size: tuple[int, int], path: Path) -> bool:
+def save_class_samples(engine: Engine, config: DptConfig, vae: VAERecord, size: tuple[int, int], path: Path) -> bool:
     """Sample the classes of `config.sampling` from the averaged weights, and save them as one PNG. Collective.
 
     Each rank draws its share, one picture at a time, so they are the same on any number of ranks; rank 0 saves them. `vae`: the
@@ -32,7 +32,7 @@ def draw_classes(engine: Engine, config: DptConfig, vae: VAERecord, size: tuple[
     labels = class_labels(config)
     mine = list(enumerate(labels))[distributed.rank() :: distributed.world_size()]
     try:
-        with distributed.together():
+        with distributed.shared_errors():
             codec = load_codec(config, vae) if mine else None
     except UserError as error:
         distributed.log(f"No class samples were drawn: {error}")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dpt.config.recipe import DptConfig
 from dpt.data.codec import LatentScaling, mean_latents, sample_latents
-from dpt.diffusion.noise import Draws, initial_noise, uniform
+from dpt.diffusion.noise import RandomNumbers, initial_noise, uniform
 from dpt.diffusion.objective import DiffusionObjective
 from dpt.errors import UserError
 from dpt.models.costs import kept_tokens, num_tokens
@@ -182,7 +182,7 @@ class Preparation:
             _check_labels(batch, self.config.model.num_classes)
         host_index = batch["sample_index"]
         batch = {n: v.to(self.device, non_blocking=True) if isinstance(v, Tensor) else v for n, v in batch.items()}
-        draws = Draws(self.config.training.seed, batch["sample_index"], host_index=host_index)
+        draws = RandomNumbers(self.config.training.seed, batch["sample_index"], host_index=host_index)
         if self.config.task == "class":
             moments, labels = self._image(batch, draws), batch["label"]
         else:
@@ -219,7 +219,7 @@ class Preparation:
         """What the network takes."""
         return torch.cat([*conditions, noisy_latents], dim=1).to(self.dtype)
 
-    def _easier(self, timesteps: Tensor, draws: Draws) -> Tensor | None:
+    def _easier(self, timesteps: Tensor, draws: RandomNumbers) -> Tensor | None:
         """The teacher's timesteps: each sample's own random step towards less noise from the network's."""
         own = self.config.training.self_alignment
         if not own.weight:
@@ -227,7 +227,7 @@ class Preparation:
         share = own.offset_low + (own.offset_high - own.offset_low) * draws.uniform("self_alignment").double()
         return (timesteps - (share * self.config.diffusion.num_train_timesteps).round().long()).clamp(min=0)
 
-    def _kept(self, size: Sequence[int], draws: Draws) -> Tensor | None:
+    def _kept(self, size: Sequence[int], draws: RandomNumbers) -> Tensor | None:
         """Each sample's own random choice of tokens, at any split of the batch."""
         share = self.config.training.bypass_share
         if not share:
@@ -236,14 +236,14 @@ class Preparation:
         order = uniform(draws.seeds("bypass"), (tokens,)).argsort(dim=1, stable=True)
         return order[:, : kept_tokens(tokens, share)].sort(dim=1).values
 
-    def _image(self, batch: Mapping[str, Any], draws: Draws) -> Tensor:
+    def _image(self, batch: Mapping[str, Any], draws: RandomNumbers) -> Tensor:
         """The image's moments [B, 2, C, h, w], mirrored half of the time if asked for."""
         if not self.config.data.horizontal_flip:
             return batch["latents"]
         flipped = (draws.uniform("flip") < 0.5)[:, None, None, None, None]
         return torch.where(flipped, batch["latents_mirrored"], batch["latents"])
 
-    def _target(self, batch: Mapping[str, Any], draws: Draws) -> tuple[Tensor, Tensor]:
+    def _target(self, batch: Mapping[str, Any], draws: RandomNumbers) -> tuple[Tensor, Tensor]:
         """One target's moments [B, 2, C, h, w], drawn evenly from its source's targets, and its label int64 [B]."""
         counts, labels = self._targets
         source = batch["source"]
@@ -251,7 +251,7 @@ class Preparation:
         moments = batch["target_latents"][torch.arange(len(choice), device=self.device), choice]  # of [B, M, 2, C, h, w]
         return moments, labels[source, choice]
 
-    def _latents(self, moments: Tensor, draws: Draws) -> Tensor:
+    def _latents(self, moments: Tensor, draws: RandomNumbers) -> Tensor:
         if self.config.data.posterior == "mean":
             return mean_latents(moments, self.scaling)
         return sample_latents(moments, self.scaling, draws.normal("posterior", moments.shape[2:]))

@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from PIL import Image
 
-from data_tools.readers.files import mask_image, read_flo, read_mask, read_png16, read_rgb
+from data_tools.readers.files import mask_image, read_mask, read_png16, read_rgb
 from data_tools.readers.rle import decode_polygons, decode_rle
 from data_tools.readers.tars import list_members
 from data_tools.readers.unpickle import load_plain_pickle
 from dpt.errors import UserError
+from dpt.pictures import read_flo
 
 MASKS = arrays(np.bool_, array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=20))
 

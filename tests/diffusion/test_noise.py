@@ -31,7 +31,7 @@ def test_any_split_of_the_batch_draws_the_same_numbers(cut, seed):
     strength = torch.linspace(0, 0.9, 12)
 
     def draw(rows: slice) -> list[torch.Tensor]:
-        draws = noise.Draws(seed, index[rows])
+        draws = noise.RandomNumbers(seed, index[rows])
         return [
             draws.timesteps(DiffusionConfig()),
             draws.uniform("flip"),
@@ -46,8 +46,8 @@ def test_any_split_of_the_batch_draws_the_same_numbers(cut, seed):
 
 def test_purposes_seeds_and_samples_differ():
     index = torch.arange(4)
-    values = [noise.Draws(0, index).normal(p, (3,)) for p in ("noise", "posterior")] + [
-        noise.Draws(1, index).normal("noise", (3,))
+    values = [noise.RandomNumbers(0, index).normal(p, (3,)) for p in ("noise", "posterior")] + [
+        noise.RandomNumbers(1, index).normal("noise", (3,))
     ]
     flat = torch.cat(values).flatten()
     assert len(flat.unique()) == len(flat)
@@ -77,7 +77,7 @@ def test_distributions():
     uniform = noise.uniform(seeds, (100,))
     assert stats.kstest(uniform.flatten().numpy(), "uniform").pvalue > 0.01
     assert uniform.max() < 1.0
-    timesteps = noise.Draws(0, torch.arange(20_000)).timesteps(DiffusionConfig(num_train_timesteps=10))
+    timesteps = noise.RandomNumbers(0, torch.arange(20_000)).timesteps(DiffusionConfig(num_train_timesteps=10))
     assert stats.chisquare(timesteps.bincount(minlength=10).numpy()).pvalue > 0.01
     assert torch.isfinite(normal).all()
 
@@ -123,12 +123,12 @@ def test_multires_noise_without_strength_is_white():
 def test_logit_normal_timesteps_have_the_distribution_of_the_paper() -> None:
     """logit(t / T) is normal with the location and scale asked for (Esser et al. 2024, section 3.1)."""
     config = DiffusionConfig(timesteps="logit_normal", timestep_location=0.5, timestep_scale=0.8)
-    timesteps = noise.Draws(3, torch.arange(20_000)).timesteps(config).double()
+    timesteps = noise.RandomNumbers(3, torch.arange(20_000)).timesteps(config).double()
     assert timesteps.min() >= 0
     assert timesteps.max() < 1000
     share = (timesteps + 0.5) / 1000
     assert stats.kstest(torch.logit(share).numpy(), stats.norm(0.5, 0.8).cdf).pvalue > 0.01
-    late = noise.Draws(3, torch.arange(100)).timesteps(
+    late = noise.RandomNumbers(3, torch.arange(100)).timesteps(
         DiffusionConfig(timesteps="last", prediction_type="sample", vlb_weight=0.0)
     )
     assert set(late.tolist()) == {999}

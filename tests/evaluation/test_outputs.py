@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dpt.evaluation.given import read_flo
 from dpt.evaluation.outputs import write_outputs
 from dpt.evaluation.prediction import Prediction
+from dpt.pictures import read_flo
 
 
 @pytest.mark.parametrize("task", ["depth", "flow", "amodal"])

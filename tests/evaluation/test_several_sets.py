@@ -68,7 +68,8 @@ def test_laws_compare_and_plan_find_the_main_metric_by_set(evaluated, task: str)
         (point,) = collect(runs, runs, "macs", f"eval/{task}/{name}/{metric}")
         assert (point.x, point.y) == (2e9, value)
         assert len(collect(runs, runs, "test_macs", f"eval/{task}/{name}/{metric}")) == len(SETTINGS)
-        assert compare(runs[-1:], runs).rows()[f"{task}/{name}/{metric} s2_n2"] == [f"{value:.4f}"]
+        row = f"{task}/{name}: {METRICS[metric].title}, 2 steps × 2 samples"
+        assert compare(runs[-1:], runs).rows()[row] == [show(metric, value)]
         observations = observe(runs, runs, task, metric, dataset=name)
         assert [(o.setting.steps, o.setting.ensemble) for o in observations] == SETTINGS
         assert observations[-1].error == pytest.approx(1 - value if metric == "iou" else value)

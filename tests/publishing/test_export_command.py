@@ -55,7 +55,10 @@ def test_bad_input_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture
     (tmp_path / "bad.json").write_text('{"a": 1}')
     cases = [
         ((weights, tmp_path / "out", "--to", "diffusers"), "trained for flow"),
-        ((weights, tmp_path / "out", "--to", "diffusers", "--ensemble", 0), "--ensemble 0"),
+        (
+            (weights, tmp_path / "out", "--to", "diffusers", "--ensemble", 0),
+            "argument --ensemble: '0' is no whole number at least 1",
+        ),
         ((weights, tmp_path / "out", "--to", "diffusers", "--ema-length", 0.1), "does not go with --to diffusers"),
         ((weights, tmp_path / "out", "--to", "diffusers", "--class-names", tmp_path / "bad.json"), "holds no list of texts"),
         ((weights, tmp_path / "out", "--to", "diffusers", "--run", "x", "--uri", "sqlite:///none.db"), "no MLflow store"),

@@ -9,11 +9,17 @@ import torch
 from torch.utils import flop_counter
 
 from benchmarks.memory import LiveBytes
-from dpt.config.alignment import FeatureAlignmentConfig, SelfAlignmentConfig
 from dpt.config.checks import check_recipe
 from dpt.config.command import parse_command
 from dpt.config.recipe import DptConfig, Recipe
-from dpt.config.sections import DataConfig, DiffusionConfig, ModelConfig, TrainingConfig
+from dpt.config.sections import (
+    DataConfig,
+    DiffusionConfig,
+    FeatureAlignmentConfig,
+    ModelConfig,
+    SelfAlignmentConfig,
+    TrainingConfig,
+)
 from dpt.data.codec import LatentScaling
 from dpt.errors import UserError
 from dpt.models.alignment_costs import alignment_bytes, alignment_params

@@ -14,7 +14,7 @@ from dpt.data.codec import load_vae
 from dpt.data.manifest import VAERecord
 from dpt.models.dit import DiT
 from dpt.training import sampling
-from dpt.training.sampling import _grid, class_labels, draw_classes, sample_classes
+from dpt.training.sampling import _grid, class_labels, sample_classes, save_class_samples
 from tests.gloo import load_libraries, run_ranks
 
 CONFIG = DptConfig(
@@ -90,9 +90,9 @@ def _draw_on_ranks(path: str, fields: dict[str, Any]) -> dict[str, Any]:
 
     sampling.sample_classes = counted  # type: ignore[assignment]
     record = VAERecord(name="embedded", sha256=codec.sha256, scaling_factor=codec.scaling_factor, latent_channels=4)
-    drawn = draw_classes(engine, config, record, (4, 4), Path(path))
+    drawn = save_class_samples(engine, config, record, (4, 4), Path(path))
     other = dataclasses.replace(record, sha256="another")
-    refused = draw_classes(engine, config, other, (4, 4), Path(path).with_suffix(".none.png"))
+    refused = save_class_samples(engine, config, other, (4, 4), Path(path).with_suffix(".none.png"))
     return {"sampled": sampled, "drawn": drawn, "refused": not refused}
 
 

@@ -2,12 +2,7 @@
 
 from dataclasses import dataclass
 
-from dpt.errors import UserError
-
-
-def _check(ok: bool, sentence: str) -> None:
-    if not ok:
-        raise UserError(sentence)
+from dpt.config.sections.checking import check
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,13 +24,13 @@ class SelfAlignmentConfig:
 
     def __post_init__(self) -> None:
         name = "dpt.training.self_alignment"
-        _check(self.weight >= 0, f"{name}.weight is {self.weight}; it cannot be negative.")
-        _check(
+        check(self.weight >= 0, f"{name}.weight is {self.weight}; it cannot be negative.")
+        check(
             1 <= self.student_block < self.teacher_block,
             f"{name}.student_block {self.student_block} and teacher_block {self.teacher_block} must obey 1 <= student < "
             "teacher.",
         )
-        _check(
+        check(
             0.0 <= self.offset_low <= self.offset_high <= 1.0,
             f"{name}.offset_low {self.offset_low} and offset_high {self.offset_high} must obey 0 <= low <= high <= 1.",
         )
@@ -56,7 +51,7 @@ class FeatureAlignmentConfig:
 
     def __post_init__(self) -> None:
         name = "dpt.training.feature_alignment"
-        _check(self.weight >= 0, f"{name}.weight is {self.weight}; it cannot be negative.")
+        check(self.weight >= 0, f"{name}.weight is {self.weight}; it cannot be negative.")
         for field in ("block", "projector_width"):
-            _check(getattr(self, field) >= 1, f"{name}.{field} is {getattr(self, field)}; it must be at least 1.")
-        _check(self.channels >= 0, f"{name}.channels is {self.channels}; it cannot be negative.")
+            check(getattr(self, field) >= 1, f"{name}.{field} is {getattr(self, field)}; it must be at least 1.")
+        check(self.channels >= 0, f"{name}.channels is {self.channels}; it cannot be negative.")

@@ -7,7 +7,7 @@ import torch
 from dpt.config.sections import ModelConfig
 from dpt.errors import UserError
 from dpt.models import build_model
-from dpt.models.routing import trace_routing
+from dpt.models.routing_pictures import trace_routing
 
 
 def model(**fields):

@@ -1,0 +1,39 @@
+"""The shards that are trained on."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from dpt.config.sections.checking import check
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which shards are read, and how."""
+
+    shards: list[str] = field(default_factory=list)
+    """Shard folders, brace patterns ("x/{000000..000127}.tar") or URLs; several sets are mixed."""
+    weights: list[float] = field(default_factory=list)
+    """Share of each set in a mixture; empty: by number of samples."""
+    vae: str = "embedded"
+    """VAE that made the latents: "embedded", a folder, or a name on the hub; checked against the manifest."""
+    posterior: Literal["sample", "mean"] = "sample"
+    """Take latents as samples of the VAE posterior (pre-training) or as its mean (perception)."""
+    horizontal_flip: bool = False
+    """Show mirrored samples half of the time; the shards must hold mirrored latents."""
+    num_workers: int = 0
+    """Threads per rank that read shards, and as many that fetch them; 0: the one that fills batches reads, one fetches."""
+    cache_dir: str = ""
+    """Folder that keeps shards fetched from URLs (it grows to the size of the sets); empty: fetched anew every epoch."""
+    verify: bool = True
+    """Hash every shard ahead of its first use, as in the manifest: a bit that has flipped is named, never trained on."""
+    max_bad_samples: int = 0
+    """Unreadable samples that are skipped (and counted) before the run stops."""
+
+    def __post_init__(self) -> None:
+        check(
+            not self.weights or len(self.weights) == len(self.shards),
+            f"dpt.data.weights has {len(self.weights)} entries for {len(self.shards)} sets in dpt.data.shards; give one a set.",
+        )
+        check(all(w > 0 for w in self.weights), f"dpt.data.weights {self.weights}: every weight must be positive.")
+        for name in ("num_workers", "max_bad_samples"):
+            check(getattr(self, name) >= 0, f"dpt.data.{name} is {getattr(self, name)}; it cannot be negative.")

@@ -1,0 +1,158 @@
+"""The diffusion process, the loss of decoded predictions, and pictures while training."""
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from dpt.config.numbers import NOT_NEGATIVE, Range
+from dpt.config.sections.checking import check, check_interval
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusionConfig:
+    """The forward process and the training objective."""
+
+    num_train_timesteps: int = 1000
+    """Steps of the forward process."""
+    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"
+    """Noise schedule (diffusers' names)."""
+    beta_start: float = 1e-4
+    """First beta of the linear schedules."""
+    beta_end: float = 2e-2
+    """Last beta of the linear schedules."""
+    rescale_betas_zero_snr: bool = False
+    """Rescale the betas so that the last timestep is pure noise (zero terminal SNR; not with epsilon)."""
+    prediction_type: Literal["epsilon", "sample", "v_prediction", "rectified_flow"] = "epsilon"
+    """What the network predicts: the noise, the clean latents, v, or the velocity of a straight path."""
+    time_convention: Literal["index", "fraction", "scaled_fraction"] = "index"
+    """How the network is told of timestep t in 0..T-1: t, (t + 1) / T (DiT-MoE's rectified flow) or t + 1 (diffusers' flow)."""
+    timestep_spacing: Literal["leading", "trailing", "linspace"] = "trailing"
+    """Which timesteps a sampler's steps fall on, unless dpt.evaluation.timestep_spacing says otherwise."""
+    steps_offset: int = 0
+    """Added to the timesteps of the spacing "leading" (Stable Diffusion: 1)."""
+    set_alpha_to_one: bool = True
+    """DDIM's last step ends at clean latents rather than at the noise level of timestep 0 (Stable Diffusion: false)."""
+    vlb_weight: float = 1.0
+    """Weight of the variational bound on the learned variance; 0: the variance output is ignored."""
+    min_snr_gamma: float = 0.0
+    """Min-SNR loss weighting; 0: off."""
+    multires_noise_strength: float = 0.0
+    """Multi-resolution noise, strength of each coarser level (Marigold: 0.9); 0: white noise."""
+    multires_noise_annealed: bool = True
+    """Scale the multi-resolution strength by t / T."""
+    timesteps: Literal["uniform", "logit_normal", "last"] = "uniform"
+    """Timesteps trained at: all alike, more of the middle ones, or the last alone: one pass from pure noise then predicts."""
+    timestep_location: float = 0.0
+    """Mean of logit(t / T) for "logit_normal"; above 0: more noise."""
+    timestep_scale: float = 1.0
+    """Standard deviation of logit(t / T) for "logit_normal"."""
+    initial_noise: Literal["random", "fixed", "zero"] = "random"
+    """What a network of the last timestep starts from: fresh noise, one noise for all samples, or zeros."""
+
+    def __post_init__(self) -> None:
+        check(
+            self.num_train_timesteps >= 2,
+            f"dpt.diffusion.num_train_timesteps is {self.num_train_timesteps}; it must be at least 2.",
+        )
+        check(
+            0.0 < self.beta_start <= self.beta_end < 1.0,
+            f"dpt.diffusion.beta_start {self.beta_start} and beta_end {self.beta_end} must obey 0 < start <= end < 1.",
+        )
+        for name in ("vlb_weight", "min_snr_gamma", "multires_noise_strength"):
+            check(getattr(self, name) >= 0, f"dpt.diffusion.{name} is {getattr(self, name)}; it cannot be negative.")
+        check(
+            0 <= self.steps_offset < self.num_train_timesteps,
+            f"dpt.diffusion.steps_offset is {self.steps_offset}; it must be from 0 to below num_train_timesteps.",
+        )
+        check(
+            not (self.rescale_betas_zero_snr and self.prediction_type == "rectified_flow"),
+            "dpt.diffusion.rescale_betas_zero_snr does not apply to rectified_flow, which has no betas; set it to false.",
+        )
+        check(self.timestep_scale > 0, f"dpt.diffusion.timestep_scale is {self.timestep_scale}; it must be positive.")
+        self._check_one_step()
+
+    def with_schedule(self, beta_schedule: str) -> "DiffusionConfig":
+        """This objective on another noise schedule, with the betas that belong to that one; on its own, unchanged.
+
+        linear: 1e-4 to 2e-2 (Ho et al. 2020); scaled_linear: 8.5e-4 to 1.2e-2 (Stable Diffusion); squaredcos_cap_v2 has no
+        range. UserError for rectified flow, which has no noise schedule.
+        """
+        check(
+            self.prediction_type != "rectified_flow",
+            f"rectified flow has no noise schedule to be replaced by {beta_schedule}; leave the schedule out.",
+        )
+        if beta_schedule == self.beta_schedule:
+            return self
+        start, end = (8.5e-4, 1.2e-2) if beta_schedule == "scaled_linear" else (1e-4, 2e-2)
+        return replace(self, beta_schedule=beta_schedule, beta_start=start, beta_end=end)  # type: ignore[arg-type]
+
+    def _check_one_step(self) -> None:
+        if not self.one_step:
+            check(
+                self.initial_noise == "random",
+                f'dpt.diffusion.initial_noise is "{self.initial_noise}"; that goes with timesteps "last" only.',
+            )
+            return
+        check(
+            self.prediction_type != "epsilon",
+            'dpt.diffusion.timesteps is "last", where all that the network sees is noise, and prediction_type is "epsilon"; '
+            "choose v_prediction or sample.",
+        )
+        for name in ("vlb_weight", "min_snr_gamma"):
+            check(
+                getattr(self, name) == 0,
+                f'dpt.diffusion.{name} is {getattr(self, name)}; it has no meaning for timesteps "last": set it to 0.',
+            )
+        check(
+            self.initial_noise == "random" or self.multires_noise_strength == 0,
+            f"dpt.diffusion.multires_noise_strength is {self.multires_noise_strength}, but initial_noise is "
+            f'"{self.initial_noise}"; set it to 0.',
+        )
+
+    @property
+    def one_step(self) -> bool:
+        """Whether the network predicts in one pass, from pure noise."""
+        return self.timesteps == "last"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PixelLossConfig:
+    """A loss of decoded predictions beside that of latents, for one-step networks (diffusion.timesteps "last")."""
+
+    weight: float = 0.0
+    """Weight of the pixel loss; 0: off, and no decoder is held."""
+    latent_weight: float = 1.0
+    """Weight of the loss of latents beside it."""
+    depth: Literal["affine_l1", "affine_l2"] = "affine_l1"
+    """Error of depth, after a least-squares scale and shift. (Flow: end-point error in pixels; masks: cross-entropy.)"""
+    gradient_weight: float = 0.5
+    """Weight of depth's multi-scale gradient error, beside its error."""
+
+    def __post_init__(self) -> None:
+        for name in ("weight", "latent_weight", "gradient_weight"):
+            check(getattr(self, name) >= 0, f"dpt.pixel_loss.{name} is {getattr(self, name)}; it cannot be negative.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """Pictures drawn while training: class samples in pre-training, and the experts' routing."""
+
+    every: int = 0
+    """Draw them every this many steps; 0: only at the end."""
+    labels: list[int] = field(default_factory=list)
+    """Class ids drawn, one a picture; empty: the first eight."""
+    num_inference_steps: int = 50
+    """DDIM steps."""
+    guidance_scale: float = 4.0
+    """Classifier-free guidance; 1: none."""
+    guidance_channels: int = 0
+    """Latent channels that guidance acts on; 0: all (public DiT: 3 of 4)."""
+    guidance_low: float = 0.0
+    """Least noise level, as a share of the timesteps, at which guidance acts."""
+    guidance_high: float = 1.0
+    """Greatest noise level, as a share of the timesteps, at which guidance acts."""
+
+    def __post_init__(self) -> None:
+        check_interval(self.guidance_low, self.guidance_high, "dpt.sampling")
+        for name in ("every", "guidance_channels"):
+            NOT_NEGATIVE.check(f"dpt.sampling.{name}", getattr(self, name))
+        Range(least=1, most=1000).check("dpt.sampling.num_inference_steps", self.num_inference_steps)

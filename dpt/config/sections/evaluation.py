@@ -1,0 +1,111 @@
+"""Evaluations, and validation while training."""
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from dpt.config.sections.checking import check, check_interval
+from dpt.config.sections.diffusion import DiffusionConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """What the evaluator predicts and scores. Lists are swept."""
+
+    weights: str = ""
+    """Weights to evaluate: an exported folder, a checkpoint (or a run's folder: its newest), public weights, or
+    hub:owner/name[@revision]."""
+    use_ema: bool = True
+    """Evaluate the averaged weights rather than the plain ones."""
+    data: list[str] = field(default_factory=list)
+    """Evaluation shard folders, or URLs of them (dpt.data.cache_dir keeps what is fetched)."""
+    protocol: str = ""
+    """Protocol that scores them; empty: the one of each shard folder's data set."""
+    steps: list[int] = field(default_factory=lambda: [50])
+    """Sampler steps."""
+    ensemble: list[int] = field(default_factory=lambda: [1])
+    """Ensemble sizes."""
+    aggregation: Literal["median", "mean", "compile"] = "compile"
+    """How members are merged: pixelwise, or after affine alignment (median compilation; depth only)."""
+    sampler: Literal["ddim", "ddpm", "dpmsolver++"] = "ddim"
+    """Sampler."""
+    eta: float = 0.0
+    """DDIM's stochasticity, 0 to 1."""
+    schedule: Literal["", "linear", "scaled_linear", "squaredcos_cap_v2"] = ""
+    """Noise schedule at test time, with its own usual betas; empty: the one of training."""
+    timestep_spacing: Literal["", "leading", "trailing", "linspace"] = ""
+    """Which timesteps the steps fall on; empty: as the weights say (dpt.diffusion.timestep_spacing: trailing by default)."""
+    step_power: float = 1.0
+    """Over 1: more steps at low noise; under 1: more at high noise."""
+    guidance_scale: float = 1.0
+    """Classifier-free guidance; 1: none."""
+    guidance_low: float = 0.0
+    """Least noise level, as a share of the timesteps, at which guidance acts."""
+    guidance_high: float = 1.0
+    """Greatest noise level, as a share of the timesteps, at which guidance acts; beyond the two, steps cost one pass."""
+    batch_size: int = 16
+    """Predictions (samples x members) computed at once on a rank."""
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    """Number format of the network's products (tf32: float32 rounded to 10 bits, on GPUs only); the sampler works in fp32."""
+    max_samples: int = 0
+    """Score only the first samples; 0: all."""
+    seed: int = 0
+    """Seed of the initial noise."""
+    pictures: int = 4
+    """Best, median and worst samples drawn, and some that are the same for every model, each this many; 0: none."""
+    predictions: str = ""
+    """Folder of another system's ready-made predictions to score instead."""
+    save_predictions: bool = False
+    """Keep every prediction as a file."""
+    output_dir: str = "runs/evaluate"
+    """Folder of results."""
+
+    def __post_init__(self) -> None:
+        check(
+            all(1 <= s <= 1000 for s in self.steps) and len(self.steps) > 0,
+            f"dpt.evaluation.steps {self.steps}: each must be between 1 and 1000.",
+        )
+        check(
+            all(1 <= n <= 50 for n in self.ensemble) and len(self.ensemble) > 0,
+            f"dpt.evaluation.ensemble {self.ensemble}: each must be between 1 and 50.",
+        )
+        check_interval(self.guidance_low, self.guidance_high, "dpt.evaluation")
+        check(0.0 <= self.eta <= 1.0, f"dpt.evaluation.eta is {self.eta}; it must be in [0, 1].")
+        check(self.step_power > 0, f"dpt.evaluation.step_power is {self.step_power}; it must be positive.")
+        check(self.batch_size >= 1, f"dpt.evaluation.batch_size is {self.batch_size}; it must be at least 1.")
+        for name in ("max_samples", "pictures"):
+            check(getattr(self, name) >= 0, f"dpt.evaluation.{name} is {getattr(self, name)}; it cannot be negative.")
+
+    def settled(self, diffusion: DiffusionConfig) -> "EvaluationConfig":
+        """These settings as weights trained for `diffusion` are used with them: a one-step network takes one step, whatever is
+        asked for, and one ensemble member where it starts from the same noise every time."""
+        if not diffusion.one_step:
+            return self
+        return replace(self, steps=[1], ensemble=self.ensemble if diffusion.initial_noise == "random" else [1])
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationConfig:
+    """Scores of evaluation sets while training, and what follows from them (perception only)."""
+
+    every: int = 0
+    """Steps between validations; 0: none. The last step is validated too."""
+    data: list[str] = field(default_factory=list)
+    """Evaluation shard folders; empty: those of dpt.evaluation.data."""
+    max_samples: int = 64
+    """Score only the first samples of each set; 0: all."""
+    steps: int = 10
+    """Sampler steps; what else concerns sampling is that of dpt.evaluation."""
+    ensemble: int = 1
+    """Ensemble size."""
+    metric: str = ""
+    """What tells the best weights, e.g. depth/abs_rel or depth/hypersim_val/delta1; empty: the first set's main metric."""
+    keep_best: bool = True
+    """Export the averaged weights of the best validation to OUTPUT_DIR/best."""
+    patience: int = 0
+    """End the training after so many validations in a row that were not better; 0: never."""
+
+    def __post_init__(self) -> None:
+        for name in ("every", "max_samples", "patience"):
+            check(getattr(self, name) >= 0, f"dpt.validation.{name} is {getattr(self, name)}; it cannot be negative.")
+        check(1 <= self.steps <= 1000, f"dpt.validation.steps is {self.steps}; it must be between 1 and 1000.")
+        check(1 <= self.ensemble <= 50, f"dpt.validation.ensemble is {self.ensemble}; it must be between 1 and 50.")

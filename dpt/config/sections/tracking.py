@@ -1,0 +1,34 @@
+"""MLflow."""
+
+from dataclasses import dataclass, field
+
+from dpt.config.sections.checking import check
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackingConfig:
+    """Where runs are recorded."""
+
+    enabled: bool = True
+    """Record the run in MLflow."""
+    offline: bool = False
+    """Keep the records in the output folder until `dpt sync` sends them, where training cannot reach the store."""
+    uri: str = "sqlite:///mlflow.db"
+    """MLflow tracking store: an SQLite file or a server's address."""
+    experiment: str = "dpt"
+    """Experiment that the run belongs to."""
+    run_name: str = ""
+    """Name of the run; empty: stage, preset and task."""
+    tags: dict[str, str] = field(default_factory=dict)
+    """Further tags of the run."""
+    system_every: float = 10.0
+    """Seconds between samples of every node's processors, memory, disks, network and GPUs (MLflow's names); 0: none."""
+    registered_model: str = ""
+    """Name in MLflow's model registry that the exported weights become a version of; empty: none."""
+
+    def __post_init__(self) -> None:
+        check(
+            not set(self.registered_model) & set("/:'\""),
+            f'dpt.tracking.registered_model is "{self.registered_model}"; names in MLflow\'s registry have no / : or quotes.',
+        )
+        check(self.system_every >= 0, f"dpt.tracking.system_every is {self.system_every}; it cannot be negative.")
