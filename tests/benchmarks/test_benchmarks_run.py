@@ -57,7 +57,7 @@ if __name__ == "__main__":
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    """What a benchmark wrote, by name; the slow ones and the others each from one forked process, which loads the libraries once."""
+    """What a benchmark wrote, by name: the slow ones and the others, each group from one forked process."""
     made = {}
 
     def of(name):
