@@ -5,8 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
-from data_tools.native.files import flo, save, write
+from data_tools.native.files import save, write
 from data_tools.readers import Reader, Sample
+from dpt.pictures import flo_bytes
 
 RNG = np.random.default_rng(0)
 
@@ -40,5 +41,5 @@ def chairs(root: Path, numbers: list[int]) -> None:
     for index in range(len(numbers)):
         save(root / "data" / f"{index + 1:05d}_img1.ppm", np.full((6, 8, 3), index, np.uint8))
         save(root / "data" / f"{index + 1:05d}_img2.ppm", picture(6, 8))
-        write(root / "data" / f"{index + 1:05d}_flow.flo", flo(np.full((2, 6, 8), index + 0.5)))
+        write(root / "data" / f"{index + 1:05d}_flow.flo", flo_bytes(np.full((2, 6, 8), index + 0.5)))
     write(root / "FlyingChairs_train_val.txt", "\n".join(map(str, numbers)))

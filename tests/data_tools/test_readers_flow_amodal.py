@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from reader_layouts import chairs, picture, read_all
 
-from data_tools.native.files import flo, save, write
+from data_tools.native.files import save, write
 from data_tools.readers import Excluded, ReadError, open_reader
 from dpt.errors import UserError
+from dpt.pictures import flo_bytes
 
 
 def test_flying_chairs_split_by_line(tmp_path: Path) -> None:
@@ -30,7 +31,7 @@ def test_unknown_flow_is_invalid(tmp_path: Path) -> None:
     chairs(tmp_path, [1])
     flow = np.ones((2, 6, 8), np.float32)
     flow[0, 0, 0], flow[1, 2, 3] = 1e10, np.nan
-    write(tmp_path / "data/00001_flow.flo", flo(flow))
+    write(tmp_path / "data/00001_flow.flo", flo_bytes(flow))
     sample = open_reader("flying_chairs", tmp_path, "train").read("00001")
     assert sample.valid is not None
     assert sample.flow is not None

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from reader_layouts import DEPTH, chairs, check_depth, picture, read_all
 
-from data_tools.native.files import flo, save, write
+from data_tools.native.files import save, write
 from data_tools.readers import READERS, ReadError, open_reader
 from dpt.errors import UserError
+from dpt.pictures import flo_bytes
 
 
 @pytest.mark.parametrize("name", READERS)
@@ -44,7 +45,7 @@ def test_unknown_sets_and_options_are_named(tmp_path: Path) -> None:
         ("00001_img1.ppm", b"P6\n8 6\n255\n\x00", "does not read"),
         ("00001_img1.ppm", b"", "does not read"),
         ("00001_flow.flo", b"nothing", "too few"),
-        ("00001_flow.flo", flo(np.zeros((2, 5, 8))), "is expected"),
+        ("00001_flow.flo", flo_bytes(np.zeros((2, 5, 8))), "is expected"),
     ],
 )
 def test_one_bad_sample_is_named_with_its_file(tmp_path: Path, file: str, content: bytes | None, reason: str) -> None:
