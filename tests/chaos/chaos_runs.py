@@ -96,10 +96,10 @@ class Run:
 
 
 def _train(recipe: Path, fields: Mapping[str, Any]) -> int:
-    from dpt.training import loop
+    from dpt.training import loop, opening
     from dpt.training.run import run_stage
 
-    loop.measure_peak_flops = lambda *_: 1e12  # takes longer than steps here
+    opening.measure_peak_flops = lambda *_: 1e12  # takes longer than steps here
     loop.Trainer._draw = lambda self: None  # type: ignore[method-assign]
     with reported("pretrain"):
         run_stage(load_recipe(recipe, fields), "pretrain")

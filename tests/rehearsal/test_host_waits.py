@@ -109,9 +109,9 @@ def _most(recipe: Recipe, step: int) -> dict[str, int]:
 
 def _count_waits(path: str, stage: str, fields: dict[str, Any]) -> list[dict[tuple[str, str], int]]:
     """Host waits of each of STEPS steps: preparation, forward and backward passes, update, record."""
-    from dpt.training import loop
+    from dpt.training import loop, opening
 
-    loop.measure_peak_flops = lambda *_: 1e12
+    opening.measure_peak_flops = lambda *_: 1e12
     loop.Watchdog.__init__.__kwdefaults__["interval_s"] = 0.1  # type: ignore[index]
     trainer = loop.Trainer(load_recipe(path, fields), stage, None)
     done: list[dict[tuple[str, str], int]] = []

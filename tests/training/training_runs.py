@@ -84,9 +84,9 @@ class Runs:
     def _train_all(self, runs: Sequence[ToyRun]) -> list[str]:
         import deepspeed
 
-        from dpt.training import loop
+        from dpt.training import loop, opening
 
-        loop.measure_peak_flops = lambda *_: 1e12  # the same for all runs, and known
+        opening.measure_peak_flops = lambda *_: 1e12  # the same for all runs, and known
         loop.Watchdog.__init__.__kwdefaults__["interval_s"] = 0.1  # type: ignore[index]
         deepspeed.get_accelerator().is_fp16_supported = lambda: True  # slow on a CPU, but the same mathematics
         return [self._train(run) for run in runs]
