@@ -122,6 +122,7 @@ def test_shards_are_read_and_written_at_a_share_of_a_bound(written):
     assert all(0 <= wait <= 1 for wait in waits)
 
 
+@pytest.mark.slow
 def test_startup_finds_the_first_step(tmp_path):
     from benchmarks import startup
 

@@ -35,7 +35,6 @@ def _halves(path: str, stage: str, fields: dict[str, Any], compiler: str) -> Non
     DiT.compile_blocks = lambda network: compile_blocks(network, backend=compiler)  # type: ignore[method-assign, assignment]
     for steps in (STEPS, 2 * STEPS):
         run_stage(load_recipe(path, {**fields, "training.steps": steps}), stage)
-        torch._dynamo.reset()
 
 
 def checkpoints(output: Path) -> list[str]:
