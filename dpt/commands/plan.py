@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dpt.commands.options import add_run_options, selected_runs
-from dpt.config.numbers import POSITIVE, Range, numeric
+from dpt.config.numbers import AT_LEAST_1, POSITIVE, Range, numeric
 from dpt.config.presets import preset_values
 from dpt.config.sections import ModelConfig, UpcyclingConfig
 from dpt.errors import UserError
@@ -41,6 +41,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dataset", default="", help="evaluation set, where the runs have several")
     parser.add_argument("--models", nargs="+", default=[], metavar="PRESET", help="further models to consider, by preset")
     parser.add_argument("--out", type=Path, help="write the plan's recipes and a study that runs them into this folder")
+    parser.add_argument(
+        "--seeds", type=numeric(int, AT_LEAST_1), default=1, help="with --out: seeds that the study trains with (default: 1)"
+    )
     parser.add_argument("--naive", action="store_true", help="with --out: also the naive plan's, to compare the two")
 
 
@@ -66,9 +69,9 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.out is not None:
         experiment = f"{records[0].experiment}-plan"
         for name, one in (("best", plan), ("naive", naive)) if arguments.naive else (("best", plan),):
-            like = {o.evaluation_id for o in observations if o.setting.method == one.setting.method}
-            newest = max((r for r in records if r.run_id in like), key=lambda r: r.start_time)
-            path = write_plan(one, newest, family, arguments.out / name, experiment=experiment)
+            nearest = min(observations, key=one.distance).evaluation_id
+            example = next(r for r in records if r.run_id == nearest)
+            path = write_plan(one, example, family, arguments.out / name, experiment=experiment, seeds=arguments.seeds)
             print(f"Run the {name} plan with: dpt study {path}")
 
 
@@ -85,6 +88,8 @@ def _learned(surface: Surface, observations: Sequence[Observation]) -> str:
     for name, (alpha, low, high) in surface.exponents().items():
         least, most = surface.ranges[name]
         lines.append(f"  {FACTORS[name]}: exponent -{alpha:.3f} [{low:.3f}, {high:.3f}] on {least:.3g} to {most:.3g}")
+    if surface.scratch:
+        lines.append("  models trained from scratch were among them")
     fixed = [text for name, text in FACTORS.items() if name not in surface.factors]
     fixed += [] if surface.upcycling else ["upcycling"]
     if fixed:
@@ -99,7 +104,7 @@ def describe(plan: Plan, surface: Surface, metric: str) -> str:
         f"Plan for {show_macs(plan.train_macs)}MACs of training and {show_macs(plan.test_macs)}MACs a prediction:",
         f"  model        hidden {config.hidden_size}, depth {config.depth}, heads {config.num_heads}, "
         f"{num_params(config).total / 1e6:.1f} M parameters, latents {config.input_size} x {config.input_size}",
-        f"  pre-train    {plan.pretrain_samples:.4g} samples",
+        f"  pre-train    {f'{plan.pretrain_samples:.4g} samples' if plan.pretrain_samples else 'no, trained from scratch'}",
         f"  fine-tune    {plan.finetune_samples:.4g} samples",
         *([f"  method       {plan.setting.method}"] if plan.setting.method else []),
         f"  upcycle      {f'{plan.upcycle_samples:.4g} samples' if plan.upcycle_samples else 'no'}",

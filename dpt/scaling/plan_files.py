@@ -13,10 +13,12 @@ from dpt.tracking.read import RunRecord, ancestors
 _ARCHITECTURE = ("preset", "hidden_size", "depth", "num_heads", "patch_size", "mlp_ratio", "input_size")
 
 
-def write_plan(plan: Plan, newest: RunRecord, family: Sequence[RunRecord], folder: Path, *, experiment: str) -> Path:
-    """Write the recipes of every stage and `study.yaml` to `folder`; returns the study.
+def write_plan(
+    plan: Plan, example: RunRecord, family: Sequence[RunRecord], folder: Path, *, experiment: str, seeds: int = 1
+) -> Path:
+    """Write the recipes of every stage and `study.yaml`, which runs them with so many seeds, to `folder`; returns the study.
 
-    Recipes are those of the evaluation `newest` and of its ancestors; of a stage that these lack, that of the newest run in
+    Recipes are those of the evaluation `example` and of its ancestors; of a stage that these lack, that of the newest run in
     `family` (sorted, oldest first). Raises UserError if there is none.
     """
     import yaml
@@ -25,7 +27,7 @@ def write_plan(plan: Plan, newest: RunRecord, family: Sequence[RunRecord], folde
     samples = {"pretrain": plan.pretrain_samples, "finetune": plan.finetune_samples, "upcycle": plan.upcycle_samples}
     stages: dict[str, dict[str, Any]] = {}
     before = ""
-    examples = [newest, *ancestors(newest, family), *reversed(family)]
+    examples = [example, *ancestors(example, family), *reversed(family)]
     for stage in ("pretrain", "finetune", "upcycle", "evaluate"):
         if samples.get(stage, 1) <= 0:
             continue
@@ -36,12 +38,18 @@ def write_plan(plan: Plan, newest: RunRecord, family: Sequence[RunRecord], folde
             _set_training(recipe, plan, samples[stage])
         path = folder / f"{stage}.json"
         path.write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
-        stages[stage] = {"launcher": stage, "recipe": str(path)} | ({"weights": before} if before else {})
+        stages[stage] = {"launcher": stage, "recipe": str(path), "axes": ["seed"]} | ({"weights": before} if before else {})
         before = stage
     study = {
         "title": f"Plan: {plan.train_macs:.3g} MACs of training",
         "output": str(folder / "runs"),
         "experiment": experiment,
+        "axes": {
+            "seed": {
+                "stages": [stage for stage in stages if stage != "evaluate"],
+                "values": {f"s{seed}": {"training.seed": seed} for seed in range(seeds)},
+            }
+        },
         "stages": stages,
     }
     path = folder / "study.yaml"
@@ -69,4 +77,5 @@ def _set_training(recipe: dict[str, Any], plan: Plan, samples: float) -> None:
     for name in ("checkpoint_every", "warmup_steps"):
         training[name] = max(1, round(training[name] * scale)) if training[name] else 0
     training["steps"] = steps
+    training["weights"] = ""  # the study gives those of the stage before
     recipe["dpt"]["model"] |= {name: getattr(plan.config, name) for name in _ARCHITECTURE}

@@ -1,6 +1,7 @@
 """Spends a budget: model size, pre-training, fine-tuning, upcycling, sampler steps and ensemble, by a fitted surface."""
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -10,10 +11,10 @@ from dpt.config.sections import ModelConfig, UpcyclingConfig
 from dpt.errors import UserError
 from dpt.models import costs
 from dpt.scaling.compute import prediction_macs
-from dpt.scaling.surface import Setting, Surface, added_macs, factor_values
+from dpt.scaling.surface import Observation, Setting, Surface, added_macs, factor_values
 
 _SHARES = np.round(np.linspace(0.02, 0.98, 49), 2)
-"""Shares of the budget that pre-training may get."""
+"""Shares of the budget that pre-training may get, beside none."""
 _UPCYCLED_SHARES = (0.25, 0.5)
 """Shares of the perception budget that may be spent after upcycling."""
 
@@ -25,6 +26,7 @@ class Plan:
     config: ModelConfig
     """The dense model."""
     pretrain_samples: float
+    """0: trained from scratch."""
     finetune_samples: float
     upcycle_samples: float
     """0: not upcycled."""
@@ -41,11 +43,19 @@ class Plan:
         """The surface's factors."""
         return factor_values(self.config, self.pretrain_samples, self.finetune_samples + self.upcycle_samples)
 
+    def distance(self, observation: Observation) -> tuple[bool, float, float]:
+        """How far an observation is from the plan: another method, its factors' logarithms, and of equal ones the error."""
+        values = [(value, observation.quantities[name]) for name, value in self.quantities.items()]
+        far = sum(math.log(mine / its) ** 2 if mine and its else 1.0 for mine, its in values if mine or its)
+        return observation.setting.method != self.setting.method, far, observation.error
+
     def extrapolations(self, surface: Surface) -> list[str]:
         """What lies outside the observations, a sentence each."""
         sentences = []
         for name, value in self.quantities.items():
             low, high = surface.ranges[name]
+            if name == "pretrain" and not value:
+                continue  # models trained from scratch were observed
             if not low * 0.999 <= value <= high * 1.001:
                 times = value / high if value > high else low / value
                 side = "above" if value > high else "below"
@@ -68,18 +78,21 @@ class Limits:
 def best_plan(surface: Surface, models: Sequence[ModelConfig], limits: Limits) -> Plan:
     """The plan with the least expected error among models, splits and observed test-time settings; UserError if none fits."""
     plans = []
+    shares = [*_SHARES, 0.0] if surface.scratch else _SHARES
     for config, upcycled in itertools.product(models, (False, True) if surface.upcycling else (False,)):
         setting = _best_setting(surface, config, upcycled, limits)
         if setting is not None:
-            for share, late in itertools.product(_SHARES, _UPCYCLED_SHARES if upcycled else (0.0,)):
+            for share, late in itertools.product(shares, _UPCYCLED_SHARES if upcycled else (0.0,)):
                 plans.append(make_plan(surface, config, limits, float(share), late, setting))
     return min(_within(plans, limits), key=lambda p: p.expected)
 
 
 def naive_plan(surface: Surface, models: Sequence[ModelConfig], limits: Limits) -> Plan:
-    """The middle model, the budget in equal parts to its stages, steps and ensemble as equal as the test-time limit allows."""
+    """The middle model trained by the usual method, the budget in equal parts to its stages, steps and ensemble as equal as the
+    test-time limit allows."""
     config = sorted(models, key=lambda m: costs.macs(m).forward)[(len(models) - 1) // 2]
     settings = _affordable(surface, config, False, limits)
+    settings = [s for s in settings if s.method == surface.usual_method] or settings
     plans = [make_plan(surface, config, limits, 0.5, 0.0, max(settings, key=_evenness))] if settings else []
     return _within(plans, limits)[0]
 
@@ -114,7 +127,8 @@ def make_plan(
 ) -> Plan:
     """The plan that gives pre-training this share of the budget and perception the rest, part of its samples upcycled.
 
-    A stage whose length the observations do not vary keeps the observed one: nothing is known of its effect.
+    A stage whose length the observations do not vary keeps the observed one: nothing is known of its effect. A share of 0 means
+    training from scratch, where that was observed.
     """
     per_sample = costs.macs(config).training
     per_tuned = per_sample * (1 - upcycled_share) + costs.macs(limits.upcycling.apply(config)).training * upcycled_share
@@ -126,11 +140,11 @@ def make_plan(
         tuned = max(0.0, limits.train_macs - pretrain * per_sample) / per_tuned
     if "finetune" not in surface.factors:
         tuned = surface.ranges["finetune"][0]
-        if "pretrain" in surface.factors:
+        if "pretrain" in surface.factors and not (surface.scratch and pretrain_share == 0):
             pretrain = max(0.0, limits.train_macs - tuned * per_tuned) / per_sample
     upcycled = upcycled_share > 0
     expected = np.inf
-    if pretrain > 0 and tuned > 0:
+    if tuned > 0 and (pretrain > 0 or surface.scratch):
         quantities = factor_values(config, pretrain, tuned)
         expected = surface.expected(quantities, upcycled=upcycled, setting=setting)
     return Plan(

@@ -3,11 +3,13 @@
 error = (c + sum_i A_i x_i^-alpha_i) * upcycling * sampler * ensemble: a power law for each training quantity, added up with
 what none of them removes (the parametric form of Hoffmann et al. 2022, "Training Compute-Optimal Large Language Models",
 equation 2), times the measured effects of the method of fine-tuning with its sampler steps, and of the ensemble size. Added
-rather than multiplied, since then a budget has a best split inside its range.
+rather than multiplied, since then a budget has a best split inside its range. A constant stands for the term of pre-training
+where there was none.
 """
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -89,7 +91,8 @@ def observe(
     records: Sequence[RunRecord], family: Sequence[RunRecord], task: str, metric: str, *, dataset: str = ""
 ) -> list[Observation]:
     """What the evaluations of models trained for `task` say, of those among `records`, or of generalists if there are none: the
-    two follow different laws, as do models without pre-training, which are left out.
+    two follow different laws. Models that were trained from scratch count, without pre-training; models that start from weights
+    of no known run (imported ones) do not, as nobody can say what those took.
 
     Raises UserError if they are of several data sets and none is named.
     """
@@ -101,7 +104,9 @@ def observe(
         samples = {stage: sum(_samples(r) for r in line if r.stage == stage) for stage in ("pretrain", "finetune", "upcycle")}
         config = section(line[0], "model", ModelConfig) if line else None
         trained = line[0].params.get("task", task) if line else ""
-        if config is None or not samples["pretrain"] or trained not in (task, "generalist"):
+        if config is None or trained not in (task, "generalist"):
+            continue
+        if not samples["pretrain"] and not _from_scratch(line[-1]):
             continue
         fields[line[0].run_id] = {name: line[0].params.get(name, default) for name, default in METHODS.items()}
         quantities = factor_values(config, samples["pretrain"], samples["finetune"] + samples["upcycle"])
@@ -156,13 +161,17 @@ def added_macs(recipe: DptConfig, config: ModelConfig) -> float:
 
 
 def factor_values(config: ModelConfig, pretrain_samples: float, finetune_samples: float) -> dict[str, float]:
-    """The value of every factor for a dense model and its training."""
+    """The value of every factor for a dense model and its training; pre-training is 0 for one trained from scratch."""
     return {
         "model": float(costs.num_params(config).total),
         "tokens": float(costs.num_tokens(config)),
         "pretrain": pretrain_samples,
         "finetune": finetune_samples,
     }
+
+
+def _from_scratch(record: RunRecord) -> bool:
+    return not record.parents and not record.params.get("training.weights")
 
 
 def _samples(record: RunRecord) -> float:
@@ -176,11 +185,15 @@ class Surface:
     factors: list[str]
     """Factors that the observations vary; the others have no say."""
     ranges: dict[str, tuple[float, float]]
-    """Least and greatest observed value of every factor."""
+    """Least and greatest observed value of every factor, in pre-training beside none at all."""
     settings: dict[Setting, DptConfig]
     """Those observed, each with the parts of its method's recipe that cost (`added_macs`)."""
+    usual_method: str
+    """That of most runs."""
     upcycling: bool
     """Whether both upcycled and dense models were observed."""
+    scratch: bool
+    """Whether both pre-trained models and models trained from scratch were observed."""
     centre: np.ndarray
     parameters: np.ndarray
     samples: np.ndarray
@@ -199,7 +212,7 @@ class Surface:
         return float(low), float(high)
 
     def _errors(self, fits: np.ndarray, quantities: dict[str, float], upcycled: bool, setting: Setting) -> np.ndarray:
-        x = np.log([[quantities[f] for f in self.factors]]) - self.centre
+        x = _logs([quantities], self.factors) - self.centre
         samplings, ensembles = _levels(self.settings)
         levels = np.array([[upcycled, samplings.index(setting[:2]), ensembles.index(setting.ensemble)]])
         shape = (len(self.factors), len(samplings), len(ensembles))
@@ -215,6 +228,12 @@ class Surface:
         return table
 
 
+def _logs(quantities: Sequence[Mapping[str, float]], factors: Sequence[str]) -> np.ndarray:
+    """log of every factor's value `[n, factors]`; -inf where there was no pre-training."""
+    values = np.array([[q[f] for f in factors] for q in quantities])
+    return np.log(values, out=np.full_like(values, -np.inf), where=values > 0)
+
+
 def _levels(settings: Iterable[Setting]) -> tuple[list[tuple[str, int]], list[int]]:
     """The levels of the two effects of a setting, in order: (method, steps), and ensemble sizes."""
     settings = list(settings)
@@ -227,7 +246,10 @@ def fit_surface(observations: Sequence[Observation], *, samples: int = 100, seed
     Raises UserError if fewer than four runs, or no factor that varies, were observed.
     """
     runs = sorted({o.run_id for o in observations})
-    factors = [f for f in FACTORS if len({o.quantities[f] for o in observations}) > 1]
+    values = {f: {o.quantities[f] for o in observations} for f in FACTORS}
+    scratch = 0 in values["pretrain"]
+    values["pretrain"] -= {0.0}
+    factors = [f for f in FACTORS if len(values[f]) > 1]
     if len(runs) < _LEAST_RUNS or not factors:
         varied = f" that vary {', '.join(factors)}" if factors else ", which do not differ" if runs else ""
         raise UserError(
@@ -237,8 +259,8 @@ def fit_surface(observations: Sequence[Observation], *, samples: int = 100, seed
     if any(o.error <= 0 for o in observations):
         raise UserError("an error of 0 or less was observed; a power law needs errors above 0.")
     samplings, ensembles = _levels(o.setting for o in observations)
-    raw = np.log([[o.quantities[f] for f in factors] for o in observations])
-    centre = raw.mean(axis=0)
+    raw = _logs([o.quantities for o in observations], factors)
+    centre = raw.mean(axis=0, where=np.isfinite(raw))
     x = raw - centre
     y = np.log([o.error for o in observations])
     levels = np.array([[o.upcycled, samplings.index(o.setting[:2]), ensembles.index(o.setting.ensemble)] for o in observations])
@@ -252,9 +274,11 @@ def fit_surface(observations: Sequence[Observation], *, samples: int = 100, seed
         draws.append(_fit(x[rows], y[rows], levels[rows], shape, 0.5, start=best)[0])
     return Surface(
         factors=factors,
-        ranges={f: (min(v), max(v)) for f in FACTORS for v in [[o.quantities[f] for o in observations]]},
+        ranges={f: (min(v, default=0.0), max(v, default=0.0)) for f, v in values.items()},
         settings={o.setting: o.recipe for o in observations},
+        usual_method=Counter({o.run_id: o.setting.method for o in observations}.values()).most_common(1)[0][0],
         upcycling=len({o.upcycled for o in observations}) > 1,
+        scratch=scratch and "pretrain" in factors,
         centre=centre,
         parameters=best,
         samples=np.array(draws),
@@ -263,7 +287,7 @@ def fit_surface(observations: Sequence[Observation], *, samples: int = 100, seed
 
 
 def _log_error(p: np.ndarray, x: np.ndarray, levels: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
-    """log error; p = log c, (log A_i, alpha_i)..., upcycling, steps..., ensembles... (the greatest level of each is 0)."""
+    """log error; p = log c, (log A_i, alpha_i)..., upcycling, steps..., ensembles..., scratch (last steps, ensemble: 0)."""
     factors, steps, ensembles = shape
     rest = p[1 + 2 * factors :]
     of_steps = np.append(rest[1:steps], 0.0)
@@ -273,10 +297,12 @@ def _log_error(p: np.ndarray, x: np.ndarray, levels: np.ndarray, shape: tuple[in
 
 
 def _log_terms(p: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """log c, and log A_i - alpha_i x_i of every factor: `[n, 1 + factors]`."""
+    """log c, and log A_i - alpha_i x_i of every factor, or what training from scratch leaves: `[n, 1 + factors]`."""
     count = x.shape[1]
     log_a, alpha = p[1 : 1 + 2 * count : 2], p[2 : 2 + 2 * count : 2]
-    return np.concatenate([np.full((len(x), 1), p[0]), log_a - alpha * x], axis=1)
+    scratch = np.isneginf(x)
+    terms = np.where(scratch, p[-1], log_a - alpha * np.where(scratch, 0.0, x))
+    return np.concatenate([np.full((len(x), 1), p[0]), terms], axis=1)
 
 
 def _fit(
@@ -292,11 +318,12 @@ def _fit(
 
     factors, steps, ensembles = shape
     level = float(np.median(y))
-    prior = np.zeros(1 + 2 * factors + 1 + (steps - 1) + (ensembles - 1))
+    prior = np.zeros(1 + 2 * factors + 1 + (steps - 1) + (ensembles - 1) + 1)
     spread = np.ones_like(prior)
     prior[0], spread[0] = level + math.log(0.3), 2.0
     prior[1 : 1 + 2 * factors : 2], spread[1 : 1 + 2 * factors : 2] = level + math.log(0.7 / factors), 2.0
     prior[2 : 2 + 2 * factors : 2], spread[2 : 2 + 2 * factors : 2] = 0.3, 0.3
+    prior[-1], spread[-1] = prior[1], 2.0
     guess = prior.copy()
     guess[0] = level + math.log(share)
     guess[1 : 1 + 2 * factors : 2] = level + math.log((1 - share) / factors)
@@ -304,10 +331,11 @@ def _fit(
     low[2 : 2 + 2 * factors : 2], high[2 : 2 + 2 * factors : 2] = 0.0, 3.0
     guess = guess if start is None else np.clip(start, low + 1e-9, high - 1e-9)
 
+    scratch = np.isneginf(x)
     settings = np.zeros((len(x), len(prior) - 1 - 2 * factors))  # slopes of the settings' effects
     settings[:, 0] = levels[:, 0]
     settings[:, 1:steps] = levels[:, 1, None] == np.arange(steps - 1)
-    settings[:, steps:] = levels[:, 2, None] == np.arange(ensembles - 1)
+    settings[:, steps:-1] = levels[:, 2, None] == np.arange(ensembles - 1)
 
     def residuals(p: np.ndarray) -> np.ndarray:
         return np.concatenate([_log_error(p, x, levels, shape) - y, _PRIOR * (p - prior) / spread])
@@ -315,7 +343,9 @@ def _fit(
     def slopes(p: np.ndarray) -> np.ndarray:
         terms = _log_terms(p, x)
         parts = np.exp(terms - np.logaddexp.reduce(terms, axis=1)[:, None])  # shares of the terms in the sum
-        pairs = np.stack([parts[:, 1:], -parts[:, 1:] * x], axis=2).reshape(len(x), -1)
+        of_laws = np.where(scratch, 0.0, parts[:, 1:])
+        pairs = np.stack([of_laws, -of_laws * np.where(scratch, 0.0, x)], axis=2).reshape(len(x), -1)
+        settings[:, -1] = (parts[:, 1:] - of_laws).sum(axis=1)
         return np.concatenate([np.concatenate([parts[:, :1], pairs, settings], axis=1), np.diag(_PRIOR / spread)])
 
     found = least_squares(residuals, guess, jac=slopes, bounds=(low, high))

@@ -14,6 +14,7 @@ from dpt.commands import plan as command
 from dpt.config.sections import ModelConfig
 from dpt.errors import UserError
 from dpt.models import costs
+from dpt.scaling.plan_files import write_plan
 from dpt.scaling.planner import Limits, best_plan, naive_plan
 from dpt.scaling.surface import Setting, added_macs, factor_values, fit_surface, observe
 
@@ -112,7 +113,7 @@ def test_the_slopes_are_those_of_the_errors(surface):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("scipy.optimize.least_squares", spy)
-        runs = study()
+        runs = from_scratch(study(), 1.1)
         module.fit_surface(observe(runs, runs, "depth", "abs_rel"), samples=1)
     assert seen["difference"] < 1e-5
 
@@ -222,6 +223,50 @@ def test_tokens_that_bypass_blocks_save_their_compute():
     saved = {s.method: added_macs(recipe, config(64)) for s, recipe in surface.settings.items()}
     assert sorted(macs < 0 for macs in saved.values()) == [False, True]
     assert all("bypass_share=0.5" in method for method, macs in saved.items() if macs < 0)
+
+
+def from_scratch(runs, gain):
+    """The runs with as many that were never pre-trained, whose errors are `gain` times as large."""
+    renamed = {r.run_id: f"scratch_{r.run_id}" for r in runs if r.stage != "pretrain"}
+    made = []
+    for run in runs:
+        if run.run_id in renamed:
+            parents = [renamed[p] for p in run.parents if p in renamed]
+            metrics = {k: v * gain if k.startswith("eval") else v for k, v in run.metrics.items()}
+            fields = {"run_id": renamed[run.run_id], "name": renamed[run.run_id]}
+            made.append(dataclasses.replace(run, **fields, parents=parents, metrics=metrics))
+    return [*runs, *made]
+
+
+@pytest.mark.parametrize(("gain", "pretrained"), [(0.8, False), (1.3, True)])
+def test_training_from_scratch_is_planned_where_it_was_seen_to_pay(gain, pretrained, tmp_path):
+    runs = from_scratch(study(tmp_path, upcycle=(False,)), gain)
+    observations = observe(runs, runs, "depth", "abs_rel")
+    surface = fit_surface(observations, samples=5)
+    assert surface.scratch
+    assert surface.ranges["pretrain"] == (1e3, 4e3)
+    quantities = factor_values(config(96), 0, 2e3)
+    from_known = np.sqrt(gain**2 * truth(config(96), 1e3, 2e3, False, 10, 5) * truth(config(96), 4e3, 2e3, False, 10, 5))
+    assert surface.expected(quantities, upcycled=False, setting=Setting("", 10, 5)) == pytest.approx(from_known, rel=0.04)
+    plan = best_plan(surface, [config(w) for w in WIDTHS], Limits(train_macs=1e11))
+    assert (plan.pretrain_samples > 0) == pretrained
+    assert not any(s.startswith("pretrain") for s in plan.extrapolations(surface)) or pretrained
+    assert plan.train_macs == pytest.approx(1e11, rel=1e-6)
+    nearest = min(observations, key=plan.distance)
+    assert (nearest.config, nearest.quantities["pretrain"] > 0) == (plan.config, pretrained)
+    evaluated = next(r for r in runs if r.stage == "evaluate")
+    content = yaml.safe_load(write_plan(plan, evaluated, runs, tmp_path / "plan", experiment="e", seeds=3).read_text())
+    assert ("pretrain" in content["stages"]) == pretrained
+    assert ("weights" in content["stages"]["finetune"]) == pretrained
+    assert list(content["axes"]["seed"]["values"]) == ["s0", "s1", "s2"]
+
+
+def test_models_that_start_from_imported_weights_are_no_observations():
+    runs = from_scratch(study(upcycle=(False,)), 1.0)
+    started = {r.run_id: {"training.weights": "released"} for r in runs if r.stage == "finetune" and not r.parents}
+    imported = [dataclasses.replace(r, params=r.params | started.get(r.run_id, {})) for r in runs]
+    known = study(upcycle=(False,))
+    assert len(observe(imported, imported, "depth", "abs_rel")) == len(observe(known, known, "depth", "abs_rel"))
 
 
 def test_too_few_runs_are_refused():
