@@ -76,7 +76,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _models(observations: Sequence[Observation], presets: Sequence[str]) -> list[ModelConfig]:
-    """The observed dense models, and presets in the form of the last of them."""
+    """The observed models, and presets in the form of the last of them."""
     models = list(dict.fromkeys(o.config for o in observations))
     return models + [dataclasses.replace(models[-1], **preset_values(name)) for name in presets]
 
@@ -100,10 +100,11 @@ def _learned(surface: Surface, observations: Sequence[Observation]) -> str:
 def describe(plan: Plan, surface: Surface, metric: str) -> str:
     """The plan in words."""
     config = plan.config
+    experts = f", {config.num_experts} experts of which a token takes {config.top_k}" if config.num_experts else ""
     lines = [
         f"Plan for {show_macs(plan.train_macs)}MACs of training and {show_macs(plan.test_macs)}MACs a prediction:",
         f"  model        hidden {config.hidden_size}, depth {config.depth}, heads {config.num_heads}, "
-        f"{num_params(config).total / 1e6:.1f} M parameters, latents {config.input_size} x {config.input_size}",
+        f"{num_params(config).total / 1e6:.1f} M parameters, latents {config.input_size} x {config.input_size}{experts}",
         f"  pre-train    {f'{plan.pretrain_samples:.4g} samples' if plan.pretrain_samples else 'no, trained from scratch'}",
         f"  fine-tune    {plan.finetune_samples:.4g} samples",
         *([f"  method       {plan.setting.method}"] if plan.setting.method else []),

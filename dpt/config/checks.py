@@ -175,6 +175,13 @@ def _check_task(recipe: Recipe) -> None:
         _refuse(recipe, "dpt.validation.every is for perception; class images have no truths to be scored by.")
     if config.validation.every and not (config.validation.data or config.evaluation.data):
         _refuse(recipe, "dpt.validation.data is empty, and so is dpt.evaluation.data; name an evaluation shard folder.")
+    wrong = [label for label in config.sampling.labels if not 0 <= label < config.model.num_classes]
+    if config.task == "class" and wrong:
+        _refuse(
+            recipe,
+            f"dpt.sampling.labels has {wrong[0]}; dpt.model.num_classes is {config.model.num_classes}, so that labels are "
+            f"0 to {config.model.num_classes - 1}.",
+        )
     one_step = config.diffusion.one_step
     if config.task == "class" and one_step:
         _refuse(recipe, 'dpt.diffusion.timesteps "last" is for perception; images of a class need several steps.')

@@ -1,6 +1,7 @@
 """A plan as recipes and a study that runs them, made from the recipes of the runs that the plan was learned from."""
 
 import copy
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +11,8 @@ from dpt.errors import UserError
 from dpt.scaling.planner import Plan
 from dpt.tracking.read import RunRecord, ancestors
 
-_ARCHITECTURE = ("preset", "hidden_size", "depth", "num_heads", "patch_size", "mlp_ratio", "input_size")
+_OF_STAGES = ("num_conditions", "num_classes", "class_dropout_prob", "learn_sigma", "patch_embed_tasks", "clip_embedding_size")
+"""Fields of the model in which stages of one model may differ; all others are the plan's."""
 
 
 def write_plan(
@@ -36,6 +38,8 @@ def write_plan(
             recipe["dpt"]["evaluation"] |= {"steps": [plan.setting.steps], "ensemble": [plan.setting.ensemble]}
         else:
             _set_training(recipe, plan, samples[stage])
+            if stage == "upcycle":
+                recipe["dpt"]["upcycling"] = dataclasses.asdict(plan.upcycling)
         path = folder / f"{stage}.json"
         path.write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
         stages[stage] = {"launcher": stage, "recipe": str(path), "axes": ["seed"]} | ({"weights": before} if before else {})
@@ -78,4 +82,4 @@ def _set_training(recipe: dict[str, Any], plan: Plan, samples: float) -> None:
         training[name] = max(1, round(training[name] * scale)) if training[name] else 0
     training["steps"] = steps
     training["weights"] = ""  # the study gives those of the stage before
-    recipe["dpt"]["model"] |= {name: getattr(plan.config, name) for name in _ARCHITECTURE}
+    recipe["dpt"]["model"] |= {k: v for k, v in dataclasses.asdict(plan.config).items() if k not in _OF_STAGES}

@@ -24,12 +24,13 @@ class Plan:
     """How a budget is spent, and what is expected of it."""
 
     config: ModelConfig
-    """The dense model."""
+    """The model before upcycling."""
     pretrain_samples: float
     """0: trained from scratch."""
     finetune_samples: float
     upcycle_samples: float
     """0: not upcycled."""
+    upcycling: UpcyclingConfig
     setting: Setting
     """Method of fine-tuning, sampler steps and ensemble size."""
     train_macs: float
@@ -44,10 +45,11 @@ class Plan:
         return factor_values(self.config, self.pretrain_samples, self.finetune_samples + self.upcycle_samples)
 
     def distance(self, observation: Observation) -> tuple[bool, float, float]:
-        """How far an observation is from the plan: another method, its factors' logarithms, and of equal ones the error."""
+        """How far an observation is from the plan: method and latents, its factors' logarithms, and of equal ones the error."""
+        kind = (observation.setting.method, observation.config.input_size, observation.upcycled)
         values = [(value, observation.quantities[name]) for name, value in self.quantities.items()]
         far = sum(math.log(mine / its) ** 2 if mine and its else 1.0 for mine, its in values if mine or its)
-        return observation.setting.method != self.setting.method, far, observation.error
+        return kind != (self.setting.method, self.config.input_size, self.upcycle_samples > 0), far, observation.error
 
     def extrapolations(self, surface: Surface) -> list[str]:
         """What lies outside the observations, a sentence each."""
@@ -80,6 +82,8 @@ def best_plan(surface: Surface, models: Sequence[ModelConfig], limits: Limits) -
     plans = []
     shares = [*_SHARES, 0.0] if surface.scratch else _SHARES
     for config, upcycled in itertools.product(models, (False, True) if surface.upcycling else (False,)):
+        if upcycled and config.num_experts:
+            continue
         setting = _best_setting(surface, config, upcycled, limits)
         if setting is not None:
             for share, late in itertools.product(shares, _UPCYCLED_SHARES if upcycled else (0.0,)):
@@ -152,6 +156,7 @@ def make_plan(
         pretrain_samples=pretrain,
         finetune_samples=tuned * (1 - upcycled_share),
         upcycle_samples=tuned * upcycled_share,
+        upcycling=limits.upcycling,
         setting=setting,
         train_macs=pretrain * per_sample + tuned * per_tuned,
         test_macs=_test_macs(config, upcycled, limits, setting),
@@ -165,7 +170,9 @@ def _test_macs(config: ModelConfig, upcycled: bool, limits: Limits, setting: Set
 
 
 def _affordable(surface: Surface, config: ModelConfig, upcycled: bool, limits: Limits) -> list[Setting]:
-    return [s for s in sorted(surface.settings) if _test_macs(config, upcycled, limits, s) <= limits.test_macs]
+    """The observed settings within the limit, of methods that were seen with latents of this size, upcycled or not."""
+    settings = [s for s in sorted(surface.settings) if (s.method, config.input_size, upcycled) in surface.seen]
+    return [s for s in settings if _test_macs(config, upcycled, limits, s) <= limits.test_macs]
 
 
 def _best_setting(surface: Surface, config: ModelConfig, upcycled: bool, limits: Limits) -> Setting | None:

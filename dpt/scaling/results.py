@@ -177,7 +177,7 @@ def show_macs(macs: float | None) -> str:
     if not macs:
         return "–"
     for factor, prefix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")):
-        if macs >= factor:
+        if macs >= 0.9995 * factor:
             return f"{macs / factor:.3g} {prefix}"
     return f"{macs:.3g}"
 

@@ -34,7 +34,7 @@ from dpt.scores import METRICS
 from dpt.tracking.read import RunRecord, ancestors
 
 FACTORS = {
-    "model": "parameters of the dense model",
+    "model": "active parameters of the model before upcycling",
     "tokens": "tokens of an image",
     "pretrain": "pre-training samples",
     "finetune": "fine-tuning samples, those after upcycling included",
@@ -74,7 +74,7 @@ class Observation:
     error: float
     """What is to be small: the metric, or one minus it."""
     config: ModelConfig
-    """The dense model."""
+    """The model before upcycling."""
     quantities: dict[str, float]
     """Value of every factor."""
     upcycled: bool
@@ -102,7 +102,7 @@ def observe(
         rows = [r for r in evaluation_rows(record) if r.run is not None and r.task == task and metric in r.metrics]
         line = [r for r in ancestors(record, family) if r.stage != "evaluate"]
         samples = {stage: sum(_samples(r) for r in line if r.stage == stage) for stage in ("pretrain", "finetune", "upcycle")}
-        config = section(line[0], "model", ModelConfig) if line else None
+        config = section(_before_upcycling(line), "model", ModelConfig) if line else None
         trained = line[0].params.get("task", task) if line else ""
         if config is None or trained not in (task, "generalist"):
             continue
@@ -161,13 +161,20 @@ def added_macs(recipe: DptConfig, config: ModelConfig) -> float:
 
 
 def factor_values(config: ModelConfig, pretrain_samples: float, finetune_samples: float) -> dict[str, float]:
-    """The value of every factor for a dense model and its training; pre-training is 0 for one trained from scratch."""
+    """The value of every factor for a model before upcycling, and its training; no pre-training: trained from scratch."""
     return {
-        "model": float(costs.num_params(config).total),
+        "model": float(costs.num_params(config).active),
         "tokens": float(costs.num_tokens(config)),
         "pretrain": pretrain_samples,
         "finetune": finetune_samples,
     }
+
+
+def _before_upcycling(line: Sequence[RunRecord]) -> RunRecord:
+    """Of a line of runs, newest first, the newest one that its upcycling started from; without upcycling the newest."""
+    upcycled = [place for place, run in enumerate(line) if run.stage == "upcycle"]
+    older = line[upcycled[-1] + 1 :] if upcycled else line
+    return older[0] if older else line[-1]
 
 
 def _from_scratch(record: RunRecord) -> bool:
@@ -188,6 +195,8 @@ class Surface:
     """Least and greatest observed value of every factor, in pre-training beside none at all."""
     settings: dict[Setting, DptConfig]
     """Those observed, each with the parts of its method's recipe that cost (`added_macs`)."""
+    seen: set[tuple[str, int, bool]]
+    """What was observed together: method, side of the latents (`input_size`), and whether upcycled."""
     usual_method: str
     """That of most runs."""
     upcycling: bool
@@ -276,6 +285,7 @@ def fit_surface(observations: Sequence[Observation], *, samples: int = 100, seed
         factors=factors,
         ranges={f: (min(v, default=0.0), max(v, default=0.0)) for f, v in values.items()},
         settings={o.setting: o.recipe for o in observations},
+        seen={(o.setting.method, o.config.input_size, o.upcycled) for o in observations},
         usual_method=Counter({o.run_id: o.setting.method for o in observations}.values()).most_common(1)[0][0],
         upcycling=len({o.upcycled for o in observations}) > 1,
         scratch=scratch and "pretrain" in factors,

@@ -86,7 +86,10 @@ def with_password(uri: str) -> str:
 
 
 def connect(uri: str) -> Any:
-    """An `MlflowClient` that gives up on a silent server after seconds rather than minutes (our callers try again)."""
+    """An `MlflowClient` that gives up on a silent server after seconds rather than minutes (our callers try again).
+
+    Raises UserError for an SQLite store that is none, and for a database whose driver is not installed.
+    """
     uri = with_password(uri)
     check_sqlite(uri)
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
@@ -95,8 +98,14 @@ def connect(uri: str) -> Any:
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     from mlflow import MlflowClient
 
-    with _one_at_a_time(uri):
-        return MlflowClient(tracking_uri=uri, registry_uri=uri)
+    try:
+        with _one_at_a_time(uri):
+            return MlflowClient(tracking_uri=uri, registry_uri=uri)
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"{hide_passwords(uri)}: the database's driver {error.name} is not installed; install it, or name an installed one "
+            "in the address (mysql+pymysql://...)."
+        ) from error
 
 
 @contextlib.contextmanager

@@ -106,7 +106,7 @@ def optimizer_options(block: Mapping[str, Any]) -> dict[str, Any]:
     if unknown:
         raise UserError(f"optimizer.params.{unknown[0]} is unknown; {kind} takes {', '.join(defaults)}.")
     options = defaults | given
-    options["betas"] = tuple(options["betas"])
+    options["betas"] = tuple(float(beta) for beta in options["betas"])  # torch refuses 0 beside 0.99
     return options
 
 

@@ -142,6 +142,7 @@ def test_help_lists_every_field(capsys: pytest.CaptureFixture[str]) -> None:
         ({"train_batch_size": 4, "task": "depth"}, 1, "num_conditions"),
         ({"train_batch_size": 4, "bf16.enabled": True, "fp16.enabled": True}, 1, "bf16"),
         ({"train_batch_size": 4, "optimizer.type": "Lion"}, 1, "Lion"),
+        ({"train_batch_size": 4, "model.num_classes": 4, "sampling.labels": [0, 4]}, 1, "labels has 4; .*labels are 0 to 3"),
     ],
 )
 def test_impossible_combinations(keys: dict[str, object], world_size: int, word: str) -> None:

@@ -41,6 +41,8 @@ def study(folder=None, noise=0.01, widths=WIDTHS, lengths=(1e3, 4e3), upcycle=(F
     def add(name, stage, parents, model, samples, **metrics):
         params = {f"model.{k}": str(getattr(model, k)) for k in ("hidden_size", "depth", "num_heads", "num_conditions")}
         params |= {"model.input_size": "16", "model.num_classes": "8", "upcycling.num_experts": "4"}
+        if stage == "upcycle":  # records are of the network that was trained
+            params |= {"model.num_experts": "4", "model.top_k": "2"}
         recipe = {
             "train_batch_size": 10,
             "dpt": {
@@ -90,6 +92,7 @@ def test_models_of_another_task_are_no_observations():
 
 def test_the_surface_predicts_what_it_has_not_seen(surface):
     assert surface.factors == ["model", "pretrain", "finetune"]
+    assert surface.ranges["model"] == tuple(float(costs.num_params(config(w)).total) for w in (min(WIDTHS), max(WIDTHS)))
     for width, pretrain, finetune, upcycled in ((64, 2e3, 3e3, False), (128, 3e3, 2e3, True), (96, 4e3, 1e3, False)):
         quantities = factor_values(config(width), pretrain, finetune)
         true = truth(config(width), pretrain, finetune, upcycled, 10, 5)
@@ -267,6 +270,27 @@ def test_models_that_start_from_imported_weights_are_no_observations():
     imported = [dataclasses.replace(r, params=r.params | started.get(r.run_id, {})) for r in runs]
     known = study(upcycle=(False,))
     assert len(observe(imported, imported, "depth", "abs_rel")) == len(observe(known, known, "depth", "abs_rel"))
+
+
+def test_a_method_is_planned_on_latents_that_it_was_seen_on():
+    """The evaluations at 16 x 16 latents are by the usual method alone, those at 8 x 8 by the better one too."""
+    runs = study(upcycle=(False,))
+    small = {r.run_id: f"small_{r.run_id}" for r in runs}
+    resized = [
+        dataclasses.replace(
+            r,
+            run_id=small[r.run_id],
+            parents=[small[p] for p in r.parents],
+            params=r.params | {"model.input_size": "8"},
+            metrics={k: v * 1.2 if k.startswith("eval") else v for k, v in r.metrics.items()},
+        )
+        for r in runs
+    ]
+    runs += resized + one_step(resized, 0.8)
+    surface = fit_surface(observe(runs, runs, "depth", "abs_rel"), samples=5)
+    large, small_latents = ([dataclasses.replace(config(w), input_size=side) for w in WIDTHS] for side in (16, 8))
+    assert "last" not in best_plan(surface, large, Limits(train_macs=1e12)).setting.method
+    assert "last" in best_plan(surface, small_latents, Limits(train_macs=1e12)).setting.method
 
 
 def test_too_few_runs_are_refused():

@@ -1,8 +1,12 @@
-"""An SQLite store whose first clients come at the same time."""
+"""Clients of stores: the first ones of an SQLite file at the same time, and of a database without its driver."""
 
 import multiprocessing
+import sys
 from pathlib import Path
 
+import pytest
+
+from dpt.errors import UserError
 from dpt.tracking import store
 
 
@@ -23,3 +27,10 @@ def test_clients_that_come_together_make_the_tables_once(tmp_path: Path) -> None
     assert [answers.get(timeout=120) for _ in processes] == ["", "", ""]
     for process in processes:
         process.join()
+
+
+def test_a_database_without_its_driver_is_refused_without_its_password(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "MySQLdb", None)
+    with pytest.raises(UserError, match="driver MySQLdb is not installed") as caught:
+        store.connect("mysql://user:secret@nowhere/runs")
+    assert "secret" not in str(caught.value)

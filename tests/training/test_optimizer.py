@@ -48,6 +48,7 @@ def test_parameters_without_gradients_are_left_alone() -> None:
 
 def test_options_of_deepspeeds_block() -> None:
     assert optimizer_options({}) == DEFAULTS
+    torch.optim.AdamW([torch.zeros(1, requires_grad=True)], betas=optimizer_options({"params": {"betas": [0, 0.9]}})["betas"])
     block = {"type": "AdamW", "params": {"lr": 0.1, "betas": [0.5, 0.6], "torch_adam": True}}
     assert optimizer_options(block) == DEFAULTS | {"lr": 0.1, "betas": (0.5, 0.6)}
     with pytest.raises(UserError, match=r"optimizer\.params\.beta is unknown"):
