@@ -79,7 +79,8 @@ class Run:
     # --- restoring ------------------------------------------------------------------------------------------------------
 
     def restore(self) -> None:
-        from dpt.training.checkpoint import newest_checkpoint, restore
+        from dpt.training.checkpoint import newest_checkpoint
+        from dpt.training.engine_state import restore
 
         found = newest_checkpoint(self.folder / "ours")
         assert found is not None

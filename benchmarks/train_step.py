@@ -96,7 +96,7 @@ def ours(
     distributed.init()
     stage = (0 if precision == "fp32" else 1) if zero_stage is None else zero_stage
     one = recipe(config, batch, precision, zero_stage=stage, accumulation=accumulation, compile=compile)
-    network = Stage(name="pretrain", recipe=one, start=None, parents=[]).build()
+    network = Stage(name="pretrain", recipe=one).build()
     engine = Engine(one, LossModule(network, one.dpt))
     prepare = Preparation(
         one.dpt, tasks=["class"], scaling=LatentScaling(scale=0.18215), device=engine.device, dtype=engine.dtype

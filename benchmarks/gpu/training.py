@@ -36,7 +36,7 @@ class Training:
         distributed.init()
         self.recipe = recipe(config, batch, precision, zero_stage=2, accumulation=batch // micro, compile=compile)
         self.plan_bytes = needs(self.recipe, "pretrain", 1).memory.total
-        self.network: DiT = Stage(name="pretrain", recipe=self.recipe, start=None, parents=[]).build()
+        self.network: DiT = Stage(name="pretrain", recipe=self.recipe).build()
         self.engine = Engine(self.recipe, LossModule(self.network, self.recipe.dpt))
         device, dtype = self.engine.device, self.engine.dtype
         self.prepare = Preparation(

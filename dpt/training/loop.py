@@ -2,12 +2,11 @@
 
 import math
 import time
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from dpt import __version__, distributed
+from dpt import distributed
 from dpt.config.checks import batch_split
 from dpt.config.recipe import Recipe
 from dpt.errors import UserError
@@ -18,26 +17,26 @@ from dpt.models.moe import EarlierRouting
 from dpt.scores import with_unit
 from dpt.tracking import watch_node
 from dpt.training import opening
-from dpt.training.checkpoint import checkpoint_name, restore
+from dpt.training.checkpoint import checkpoint_name
 from dpt.training.continuing import check_course, check_data
 from dpt.training.control import Control
 from dpt.training.data_loader import open_data_loader
 from dpt.training.deepspeed_internals import gathered
 from dpt.training.engine import Engine, StepResult
+from dpt.training.engine_state import restore
 from dpt.training.expert_pictures import ExpertPictures
-from dpt.training.export import export, weights_sections
+from dpt.training.export import export
 from dpt.training.failure import TrainingFailed, failure_report
 from dpt.training.fragments import parameter_shapes
 from dpt.training.optimizer import learning_rate
 from dpt.training.outputs import BEST, CHECKPOINTS, WEIGHTS, exported_step
-from dpt.training.resume import Found, SkippedSamples, check_network, find_checkpoint, position_of, remarks, rewind_target
+from dpt.training.resume import Found, check_network, find_checkpoint, position_of, remarks, rewind_target
 from dpt.training.sampling import averaged_network, save_class_samples
-from dpt.training.stages import learnt_codes, learnt_fits, open_stage
+from dpt.training.stages import open_stage
+from dpt.training.state import RunState
 from dpt.training.step import Losses, LossModule, Preparation
 from dpt.training.validation import Best, OpenValidator, export_averaged
 from dpt.training.watchdog import Watchdog
-
-T = TypeVar("T")
 
 
 def train(recipe: Recipe, stage_name: str, open_validator: OpenValidator | None = None) -> None:
@@ -72,10 +71,7 @@ class Trainer:
     ) -> None:
         self.training = recipe.dpt.training
         self.output_dir = Path(self.training.output_dir)
-        self.step = self.samples_seen = self.skipped = self.skipped_in_a_row = 0
-        self.skipped_samples = SkippedSamples()
-        self.run_id = self.origin = ""
-        self.best = Best()
+        self.state = RunState.of(found[1]) if found is not None else RunState()
         self.control, self.watchdog = Control(), Watchdog(self.training.timeout_s)
         self.control.listen()
         try:
@@ -87,13 +83,8 @@ class Trainer:
 
     def _build(self, recipe: Recipe, stage_name: str, found: Found | None, open_validator: OpenValidator | None) -> None:
         with distributed.shared_errors():
-            self.stage = open_stage(recipe, stage_name, parents=found[1]["parents"] if found else None)
+            self.stage = open_stage(recipe, stage_name, found)
             self.recipe, self.config = self.stage.recipe, self.stage.recipe.dpt
-        self.origin = found[1]["sections"]["lineage"].get("weights", "") if found else self.stage.origin
-        if found is not None:
-            self._restore_counters(found[1])
-        self.learnt_codes = learnt_codes(found[1]["sections"], str(found[0])) if found else self.stage.codes
-        self.learnt_fits = learnt_fits(found[1]["sections"], str(found[0])) if found else self.stage.fits
         self._open_data_loader()
         if found is not None:
             check_data(*found, recipe, self.data_loader.data_sha256)
@@ -113,11 +104,11 @@ class Trainer:
             device=self.engine.device,
             dtype=self.engine.dtype,
         )
-        self.saver = opening.open_saver(self.config, self.output_dir, self.step)
+        self.saver = opening.open_saver(self.config, self.output_dir, self.state.step)
         self.expert_pictures = ExpertPictures(self.engine.module.network, self.config, self.output_dir / "routing")  # type: ignore[arg-type]
-        self.tracking = opening.open_tracking(self.stage, self.data_loader, self.output_dir, run_id=self.run_id, step=self.step)
-        self.run_id = distributed.broadcast_object(self.tracking.run_id)
-        self.node_watch = watch_node(self.config.tracking, run_id=self.run_id, output_dir=self.output_dir)
+        self.tracking = opening.open_tracking(self.stage, self.data_loader, self.output_dir, self.state)
+        self.state.run_id = distributed.broadcast_object(self.tracking.run_id)
+        self.node_watch = watch_node(self.config.tracking, run_id=self.state.run_id, output_dir=self.output_dir)
         self._open_recorder()
 
     # --- the loop -------------------------------------------------------------------------------------------------------
@@ -136,19 +127,19 @@ class Trainer:
             raise
 
     def _train(self) -> None:
-        opening.announce(self.stage, self.engine, self.data_loader, self.step)
-        if self.step == 0:
+        opening.announce(self.stage, self.engine, self.data_loader, self.state.step)
+        if self.state.step == 0:
             self.recorder.note_start(self._expert_distance())
-        while self.step < self.training.steps:
+        while self.state.step < self.training.steps:
             losses, keys = self._accumulate()
-            lr = learning_rate(self.training, self.engine.base_lr, self.step)
-            self.watchdog.beat(self.step, "updating weights")
+            lr = learning_rate(self.training, self.engine.base_lr, self.state.step)
+            self.watchdog.beat(self.state.step, "updating weights")
             result = self.engine.step(lr)
-            self.step += 1
-            self.samples_seen += self.engine.global_batch_size
+            self.state.step += 1
+            self.state.samples_seen += self.engine.global_batch_size
             if self._skipped_or_rewound(result, losses, keys):
                 continue
-            self.watchdog.beat(self.step, "recording")
+            self.watchdog.beat(self.state.step, "recording")
             self._record(result, lr)
             self._take_snapshot()
             if self._agree_to_stop():
@@ -164,15 +155,15 @@ class Trainer:
         keys: list[str] = []
         loss: Any = 0.0
         earlier: EarlierRouting | None = None
-        self.expert_pictures.begin(self._is_drawn(self.step + 1))
+        self.expert_pictures.begin(self._is_drawn(self.state.step + 1))
         if self.teacher is not None:
             self.teacher.refresh(self.engine)
         for number in range(self.engine.accumulation):
-            self.watchdog.beat(self.step, "reading data")
+            self.watchdog.beat(self.state.step, "reading data")
             begin = time.perf_counter()
             batch = next(self.batches)
             self.recorder.wait(time.perf_counter() - begin)
-            self.watchdog.beat(self.step, "computing")
+            self.watchdog.beat(self.state.step, "computing")
             keys += batch["key"]
             inputs = self.prepare(batch)
             with self.expert_pictures.watch(inputs):
@@ -189,18 +180,18 @@ class Trainer:
     def _skipped_or_rewound(self, result: StepResult, losses: Losses, keys: list[str]) -> bool:
         """Balance the routers, or count a skipped step; True if too many of them rewound the run to its last checkpoint."""
         if result.applied:
-            self.skipped_in_a_row = 0
+            self.state.skipped_in_a_row = 0
             if self.config.model.router_bias_balancing:
                 self.engine.module.network.update_router_bias(losses.tokens_per_expert)  # type: ignore[operator, union-attr]
             return False
-        self.skipped += 1
+        self.state.skipped += 1
         mean_loss = distributed.all_reduce_mean({"loss": float(losses.loss)})["loss"]
         scaler = self.engine.loss_scaler
         if scaler is not None and scaler.dynamic and math.isfinite(mean_loss):
             return False  # fp16 looks for the largest loss scale that does not overflow: no fault
-        self.skipped_in_a_row += 1
-        distributed.log(f"step {self.step}: loss or gradient not finite; the step is skipped on all ranks.")
-        if self.skipped_in_a_row < self.training.max_skipped_steps:
+        self.state.skipped_in_a_row += 1
+        distributed.log(f"step {self.state.step}: loss or gradient not finite; the step is skipped on all ranks.")
+        if self.state.skipped_in_a_row < self.training.max_skipped_steps:
             return False
         self._rewind(mean_loss, keys)
         return True
@@ -209,13 +200,13 @@ class Trainer:
         begin = time.perf_counter()
         self.recorder.note(self._expert_distance())
         self.recorder.pause(time.perf_counter() - begin)
-        counts = {"skipped_steps": self.skipped, "samples_seen": self.samples_seen}
-        self.recorder.step_done(self.step, result, lr, **counts, skipped_samples=self.skipped_samples.count)
+        counts = {"skipped_steps": self.state.skipped, "samples_seen": self.state.samples_seen}
+        self.recorder.step_done(self.state.step, result, lr, **counts, skipped_samples=self.state.skipped_samples.count)
 
     def _expert_distance(self) -> dict[str, float]:
         """How different experts are, mean over layers, at the steps where that is measured. Collective."""
         every = self.training.expert_distance_every
-        if not every or (self.step % every and self.step != self.training.steps):
+        if not every or (self.state.step % every and self.state.step != self.training.steps):
             return {}
         return {"experts/distance": float(expert_distances(self.engine.module.network, gathered).mean())}  # type: ignore[arg-type]
 
@@ -229,34 +220,33 @@ class Trainer:
     def _validate(self) -> bool:
         """Score the averaged weights, if it is time to; whether the run ends here for want of a better score."""
         every = self.config.validation.every
-        if self.validator is None or (self.step % every and self.step < self.training.steps):
+        if self.validator is None or (self.state.step % every and self.state.step < self.training.steps):
             return False
         begin = time.perf_counter()
-        alive = partial(self.watchdog.beat, self.step, "validating")
+        alive = partial(self.watchdog.beat, self.state.step, "validating")
         alive()
         figures = self.validator(averaged_network(self.engine, self.config), alive)
-        self.tracking.log_metrics({f"validation/{name}": value for name, value in figures.items()}, self.step)
+        self.tracking.log_metrics({f"validation/{name}": value for name, value in figures.items()}, self.state.step)
         value, patience = figures[self.validator.metric], self.config.validation.patience
-        self.best = self.best.after(self.step, value, self.validator, patience=patience)
-        if self.best.step == self.step and self.config.validation.keep_best:
+        self.state.best = self.state.best.after(self.state.step, value, self.validator, patience=patience)
+        if self.state.best.step == self.state.step and self.config.validation.keep_best:
             export_averaged(self.engine, self.config, self._sections(), self.output_dir / BEST)
         seconds = time.perf_counter() - begin
         distributed.log(
-            f"step {self.step}: validation {self.validator.metric} {with_unit(self.validator.metric, value)}, "
-            f"best {with_unit(self.validator.metric, self.best.value)} at step "
-            f"{self.best.step}, {seconds:.1f} s"
+            f"step {self.state.step}: validation {self.validator.metric} {with_unit(self.validator.metric, value)}, "
+            f"best {with_unit(self.validator.metric, self.state.best.value)} at step {self.state.best.step}, {seconds:.1f} s"
         )
         self.recorder.pause(seconds)
-        if self.best.stopped and self.step < self.training.steps:
-            distributed.log(f"{self.best.misses} validations in a row were not better: the run ends here.")
-        return self.best.stopped
+        if self.state.best.stopped and self.state.step < self.training.steps:
+            distributed.log(f"{self.state.best.misses} validations in a row were not better: the run ends here.")
+        return self.state.best.stopped
 
     def _save_and_draw(self) -> None:
         begin = time.perf_counter()
         every = self.training.checkpoint_every
-        if every and self.step % every == 0 and self.step < self.training.steps:
+        if every and self.state.step % every == 0 and self.state.step < self.training.steps:
             self._save()
-        if self._is_drawn(self.step) and self.step < self.training.steps:
+        if self._is_drawn(self.state.step) and self.state.step < self.training.steps:
             self._draw()
         self.recorder.pause(time.perf_counter() - begin)
 
@@ -266,23 +256,11 @@ class Trainer:
 
     # --- states ---------------------------------------------------------------------------------------------------------
 
-    def _restore_counters(self, state: dict[str, Any]) -> None:
-        self.step, self.samples_seen, self.skipped = state["step"], state["samples_seen"], state["skipped"]
-        self.skipped_in_a_row = state.get("skipped_in_a_row", 0)
-        self.skipped_samples = SkippedSamples.of(state)
-        self.best = Best.of(state)
-        self.run_id = state["run_id"]
-
-    @property
-    def position(self) -> int:
-        """Of the next sample in the stream."""
-        return self.skipped_samples.position(self.samples_seen)
-
     def _restore(self, checkpoint: Path, state: dict[str, Any]) -> None:
         """Restore the state of a checkpoint."""
         check_network(checkpoint, state, self.recipe, parameter_shapes(self.engine.module))
         restore(self.engine, checkpoint, state)
-        self._restore_counters(state)
+        self.state = RunState.of(state)
         for sentence in remarks(checkpoint, state, self.recipe, self.data_loader.data_sha256):
             distributed.log(sentence)
 
@@ -294,90 +272,47 @@ class Trainer:
                 self.config,
                 global_batch_size=total,
                 micro_batch_size=micro,
-                start_sample=self.position,
+                start_sample=self.state.position,
                 pin_memory=distributed.device().type == "cuda",
-                codes=self.learnt_codes,
+                codes=self.stage.codes,
             )
         self.batches = iter(self.data_loader.stream)
 
     def _open_recorder(self) -> None:
-        self.recorder = opening.open_recorder(self.recipe, self.engine, self.tracking, self.macs, self.output_dir, self.step)
+        self.recorder = opening.open_recorder(
+            self.recipe, self.engine, self.tracking, self.macs, self.output_dir, self.state.step
+        )
 
     def _take_snapshot(self) -> None:
         begin = time.perf_counter()
-        self.saver.take_snapshot(self.engine, self.step)
+        self.saver.take_snapshot(self.engine, self.state.step)
         self.recorder.pause(time.perf_counter() - begin)
 
     def _save(self) -> None:
-        self.watchdog.beat(self.step, "saving")
-        self.saver.begin(self.engine, self.step, self._state())
-
-    def _state(self) -> dict[str, Any]:
-        return {
-            "stage": self.stage.name,
-            "parents": self.stage.parents,
-            "samples_seen": self.samples_seen,
-            "skipped": self.skipped,
-            "skipped_in_a_row": self.skipped_in_a_row,
-            "skipped_samples": self.skipped_samples.windows,
-            "validation": self.best.as_state(),
-            "run_id": self.run_id,
-            "layout": {
-                "world_size": distributed.world_size(),
-                "ep_size": self.training.ep_size,
-                "zero_stage": self.recipe.zero_stage,
-                "precision": self.recipe.precision,
-            },
-            "recipe": self.recipe.to_dict(),
-            "sections": self._sections(),
-            "dpt_version": __version__,
-        }
+        self.watchdog.beat(self.state.step, "saving")
+        self.saver.begin(self.engine, self.state.step, self.state.for_checkpoint(self.stage, self._sections()))
 
     def _sections(self) -> dict[str, Any]:
         """What weights of this moment say of themselves."""
-        return weights_sections(
-            self.config,
-            self.data_loader.vae,
-            self._lineage(),
-            codes=self._of_tasks(self.learnt_codes, self.data_loader.codes),
-            depth_prompt=self.data_loader.depth_prompt,
-            class_names=self.data_loader.class_names,
-            fits=self._of_tasks(self.learnt_fits, self.data_loader.fits),
-        )
-
-    def _of_tasks(self, learnt: Mapping[str, T], shown: Mapping[str, T]) -> dict[str, T]:
-        """What is known of all tasks that the weights can predict: a generalist keeps what it is not shown now."""
-        return {task: value for task, value in {**learnt, **shown}.items() if self.config.task in (task, "generalist")}
-
-    def _lineage(self) -> dict[str, Any]:
-        return {
-            "run_id": self.run_id,
-            "parents": self.stage.parents,
-            **({"weights": self.origin} if self.origin else {}),
-            "train_macs": self.macs.training * self.samples_seen,
-            "data_sha256": self.data_loader.data_sha256,
-            "samples_seen": self.samples_seen,
-            "step": self.step,
-            **({"stopped_early": True} if self.best.stopped else {}),
-        }
+        return self.state.for_weights(self.stage, self.data_loader, self.macs.training)
 
     def _rewind(self, loss: float, keys: list[str]) -> None:
         """After too many skipped steps in a row: rewind to a checkpoint, once to each, and go on behind what led here."""
         if self.saver.pending:
             self.saver.finish()
-        found = rewind_target(self.saver.folder, self.skipped_samples)
+        found = rewind_target(self.saver.folder, self.state.skipped_samples)
         if found is None:
-            rewound = bool(self.skipped_samples.count)
-            raise TrainingFailed(failure_report(self.engine, self.output_dir, self.step, loss, keys, rewound))
-        first, end = position_of(found[1]), self.position
+            rewound = bool(self.state.skipped_samples.count)
+            raise TrainingFailed(failure_report(self.engine, self.output_dir, self.state.step, loss, keys, rewound))
+        first, end = position_of(found[1]), self.state.position
         distributed.log(
-            f"{self.skipped_in_a_row} steps in a row up to step {self.step} were not finite: rewinding to {found[0]}; samples "
-            f"{first} to {end - 1} of the stream, which led there, are skipped."
+            f"{self.state.skipped_in_a_row} steps in a row up to step {self.state.step} were not finite: rewinding to "
+            f"{found[0]}; samples {first} to {end - 1} of the stream, which led there, are skipped."
         )
         self._restore(*found)
-        self.saver.forget_after(self.step)
-        self.skipped_samples = self.skipped_samples.plus(first, end)
-        self.tracking.set_tags({"dpt.skipped_samples": str(self.skipped_samples)})
+        self.saver.forget_after(self.state.step)
+        self.state.skipped_samples = self.state.skipped_samples.plus(first, end)
+        self.tracking.set_tags({"dpt.skipped_samples": str(self.state.skipped_samples)})
         self.batches.close()  # type: ignore[attr-defined]
         self._open_data_loader()
         self._open_recorder()
@@ -386,12 +321,12 @@ class Trainer:
 
     def _draw(self) -> None:
         """Routing, if there are experts; class samples, while pre-training."""
-        self.expert_pictures.draw(self.step, self.tracking)
+        self.expert_pictures.draw(self.state.step, self.tracking)
         if self.config.task != "class":
             return
-        path = self.output_dir / "pictures" / f"classes_{self.step:08d}.png"
+        path = self.output_dir / "pictures" / f"classes_{self.state.step:08d}.png"
         if save_class_samples(self.engine, self.config, self.data_loader.vae, self.data_loader.latent_size, path):
-            self.tracking.log_picture(path, "classes", self.step)
+            self.tracking.log_picture(path, "classes", self.state.step)
             distributed.log(f"Class samples: {path}")
 
     def _leave(self) -> None:
@@ -400,12 +335,12 @@ class Trainer:
         if not self.saver.finish():
             raise TrainingFailed("the run was asked to stop, and its state could not be saved.")
         names = [name for name in distributed.gather_objects(self.control.signal) if name]
-        distributed.log(f"Stopped at step {self.step} by {names[0]}; the same command continues.")
+        distributed.log(f"Stopped at step {self.state.step} by {names[0]}; the same command continues.")
         self._close("KILLED")
 
     def _finish(self) -> None:
         """The last checkpoint, pictures and exported weights."""
-        last = self.saver.folder / checkpoint_name(self.step)
+        last = self.saver.folder / checkpoint_name(self.state.step)
         if self.saver.pending:
             self.saver.finish()
         self._save()  # in place of one of the same name, which cannot be whole: the run would not have got here

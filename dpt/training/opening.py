@@ -17,6 +17,7 @@ from dpt.training.records import Recorder, data_sheet_flops, measure_peak_flops
 from dpt.training.sampling import load_codec
 from dpt.training.saving import Saver, SnapshotWriter
 from dpt.training.stages import Stage
+from dpt.training.state import RunState
 from dpt.training.validation import OpenValidator, Validator
 
 
@@ -51,8 +52,8 @@ def open_saver(config: DptConfig, output_dir: Path, step: int) -> Saver:
     return Saver(output_dir / CHECKPOINTS, keep_last=training.keep_last, keep_every=training.keep_every, snapshots=snapshots)
 
 
-def open_tracking(stage: Stage, loader: DataLoader, output_dir: Path, *, run_id: str, step: int) -> Run:
-    """The run's record in MLflow, its data sets logged; `run_id`: that of the run that is resumed at `step`, or ""."""
+def open_tracking(stage: Stage, loader: DataLoader, output_dir: Path, state: RunState) -> Run:
+    """The run's record in MLflow, its data sets logged; a run that has an id is resumed at its step."""
     recipe, config = stage.recipe, stage.recipe.dpt
     with distributed.shared_errors():
         run = start_run(
@@ -63,8 +64,8 @@ def open_tracking(stage: Stage, loader: DataLoader, output_dir: Path, *, run_id:
             parents=stage.parents,
             output_dir=output_dir,
             tags=_tags(config, loader),
-            resume_run_id=run_id or None,
-            past_step=step or -1,
+            resume_run_id=state.run_id or None,
+            past_step=state.step or -1,
         )
     for source, manifest in zip(loader.stream.manifests, loader.manifests, strict=True):
         run.log_dataset(

@@ -15,17 +15,16 @@ from dpt.training.averages import spacing
 from dpt.training.checkpoint import (
     FORMAT_VERSION,
     checkpoint_name,
-    engine_state,
     find_checkpoints,
     rank_file,
     remove,
-    snapshot,
     step_of,
     sync_folder,
     write_state,
     write_tensors,
 )
 from dpt.training.engine import Engine
+from dpt.training.engine_state import engine_state, snapshot
 from dpt.training.fragments import parameter_shapes
 
 

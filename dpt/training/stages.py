@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from dpt.models.upcycling import upcycle
 from dpt.models.weights import Weights
 from dpt.tasks import TARGET_CODES, target_code
 from dpt.training.export import load_weights
+from dpt.training.resume import Found
 
 
 @dataclass(kw_only=True)
@@ -29,22 +30,28 @@ class Stage:
     """ "pretrain", "finetune" or "upcycle"."""
     recipe: Recipe
     """With the architecture that is trained: upcycled in the stage "upcycle"."""
-    start: Weights | None
-    """First weights, for that architecture; None: random ones."""
-    parents: list[str]
-    """Run ids of the runs whose weights these are."""
+    start: Weights | None = None
+    """First weights, for that architecture; None: random ones, or those of a checkpoint."""
+    sections: Mapping[str, Any] = field(default_factory=dict)
+    """What the first weights, or the checkpoint's, say of themselves."""
+    source: str = ""
+    """Where these are from."""
+    parents: list[str] = field(default_factory=list)
+    """Run ids of the runs whose weights the first ones are."""
     origin: str = ""
     """The name on the hub, with its commit, that the first weights came from; empty: from this machine."""
 
     @property
     def codes(self) -> dict[str, str]:
         """How the targets were coded that the first weights learnt, by task; those of tasks that they did not are left out."""
-        return {} if self.start is None else learnt_codes(self.start.sections, self.recipe.dpt.training.weights)
+        learnt = [task for task in TARGET_CODES if self.sections.get("task") in (task, "generalist")]
+        return {task: target_code(task, self.sections, self.source) for task in learnt}
 
     @property
     def fits(self) -> dict[str, Fit]:
-        """How the pictures came to their size that the first weights learnt with, by task."""
-        return {} if self.start is None else learnt_fits(self.start.sections, self.recipe.dpt.training.weights)
+        """How the pictures came to their size that the first weights learnt with, by task, as far as they say."""
+        said = self.sections.get("fits") or {}
+        return {task: fit for task, fit in fits_of(self.sections, self.source).items() if task in said}
 
     def build(self) -> DiT:
         """The network with its first weights; with expert parallelism, this rank's experts."""
@@ -60,34 +67,32 @@ class Stage:
         return network
 
 
-def learnt_codes(sections: Mapping[str, Any], source: str) -> dict[str, str]:
-    """How the targets of the tasks were coded that weights (`source`) of these sections have learnt."""
-    learnt = [task for task in TARGET_CODES if sections.get("task") in (task, "generalist")]
-    return {task: target_code(task, sections, source) for task in learnt}
-
-
-def learnt_fits(sections: Mapping[str, Any], source: str) -> dict[str, Fit]:
-    """How the pictures came to their size that weights (`source`) of these sections have learnt, by task, as far as said."""
-    return {task: fit for task, fit in fits_of(sections, source).items() if task in (sections.get("fits") or {})}
-
-
-def open_stage(recipe: Recipe, name: str, *, parents: list[str] | None = None) -> Stage:
+def open_stage(recipe: Recipe, name: str, found: Found | None = None) -> Stage:
     """The stage `name` of a recipe, with its first weights read.
 
-    `parents`: given if the run is continued from a checkpoint; weights are then not read. UserError if the weights are
-    missing, or do not fit the recipe.
+    `found`: the checkpoint that the run goes on from; weights are then not read. UserError if the weights are missing, or do
+    not fit the recipe.
     """
     config = recipe.dpt
     trained = dataclasses.replace(recipe, dpt=dataclasses.replace(config, model=trained_model(recipe, name)))
-    if parents is not None:
-        return Stage(name=name, recipe=trained, start=None, parents=parents)
+    if found is not None:
+        checkpoint, state = found
+        origin = state["sections"]["lineage"].get("weights", "")
+        return Stage(
+            name=name,
+            recipe=trained,
+            sections=state["sections"],
+            source=str(checkpoint),
+            parents=state["parents"],
+            origin=origin,
+        )
     path = config.training.weights
     if not path:
         if name == "upcycle":
             raise UserError("dpt.training.weights is empty; upcycling starts from the weights of a dense model.")
         if name == "finetune":
             distributed.log("dpt.training.weights is empty: fine-tuning starts from random weights.")
-        return Stage(name=name, recipe=trained, start=None, parents=[])
+        return Stage(name=name, recipe=trained)
     path = hub.pinned(path)
     config = dataclasses.replace(config, training=dataclasses.replace(config.training, weights=path))
     trained = dataclasses.replace(trained, dpt=dataclasses.replace(trained.dpt, training=config.training))
@@ -108,6 +113,8 @@ def open_stage(recipe: Recipe, name: str, *, parents: list[str] | None = None) -
         name=name,
         recipe=trained,
         start=weights,
+        sections=weights.sections,
+        source=path,
         parents=[lineage["run_id"]] if lineage.get("run_id") else [],
         origin=path if hub.is_hub_name(path) else "",
     )

@@ -19,7 +19,7 @@ from dpt.models.pretrained import export_weights, read_weights
 from dpt.tasks import TARGET_CODES
 from dpt.training.data_loader import DataLoader, open_data_loader
 from dpt.training.export import weights_sections
-from dpt.training.stages import learnt_fits, open_stage
+from dpt.training.stages import Stage, open_stage
 
 FLOW = {"task": "flow", "model.num_conditions": 2, "model.num_classes": 10}
 
@@ -104,10 +104,10 @@ def test_weights_carry_the_depth_prompt_of_their_shards(tmp_path: Path) -> None:
 def test_weights_carry_how_pictures_came_to_their_size(tmp_path: Path) -> None:
     shards = [encoded(tmp_path / fit, "depth", {"fit": fit}) for fit in ("stretch", "aspect")]
     loader = opened(tmp_path / "r.json", shards[0], fields=DEPTH)
-    config = load_recipe(tmp_path / "r.json", DEPTH).dpt
-    sections = weights_sections(config, loader.vae, {}, fits=loader.fits)
-    export_weights(DiT(config.model), tmp_path / "weights", sections=sections)
-    learnt = learnt_fits(read_weights(tmp_path / "weights").sections, "weights")
+    recipe = load_recipe(tmp_path / "r.json", DEPTH)
+    sections = weights_sections(recipe.dpt, loader.vae, {}, fits=loader.fits)
+    export_weights(DiT(recipe.dpt.model), tmp_path / "weights", sections=sections)
+    learnt = Stage(name="finetune", recipe=recipe, sections=read_weights(tmp_path / "weights").sections, source="weights").fits
     assert learnt == {"depth": Fit(how="stretch", resolution=32)}
     with pytest.raises(UserError, match="encoded with --fit aspect, another set for depth with stretch; encode both with"):
         opened(tmp_path / "r.json", *shards, fields=DEPTH)

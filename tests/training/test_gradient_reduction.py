@@ -36,7 +36,7 @@ def reductions(zero_stage: int, accumulation: int, bucket: int) -> dict[str, lis
     deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)  # takes up the group that exists
     one = recipe(CONFIG, 8 * accumulation, "bf16", zero_stage=zero_stage, accumulation=accumulation)
     one.deepspeed["zero_optimization"]["reduce_bucket_size"] = bucket
-    engine = Engine(one, LossModule(Stage(name="pretrain", recipe=one, start=None, parents=[]).build(), one.dpt))
+    engine = Engine(one, LossModule(Stage(name="pretrain", recipe=one).build(), one.dpt))
     prepare = Preparation(one.dpt, tasks=["class"], scaling=LatentScaling(scale=1.0), device=engine.device, dtype=engine.dtype)
     place, seen = "backward", {"backward": [], "step": []}
     for name in REDUCTIONS:

@@ -111,7 +111,7 @@ class Runs:
             trainer.run()
         except (TrainingFailed, UserError) as error:
             return str(error)
-        return "stopped" if trainer.step < trainer.training.steps else "finished"
+        return "stopped" if trainer.state.step < trainer.training.steps else "finished"
 
 
 def _open_validator(config: Any, codes: Mapping[str, str], depth_prompt: str) -> Any:
@@ -128,7 +128,7 @@ def _signalled(trainer: Any, run: ToyRun) -> Callable[[], bool]:
     agree_to_stop = trainer._agree_to_stop
 
     def asked_to_stop() -> bool:
-        if _is_last() and trainer.step == run.sigterm_at:
+        if _is_last() and trainer.state.step == run.sigterm_at:
             os.kill(os.getpid(), signal.SIGTERM)
         return agree_to_stop()
 
@@ -141,7 +141,7 @@ def _poisoned(trainer: Any, run: ToyRun) -> Callable[[dict[str, Any]], Any]:
     def poisoned(batch: dict[str, Any]) -> Any:
         inputs = prepare(batch)
         first = next(micro_batches) % trainer.engine.accumulation == 0
-        bad = _is_last() and first and trainer.step in run.poison
+        bad = _is_last() and first and trainer.state.step in run.poison
         bad = bad or not set(run.poisoned_samples).isdisjoint(batch["sample_index"].tolist())
         return inputs._replace(latents=inputs.latents * float("nan")) if bad else inputs
 
