@@ -14,10 +14,11 @@ from dpt.config.sections import ModelConfig, UpcyclingConfig
 from dpt.errors import UserError
 from dpt.models.costs import num_params
 from dpt.scaling.compute import section
+from dpt.scaling.observations import FACTORS, Observation, observe
 from dpt.scaling.plan_files import write_plan
 from dpt.scaling.planner import Limits, Plan, best_plan, naive_plan
 from dpt.scaling.results import show_macs
-from dpt.scaling.surface import FACTORS, Observation, Surface, fit_surface, observe
+from dpt.scaling.surface import Surface, fit_surface
 from dpt.scores import MAIN_METRIC, METRICS, show
 
 

@@ -11,7 +11,8 @@ from dpt.config.sections import ModelConfig, UpcyclingConfig
 from dpt.errors import UserError
 from dpt.models import costs
 from dpt.scaling.compute import prediction_macs
-from dpt.scaling.surface import Observation, Setting, Surface, added_macs, factor_values
+from dpt.scaling.observations import Observation, Setting, added_macs, factor_values
+from dpt.scaling.surface import Surface
 
 _SHARES = np.round(np.linspace(0.02, 0.98, 49), 2)
 """Shares of the budget that pre-training may get, beside none."""

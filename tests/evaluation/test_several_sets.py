@@ -10,10 +10,10 @@ from dpt.evaluation.prediction import Predictor
 from dpt.evaluation.runner import evaluate
 from dpt.evaluation.summary import protocol_line, tracked_metrics
 from dpt.scaling.compare import compare
+from dpt.scaling.observations import observe
 from dpt.scaling.points import collect
 from dpt.scaling.report import render
 from dpt.scaling.results import evaluation_rows
-from dpt.scaling.surface import observe
 from dpt.scores import MAIN_METRIC, METRICS, show
 from dpt.tracking.read import RunRecord
 from tests.evaluation.tiny import make_model, make_set

@@ -14,9 +14,10 @@ from dpt.commands import plan as command
 from dpt.config.sections import ModelConfig
 from dpt.errors import UserError
 from dpt.models import costs
+from dpt.scaling.observations import Setting, added_macs, factor_values, observe
 from dpt.scaling.plan_files import write_plan
 from dpt.scaling.planner import Limits, best_plan, naive_plan
-from dpt.scaling.surface import Setting, added_macs, factor_values, fit_surface, observe
+from dpt.scaling.surface import fit_surface
 
 STEPS = {1: 1.5, 10: 1.0, 100: 1.05}  # too many steps hurt a little
 ENSEMBLES = {1: 1.1, 5: 1.0}
