@@ -1,0 +1,170 @@
+"""What the runs of a study say of a model's error: its size, how it was trained and by which method, and its test time."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+from dpt.config.recipe import DptConfig
+from dpt.config.sections import (
+    DataConfig,
+    FeatureAlignmentConfig,
+    ModelConfig,
+    PixelLossConfig,
+    SelfAlignmentConfig,
+    TrainingConfig,
+)
+from dpt.errors import UserError
+from dpt.models import costs
+from dpt.models.decoder_costs import recipe_macs
+from dpt.scaling.compute import section
+from dpt.scaling.results import evaluation_rows
+from dpt.scores import METRICS
+from dpt.tracking.read import RunRecord, ancestors
+
+FACTORS = {
+    "model": "active parameters of the model before upcycling",
+    "tokens": "tokens of an image",
+    "pretrain": "pre-training samples",
+    "finetune": "fine-tuning samples, those after upcycling included",
+}
+"""What may be varied in training, each with its unit."""
+METHODS = {
+    "diffusion.timesteps": "uniform",
+    "diffusion.prediction_type": "epsilon",
+    "diffusion.beta_schedule": "linear",
+    "pixel_loss.weight": "0.0",
+    "training.bypass_share": "0.0",
+    "training.self_alignment.weight": "0.0",
+    "training.feature_alignment.weight": "0.0",
+    "optimizer.type": "AdamW",
+}
+"""Fields of a fine-tuning that make another method of it: what differs between runs is chosen among, like sampler steps. With
+their defaults, which older runs may not have recorded."""
+
+
+class Setting(NamedTuple):
+    """How a model was fine-tuned, and what its predictions take."""
+
+    method: str
+    """The METHODS that differ among the observations, as "field=value, ..."; empty if none do."""
+    steps: int
+    ensemble: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Observation:
+    """One evaluation of one trained model."""
+
+    error: float
+    """What is to be small: the metric, or one minus it."""
+    config: ModelConfig
+    """The model before upcycling."""
+    quantities: dict[str, float]
+    """Value of every factor."""
+    upcycled: bool
+    setting: Setting
+    recipe: DptConfig
+    """The parts of the fine-tuning's recipe that cost (`added_macs`)."""
+    run_id: str
+    """The trained run (several settings of one run are not independent)."""
+    evaluation_id: str
+    """The run that measured it."""
+
+
+def observe(
+    records: Sequence[RunRecord], family: Sequence[RunRecord], task: str, metric: str, *, dataset: str = ""
+) -> list[Observation]:
+    """What the evaluations of models trained for `task` say, of those among `records`, or of generalists if there are none: the
+    two follow different laws. Models that were trained from scratch count, without pre-training; models that start from weights
+    of no known run (imported ones) do not, as nobody can say what those took.
+
+    Raises UserError if they are of several data sets and none is named.
+    """
+    found: list[tuple[str, str, Observation]] = []  # (trained for, data set, ...)
+    fields: dict[str, dict[str, str]] = {}  # by the trained run
+    for record in records:
+        rows = [r for r in evaluation_rows(record) if r.run is not None and r.task == task and metric in r.metrics]
+        line = [r for r in ancestors(record, family) if r.stage != "evaluate"]
+        samples = {stage: sum(_samples(r) for r in line if r.stage == stage) for stage in ("pretrain", "finetune", "upcycle")}
+        config = section(_before_upcycling(line), "model", ModelConfig) if line else None
+        trained = line[0].params.get("task", task) if line else ""
+        if config is None or trained not in (task, "generalist"):
+            continue
+        if not samples["pretrain"] and not _from_scratch(line[-1]):
+            continue
+        fields[line[0].run_id] = {name: line[0].params.get(name, default) for name, default in METHODS.items()}
+        quantities = factor_values(config, samples["pretrain"], samples["finetune"] + samples["upcycle"])
+        for row in rows:
+            if dataset in ("", row.dataset):
+                value = row.metrics[metric]
+                observation = Observation(
+                    error=value if METRICS[metric].lower_is_better else 1 - value,
+                    config=config,
+                    quantities=quantities,
+                    upcycled=samples["upcycle"] > 0,
+                    setting=Setting("", row.steps or 0, row.ensemble or 0),
+                    recipe=_costing(line[0]),
+                    run_id=line[0].run_id,
+                    evaluation_id=record.run_id,
+                )
+                found.append((trained, row.dataset, observation))
+    chosen = task if any(trained == task for trained, *_ in found) else "generalist"
+    found = [one for one in found if one[0] == chosen]
+    if len(datasets := {name for _, name, _ in found}) > 1:
+        raise UserError(f"the evaluations are of {', '.join(sorted(datasets))}; choose one with --dataset.")
+    return _with_methods([observation for *_, observation in found], fields)
+
+
+def _with_methods(observations: Sequence[Observation], fields: Mapping[str, Mapping[str, str]]) -> list[Observation]:
+    """The observations with the methods named in which they differ; `fields` has those of each trained run."""
+    used = [fields[o.run_id] for o in observations]
+    varied = [name for name in METHODS if len({values[name] for values in used}) > 1]
+    names = [", ".join(f"{name}={values[name]}" for name in varied) for values in used]
+    return [replace(o, setting=o.setting._replace(method=name)) for o, name in zip(observations, names, strict=True)]
+
+
+def _costing(record: RunRecord) -> DptConfig:
+    """The parts of a fine-tuning's recipe that make its samples dearer than the network alone."""
+    given = {name: record.params.get(f"training.{name}") for name in ("bypass_share", "bypass_first", "bypass_last")}
+    bypass: dict[str, Any] = {name: json.loads(value) for name, value in given.items() if value is not None}
+    training = TrainingConfig(
+        **bypass,
+        self_alignment=section(record, "training.self_alignment", SelfAlignmentConfig) or SelfAlignmentConfig(),
+        feature_alignment=section(record, "training.feature_alignment", FeatureAlignmentConfig) or FeatureAlignmentConfig(),
+    )
+    return DptConfig(
+        pixel_loss=section(record, "pixel_loss", PixelLossConfig) or PixelLossConfig(),
+        data=section(record, "data", DataConfig) or DataConfig(),
+        training=training,
+    )
+
+
+def added_macs(recipe: DptConfig, config: ModelConfig) -> float:
+    """MACs that a recipe's methods add to each sample of a dense model's fine-tuning, or save (tokens that bypass blocks)."""
+    return float(recipe_macs(recipe, config).training - costs.macs(config).training)
+
+
+def factor_values(config: ModelConfig, pretrain_samples: float, finetune_samples: float) -> dict[str, float]:
+    """The value of every factor for a model before upcycling, and its training; no pre-training: trained from scratch."""
+    return {
+        "model": float(costs.num_params(config).active),
+        "tokens": float(costs.num_tokens(config)),
+        "pretrain": pretrain_samples,
+        "finetune": finetune_samples,
+    }
+
+
+def _before_upcycling(line: Sequence[RunRecord]) -> RunRecord:
+    """Of a line of runs, newest first, the newest one that its upcycling started from; without upcycling the newest."""
+    upcycled = [place for place, run in enumerate(line) if run.stage == "upcycle"]
+    older = line[upcycled[-1] + 1 :] if upcycled else line
+    return older[0] if older else line[-1]
+
+
+def _from_scratch(record: RunRecord) -> bool:
+    return not record.parents and not record.params.get("training.weights")
+
+
+def _samples(record: RunRecord) -> float:
+    return record.metrics.get("train/samples_seen", 0.0)
