@@ -15,8 +15,8 @@ from pathlib import Path
 
 from dpt.config.sections import TrackingConfig
 from dpt.tracking import Run, start_run
+from dpt.tracking.delivery import Sender
 from dpt.tracking.read import load_runs
-from dpt.tracking.sender import Sender
 from dpt.tracking.spool import Spool
 
 METRICS = 12

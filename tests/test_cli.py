@@ -83,7 +83,7 @@ def export_tiny(folder, task, **fields):
 
     from dpt.config.sections import DiffusionConfig, ModelConfig
     from dpt.models.dit import DiT
-    from dpt.models.pretrained import export_weights
+    from dpt.models.exporting import export_weights
 
     torch.manual_seed(0)
     model = DiT(ModelConfig(hidden_size=32, depth=1, num_heads=2, input_size=8, num_classes=4, **fields))

@@ -16,7 +16,7 @@ from dpt.config.sections import DiffusionConfig, ModelConfig
 from dpt.data.codec import load_vae
 from dpt.data.manifest import Manifest, MemberSpec, VAERecord, file_sha256, write_manifest
 from dpt.models.dit import DiT
-from dpt.models.pretrained import export_weights
+from dpt.models.exporting import export_weights
 from tests.evaluation.image_networks import Random, random_images, save_network
 
 

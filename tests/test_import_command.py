@@ -9,7 +9,8 @@ from diffusers import DDIMScheduler, DiTTransformer2DModel
 
 from dpt.cli import main
 from dpt.models import read_weights
-from dpt.models.pretrained import export_weights, read_config
+from dpt.models.exporting import export_weights
+from dpt.models.pretrained import read_config
 from tests.models import reference
 from tests.models.test_pretrained import Evil, diffusers_model, public_file, random_model
 

@@ -22,7 +22,7 @@ from dpt.evaluation.prediction import Predictor
 from dpt.evaluation.runner import evaluate
 from dpt.models.decoder_costs import recipe_macs
 from dpt.models.dit import DiT
-from dpt.models.pretrained import export_weights
+from dpt.models.exporting import export_weights
 from dpt.models.vae_costs import decoder_costs, vae_config, vae_size
 from dpt.training.data_loader import open_data_loader
 from dpt.training.preflight import needs

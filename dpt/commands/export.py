@@ -8,7 +8,8 @@ from dpt.commands.options import add_card_options, card_text, write_card
 from dpt.config.numbers import SHARE, Range, numeric
 from dpt.config.sections import LONGEST_EMA
 from dpt.errors import UserError
-from dpt.models.pretrained import export_weights, read_config
+from dpt.models.exporting import export_weights
+from dpt.models.pretrained import read_config
 from dpt.training.export import export, load_weights
 
 

@@ -11,7 +11,8 @@ from dpt.config.sections import DiffusionConfig, Task
 from dpt.data.codec import load_vae
 from dpt.errors import UserError
 from dpt.fits import FITS, Fit, as_section, fits_of
-from dpt.models.pretrained import export_weights, read_weights
+from dpt.models.exporting import export_weights
+from dpt.models.pretrained import read_weights
 from dpt.models.schedulers import describe, read_scheduler
 from dpt.models.weights import Weights
 

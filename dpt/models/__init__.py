@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from dpt.models.dit import DiT as DiT
     from dpt.models.dit import DiTOutput as DiTOutput
     from dpt.models.dit import build_model as build_model
-    from dpt.models.pretrained import export_weights as export_weights
+    from dpt.models.exporting import export_weights as export_weights
     from dpt.models.pretrained import import_weights as import_weights
     from dpt.models.pretrained import read_weights as read_weights
     from dpt.models.upcycling import upcycle as upcycle
@@ -23,7 +23,7 @@ _HOMES = {
     "Weights": "weights",
     "adapt": "adapting",
     "build_model": "dit",
-    "export_weights": "pretrained",
+    "export_weights": "exporting",
     "import_weights": "pretrained",
     "read_weights": "pretrained",
     "upcycle": "upcycling",

@@ -1,18 +1,12 @@
-"""Weights from files and back: public checkpoints, diffusers' folders and our own exports, recognised by their keys."""
+"""Weights from files: public checkpoints, diffusers' folders and our own exports, recognised by their keys."""
 
-import json
-import logging
-import os
-import shutil
-import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from dpt import hub
@@ -21,13 +15,20 @@ from dpt.config.sections import DiffusionConfig, ModelConfig
 from dpt.errors import UserError, naming
 from dpt.models.dit import DiT
 from dpt.models.layers import position_table
-from dpt.models.mup import standard
 from dpt.models.schedulers import pipeline_scheduler
-from dpt.models.weight_files import DIFFUSERS_WEIGHTS, PIPELINE_INDEX, read_diffusers_tensors, read_json_object, read_tensors
+from dpt.models.weight_files import (
+    CONFIG,
+    EMA,
+    FORMAT_VERSION,
+    PIPELINE_INDEX,
+    WEIGHTS,
+    read_diffusers_tensors,
+    read_json_object,
+    read_tensors,
+)
 from dpt.models.weight_maps import (
     Map,
     config_from_diffusers,
-    config_to_diffusers,
     diffusers_map,
     embedder_copies,
     infer_public_config,
@@ -35,8 +36,6 @@ from dpt.models.weight_maps import (
 )
 from dpt.models.weights import Weights, check_numbers, check_state, expected_shapes, refuse
 
-FORMAT_VERSION = 1
-_WEIGHTS, _CONFIG = "weights.safetensors", "config.json"
 DEPTH_NETWORK = "DptTransformer2DModel"
 """Class of the network in our pipelines for diffusers (`dpt/publishing/folder`)."""
 _SECTIONS = {
@@ -51,11 +50,6 @@ _SECTIONS = {
     "lineage": dict,
 }
 """What config.json may say beside the network."""
-_EMA = "ema."
-_log = logging.getLogger(__name__)
-
-
-# --- reading --------------------------------------------------------------------------------------------------------------
 
 
 def import_weights(path: str | Path, *, ema: bool = True, dtype: torch.dtype = torch.float32, **fields: Any) -> DiT:
@@ -83,12 +77,12 @@ def read_weights(
     tensors. UserError if the format is unknown, or a tensor is missing, unknown, of a wrong shape, or not of finite numbers.
     """
     path, place = hub.resolve(path)
-    if not (path / _CONFIG).is_file() and (path / "weights" / _CONFIG).is_file():
+    if not (path / CONFIG).is_file() and (path / "weights" / CONFIG).is_file():
         path = path / "weights"  # of a run's folder
-    ours = (path / _WEIGHTS).is_file() and (path / _CONFIG).is_file()
+    ours = (path / WEIGHTS).is_file() and (path / CONFIG).is_file()
     pipeline = (path / "transformer").is_dir()
-    if path.is_dir() and not (path / _CONFIG).is_file() and not pipeline:
-        raise UserError(f"{path}: neither an export nor a diffusers folder (there is no {_CONFIG}); check the path.")
+    if path.is_dir() and not (path / CONFIG).is_file() and not pipeline:
+        raise UserError(f"{path}: neither an export nor a diffusers folder (there is no {CONFIG}); check the path.")
     if variant and (ours or not path.is_dir()):
         raise UserError(f"{path}: no diffusers folder, so it has no variant {variant!r}; leave the variant out.")
     if ours:
@@ -116,23 +110,23 @@ def read_weights(
 def _read_export(path: Path, ema: bool) -> Weights:
     config = read_config(path)
     try:
-        with safe_open(path / _WEIGHTS, framework="pt") as file:
+        with safe_open(path / WEIGHTS, framework="pt") as file:
             if (file.metadata() or {}).get("export_id") != config.pop("export_id", None):
-                raise UserError(f"{path}: {_WEIGHTS} and {_CONFIG} are of different exports; export the weights again.")
+                raise UserError(f"{path}: {WEIGHTS} and {CONFIG} are of different exports; export the weights again.")
             names = list(file.keys())
-            averaged = ema and any(name.startswith(_EMA) for name in names)
-            plain = [n for n in names if not n.startswith(_EMA)]
+            averaged = ema and any(name.startswith(EMA) for name in names)
+            plain = [n for n in names if not n.startswith(EMA)]
             # Tensors without an average (counters) are stored once.
-            state = {n: file.get_tensor(_EMA + n if averaged and _EMA + n in names else n) for n in plain}
+            state = {n: file.get_tensor(EMA + n if averaged and EMA + n in names else n) for n in plain}
     except SafetensorError as error:
-        raise UserError(f"{path / _WEIGHTS}: not a complete safetensors file; export the weights again.") from error
+        raise UserError(f"{path / WEIGHTS}: not a complete safetensors file; export the weights again.") from error
     model = config.pop("model")
     return Weights(config=model, state=state, source="our export", averaged=averaged, sections=config)
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
     """config.json of an exported folder, "model" as a ModelConfig; UserError if this version does not know all of it."""
-    file = Path(path) / _CONFIG
+    file = Path(path) / CONFIG
     config = read_json_object(file)
     if config.pop("format_version", None) != FORMAT_VERSION:
         raise UserError(f"{file}: format_version is not {FORMAT_VERSION}; export the weights with this version of dpt.")
@@ -156,12 +150,12 @@ def _check_sections(sections: dict[str, Any], file: Path) -> dict[str, Any]:
 
 
 def _read_diffusers(path: Path, variant: str) -> Weights:
-    values = read_json_object(path / _CONFIG)
+    values = read_json_object(path / CONFIG)
     if values.get("_class_name") == DEPTH_NETWORK:
         return _read_depth_pipeline(path, values)
     if values.get("_class_name") not in ("DiTTransformer2DModel", "Transformer2DModel"):
-        raise UserError(f'{path / _CONFIG}: _class_name is "{values.get("_class_name")}"; only DiTTransformer2DModel is known.')
-    with naming(path / _CONFIG):
+        raise UserError(f'{path / CONFIG}: _class_name is "{values.get("_class_name")}"; only DiTTransformer2DModel is known.')
+    with naming(path / CONFIG):
         config = config_from_diffusers(values)
     file, state = read_diffusers_tensors(path, variant)
     if (table := state.pop("pos_embed.pos_embed", None)) is not None:
@@ -190,9 +184,9 @@ def _read_depth_pipeline(path: Path, values: Mapping[str, Any]) -> Weights:
     """The network of a pipeline that `dpt.publishing` wrote: our names, and a config that says what ours would."""
     known = values.get("_dpt")
     if not isinstance(known, dict) or not isinstance(known.get("model"), dict) or not isinstance(known.get("sections"), dict):
-        raise UserError(f"{path / _CONFIG}: _dpt is {known!r}, not what dpt writes there; export the pipeline anew.")
-    sections = _check_sections(dict(known["sections"]), path / _CONFIG)
-    config = section_from_dict(ModelConfig, known["model"], str(path / _CONFIG), prefix="model")
+        raise UserError(f"{path / CONFIG}: _dpt is {known!r}, not what dpt writes there; export the pipeline anew.")
+    sections = _check_sections(dict(known["sections"]), path / CONFIG)
+    config = section_from_dict(ModelConfig, known["model"], str(path / CONFIG), prefix="model")
     _, state = read_diffusers_tensors(path)
     return Weights(config=config, state=state, source="a pipeline of ours", sections=sections)
 
@@ -266,85 +260,3 @@ def _convert(state: dict[str, Tensor], config: ModelConfig, source: Map, path: s
             wrong.append(f"{', '.join(f'{n} is {s}' for n, s in parts.items())}, together not {list(shape)}")
     refuse(path, wrong=wrong)
     return converted
-
-
-# --- writing ---------------------------------------------------------------------------------------------------------------
-
-
-def export_weights(
-    weights: Weights | DiT,
-    path: str | Path,
-    *,
-    format: Literal["dpt", "diffusers"] = "dpt",
-    ema: Mapping[str, Tensor] | None = None,
-    sections: Mapping[str, Any] | None = None,
-    quiet: bool = False,
-) -> Path:
-    """Write the folder `path`, complete or not at all; an export there is replaced. Tensors keep their dtypes.
-
-    `weights`: a network on one device, or Weights. `ema`: averaged weights under the same names.
-
-    "dpt": `weights.safetensors`, in which averaged weights are beside the plain ones, and `config.json`. `sections`: what it
-    says beside "model" (diffusion, vae, task, lineage, as in docs/architecture.md), over what `weights` carries.
-
-    "diffusers": a DiTTransformer2DModel with the averaged weights, if they are given; UserError if diffusers has no such
-    network (experts, task convolutions, CLIP projection, qk-norm). It computes the same at the network's input_size (at others
-    diffusers squeezes the positions), unless timestep_features is "dit": diffusers' sines are at 10000^(-i/127), DiT's at
-    10000^(-i/128), and its config cannot say so. A warning then tells the line of code that fixes the loaded model, unless
-    `quiet`.
-    """
-    if isinstance(weights, DiT):
-        weights = Weights(config=weights.config, state=weights.state_dict())
-    path = Path(path)
-    check_state(weights.config, weights.state, str(path))
-    if ema is not None:
-        check_state(weights.config, {**weights.state, **ema}, f"{path}, averaged")
-    if format == "diffusers":
-        return _write_diffusers(weights.config, {**weights.state, **(ema or {})}, path, quiet)
-    tensors = dict(weights.state)
-    if ema is not None:
-        tensors |= {_EMA + name: tensor for name, tensor in ema.items()}
-    export_id = uuid.uuid4().hex
-    config = {"format_version": FORMAT_VERSION, "export_id": export_id, "model": asdict(weights.config)}
-    config |= {**weights.sections, **(sections or {})}
-    return _write_folder(path, config, tensors, _WEIGHTS, {"export_id": export_id, "format": "pt"})
-
-
-def _write_diffusers(config: ModelConfig, state: Mapping[str, Tensor], path: Path, quiet: bool) -> Path:
-    config, state = standard(config, state)  # diffusers knows no muP
-    values = config_to_diffusers(config)
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in state.items():
-        tensors |= diffusers_map(name, config).split(tensor)
-        tensors |= {copy: tensor.clone() for copy in embedder_copies(name, config)}
-    _write_folder(path, values, tensors, f"{DIFFUSERS_WEIGHTS}.safetensors", {"format": "pt"})
-    if config.timestep_features == "dit" and not quiet:
-        _log.warning(
-            "%s: diffusers computes the timestep's frequencies otherwise than DiT; after loading, run `for block in "
-            "model.transformer_blocks: block.norm1.emb.time_proj.downscale_freq_shift = 0`, or predictions differ.",
-            path,
-        )
-    return path
-
-
-def _write_folder(
-    path: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], name: str, metadata: dict[str, str]
-) -> Path:
-    """A folder of config.json and tensors, made beside `path` and renamed when complete."""
-    if path.exists() and not (path / _CONFIG).is_file():
-        raise UserError(f"{path}: exists and holds no weights; choose another folder.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new, old = (path.with_name(f".{path.name}.{kind}-{os.getpid()}") for kind in ("new", "old"))
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir()
-    save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, new / name, metadata)
-    (new / _CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-    for file in (new / name, new / _CONFIG, new):
-        descriptor = os.open(file, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-    if path.exists():
-        path.rename(old)
-    new.rename(path)
-    shutil.rmtree(old, ignore_errors=True)
-    return path

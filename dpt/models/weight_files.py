@@ -15,6 +15,11 @@ from torch import Tensor
 from dpt.config.json_text import parse_object
 from dpt.errors import UserError
 
+FORMAT_VERSION = 1
+WEIGHTS, CONFIG = "weights.safetensors", "config.json"
+"""Files of our exports."""
+EMA = "ema."
+"""Before the names of averaged weights there."""
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model"
 PIPELINE_INDEX = "model_index.json"
 """What tells a pipeline's folder, and names its parts."""

@@ -18,8 +18,9 @@ from dpt.config.sections import DiffusionConfig, ModelConfig
 from dpt.data.codec import EMBEDDED, VAECodec, load_vae
 from dpt.errors import UserError
 from dpt.fits import fits_of
+from dpt.models.exporting import export_weights
 from dpt.models.mup import standard
-from dpt.models.pretrained import DEPTH_NETWORK, export_weights
+from dpt.models.pretrained import DEPTH_NETWORK
 from dpt.models.schedulers import SCHEDULER_FILE
 from dpt.models.weight_files import DIFFUSERS_WEIGHTS, PIPELINE_INDEX
 from dpt.models.weights import Weights

@@ -10,7 +10,8 @@ from dpt.config.sections import ModelConfig
 from dpt.data.manifest import VAERecord
 from dpt.errors import UserError
 from dpt.fits import Fit, as_section
-from dpt.models.pretrained import export_weights, read_weights
+from dpt.models.exporting import export_weights
+from dpt.models.pretrained import read_weights
 from dpt.models.weights import Weights
 from dpt.training.checkpoint import (
     STATE_NAME,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dpt import distributed
 from dpt.config.recipe import DptConfig
-from dpt.models.pretrained import export_weights
+from dpt.models.exporting import export_weights
 from dpt.models.weights import Weights
 from dpt.training.engine import Engine
 from dpt.training.fragments import persistent_buffers, whole_weights

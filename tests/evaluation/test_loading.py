@@ -6,7 +6,7 @@ import pytest
 from dpt.config.sections import DiffusionConfig
 from dpt.errors import UserError
 from dpt.evaluation import Predictor, loading
-from dpt.models.pretrained import export_weights
+from dpt.models.exporting import export_weights
 from tests.evaluation.tiny import PoolingCodec, make_model
 
 

@@ -13,7 +13,7 @@ from dpt.config.sections import DiffusionConfig, ModelConfig, TrackingConfig
 from dpt.data.codec import load_vae
 from dpt.data.manifest import Manifest, MemberSpec, VAERecord, write_manifest
 from dpt.models.dit import DiT
-from dpt.models.pretrained import export_weights
+from dpt.models.exporting import export_weights
 from dpt.tracking import start_run
 from dpt.tracking.sender import sync
 

@@ -10,7 +10,7 @@ from dpt import tasks
 from dpt.config.sections import DiffusionConfig, ModelConfig
 from dpt.data.codec import load_vae
 from dpt.models.dit import DiT
-from dpt.models.pretrained import export_weights
+from dpt.models.exporting import export_weights
 
 LINEAGE = {
     "run_id": "f" * 32,

@@ -14,7 +14,7 @@ from dpt.config.recipe import Recipe, load_recipe
 from dpt.config.sections import ModelConfig
 from dpt.data.manifest import Manifest, MemberSpec, VAERecord, write_manifest
 from dpt.models.dit import DiT
-from dpt.models.pretrained import export_weights
+from dpt.models.exporting import export_weights
 from dpt.models.weights import Weights
 
 ROOT = Path(__file__).resolve().parents[2]

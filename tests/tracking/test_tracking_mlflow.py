@@ -11,8 +11,9 @@ import pytest
 from dpt.config.sections import TrackingConfig
 from dpt.errors import UserError
 from dpt.tracking import Run, start_run, watch_node
+from dpt.tracking.delivery import Sender
 from dpt.tracking.read import load_runs, run_url
-from dpt.tracking.sender import Sender, sync
+from dpt.tracking.sender import sync
 from dpt.tracking.spool import Spool
 from dpt.tracking.store import write_model_card
 from dpt.tracking.system import SystemRecords

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from dpt.tracking.sender import MAX_METRICS, Sender, _groups
+from dpt.tracking.delivery import MAX_METRICS, Sender, _groups
 from dpt.tracking.spool import Spool, SpoolState
 
 

@@ -15,7 +15,8 @@ from dpt.data.manifest import read_manifest, write_manifest
 from dpt.errors import UserError
 from dpt.fits import Fit
 from dpt.models.dit import DiT
-from dpt.models.pretrained import export_weights, read_weights
+from dpt.models.exporting import export_weights
+from dpt.models.pretrained import read_weights
 from dpt.tasks import TARGET_CODES
 from dpt.training.data_loader import DataLoader, open_data_loader
 from dpt.training.export import weights_sections

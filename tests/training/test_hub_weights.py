@@ -9,7 +9,7 @@ from gloo import run_ranks
 
 from dpt.config.recipe import DptConfig, Recipe
 from dpt.config.sections import DiffusionConfig, ModelConfig, TrainingConfig
-from dpt.models.pretrained import export_weights
+from dpt.models.exporting import export_weights
 from dpt.training.stages import open_stage
 from tests.models.test_pretrained import random_model
 

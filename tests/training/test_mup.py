@@ -15,8 +15,9 @@ from dpt.config.sections import ModelConfig, UpcyclingConfig
 from dpt.errors import UserError
 from dpt.models.adapting import adapt
 from dpt.models.dit import DiT
+from dpt.models.exporting import export_weights
 from dpt.models.mup import rate_divisor, standard
-from dpt.models.pretrained import export_weights, read_weights
+from dpt.models.pretrained import read_weights
 from dpt.models.upcycling import upcycle
 from dpt.models.weights import Weights
 from dpt.training.groups import parameter_groups

@@ -7,7 +7,7 @@ import pytest
 from dpt.config.recipe import DptConfig, Recipe
 from dpt.config.sections import DiffusionConfig, TrainingConfig
 from dpt.errors import UserError
-from dpt.models.pretrained import export_weights
+from dpt.models.exporting import export_weights
 from dpt.training.stages import open_stage
 from tests.models.test_pretrained import random_model
 
