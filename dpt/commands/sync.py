@@ -18,7 +18,8 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError(f"{arguments.folder}: there is no such folder.")
     outcomes = sync(arguments.folder, uri=arguments.uri, again=arguments.again)
     for spool, problem in outcomes:
-        print(f"{spool.folder.parent}: run {spool.run_id}: {problem or 'all is sent'}")
+        refused = f", but for {spool.state.rejected} that MLflow refused for good" if spool.state.rejected else ""
+        print(f"{spool.folder.parent}: run {spool.run_id}: {problem or f'all is sent{refused}'}")
     if not outcomes:
         raise UserError(f"{arguments.folder}: no run has left records here.")
     if any(problem for _, problem in outcomes):

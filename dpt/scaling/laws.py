@@ -57,10 +57,6 @@ class Fit:
         low, high = np.quantile(values, _tails(), axis=0)
         return self.law(x), low.reshape(x.shape), high.reshape(x.shape)
 
-    def extrapolates(self, x: float) -> bool:
-        """Whether x lies outside the points that the law was fitted on."""
-        return not self.x.min() <= x <= self.x.max()
-
     def sentence(self, y: str = "L", x: str = "C") -> str:
         """Equation, confidence and quality on one line."""
         low, high = self.interval_b

@@ -236,9 +236,10 @@ class SpooledRun(Run):
             return
         self._sender.stdin.close()
         self._wait(self._sender)
-        unsent = self._spool.unsent
+        unsent, state = self._spool.unsent, self._spool.state
+        if state.rejected:
+            _log.warning("MLflow refused records of run %s for good (%d): %s.", self.run_id, state.rejected, self._spool.log)
         if unsent:
-            state = self._spool.state
             _log.warning(
                 "%d records of run %s have not reached MLflow (%s); they are kept: `dpt sync %s` sends them.",
                 unsent, self.run_id, state.error or "still sending", self._spool.folder.parent,

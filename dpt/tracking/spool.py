@@ -48,6 +48,7 @@ class Spool:
         self.name = f"{run_id}.{node}" if node else run_id
         self.joins = bool(node)
         self.path = self.folder / f"{self.name}.jsonl"
+        self.log = self.folder / f"{self.name}.log"
         self._state_path = self.folder / f"{self.name}.state.json"
         self._file = -1
 

@@ -11,6 +11,7 @@ import time
 
 import pytest
 
+from dpt import cli
 from dpt.config.sections import TrackingConfig
 from dpt.errors import UserError
 from dpt.tracking import Run, start_run
@@ -54,13 +55,17 @@ def test_no_record_when_off_or_on_other_ranks(tmp_path, monkeypatch):
     assert not (tmp_path / "o").exists()
 
 
-def test_offline_nothing_is_sent_before_sync(tmp_path, uri):
+def test_offline_nothing_is_sent_before_sync(tmp_path, uri, capsys):
     config = TrackingConfig(uri=uri, experiment="t", offline=True)
     options = {"stage": "pretrain", "name": "n", "params": RECIPE, "parents": [], "tags": {}}
     with start_run(config, output_dir=tmp_path / "o", **options) as run:
         run.log_metrics({"train/loss": 1.0}, 1)
+        (tmp_path / "gone").mkdir()
+        run.log_artifact(tmp_path / "gone")
+        (tmp_path / "gone").rmdir()
     assert load_runs(uri) == []
-    assert [problem for _, problem in sync(tmp_path / "o")] == [""]
+    assert cli.main(["sync", str(tmp_path / "o")]) == 0
+    assert capsys.readouterr().out.endswith("all is sent, but for 1 that MLflow refused for good\n")
     (found,) = load_runs(uri, "t")
     assert (found.run_id, found.metrics["train/loss"], found.status) == (run.run_id, 1.0, "FINISHED")
 
