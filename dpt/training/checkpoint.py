@@ -232,7 +232,7 @@ def newest_checkpoint(
             continue
         if wanted(state):
             if damage:
-                distributed.log(f"{'; '.join(damage)}; going back to {folder / name}, the newest checkpoint that is whole.")
+                distributed.log(f"{'; '.join(damage)}; falling back to {folder / name}, the newest checkpoint that is whole.")
             return folder / name, state
     if damage and len(damage) == len(found):
         raise UserError(f"{folder}: no checkpoint is whole ({'; '.join(damage)}); remove the folder to start anew.")

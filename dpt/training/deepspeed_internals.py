@@ -61,7 +61,7 @@ def scaler_state(scaler: Any) -> dict[str, Any]:
 
 
 def set_scaler_state(scaler: Any, state: dict[str, Any]) -> None:
-    """Take up what `scaler_state` gave; nothing without a search."""
+    """Restore what `scaler_state` gave; nothing without a search."""
     if scaler is not None and scaler.dynamic:
         for name, value in state.items():
             setattr(scaler, name, value)

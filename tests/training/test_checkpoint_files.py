@@ -137,7 +137,7 @@ def test_damage_is_found_named_and_passed_over(
     assert _check_whole(tmp_path) == 1
     (said,) = capsys.readouterr().out.splitlines()
     assert str(file) in said
-    assert said.endswith(f"; going back to {tmp_path / checkpoint_name(1)}, the newest checkpoint that is whole.")
+    assert said.endswith(f"; falling back to {tmp_path / checkpoint_name(1)}, the newest checkpoint that is whole.")
     with pytest.raises(UserError, match=re.escape(f"the one before it is {tmp_path / checkpoint_name(1)}")):
         checkpoint_weights(tmp_path / checkpoint_name(2), ema=True)
     (tmp_path / checkpoint_name(1) / STATE_NAME).write_text("{}")

@@ -51,7 +51,7 @@ def test_a_rewind_goes_before_the_steps_that_were_not_finite_and_once_to_each(
     found = rewind_target(tmp_path, SkippedSamples().plus(32, 64))
     assert found is not None
     assert found[0].name == checkpoint_name(2)
-    assert f"going back to {found[0]}, the newest checkpoint that is whole" in capsys.readouterr().out
+    assert f"falling back to {found[0]}, the newest checkpoint that is whole" in capsys.readouterr().out
 
 
 def test_checkpoints_that_must_not_be_resumed_are_not_written_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
