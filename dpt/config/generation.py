@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from dpt.errors import UserError
+from dpt.config.numbers import AT_LEAST_1, NOT_NEGATIVE, Range
+from dpt.config.sections.checking import check, check_fields
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +37,10 @@ class GenerationConfig:
     """File for the reference's statistics, an .npz to be given as reference later; empty: not kept."""
 
     def __post_init__(self) -> None:
-        for name, least in (("num_images", 2), ("guidance_channels", 0), ("neighbours", 1), ("manifold_images", 1)):
-            if getattr(self, name) < least:
-                raise UserError(f"dpt.generation.{name} is {getattr(self, name)}; it must be at least {least}.")
-        if self.save_reference and not self.save_reference.endswith(".npz"):
-            raise UserError(f"dpt.generation.save_reference is {self.save_reference!r}; its name must end in .npz.")
+        check_fields(self, "dpt.generation", Range(least=2), "num_images")
+        check_fields(self, "dpt.generation", NOT_NEGATIVE, "guidance_channels")
+        check_fields(self, "dpt.generation", AT_LEAST_1, "neighbours", "manifold_images")
+        check(
+            not self.save_reference or self.save_reference.endswith(".npz"),
+            f"dpt.generation.save_reference is {self.save_reference!r}; its name must end in .npz.",
+        )

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from dpt.config.sections.checking import check
+from dpt.config.numbers import AT_LEAST_1, NOT_NEGATIVE
+from dpt.config.sections.checking import check, check_fields
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,11 +25,11 @@ class SelfAlignmentConfig:
 
     def __post_init__(self) -> None:
         name = "dpt.training.self_alignment"
-        check(self.weight >= 0, f"{name}.weight is {self.weight}; it cannot be negative.")
+        check_fields(self, name, NOT_NEGATIVE, "weight")
         check(
             1 <= self.student_block < self.teacher_block,
-            f"{name}.student_block {self.student_block} and teacher_block {self.teacher_block} must obey 1 <= student < "
-            "teacher.",
+            f"{name}.student_block {self.student_block} and teacher_block {self.teacher_block} must obey "
+            "1 <= student < teacher.",
         )
         check(
             0.0 <= self.offset_low <= self.offset_high <= 1.0,
@@ -50,8 +51,5 @@ class FeatureAlignmentConfig:
     """Width of the projector's two hidden layers (REPA: 2048)."""
 
     def __post_init__(self) -> None:
-        name = "dpt.training.feature_alignment"
-        check(self.weight >= 0, f"{name}.weight is {self.weight}; it cannot be negative.")
-        for field in ("block", "projector_width"):
-            check(getattr(self, field) >= 1, f"{name}.{field} is {getattr(self, field)}; it must be at least 1.")
-        check(self.channels >= 0, f"{name}.channels is {self.channels}; it cannot be negative.")
+        check_fields(self, "dpt.training.feature_alignment", NOT_NEGATIVE, "weight", "channels")
+        check_fields(self, "dpt.training.feature_alignment", AT_LEAST_1, "block", "projector_width")

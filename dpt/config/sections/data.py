@@ -3,7 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from dpt.config.sections.checking import check
+from dpt.config.numbers import NOT_NEGATIVE
+from dpt.config.sections.checking import check, check_fields
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,5 +36,4 @@ class DataConfig:
             f"dpt.data.weights has {len(self.weights)} entries for {len(self.shards)} sets in dpt.data.shards; give one a set.",
         )
         check(all(w > 0 for w in self.weights), f"dpt.data.weights {self.weights}: every weight must be positive.")
-        for name in ("num_workers", "max_bad_samples"):
-            check(getattr(self, name) >= 0, f"dpt.data.{name} is {getattr(self, name)}; it cannot be negative.")
+        check_fields(self, "dpt.data", NOT_NEGATIVE, "num_workers", "max_bad_samples")

@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from dpt.config.numbers import NOT_NEGATIVE, Range
-from dpt.config.sections.checking import check, check_interval
+from dpt.config.numbers import NOT_NEGATIVE, POSITIVE, SAMPLER_STEPS, Range
+from dpt.config.sections.checking import check, check_fields, check_guidance_interval
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,16 +49,13 @@ class DiffusionConfig:
     """What a network of the last timestep starts from: fresh noise, one noise for all samples, or zeros."""
 
     def __post_init__(self) -> None:
-        check(
-            self.num_train_timesteps >= 2,
-            f"dpt.diffusion.num_train_timesteps is {self.num_train_timesteps}; it must be at least 2.",
-        )
+        check_fields(self, "dpt.diffusion", Range(least=2), "num_train_timesteps")
         check(
             0.0 < self.beta_start <= self.beta_end < 1.0,
             f"dpt.diffusion.beta_start {self.beta_start} and beta_end {self.beta_end} must obey 0 < start <= end < 1.",
         )
-        for name in ("vlb_weight", "min_snr_gamma", "multires_noise_strength"):
-            check(getattr(self, name) >= 0, f"dpt.diffusion.{name} is {getattr(self, name)}; it cannot be negative.")
+        check_fields(self, "dpt.diffusion", NOT_NEGATIVE, "vlb_weight", "min_snr_gamma", "multires_noise_strength")
+        check_fields(self, "dpt.diffusion", POSITIVE, "timestep_scale")
         check(
             0 <= self.steps_offset < self.num_train_timesteps,
             f"dpt.diffusion.steps_offset is {self.steps_offset}; it must be from 0 to below num_train_timesteps.",
@@ -67,7 +64,6 @@ class DiffusionConfig:
             not (self.rescale_betas_zero_snr and self.prediction_type == "rectified_flow"),
             "dpt.diffusion.rescale_betas_zero_snr does not apply to rectified_flow, which has no betas; set it to false.",
         )
-        check(self.timestep_scale > 0, f"dpt.diffusion.timestep_scale is {self.timestep_scale}; it must be positive.")
         self._check_one_step()
 
     def with_schedule(self, beta_schedule: str) -> "DiffusionConfig":
@@ -128,8 +124,7 @@ class PixelLossConfig:
     """Weight of depth's multi-scale gradient error, beside its error."""
 
     def __post_init__(self) -> None:
-        for name in ("weight", "latent_weight", "gradient_weight"):
-            check(getattr(self, name) >= 0, f"dpt.pixel_loss.{name} is {getattr(self, name)}; it cannot be negative.")
+        check_fields(self, "dpt.pixel_loss", NOT_NEGATIVE, "weight", "latent_weight", "gradient_weight")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +147,6 @@ class SamplingConfig:
     """Greatest noise level, as a share of the timesteps, at which guidance acts."""
 
     def __post_init__(self) -> None:
-        check_interval(self.guidance_low, self.guidance_high, "dpt.sampling")
-        for name in ("every", "guidance_channels"):
-            NOT_NEGATIVE.check(f"dpt.sampling.{name}", getattr(self, name))
-        Range(least=1, most=1000).check("dpt.sampling.num_inference_steps", self.num_inference_steps)
+        check_guidance_interval(self, "dpt.sampling")
+        check_fields(self, "dpt.sampling", NOT_NEGATIVE, "every", "guidance_channels")
+        check_fields(self, "dpt.sampling", SAMPLER_STEPS, "num_inference_steps")

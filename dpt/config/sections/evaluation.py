@@ -3,7 +3,8 @@
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from dpt.config.sections.checking import check, check_interval
+from dpt.config.numbers import AT_LEAST_1, ENSEMBLE_SIZES, NOT_NEGATIVE, POSITIVE, SAMPLER_STEPS, SHARE
+from dpt.config.sections.checking import check, check_fields, check_guidance_interval
 from dpt.config.sections.diffusion import DiffusionConfig
 
 
@@ -60,20 +61,17 @@ class EvaluationConfig:
     """Folder of results."""
 
     def __post_init__(self) -> None:
-        check(
-            all(1 <= s <= 1000 for s in self.steps) and len(self.steps) > 0,
-            f"dpt.evaluation.steps {self.steps}: each must be between 1 and 1000.",
-        )
-        check(
-            all(1 <= n <= 50 for n in self.ensemble) and len(self.ensemble) > 0,
-            f"dpt.evaluation.ensemble {self.ensemble}: each must be between 1 and 50.",
-        )
-        check_interval(self.guidance_low, self.guidance_high, "dpt.evaluation")
-        check(0.0 <= self.eta <= 1.0, f"dpt.evaluation.eta is {self.eta}; it must be in [0, 1].")
-        check(self.step_power > 0, f"dpt.evaluation.step_power is {self.step_power}; it must be positive.")
-        check(self.batch_size >= 1, f"dpt.evaluation.batch_size is {self.batch_size}; it must be at least 1.")
-        for name in ("max_samples", "pictures"):
-            check(getattr(self, name) >= 0, f"dpt.evaluation.{name} is {getattr(self, name)}; it cannot be negative.")
+        for name, allowed in (("steps", SAMPLER_STEPS), ("ensemble", ENSEMBLE_SIZES)):
+            values = getattr(self, name)
+            check(
+                len(values) > 0 and all(value in allowed for value in values),
+                f"dpt.evaluation.{name} {values}: each must be {allowed}.",
+            )
+        check_guidance_interval(self, "dpt.evaluation")
+        check_fields(self, "dpt.evaluation", SHARE, "eta")
+        check_fields(self, "dpt.evaluation", POSITIVE, "step_power")
+        check_fields(self, "dpt.evaluation", AT_LEAST_1, "batch_size")
+        check_fields(self, "dpt.evaluation", NOT_NEGATIVE, "max_samples", "pictures")
 
     def settled(self, diffusion: DiffusionConfig) -> "EvaluationConfig":
         """These settings as weights trained for `diffusion` are used with them: a one-step network takes one step, whatever is
@@ -105,7 +103,6 @@ class ValidationConfig:
     """End the training after so many validations in a row that were not better; 0: never."""
 
     def __post_init__(self) -> None:
-        for name in ("every", "max_samples", "patience"):
-            check(getattr(self, name) >= 0, f"dpt.validation.{name} is {getattr(self, name)}; it cannot be negative.")
-        check(1 <= self.steps <= 1000, f"dpt.validation.steps is {self.steps}; it must be between 1 and 1000.")
-        check(1 <= self.ensemble <= 50, f"dpt.validation.ensemble is {self.ensemble}; it must be between 1 and 50.")
+        check_fields(self, "dpt.validation", NOT_NEGATIVE, "every", "max_samples", "patience")
+        check_fields(self, "dpt.validation", SAMPLER_STEPS, "steps")
+        check_fields(self, "dpt.validation", ENSEMBLE_SIZES, "ensemble")

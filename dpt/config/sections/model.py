@@ -4,7 +4,8 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from dpt.config.sections.checking import check
+from dpt.config.numbers import AT_LEAST_1, NOT_NEGATIVE, POSITIVE, SHARE, Range
+from dpt.config.sections.checking import check, check_fields
 
 Task = Literal["class", "depth", "flow", "amodal", "generalist"]
 CONDITIONS: dict[str, tuple[int, int]] = {
@@ -79,34 +80,17 @@ class ModelConfig:
     """muP: head size at which attention scores have their usual scale; they are divided by the head size, not by its root."""
 
     def __post_init__(self) -> None:
-        for name in (
-            "input_size",
-            "patch_size",
-            "in_channels",
-            "hidden_size",
-            "depth",
-            "num_heads",
-            "num_classes",
-            "top_k",
-            "base_head_size",
-        ):
-            check(getattr(self, name) >= 1, f"dpt.model.{name} is {getattr(self, name)}; it must be at least 1.")
-        for name in (
-            "num_conditions",
-            "patch_embed_tasks",
-            "clip_embedding_size",
-            "num_experts",
-            "shared_expert_width",
-            "base_width",
-        ):
-            check(getattr(self, name) >= 0, f"dpt.model.{name} is {getattr(self, name)}; it cannot be negative.")
+        sizes = ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads", "num_classes", "top_k")
+        counts = ("num_conditions", "patch_embed_tasks", "clip_embedding_size", "num_experts", "shared_expert_width")
+        check_fields(self, "dpt.model", AT_LEAST_1, *sizes, "base_head_size")
+        check_fields(self, "dpt.model", NOT_NEGATIVE, *counts, "base_width", "capacity_factor")
+        check_fields(self, "dpt.model", POSITIVE, "mlp_norm_eps")
+        check_fields(self, "dpt.model", Range(least=0, below=1), "class_dropout_prob")
         check(
             self.patch_embed_tasks <= self.num_classes,
             f"dpt.model.patch_embed_tasks {self.patch_embed_tasks} is more than dpt.model.num_classes {self.num_classes}, "
             "the last of which are the tasks' labels; raise num_classes.",
         )
-        check(self.capacity_factor >= 0, f"dpt.model.capacity_factor is {self.capacity_factor}; it cannot be negative.")
-        check(self.mlp_norm_eps > 0, f"dpt.model.mlp_norm_eps is {self.mlp_norm_eps}; it must be positive.")
         check(self.mlp_width >= 1, f"dpt.model.mlp_ratio is {self.mlp_ratio}; the MLP would have no width.")
         check(
             self.hidden_size % self.num_heads == 0,
@@ -123,10 +107,6 @@ class ModelConfig:
         check(
             self.num_experts == 0 or self.top_k <= self.num_experts,
             f"dpt.model.top_k {self.top_k} is more than dpt.model.num_experts {self.num_experts}; lower top_k.",
-        )
-        check(
-            0.0 <= self.class_dropout_prob < 1.0,
-            f"dpt.model.class_dropout_prob is {self.class_dropout_prob}; it is a probability in [0, 1).",
         )
 
     @property
@@ -164,16 +144,12 @@ class UpcyclingConfig:
     """Share of each copy's hidden units that are drawn anew (Drop-Upcycling: 0.5); 0: exact copies."""
 
     def __post_init__(self) -> None:
-        check(self.num_experts >= 1, f"dpt.upcycling.num_experts is {self.num_experts}; it must be at least 1.")
+        check_fields(self, "dpt.upcycling", AT_LEAST_1, "num_experts", "granularity")
+        check_fields(self, "dpt.upcycling", NOT_NEGATIVE, "noise_std")
+        check_fields(self, "dpt.upcycling", SHARE, "reinit_share")
         check(
             1 <= self.top_k <= self.num_experts,
             f"dpt.upcycling.top_k is {self.top_k}; it must be between 1 and num_experts ({self.num_experts}).",
-        )
-        check(self.granularity >= 1, f"dpt.upcycling.granularity is {self.granularity}; it must be at least 1.")
-        check(self.noise_std >= 0, f"dpt.upcycling.noise_std is {self.noise_std}; it cannot be negative.")
-        check(
-            0.0 <= self.reinit_share <= 1.0,
-            f"dpt.upcycling.reinit_share is {self.reinit_share}; it is a share between 0 and 1.",
         )
         check(
             self.reinit_share == 0 or self.num_experts > 1,

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass, field
 
-from dpt.config.sections.checking import check
+from dpt.config.numbers import NOT_NEGATIVE
+from dpt.config.sections.checking import check, check_fields
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,4 +32,4 @@ class TrackingConfig:
             not set(self.registered_model) & set("/:'\""),
             f'dpt.tracking.registered_model is "{self.registered_model}"; names in MLflow\'s registry have no / : or quotes.',
         )
-        check(self.system_every >= 0, f"dpt.tracking.system_every is {self.system_every}; it cannot be negative.")
+        check_fields(self, "dpt.tracking", NOT_NEGATIVE, "system_every")

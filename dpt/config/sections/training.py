@@ -3,8 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from dpt.config.numbers import AT_LEAST_1, NOT_NEGATIVE, POSITIVE, Range
 from dpt.config.sections.alignment import FeatureAlignmentConfig, SelfAlignmentConfig
-from dpt.config.sections.checking import check
+from dpt.config.sections.checking import check, check_fields
 
 LONGEST_EMA = 0.28
 """Relative lengths of power-function averages are below that of the plain mean of a run, 1 / sqrt(12)."""
@@ -83,8 +84,13 @@ class TrainingConfig:
     """What to do when the memory plan is above what is free: refuse to start, or say so and try."""
 
     def __post_init__(self) -> None:
-        check(self.steps >= 0, f"dpt.training.steps is {self.steps}; it cannot be negative.")
-        check(self.ep_size >= 1, f"dpt.training.ep_size is {self.ep_size}; it must be at least 1.")
+        weights, intervals = ("balance_loss_weight", "router_z_loss_weight"), ("checkpoint_every", "keep_every")
+        check_fields(self, "dpt.training", NOT_NEGATIVE, "steps", "lr_final", "warmup_steps", *weights, *intervals)
+        check_fields(self, "dpt.training", NOT_NEGATIVE, "ema_snapshot_every", "expert_distance_every", "bypass_first")
+        check_fields(self, "dpt.training", AT_LEAST_1, "ep_size", "bypass_last")
+        check_fields(self, "dpt.training", POSITIVE, "log_every", "keep_last", "max_skipped_steps", "timeout_s")
+        check_fields(self, "dpt.training", Range(least=2), "ema_snapshots")
+        check_fields(self, "dpt.training", Range(least=0, below=1), "bypass_share")
         check(len(self.ema_decays) >= 1, "dpt.training.ema_decays is empty; give at least one decay (0 turns averaging off).")
         check(
             all(0.0 <= d < 1.0 for d in self.ema_decays),
@@ -95,32 +101,9 @@ class TrainingConfig:
             and len(set(self.ema_lengths)) == len(self.ema_lengths),
             f"dpt.training.ema_lengths {self.ema_lengths}: every length must be in (0, {LONGEST_EMA}], and none there twice.",
         )
-        check(self.ema_snapshots >= 2, f"dpt.training.ema_snapshots is {self.ema_snapshots}; it must be at least 2.")
         check(
             self.lr_schedule == "constant" or self.lr_final > 0,
             f"dpt.training.lr_final is {self.lr_final}; the {self.lr_schedule} schedule needs a positive value.",
-        )
-        check(
-            self.ema_snapshot_every >= 0,
-            f"dpt.training.ema_snapshot_every is {self.ema_snapshot_every}; it cannot be negative.",
-        )
-        for name in (
-            "lr_final",
-            "warmup_steps",
-            "balance_loss_weight",
-            "router_z_loss_weight",
-            "checkpoint_every",
-            "keep_every",
-            "expert_distance_every",
-        ):
-            check(getattr(self, name) >= 0, f"dpt.training.{name} is {getattr(self, name)}; it cannot be negative.")
-        for name in ("log_every", "keep_last", "max_skipped_steps", "timeout_s"):
-            check(getattr(self, name) > 0, f"dpt.training.{name} is {getattr(self, name)}; it must be positive.")
-        check(0.0 <= self.bypass_share < 1.0, f"dpt.training.bypass_share is {self.bypass_share}; it must be in [0, 1).")
-        check(self.bypass_first >= 0, f"dpt.training.bypass_first is {self.bypass_first}; it cannot be negative.")
-        check(
-            self.bypass_last > 0,
-            f"dpt.training.bypass_last is {self.bypass_last}; the last block at least must see all tokens: set 1 or more.",
         )
 
     @property
