@@ -29,12 +29,7 @@ _RATES = {
     "jitter": "relative standard deviation of a rank's compute time between steps",
 }
 """Meaning of `Cluster`'s fields."""
-_RANGES = {
-    "gpus_per_node": AT_LEAST_1,
-    "efficiency": Range(above=0, most=1),
-    "latency_s": NOT_NEGATIVE,
-    "jitter": NOT_NEGATIVE,
-}
+_RANGES = {"gpus_per_node": AT_LEAST_1, "efficiency": Range(above=0, most=1), "latency_s": NOT_NEGATIVE, "jitter": NOT_NEGATIVE}
 """What they may be; the others are positive."""
 
 

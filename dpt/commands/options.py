@@ -84,13 +84,7 @@ def card_text(
 
 
 def write_card(
-    arguments: argparse.Namespace,
-    model: ModelConfig,
-    sections: Mapping[str, Any],
-    *,
-    form: "Form",
-    name: str,
-    folder: Path,
+    arguments: argparse.Namespace, model: ModelConfig, sections: Mapping[str, Any], *, form: "Form", name: str, folder: Path
 ) -> None:
     """Write `card_text` as README.md of a folder."""
     text = card_text(arguments, model, sections, form=form, name=name)

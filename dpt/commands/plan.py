@@ -45,10 +45,7 @@ def run(arguments: argparse.Namespace) -> None:
     models = _models(observations, arguments.models)
     upcycling = next((section(r, "upcycling", UpcyclingConfig) for r in family if r.stage == "upcycle"), UpcyclingConfig())
     limits = Limits(
-        train_macs=arguments.budget,
-        test_macs=arguments.test_macs_per_image,
-        task=arguments.task,
-        upcycling=upcycling,
+        train_macs=arguments.budget, test_macs=arguments.test_macs_per_image, task=arguments.task, upcycling=upcycling
     )
     plan, naive = best_plan(surface, models, limits), naive_plan(surface, models, limits)
     print(_learned(surface, observations))

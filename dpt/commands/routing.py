@@ -43,11 +43,7 @@ def run(arguments: argparse.Namespace) -> None:
     )
     network = weights.build().to(device).eval()
     prepare = Preparation(
-        config,
-        tasks=data_loader.tasks,
-        scaling=data_loader.scaling,
-        device=device,
-        dtype=next(network.parameters()).dtype,
+        config, tasks=data_loader.tasks, scaling=data_loader.scaling, device=device, dtype=next(network.parameters()).dtype
     )
 
     def arguments_of(batch: Any) -> dict[str, Any]:

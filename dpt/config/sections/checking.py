@@ -21,7 +21,4 @@ def check_fields(config: Any, section: str, allowed: Range, *names: str) -> None
 def check_guidance_interval(config: Any, section: str) -> None:
     """UserError unless guidance acts in an interval of [0, 1]."""
     low, high = config.guidance_low, config.guidance_high
-    check(
-        0.0 <= low <= high <= 1.0,
-        f"{section}.guidance_low {low} and guidance_high {high} must obey 0 <= low <= high <= 1.",
-    )
+    check(0.0 <= low <= high <= 1.0, f"{section}.guidance_low {low} and guidance_high {high} must obey 0 <= low <= high <= 1.")
