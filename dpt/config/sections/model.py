@@ -25,15 +25,15 @@ class ModelConfig:
     """The network's architecture. A preset fills the sizes; any field beside it overrides the preset's."""
 
     preset: str = "S/2"
-    """Named size that fills the fields below it (`dpt presets` lists them)."""
+    """Named size that fills the fields below (`dpt presets` lists them)."""
     input_size: int = 32
-    """Side of the latents the model is meant for, in latent pixels (image side / 8); other sizes work too."""
+    """Side of the latents in latent pixels (image side / 8); the network also takes other sizes."""
     patch_size: int = 2
     """Side of a token's patch, in latent pixels."""
     in_channels: int = 4
     """Channels of one latent image."""
     num_conditions: int = 0
-    """Clean condition latents concatenated on channels before the noisy one (1: image; 2: image and prompt)."""
+    """Condition latents concatenated before the noisy one, along channels (1: image; 2: image and prompt)."""
     hidden_size: int = 384
     """Width of the residual stream."""
     depth: int = 12
@@ -51,11 +51,11 @@ class ModelConfig:
     qk_norm: bool = False
     """Normalise queries and keys per head (LayerNorm)."""
     mlp_norm_eps: float = 1e-6
-    """Epsilon of the norm before each MLP (diffusers' DiT runs with 1e-5; all other norms have 1e-6)."""
+    """Epsilon of the norm before each MLP (diffusers' DiT: 1e-5; all other norms have 1e-6)."""
     timestep_features: Literal["dit", "diffusers"] = "dit"
-    """Frequencies of the timestep's sines, i = 0..127: DiT's 10000^(-i/128), or diffusers' 10000^(-i/127)."""
+    """Frequencies of the timestep features, i = 0..127: DiT's 10000^(-i/128), or diffusers' 10000^(-i/127)."""
     patch_embed_tasks: int = 0
-    """Input convolutions, one a task, chosen by the task label (PatchEmbedRouter); 0: one for all."""
+    """Number of input convolutions, one per task, selected by the task label (PatchEmbedRouter); 0: one for all."""
     clip_embedding_size: int = 0
     """Width of the CLIP image embedding added to the conditioning vector; 0: none."""
     num_experts: int = 0
@@ -67,17 +67,17 @@ class ModelConfig:
     router_gate: Literal["softmax", "sigmoid"] = "softmax"
     """How a router's scores become experts' weights: softmax over all experts, or each expert's own sigmoid (DeepSeek-V3)."""
     shared_expert_width: int = 0
-    """Width of the SwiGLU expert that every token passes through; 0: none."""
+    """Width of the shared SwiGLU expert, which every token passes through; 0: none."""
     normalize_top_k: bool = False
     """Rescale each token's top-k router weights to sum to 1."""
     capacity_factor: float = 0.0
-    """Most tokens an expert takes, as a multiple of the even share; further ones are dropped. 0: no limit."""
+    """Most tokens per expert, as a multiple of the even share; further ones are dropped. 0: no limit."""
     router_bias_balancing: bool = False
-    """Balance experts by a routing bias instead of (or beside) the balance loss."""
+    """Balance experts by a routing bias, instead of or besides the balance loss."""
     base_width: int = 0
-    """muP: the hidden_size whose learning rate is to serve every width; 0: the standard parametrisation."""
+    """muP: the hidden_size for which the learning rate was tuned; 0: the standard parametrisation."""
     base_head_size: int = 64
-    """muP: head size at which attention scores have their usual scale; they are divided by the head size, not by its root."""
+    """muP: head size at which attention scores have the usual scale; they are divided by the head size, not its root."""
 
     def __post_init__(self) -> None:
         sizes = ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads", "num_classes", "top_k")
@@ -135,13 +135,13 @@ class UpcyclingConfig:
     top_k: int = 2
     """Experts that each token is sent to."""
     normalize_top_k: bool = True
-    """Rescale top-k weights to sum to 1: the upcycled network is then exactly the dense one at step 0."""
+    """Rescale top-k weights to sum to 1, so that the upcycled network equals the dense one at step 0."""
     granularity: int = 1
-    """Finer experts that each copy is split into."""
+    """Number of finer experts that each copy is split into."""
     noise_std: float = 0.0
     """Noise added to the copies, in units of each weight's own standard deviation, to break their symmetry."""
     reinit_share: float = 0.0
-    """Share of each copy's hidden units that are drawn anew (Drop-Upcycling: 0.5); 0: exact copies."""
+    """Share of each copy's hidden units that are reinitialised (Drop-Upcycling: 0.5); 0: exact copies."""
 
     def __post_init__(self) -> None:
         check_fields(self, "dpt.upcycling", AT_LEAST_1, "num_experts", "granularity")

@@ -13,7 +13,7 @@ class TrackingConfig:
     enabled: bool = True
     """Record the run in MLflow."""
     offline: bool = False
-    """Keep the records in the output folder until `dpt sync` sends them, where training cannot reach the store."""
+    """Keep records in the output folder until `dpt sync` sends them, for machines that cannot reach the store."""
     uri: str = "sqlite:///mlflow.db"
     """MLflow tracking store: an SQLite file or a server's address."""
     experiment: str = "dpt"
@@ -23,9 +23,9 @@ class TrackingConfig:
     tags: dict[str, str] = field(default_factory=dict)
     """Further tags of the run."""
     system_every: float = 10.0
-    """Seconds between samples of every node's processors, memory, disks, network and GPUs (MLflow's names); 0: none."""
+    """Seconds between readings of every node's CPU, memory, disks, network and GPUs (MLflow's names); 0: none."""
     registered_model: str = ""
-    """Name in MLflow's model registry that the exported weights become a version of; empty: none."""
+    """Model in MLflow's registry that the exported weights become a version of; empty: none."""
 
     def __post_init__(self) -> None:
         check(
