@@ -53,13 +53,6 @@ def _weights(folder: Path, task: str = "class") -> Path:
     return export_weights(model, folder / task, sections=sections)
 
 
-@pytest.fixture(autouse=True)
-def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.setenv(name, "0")  # so that they are put back
-        monkeypatch.delenv(name)
-
-
 def test_the_evaluator_scores_images_where_a_reference_is_named(tmp_path: Path, capsys, monkeypatch) -> None:
     path, sha256 = save_network(Random(), tmp_path / "features.pt")
     np.savez(tmp_path / "real.npz", random_images(9, 0, side=64))

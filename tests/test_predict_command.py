@@ -34,14 +34,7 @@ def pictures(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.fixture
-def launcher_variables(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.setenv(name, "0")  # so that they are put back
-        monkeypatch.delenv(name)
-
-
-def test_folders_in_every_format_and_what_cannot_be_read(pictures, tmp_path, capsys, launcher_variables) -> None:
+def test_folders_in_every_format_and_what_cannot_be_read(pictures, tmp_path, capsys) -> None:
     weights = export_tiny(tmp_path, "depth", num_conditions=1)
     out = tmp_path / "out"
     (pictures / "b" / "broken.png").write_bytes(b"nothing")
@@ -215,9 +208,7 @@ def test_the_five_lines_of_python_run(page, pictures, tmp_path) -> None:
         (["--fov", "nan"], "argument --fov"),
     ],
 )
-def test_options_of_other_tasks_and_numbers_out_of_range(
-    options, words, pictures, tmp_path, capsys, launcher_variables, monkeypatch
-) -> None:
+def test_options_of_other_tasks_and_numbers_out_of_range(options, words, pictures, tmp_path, capsys, monkeypatch) -> None:
     monkeypatch.chdir(pictures)
     weights = export_tiny(tmp_path, "depth", num_conditions=1)
     with pytest.raises(SystemExit) as stop:

@@ -69,12 +69,9 @@ def _write_pipeline(arguments: argparse.Namespace) -> None:
         weights,
         arguments.out,
         source=str(arguments.checkpoint),
-        vae=arguments.vae,
-        include_vae=arguments.include_vae,
         class_names=_class_names(arguments.class_names) if arguments.class_names else (),
-        steps=arguments.steps,
-        ensemble=arguments.ensemble,
         card=card_text(arguments, weights.config, weights.sections, form="diffusers", name=name),
+        **{option: getattr(arguments, option) for option in ("vae", "include_vae", "steps", "ensemble")},
     )
     print(out)
     task = weights.sections.get("task", "class")

@@ -93,17 +93,9 @@ def write_card(
 
 def sampling_config(arguments: argparse.Namespace, **more: Any) -> EvaluationConfig:
     """The options of `add_sampling_options` (and --ensemble) as the section that the predictor takes, with further fields."""
-    values = more | {
-        "steps": [arguments.steps],
-        "ensemble": [getattr(arguments, "ensemble", 1)],
-        "sampler": arguments.sampler,
-        "schedule": arguments.schedule,
-        "timestep_spacing": arguments.timestep_spacing,
-        "guidance_scale": arguments.guidance,
-        "guidance_low": arguments.guidance_interval[0],
-        "guidance_high": arguments.guidance_interval[1],
-        "seed": arguments.seed,
-        "batch_size": arguments.batch_size,
-        "precision": arguments.precision,
-    }
+    low, high = arguments.guidance_interval
+    same = ("sampler", "schedule", "timestep_spacing", "seed", "batch_size", "precision")
+    values = more | {name: getattr(arguments, name) for name in same}
+    values |= {"steps": [arguments.steps], "ensemble": [getattr(arguments, "ensemble", 1)]}
+    values |= {"guidance_scale": arguments.guidance, "guidance_low": low, "guidance_high": high}
     return section_from_dict(EvaluationConfig, values, "the command line")

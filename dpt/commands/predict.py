@@ -58,13 +58,8 @@ def run(arguments: argparse.Namespace) -> None:
 
     if arguments.second and arguments.mask:
         raise UserError("--second is for flow and --mask for amodal; give one of them.")
-    outputs = OutputConfig(
-        formats=formats_from_text(arguments.formats),
-        fov=arguments.fov,
-        focal=arguments.focal,
-        near=arguments.depth_range[0],
-        far=arguments.depth_range[1],
-    )
+    (near, far), formats = arguments.depth_range, formats_from_text(arguments.formats)
+    outputs = OutputConfig(formats=formats, fov=arguments.fov, focal=arguments.focal, near=near, far=far)
     sources = find_sources(
         arguments.inputs,
         patterns=arguments.pattern,
@@ -82,13 +77,8 @@ def run(arguments: argparse.Namespace) -> None:
     from dpt.progress import say
     from dpt.training.export import load_weights
 
-    predictor = Predictor(
-        hub.pinned(arguments.weights),
-        config=sampling_config(arguments),
-        vae=arguments.vae,
-        device=arguments.device,
-        read=load_weights,
-    )
+    config, weights = sampling_config(arguments), hub.pinned(arguments.weights)
+    predictor = Predictor(weights, config=config, vae=arguments.vae, device=arguments.device, read=load_weights)
     if arguments.fit:
         predictor.fits = {task: dataclasses.replace(fit, how=arguments.fit) for task, fit in predictor.fits.items()}
     task = arguments.task or predictor.task
@@ -126,19 +116,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 _OTHERS = {"second": "second frame", "mask": "visible mask"}
-_NOT_SETTINGS = (
-    "inputs",
-    "second",
-    "mask",
-    "pattern",
-    "no_recursive",
-    "frames",
-    "out",
-    "again",
-    "batch_size",
-    "device",
-    "weights",
-)
+_FILES = ("inputs", "second", "mask", "pattern", "no_recursive", "frames", "out", "weights")
+_NOT_SETTINGS = (*_FILES, "again", "batch_size", "device")
 """Options that a picture's results do not depend on (which files belong to it is kept beside them)."""
 
 

@@ -22,7 +22,7 @@ class DataConfig:
     horizontal_flip: bool = False
     """Mirror samples with probability 1/2; the shards must hold mirrored latents."""
     num_workers: int = 0
-    """Threads per rank that read shards, and as many that fetch; 0: the thread that fills batches reads, and one more fetches."""
+    """Threads per rank that read shards, and as many that fetch; 0: the thread that fills batches reads, another fetches."""
     cache_dir: str = ""
     """Folder that keeps shards fetched from URLs (it grows to the size of the sets); empty: fetched anew every epoch."""
     verify: bool = True
