@@ -82,8 +82,9 @@ def batch_split(recipe: Recipe, world_size: int) -> tuple[int, int, int]:
             f"({' or '.join(near)} samples would do).",
         )
     if accumulation is None:
-        micro = largest_micro_batch(total // world_size, limit)
-        return total, micro, total // world_size // micro
+        share = total // world_size
+        micro = next(n for n in range(min(share, limit or share), 0, -1) if share % n == 0)
+        return total, micro, share // micro
     micro = total // parts
     if limit is not None and micro > limit:
         _refuse(
@@ -92,11 +93,6 @@ def batch_split(recipe: Recipe, world_size: int) -> tuple[int, int, int]:
             f"train_micro_batch_size_per_gpu {limit}; raise one of them, or leave gradient_accumulation_steps out.",
         )
     return total, micro, accumulation
-
-
-def largest_micro_batch(share: int, limit: int | None) -> int:
-    """The largest divisor of a rank's `share` of the batch that is at most `limit` (None: no limit)."""
-    return next(n for n in range(min(share, limit or share), 0, -1) if share % n == 0)
 
 
 def split_note(recipe: Recipe, world_size: int) -> str:
