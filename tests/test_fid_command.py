@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 
 from data_tools.encoding.shards import ShardWriter
@@ -18,6 +17,7 @@ from dpt.data.manifest import Manifest, MemberSpec, VAERecord, file_sha256, writ
 from dpt.models.dit import DiT
 from dpt.models.pretrained import export_weights
 from tests.evaluation.image_networks import Random, random_images, save_network
+from tests.test_cli import refusal
 
 
 def _shards(folder: Path, labels: list[int]) -> Path:
@@ -127,9 +127,6 @@ def test_fid_of_weights_against_shards(tmp_path: Path, capsys, monkeypatch) -> N
         ([*command, "--images", str(tmp_path)], "give weights to score, or ready-made pictures"),
         ([*command, "--save-reference", "x"], "must end in .npz"),
     ):
-        with pytest.raises(SystemExit) as stop:
-            cli.main(arguments)
-        error = capsys.readouterr().err
-        assert stop.value.code == 2
+        error = refusal(capsys, *arguments)
         assert words in error
         assert error.count("\n") == 1

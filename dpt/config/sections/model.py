@@ -92,17 +92,15 @@ class ModelConfig:
             "the last of which are the tasks' labels; raise num_classes.",
         )
         check(self.mlp_width >= 1, f"dpt.model.mlp_ratio is {self.mlp_ratio}; the MLP would have no width.")
-        check(
-            self.hidden_size % self.num_heads == 0,
-            f"dpt.model.num_heads {self.num_heads} does not divide dpt.model.hidden_size {self.hidden_size}; choose a divisor.",
-        )
+        for part, whole in (("num_heads", "hidden_size"), ("patch_size", "input_size")):
+            check(
+                getattr(self, whole) % getattr(self, part) == 0,
+                f"dpt.model.{part} {getattr(self, part)} does not divide dpt.model.{whole} {getattr(self, whole)}; choose a "
+                "divisor.",
+            )
         check(
             self.hidden_size % 4 == 0,
             f"dpt.model.hidden_size {self.hidden_size} is no multiple of 4, which the 2-D sin-cos position table needs.",
-        )
-        check(
-            self.input_size % self.patch_size == 0,
-            f"dpt.model.patch_size {self.patch_size} does not divide dpt.model.input_size {self.input_size}.",
         )
         check(
             self.num_experts == 0 or self.top_k <= self.num_experts,
