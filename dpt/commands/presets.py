@@ -37,10 +37,10 @@ def run(arguments: argparse.Namespace) -> None:
     header = ["preset", *parts, "total", "(ckpt.)"]
     print(format_cells(header, [[row["preset"], *_memory(row)] for row in rows]))
     print(
-        f"\nGiB on each of {arguments.ranks} rank{'s' * (arguments.ranks > 1)}: 256 px, {arguments.precision}, EP "
+        f"\nGiB per rank, on {arguments.ranks} rank{'s' * (arguments.ranks > 1)}: 256 px, {arguments.precision}, EP "
         f"{arguments.ep} (dense networks: 1), ZeRO {arguments.zero}, micro batch {arguments.micro_batch}.\n"
-        "weights: with the optimizer's float32 copy; buckets: for exchanging gradients; (checkpointed): blocks are computed\n"
-        "again in the backward pass. The device's context comes on top."
+        "weights: with the optimizer's float32 copy; buckets: buffers for reducing gradients; (checkpointed): with activation\n"
+        "checkpointing. The device's context comes on top."
     )
 
 
