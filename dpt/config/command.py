@@ -90,7 +90,7 @@ def print_help(prog: str, description: str, home: str) -> None:
             action.help = argparse.SUPPRESS
     parser.epilog = (
         '--ds_config FILE is the recipe: JSON with DeepSpeed\'s keys and an object "dpt" with the fields above. '
-        f'Fields of "{home}" may be written without the section\'s name. DeepSpeed\'s keys are set the same way, e.g. '
+        f"Fields of \"{home}\" may be written without the section's name. DeepSpeed's keys are set the same way, e.g. "
         f"--train_batch_size 64, --zero_optimization.stage 2; known: {', '.join(sorted(DEEPSPEED_KEYS))}."
     )
     parser.print_help()
