@@ -9,7 +9,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 .PHONY: help install quickstart check test test-all lint format bench gpu clean
 
 help:
-	@echo "make quickstart   the whole road on this machine, from synthetic scenes to a report (about 10 minutes)"
+	@echo "make quickstart   the whole pipeline on this machine, from synthetic scenes to a report (about 10 minutes)"
 	@echo "make check        style, types and the tests of what you changed since origin/main (BASE=COMMIT: since that)"
 	@echo "make test         the test suite (CPU, no network)"
 	@echo "make test-all     the same with the longer checks"

@@ -10,22 +10,22 @@ from collections.abc import Sequence
 from dpt.config.parser import Parser
 
 COMMANDS = {
-    "predict": "depth, optical flow or whole-object masks of pictures",
-    "sample": "class-conditional images",
-    "fid": "FID, sFID, Inception Score, precision, recall and FD-DINOv2 of class-conditional weights",
-    "report": "write one HTML page about an experiment",
-    "compare": "put runs side by side",
-    "laws": "fit power laws to runs and draw them",
+    "predict": "predict depth, optical flow or whole objects for pictures and videos",
+    "sample": "sample class-conditional images",
+    "fid": "score class-conditional weights: FID, sFID, Inception Score, precision, recall, FD-DINOv2",
+    "report": "write an HTML report about an experiment",
+    "compare": "compare runs side by side",
+    "laws": "fit power laws to runs and plot them",
     "plan": "split a budget between model size, training stages and test time",
     "study": "run a grid of launches and draw its figures",
-    "presets": "model sizes: parameters, MACs, bytes per rank",
-    "cluster": "training on many GPUs, on paper: layouts, times, memory, recipes",
-    "routing": "which experts get which tokens",
-    "experts": "how different experts become in training",
-    "export": "weights as a folder of ours, or as a pipeline of diffusers",
-    "import": "public weights as a folder",
-    "push": "weights with their model card to the Hugging Face Hub",
-    "sync": "send records that an outage of the MLflow server has kept back",
+    "presets": "list model sizes: parameters, MACs, bytes per rank",
+    "cluster": "model training on many GPUs: layouts, times, memory, recipes",
+    "routing": "show which experts get which tokens",
+    "experts": "plot how experts diverge in training",
+    "export": "export weights as our folder or as a diffusers pipeline",
+    "import": "import public weights as our folder",
+    "push": "push weights with a model card to the Hugging Face Hub",
+    "sync": "send records that an outage of the MLflow server left behind",
 }
 """Every command is a module in `dpt.commands` with `configure(parser)` and `run(arguments)`."""
 
@@ -33,9 +33,7 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; bad input ends in one sentence and exit code 2."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments and arguments[0].startswith(
-        "--local_rank="
-    ):  # which the DeepSpeed launcher puts first; it sets LOCAL_RANK too
+    if arguments and arguments[0].startswith("--local_rank="):  # from the DeepSpeed launcher, which sets LOCAL_RANK too
         del arguments[0]
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(usage())

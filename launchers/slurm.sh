@@ -49,5 +49,5 @@ print("finished" if has_finished(Path(training.output_dir), training.steps) else
 ' "$stage" --ds_config "$recipe" "$@")
 fi
 
-# Queued again, training goes on from its checkpoint, and an evaluation behind the samples that it has scored.
+# A requeued training resumes from its checkpoint, an evaluation with the samples that are left.
 [[ $state == finished ]] || scontrol requeue "$SLURM_JOB_ID"

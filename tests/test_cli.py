@@ -15,6 +15,14 @@ def dpt(*arguments):
     return subprocess.run([sys.executable, "-m", "dpt.cli", *arguments], capture_output=True, text=True, timeout=120)
 
 
+def refusal(capsys, *arguments):
+    """What `dpt ARGUMENTS` writes to standard error before it ends with exit code 2."""
+    with pytest.raises(SystemExit) as end:
+        cli.main([str(argument) for argument in arguments])
+    assert end.value.code == 2
+    return capsys.readouterr().err
+
+
 def least_seconds(command, times=5):
     durations = []
     for _ in range(times):
@@ -103,9 +111,7 @@ def test_predict_writes_depth_of_any_picture(depth_weights, tmp_path, capsys):
     assert "scene_depth_colour.png" in capsys.readouterr().out
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no picture")
-    with pytest.raises(SystemExit):
-        cli.main(["predict", str(broken), "--weights", str(depth_weights)])
-    assert f"{broken}: not a picture" in capsys.readouterr().err
+    assert f"{broken}: not a picture" in refusal(capsys, "predict", broken, "--weights", depth_weights)
 
 
 def test_sample_import_and_export_round(tmp_path, capsys):
@@ -113,9 +119,7 @@ def test_sample_import_and_export_round(tmp_path, capsys):
     arguments = ["sample", "--weights", str(weights), "--labels", "0,3", "--steps", "2", "--out", str(tmp_path / "out")]
     assert cli.main(arguments) == 0
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["0000_000.png", "0003_000.png"]
-    with pytest.raises(SystemExit):
-        cli.main([*arguments[:3], "--labels", "9"])
-    assert "know classes 0 to 3" in capsys.readouterr().err
+    assert "know classes 0 to 3" in refusal(capsys, *arguments[:3], "--labels", 9)
     assert cli.main(["export", str(weights), str(tmp_path / "diffusers"), "--diffusers"]) == 0
     arguments = ["import", str(tmp_path / "diffusers"), str(tmp_path / "back"), "--vae", "embedded", "--objective", "epsilon"]
     assert cli.main(arguments) == 0

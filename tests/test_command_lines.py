@@ -23,22 +23,19 @@ TINY = {
 def run(monkeypatch: pytest.MonkeyPatch, launcher: str, *arguments: str) -> int | str | None:
     """The launcher's exit code, run in this process up to where it would start distributed work."""
     monkeypatch.setattr(sys, "argv", [f"{launcher}.py", *arguments])
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
     with pytest.raises(SystemExit) as stop:
         runpy.run_path(str(LAUNCHERS / f"{launcher}.py"), run_name="__main__")
     return stop.value.code
 
 
-def field_names() -> list[str]:
+def field_names(config: type = DptConfig, prefix: str = "") -> list[str]:
     """Of all sections, those within sections too."""
-    hints = {name: hint for name, hint in get_type_hints(DptConfig).items() if dataclasses.is_dataclass(hint)}
     names = []
-    while hints:
-        section, hint = hints.popitem()
-        inner = {f"{section}.{name}": kind for name, kind in get_type_hints(hint).items()}
-        hints |= {name: kind for name, kind in inner.items() if dataclasses.is_dataclass(kind)}
-        names += [name for name, kind in inner.items() if not dataclasses.is_dataclass(kind)]
+    for name, hint in get_type_hints(config).items():
+        if dataclasses.is_dataclass(hint):
+            names += field_names(hint, f"{prefix}{name}.")
+        elif prefix:
+            names.append(prefix + name)
     return names
 
 

@@ -7,6 +7,7 @@ from fake_hub import Hub, Repo, used
 
 from dpt import hub as hubs
 from dpt.errors import UserError
+from tests.test_cli import refusal
 
 
 @pytest.fixture
@@ -127,11 +128,6 @@ def test_a_vae_of_the_hub_says_which_commit_it_is(hub: Hub, name: str) -> None:
 
 
 def test_a_command_ends_with_one_sentence_and_exit_code_2(hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
-    from dpt import cli
-
-    with pytest.raises(SystemExit) as end:
-        cli.main(["sample", "--weights", "hub:lab/none@v2", "--labels", "1"])
-    assert end.value.code == 2
-    said = capsys.readouterr().err
+    said = refusal(capsys, "sample", "--weights", "hub:lab/none@v2", "--labels", "1")
     assert said.startswith("dpt sample: error: hub:lab/none@v2: the hub has no model lab/none")
     assert said.count("\n") == 1

@@ -15,7 +15,7 @@ from dpt.evaluation.frames import find_sources
 from dpt.evaluation.predicting import Job, predict_files
 from tests.evaluation.tiny import make_model
 from tests.gloo import run_ranks
-from tests.test_cli import export_tiny
+from tests.test_cli import export_tiny, refusal
 
 
 @pytest.fixture
@@ -34,14 +34,7 @@ def pictures(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.fixture
-def launcher_variables(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.setenv(name, "0")  # so that they are put back
-        monkeypatch.delenv(name)
-
-
-def test_folders_in_every_format_and_what_cannot_be_read(pictures, tmp_path, capsys, launcher_variables) -> None:
+def test_folders_in_every_format_and_what_cannot_be_read(pictures, tmp_path, capsys) -> None:
     weights = export_tiny(tmp_path, "depth", num_conditions=1)
     out = tmp_path / "out"
     (pictures / "b" / "broken.png").write_bytes(b"nothing")
@@ -54,9 +47,7 @@ def test_folders_in_every_format_and_what_cannot_be_read(pictures, tmp_path, cap
     assert "broken.png: not a picture that can be read" in printed.err
     assert "; 1 of 6 could not be predicted, the others are written." in printed.err
     (pictures / "empty.png").touch()
-    with pytest.raises(SystemExit):
-        cli.main(command)
-    errors = capsys.readouterr().err
+    errors = refusal(capsys, *command)
     for name in ("broken.png", "empty.png"):  # each by its name
         assert f"{name}: not a picture that can be read" in errors
     (pictures / "empty.png").unlink()
@@ -70,9 +61,7 @@ def test_folders_in_every_format_and_what_cannot_be_read(pictures, tmp_path, cap
     assert not list(out.rglob("*.part"))
 
     (pictures / "a" / "worse.png").touch()
-    with pytest.raises(SystemExit):
-        cli.main(command)
-    named = capsys.readouterr().err
+    named = refusal(capsys, *command)
     assert all(f"{name}.png: not a picture that can be read" in named for name in ("a/worse", "b/broken"))
     assert named.rstrip().endswith("2 of 7 could not be predicted, each named above; the others are written.")
 
@@ -97,13 +86,8 @@ def test_folders_in_every_format_and_what_cannot_be_read(pictures, tmp_path, cap
         (["--second", str(pictures / "three.png")], "each picture needs one second frame; 1 were given for 5"),
         (["--mask", str(pictures / "a")], "nothing there is named"),
     ):
-        with pytest.raises(SystemExit) as stop:
-            cli.main([*command, *more])
-        assert stop.value.code == 2
-        assert words in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        cli.main(["predict", str(tmp_path / "none"), "--weights", str(weights)])
-    assert "there is no such file or folder" in capsys.readouterr().err
+        assert words in refusal(capsys, *command, *more)
+    assert "there is no such file or folder" in refusal(capsys, "predict", tmp_path / "none", "--weights", weights)
 
 
 def test_results_are_not_taken_for_pictures(pictures, monkeypatch) -> None:
@@ -215,13 +199,9 @@ def test_the_five_lines_of_python_run(page, pictures, tmp_path) -> None:
         (["--fov", "nan"], "argument --fov"),
     ],
 )
-def test_options_of_other_tasks_and_numbers_out_of_range(
-    options, words, pictures, tmp_path, capsys, launcher_variables, monkeypatch
-) -> None:
+def test_options_of_other_tasks_and_numbers_out_of_range(options, words, pictures, tmp_path, capsys, monkeypatch) -> None:
     monkeypatch.chdir(pictures)
     weights = export_tiny(tmp_path, "depth", num_conditions=1)
-    with pytest.raises(SystemExit) as stop:
-        cli.main(["predict", "a/one.png", "--weights", str(weights), "--steps", "1", "--out", str(tmp_path / "out"), *options])
-    assert stop.value.code == 2
-    assert words in capsys.readouterr().err
+    command = ["predict", "a/one.png", "--weights", weights, "--steps", "1", "--out", tmp_path / "out"]
+    assert words in refusal(capsys, *command, *options)
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""The quickstart's road: every step is a command that parses, and reads what an earlier one makes."""
+"""The quickstart: every step is a command that parses, and reads what an earlier one makes."""
 
 import importlib.util
 import itertools
@@ -8,6 +8,7 @@ from types import ModuleType
 import pytest
 
 from data_tools.encode import parser
+from dpt.commands.steps import Step, run_steps
 from dpt.config.command import parse_command
 from dpt.errors import UserError
 
@@ -24,13 +25,13 @@ def quickstart() -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("out", ["runs/quickstart", "elsewhere/road"])
+@pytest.mark.parametrize("out", ["runs/quickstart", "elsewhere/made"])
 def test_every_step_reads_what_an_earlier_one_makes(quickstart: ModuleType, out: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     made: list[Path] = []
     results: dict[Path, Path] = {}  # of folder
     scored = {}
-    for step in quickstart.road(Path(out), 60, "sqlite:///x.db"):
+    for step in quickstart.pipeline(Path(out), 60, "sqlite:///x.db"):
         words = step.command
         if "--ds_config" in words:
             launcher = Path(words[words.index("--ds_config") - 1]).stem
@@ -60,16 +61,16 @@ def test_every_step_reads_what_an_earlier_one_makes(quickstart: ModuleType, out:
 
 
 def test_titles_and_folders_are_unlike(quickstart: ModuleType) -> None:
-    steps = quickstart.road(Path("out"), 60, "sqlite:///x.db")
+    steps = quickstart.pipeline(Path("out"), 60, "sqlite:///x.db")
     for one, other in itertools.combinations(steps, 2):
         assert one.title != other.title
         assert one.folder != other.folder
 
 
-def _steps(quickstart: ModuleType, out: Path, words: dict[str, str], needs: dict[str, str]) -> list:
+def _steps(out: Path, words: dict[str, str], needs: dict[str, str]) -> list:
     """Steps that write what they are named for: a name -> what Python runs before it writes."""
     return [
-        quickstart.Step(
+        Step(
             title=name,
             command=[
                 "python",
@@ -86,31 +87,29 @@ def _steps(quickstart: ModuleType, out: Path, words: dict[str, str], needs: dict
     ]
 
 
-def test_steps_run_side_by_side_and_only_what_changed_is_done_again(
-    quickstart: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_steps_run_side_by_side_and_only_what_changed_is_done_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     meet = (  # each of two steps waits for the other: they end only if they run side by side
         "import pathlib, time, sys; here = pathlib.Path(sys.argv[1]).parent; (here / '{0}').touch()\n"
         "while not (here / '{1}').exists(): time.sleep(0.01)\nprint('{0} met {1}')"
     )
     words = {"a": meet.format("x", "y"), "b": meet.format("y", "x"), "c": "print('third')"}
     needs = {"c": "a"}
-    quickstart.run_road(_steps(quickstart, tmp_path, words, needs), tmp_path, 2)
+    run_steps(_steps(tmp_path, words, needs), tmp_path, 2)
     shown = capsys.readouterr().out
     assert "1 | x met y" in shown
     assert "3 | third" in shown
-    quickstart.run_road(_steps(quickstart, tmp_path, words, needs), tmp_path, 2)
+    run_steps(_steps(tmp_path, words, needs), tmp_path, 2)
     assert capsys.readouterr().out.count("done before") == 3
     words["a"] = "print('anew')"
-    quickstart.run_road(_steps(quickstart, tmp_path, words, needs), tmp_path, 2)
+    run_steps(_steps(tmp_path, words, needs), tmp_path, 2)
     shown = capsys.readouterr().out
     assert shown.count("done before") == 1
     assert "1 | anew" in shown
     assert "3 | third" in shown
 
 
-def test_a_step_that_fails_is_named_and_nothing_starts_after_it(quickstart: ModuleType, tmp_path: Path) -> None:
+def test_a_step_that_fails_is_named_and_nothing_starts_after_it(tmp_path: Path) -> None:
     words = {"a": "raise SystemExit(3)", "b": ""}
     with pytest.raises(UserError, match=r"step 1 \(a\) ended with exit code 3"):
-        quickstart.run_road(_steps(quickstart, tmp_path, words, {"b": "a"}), tmp_path, 1)
+        run_steps(_steps(tmp_path, words, {"b": "a"}), tmp_path, 1)
     assert not (tmp_path / "b").exists()

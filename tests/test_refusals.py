@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dpt import cli
 from dpt.errors import UserError, file_problem, hide_passwords, naming, reported
-from tests.test_cli import export_tiny
+from tests.test_cli import export_tiny, refusal
 
 
 @pytest.mark.parametrize(
@@ -105,13 +104,7 @@ def test_commands_refuse(
     line: str, words: str, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(place)
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.setenv(name, "0")  # so that they are put back
-        monkeypatch.delenv(name)
-    with pytest.raises(SystemExit) as end:
-        cli.main(line.split())
-    assert end.value.code == 2
-    message = capsys.readouterr().err.strip()
+    message = refusal(capsys, *line.split()).strip()
     assert words in message
     assert "\n" not in message.rpartition("file/s]\n")[2]  # behind the progress bar
 

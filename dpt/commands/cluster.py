@@ -1,14 +1,14 @@
-"""Training on many GPUs, on paper: the fastest layout for each number of GPUs, what it costs, and its recipe.
+"""A cost model of training on many GPUs: the fastest layout for each number of GPUs, its cost, and its recipe.
 
-Rates of the machine default to the data sheet of nodes of eight H100; `--efficiency` is what one GPU alone reaches: measure it
-with `python -m benchmarks.train_step` and give it here.
+Rates default to the data sheet of nodes of eight H100. Measure `--efficiency`, what one GPU reaches alone, with
+`python -m benchmarks.train_step`.
 """
 
 import argparse
 import dataclasses
 import json
 
-from dpt.config.numbers import AT_LEAST_1, NOT_NEGATIVE, POSITIVE, Range, numeric
+from dpt.config.numbers import AT_LEAST_1, COUNT, NATURAL, NOT_NEGATIVE, POSITIVE, Range, numeric
 from dpt.config.presets import preset_values
 from dpt.config.sections import ModelConfig
 from dpt.errors import UserError
@@ -16,57 +16,37 @@ from dpt.scaling.cluster import Cluster, Projection, best_layout, project
 from dpt.scaling.results import format_cells
 
 _RATES = {
-    "gpus_per_node": "GPUs of a node",
-    "peak_flops": "FLOP a second of one GPU, bf16 matrix products",
+    "gpus_per_node": "GPUs per node",
+    "peak_flops": "bf16 FLOP/s of one GPU",
     "efficiency": "share of the peak that a GPU reaches in a step without communication",
-    "memory_bytes": "bytes of a GPU's memory",
-    "memory_bandwidth": "bytes a second of a GPU's memory",
-    "node_bandwidth": "bytes a second from a GPU to others of its node",
-    "network_bandwidth": "bytes a second from a GPU to other nodes",
-    "latency_s": "seconds that a message between two GPUs takes at least",
-    "host_bandwidth": "bytes a second from a GPU to its host's memory",
-    "storage_bandwidth": "bytes a second of the shared file system, all nodes together",
-    "jitter": "relative standard deviation of a rank's compute time from step to step",
+    "memory_bytes": "GPU memory, bytes",
+    "memory_bandwidth": "bandwidth of a GPU's memory, bytes/s",
+    "node_bandwidth": "bandwidth from a GPU to others in its node, bytes/s",
+    "network_bandwidth": "bandwidth from a GPU to other nodes, bytes/s",
+    "latency_s": "least time of a message between two GPUs, seconds",
+    "host_bandwidth": "bandwidth from a GPU to host memory, bytes/s",
+    "storage_bandwidth": "bandwidth of the shared file system to all nodes, bytes/s",
+    "jitter": "relative standard deviation of a rank's compute time between steps",
 }
-"""What `Cluster`'s fields are, with their units."""
-_RANGES = {
-    "gpus_per_node": AT_LEAST_1,
-    "efficiency": Range(above=0, most=1),
-    "latency_s": NOT_NEGATIVE,
-    "jitter": NOT_NEGATIVE,
-}
+"""Meaning of `Cluster`'s fields."""
+_RANGES = {"gpus_per_node": AT_LEAST_1, "efficiency": Range(above=0, most=1), "latency_s": NOT_NEGATIVE, "jitter": NOT_NEGATIVE}
 """What they may be; the others are positive."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("preset", help="network, as in `dpt presets`")
-    parser.add_argument(
-        "--gpus", type=numeric(int, AT_LEAST_1), nargs="+", default=[8, 16, 32, 64, 128, 256, 512, 1024], help="numbers of GPUs"
-    )
-    parser.add_argument(
-        "--input-size", type=numeric(int, AT_LEAST_1), default=32, help="side of the latents (default: %(default)s, 256 px)"
-    )
-    parser.add_argument(
-        "--batch", type=numeric(int, AT_LEAST_1), default=256, help="global batch, at least (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--batch-per-gpu", type=numeric(int, AT_LEAST_1), default=4, help="samples a GPU, at least (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--ep",
-        type=numeric(int, NOT_NEGATIVE),
-        default=0,
-        help="ranks that share the experts of a layer (default: the fastest)",
-    )
-    parser.add_argument("--zero", type=int, default=0, choices=range(4), help="ZeRO stage (default: the fastest)")
-    parser.add_argument(
-        "--imbalance", type=numeric(float, AT_LEAST_1), default=1.1, help="load of the fullest rank (default: %(default)s)"
-    )
-    parser.add_argument("--recipes", action="store_true", help="print the fields of each recipe")
+    add = parser.add_argument
+    add("preset", help="network, as in `dpt presets`")
+    add("--gpus", type=COUNT, nargs="+", default=[8, 16, 32, 64, 128, 256, 512, 1024], help="numbers of GPUs")
+    add("--input-size", type=COUNT, default=32, help="side of the latents (default: %(default)s, for 256 px)")
+    add("--batch", type=COUNT, default=256, help="least global batch size")
+    add("--batch-per-gpu", type=COUNT, default=4, help="least samples per GPU")
+    add("--ep", type=NATURAL, default=0, help="ranks that share a layer's experts (default: the fastest)")
+    add("--zero", type=int, default=0, choices=range(4), help="ZeRO stage (default: the fastest)")
+    add("--imbalance", type=numeric(float, AT_LEAST_1), default=1.1, help="load of the fullest rank over the mean")
+    add("--recipes", action="store_true", help="print the fields of each recipe")
     for field in dataclasses.fields(Cluster):
-        parser.add_argument(f"--{field.name.replace('_', '-')}", default=field.default,
-                            type=numeric(type(field.default), _RANGES.get(field.name, POSITIVE)),
-                            help=f"{_RATES[field.name]} (default: %(default)g)")  # fmt: skip
+        number = numeric(type(field.default), _RANGES.get(field.name, POSITIVE))
+        add(f"--{field.name.replace('_', '-')}", type=number, default=field.default, help=_RATES[field.name])
 
 
 def run(arguments: argparse.Namespace) -> None:

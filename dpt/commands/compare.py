@@ -14,13 +14,10 @@ _FORMATS = (".csv", ".html", ".txt")
 
 def configure(parser: argparse.ArgumentParser) -> None:
     add_run_options(parser)
-    parser.add_argument("--metrics", nargs="+", default=[], metavar="NAME", help="further metrics (end and least value)")
-    parser.add_argument(
-        "--price", type=numeric(float, NOT_NEGATIVE), default=0.0, help="price of one device for one hour: adds a row of cost"
-    )
-    parser.add_argument(
-        "--out", type=Path, help=f"write a file instead of printing; its suffix says how: {', '.join(_FORMATS)}"
-    )
+    add = parser.add_argument
+    add("--metrics", nargs="+", default=[], metavar="NAME", help="further metrics (last and least value)")
+    add("--price", type=numeric(float, NOT_NEGATIVE), default=0.0, help="price of a device-hour: adds a row of costs")
+    add("--out", type=Path, help=f"write a file instead of printing; its suffix is the format: {', '.join(_FORMATS)}")
 
 
 def run(arguments: argparse.Namespace) -> None:

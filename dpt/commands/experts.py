@@ -1,4 +1,4 @@
-"""How different the experts of runs are over their steps: a figure with a line a run, and each run's first and last value."""
+"""Plot how far the experts of runs are apart over training steps, and print the first and last distance of each run."""
 
 import argparse
 from pathlib import Path
@@ -11,7 +11,7 @@ _FORMATS = (".svg", ".png", ".pdf")
 
 def configure(parser: argparse.ArgumentParser) -> None:
     add_run_options(parser)
-    parser.add_argument("--out", type=Path, default=Path("experts.svg"), help="file of the figure (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("experts.svg"), help="file of the figure")
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -1,11 +1,11 @@
-"""Write weights as the folder that evaluation and the next stage load, or as a pipeline that diffusers loads without dpt."""
+"""Export weights: as a folder for evaluation and the next stage, or as a pipeline that diffusers loads without dpt."""
 
 import argparse
 import json
 from pathlib import Path
 
 from dpt.commands.options import add_card_options, card_text, write_card
-from dpt.config.numbers import SHARE, Range, numeric
+from dpt.config.numbers import ENSEMBLE_SIZES, SAMPLER_STEPS, SHARE, Range, numeric
 from dpt.config.sections import LONGEST_EMA
 from dpt.errors import UserError
 from dpt.models.exporting import export_weights
@@ -14,44 +14,25 @@ from dpt.training.export import export, load_weights
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "checkpoint",
-        type=Path,
-        help="a step_... folder, or a run's folder: its newest; with --to diffusers, any weights, hub:owner/name too",
-    )
-    parser.add_argument("out", type=Path, help="folder to write")
-    parser.add_argument("--to", choices=("dpt", "diffusers"), default="dpt",
-                        help="diffusers: a complete pipeline: DiTPipeline for dense class models; for depth, dense and with "
-                             "experts, one that needs nothing of dpt (default: %(default)s)")  # fmt: skip
-    parser.add_argument(
-        "--ema-decay", type=numeric(float, SHARE), help="decay of the average, of a run that kept several (default: its first)"
-    )
-    parser.add_argument(
-        "--ema-length",
-        type=numeric(float, Range(above=0, most=LONGEST_EMA)),
-        metavar="SHARE",
-        help="instead an average of this length, as a share of the run (EDM2's sigma_rel), made of a run's snapshots "
-        "(dpt.training.ema_lengths)",
-    )
-    parser.add_argument("--diffusers", action="store_true", help="write a DiTTransformer2DModel alone (dense networks)")
-    parser.add_argument("--plain", action="store_true", help="for diffusers: the plain weights, not their average")
-    pipeline = parser.add_argument_group("pipelines (--to diffusers)")
-    pipeline.add_argument("--vae", default="", help="VAE (a folder, or a name on the hub), if the weights name none")
-    pipeline.add_argument("--include-vae", action="store_true", help="depth: copy a VAE of the hub, too, instead of naming it")
-    pipeline.add_argument("--class-names", type=Path, metavar="FILE",
-                          help="a line a class, or a JSON list (default: those of the training shards)")  # fmt: skip
-    pipeline.add_argument(
-        "--steps",
-        type=numeric(int, Range(least=1, most=1000)),
-        default=50,
-        help="depth: sampler steps by default (default: %(default)s)",
-    )
-    pipeline.add_argument(
-        "--ensemble",
-        type=numeric(int, Range(least=1, most=50)),
-        default=1,
-        help="depth: predictions merged by default (default: %(default)s)",
-    )
+    add = parser.add_argument
+    what = "a step_... folder, or a run's folder (its newest checkpoint); with --to diffusers any weights, hub:owner/name too"
+    add("checkpoint", type=Path, help=what)
+    add("out", type=Path, help="folder to write")
+    form = "diffusers: a pipeline, for class images (dense; DiTPipeline) or depth (dense or with experts; needs no dpt)"
+    add("--to", choices=("dpt", "diffusers"), default="dpt", help=form)
+    add("--ema-decay", type=numeric(float, SHARE), help="decay of the average to export (default: the run's first)")
+    lengths, from_snapshots = numeric(float, Range(above=0, most=LONGEST_EMA)), "from the snapshots of dpt.training.ema_lengths"
+    length = f"instead, an average of this length as a share of the run (EDM2's sigma_rel), {from_snapshots}"
+    add("--ema-length", type=lengths, metavar="SHARE", help=length)
+    add("--diffusers", action="store_true", help="write a DiTTransformer2DModel alone (dense networks)")
+    add("--plain", action="store_true", help="for diffusers: the plain weights, not their average")
+    add = parser.add_argument_group("pipelines (--to diffusers)").add_argument
+    add("--vae", default="", help="VAE (a folder, or a name on the hub), if the weights name none")
+    add("--include-vae", action="store_true", help="depth: copy the VAE even if it is on the hub")
+    names = "one name per line, or a JSON list (default: those of the training shards)"
+    add("--class-names", type=Path, metavar="FILE", help=names)
+    add("--steps", type=numeric(int, SAMPLER_STEPS), default=50, help="depth: the pipeline's sampler steps")
+    add("--ensemble", type=numeric(int, ENSEMBLE_SIZES), default=1, help="depth: the pipeline's ensemble size")
     add_card_options(parser)
 
 
@@ -89,12 +70,9 @@ def _write_pipeline(arguments: argparse.Namespace) -> None:
         weights,
         arguments.out,
         source=str(arguments.checkpoint),
-        vae=arguments.vae,
-        include_vae=arguments.include_vae,
         class_names=_class_names(arguments.class_names) if arguments.class_names else (),
-        steps=arguments.steps,
-        ensemble=arguments.ensemble,
         card=card_text(arguments, weights.config, weights.sections, form="diffusers", name=name),
+        **{option: getattr(arguments, option) for option in ("vae", "include_vae", "steps", "ensemble")},
     )
     print(out)
     task = weights.sections.get("task", "class")

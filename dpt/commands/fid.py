@@ -1,6 +1,7 @@
 """Score class-conditional weights by the images they generate: FID, sFID, Inception Score, precision, recall, FD-DINOv2.
 
-An interrupted run goes on where it stopped. On several GPUs: deepspeed --module dpt.cli fid ..., or torchrun -m dpt.cli fid ...
+Repeat the command to continue an interrupted run. On several GPUs: deepspeed --module dpt.cli fid ..., or
+torchrun -m dpt.cli fid ...
 """
 
 import argparse
@@ -9,7 +10,7 @@ import os
 
 from dpt.commands.options import add_sampling_options, sampling_config
 from dpt.config.generation import GenerationConfig
-from dpt.config.numbers import AT_LEAST_1, NOT_NEGATIVE, numeric
+from dpt.config.numbers import COUNT, NATURAL
 from dpt.config.recipe import DptConfig, Recipe, section_from_dict
 from dpt.config.sections import DataConfig, TrackingConfig
 from dpt.errors import UserError
@@ -18,39 +19,29 @@ _STEPS, _GUIDANCE = 250, 1.0
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    default = GenerationConfig()
-    parser.add_argument("weights", nargs="?", default="", help="weights: exported, a checkpoint, public, or hub:owner/name")
-    parser.add_argument("--images", default="", help="ready-made images to score instead of weights: a folder or an .npz")
-    parser.add_argument("--reference", required=True, metavar="SHARDS|FOLDER|NPZ",
-                        help="real images: class shards, pictures, or an .npz of images or statistics (ADM's too)")  # fmt: skip
-    parser.add_argument(
-        "--num-images",
-        type=numeric(int, AT_LEAST_1),
-        default=default.num_images,
-        help="images generated (default: %(default)s)",
-    )
-    parser.add_argument("--labels", default=default.labels, choices=("balanced", "shares"),
-                        help="classes equally often, or as the reference shards have them (default: %(default)s)")  # fmt: skip
-    parser.add_argument(
-        "--guidance-channels", type=numeric(int, NOT_NEGATIVE), default=0, help="latent channels guided; 0: all, public DiT: 3"
-    )
-    parser.add_argument("--no-ema", action="store_true", help="the plain weights, not the averaged ones")
-    parser.add_argument("--features", default="", metavar="FILE",
-                        help="TorchScript of the feature network (default: Inception-v3 in torch.hub's cache)")  # fmt: skip
-    parser.add_argument("--features-sha256", default="", metavar="HASH", help="of a file that is not StyleGAN's Inception-v3")
-    parser.add_argument("--dinov2", default="", metavar="FOLDER|NAME",
-                        help="for FD-DINOv2: a folder or a hub name, e.g. facebook/dinov2-large")  # fmt: skip
-    parser.add_argument("--dinov2-sha256", default="", metavar="HASH", help="of weights other than facebook/dinov2-large's")
-    parser.add_argument("--neighbours", type=numeric(int, AT_LEAST_1), default=default.neighbours,
-                        help="neighbour that precision and recall reach to (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--manifold-images", type=numeric(int, AT_LEAST_1), default=default.manifold_images,
-                        help="real images that precision and recall look at (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--save-reference", default="", metavar="NPZ", help="keep the reference's statistics for later")
-    parser.add_argument("--cache-dir", default="", metavar="FOLDER", help="keeps reference shards fetched from URLs")
-    parser.add_argument("--out", default="runs/fid", help="folder of images and results (default: %(default)s)")
-    parser.add_argument("--uri", default=TrackingConfig.uri, help="MLflow store (default: %(default)s)")
-    parser.add_argument("--experiment", default=TrackingConfig.experiment, help="MLflow experiment (default: %(default)s)")
-    parser.add_argument("--no-tracking", action="store_true", help="record nothing in MLflow")
+    add, default = parser.add_argument, GenerationConfig()
+    add("weights", nargs="?", default="", help="weights: exported, a checkpoint, public, or hub:owner/name")
+    add("--images", default="", help="score these images instead of generating some: a folder or an .npz")
+    real = "real images: class shards, pictures, or an .npz of images or statistics (ADM's too)"
+    add("--reference", required=True, metavar="SHARDS|FOLDER|NPZ", help=real)
+    add("--num-images", type=COUNT, default=default.num_images, help="images generated")
+    labels = "balanced classes, or the frequencies of the reference shards"
+    add("--labels", default=default.labels, choices=("balanced", "shares"), help=labels)
+    add("--guidance-channels", type=NATURAL, default=0, help="guided latent channels; 0: all, public DiT: 3")
+    add("--no-ema", action="store_true", help="the plain weights, not the averaged ones")
+    network = "TorchScript of the feature network (default: Inception-v3 in torch.hub's cache)"
+    add("--features", default="", metavar="FILE", help=network)
+    add("--features-sha256", default="", metavar="HASH", help="of a file that is not StyleGAN's Inception-v3")
+    add("--dinov2", default="", metavar="FOLDER|NAME", help="for FD-DINOv2: a folder or a hub name, e.g. facebook/dinov2-large")
+    add("--dinov2-sha256", default="", metavar="HASH", help="of weights other than facebook/dinov2-large's")
+    add("--neighbours", type=COUNT, default=default.neighbours, help="k of the k-th neighbours in precision and recall")
+    add("--manifold-images", type=COUNT, default=default.manifold_images, help="real images for precision and recall")
+    add("--save-reference", default="", metavar="NPZ", help="keep the reference's statistics for later")
+    add("--cache-dir", default="", metavar="FOLDER", help="keeps reference shards fetched from URLs")
+    add("--out", default="runs/fid", help="folder of images and results")
+    add("--uri", default=TrackingConfig.uri, help="MLflow store")
+    add("--experiment", default=TrackingConfig.experiment, help="MLflow experiment")
+    add("--no-tracking", action="store_true", help="record nothing in MLflow")
     add_sampling_options(parser, steps=_STEPS, guidance=_GUIDANCE, sampler="ddpm", on_ranks=True)
 
 

@@ -1,11 +1,11 @@
-"""Turn public weights (DiT, DiT-MoE, the released generalist, a diffusers folder) into a folder that every stage loads."""
+"""Import public weights (DiT, DiT-MoE, the released generalist, a diffusers folder) as a folder that every stage loads."""
 
 import argparse
 import dataclasses
 from pathlib import Path
 from typing import Any, get_args
 
-from dpt.config.numbers import AT_LEAST_1, NOT_NEGATIVE, POSITIVE, numeric
+from dpt.config.numbers import COUNT, NATURAL, POSITIVE, numeric
 from dpt.config.recipe import section_from_dict
 from dpt.config.sections import DiffusionConfig, Task
 from dpt.data.codec import load_vae
@@ -18,44 +18,31 @@ from dpt.models.weights import Weights
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "file",
-        type=Path,
-        help=".pt or .safetensors file, a diffusers folder, or such on the hub: hub:owner/name[/path][@revision]",
-    )
-    parser.add_argument("out", type=Path, help="folder to write")
-    parser.add_argument("--task", choices=get_args(Task), help="what they are for (default: what the file tells, or class)")
-    parser.add_argument("--vae", default="", help="VAE of their latents, e.g. stabilityai/sd-vae-ft-ema")
-    parser.add_argument("--heads", type=numeric(int, AT_LEAST_1), help="attention heads, where the shapes do not tell")
-    parser.add_argument("--top-k", type=numeric(int, AT_LEAST_1), help="experts of a token, where the shapes do not tell")
-    parser.add_argument("--variant", default="", help="which files of a diffusers folder, e.g. fp16 (default: the plain ones)")
-    parser.add_argument("--fit", choices=FITS, help="how pictures came to their size in training (default: "
-                        "flow of the released generalist stretch, else aspect)")  # fmt: skip
-    parser.add_argument("--plain", action="store_true", help="the plain weights, if the file has averaged ones too")
-    objective = parser.add_argument_group("objective", "over --scheduler, which is over what the file tells")
-    objective.add_argument("--scheduler", type=Path, help="a diffusers scheduler folder, or its scheduler_config.json")
-    objective.add_argument(
-        "--objective", choices=("epsilon", "sample", "v_prediction", "rectified_flow"), help="what they predict"
-    )
-    objective.add_argument(
-        "--schedule", choices=("linear", "scaled_linear", "squaredcos_cap_v2"), help="noise schedule, with its usual betas"
-    )
-    objective.add_argument("--beta-start", type=numeric(float, POSITIVE), help="first beta of a linear schedule")
-    objective.add_argument("--beta-end", type=numeric(float, POSITIVE), help="last beta of a linear schedule")
-    flag = argparse.BooleanOptionalAction
-    objective.add_argument("--zero-terminal-snr", action=flag, help="betas rescaled so that the last timestep is pure noise")
-    objective.add_argument("--set-alpha-to-one", action=flag, help="DDIM's last step ends at clean latents")
-    objective.add_argument(
-        "--steps-offset", type=numeric(int, NOT_NEGATIVE), help='added to the timesteps of the spacing "leading"'
-    )
-    objective.add_argument(
-        "--timestep-spacing", choices=("leading", "trailing", "linspace"), help="which timesteps a sampler's steps fall on"
-    )
-    objective.add_argument(
-        "--time-convention",
-        choices=("index", "fraction", "scaled_fraction"),
-        help="what the network is told of timestep t: t, (t + 1) / T or t + 1 (default: fraction for DiT-MoE's rectified flow)",
-    )
+    add = parser.add_argument
+    add("file", type=Path, help="a .pt or .safetensors file, a diffusers folder, or hub:owner/name[/path][@revision]")
+    add("out", type=Path, help="folder to write")
+    add("--task", choices=get_args(Task), help="the weights' task (default: from the file, else class)")
+    add("--vae", default="", help="VAE of their latents, e.g. stabilityai/sd-vae-ft-ema")
+    add("--heads", type=COUNT, help="attention heads, if shapes do not tell")
+    add("--top-k", type=COUNT, help="experts per token, if shapes do not tell")
+    add("--variant", default="", help="variant of a diffusers folder's files, e.g. fp16 (default: none)")
+    fit = "how training resized pictures (default: stretch for flow of the released generalist, else aspect)"
+    add("--fit", choices=FITS, help=fit)
+    add("--plain", action="store_true", help="the plain weights, if the file has averaged ones too")
+    group = parser.add_argument_group("objective", "overrides --scheduler, which overrides the file")
+    add, flag = group.add_argument, argparse.BooleanOptionalAction
+    add("--scheduler", type=Path, help="a diffusers scheduler folder, or its scheduler_config.json")
+    add("--objective", choices=("epsilon", "sample", "v_prediction", "rectified_flow"), help="what they predict")
+    schedules = ("linear", "scaled_linear", "squaredcos_cap_v2")
+    add("--schedule", choices=schedules, help="noise schedule, with its usual betas")
+    add("--beta-start", type=numeric(float, POSITIVE), help="first beta of a linear schedule")
+    add("--beta-end", type=numeric(float, POSITIVE), help="last beta of a linear schedule")
+    add("--zero-terminal-snr", action=flag, help="betas rescaled so that the last timestep is pure noise")
+    add("--set-alpha-to-one", action=flag, help="DDIM's last step ends at clean latents")
+    add("--steps-offset", type=NATURAL, help='added to the timesteps of the spacing "leading"')
+    add("--timestep-spacing", choices=("leading", "trailing", "linspace"), help="spacing of a sampler's timesteps")
+    time = "timestep t as the network sees it: t, (t + 1) / T or t + 1 (default: fraction for DiT-MoE's rectified flow)"
+    add("--time-convention", choices=("index", "fraction", "scaled_fraction"), help=time)
 
 
 _FIELDS = {

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dpt.config.numbers import AT_LEAST_1, SHARE, Range, numeric
+from dpt.config.numbers import COUNT, SAMPLER_STEPS, SHARE, WHOLE, numeric
 from dpt.config.recipe import section_from_dict
 from dpt.config.sections import EvaluationConfig, ModelConfig, TrackingConfig
 from dpt.errors import UserError
@@ -17,10 +17,11 @@ if TYPE_CHECKING:
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
     """Which runs: named ones, or those of an experiment, filtered."""
-    parser.add_argument("runs", nargs="*", metavar="RUN", help="run ids (ours, MLflow's, or their beginnings) or names")
-    parser.add_argument("--experiment", help="all runs of this experiment")
-    parser.add_argument("--filter", default="", help="MLflow search condition, e.g. \"params.task = 'depth'\"")
-    parser.add_argument("--uri", default=TrackingConfig.uri, help="MLflow store (default: %(default)s)")
+    add = parser.add_argument
+    add("runs", nargs="*", metavar="RUN", help="run ids (ours or MLflow's, or prefixes of them) or names")
+    add("--experiment", help="all runs of this experiment")
+    add("--filter", default="", help="MLflow search condition, e.g. \"params.task = 'depth'\"")
+    add("--uri", default=TrackingConfig.uri, help="MLflow store")
 
 
 def selected_runs(arguments: argparse.Namespace) -> tuple[list[RunRecord], list[RunRecord]]:
@@ -37,48 +38,34 @@ def add_sampling_options(
     parser: argparse.ArgumentParser, *, steps: int, guidance: float, sampler: str = "ddim", on_ranks: bool = False
 ) -> None:
     """Weights, and how the sampler goes. on_ranks: for a command with its own `weights`, whose ranks have a device each."""
+    add = parser.add_argument
     if not on_ranks:
-        parser.add_argument("--weights", required=True, help="exported, a checkpoint, public, or hub:owner/name[@revision]")
-    parser.add_argument("--vae", default="", help="VAE (a folder, or a name on the hub), where the weights do not name theirs")
-    parser.add_argument(
-        "--steps", type=numeric(int, Range(least=1, most=1000)), default=steps, help="sampler steps (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--sampler",
-        default=sampler,
-        choices=("ddim", "ddpm", "dpmsolver++"),
-        help="how a step goes from noise to less noise (default: %(default)s)",
-    )
-    parser.add_argument("--schedule", default="", choices=("linear", "scaled_linear", "squaredcos_cap_v2"),
-                        help="noise schedule at test time, with its usual betas (default: the one of training)")  # fmt: skip
-    parser.add_argument("--timestep-spacing", default="", choices=("leading", "trailing", "linspace"),
-                        help="which timesteps the steps fall on (default: as the weights say)")  # fmt: skip
-    parser.add_argument(
-        "--guidance", type=numeric(float), default=guidance, help="guidance scale; 1: none (default: %(default)s)"
-    )
-    parser.add_argument("--guidance-interval", type=numeric(float, SHARE), nargs=2, default=(0.0, 1.0), metavar=("LOW", "HIGH"),
-                        help="noise levels, as shares of the timesteps, at which guidance acts (default: 0 1)")  # fmt: skip
-    parser.add_argument("--seed", type=numeric(int), default=0, help="seed of the initial noise (default: %(default)s)")
-    parser.add_argument(
-        "--batch-size",
-        "--batch",
-        type=numeric(int, AT_LEAST_1),
-        default=16,
-        help="predictions computed at once (default: %(default)s)",
-    )
-    parser.add_argument("--precision", default="fp32", choices=("fp32", "tf32", "bf16"),
-                        help="of the network's products; tf32 is for GPUs (default: %(default)s)")  # fmt: skip
-    if not on_ranks:
-        parser.add_argument("--device", help="e.g. cuda:0 or cpu (default: the accelerator, if there is one)")
+        add("--weights", required=True, help="exported, a checkpoint, public, or hub:owner/name[@revision]")
+        add("--device", help="e.g. cuda:0 or cpu (default: the accelerator, if there is one)")
+    add("--vae", default="", help="VAE (a folder, or a name on the hub), if the weights name none")
+    add("--steps", type=numeric(int, SAMPLER_STEPS), default=steps, help="sampler steps")
+    add("--sampler", default=sampler, choices=("ddim", "ddpm", "dpmsolver++"), help="sampling method")
+    schedules = ("linear", "scaled_linear", "squaredcos_cap_v2")
+    schedule = "noise schedule at test time, with its usual betas (default: that of training)"
+    add("--schedule", default="", choices=schedules, help=schedule)
+    spacing = "spacing of the sampler's timesteps (default: as the weights say)"
+    add("--timestep-spacing", default="", choices=("leading", "trailing", "linspace"), help=spacing)
+    add("--guidance", type=numeric(float), default=guidance, help="guidance scale; 1: none")
+    share, levels = numeric(float, SHARE), "noise levels, as shares of the timesteps, at which guidance acts"
+    add("--guidance-interval", type=share, nargs=2, default=(0.0, 1.0), metavar=("LOW", "HIGH"), help=levels)
+    add("--seed", type=WHOLE, default=0, help="seed of the initial noise")
+    add("--batch-size", "--batch", type=COUNT, default=16, help="predictions computed at once")
+    number = "number format of the network's products; tf32 is for GPUs"
+    add("--precision", default="fp32", choices=("fp32", "tf32", "bf16"), help=number)
 
 
 def add_card_options(parser: argparse.ArgumentParser) -> None:
     """What a model card says beside what the weights know."""
-    card = parser.add_argument_group("model card (README.md)")
-    card.add_argument("--license", default="", help="e.g. apache-2.0, as the hub names licences (default: unknown)")
-    card.add_argument("--name", default="", metavar="OWNER/NAME", help="what its example opens (default: the folder's name)")
-    card.add_argument("--uri", default="", help="MLflow store with data, lineage and results (default: what the weights say)")
-    card.add_argument("--run", default="", help="the run there that trained the weights (default: the one that they name)")
+    add = parser.add_argument_group("model card (README.md)").add_argument
+    add("--license", default="", help="e.g. apache-2.0, as the hub names licences (default: unknown)")
+    add("--name", default="", metavar="OWNER/NAME", help="the name in its example (default: the folder's name)")
+    add("--uri", default="", help="MLflow store with data, lineage and results (default: what the weights say)")
+    add("--run", default="", help="the run there that trained the weights (default: the one they name)")
 
 
 def card_text(
@@ -97,13 +84,7 @@ def card_text(
 
 
 def write_card(
-    arguments: argparse.Namespace,
-    model: ModelConfig,
-    sections: Mapping[str, Any],
-    *,
-    form: "Form",
-    name: str,
-    folder: Path,
+    arguments: argparse.Namespace, model: ModelConfig, sections: Mapping[str, Any], *, form: "Form", name: str, folder: Path
 ) -> None:
     """Write `card_text` as README.md of a folder."""
     text = card_text(arguments, model, sections, form=form, name=name)
@@ -112,17 +93,9 @@ def write_card(
 
 def sampling_config(arguments: argparse.Namespace, **more: Any) -> EvaluationConfig:
     """The options of `add_sampling_options` (and --ensemble) as the section that the predictor takes, with further fields."""
-    values = more | {
-        "steps": [arguments.steps],
-        "ensemble": [getattr(arguments, "ensemble", 1)],
-        "sampler": arguments.sampler,
-        "schedule": arguments.schedule,
-        "timestep_spacing": arguments.timestep_spacing,
-        "guidance_scale": arguments.guidance,
-        "guidance_low": arguments.guidance_interval[0],
-        "guidance_high": arguments.guidance_interval[1],
-        "seed": arguments.seed,
-        "batch_size": arguments.batch_size,
-        "precision": arguments.precision,
-    }
+    low, high = arguments.guidance_interval
+    same = ("sampler", "schedule", "timestep_spacing", "seed", "batch_size", "precision")
+    values = more | {name: getattr(arguments, name) for name in same}
+    values |= {"steps": [arguments.steps], "ensemble": [getattr(arguments, "ensemble", 1)]}
+    values |= {"guidance_scale": arguments.guidance, "guidance_low": low, "guidance_high": high}
     return section_from_dict(EvaluationConfig, values, "the command line")

@@ -1,5 +1,4 @@
-"""Spend a budget: from the runs of a study, the best split between model size, pre-training, fine-tuning, upcycling and test
-time."""
+"""Plan a budget: the best split between model size, pre-training, fine-tuning, upcycling and test time, from a study's runs."""
 
 import argparse
 import dataclasses
@@ -8,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dpt.commands.options import add_run_options, selected_runs
-from dpt.config.numbers import AT_LEAST_1, POSITIVE, Range, numeric
+from dpt.config.numbers import COUNT, POSITIVE, Range, numeric
 from dpt.config.presets import preset_values
 from dpt.config.sections import ModelConfig, UpcyclingConfig
 from dpt.errors import UserError
@@ -24,28 +23,17 @@ from dpt.scores import MAIN_METRIC, METRICS, show
 
 def configure(parser: argparse.ArgumentParser) -> None:
     add_run_options(parser)
-    parser.add_argument(
-        "--budget", type=numeric(float, POSITIVE), required=True, help="MACs of all training together, e.g. 1e18"
-    )
-    parser.add_argument(
-        "--test-macs-per-image",
-        type=numeric(float, Range(above=0, most=math.inf)),
-        default=float("inf"),
-        help="MACs of one prediction (default: any)",
-    )
-    parser.add_argument(
-        "--task", default="depth", choices=sorted(MAIN_METRIC), help="whose evaluations count (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--metric", default="", help=f"what is to be good: {', '.join(METRICS)} (default: the task's main metric)"
-    )
-    parser.add_argument("--dataset", default="", help="evaluation set, where the runs have several")
-    parser.add_argument("--models", nargs="+", default=[], metavar="PRESET", help="further models to consider, by preset")
-    parser.add_argument("--out", type=Path, help="write the plan's recipes and a study that runs them into this folder")
-    parser.add_argument(
-        "--seeds", type=numeric(int, AT_LEAST_1), default=1, help="with --out: seeds that the study trains with (default: 1)"
-    )
-    parser.add_argument("--naive", action="store_true", help="with --out: also the naive plan's, to compare the two")
+    add = parser.add_argument
+    add("--budget", type=numeric(float, POSITIVE), required=True, help="MACs of all training, e.g. 1e18")
+    up_to_inf = numeric(float, Range(above=0, most=math.inf))
+    add("--test-macs-per-image", type=up_to_inf, default=math.inf, help="most MACs of one prediction (default: any)")
+    add("--task", default="depth", choices=sorted(MAIN_METRIC), help="whose evaluations count")
+    add("--metric", default="", help=f"metric to optimise: {', '.join(METRICS)} (default: the task's main metric)")
+    add("--dataset", default="", help="evaluation set, if the runs have several")
+    add("--models", nargs="+", default=[], metavar="PRESET", help="further models to consider, by preset")
+    add("--out", type=Path, help="write the plan's recipes and a study that runs them into this folder")
+    add("--seeds", type=COUNT, default=1, help="with --out: seeds that the study trains with")
+    add("--naive", action="store_true", help="with --out: also the naive plan's, to compare the two")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -58,10 +46,7 @@ def run(arguments: argparse.Namespace) -> None:
     models = _models(observations, arguments.models)
     upcycling = next((section(r, "upcycling", UpcyclingConfig) for r in family if r.stage == "upcycle"), UpcyclingConfig())
     limits = Limits(
-        train_macs=arguments.budget,
-        test_macs=arguments.test_macs_per_image,
-        task=arguments.task,
-        upcycling=upcycling,
+        train_macs=arguments.budget, test_macs=arguments.test_macs_per_image, task=arguments.task, upcycling=upcycling
     )
     plan, naive = best_plan(surface, models, limits), naive_plan(surface, models, limits)
     print(_learned(surface, observations))

@@ -1,7 +1,7 @@
 """Predict depth, optical flow or whole-object masks of pictures, folders and videos with trained weights.
 
-Results are written as they come; the same command goes on after a stop. On several GPUs: deepspeed --module dpt.cli predict
-..., or torchrun -m dpt.cli predict ...
+Repeat the command to continue after an interruption. On several GPUs: deepspeed --module dpt.cli predict ..., or
+torchrun -m dpt.cli predict ...
 """
 
 import argparse
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpt.commands.options import add_sampling_options, sampling_config
-from dpt.config.numbers import NOT_NEGATIVE, POSITIVE, Range, numeric
+from dpt.config.numbers import ENSEMBLE_SIZES, NOT_NEGATIVE, POSITIVE, Range, numeric
 from dpt.errors import UserError
 
 if TYPE_CHECKING:
@@ -22,41 +22,32 @@ if TYPE_CHECKING:
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("inputs", nargs="+", type=Path, metavar="INPUT", help="pictures of any size, folders of them, videos")
-    parser.add_argument("--task", help="depth, flow, amodal or a registered task (default: what the weights are for)")
-    parser.add_argument("--second", nargs="+", type=Path, default=[],
-                        help="flow: second frame of each picture, or a folder with the same names")  # fmt: skip
-    parser.add_argument("--mask", nargs="+", type=Path, default=[],
-                        help="amodal: visible mask of each picture's object, or a folder with the same names")  # fmt: skip
-    parser.add_argument("--clip", default="", metavar="FOLDER", help="amodal: CLIP image tower, if the weights need one")
-    parser.add_argument("--pattern", action="append", default=[],
-                        help='which files of folders, e.g. "*.png" (repeatable; default: all pictures and videos)')  # fmt: skip
-    parser.add_argument("--no-recursive", action="store_true", help="leave out folders within folders")
-    parser.add_argument("--frames", action="store_true", help="the pictures of a folder are the frames of one video, by name")
-    parser.add_argument("--out", type=Path, default=Path("predictions"), help="folder of the results (default: %(default)s)")
-    parser.add_argument("--formats", default="",
-                        help="with commas; depth: npy, png16, colour, exr, ply; flow: flo, colour; "
-                             "amodal: mask, overlay, whole "
-                             "(default: npy,png16,colour; flow and amodal: all)")  # fmt: skip
-    parser.add_argument("--fov", type=numeric(float, Range(above=0, below=180)), default=60.0,
-                        help="ply: the camera's horizontal field of view in degrees (default: %(default)s)")  # fmt: skip
-    parser.add_argument(
-        "--focal", type=numeric(float, NOT_NEGATIVE), default=0.0, help="ply: focal length in pixels, in place of --fov"
-    )
-    parser.add_argument("--depth-range", type=numeric(float, POSITIVE), nargs=2, default=(1.0, 5.0), metavar=("NEAR", "FAR"),
-                        help="ply: distances of the least and greatest depth, which is known up to scale and shift "
-                             "(default: 1 5)")  # fmt: skip
-    parser.add_argument("--again", action="store_true", help="predict what is there already, too")
-    parser.add_argument("--resolution", type=numeric(int, Range(least=0, most=8192)), default=0,
-                        help="longest side shown to the network, in pixels (default: as trained)")  # fmt: skip
-    parser.add_argument("--fit", choices=("stretch", "aspect"), default="",
-                        help="pictures are stretched to the square, or keep their aspect (default: as trained)")  # fmt: skip
-    parser.add_argument(
-        "--ensemble",
-        type=numeric(int, Range(least=1, most=50)),
-        default=1,
-        help="predictions that are merged (default: %(default)s)",
-    )
+    add = parser.add_argument
+    add("inputs", nargs="+", type=Path, metavar="INPUT", help="pictures of any size, folders of them, videos")
+    add("--task", help="depth, flow, amodal or a registered task (default: the weights' task)")
+    same = "or a folder with the same names"
+    add("--second", nargs="+", type=Path, default=[], help=f"flow: second frame of each picture, {same}")
+    add("--mask", nargs="+", type=Path, default=[], help=f"amodal: visible mask of each picture's object, {same}")
+    add("--clip", default="", metavar="FOLDER", help="amodal: CLIP image tower, if the weights need one")
+    pattern = 'which files of folders, e.g. "*.png" (repeatable; default: all pictures and videos)'
+    add("--pattern", action="append", default=[], help=pattern)
+    add("--no-recursive", action="store_true", help="ignore subfolders")
+    add("--frames", action="store_true", help="the pictures of a folder, by name, are the frames of one video")
+    add("--out", type=Path, default=Path("predictions"), help="folder of the results")
+    by_task = "depth: npy, png16, colour, exr, ply; flow: flo, colour; amodal: mask, overlay, whole"
+    add("--formats", default="", help=f"separated by commas; {by_task} (default: npy,png16,colour; flow and amodal: all)")
+    angle = numeric(float, Range(above=0, below=180))
+    add("--fov", type=angle, default=60.0, help="ply: the camera's horizontal field of view in degrees")
+    add("--focal", type=numeric(float, NOT_NEGATIVE), default=0.0, help="ply: focal length in pixels, in place of --fov")
+    distances = "ply: distances of the nearest and farthest point, as depth is only known up to scale and shift"
+    above_0 = numeric(float, POSITIVE)
+    add("--depth-range", type=above_0, nargs=2, default=(1.0, 5.0), metavar=("NEAR", "FAR"), help=distances)
+    add("--again", action="store_true", help="redo files that are done")
+    side = "longest side of the network's input, in pixels (default: as trained)"
+    add("--resolution", type=numeric(int, Range(least=0, most=8192)), default=0, help=side)
+    fit = "stretch pictures to the square, or keep their aspect (default: as trained)"
+    add("--fit", choices=("stretch", "aspect"), default="", help=fit)
+    add("--ensemble", type=numeric(int, ENSEMBLE_SIZES), default=1, help="predictions that are merged")
     add_sampling_options(parser, steps=50, guidance=1.0)
 
 
@@ -67,13 +58,8 @@ def run(arguments: argparse.Namespace) -> None:
 
     if arguments.second and arguments.mask:
         raise UserError("--second is for flow and --mask for amodal; give one of them.")
-    outputs = OutputConfig(
-        formats=formats_from_text(arguments.formats),
-        fov=arguments.fov,
-        focal=arguments.focal,
-        near=arguments.depth_range[0],
-        far=arguments.depth_range[1],
-    )
+    (near, far), formats = arguments.depth_range, formats_from_text(arguments.formats)
+    outputs = OutputConfig(formats=formats, fov=arguments.fov, focal=arguments.focal, near=near, far=far)
     sources = find_sources(
         arguments.inputs,
         patterns=arguments.pattern,
@@ -91,13 +77,8 @@ def run(arguments: argparse.Namespace) -> None:
     from dpt.progress import say
     from dpt.training.export import load_weights
 
-    predictor = Predictor(
-        hub.pinned(arguments.weights),
-        config=sampling_config(arguments),
-        vae=arguments.vae,
-        device=arguments.device,
-        read=load_weights,
-    )
+    config, weights = sampling_config(arguments), hub.pinned(arguments.weights)
+    predictor = Predictor(weights, config=config, vae=arguments.vae, device=arguments.device, read=load_weights)
     if arguments.fit:
         predictor.fits = {task: dataclasses.replace(fit, how=arguments.fit) for task, fit in predictor.fits.items()}
     task = arguments.task or predictor.task
@@ -135,19 +116,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 _OTHERS = {"second": "second frame", "mask": "visible mask"}
-_NOT_SETTINGS = (
-    "inputs",
-    "second",
-    "mask",
-    "pattern",
-    "no_recursive",
-    "frames",
-    "out",
-    "again",
-    "batch_size",
-    "device",
-    "weights",
-)
+_FILES = ("inputs", "second", "mask", "pattern", "no_recursive", "frames", "out", "weights")
+_NOT_SETTINGS = (*_FILES, "again", "batch_size", "device")
 """Options that a picture's results do not depend on (which files belong to it is kept beside them)."""
 
 

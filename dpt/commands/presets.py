@@ -4,24 +4,19 @@ import argparse
 import json
 from typing import Any
 
-from dpt.config.numbers import AT_LEAST_1, numeric
+from dpt.config.numbers import COUNT
 from dpt.models.memory import preset_table
 from dpt.scaling.results import format_cells, show_macs
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print every column, numbers in full, as JSON")
-    parser.add_argument("--ranks", type=numeric(int, AT_LEAST_1), default=1, help="ranks (default: %(default)s)")
-    parser.add_argument(
-        "--ep", type=numeric(int, AT_LEAST_1), default=1, help="ranks that share the experts of a layer (default: %(default)s)"
-    )
-    parser.add_argument("--zero", type=int, default=1, choices=range(4), help="ZeRO stage (default: %(default)s)")
-    parser.add_argument(
-        "--micro-batch", type=numeric(int, AT_LEAST_1), default=32, help="samples per rank and step (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--precision", default="bf16", choices=("fp32", "bf16", "fp16"), help="of training (default: %(default)s)"
-    )
+    add = parser.add_argument
+    add("--json", action="store_true", help="print all columns, with full numbers, as JSON")
+    add("--ranks", type=COUNT, default=1, help="ranks")
+    add("--ep", type=COUNT, default=1, help="ranks that share a layer's experts")
+    add("--zero", type=int, default=1, choices=range(4), help="ZeRO stage")
+    add("--micro-batch", type=COUNT, default=32, help="samples per rank and forward pass")
+    add("--precision", default="bf16", choices=("fp32", "bf16", "fp16"), help="of training")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -38,24 +33,14 @@ def run(arguments: argparse.Namespace) -> None:
     header = ["preset", "params", "active", "forward 256 px", "512 px", "training 256 px", "512 px"]
     print(format_cells(header, [[row["preset"], *_sizes(row)] for row in rows]))
     print("\nMACs (multiply-accumulates) of one image: forward, and forward with backward.\n")
-    header = [
-        "preset",
-        "weights",
-        "gradients",
-        "moments",
-        "EMA",
-        "buckets",
-        "activations",
-        "(checkpointed)",
-        "total",
-        "(ckpt.)",
-    ]
+    parts = ["weights", "gradients", "moments", "EMA", "buckets", "activations", "(checkpointed)"]
+    header = ["preset", *parts, "total", "(ckpt.)"]
     print(format_cells(header, [[row["preset"], *_memory(row)] for row in rows]))
     print(
-        f"\nGiB on each of {arguments.ranks} rank{'s' * (arguments.ranks > 1)}: 256 px, {arguments.precision}, EP "
+        f"\nGiB per rank, on {arguments.ranks} rank{'s' * (arguments.ranks > 1)}: 256 px, {arguments.precision}, EP "
         f"{arguments.ep} (dense networks: 1), ZeRO {arguments.zero}, micro batch {arguments.micro_batch}.\n"
-        "weights: with the optimizer's float32 copy; buckets: for exchanging gradients; (checkpointed): blocks are computed\n"
-        "again in the backward pass. The device's context comes on top."
+        "weights: with the optimizer's float32 copy; buckets: buffers for reducing gradients; (checkpointed): with activation\n"
+        "checkpointing. The device's context comes on top."
     )
 
 

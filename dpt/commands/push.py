@@ -1,6 +1,6 @@
-"""Put a folder of weights with its model card on the Hugging Face Hub, where `hub:owner/name` finds it.
+"""Push weights with their model card to the Hugging Face Hub, from where `hub:owner/name` loads them.
 
-The token is that of `hf auth login`, or HF_TOKEN.
+The token comes from `hf auth login` or HF_TOKEN.
 """
 
 import argparse
@@ -11,11 +11,12 @@ from dpt.errors import UserError
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", type=Path, help="exported weights (of dpt export), a run's folder, or a pipeline")
-    parser.add_argument("hub_name", metavar="OWNER/NAME", help="the model on the hub; it is made if it is not there")
-    parser.add_argument("--private", action="store_true", help="make it private (one that is there keeps what it is)")
-    parser.add_argument("--revision", "--branch", default="", help="branch, made if it is not there (default: main)")
-    parser.add_argument("--message", default="", help="commit message")
+    add = parser.add_argument
+    add("folder", type=Path, help="exported weights (of dpt export), a run's folder, or a pipeline")
+    add("hub_name", metavar="OWNER/NAME", help="model on the hub, created if missing")
+    add("--private", action="store_true", help="create it as private (an existing one keeps its setting)")
+    add("--revision", "--branch", default="", help="branch, created if missing (default: main)")
+    add("--message", default="", help="commit message")
     add_card_options(parser)
 
 

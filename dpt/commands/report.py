@@ -8,9 +8,10 @@ from dpt.scaling.report import write_report
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("experiment", help="name of the MLflow experiment")
-    parser.add_argument("--uri", default=TrackingConfig.uri, help="MLflow store (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("report.html"), help="file to write (default: %(default)s)")
+    add = parser.add_argument
+    add("experiment", help="name of the MLflow experiment")
+    add("--uri", default=TrackingConfig.uri, help="MLflow store")
+    add("--out", type=Path, default=Path("report.html"), help="file to write")
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -4,23 +4,18 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from dpt.config.numbers import AT_LEAST_1, numeric
+from dpt.config.numbers import COUNT, WHOLE
 from dpt.errors import naming
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("weights", help="weights of a Mixture-of-Experts: exported, public, a checkpoint, or hub:owner/name")
-    parser.add_argument("--data", nargs="+", required=True, help="training shards of the model's task")
-    parser.add_argument(
-        "--samples", type=numeric(int, AT_LEAST_1), default=256, help="samples shown to the network (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--batch-size", type=numeric(int, AT_LEAST_1), default=32, help="samples at once (default: %(default)s)"
-    )
-    parser.add_argument("--out", type=Path, default=Path("routing"), help="folder of the results (default: %(default)s)")
-    parser.add_argument(
-        "--seed", type=numeric(int), default=0, help="seed of order, timesteps and noise (default: %(default)s)"
-    )
+    add = parser.add_argument
+    add("weights", help="weights of a Mixture-of-Experts: exported, public, a checkpoint, or hub:owner/name")
+    add("--data", nargs="+", required=True, help="training shards of the model's task")
+    add("--samples", type=COUNT, default=256, help="samples shown to the network")
+    add("--batch-size", type=COUNT, default=32, help="samples per forward pass")
+    add("--out", type=Path, default=Path("routing"), help="folder of the results")
+    add("--seed", type=WHOLE, default=0, help="seed of order, timesteps and noise")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -48,11 +43,7 @@ def run(arguments: argparse.Namespace) -> None:
     )
     network = weights.build().to(device).eval()
     prepare = Preparation(
-        config,
-        tasks=data_loader.tasks,
-        scaling=data_loader.scaling,
-        device=device,
-        dtype=next(network.parameters()).dtype,
+        config, tasks=data_loader.tasks, scaling=data_loader.scaling, device=device, dtype=next(network.parameters()).dtype
     )
 
     def arguments_of(batch: Any) -> dict[str, Any]:

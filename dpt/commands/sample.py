@@ -1,22 +1,19 @@
-"""Draw class-conditional images with pre-trained weights."""
+"""Sample class-conditional images."""
 
 import argparse
 from pathlib import Path
 
 from dpt.commands.options import add_sampling_options, sampling_config
-from dpt.config.numbers import AT_LEAST_1, NOT_NEGATIVE, numeric
+from dpt.config.numbers import COUNT, NATURAL
 from dpt.errors import UserError
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--labels", required=True, help="class ids, e.g. 207,360,387")
-    parser.add_argument(
-        "--per-label", type=numeric(int, AT_LEAST_1), default=1, help="images of each class (default: %(default)s)"
-    )
-    parser.add_argument("--out", type=Path, default=Path("samples"), help="folder of the images (default: %(default)s)")
-    parser.add_argument(
-        "--guidance-channels", type=numeric(int, NOT_NEGATIVE), default=0, help="latent channels guided; 0: all, public DiT: 3"
-    )
+    add = parser.add_argument
+    add("--labels", required=True, help="class ids, e.g. 207,360,387")
+    add("--per-label", type=COUNT, default=1, help="images per class")
+    add("--out", type=Path, default=Path("samples"), help="folder of the images")
+    add("--guidance-channels", type=NATURAL, default=0, help="guided latent channels; 0: all, public DiT: 3")
     add_sampling_options(parser, steps=250, guidance=4.0)
 
 

@@ -1,10 +1,10 @@
-"""Run studies, grids of launches from YAML files, and draw their figures; called again, it does only what is missing."""
+"""Run studies (grids of launches, from YAML files) and draw their figures. Repeating the command does only what is missing."""
 
 import argparse
 import shlex
 from pathlib import Path
 
-from dpt.config.numbers import AT_LEAST_1, POSITIVE, Range, numeric
+from dpt.config.numbers import COUNT, POSITIVE, Range, numeric
 from dpt.config.sections import TrackingConfig
 from dpt.errors import UserError, hide_passwords
 from dpt.scaling.figures import draw, find
@@ -19,40 +19,21 @@ from dpt.tracking.sender import sync
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("study", type=Path, nargs="+", help="YAML file, e.g. studies/small_model_size.yaml; several run as one")
-    parser.add_argument(
-        "--jobs",
-        type=numeric(int, AT_LEAST_1),
-        default=1,
-        help="launches at a time, sharing the devices or CPU threads (default: 1)",
-    )
-    parser.add_argument("--uri", default=TrackingConfig.uri, help="MLflow store of the runs (default: %(default)s)")
-    parser.add_argument("--dry-run", action="store_true", help="show launches, expected MACs and commands; start nothing")
-    parser.add_argument(
-        "--peak-flops", type=numeric(float, POSITIVE), default=989e12, help="--dry-run: of a device (default: H100, bf16 dense)"
-    )
-    parser.add_argument(
-        "--mfu",
-        type=numeric(float, Range(above=0, most=1)),
-        default=0.4,
-        help="--dry-run: share of it that is reached (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--rehearse",
-        nargs="?",
-        type=Path,
-        const=Path("runs/rehearsal"),
-        metavar="FOLDER",
-        help="run all launches at toy sizes, on tiny sets in their native layouts, within FOLDER (%(const)s); "
-        "figures and tables are marked as a rehearsal's",
-    )
-    parser.add_argument("--figures", action="store_true", help="only draw the figures of what is done")
-    parser.add_argument(
-        "--slurm",
-        metavar="OPTIONS",
-        help='submit to SLURM with these options of sbatch, e.g. "-N 1 --gpus 8"; needs a tracking server as --uri',
-    )
-    parser.add_argument("--slurm-script", default="launchers/slurm.sh", help="batch script (default: %(default)s)")
+    add = parser.add_argument
+    add("study", type=Path, nargs="+", help="YAML file, e.g. studies/small_model_size.yaml; several run as one")
+    add("--jobs", type=COUNT, default=1, help="launches at a time, sharing the devices or CPU threads")
+    add("--uri", default=TrackingConfig.uri, help="MLflow store of the runs")
+    add("--dry-run", action="store_true", help="show launches, expected MACs and commands; start nothing")
+    peak = "with --dry-run: a device's FLOP/s (default: H100, bf16 dense)"
+    add("--peak-flops", type=numeric(float, POSITIVE), default=989e12, help=peak)
+    add("--mfu", type=numeric(float, Range(above=0, most=1)), default=0.4, help="with --dry-run: share of that peak reached")
+    toy = "run all launches at toy size, on tiny native sets, inside FOLDER (%(const)s); figures and tables are marked as such"
+    folder = Path("runs/rehearsal")
+    add("--rehearse", nargs="?", type=Path, const=folder, metavar="FOLDER", help=toy)
+    add("--figures", action="store_true", help="only draw the figures of finished launches")
+    sbatch = 'submit to SLURM with these options of sbatch, e.g. "-N 1 --gpus 8"; --uri must be a tracking server'
+    add("--slurm", metavar="OPTIONS", help=sbatch)
+    add("--slurm-script", default="launchers/slurm.sh", help="batch script")
 
 
 def run(arguments: argparse.Namespace) -> None:

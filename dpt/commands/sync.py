@@ -1,4 +1,4 @@
-"""Send to MLflow what an outage of its server has kept in the folders of runs; nothing arrives twice."""
+"""Send to MLflow the records that an outage of its server left in the folders of runs; none arrives twice."""
 
 import argparse
 from pathlib import Path
@@ -8,9 +8,10 @@ from dpt.tracking.sender import sync
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", type=Path, help="output folder of a run, or one above several")
-    parser.add_argument("--uri", default="", help="another store than the one that the runs name")
-    parser.add_argument("--again", action="store_true", help="send every record, for a store that has lost the runs")
+    add = parser.add_argument
+    add("folder", type=Path, help="output folder of a run, or one above several")
+    add("--uri", default="", help="another store than the runs name")
+    add("--again", action="store_true", help="send all records, for a store that has lost them")
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -1,7 +1,7 @@
 """What must hold between the sections of a recipe and the machine, checked before any work starts (no torch)."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn, get_args
 
 from dpt.config.recipe import Recipe
@@ -17,13 +17,20 @@ def trained_model(recipe: Recipe, stage: str) -> ModelConfig:
 def check_recipe(recipe: Recipe, world_size: int, stage: str = "pretrain") -> None:
     """Raise a UserError naming the key, its value and a fix if the recipe cannot run as `stage` on `world_size` ranks."""
     batch_split(recipe, world_size)
-    _check_experts(recipe, world_size, trained_model(recipe, stage).num_experts)
-    _check_task(recipe)
-    _check_bypass(recipe, trained_model(recipe, stage).depth)
-    _check_alignment(recipe, trained_model(recipe, stage).depth)
+    if problem := next(_problems(recipe, world_size, trained_model(recipe, stage)), ""):
+        _refuse(recipe, problem)
+
+
+def _problems(recipe: Recipe, world_size: int, model: ModelConfig) -> Iterator[str]:
+    """A sentence for each thing that cannot work. `model`: what is trained."""
+    yield from _problems_of_gates(recipe, model.num_experts)
+    yield from _problems_of_experts(recipe, world_size, model.num_experts)
+    yield from _problems_of_tasks(recipe)
+    yield from _problems_of_bypassing(recipe, model.depth)
+    yield from _problems_of_alignment(recipe, model.depth)
     if all(recipe.deepspeed.get(name, {}).get("enabled", False) for name in ("bf16", "fp16")):
-        _refuse(recipe, "bf16.enabled and fp16.enabled are both true; enable one.")
-    _check_optimizer(recipe)
+        yield "bf16.enabled and fp16.enabled are both true; enable one."
+    yield from _problems_of_optimizers(recipe)
 
 
 def trains_with_muon(optimizer: Mapping[str, Any]) -> bool:
@@ -31,21 +38,17 @@ def trains_with_muon(optimizer: Mapping[str, Any]) -> bool:
     return str(optimizer.get("type", "AdamW")).lower() == "muon"
 
 
-def _check_optimizer(recipe: Recipe) -> None:
+def _problems_of_optimizers(recipe: Recipe) -> Iterator[str]:
     optimizer = recipe.deepspeed.get("optimizer", {})
     kind = optimizer.get("type", "AdamW")
     if str(kind).lower() not in ("adam", "adamw", "muon"):
-        _refuse(
-            recipe, f'optimizer.type is "{kind}"; the optimizers here are AdamW and Muon (they carry the averaged weights).'
-        )
+        yield f'optimizer.type is "{kind}"; the optimizers here are AdamW and Muon (they carry the averaged weights).'
     if not trains_with_muon(optimizer):
         return
     if recipe.zero_stage == 3:
-        _refuse(
-            recipe, "optimizer.type Muon needs whole matrices, which ZeRO stage 3 cuts up; set zero_optimization.stage to 2."
-        )
+        yield "optimizer.type Muon needs whole matrices, which ZeRO stage 3 cuts up; set zero_optimization.stage to 2."
     if recipe.deepspeed.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none":
-        _refuse(recipe, "zero_optimization.offload_optimizer does not go with optimizer.type Muon; remove it, or use AdamW.")
+        yield "zero_optimization.offload_optimizer does not go with optimizer.type Muon; remove it, or use AdamW."
 
 
 def batch_split(recipe: Recipe, world_size: int) -> tuple[int, int, int]:
@@ -79,8 +82,9 @@ def batch_split(recipe: Recipe, world_size: int) -> tuple[int, int, int]:
             f"({' or '.join(near)} samples would do).",
         )
     if accumulation is None:
-        micro = largest_micro_batch(total // world_size, limit)
-        return total, micro, total // world_size // micro
+        share = total // world_size
+        micro = next(n for n in range(min(share, limit or share), 0, -1) if share % n == 0)
+        return total, micro, share // micro
     micro = total // parts
     if limit is not None and micro > limit:
         _refuse(
@@ -89,11 +93,6 @@ def batch_split(recipe: Recipe, world_size: int) -> tuple[int, int, int]:
             f"train_micro_batch_size_per_gpu {limit}; raise one of them, or leave gradient_accumulation_steps out.",
         )
     return total, micro, accumulation
-
-
-def largest_micro_batch(share: int, limit: int | None) -> int:
-    """The largest divisor of a rank's `share` of the batch that is at most `limit` (None: no limit)."""
-    return next(n for n in range(min(share, limit or share), 0, -1) if share % n == 0)
 
 
 def split_note(recipe: Recipe, world_size: int) -> str:
@@ -113,97 +112,81 @@ def ranks_in_words(world_size: int) -> str:
     return f"{world_size} rank{'s' * (world_size != 1)}"
 
 
-def _check_experts(recipe: Recipe, world_size: int, experts: int) -> None:
-    ep_size = recipe.dpt.training.ep_size
-    _check_gates(recipe, experts)
+def _problems_of_experts(recipe: Recipe, world_size: int, experts: int) -> Iterator[str]:
+    ep_size, model = recipe.dpt.training.ep_size, recipe.dpt.model
     if ep_size > 1 and experts == 0:
-        _refuse(recipe, f"dpt.training.ep_size is {ep_size}, but the model is dense; set it to 1.")
+        yield f"dpt.training.ep_size is {ep_size}, but the model is dense; set it to 1."
     if world_size % ep_size:
-        _refuse(recipe, f"dpt.training.ep_size {ep_size} does not divide {ranks_in_words(world_size)}; choose a divisor.")
+        yield f"dpt.training.ep_size {ep_size} does not divide {ranks_in_words(world_size)}; choose a divisor."
     if recipe.deepspeed.get("use_data_before_expert_parallelism", False):
-        _refuse(
-            recipe,
-            "use_data_before_expert_parallelism is set; here the ranks that share a layer's experts are neighbours (they "
-            "exchange tokens in every layer), so remove it.",
+        yield (
+            "use_data_before_expert_parallelism is set, but here consecutive ranks share a layer's experts, as they exchange "
+            "tokens in every layer; remove it."
         )
-    model = recipe.dpt.model
     for name, width in (("hidden_size", model.hidden_size), ("hidden_size x mlp_ratio", model.mlp_width)):
         if experts and recipe.precision == "bf16" and width % 8:
-            _refuse(
-                recipe,
-                f"dpt.model.{name} is {width}; experts' products in bf16 take multiples of 8: choose one, or train in fp32.",
-            )
+            yield f"dpt.model.{name} is {width}; experts' products in bf16 take multiples of 8: choose one, or train in fp32."
     if experts % ep_size:
-        _refuse(recipe, f"dpt.training.ep_size {ep_size} does not divide dpt.model.num_experts {experts}; choose a divisor.")
+        yield f"dpt.training.ep_size {ep_size} does not divide dpt.model.num_experts {experts}; choose a divisor."
 
 
-def _check_gates(recipe: Recipe, experts: int) -> None:
+def _problems_of_gates(recipe: Recipe, experts: int) -> Iterator[str]:
     """Fields that mean nothing without experts, or with one kind of gate."""
     model, training = recipe.dpt.model, recipe.dpt.training
-    if not experts:
-        for name, off, value in (
-            ("model.router_gate", "softmax", model.router_gate),
-            ("model.router_bias_balancing", False, model.router_bias_balancing),
-            ("training.expert_distance_every", 0, training.expert_distance_every),
-        ):
-            if value != off:
-                _refuse(recipe, f"dpt.{name} is {json.dumps(value)}, but the model is dense; set it to {json.dumps(off)}.")
+    for name, off, value in (
+        ("model.router_gate", "softmax", model.router_gate),
+        ("model.router_bias_balancing", False, model.router_bias_balancing),
+        ("training.expert_distance_every", 0, training.expert_distance_every),
+    ):
+        if not experts and value != off:
+            yield f"dpt.{name} is {json.dumps(value)}, but the model is dense; set it to {json.dumps(off)}."
     if model.router_gate == "sigmoid" and training.router_z_loss_weight:
-        _refuse(
-            recipe,
+        yield (
             f"dpt.training.router_z_loss_weight is {training.router_z_loss_weight}; it is of a softmax's log-partition, which "
-            'router_gate "sigmoid" has not: set it to 0.',
+            'router_gate "sigmoid" has not: set it to 0.'
         )
     if training.expert_distance_every and experts == 1:
-        _refuse(recipe, "dpt.training.expert_distance_every is set, but a layer has one expert only; set it to 0.")
+        yield "dpt.training.expert_distance_every is set, but a layer has one expert only; set it to 0."
 
 
-def _check_task(recipe: Recipe) -> None:
+def _problems_of_tasks(recipe: Recipe) -> Iterator[str]:
     config = recipe.dpt
-    if config.pixel_loss.weight and config.task not in get_args(Task):
-        _refuse(recipe, f'dpt.pixel_loss.weight is {config.pixel_loss.weight}, but task "{config.task}" has none; set it to 0.')
-    least, most = CONDITIONS[config.task]
-    if not least <= config.model.num_conditions <= most:
+    task, weight, conditions = config.task, config.pixel_loss.weight, config.model.num_conditions
+    if weight and task not in get_args(Task):
+        yield f'dpt.pixel_loss.weight is {weight}, but task "{task}" has none; set it to 0.'
+    least, most = CONDITIONS[task]
+    if not least <= conditions <= most:
         span = str(least) if least == most else f"{least} or {most}"
-        _refuse(
-            recipe,
-            f'dpt.model.num_conditions is {config.model.num_conditions}; task "{config.task}" has {span} condition latents.',
-        )
-    if config.task != "class" and config.data.horizontal_flip:
-        _refuse(recipe, "dpt.data.horizontal_flip is for class images; perception shards are mirrored while encoding.")
-    if config.validation.every and config.task == "class":
-        _refuse(recipe, "dpt.validation.every is for perception; class images have no truths to be scored by.")
+        yield f'dpt.model.num_conditions is {conditions}; task "{task}" has {span} condition latents.'
+    if task != "class" and config.data.horizontal_flip:
+        yield "dpt.data.horizontal_flip is for class images; perception shards are mirrored while encoding."
+    if config.validation.every and task == "class":
+        yield "dpt.validation.every is for perception; class images have no truths to be scored by."
     if config.validation.every and not (config.validation.data or config.evaluation.data):
-        _refuse(recipe, "dpt.validation.data is empty, and so is dpt.evaluation.data; name an evaluation shard folder.")
-    wrong = [label for label in config.sampling.labels if not 0 <= label < config.model.num_classes]
-    if config.task == "class" and wrong:
-        _refuse(
-            recipe,
-            f"dpt.sampling.labels has {wrong[0]}; dpt.model.num_classes is {config.model.num_classes}, so that labels are "
-            f"0 to {config.model.num_classes - 1}.",
-        )
-    one_step = config.diffusion.one_step
-    if config.task == "class" and one_step:
-        _refuse(recipe, 'dpt.diffusion.timesteps "last" is for perception; images of a class need several steps.')
-    if config.pixel_loss.weight and not one_step:
-        _refuse(
-            recipe,
-            f"dpt.pixel_loss.weight is {config.pixel_loss.weight}, but dpt.diffusion.timesteps is "
-            f'"{config.diffusion.timesteps}"; it needs "last", where the network predicts what can be decoded.',
+        yield "dpt.validation.data is empty, and so is dpt.evaluation.data; name an evaluation shard folder."
+    classes = config.model.num_classes
+    wrong = [label for label in config.sampling.labels if not 0 <= label < classes]
+    if task == "class" and wrong:
+        yield f"dpt.sampling.labels has {wrong[0]}; dpt.model.num_classes is {classes}, so that labels are 0 to {classes - 1}."
+    if task == "class" and config.diffusion.one_step:
+        yield 'dpt.diffusion.timesteps "last" is for perception; images of a class need several steps.'
+    if weight and not config.diffusion.one_step:
+        yield (
+            f'dpt.pixel_loss.weight is {weight}, but dpt.diffusion.timesteps is "{config.diffusion.timesteps}"; it needs '
+            '"last", where the network predicts what can be decoded.'
         )
 
 
-def _check_bypass(recipe: Recipe, depth: int) -> None:
+def _problems_of_bypassing(recipe: Recipe, depth: int) -> Iterator[str]:
     training = recipe.dpt.training
     if training.bypass_share and not training.bypassed(depth):
-        _refuse(
-            recipe,
+        yield (
             f"dpt.training.bypass_share is {training.bypass_share:g}, but bypass_first {training.bypass_first} and bypass_last "
-            f"{training.bypass_last} leave none of {depth} blocks between them; lower them.",
+            f"{training.bypass_last} leave none of {depth} blocks between them; lower them."
         )
 
 
-def _check_alignment(recipe: Recipe, depth: int) -> None:
+def _problems_of_alignment(recipe: Recipe, depth: int) -> Iterator[str]:
     """What self-alignment and feature alignment need of the network, the averages and the data."""
     training = recipe.dpt.training
     own, features = training.self_alignment, training.feature_alignment
@@ -214,42 +197,31 @@ def _check_alignment(recipe: Recipe, depth: int) -> None:
     }
     for name, block in blocks.items():
         if block > depth:
-            _refuse(recipe, f"dpt.training.{name} is {block}, but the network has {depth} blocks; lower it.")
+            yield f"dpt.training.{name} is {block}, but the network has {depth} blocks; lower it."
         if training.bypass_share and block - 1 in training.bypassed(depth) and name != "self_alignment.teacher_block":
-            _refuse(
-                recipe,
+            yield (
                 f"dpt.training.{name} is {block}, which tokens bypass (dpt.training.bypass_share {training.bypass_share:g}); "
-                f"choose a block up to {training.bypass_first}, or one of the last {training.bypass_last}.",
+                f"choose a block up to {training.bypass_first}, or one of the last {training.bypass_last}."
             )
-    if own.weight:
-        _check_teacher(recipe)
+    if own.weight and (training.teaching_decay == 0 or training.teaching_decay not in training.ema_decays):
+        yield (
+            f"dpt.training.self_alignment learns from the average of decay {training.teaching_decay:g}, which "
+            f"dpt.training.ema_decays {training.ema_decays} does not keep; name one that it does, above 0."
+        )
+    if own.weight and recipe.dpt.diffusion.one_step:
+        yield (
+            'dpt.training.self_alignment needs several noise levels, and dpt.diffusion.timesteps is "last"; set its weight to '
+            "0, or choose other timesteps."
+        )
     if features.weight and not features.channels:
-        _refuse(
-            recipe,
+        yield (
             "dpt.training.feature_alignment.channels is 0; set it to the number of channels of the shards' features "
-            "(normals: 3, segments: 13).",
+            "(normals: 3, segments: 13)."
         )
     if features.weight and recipe.dpt.data.horizontal_flip:
-        _refuse(
-            recipe,
+        yield (
             "dpt.data.horizontal_flip mirrors images, and shards hold no mirrored features for "
-            "dpt.training.feature_alignment; set one of them to false or 0.",
-        )
-
-
-def _check_teacher(recipe: Recipe) -> None:
-    training = recipe.dpt.training
-    if training.teaching_decay == 0 or training.teaching_decay not in training.ema_decays:
-        _refuse(
-            recipe,
-            f"dpt.training.self_alignment learns from the average of decay {training.teaching_decay:g}, which "
-            f"dpt.training.ema_decays {training.ema_decays} does not keep; name one that it does, above 0.",
-        )
-    if recipe.dpt.diffusion.one_step:
-        _refuse(
-            recipe,
-            'dpt.training.self_alignment needs several noise levels, and dpt.diffusion.timesteps is "last"; set its weight to '
-            "0, or choose other timesteps.",
+            "dpt.training.feature_alignment; set one of them to false or 0."
         )
 
 

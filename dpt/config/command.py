@@ -1,4 +1,4 @@
-"""The command line of a launcher: `--ds_config FILE` and any field by its dotted name; help that lists every field."""
+"""The command line of a launcher: `--ds_config FILE`, any field by its dotted name, and help that lists them all."""
 
 import argparse
 import dataclasses
@@ -89,8 +89,8 @@ def print_help(prog: str, description: str, home: str) -> None:
         if action.dest in whole:
             action.help = argparse.SUPPRESS
     parser.epilog = (
-        '--ds_config FILE is the recipe: JSON of DeepSpeed\'s keys plus the object "dpt" of the fields above. '
-        f'Fields of "{home}" may be written without the section\'s name. Keys of DeepSpeed are set in the same way, e.g. '
+        '--ds_config FILE is the recipe: JSON with DeepSpeed\'s keys and an object "dpt" with the fields above. '
+        f"Fields of \"{home}\" may be written without the section's name. DeepSpeed's keys are set the same way, e.g. "
         f"--train_batch_size 64, --zero_optimization.stage 2; known: {', '.join(sorted(DEEPSPEED_KEYS))}."
     )
     parser.print_help()

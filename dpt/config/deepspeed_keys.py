@@ -6,49 +6,23 @@ from typing import Any
 from dpt.config.numbers import NOT_NEGATIVE, POSITIVE, Range
 from dpt.errors import UserError
 
-_OBJECTS = frozenset(
-    {
-        "activation_checkpointing",
-        "aio",
-        "bf16",
-        "checkpoint",
-        "comms_logger",
-        "data_types",
-        "flops_profiler",
-        "fp16",
-        "optimizer",
-        "scheduler",
-        "torch_autocast",
-        "zero_optimization",
-    }
-)
-_SWITCHES = frozenset(
-    {
-        "dataloader_drop_last",
-        "disable_allgather",
-        "dump_state",
-        "memory_breakdown",
-        "prescale_gradients",
-        "sparse_gradients",
-        "use_data_before_expert_parallelism",
-        "wall_clock_breakdown",
-        "zero_allow_untested_optimizer",
-        "zero_force_ds_cpu_optimizer",
-    }
-)
+_OBJECTS = frozenset({
+    "activation_checkpointing", "aio", "bf16", "checkpoint", "comms_logger", "data_types", "flops_profiler", "fp16",
+    "optimizer", "scheduler", "torch_autocast", "zero_optimization",
+})  # fmt: skip
+_SWITCHES = frozenset({
+    "dataloader_drop_last", "disable_allgather", "dump_state", "memory_breakdown", "prescale_gradients", "sparse_gradients",
+    "use_data_before_expert_parallelism", "wall_clock_breakdown", "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer",
+})  # fmt: skip
 _NUMBERS = {"gradient_clipping": NOT_NEGATIVE, "gradient_predivide_factor": POSITIVE}
 _COUNTS = frozenset({"gradient_accumulation_steps", "train_batch_size", "train_micro_batch_size_per_gpu"})
 """Checked where the batch is split."""
 _OTHERS = frozenset({"communication_data_type", "seq_parallel_communication_data_type", "steps_per_print"})
 DEEPSPEED_KEYS = _OBJECTS | _SWITCHES | _COUNTS | _OTHERS | _NUMBERS.keys()
 """Keys that a recipe may have beside "dpt"."""
-_OPTIMIZER = {
-    "lr": POSITIVE,
-    "eps": POSITIVE,
-    "weight_decay": NOT_NEGATIVE,
-    "momentum": Range(least=0, below=1),
-}
 _BETA = Range(least=0, below=1)
+_OPTIMIZER = {"lr": POSITIVE, "eps": POSITIVE, "weight_decay": NOT_NEGATIVE, "momentum": _BETA}
 
 
 def check_keys(given: Mapping[str, Any], source: str) -> None:

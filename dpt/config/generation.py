@@ -3,21 +3,22 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from dpt.errors import UserError
+from dpt.config.numbers import AT_LEAST_1, NOT_NEGATIVE, Range
+from dpt.config.sections.checking import check, check_fields
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationConfig:
-    """How generated images are compared with real ones. How they are sampled is said in dpt.evaluation."""
+    """How generated images are compared with real ones; dpt.evaluation says how they are sampled."""
 
     reference: str = ""
-    """Real images: class shards, a folder of pictures, or an .npz of images or statistics; empty: nothing is generated."""
+    """Real images: class shards, a folder of pictures, or an .npz of images or statistics; empty: no images are scored."""
     images: str = ""
-    """Ready-made images to score instead of generated ones: a folder or an .npz."""
+    """Images to score instead of generating some: a folder or an .npz."""
     num_images: int = 50_000
     """Images generated."""
     labels: Literal["balanced", "shares"] = "balanced"
-    """Classes of the images: all equally often, or by the shares of the labels in the reference shards."""
+    """Classes of the images: balanced, or with the frequencies of the reference shards."""
     guidance_channels: int = 0
     """Latent channels that guidance acts on; 0: all (public DiT: 3)."""
     features: str = ""
@@ -29,15 +30,17 @@ class GenerationConfig:
     dinov2_sha256: str = ""
     """Hash that its model.safetensors must have; empty: the documented one of facebook/dinov2-large."""
     neighbours: int = 3
-    """Nearest neighbour that the balls of precision and recall reach to."""
+    """k of the k-th neighbours in precision and recall."""
     manifold_images: int = 10_000
-    """Real images that precision and recall look at, evenly spaced in the reference."""
+    """Real images for precision and recall, evenly spaced in the reference."""
     save_reference: str = ""
-    """File for the reference's statistics, an .npz to be given as reference later; empty: not kept."""
+    """An .npz to keep the reference's statistics in, for later use as the reference; empty: not kept."""
 
     def __post_init__(self) -> None:
-        for name, least in (("num_images", 2), ("guidance_channels", 0), ("neighbours", 1), ("manifold_images", 1)):
-            if getattr(self, name) < least:
-                raise UserError(f"dpt.generation.{name} is {getattr(self, name)}; it must be at least {least}.")
-        if self.save_reference and not self.save_reference.endswith(".npz"):
-            raise UserError(f"dpt.generation.save_reference is {self.save_reference!r}; its name must end in .npz.")
+        check_fields(self, "dpt.generation", Range(least=2), "num_images")
+        check_fields(self, "dpt.generation", NOT_NEGATIVE, "guidance_channels")
+        check_fields(self, "dpt.generation", AT_LEAST_1, "neighbours", "manifold_images")
+        check(
+            not self.save_reference or self.save_reference.endswith(".npz"),
+            f"dpt.generation.save_reference is {self.save_reference!r}; its name must end in .npz.",
+        )

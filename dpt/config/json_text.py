@@ -29,9 +29,7 @@ def json_problem(text: str, error: json.JSONDecodeError) -> str:
         return f"it ends too early, after {place}"
     if error.msg.startswith("Expecting ',' delimiter"):
         return f"a comma or a closing bracket is missing after {place}"
-    if before.endswith(",") and text[error.pos] in "}]":
-        return f"there is a comma too many at {place}"
-    if before.endswith(",") and error.msg.startswith("Illegal trailing comma"):
+    if before.endswith(",") and (text[error.pos] in "}]" or error.msg.startswith("Illegal trailing comma")):
         return f"there is a comma too many at {place}"
     if error.msg.startswith("Illegal trailing comma"):
         return f"there is a comma too many at {_place(text, error.pos)}"

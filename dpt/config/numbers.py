@@ -48,6 +48,8 @@ NOT_NEGATIVE = Range(least=0)
 AT_LEAST_1 = Range(least=1)
 POSITIVE = Range(above=0)
 SHARE = Range(least=0, most=1)
+SAMPLER_STEPS = Range(least=1, most=1000)
+ENSEMBLE_SIZES = Range(least=1, most=50)
 
 
 @dataclass(frozen=True)
@@ -74,3 +76,8 @@ class Number:
 def numeric(kind: type[Any], allowed: Range = FINITE) -> Number:
     """The `type` of an option of argparse: a text as a number in a range."""
     return Number(kind, allowed)
+
+
+WHOLE = Number(int, FINITE)
+NATURAL = Number(int, NOT_NEGATIVE)
+COUNT = Number(int, AT_LEAST_1)

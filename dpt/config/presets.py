@@ -28,27 +28,15 @@ _DENSE_WIDTHS: dict[str, tuple[int, int, int]] = {  # hidden_size, depth, num_he
 }
 
 
-def _dense(name: str, patch_size: int) -> dict[str, Any]:
-    hidden_size, depth, num_heads = _DENSE_WIDTHS[name]
-    return {
-        "hidden_size": hidden_size,
-        "depth": depth,
-        "num_heads": num_heads,
-        "patch_size": patch_size,
-        "expert_activation": "gelu",
-        "normalize_top_k": True,
-    }
+def _dense(name: str, patch_size: int = 2) -> dict[str, Any]:
+    sizes = dict(zip(("hidden_size", "depth", "num_heads"), _DENSE_WIDTHS[name], strict=True))
+    return {**sizes, "patch_size": patch_size, "expert_activation": "gelu", "normalize_top_k": True}
 
 
 def _moe(name: str, num_experts: int) -> dict[str, Any]:
-    dense = _dense(name, 2)
-    return dense | {
-        "num_experts": num_experts,
-        "top_k": 2,
-        "expert_activation": "swiglu",
-        "shared_expert_width": 2 * dense["hidden_size"],
-        "normalize_top_k": False,
-    }
+    dense = _dense(name)
+    experts = {"num_experts": num_experts, "top_k": 2, "expert_activation": "swiglu", "normalize_top_k": False}
+    return dense | experts | {"shared_expert_width": 2 * dense["hidden_size"]}
 
 
 _FINE: dict[tuple[str, int], tuple[int, int, int]] = {  # top_k, width of an expert, width of the shared one
@@ -61,21 +49,14 @@ _FINE: dict[tuple[str, int], tuple[int, int, int]] = {  # top_k, width of an exp
 
 
 def _fine(name: str, num_experts: int) -> dict[str, Any]:
-    dense = _dense(name, 2)
-    top_k, width, shared = _FINE[name, num_experts]
-    return dense | {
-        "num_experts": num_experts,
-        "top_k": top_k,
-        "mlp_ratio": width / dense["hidden_size"],
-        "expert_activation": "swiglu",
-        "shared_expert_width": shared,
-        "router_gate": "sigmoid",
-        "router_bias_balancing": True,
-    }
+    dense, (top_k, width, shared) = _dense(name), _FINE[name, num_experts]
+    experts = {"num_experts": num_experts, "top_k": top_k, "mlp_ratio": width / dense["hidden_size"]}
+    gates = {"router_gate": "sigmoid", "router_bias_balancing": True}
+    return dense | experts | gates | {"expert_activation": "swiglu", "shared_expert_width": shared}
 
 
 PRESETS: dict[str, dict[str, Any]] = {
-    **{name: _dense(name, 2) for name in ("a1", "a2", "a3", "a4", "a5", "a6")},
+    **{name: _dense(name) for name in ("a1", "a2", "a3", "a4", "a5", "a6")},
     **{f"{name}/{patch}": _dense(name, patch) for name in ("S", "B", "L", "XL") for patch in (2, 4, 8)},
     **{f"{name}/2-8E2A": _moe(name, 8) for name in ("S", "B", "L", "XL")},
     "S/2-16E2A": _moe("S", 16),

@@ -39,11 +39,11 @@ class DptConfig:
     """The "dpt" object of a recipe."""
 
     task: str = "class"
-    """What is learned: class (images of a class), depth, flow, amodal, generalist (all three), or a task of your own."""
+    """Task: class (class-conditional images), depth, flow, amodal, generalist (all three), or one of your own."""
     hardware: str = ""
-    """The hardware that the recipe is meant for, in words."""
+    """Hardware that the recipe is meant for, in words."""
     attention_backend: Literal["auto", "sdpa", "flash2", "flash3", "flash4"] = "auto"
-    """Attention kernel of this run on GPUs; a named one that is missing is an error. Weights do not depend on it."""
+    """Attention kernel on GPUs; naming one that is missing is an error. Weights do not depend on it."""
     model: ModelConfig = field(default_factory=ModelConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     pixel_loss: PixelLossConfig = field(default_factory=PixelLossConfig)
@@ -75,12 +75,12 @@ class Recipe:
     """Dotted names, without "dpt.", of the fields that the command line sets."""
 
     def source_of(self, sentence: str) -> str:
-        """Whom a sentence about a field blames: the command line if it names one that is set there, else the file."""
+        """Where a sentence puts the mistake: the command line if it names a field set there, else the file."""
         return _blamed(sentence, self.path, self.overridden)
 
     @contextlib.contextmanager
     def blamed(self) -> Iterator[None]:
-        """Put before a UserError that begins with one of the recipe's fields where that was set: the file or command line."""
+        """Say in a UserError about one of the recipe's fields where that was set: the file or the command line."""
         try:
             yield
         except UserError as error:

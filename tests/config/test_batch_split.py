@@ -12,15 +12,10 @@ from dpt.config.sections import ModelConfig
 from dpt.errors import UserError
 from dpt.scaling.cluster import Cluster, best_layout
 from dpt.training.engine import deepspeed_config
+from tests.config.test_shipped_recipes import RECIPES, stage_of
 
-RECIPES = sorted((Path(__file__).resolve().parents[2] / "ds_configs").glob("*.json"))
 RANKS = (1, 2, 4, 8, 16, 32, 64)
 KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-
-
-def _stage(path: Path) -> str:
-    names = path.stem.split("_")
-    return next((stage for stage in ("finetune", "upcycle") if stage in names), "pretrain")
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
@@ -29,7 +24,7 @@ def test_every_recipe_is_split_or_refused_for_a_true_reason(path: Path) -> None:
     written = json.loads(path.read_text())
     batch, limit = written["train_batch_size"], written.get("train_micro_batch_size_per_gpu", written["train_batch_size"])
     ep_size = written["dpt"]["training"].get("ep_size", 1)
-    recipe, stage = load_recipe(path), _stage(path)
+    recipe, stage = load_recipe(path), stage_of(path)
     assert trained_model(recipe, stage).num_experts % ep_size == 0
     for ranks in RANKS:
         reasons = [f"train_batch_size {batch} is not a multiple of {ranks} ranks;"] * (batch % ranks > 0)

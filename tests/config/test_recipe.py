@@ -56,7 +56,7 @@ def test_a_resolved_recipe_loads_again(tmp_path: Path) -> None:
         ({"dpt": {"training": {"steps": "many"}}}, ["dpt.training.steps", "many", "whole number"]),
         ({"dpt": {"training": {"steps": None}}}, ["dpt.training.steps is None; it must be a whole number"]),
         ({"dpt": {"model": {"num_classes": None}}}, ["dpt.model.num_classes is None; it must be a whole number"]),
-        ({"dpt": {"training": {"steps": -1}}}, ["dpt.training.steps", "-1", "negative"]),
+        ({"dpt": {"training": {"steps": -1}}}, ["dpt.training.steps is -1; it must be at least 0"]),
         ({"dpt": {"training": 3}}, ["dpt.training", "object"]),
         ({"dpt": {"model": {"preset": "Q/9"}}}, ["Q/9", "S/2"]),
         ({"dpt": {"model": {"num_heads": 5}}}, ["num_heads", "5", "384"]),
@@ -73,11 +73,6 @@ def test_refusals_name_file_and_field(tmp_path: Path, content: object, words: li
     for word in words:
         assert word in message
     assert "\n" not in message
-
-
-def test_missing_file_is_named() -> None:
-    with pytest.raises(UserError, match=r"nowhere\.json"):
-        load_recipe("nowhere.json")
 
 
 def test_command_line_accepts_bare_fields_of_its_section(tmp_path: Path) -> None:
@@ -100,21 +95,6 @@ def test_a_second_value_is_told_how_lists_are_written() -> None:
         parse_command("evaluate", "", "evaluation", ["--data", "a", "b"])
 
 
-def test_help_lists_every_field(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
-        parse_command("pretrain", "Train.", "training", ["--help"])
-    assert stop.value.code == 0
-    text = " ".join(capsys.readouterr().out.split())
-    for option in (
-        "--model.hidden_size",
-        "--training.ema_decays",
-        "--evaluation.timestep_spacing",
-        "--tracking.uri",
-        "default: 384",
-    ):
-        assert option in text
-
-
 @pytest.mark.parametrize(
     ("keys", "world_size", "word"),
     [
@@ -125,13 +105,9 @@ def test_help_lists_every_field(capsys: pytest.CaptureFixture[str]) -> None:
         ({"train_batch_size": 6, "training.ep_size": 2, "model.preset": "S/2-8E2A"}, 3, "ranks"),
         ({"train_batch_size": 3, "training.ep_size": 3, "model.preset": "S/2-8E2A"}, 3, "num_experts"),
         ({"train_batch_size": 3, "bf16.enabled": True, "model.hidden_size": 36, "model.num_experts": 4}, 3, "multiples of 8"),
-        ({"train_batch_size": 4, "use_data_before_expert_parallelism": True}, 2, "neighbours.* remove it"),
+        ({"train_batch_size": 4, "use_data_before_expert_parallelism": True}, 2, "consecutive ranks.* remove it"),
         ({"train_batch_size": 4, "model.router_gate": "sigmoid"}, 1, 'router_gate is "sigmoid", but the model is dense; set'),
-        (
-            {"train_batch_size": 4, "model.router_bias_balancing": True},
-            1,
-            "router_bias_balancing is true, but the model is den",
-        ),
+        ({"train_batch_size": 4, "model.router_bias_balancing": True}, 1, "bias_balancing is true, but the model is dense"),
         ({"train_batch_size": 4, "training.expert_distance_every": 5}, 1, "expert_distance_every is 5, but the model is dense"),
         ({"train_batch_size": 4, "model.preset": "S/2-E16", "training.router_z_loss_weight": 0.1}, 1, "z_loss_weight is 0.1"),
         (

@@ -53,7 +53,8 @@ PUBLISHED = {  # millions of parameters: all, active (the paper's Tables 1 and 2
 }
 
 
-def _stage(path: Path) -> str:
+def stage_of(path: Path) -> str:
+    """The stage that a shipped recipe is for, by its name."""
     first = path.stem.split("_")[0]
     if path.stem.endswith("upcycle"):
         return "upcycle"
@@ -75,12 +76,12 @@ def test_recipe_is_possible_on_its_hardware(path: Path) -> None:
     """Prints the memory plan (pytest -s, or -rP); a launcher prints it too."""
     recipe = load_recipe(path)
     ranks = _ranks(recipe)
-    check_recipe(recipe, ranks, stage=_stage(path))
+    check_recipe(recipe, ranks, stage=stage_of(path))
     total, micro, accumulation = batch_split(recipe, ranks)
     assert total == micro * accumulation * ranks
     assert recipe.dpt.data.shards
     assert recipe.dpt.tracking.run_name
-    required = needs(recipe, _stage(path), ranks)
+    required = needs(recipe, stage_of(path), ranks)
     print(f"{path.stem} ({recipe.dpt.hardware}). {required.plan}")
     size = re.search(r"(\d+) GB", recipe.dpt.hardware)
     assert size, "hardware must say how many GB each GPU or process has"

@@ -226,7 +226,7 @@ def test_upcycling_to_sigmoid_gates_preserves_the_function():
 
 
 @pytest.mark.parametrize(("fields", "words"), [
-    ({"reinit_share": 1.5}, "it is a share between 0 and 1"),
+    ({"reinit_share": 1.5}, "it must be at least 0 and at most 1"),
     ({"reinit_share": 0.5, "num_experts": 1, "top_k": 1}, "no other to differ from"),
 ])  # fmt: skip
 def test_redrawing_that_makes_no_sense_is_refused(fields, words):

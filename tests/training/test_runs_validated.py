@@ -134,8 +134,8 @@ def test_the_memory_plan_counts_it(runs: Runs) -> None:
     [
         ({"task": "class", "model.num_conditions": 0}, "is for perception"),
         ({"validation.data": []}, "name an evaluation shard folder"),
-        ({"validation.patience": -1}, "cannot be negative"),
-        ({"validation.steps": 0}, "between 1 and 1000"),
+        ({"validation.patience": -1}, "patience is -1; it must be at least 0"),
+        ({"validation.steps": 0}, "at least 1 and at most 1000"),
     ],
 )
 def test_what_makes_no_sense_is_refused(runs: Runs, fields: dict, sentence: str) -> None:

@@ -1,34 +1,35 @@
-"""Parts of the section "training": hidden states that are aligned with the network's own average, or with given features."""
+"""Parts of the section "training": alignment of hidden states with the averaged network, or with given features."""
 
 from dataclasses import dataclass
 
-from dpt.config.sections.checking import check
+from dpt.config.numbers import AT_LEAST_1, NOT_NEGATIVE
+from dpt.config.sections.checking import check, check_fields
 
 
 @dataclass(frozen=True, kw_only=True)
 class SelfAlignmentConfig:
-    """An early block's output is drawn, through a projector, to a later block's of the averaged network at less noise (SRA)."""
+    """Align an early block's output, through a projector, with a later block's of the averaged network at less noise (SRA)."""
 
     weight: float = 0.0
     """Weight of the loss (SRA: 0.2); 0: off, and no averaged network is held."""
     student_block: int = 8
     """Block whose output is aligned, counted from 1 (SRA: 8 of XL/2's 28)."""
     teacher_block: int = 20
-    """Later block of the averaged network whose output it is aligned with; those behind it are not computed (SRA: 20 of 28)."""
+    """Later block of the averaged network that it is aligned with; blocks after it are not computed (SRA: 20 of 28)."""
     offset_low: float = 0.0
-    """Least difference of the two noise levels, as a share of the timesteps."""
+    """Least difference between the two noise levels, as a share of the timesteps."""
     offset_high: float = 0.2
-    """Greatest difference of the two noise levels, as a share of the timesteps; each sample draws its own between the two."""
+    """Greatest difference between the noise levels, as a share of the timesteps; each sample's is random between the two."""
     ema_decay: float = 0.0
-    """The average that teaches, one of training.ema_decays; 0: the first."""
+    """Decay of the average used as teacher, one of training.ema_decays; 0: the first."""
 
     def __post_init__(self) -> None:
         name = "dpt.training.self_alignment"
-        check(self.weight >= 0, f"{name}.weight is {self.weight}; it cannot be negative.")
+        check_fields(self, name, NOT_NEGATIVE, "weight")
         check(
             1 <= self.student_block < self.teacher_block,
-            f"{name}.student_block {self.student_block} and teacher_block {self.teacher_block} must obey 1 <= student < "
-            "teacher.",
+            f"{name}.student_block {self.student_block} and teacher_block {self.teacher_block} must obey "
+            "1 <= student < teacher.",
         )
         check(
             0.0 <= self.offset_low <= self.offset_high <= 1.0,
@@ -38,20 +39,17 @@ class SelfAlignmentConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureAlignmentConfig:
-    """A block's output is drawn, through a projector, to features that the shards hold, token by token (REPA)."""
+    """Align a block's output, through a projector, with features in the shards, token by token (REPA)."""
 
     weight: float = 0.0
     """Weight of the loss (REPA: 0.5); 0: off, and features are not read."""
     block: int = 8
     """Block whose output is aligned, counted from 1 (REPA: 8 of XL/2's 28)."""
     channels: int = 0
-    """Channels of the shards' features (normals: 3, segments: 13); they must be theirs."""
+    """Channels of the features in the shards (normals: 3, segments: 13)."""
     projector_width: int = 2048
     """Width of the projector's two hidden layers (REPA: 2048)."""
 
     def __post_init__(self) -> None:
-        name = "dpt.training.feature_alignment"
-        check(self.weight >= 0, f"{name}.weight is {self.weight}; it cannot be negative.")
-        for field in ("block", "projector_width"):
-            check(getattr(self, field) >= 1, f"{name}.{field} is {getattr(self, field)}; it must be at least 1.")
-        check(self.channels >= 0, f"{name}.channels is {self.channels}; it cannot be negative.")
+        check_fields(self, "dpt.training.feature_alignment", NOT_NEGATIVE, "weight", "channels")
+        check_fields(self, "dpt.training.feature_alignment", AT_LEAST_1, "block", "projector_width")

@@ -1,5 +1,8 @@
 """How sections check their fields."""
 
+from typing import Any
+
+from dpt.config.numbers import Range
 from dpt.errors import UserError
 
 
@@ -9,9 +12,13 @@ def check(ok: bool, sentence: str) -> None:
         raise UserError(sentence)
 
 
-def check_interval(low: float, high: float, section: str) -> None:
+def check_fields(config: Any, section: str, allowed: Range, *names: str) -> None:
+    """UserError, naming the field, unless each of these fields of a section's `config` is a number in the range."""
+    for name in names:
+        allowed.check(f"{section}.{name}", getattr(config, name))
+
+
+def check_guidance_interval(config: Any, section: str) -> None:
     """UserError unless guidance acts in an interval of [0, 1]."""
-    check(
-        0.0 <= low <= high <= 1.0,
-        f"{section}.guidance_low {low} and guidance_high {high} must obey 0 <= low <= high <= 1.",
-    )
+    low, high = config.guidance_low, config.guidance_high
+    check(0.0 <= low <= high <= 1.0, f"{section}.guidance_low {low} and guidance_high {high} must obey 0 <= low <= high <= 1.")

@@ -3,7 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from dpt.config.sections.checking import check
+from dpt.config.numbers import NOT_NEGATIVE
+from dpt.config.sections.checking import check, check_fields
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,17 +18,17 @@ class DataConfig:
     vae: str = "embedded"
     """VAE that made the latents: "embedded", a folder, or a name on the hub; checked against the manifest."""
     posterior: Literal["sample", "mean"] = "sample"
-    """Take latents as samples of the VAE posterior (pre-training) or as its mean (perception)."""
+    """Train on samples of the VAE posterior (pre-training) or on its mean (perception)."""
     horizontal_flip: bool = False
-    """Show mirrored samples half of the time; the shards must hold mirrored latents."""
+    """Mirror samples with probability 1/2; the shards must hold mirrored latents."""
     num_workers: int = 0
-    """Threads per rank that read shards, and as many that fetch them; 0: the one that fills batches reads, one fetches."""
+    """Threads per rank that read shards, and as many that fetch; 0: the thread that fills batches reads, another fetches."""
     cache_dir: str = ""
     """Folder that keeps shards fetched from URLs (it grows to the size of the sets); empty: fetched anew every epoch."""
     verify: bool = True
-    """Hash every shard ahead of its first use, as in the manifest: a bit that has flipped is named, never trained on."""
+    """Compare each shard's hash with the manifest before its first use, so that flipped bits are reported, never trained on."""
     max_bad_samples: int = 0
-    """Unreadable samples that are skipped (and counted) before the run stops."""
+    """Unreadable samples that a rank replaces and counts before the run stops."""
 
     def __post_init__(self) -> None:
         check(
@@ -35,5 +36,4 @@ class DataConfig:
             f"dpt.data.weights has {len(self.weights)} entries for {len(self.shards)} sets in dpt.data.shards; give one a set.",
         )
         check(all(w > 0 for w in self.weights), f"dpt.data.weights {self.weights}: every weight must be positive.")
-        for name in ("num_workers", "max_bad_samples"):
-            check(getattr(self, name) >= 0, f"dpt.data.{name} is {getattr(self, name)}; it cannot be negative.")
+        check_fields(self, "dpt.data", NOT_NEGATIVE, "num_workers", "max_bad_samples")

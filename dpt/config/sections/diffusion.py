@@ -1,10 +1,10 @@
-"""The diffusion process, the loss of decoded predictions, and pictures while training."""
+"""The diffusion process, the pixel loss, and pictures during training."""
 
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from dpt.config.numbers import NOT_NEGATIVE, Range
-from dpt.config.sections.checking import check, check_interval
+from dpt.config.numbers import NOT_NEGATIVE, POSITIVE, SAMPLER_STEPS, Range
+from dpt.config.sections.checking import check, check_fields, check_guidance_interval
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -12,7 +12,7 @@ class DiffusionConfig:
     """The forward process and the training objective."""
 
     num_train_timesteps: int = 1000
-    """Steps of the forward process."""
+    """Timesteps of the forward process."""
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"
     """Noise schedule (diffusers' names)."""
     beta_start: float = 1e-4
@@ -24,9 +24,9 @@ class DiffusionConfig:
     prediction_type: Literal["epsilon", "sample", "v_prediction", "rectified_flow"] = "epsilon"
     """What the network predicts: the noise, the clean latents, v, or the velocity of a straight path."""
     time_convention: Literal["index", "fraction", "scaled_fraction"] = "index"
-    """How the network is told of timestep t in 0..T-1: t, (t + 1) / T (DiT-MoE's rectified flow) or t + 1 (diffusers' flow)."""
+    """Timestep t in 0..T-1 as the network sees it: t, (t + 1) / T (DiT-MoE's rectified flow) or t + 1 (diffusers' flow)."""
     timestep_spacing: Literal["leading", "trailing", "linspace"] = "trailing"
-    """Which timesteps a sampler's steps fall on, unless dpt.evaluation.timestep_spacing says otherwise."""
+    """Spacing of a sampler's timesteps, unless dpt.evaluation.timestep_spacing sets another."""
     steps_offset: int = 0
     """Added to the timesteps of the spacing "leading" (Stable Diffusion: 1)."""
     set_alpha_to_one: bool = True
@@ -36,29 +36,26 @@ class DiffusionConfig:
     min_snr_gamma: float = 0.0
     """Min-SNR loss weighting; 0: off."""
     multires_noise_strength: float = 0.0
-    """Multi-resolution noise, strength of each coarser level (Marigold: 0.9); 0: white noise."""
+    """Strength of each coarser level of multi-resolution noise (Marigold: 0.9); 0: white noise."""
     multires_noise_annealed: bool = True
     """Scale the multi-resolution strength by t / T."""
     timesteps: Literal["uniform", "logit_normal", "last"] = "uniform"
-    """Timesteps trained at: all alike, more of the middle ones, or the last alone: one pass from pure noise then predicts."""
+    """Distribution of training timesteps: uniform, mostly middle ones, or only the last, for prediction in one step."""
     timestep_location: float = 0.0
     """Mean of logit(t / T) for "logit_normal"; above 0: more noise."""
     timestep_scale: float = 1.0
     """Standard deviation of logit(t / T) for "logit_normal"."""
     initial_noise: Literal["random", "fixed", "zero"] = "random"
-    """What a network of the last timestep starts from: fresh noise, one noise for all samples, or zeros."""
+    """Input of a one-step network: fresh noise, the same noise for all samples, or zeros."""
 
     def __post_init__(self) -> None:
-        check(
-            self.num_train_timesteps >= 2,
-            f"dpt.diffusion.num_train_timesteps is {self.num_train_timesteps}; it must be at least 2.",
-        )
+        check_fields(self, "dpt.diffusion", Range(least=2), "num_train_timesteps")
         check(
             0.0 < self.beta_start <= self.beta_end < 1.0,
             f"dpt.diffusion.beta_start {self.beta_start} and beta_end {self.beta_end} must obey 0 < start <= end < 1.",
         )
-        for name in ("vlb_weight", "min_snr_gamma", "multires_noise_strength"):
-            check(getattr(self, name) >= 0, f"dpt.diffusion.{name} is {getattr(self, name)}; it cannot be negative.")
+        check_fields(self, "dpt.diffusion", NOT_NEGATIVE, "vlb_weight", "min_snr_gamma", "multires_noise_strength")
+        check_fields(self, "dpt.diffusion", POSITIVE, "timestep_scale")
         check(
             0 <= self.steps_offset < self.num_train_timesteps,
             f"dpt.diffusion.steps_offset is {self.steps_offset}; it must be from 0 to below num_train_timesteps.",
@@ -67,7 +64,6 @@ class DiffusionConfig:
             not (self.rescale_betas_zero_snr and self.prediction_type == "rectified_flow"),
             "dpt.diffusion.rescale_betas_zero_snr does not apply to rectified_flow, which has no betas; set it to false.",
         )
-        check(self.timestep_scale > 0, f"dpt.diffusion.timestep_scale is {self.timestep_scale}; it must be positive.")
         self._check_one_step()
 
     def with_schedule(self, beta_schedule: str) -> "DiffusionConfig":
@@ -116,30 +112,29 @@ class DiffusionConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PixelLossConfig:
-    """A loss of decoded predictions beside that of latents, for one-step networks (diffusion.timesteps "last")."""
+    """A loss on decoded predictions besides that on latents, for one-step networks (diffusion.timesteps "last")."""
 
     weight: float = 0.0
     """Weight of the pixel loss; 0: off, and no decoder is held."""
     latent_weight: float = 1.0
-    """Weight of the loss of latents beside it."""
+    """Weight of the loss on latents."""
     depth: Literal["affine_l1", "affine_l2"] = "affine_l1"
     """Error of depth, after a least-squares scale and shift. (Flow: end-point error in pixels; masks: cross-entropy.)"""
     gradient_weight: float = 0.5
-    """Weight of depth's multi-scale gradient error, beside its error."""
+    """Weight of depth's multi-scale gradient error."""
 
     def __post_init__(self) -> None:
-        for name in ("weight", "latent_weight", "gradient_weight"):
-            check(getattr(self, name) >= 0, f"dpt.pixel_loss.{name} is {getattr(self, name)}; it cannot be negative.")
+        check_fields(self, "dpt.pixel_loss", NOT_NEGATIVE, "weight", "latent_weight", "gradient_weight")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
-    """Pictures drawn while training: class samples in pre-training, and the experts' routing."""
+    """Pictures during training: class samples in pre-training, and the experts' routing."""
 
     every: int = 0
-    """Draw them every this many steps; 0: only at the end."""
+    """Steps between pictures; 0: only at the end."""
     labels: list[int] = field(default_factory=list)
-    """Class ids drawn, one a picture; empty: the first eight."""
+    """Class ids to sample, one per picture; empty: the first eight."""
     num_inference_steps: int = 50
     """DDIM steps."""
     guidance_scale: float = 4.0
@@ -152,7 +147,6 @@ class SamplingConfig:
     """Greatest noise level, as a share of the timesteps, at which guidance acts."""
 
     def __post_init__(self) -> None:
-        check_interval(self.guidance_low, self.guidance_high, "dpt.sampling")
-        for name in ("every", "guidance_channels"):
-            NOT_NEGATIVE.check(f"dpt.sampling.{name}", getattr(self, name))
-        Range(least=1, most=1000).check("dpt.sampling.num_inference_steps", self.num_inference_steps)
+        check_guidance_interval(self, "dpt.sampling")
+        check_fields(self, "dpt.sampling", NOT_NEGATIVE, "every", "guidance_channels")
+        check_fields(self, "dpt.sampling", SAMPLER_STEPS, "num_inference_steps")

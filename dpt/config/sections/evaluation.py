@@ -1,15 +1,16 @@
-"""Evaluations, and validation while training."""
+"""Evaluations, and validation during training."""
 
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from dpt.config.sections.checking import check, check_interval
+from dpt.config.numbers import AT_LEAST_1, ENSEMBLE_SIZES, NOT_NEGATIVE, POSITIVE, SAMPLER_STEPS, SHARE
+from dpt.config.sections.checking import check, check_fields, check_guidance_interval
 from dpt.config.sections.diffusion import DiffusionConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """What the evaluator predicts and scores. Lists are swept."""
+    """What the evaluator predicts and scores. It sweeps over lists."""
 
     weights: str = ""
     """Weights to evaluate: an exported folder, a checkpoint (or a run's folder: its newest), public weights, or
@@ -17,23 +18,23 @@ class EvaluationConfig:
     use_ema: bool = True
     """Evaluate the averaged weights rather than the plain ones."""
     data: list[str] = field(default_factory=list)
-    """Evaluation shard folders, or URLs of them (dpt.data.cache_dir keeps what is fetched)."""
+    """Evaluation shard folders or URLs (dpt.data.cache_dir keeps what is fetched)."""
     protocol: str = ""
-    """Protocol that scores them; empty: the one of each shard folder's data set."""
+    """Scoring protocol; empty: that of each folder's dataset."""
     steps: list[int] = field(default_factory=lambda: [50])
     """Sampler steps."""
     ensemble: list[int] = field(default_factory=lambda: [1])
     """Ensemble sizes."""
     aggregation: Literal["median", "mean", "compile"] = "compile"
-    """How members are merged: pixelwise, or after affine alignment (median compilation; depth only)."""
+    """How members are merged: pixelwise, or by the median after affine alignment (compile; depth only)."""
     sampler: Literal["ddim", "ddpm", "dpmsolver++"] = "ddim"
-    """Sampler."""
+    """Sampling method."""
     eta: float = 0.0
     """DDIM's stochasticity, 0 to 1."""
     schedule: Literal["", "linear", "scaled_linear", "squaredcos_cap_v2"] = ""
-    """Noise schedule at test time, with its own usual betas; empty: the one of training."""
+    """Noise schedule at test time, with its usual betas; empty: that of training."""
     timestep_spacing: Literal["", "leading", "trailing", "linspace"] = ""
-    """Which timesteps the steps fall on; empty: as the weights say (dpt.diffusion.timestep_spacing: trailing by default)."""
+    """Spacing of the sampler's timesteps; empty: that of the weights (dpt.diffusion.timestep_spacing)."""
     step_power: float = 1.0
     """Over 1: more steps at low noise; under 1: more at high noise."""
     guidance_scale: float = 1.0
@@ -41,9 +42,9 @@ class EvaluationConfig:
     guidance_low: float = 0.0
     """Least noise level, as a share of the timesteps, at which guidance acts."""
     guidance_high: float = 1.0
-    """Greatest noise level, as a share of the timesteps, at which guidance acts; beyond the two, steps cost one pass."""
+    """Greatest noise level, as a share of the timesteps, at which guidance acts; steps outside the two cost one pass."""
     batch_size: int = 16
-    """Predictions (samples x members) computed at once on a rank."""
+    """Predictions (samples x members) that a rank computes at once."""
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
     """Number format of the network's products (tf32: float32 rounded to 10 bits, on GPUs only); the sampler works in fp32."""
     max_samples: int = 0
@@ -51,29 +52,26 @@ class EvaluationConfig:
     seed: int = 0
     """Seed of the initial noise."""
     pictures: int = 4
-    """Best, median and worst samples drawn, and some that are the same for every model, each this many; 0: none."""
+    """Number of pictures each of best, median and worst samples, and of samples that are the same for every model; 0: none."""
     predictions: str = ""
-    """Folder of another system's ready-made predictions to score instead."""
+    """Folder of another system's predictions to score instead."""
     save_predictions: bool = False
     """Keep every prediction as a file."""
     output_dir: str = "runs/evaluate"
     """Folder of results."""
 
     def __post_init__(self) -> None:
-        check(
-            all(1 <= s <= 1000 for s in self.steps) and len(self.steps) > 0,
-            f"dpt.evaluation.steps {self.steps}: each must be between 1 and 1000.",
-        )
-        check(
-            all(1 <= n <= 50 for n in self.ensemble) and len(self.ensemble) > 0,
-            f"dpt.evaluation.ensemble {self.ensemble}: each must be between 1 and 50.",
-        )
-        check_interval(self.guidance_low, self.guidance_high, "dpt.evaluation")
-        check(0.0 <= self.eta <= 1.0, f"dpt.evaluation.eta is {self.eta}; it must be in [0, 1].")
-        check(self.step_power > 0, f"dpt.evaluation.step_power is {self.step_power}; it must be positive.")
-        check(self.batch_size >= 1, f"dpt.evaluation.batch_size is {self.batch_size}; it must be at least 1.")
-        for name in ("max_samples", "pictures"):
-            check(getattr(self, name) >= 0, f"dpt.evaluation.{name} is {getattr(self, name)}; it cannot be negative.")
+        for name, allowed in (("steps", SAMPLER_STEPS), ("ensemble", ENSEMBLE_SIZES)):
+            values = getattr(self, name)
+            check(
+                len(values) > 0 and all(value in allowed for value in values),
+                f"dpt.evaluation.{name} {values}: each must be {allowed}.",
+            )
+        check_guidance_interval(self, "dpt.evaluation")
+        check_fields(self, "dpt.evaluation", SHARE, "eta")
+        check_fields(self, "dpt.evaluation", POSITIVE, "step_power")
+        check_fields(self, "dpt.evaluation", AT_LEAST_1, "batch_size")
+        check_fields(self, "dpt.evaluation", NOT_NEGATIVE, "max_samples", "pictures")
 
     def settled(self, diffusion: DiffusionConfig) -> "EvaluationConfig":
         """These settings as weights trained for `diffusion` are used with them: a one-step network takes one step, whatever is
@@ -85,27 +83,26 @@ class EvaluationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ValidationConfig:
-    """Scores of evaluation sets while training, and what follows from them (perception only)."""
+    """Scores of evaluation sets during training, and what follows from them (perception only)."""
 
     every: int = 0
-    """Steps between validations; 0: none. The last step is validated too."""
+    """Steps between validations; 0: none. The last step is always validated."""
     data: list[str] = field(default_factory=list)
     """Evaluation shard folders; empty: those of dpt.evaluation.data."""
     max_samples: int = 64
     """Score only the first samples of each set; 0: all."""
     steps: int = 10
-    """Sampler steps; what else concerns sampling is that of dpt.evaluation."""
+    """Sampler steps; other sampling settings are those of dpt.evaluation."""
     ensemble: int = 1
     """Ensemble size."""
     metric: str = ""
-    """What tells the best weights, e.g. depth/abs_rel or depth/hypersim_val/delta1; empty: the first set's main metric."""
+    """Metric of the best weights, e.g. depth/abs_rel or depth/hypersim_val/delta1; empty: the first set's main metric."""
     keep_best: bool = True
-    """Export the averaged weights of the best validation to OUTPUT_DIR/best."""
+    """Export the averaged weights with the best validation to OUTPUT_DIR/best."""
     patience: int = 0
-    """End the training after so many validations in a row that were not better; 0: never."""
+    """End training after this many validations in a row without improvement; 0: never."""
 
     def __post_init__(self) -> None:
-        for name in ("every", "max_samples", "patience"):
-            check(getattr(self, name) >= 0, f"dpt.validation.{name} is {getattr(self, name)}; it cannot be negative.")
-        check(1 <= self.steps <= 1000, f"dpt.validation.steps is {self.steps}; it must be between 1 and 1000.")
-        check(1 <= self.ensemble <= 50, f"dpt.validation.ensemble is {self.ensemble}; it must be between 1 and 50.")
+        check_fields(self, "dpt.validation", NOT_NEGATIVE, "every", "max_samples", "patience")
+        check_fields(self, "dpt.validation", SAMPLER_STEPS, "steps")
+        check_fields(self, "dpt.validation", ENSEMBLE_SIZES, "ensemble")

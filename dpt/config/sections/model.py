@@ -4,7 +4,8 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from dpt.config.sections.checking import check
+from dpt.config.numbers import AT_LEAST_1, NOT_NEGATIVE, POSITIVE, SHARE, Range
+from dpt.config.sections.checking import check, check_fields
 
 Task = Literal["class", "depth", "flow", "amodal", "generalist"]
 CONDITIONS: dict[str, tuple[int, int]] = {
@@ -24,15 +25,15 @@ class ModelConfig:
     """The network's architecture. A preset fills the sizes; any field beside it overrides the preset's."""
 
     preset: str = "S/2"
-    """Named size that fills the fields below it (`dpt presets` lists them)."""
+    """Named size that fills the fields below (`dpt presets` lists them)."""
     input_size: int = 32
-    """Side of the latents the model is meant for, in latent pixels (image side / 8); other sizes work too."""
+    """Side of the latents in latent pixels (image side / 8); the network also takes other sizes."""
     patch_size: int = 2
     """Side of a token's patch, in latent pixels."""
     in_channels: int = 4
     """Channels of one latent image."""
     num_conditions: int = 0
-    """Clean condition latents concatenated on channels before the noisy one (1: image; 2: image and prompt)."""
+    """Condition latents concatenated before the noisy one, along channels (1: image; 2: image and prompt)."""
     hidden_size: int = 384
     """Width of the residual stream."""
     depth: int = 12
@@ -50,11 +51,11 @@ class ModelConfig:
     qk_norm: bool = False
     """Normalise queries and keys per head (LayerNorm)."""
     mlp_norm_eps: float = 1e-6
-    """Epsilon of the norm before each MLP (diffusers' DiT runs with 1e-5; all other norms have 1e-6)."""
+    """Epsilon of the norm before each MLP (diffusers' DiT: 1e-5; all other norms have 1e-6)."""
     timestep_features: Literal["dit", "diffusers"] = "dit"
-    """Frequencies of the timestep's sines, i = 0..127: DiT's 10000^(-i/128), or diffusers' 10000^(-i/127)."""
+    """Frequencies of the timestep features, i = 0..127: DiT's 10000^(-i/128), or diffusers' 10000^(-i/127)."""
     patch_embed_tasks: int = 0
-    """Input convolutions, one a task, chosen by the task label (PatchEmbedRouter); 0: one for all."""
+    """Number of input convolutions, one per task, selected by the task label (PatchEmbedRouter); 0: one for all."""
     clip_embedding_size: int = 0
     """Width of the CLIP image embedding added to the conditioning vector; 0: none."""
     num_experts: int = 0
@@ -66,67 +67,44 @@ class ModelConfig:
     router_gate: Literal["softmax", "sigmoid"] = "softmax"
     """How a router's scores become experts' weights: softmax over all experts, or each expert's own sigmoid (DeepSeek-V3)."""
     shared_expert_width: int = 0
-    """Width of the SwiGLU expert that every token passes through; 0: none."""
+    """Width of the shared SwiGLU expert, which every token passes through; 0: none."""
     normalize_top_k: bool = False
     """Rescale each token's top-k router weights to sum to 1."""
     capacity_factor: float = 0.0
-    """Most tokens an expert takes, as a multiple of the even share; further ones are dropped. 0: no limit."""
+    """Most tokens per expert, as a multiple of the even share; further ones are dropped. 0: no limit."""
     router_bias_balancing: bool = False
-    """Balance experts by a routing bias instead of (or beside) the balance loss."""
+    """Balance experts by a routing bias, instead of or besides the balance loss."""
     base_width: int = 0
-    """muP: the hidden_size whose learning rate is to serve every width; 0: the standard parametrisation."""
+    """muP: the hidden_size for which the learning rate was tuned; 0: the standard parametrisation."""
     base_head_size: int = 64
-    """muP: head size at which attention scores have their usual scale; they are divided by the head size, not by its root."""
+    """muP: head size at which attention scores have the usual scale; they are divided by the head size, not its root."""
 
     def __post_init__(self) -> None:
-        for name in (
-            "input_size",
-            "patch_size",
-            "in_channels",
-            "hidden_size",
-            "depth",
-            "num_heads",
-            "num_classes",
-            "top_k",
-            "base_head_size",
-        ):
-            check(getattr(self, name) >= 1, f"dpt.model.{name} is {getattr(self, name)}; it must be at least 1.")
-        for name in (
-            "num_conditions",
-            "patch_embed_tasks",
-            "clip_embedding_size",
-            "num_experts",
-            "shared_expert_width",
-            "base_width",
-        ):
-            check(getattr(self, name) >= 0, f"dpt.model.{name} is {getattr(self, name)}; it cannot be negative.")
+        sizes = ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads", "num_classes", "top_k")
+        counts = ("num_conditions", "patch_embed_tasks", "clip_embedding_size", "num_experts", "shared_expert_width")
+        check_fields(self, "dpt.model", AT_LEAST_1, *sizes, "base_head_size")
+        check_fields(self, "dpt.model", NOT_NEGATIVE, *counts, "base_width", "capacity_factor")
+        check_fields(self, "dpt.model", POSITIVE, "mlp_norm_eps")
+        check_fields(self, "dpt.model", Range(least=0, below=1), "class_dropout_prob")
         check(
             self.patch_embed_tasks <= self.num_classes,
             f"dpt.model.patch_embed_tasks {self.patch_embed_tasks} is more than dpt.model.num_classes {self.num_classes}, "
             "the last of which are the tasks' labels; raise num_classes.",
         )
-        check(self.capacity_factor >= 0, f"dpt.model.capacity_factor is {self.capacity_factor}; it cannot be negative.")
-        check(self.mlp_norm_eps > 0, f"dpt.model.mlp_norm_eps is {self.mlp_norm_eps}; it must be positive.")
         check(self.mlp_width >= 1, f"dpt.model.mlp_ratio is {self.mlp_ratio}; the MLP would have no width.")
-        check(
-            self.hidden_size % self.num_heads == 0,
-            f"dpt.model.num_heads {self.num_heads} does not divide dpt.model.hidden_size {self.hidden_size}; choose a divisor.",
-        )
+        for part, whole in (("num_heads", "hidden_size"), ("patch_size", "input_size")):
+            check(
+                getattr(self, whole) % getattr(self, part) == 0,
+                f"dpt.model.{part} {getattr(self, part)} does not divide dpt.model.{whole} {getattr(self, whole)}; choose a "
+                "divisor.",
+            )
         check(
             self.hidden_size % 4 == 0,
             f"dpt.model.hidden_size {self.hidden_size} is no multiple of 4, which the 2-D sin-cos position table needs.",
         )
         check(
-            self.input_size % self.patch_size == 0,
-            f"dpt.model.patch_size {self.patch_size} does not divide dpt.model.input_size {self.input_size}.",
-        )
-        check(
             self.num_experts == 0 or self.top_k <= self.num_experts,
             f"dpt.model.top_k {self.top_k} is more than dpt.model.num_experts {self.num_experts}; lower top_k.",
-        )
-        check(
-            0.0 <= self.class_dropout_prob < 1.0,
-            f"dpt.model.class_dropout_prob is {self.class_dropout_prob}; it is a probability in [0, 1).",
         )
 
     @property
@@ -155,25 +133,21 @@ class UpcyclingConfig:
     top_k: int = 2
     """Experts that each token is sent to."""
     normalize_top_k: bool = True
-    """Rescale top-k weights to sum to 1: the upcycled network is then exactly the dense one at step 0."""
+    """Rescale top-k weights to sum to 1, so that the upcycled network equals the dense one at step 0."""
     granularity: int = 1
-    """Finer experts that each copy is split into."""
+    """Number of finer experts that each copy is split into."""
     noise_std: float = 0.0
     """Noise added to the copies, in units of each weight's own standard deviation, to break their symmetry."""
     reinit_share: float = 0.0
-    """Share of each copy's hidden units that are drawn anew (Drop-Upcycling: 0.5); 0: exact copies."""
+    """Share of each copy's hidden units that are reinitialised (Drop-Upcycling: 0.5); 0: exact copies."""
 
     def __post_init__(self) -> None:
-        check(self.num_experts >= 1, f"dpt.upcycling.num_experts is {self.num_experts}; it must be at least 1.")
+        check_fields(self, "dpt.upcycling", AT_LEAST_1, "num_experts", "granularity")
+        check_fields(self, "dpt.upcycling", NOT_NEGATIVE, "noise_std")
+        check_fields(self, "dpt.upcycling", SHARE, "reinit_share")
         check(
             1 <= self.top_k <= self.num_experts,
             f"dpt.upcycling.top_k is {self.top_k}; it must be between 1 and num_experts ({self.num_experts}).",
-        )
-        check(self.granularity >= 1, f"dpt.upcycling.granularity is {self.granularity}; it must be at least 1.")
-        check(self.noise_std >= 0, f"dpt.upcycling.noise_std is {self.noise_std}; it cannot be negative.")
-        check(
-            0.0 <= self.reinit_share <= 1.0,
-            f"dpt.upcycling.reinit_share is {self.reinit_share}; it is a share between 0 and 1.",
         )
         check(
             self.reinit_share == 0 or self.num_experts > 1,

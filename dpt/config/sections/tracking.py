@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass, field
 
-from dpt.config.sections.checking import check
+from dpt.config.numbers import NOT_NEGATIVE
+from dpt.config.sections.checking import check, check_fields
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -12,7 +13,7 @@ class TrackingConfig:
     enabled: bool = True
     """Record the run in MLflow."""
     offline: bool = False
-    """Keep the records in the output folder until `dpt sync` sends them, where training cannot reach the store."""
+    """Keep records in the output folder until `dpt sync` sends them, for machines that cannot reach the store."""
     uri: str = "sqlite:///mlflow.db"
     """MLflow tracking store: an SQLite file or a server's address."""
     experiment: str = "dpt"
@@ -22,13 +23,13 @@ class TrackingConfig:
     tags: dict[str, str] = field(default_factory=dict)
     """Further tags of the run."""
     system_every: float = 10.0
-    """Seconds between samples of every node's processors, memory, disks, network and GPUs (MLflow's names); 0: none."""
+    """Seconds between readings of every node's CPU, memory, disks, network and GPUs (MLflow's names); 0: none."""
     registered_model: str = ""
-    """Name in MLflow's model registry that the exported weights become a version of; empty: none."""
+    """Model in MLflow's registry that the exported weights become a version of; empty: none."""
 
     def __post_init__(self) -> None:
         check(
             not set(self.registered_model) & set("/:'\""),
             f'dpt.tracking.registered_model is "{self.registered_model}"; names in MLflow\'s registry have no / : or quotes.',
         )
-        check(self.system_every >= 0, f"dpt.tracking.system_every is {self.system_every}; it cannot be negative.")
+        check_fields(self, "dpt.tracking", NOT_NEGATIVE, "system_every")

@@ -1,10 +1,11 @@
-"""A training's course and layout."""
+"""Training: its course, its layout, its outputs."""
 
 from dataclasses import dataclass, field
 from typing import Literal
 
+from dpt.config.numbers import AT_LEAST_1, NOT_NEGATIVE, POSITIVE, Range
 from dpt.config.sections.alignment import FeatureAlignmentConfig, SelfAlignmentConfig
-from dpt.config.sections.checking import check
+from dpt.config.sections.checking import check, check_fields
 
 LONGEST_EMA = 0.28
 """Relative lengths of power-function averages are below that of the plain mean of a run, 1 / sqrt(12)."""
@@ -17,7 +18,7 @@ class TrainingConfig:
     output_dir: str = "runs/pretrain"
     """Folder of checkpoints, exported weights and records."""
     steps: int = 400_000
-    """Optimizer steps; 0: only export the weights that training would start from."""
+    """Optimizer steps; 0: only export the initial weights."""
     seed: int = 0
     """Seed of weights, data order and noise."""
     weights: str = ""
@@ -27,20 +28,20 @@ class TrainingConfig:
     ep_size: int = 1
     """Ranks that share the experts of a layer; divides the ranks and the experts."""
     lr_schedule: Literal["constant", "exponential", "cosine"] = "constant"
-    """Course of the learning rate from optimizer.params.lr to lr_final."""
+    """Learning-rate schedule from optimizer.params.lr to lr_final."""
     lr_final: float = 0.0
     """Learning rate at the last step (exponential, cosine)."""
     warmup_steps: int = 0
     """Steps of linear warm-up."""
     ema_decays: list[float] = field(default_factory=lambda: [0.9999])
-    """Decays of the averaged weights kept; the first is what is exported and sampled."""
+    """Decays of the averages kept; the first is exported and sampled."""
     ema_warmup: bool = False
     """Start with short averages: decay min(d, (1 + step) / (10 + step))."""
     ema_lengths: list[float] = field(default_factory=list)
     """Power-function averages kept (EDM2), by length relative to the run, such as [0.05, 0.1]: `dpt export --ema-length` makes
     an average of any length of their snapshots."""
     ema_snapshots: int = 32
-    """Most snapshots of these kept; when there are more, every second one goes."""
+    """Most snapshots of these kept; beyond that, every second one is deleted."""
     ema_snapshot_every: int = 0
     """Steps between the first snapshots; 0: the power of two above steps / ema_snapshots."""
     balance_loss_weight: float = 0.01
@@ -48,15 +49,15 @@ class TrainingConfig:
     router_z_loss_weight: float = 0.0
     """Weight of the router z-loss, per layer."""
     bypass_share: float = 0.0
-    """Share of each sample's tokens, chosen at random, that go around the middle blocks in training (TREAD); 0: none."""
+    """Share of each sample's tokens, chosen at random, that skip the middle blocks in training (TREAD); 0: none."""
     bypass_first: int = 2
-    """Blocks at the start that all tokens go through."""
+    """First blocks, which no token skips."""
     bypass_last: int = 4
-    """Blocks at the end that all tokens go through."""
+    """Last blocks, which no token skips."""
     self_alignment: SelfAlignmentConfig = field(default_factory=SelfAlignmentConfig)
-    """Hidden states aligned with those of the averaged network at less noise (SRA)."""
+    """Alignment of hidden states with those of the averaged network at less noise (SRA)."""
     feature_alignment: FeatureAlignmentConfig = field(default_factory=FeatureAlignmentConfig)
-    """Hidden states aligned with features that the shards hold (REPA)."""
+    """Alignment of hidden states with features in the shards (REPA)."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass to save memory."""
     compile: bool = False
@@ -68,23 +69,28 @@ class TrainingConfig:
     keep_last: int = 2
     """Newest checkpoints kept."""
     expert_distance_every: int = 0
-    """Steps between measurements of how different each layer's experts are (experts/distance); 0: none."""
+    """Steps between measurements of the distance between a layer's experts (experts/distance); 0: none."""
     keep_every: int = 0
-    """Checkpoints at multiples of this step are kept for good; 0: none."""
+    """Keep checkpoints at multiples of this step for good; 0: none."""
     resume: bool = True
-    """Continue from the newest complete checkpoint in output_dir."""
+    """Resume from the newest complete checkpoint in output_dir."""
     resume_changed: bool = False
-    """Continue, too, where fields that decide the course of the training are not those of the run in output_dir."""
+    """Resume even if fields that determine the course of training differ from those of the run in output_dir."""
     max_skipped_steps: int = 10
-    """Non-finite steps in a row before the run goes back to its last checkpoint and leaves out the samples in between."""
+    """Non-finite steps in a row before the run rewinds to its last checkpoint and skips the samples in between."""
     timeout_s: float = 1800.0
     """Seconds without progress on a rank before all ranks stop."""
     check_memory: Literal["refuse", "warn"] = "refuse"
-    """What to do when the memory plan is above what is free: refuse to start, or say so and try."""
+    """What to do if the memory plan exceeds free memory: refuse to start, or warn and try."""
 
     def __post_init__(self) -> None:
-        check(self.steps >= 0, f"dpt.training.steps is {self.steps}; it cannot be negative.")
-        check(self.ep_size >= 1, f"dpt.training.ep_size is {self.ep_size}; it must be at least 1.")
+        weights, intervals = ("balance_loss_weight", "router_z_loss_weight"), ("checkpoint_every", "keep_every")
+        check_fields(self, "dpt.training", NOT_NEGATIVE, "steps", "lr_final", "warmup_steps", *weights, *intervals)
+        check_fields(self, "dpt.training", NOT_NEGATIVE, "ema_snapshot_every", "expert_distance_every", "bypass_first")
+        check_fields(self, "dpt.training", AT_LEAST_1, "ep_size", "bypass_last")
+        check_fields(self, "dpt.training", POSITIVE, "log_every", "keep_last", "max_skipped_steps", "timeout_s")
+        check_fields(self, "dpt.training", Range(least=2), "ema_snapshots")
+        check_fields(self, "dpt.training", Range(least=0, below=1), "bypass_share")
         check(len(self.ema_decays) >= 1, "dpt.training.ema_decays is empty; give at least one decay (0 turns averaging off).")
         check(
             all(0.0 <= d < 1.0 for d in self.ema_decays),
@@ -95,32 +101,9 @@ class TrainingConfig:
             and len(set(self.ema_lengths)) == len(self.ema_lengths),
             f"dpt.training.ema_lengths {self.ema_lengths}: every length must be in (0, {LONGEST_EMA}], and none there twice.",
         )
-        check(self.ema_snapshots >= 2, f"dpt.training.ema_snapshots is {self.ema_snapshots}; it must be at least 2.")
         check(
             self.lr_schedule == "constant" or self.lr_final > 0,
             f"dpt.training.lr_final is {self.lr_final}; the {self.lr_schedule} schedule needs a positive value.",
-        )
-        check(
-            self.ema_snapshot_every >= 0,
-            f"dpt.training.ema_snapshot_every is {self.ema_snapshot_every}; it cannot be negative.",
-        )
-        for name in (
-            "lr_final",
-            "warmup_steps",
-            "balance_loss_weight",
-            "router_z_loss_weight",
-            "checkpoint_every",
-            "keep_every",
-            "expert_distance_every",
-        ):
-            check(getattr(self, name) >= 0, f"dpt.training.{name} is {getattr(self, name)}; it cannot be negative.")
-        for name in ("log_every", "keep_last", "max_skipped_steps", "timeout_s"):
-            check(getattr(self, name) > 0, f"dpt.training.{name} is {getattr(self, name)}; it must be positive.")
-        check(0.0 <= self.bypass_share < 1.0, f"dpt.training.bypass_share is {self.bypass_share}; it must be in [0, 1).")
-        check(self.bypass_first >= 0, f"dpt.training.bypass_first is {self.bypass_first}; it cannot be negative.")
-        check(
-            self.bypass_last > 0,
-            f"dpt.training.bypass_last is {self.bypass_last}; the last block at least must see all tokens: set 1 or more.",
         )
 
     @property
@@ -129,5 +112,5 @@ class TrainingConfig:
         return self.self_alignment.ema_decay or self.ema_decays[0]
 
     def bypassed(self, depth: int) -> range:
-        """The blocks, of so many, that tokens go around; empty if there are none between the first and the last ones."""
+        """The blocks, out of `depth`, that tokens may skip; empty if none lie between the first and the last ones."""
         return range(self.bypass_first, depth - self.bypass_last)

@@ -1,0 +1,135 @@
+"""Commands that read each other's results, run side by side; what is done is skipped, what has changed is done again."""
+
+import hashlib
+import json
+import os
+import shlex
+import shutil
+import socket
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dpt.errors import UserError
+from dpt.scaling.processes import LaunchProcess, start_forked, start_fresh
+from dpt.scaling.side_by_side import Running, run_side_by_side
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One command, what it is for, the file that proves it finished, and the folder that holds all it makes."""
+
+    title: str
+    command: list[str]
+    result: Path
+    folder: Path
+    needs: tuple[Path, ...] = ()
+    """Results of earlier steps that it reads."""
+
+
+def run_steps(steps: list[Step], out: Path, jobs: int) -> None:
+    """Run the unfinished steps, `jobs` at a time, each on its share of the CPU threads; their output is kept in `out`/logs.
+
+    A step waits for those whose results it reads. It is done again if its command, its recipe or what it reads has changed.
+    UserError if a step fails: no further step starts then, and those already running end first.
+    """
+    record = out / "commands.json"
+    begun: dict[str, list[str]] = json.loads(record.read_text()) if record.exists() else {}
+    numbers, done_again = {step.title: number for number, step in enumerate(steps, 1)}, set[Path]()
+
+    def start(step: Step, slot: int, beside: int) -> LaunchProcess | None:
+        head, identity = f"[{numbers[step.title]}/{len(steps)}] {step.title}", _identity(step)
+        same = begun.get(step.title) == identity and not done_again.intersection(step.needs)
+        if same and step.result.exists():
+            print(f"{head}: done before", flush=True)
+            return None
+        if not same:
+            _remove(step.folder, out)
+        begun[step.title] = identity
+        record.write_text(json.dumps(begun, indent=1))
+        print(f"\n{head}\n  $ {shlex.join(_shown(step.command))}", flush=True)
+        return _ShownProcess(step, numbers[step.title], out / "logs", beside)
+
+    def ended(one: Running[Step]) -> str:
+        number = numbers[one.job.title]
+        done_again.add(one.job.result)
+        if not one.succeeded:
+            return f"step {number} ({one.job.title}) ended with exit code {one.process.exit_code()}"
+        print(f"[{number}/{len(steps)}] done in {one.seconds:.0f} s", flush=True)
+        return ""
+
+    if failures := run_side_by_side(steps, slots=jobs, start=start, ended=ended):
+        raise UserError(f"{' and '.join(failures)}; fix what it says above and run again.")
+
+
+class _ShownProcess:
+    """A step's process; every look at its exit code first prints its new output, each line after the step's number."""
+
+    def __init__(self, step: Step, number: int, logs: Path, beside: int) -> None:
+        """`beside`: how many steps share the CPU threads."""
+        logs.mkdir(exist_ok=True)
+        self._number, self._log, self._shown = number, logs / f"{number:02}.txt", 0
+        self._log.unlink(missing_ok=True)
+        forked = step.command[0] == sys.executable and not torch.cuda.is_available()
+        start = start_forked if forked else start_fresh
+        self._process = start(_on_free_port(step.command), self._log, _environment(beside))
+
+    def exit_code(self) -> int | None:
+        code = self._process.exit_code()
+        self._show()
+        return code
+
+    def terminate(self) -> None:
+        self._process.terminate()
+
+    def wait(self) -> None:
+        self._process.wait()
+
+    def _show(self) -> None:
+        """Print the lines that have come since."""
+        if not self._log.exists():
+            return
+        with self._log.open("rb") as file:
+            file.seek(self._shown)
+            lines = file.read()
+        end = max(lines.rfind(b"\n"), lines.rfind(b"\r")) + 1
+        self._shown += end
+        for line in lines[:end].decode("utf-8", "replace").splitlines():
+            if line.strip():
+                print(f"  {self._number} | {line}", flush=True)
+
+
+def _identity(step: Step) -> list[str]:
+    """The command, and hashes of the recipes that it names."""
+    recipes = [Path(word) for word in step.command if word.startswith("ds_configs/")]
+    return [*step.command, *(hashlib.sha256(path.read_bytes()).hexdigest() for path in recipes)]
+
+
+def _shown(command: list[str]) -> list[str]:
+    return ["python", *command[1:]] if command[0] == sys.executable else command
+
+
+def _on_free_port(command: list[str]) -> list[str]:
+    """With a free port for the ranks (DeepSpeed's launcher always takes 29500)."""
+    if command[0] != "deepspeed":
+        return command
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return [command[0], "--master_port", str(probe.getsockname()[1]), *command[1:]]
+
+
+def _environment(beside: int) -> dict[str, str]:
+    """This environment, with the interpreter's folder first, where its `deepspeed` is, and a share of the CPU threads."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    without_gpu = {} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"}  # else DeepSpeed's launcher looks for one
+    threads = {} if beside == 1 else {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // beside))}
+    return {**without_gpu, **threads, **os.environ, "PATH": path}
+
+
+def _remove(folder: Path, out: Path) -> None:
+    """Remove a stale result, never anything outside `out`."""
+    assert out.resolve() in folder.resolve().parents
+    if folder.is_dir():
+        shutil.rmtree(folder)
