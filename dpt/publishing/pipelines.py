@@ -94,20 +94,10 @@ def write_pipeline(
 def scheduler_config(diffusion: DiffusionConfig) -> dict[str, Any]:
     """`scheduler_config.json` of what the network has learnt: DDIM's, or flow matching's for straight paths."""
     if diffusion.prediction_type == "rectified_flow":
-        return {
-            "_class_name": "FlowMatchEulerDiscreteScheduler",
-            "num_train_timesteps": diffusion.num_train_timesteps,
-            "shift": 1.0,
-        }
-    names: tuple[str, ...] = (
-        "num_train_timesteps",
-        "beta_schedule",
-        "beta_start",
-        "beta_end",
-        "prediction_type",
-        "timestep_spacing",
-    )
-    names += ("steps_offset", "set_alpha_to_one", "rescale_betas_zero_snr")
+        kind, total = "FlowMatchEulerDiscreteScheduler", diffusion.num_train_timesteps
+        return {"_class_name": kind, "num_train_timesteps": total, "shift": 1.0}
+    names: tuple[str, ...] = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "prediction_type")
+    names += ("timestep_spacing", "steps_offset", "set_alpha_to_one", "rescale_betas_zero_snr")
     return {"_class_name": "DDIMScheduler", **{n: getattr(diffusion, n) for n in names}, "clip_sample": False}
 
 
@@ -216,6 +206,7 @@ def _write_depth(weights: Weights, folder: Path, diffusion: DiffusionConfig, sou
     fit = fits_of(weights.sections, source)["depth"]
     _write_network(config, state, folder / "transformer", known)
     shutil.copyfile(_FILES / "pipeline.py", folder / "pipeline.py")
+    learnt = ("prediction_type", "time_convention", "timestep_spacing", "one_step", "initial_noise")
     return {
         "_class_name": ["pipeline", "DptDepthPipeline"],
         "_diffusers_version": _diffusers_version(),
@@ -225,11 +216,7 @@ def _write_depth(weights: Weights, folder: Path, diffusion: DiffusionConfig, sou
         "fit_resolution": fit.resolution,
         "label": label_id("depth", trained_task=known["task"], num_classes=config.num_classes),
         "depth_code": codes_of(weights.sections, source)["depth"],
-        "prediction_type": diffusion.prediction_type,
-        "time_convention": diffusion.time_convention,
-        "timestep_spacing": diffusion.timestep_spacing,
-        "one_step": diffusion.one_step,
-        "initial_noise": diffusion.initial_noise,
+        **{name: getattr(diffusion, name) for name in learnt},
     }
 
 
@@ -242,16 +229,9 @@ def _write_network(config: ModelConfig, state: dict[str, Tensor], folder: Path, 
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     save_file(tensors, folder / f"{DIFFUSERS_WEIGHTS}.safetensors", {"format": "pt"})
     shutil.copyfile(_FILES / "dpt_transformer.py", folder / "dpt_transformer.py")
-    same: tuple[str, ...] = (
-        "patch_size",
-        "hidden_size",
-        "num_heads",
-        "num_classes",
-        "qk_norm",
-        "mlp_norm_eps",
-        "timestep_features",
-    )
-    same += ("num_experts", "top_k", "expert_activation", "router_gate", "normalize_top_k", "shared_expert_width", "mlp_width")
+    same: tuple[str, ...] = ("patch_size", "hidden_size", "num_heads", "num_classes", "mlp_width", "mlp_norm_eps", "qk_norm")
+    same += ("timestep_features", "num_experts", "top_k", "expert_activation", "router_gate", "normalize_top_k")
+    same += ("shared_expert_width",)
     values = {
         "_class_name": DEPTH_NETWORK,
         "_dpt": {"model": asdict(config), "sections": _without_places(sections)},
