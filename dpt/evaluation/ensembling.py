@@ -5,11 +5,14 @@ Everything is batched and stays on the tensors' device. B inputs, N members.
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from dpt import tasks
 from dpt.errors import UserError
 
 REGULARIZER = 0.02
@@ -17,6 +20,49 @@ REGULARIZER = 0.02
 COMMON_SCALE_FLOOR = 1e-3
 """Smallest range that `align_depth` gives the merged map; 0 would be degenerate."""
 _CHUNK = 1 << 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """One image's result at its own size."""
+
+    value: np.ndarray
+    """depth: float32 `[H, W]`, up to scale and shift; flow: float32 `[2, H, W]` pixels; amodal: bool `[H, W]`; registered
+    tasks: float32 `[C, H, W]`."""
+    uncertainty: np.ndarray
+    """float32 `[H, W]`, 0 without an ensemble: depth and flow in the value's units, amodal as the share of dissenting votes."""
+    whole: np.ndarray | None = None
+    """amodal, from `Predictor.__call__`: uint8 `[H, W, 3]`, the completed object in colour, white outside `value`."""
+
+
+def whole_object(pictures: Tensor, mask: np.ndarray) -> np.ndarray:
+    """Members' pictures `[N, 3, h, w]` in [-1, 1] -> their median uint8 `[H, W, 3]` at the size of `mask`, white outside it."""
+    middle = pictures.median(dim=0).values.cpu().numpy()
+    picture = tasks.resize_image(tasks.image_to_uint8(middle), (mask.shape[0], mask.shape[1]))
+    return np.where(mask[..., None], picture, np.uint8(255))
+
+
+def merge_members(task: str, values: Tensor, size: tuple[int, int], aggregation: str) -> Prediction:
+    """Members' values `[N, ...]` of one sample, as `Predictor.decode` gives them -> their prediction at `size` (H, W), pixels.
+
+    Members are merged at the network's resolution, then resized (of masks, the share of votes is resized and thresholded).
+    """
+    if (spec := tasks.task_spec(task)).registered:
+        merged, deviation = merge_values(values[None].float(), "mean" if aggregation == "mean" else "median")
+        uncertainty = torch.linalg.vector_norm(deviation, dim=1)
+        value = tasks.resize_smooth(merged[0].cpu().numpy(), size)
+        value = value if spec.finish is None else spec.finish(value)
+    elif task == "depth":
+        merged, uncertainty = merge_depth(values[None], aggregation)
+        value = tasks.resize_smooth(merged[0].cpu().numpy(), size)
+    elif task == "flow":
+        merged, uncertainty = merge_flow(values[None] * values.new_tensor([size[1], size[0]])[:, None, None], aggregation)
+        value = tasks.resize_smooth(merged[0].cpu().numpy(), size)
+    else:
+        mask, uncertainty = merge_masks(values[None])
+        share = torch.where(mask, 1.0 - uncertainty, uncertainty)
+        value = tasks.resize_smooth(share[0].cpu().numpy(), size) > 0.5
+    return Prediction(value=value, uncertainty=tasks.resize_smooth(uncertainty[0].cpu().numpy(), size))
 
 
 def merge_depth(maps: Tensor, aggregation: str = "compile") -> tuple[Tensor, Tensor]:

@@ -149,11 +149,7 @@ class ScriptNetwork:
                 f"{self.name}: the feature network does not turn images into vectors [B, D], or into a tuple of pooled "
                 "features, spatial features and probabilities; give another one."
             )
-        return (
-            Features(pooled=parts[0], spatial=parts[1], probabilities=parts[2])
-            if len(parts) == 3
-            else Features(pooled=parts[0])
-        )
+        return Features(**dict(zip(("pooled", "spatial", "probabilities"), parts, strict=False)))
 
 
 def load_dinov2(name: str = DINOV2, sha256: str = "") -> FeatureNetwork:

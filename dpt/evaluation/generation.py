@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ from PIL import Image
 from dpt import distributed
 from dpt.errors import UserError
 from dpt.evaluation.feature_networks import FeatureNetwork
+from dpt.evaluation.files import write_atomically, write_json
 from dpt.evaluation.image_metrics import Moments, ScoreSums, combine_moments, frechet_distance, precision_recall
 from dpt.evaluation.image_sources import ImageSource, Statistics
-from dpt.evaluation.prediction import Predictor, float32_products
+from dpt.evaluation.loading import float32_products
+from dpt.evaluation.prediction import Predictor
 from dpt.progress import Progress, progress
 
 _ROWS = 2048
@@ -182,9 +185,7 @@ def write_samples(
             )
             for i, image in zip(batch, images, strict=True):
                 if f"{i:06d}.png" not in there:
-                    temporary = folder / f".{i:06d}.part"
-                    Image.fromarray(image).save(temporary, format="png")
-                    temporary.replace(folder / f"{i:06d}.png")
+                    write_atomically(folder / f"{i:06d}.png", partial(Image.fromarray(image).save, format="png"))
             bar.update(len(batch))
     distributed.barrier()
 
@@ -193,7 +194,6 @@ def claim_folder(folder: Path, settings: dict[str, Any]) -> None:
     """Keep the settings beside the images to come; UserError if those there are of other ones. Collective."""
     with distributed.shared_errors():
         if distributed.is_main():
-            folder.mkdir(parents=True, exist_ok=True)
             _check_settings(folder, settings)
 
 
@@ -212,6 +212,4 @@ def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
     elif any(folder.glob("*.png")):
         raise UserError(f"{folder} has pictures that nothing is known of; give another --out.")
     else:
-        temporary = folder / ".settings.part"
-        temporary.write_text(json.dumps(settings, indent=2), encoding="utf-8")
-        temporary.replace(file)
+        write_json(file, settings)

@@ -1,5 +1,7 @@
 """Distances between two sets of images from their features: Frechet distance, Inception Score, precision and recall."""
 
+import functools
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -54,11 +56,8 @@ class Moments:
 
 def combine_moments(parts: Sequence[Moments | None]) -> Moments | None:
     """Those of all parts together; None if there are none."""
-    total: Moments | None = None
-    for part in parts:
-        if part is not None:
-            total = part if total is None else total + part
-    return total
+    known = [part for part in parts if part is not None]
+    return functools.reduce(operator.add, known) if known else None
 
 
 def frechet_distance(mean_a: np.ndarray, covariance_a: np.ndarray, mean_b: np.ndarray, covariance_b: np.ndarray) -> float:

@@ -10,8 +10,9 @@ from PIL import Image
 
 from dpt.errors import UserError
 from dpt.evaluation.depth_files import point_cloud, write_exr, write_ply
+from dpt.evaluation.ensembling import Prediction
+from dpt.evaluation.files import write_atomically
 from dpt.evaluation.pictures import colour_depth, colour_error, colour_flow, overlay_mask
-from dpt.evaluation.prediction import Prediction
 from dpt.pictures import flo_bytes
 from dpt.tasks import image_to_uint8, task_spec
 
@@ -81,7 +82,6 @@ def write_outputs(
     video share them; default: the prediction's own.
     """
     config = config or OutputConfig()
-    folder.mkdir(parents=True, exist_ok=True)
     written: list[Path] = []
 
     def place(suffix: str, write: Callable[[Path], object]) -> None:
@@ -130,13 +130,6 @@ def write_outputs(
         place("uncertainty.npy", lambda path: _save(path, prediction.uncertainty))
         picture("uncertainty.png", colour_error(prediction.uncertainty, float(np.quantile(prediction.uncertainty, 0.99))))
     return written
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make a file beside `path`, then put it in its place: a stop leaves no half of one."""
-    temporary = path.with_name(f".{path.name}.part")
-    write(temporary)
-    temporary.replace(path)
 
 
 def _save(path: Path, values: np.ndarray) -> None:

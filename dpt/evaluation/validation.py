@@ -17,9 +17,8 @@ from dpt.evaluation.loading import LoadedModel
 from dpt.evaluation.prediction import Predictor
 from dpt.evaluation.protocols import average, is_better, score
 from dpt.evaluation.records import Record, Setting
-from dpt.evaluation.runner import check_set
 from dpt.evaluation.scoring import Scorer
-from dpt.evaluation.sets import open_sets
+from dpt.evaluation.sets import check_set, open_sets
 
 
 class Validator:

@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 
 from dpt.errors import UserError
+from dpt.evaluation.ensembling import Prediction
+from dpt.evaluation.files import write_arrays, write_atomically
 from dpt.evaluation.frames import ANIMATIONS, Source, can_encode, count_frames, frame_rate, iter_frames, write_video
-from dpt.evaluation.outputs import OutputConfig, write_atomically, write_outputs
-from dpt.evaluation.prediction import Prediction, Predictor
+from dpt.evaluation.outputs import OutputConfig, write_outputs
+from dpt.evaluation.prediction import Predictor
 from dpt.progress import Progress, progress
 
 CUT = 0.5
@@ -161,17 +163,8 @@ class _State:
 
     def write(self, carried: Carried, number: int) -> None:
         """Keep it."""
-        self._path.parent.mkdir(parents=True, exist_ok=True)
         depth = np.zeros((0, 0), np.float32) if carried.depth is None else carried.depth
-
-        def save(path: Path) -> None:
-            with path.open("wb") as file:
-                np.savez(
-                    file, allow_pickle=False, depth=depth, limits=np.array(carried.limits),
-                    number=np.array(number), settings=np.array(self._settings),
-                )  # fmt: skip
-
-        write_atomically(self._path, save)
+        write_arrays(self._path, {"depth": depth, "limits": carried.limits, "number": number, "settings": self._settings})
 
     def remove(self) -> None:
         """The video is done."""

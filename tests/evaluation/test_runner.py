@@ -8,11 +8,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from dpt import distributed
+from dpt import distributed, tracking
+from dpt.config.recipe import DptConfig, Recipe
 from dpt.config.sections import EvaluationConfig
 from dpt.data.shards import ShardFolder
 from dpt.errors import UserError
-from dpt.evaluation import scoring
+from dpt.evaluation import recording, runner, scoring
 from dpt.evaluation.prediction import Predictor
 from dpt.evaluation.protocols import PROTOCOLS, score
 from dpt.evaluation.records import Record, RecordLog, Setting
@@ -284,10 +285,6 @@ def test_merged_prediction_is_scored_at_the_truths_size(depth_set):
 
 
 def test_an_evaluation_is_recorded_under_its_parent(depth_set, tmp_path, monkeypatch):
-    from dpt import tracking
-    from dpt.config.recipe import DptConfig, Recipe
-    from dpt.evaluation import runner
-
     class Recorder(tracking.Run):
         def __init__(self) -> None:
             self.started, self.metrics, self.tags, self.files = {}, {}, {}, []
@@ -308,7 +305,7 @@ def test_an_evaluation_is_recorded_under_its_parent(depth_set, tmp_path, monkeyp
     recorder = Recorder()
     monkeypatch.setattr(tracking, "start_run", lambda config, **more: (recorder.started.update(more), recorder)[1])
     monkeypatch.setattr(
-        runner, "Predictor", lambda weights, config, vae, read: Predictor(make_model(), config=config, device="cpu")
+        recording, "Predictor", lambda weights, config, vae, read: Predictor(make_model(), config=config, device="cpu")
     )
     config = _config(tmp_path / "out", depth_set, weights="runs/depth/weights", steps=[2], ensemble=[1], pictures=1)
     runner.run_evaluation(Recipe(deepspeed={}, dpt=DptConfig(evaluation=config)))
