@@ -47,21 +47,20 @@ def merge_members(task: str, values: Tensor, size: tuple[int, int], aggregation:
 
     Members are merged at the network's resolution, then resized (of masks, the share of votes is resized and thresholded).
     """
-    if (spec := tasks.task_spec(task)).registered:
-        merged, deviation = merge_values(values[None].float(), "mean" if aggregation == "mean" else "median")
-        uncertainty = torch.linalg.vector_norm(deviation, dim=1)
-        value = tasks.resize_smooth(merged[0].cpu().numpy(), size)
-        value = value if spec.finish is None else spec.finish(value)
-    elif task == "depth":
+    if task == "depth":
         merged, uncertainty = merge_depth(values[None], aggregation)
-        value = tasks.resize_smooth(merged[0].cpu().numpy(), size)
-    elif task == "flow":
-        merged, uncertainty = merge_flow(values[None] * values.new_tensor([size[1], size[0]])[:, None, None], aggregation)
-        value = tasks.resize_smooth(merged[0].cpu().numpy(), size)
-    else:
+    elif task == "amodal":
         mask, uncertainty = merge_masks(values[None])
-        share = torch.where(mask, 1.0 - uncertainty, uncertainty)
-        value = tasks.resize_smooth(share[0].cpu().numpy(), size) > 0.5
+        merged = torch.where(mask, 1.0 - uncertainty, uncertainty)
+    else:  # a vector at each pixel
+        if task == "flow":  # fractions of the width and height
+            values = values * values.new_tensor([size[1], size[0]])[:, None, None]
+        merged, uncertainty = merge_flow(values[None], aggregation)
+    value = tasks.resize_smooth(merged[0].cpu().numpy(), size)
+    if task == "amodal":
+        value = value > 0.5
+    elif (finish := tasks.task_spec(task).finish) is not None:
+        value = finish(value)
     return Prediction(value=value, uncertainty=tasks.resize_smooth(uncertainty[0].cpu().numpy(), size))
 
 
@@ -79,7 +78,7 @@ def merge_depth(maps: Tensor, aggregation: str = "compile") -> tuple[Tensor, Ten
     if aggregation == "compile" and maps.shape[1] > 1:
         _, scale, shift = _align_to_unit_range(maps)
         maps = maps * scale.float()[..., None, None] + shift.float()[..., None, None]
-    merged, uncertainty = merge_values(maps, "mean" if aggregation == "mean" else "median")
+    merged, uncertainty = merge_values(maps, aggregation)
     if aggregation == "compile":
         low, high = merged.amin((1, 2), keepdim=True), merged.amax((1, 2), keepdim=True)
         extent = (high - low).clamp(min=1e-6)
@@ -88,8 +87,9 @@ def merge_depth(maps: Tensor, aggregation: str = "compile") -> tuple[Tensor, Ten
 
 
 def merge_flow(flows: Tensor, aggregation: str = "median") -> tuple[Tensor, Tensor]:
-    """Flows `[B, N, 2, H, W]` in pixels -> flow `[B, 2, H, W]` (median, or "mean") and uncertainty `[B, H, W]`, in pixels."""
-    merged, uncertainty = merge_values(flows.float(), "mean" if aggregation == "mean" else "median")
+    """Flows `[B, N, 2, H, W]` in pixels (or any vectors) -> flow `[B, 2, H, W]` and its uncertainty `[B, H, W]`, in pixels: as
+    `merge_values`, and the length of its second vector."""
+    merged, uncertainty = merge_values(flows.float(), aggregation)
     return merged, torch.linalg.vector_norm(uncertainty, dim=1)
 
 
@@ -100,7 +100,7 @@ def merge_masks(masks: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def merge_values(values: Tensor, aggregation: str) -> tuple[Tensor, Tensor]:
-    """`[B, N, ...]` -> pixelwise median and median absolute deviation, or mean and standard deviation, `[B, ...]` each."""
+    """`[B, N, ...]` -> pixelwise mean and standard deviation for "mean", else median and median absolute deviation."""
     if aggregation == "mean":
         return values.mean(1), values.std(1, unbiased=False)
     median = _median(values)

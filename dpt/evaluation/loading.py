@@ -10,7 +10,7 @@ from typing import Any, get_args, get_type_hints
 import torch
 from torch import nn
 
-from dpt import tasks
+from dpt import target_codes, tasks
 from dpt.config.recipe import section_from_dict
 from dpt.config.sections import DiffusionConfig, ModelConfig
 from dpt.data.codec import VAECodec, load_vae
@@ -31,8 +31,8 @@ class LoadedModel:
     task: str
     """What it was trained for: one task, or "generalist"."""
     codec: VAECodec
-    codes: Mapping[str, str] = dataclasses.field(default_factory=lambda: tasks.codes_of({}, ""))
-    """How its targets are coded, by task (`tasks.TARGET_CODES`)."""
+    codes: Mapping[str, str] = dataclasses.field(default_factory=lambda: target_codes.codes_of({}, ""))
+    """How its targets are coded, by task (`target_codes.TARGET_CODES`)."""
     depth_prompt: str = tasks.DEPTH_PROMPT
     """What depth's second condition showed in training: one of `tasks.DEPTH_PROMPTS`."""
     fits: Mapping[str, Fit] = dataclasses.field(default_factory=lambda: fits_of({}, ""))
@@ -70,7 +70,7 @@ def load_model(
         diffusion=_read_diffusion(sections["diffusion"], str(weights)),
         task=sections.get("task", "class"),
         codec=codec,
-        codes=tasks.codes_of(sections, str(weights)),
+        codes=target_codes.codes_of(sections, str(weights)),
         depth_prompt=tasks.check_depth_prompt(sections.get("depth_prompt", tasks.DEPTH_PROMPT), str(weights)),
         fits=fits_of(sections, str(weights)),
         lineage=sections.get("lineage") or {},

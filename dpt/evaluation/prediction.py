@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dpt import tasks
+from dpt import target_codes, tasks
 from dpt.data.codec import mean_latents
 from dpt.diffusion import noise as noises
 from dpt.errors import UserError, naming
@@ -155,14 +155,14 @@ class Predictor(Denoiser):
     def picture_values(self, images: Tensor, task: str, *, code: str = "") -> Tensor:
         """Target images `[S, N, M, 3, H, W]` -> values, as `decode` gives them."""
         if task == "amodal":
-            return tasks.decode_amodal(images[:, :, 0])
+            return target_codes.decode_amodal(images[:, :, 0])
         if (registered := tasks.task_spec(task).decode) is not None:
             decoded: Tensor = registered(images)
             return decoded
         code = code or self.codes[task]
         if task == "depth":
-            return tasks.decode_depth(images[:, :, 0], code)
-        return torch.stack([tasks.decode_flow(images[:, :, axis], axis, 1, code) for axis in (0, 1)], dim=2)
+            return target_codes.decode_depth(images[:, :, 0], code)
+        return torch.stack([target_codes.decode_flow(images[:, :, axis], axis, 1, code) for axis in (0, 1)], dim=2)
 
     @torch.no_grad()
     def generate(

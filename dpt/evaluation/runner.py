@@ -56,8 +56,9 @@ def evaluate(
     if predictor is not None and (settled := config.settled(predictor.diffusion)) != config:
         distributed.log("These weights predict in one pass: dpt.evaluation.steps and ensemble are 1.")
         config = settled
-    for one in sets if predictor is not None else ():
-        check_set(one, predictor)
+    if predictor is not None:
+        for one in sets:
+            check_set(one, predictor)
     with distributed.shared_errors():
         for one in sets:
             one.verify(distributed.rank(), distributed.world_size())

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dpt import distributed, tasks
+from dpt import distributed, target_codes, tasks
 from dpt.data.codec import LatentScaling, mean_latents
 from dpt.data.reader import SampleError
 from dpt.data.shards import ShardFolder
@@ -72,7 +72,7 @@ class EvaluationSet:
         self.task = self.manifest.task
         with naming(folder):
             self.protocol: Protocol = find_protocol(self.manifest.dataset, self.task, name=protocol)
-        self.code = tasks.target_code(self.task, self.manifest.encoding, str(folder))
+        self.code = target_codes.target_code(self.task, self.manifest.encoding, str(folder))
         self.depth_prompt = str(self.manifest.encoding.get("prompt") or tasks.DEPTH_PROMPT) if self.task == "depth" else ""
         self.name = f"{self.manifest.dataset}_{self.manifest.split}".replace("/", "_")
         self._size = min(len(self._shards), max_samples or math.inf)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from dpt import distributed, tasks
+from dpt import distributed, target_codes, tasks
 from dpt.config.recipe import DptConfig
 from dpt.config.sections import EvaluationConfig
 from dpt.data.codec import load_vae
@@ -38,7 +38,7 @@ class Validator:
             diffusion=config.diffusion,
             task=config.task,
             codec=self._codec,
-            codes={**tasks.codes_of({}, ""), **codes},
+            codes={**target_codes.codes_of({}, ""), **codes},
             depth_prompt=depth_prompt or tasks.DEPTH_PROMPT,
         )
         self._config = _sampling(config)

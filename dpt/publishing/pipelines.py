@@ -23,7 +23,8 @@ from dpt.models.pretrained import DEPTH_NETWORK, export_weights
 from dpt.models.schedulers import SCHEDULER_FILE
 from dpt.models.weight_files import DIFFUSERS_WEIGHTS, PIPELINE_INDEX
 from dpt.models.weights import Weights
-from dpt.tasks import codes_of, label_id
+from dpt.target_codes import codes_of
+from dpt.tasks import label_id
 
 NULL_LABEL = 1000
 """The label without a class in diffusers' DiTPipeline, whatever the number of classes."""

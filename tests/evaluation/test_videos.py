@@ -8,11 +8,10 @@ from PIL import Image
 
 from dpt.config.sections import EvaluationConfig
 from dpt.errors import UserError
-from dpt.evaluation import Predictor, videos
+from dpt.evaluation import Prediction, Predictor, videos
 from dpt.evaluation.frames import Source, find_sources, iter_frames
 from dpt.evaluation.outputs import OutputConfig
 from dpt.evaluation.predicting import Job, predict_files
-from dpt.evaluation.prediction import Prediction
 from dpt.evaluation.videos import Carried, align_to, predict_video
 from dpt.tasks import resize_smooth
 from tests.evaluation.tiny import make_model

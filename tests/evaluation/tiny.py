@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from data_tools.encoding.shards import ShardWriter
-from dpt import tasks
+from dpt import target_codes, tasks
 from dpt.config.sections import DiffusionConfig, ModelConfig
 from dpt.data.codec import LatentScaling
 from dpt.data.manifest import Manifest, MemberSpec, VAERecord, write_manifest
@@ -66,7 +66,7 @@ def make_set(
     count: int = 5,
     size: tuple[int, int] = (40, 56),
     with_targets: bool = True,
-    code: str = tasks.DEPTH_CODE,
+    code: str = target_codes.DEPTH_CODE,
 ) -> Path:
     """An evaluation shard folder of random smooth scenes, encoded at 32 x 32."""
     codec = PoolingCodec()
@@ -79,13 +79,13 @@ def make_set(
             if task == "depth":
                 truth = (1.0 + 5.0 * smooth[0]).astype(np.float32)
                 truth[:2] = 0.0
-                targets = [tasks.encode_depth(truth, code=code)[0]]
+                targets = [target_codes.encode_depth(truth, code=code)[0]]
             elif task == "flow":
                 truth = (20 * smooth - 10).astype(np.float32)
-                targets = list(tasks.encode_flow(truth))
+                targets = list(target_codes.encode_flow(truth))
             else:
                 truth = (smooth[0] > 0.5).astype(np.uint8)
-                targets = [tasks.encode_amodal(np.full((*size, 3), 100, np.uint8), truth > 0)]
+                targets = [target_codes.encode_amodal(np.full((*size, 3), 100, np.uint8), truth > 0)]
             conditions = [tasks.image_to_float(image), tasks.all_valid_prompt(*size)]
 
             def moments(pictures: list[np.ndarray]) -> np.ndarray:
@@ -113,7 +113,7 @@ def make_set(
         shards=(record,),
         members=specs,
         vae=vae,
-        encoding={} if code == tasks.DEPTH_CODE else {"depth_code": code},
+        encoding={} if code == target_codes.DEPTH_CODE else {"depth_code": code},
     )
     write_manifest(folder, manifest)
     return folder

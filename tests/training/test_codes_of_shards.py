@@ -16,7 +16,7 @@ from dpt.errors import UserError
 from dpt.fits import Fit
 from dpt.models.dit import DiT
 from dpt.models.pretrained import export_weights, read_weights
-from dpt.tasks import TARGET_CODES
+from dpt.target_codes import TARGET_CODES
 from dpt.training.data_loader import DataLoader, open_data_loader
 from dpt.training.export import weights_sections
 from dpt.training.stages import learnt_fits, open_stage
