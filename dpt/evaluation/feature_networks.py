@@ -171,8 +171,9 @@ def load_dinov2(name: str = DINOV2, sha256: str = "") -> FeatureNetwork:
     try:
         model = Dinov2Model.from_pretrained(folder, use_safetensors=True, dtype=torch.float32)
     except Exception as error:  # transformers and safetensors raise a dozen types
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"--dinov2 {name}: the network cannot be loaded ({reason}); give a folder, or {DINOV2}.") from error
+        raise UserError(
+            f"--dinov2 {name}: the network cannot be loaded ({hub.one_line(error)}); give a folder, or {DINOV2}."
+        ) from error
     return Dinov2(model, name, sha256 or DINOV2_SHA256)
 
 

@@ -24,7 +24,8 @@ FORMATS = {
 """What a task's predictions can be written as."""
 REGISTERED_FORMATS = ("npy", "colour")
 """Of tasks that users have registered: the values, and the pictures that code them."""
-DEFAULT_FORMATS = {"depth": ("npy", "png16", "colour"), "flow": ("flo", "colour"), "amodal": ("mask", "overlay", "whole")}
+DEFAULT_FORMATS = {"depth": ("npy", "png16", "colour")}
+"""What is written if nothing is asked for; of tasks that are not named here all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +33,7 @@ class OutputConfig:
     """Which files are written, and what a point cloud needs that depth up to scale and shift does not say."""
 
     formats: tuple[str, ...] = ()
-    """Of `FORMATS`; empty: the task's `DEFAULT_FORMATS`."""
+    """Of `FORMATS`; empty: `DEFAULT_FORMATS`."""
     fov: float = 60.0
     """Horizontal field of view of the camera in degrees."""
     focal: float = 0.0

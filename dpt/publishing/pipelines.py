@@ -68,16 +68,12 @@ def write_pipeline(
     try:
         if task == "class":
             names = class_names or weights.sections.get("class_names", ())
-            index = _write_class(weights, new, diffusion, names, source)
+            index = _write_class(weights, new, diffusion, names, source) | _write_vae(scaled_only(codec), new)
         else:
             index = _write_depth(weights, new, diffusion, source) | {"downsampling": codec.downsampling}
             index |= {"default_steps": steps, "default_ensemble_size": ensemble}
-        if task == "class":
-            index |= _write_vae(scaled_only(codec), new)
-        elif include_vae or not hub.is_hub_name(codec.name):
-            index |= _write_vae(codec.vae, new)
-        else:
-            index |= _name_vae(codec)
+            named = hub.is_hub_name(codec.name) and not include_vae
+            index |= _name_vae(codec) if named else _write_vae(codec.vae, new)
         scheduler = scheduler_config(diffusion)
         _write_json(new / "scheduler" / SCHEDULER_FILE, scheduler)
         _write_json(new / PIPELINE_INDEX, index | {"scheduler": ["diffusers", scheduler["_class_name"]]})

@@ -17,11 +17,8 @@ from dpt.evaluation.prediction import Predictor
 from dpt.evaluation.protocols import HIGHER_IS_BETTER, PROTOCOLS, average, score
 from dpt.evaluation.runner import check_set, evaluate
 from dpt.evaluation.sets import EvaluationSet
-from dpt.evaluation.summary import protocol_line, tracked_metrics
-from dpt.scaling.results import evaluation_rows
 from dpt.scores import METRICS
 from tests.evaluation.tiny import make_model, make_set
-from tests.scaling.made_runs import made_run
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS.values(), ids=list(PROTOCOLS))
@@ -33,24 +30,6 @@ def test_every_main_metric_is_an_average_and_a_column(protocol):
     figures = average([score(protocol, truth, truth)])
     assert protocol.main_metric in figures
     assert METRICS[protocol.main_metric].lower_is_better is not (protocol.main_metric in HIGHER_IS_BETTER)
-
-
-def test_each_set_of_a_generalist_keeps_its_name_and_protocol(tmp_path):
-    sets = [make_set(tmp_path / task, task, count=2) for task in ("depth", "amodal")]
-    config = EvaluationConfig(
-        data=[str(s) for s in sets], output_dir=str(tmp_path / "out"), steps=[1], ensemble=[1], pictures=0
-    )
-    predictor = Predictor(make_model("generalist"), config=config, device="cpu")
-    summary = evaluate(config, predictor=predictor)
-    tags = {"dpt.dataset": ", ".join(summary["sets"]), "dpt.protocol": protocol_line(summary)}
-    rows = [
-        row
-        for row in evaluation_rows(made_run("e", stage="evaluate", metrics=tracked_metrics(summary), tags=tags))
-        if row.run is not None
-    ]
-    found = {(row.task, row.dataset, row.protocol) for row in rows}
-    assert found == {(one["task"], name, one["protocol"]) for name, one in summary["sets"].items()}
-    assert all("iou" in row.metrics for row in rows if row.task == "amodal")
 
 
 def test_weights_with_clip_refuse_what_has_none(tmp_path):
