@@ -13,7 +13,7 @@ from dpt.errors import UserError
 from dpt.evaluation import Predictor, predicting
 from dpt.evaluation.frames import find_sources
 from dpt.evaluation.predicting import Job, predict_files
-from tests.evaluation.tiny import make_model
+from tests.evaluation.tiny import batch_sizes, make_model, stop_at
 from tests.gloo import run_ranks
 from tests.test_cli import export_tiny
 
@@ -34,14 +34,7 @@ def pictures(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.fixture
-def launcher_variables(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.setenv(name, "0")  # so that they are put back
-        monkeypatch.delenv(name)
-
-
-def test_folders_in_every_format_and_what_cannot_be_read(pictures, tmp_path, capsys, launcher_variables) -> None:
+def test_folders_in_every_format_and_what_cannot_be_read(pictures, tmp_path, capsys) -> None:
     weights = export_tiny(tmp_path, "depth", num_conditions=1)
     out = tmp_path / "out"
     (pictures / "b" / "broken.png").write_bytes(b"nothing")
@@ -147,26 +140,13 @@ def test_ranks_share_the_files_and_give_the_same(pictures, tmp_path) -> None:
 
 def test_a_stop_keeps_what_is_written_and_memory_is_bounded(pictures, tmp_path, monkeypatch) -> None:
     jobs = [Job(source=source) for source in find_sources([pictures])]
-    write, seen = predicting.write_outputs, []
-    batches = []
-    call = Predictor.__call__
-    monkeypatch.setattr(
-        Predictor, "__call__", lambda self, images, **k: (batches.append(len(images)), call(self, images, **k))[1]
-    )
-
-    def stopped(*arguments, **more):
-        seen.append(arguments)
-        if len(seen) == 4:
-            raise KeyboardInterrupt
-        return write(*arguments, **more)
-
-    monkeypatch.setattr(predicting, "write_outputs", stopped)
+    batches = batch_sizes(monkeypatch)
+    stop_at(monkeypatch, predicting, 4)
     with pytest.raises(KeyboardInterrupt):
         predict_files(_predictor(), jobs, tmp_path / "out", settings=[1])
     log = next((tmp_path / "out" / ".done").glob("*.jsonl"))
     with log.open("a") as file:  # and a line that the kill left torn
         file.write('[1.0, "four", [1], [')
-    monkeypatch.setattr(predicting, "write_outputs", write)
     done = predict_files(_predictor(), jobs, tmp_path / "out", settings=[1])
     assert done.skipped == 3
     assert len(list((tmp_path / "out").rglob("*.npy"))) == 5
@@ -215,9 +195,7 @@ def test_the_five_lines_of_python_run(page, pictures, tmp_path) -> None:
         (["--fov", "nan"], "argument --fov"),
     ],
 )
-def test_options_of_other_tasks_and_numbers_out_of_range(
-    options, words, pictures, tmp_path, capsys, launcher_variables, monkeypatch
-) -> None:
+def test_options_of_other_tasks_and_numbers_out_of_range(options, words, pictures, tmp_path, capsys, monkeypatch) -> None:
     monkeypatch.chdir(pictures)
     weights = export_tiny(tmp_path, "depth", num_conditions=1)
     with pytest.raises(SystemExit) as stop:

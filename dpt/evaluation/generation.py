@@ -192,24 +192,19 @@ def write_samples(
 
 def claim_folder(folder: Path, settings: dict[str, Any]) -> None:
     """Keep the settings beside the images to come; UserError if those there are of other ones. Collective."""
+    file, settings = folder / "settings.json", json.loads(json.dumps(settings, default=str))
     with distributed.shared_errors():
-        if distributed.is_main():
-            _check_settings(folder, settings)
-
-
-def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
-    file = folder / "settings.json"
-    settings = json.loads(json.dumps(settings, default=str))
-    if file.is_file():
-        old = json.loads(file.read_text(encoding="utf-8"))
-        differing = [name for name in sorted(old.keys() | settings.keys()) if old.get(name) != settings.get(name)]
-        if differing:
-            name = differing[0]
-            raise UserError(
-                f"{folder} has images made with {name} {old.get(name)}, not {settings.get(name)}; give another --out, or "
-                "remove them."
-            )
-    elif any(folder.glob("*.png")):
-        raise UserError(f"{folder} has pictures that nothing is known of; give another --out.")
-    else:
-        write_json(file, settings)
+        if not distributed.is_main():
+            return
+        if file.is_file():
+            old = json.loads(file.read_text(encoding="utf-8"))
+            for name in sorted(old.keys() | settings.keys()):
+                if old.get(name) != settings.get(name):
+                    raise UserError(
+                        f"{folder} has images made with {name} {old.get(name)}, not {settings.get(name)}; give another --out, "
+                        "or remove them."
+                    )
+        elif any(folder.glob("*.png")):
+            raise UserError(f"{folder} has pictures that nothing is known of; give another --out.")
+        else:
+            write_json(file, settings)

@@ -14,6 +14,7 @@ from dpt.evaluation.prediction import Predictor
 from dpt.evaluation.protocols import score
 from dpt.evaluation.records import BASELINE, CEILING, CODE, GIVEN, Record, Setting
 from dpt.evaluation.sets import EvaluationSet, Sample
+from dpt.tasks import task_spec
 
 
 class Scorer:
@@ -38,7 +39,8 @@ class Scorer:
     def records(self, indices: Sequence[int], settings: frozenset[Setting]) -> Iterator[list[Record]]:
         """Each sample's records under `settings`; as many samples are predicted together as fill batches."""
         members = max((s.ensemble for s in settings), default=0)
-        at_once = samples_at_once(max(1, members * self._set.passes()), self._config.batch_size)
+        passes = len(task_spec(self._set.task).targets)
+        at_once = samples_at_once(max(1, members * passes), self._config.batch_size)
         for start in range(0, len(indices), at_once):
             samples = [self._set[i] for i in indices[start : start + at_once]]
             predicted: list[dict[Setting, Prediction]] = [{} for _ in samples]

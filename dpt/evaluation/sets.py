@@ -109,10 +109,6 @@ class EvaluationSet:
         """Hash this part's share of the shards that are scored; UserError if one is not as it was written."""
         self._shards.verify(0, len(self), part, parts)
 
-    def passes(self) -> int:
-        """Sampler passes that one member of a prediction takes."""
-        return len(tasks.task_spec(self.task).targets)
-
 
 def open_sets(folders: list[str], *, protocol: str, max_samples: int, cache_dir: str = "") -> list[EvaluationSet]:
     """The sets in `folders`, with different names. UserError if there are none."""

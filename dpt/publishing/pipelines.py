@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -76,7 +77,8 @@ def write_pipeline(
             index |= _name_vae(codec) if named else _write_vae(codec.vae, new)
         scheduler = scheduler_config(diffusion)
         _write_json(new / "scheduler" / SCHEDULER_FILE, scheduler)
-        _write_json(new / PIPELINE_INDEX, index | {"scheduler": ["diffusers", scheduler["_class_name"]]})
+        index |= {"scheduler": ["diffusers", scheduler["_class_name"]], "_diffusers_version": diffusers.__version__}
+        _write_json(new / PIPELINE_INDEX, index)
         if card:
             (new / "README.md").write_text(card, encoding="utf-8")
         if out.exists():
@@ -176,7 +178,6 @@ def _write_class(
         shutil.copyfile(_FILES / "pipeline_classes.py", folder / "pipeline.py")
     return {
         "_class_name": "DiTPipeline",
-        "_diffusers_version": _diffusers_version(),
         "transformer": ["diffusers", "DiTTransformer2DModel"],
         "id2label": dict(enumerate([*class_names, *map(str, range(len(class_names), classes))])),
     }
@@ -206,7 +207,6 @@ def _write_depth(weights: Weights, folder: Path, diffusion: DiffusionConfig, sou
     learnt = ("prediction_type", "time_convention", "timestep_spacing", "one_step", "initial_noise")
     return {
         "_class_name": ["pipeline", "DptDepthPipeline"],
-        "_diffusers_version": _diffusers_version(),
         "transformer": ["dpt_transformer", DEPTH_NETWORK],
         "num_conditions": config.num_conditions,
         "fit": fit.whole,
@@ -248,12 +248,6 @@ def _without_places(sections: dict[str, Any]) -> dict[str, Any]:
     vae = sections.get("vae") or {}
     public = vae.get("name") == EMBEDDED or hub.is_hub_name(hub.with_prefix(vae.get("name", "")))
     return sections if public else {**sections, "vae": {**vae, "name": ""}}
-
-
-def _diffusers_version() -> str:
-    import diffusers
-
-    return str(diffusers.__version__)
 
 
 def _write_json(file: Path, value: dict[str, Any]) -> None:

@@ -1,9 +1,11 @@
-"""A tiny random network, a VAE that pools pixels, and evaluation sets made of them."""
+"""A tiny random network, a VAE that pools pixels, evaluation sets made of them, and what is seen of predictions."""
 
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
@@ -13,6 +15,7 @@ from dpt.config.sections import DiffusionConfig, ModelConfig
 from dpt.data.codec import LatentScaling
 from dpt.data.manifest import Manifest, MemberSpec, VAERecord, write_manifest
 from dpt.evaluation.loading import LoadedModel
+from dpt.evaluation.prediction import Predictor
 from dpt.models.dit import DiT
 
 
@@ -117,3 +120,26 @@ def make_set(
     )
     write_manifest(folder, manifest)
     return folder
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, module: ModuleType, number: int) -> list[str]:
+    """Interrupt the `number`-th call of a module's `write_outputs`; the names of all its results, as they come."""
+    write, names = module.write_outputs, []
+
+    def write_or_stop(*arguments: Any, **more: Any) -> list[Path]:
+        names.append(arguments[4])
+        if len(names) == number:
+            raise KeyboardInterrupt
+        return write(*arguments, **more)
+
+    monkeypatch.setattr(module, "write_outputs", write_or_stop)
+    return names
+
+
+def batch_sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many pictures predictors are called with, from now on."""
+    call, sizes = Predictor.__call__, []
+    monkeypatch.setattr(
+        Predictor, "__call__", lambda self, images, **more: (sizes.append(len(images)), call(self, images, **more))[1]
+    )
+    return sizes
