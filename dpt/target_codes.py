@@ -15,7 +15,7 @@ from dpt.tasks import image_to_float
 # --- depth --------------------------------------------------------------------------------------------------------------
 
 DEPTH_CODE = "linear"
-"""How depth is coded, unless one is told otherwise: as in the paper."""
+"""How depth is coded by default: as in the paper."""
 DEPTH_CODES = (DEPTH_CODE, "log", "disparity")
 """linear: depth itself; log, disparity: finer where it is near (see `encode_depth`)."""
 DEPTH_SPREAD = 4.0
@@ -89,7 +89,7 @@ FLOW_KNEE = 1.0 / 16.0
 
 
 FLOW_CODE = "log"
-"""How this version codes flow, unless it is told otherwise."""
+"""How flow is coded by default."""
 FLOW_CODES = (FLOW_CODE, "linear_75")
 """log: see `encode_flow`. linear_75: u / 75, v / 75 in pixels of FlyingChairs' 512 x 384 frames, as the released generalist."""
 _LINEAR_REACH = (75.0 / 512.0, 75.0 / 384.0)

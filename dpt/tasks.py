@@ -194,7 +194,7 @@ def all_valid_prompt(height: int, width: int) -> np.ndarray:
 
 
 DEPTH_PROMPT = "all_valid"
-"""What depth's second condition shows, unless one is told otherwise, and what predictions are given."""
+"""What depth's second condition shows by default, and always in prediction."""
 DEPTH_PROMPTS = (DEPTH_PROMPT, "ground_truth")
 """all_valid: `all_valid_prompt`. ground_truth: where the truth is known, as in the authors' released code."""
 

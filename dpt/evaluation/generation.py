@@ -114,7 +114,7 @@ def collect_features(
 
 
 def spread(count: int, chosen: int) -> np.ndarray:
-    """Numbers int64 `[chosen]` of so many of `count` images, evenly spaced: sets are often in the order of their classes."""
+    """Numbers int64 `[chosen]` of some of `count` images, evenly spaced, since sets are often ordered by class."""
     return np.linspace(0, count - 1, chosen).round().astype(np.int64)
 
 

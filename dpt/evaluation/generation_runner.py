@@ -47,7 +47,7 @@ def score_generation(
 ) -> dict[str, Any]:
     """Generate images with `predictor` (or take `config.images`) and compare them with `config.reference`. Collective.
 
-    Writes OUT/images/NNNNNN.png, from which an interrupted run goes on, and OUT/fid.json, below `evaluation.output_dir`.
+    Writes OUT/images/NNNNNN.png, from which an interrupted run resumes, and OUT/fid.json, below `evaluation.output_dir`.
     Returns what the file holds, {"version", "metrics", "settings"}, on every rank. All that can be checked is checked before
     the first image is made, and then `begin` is called. UserError for bad input.
     """

@@ -81,7 +81,7 @@ class ScoreSums:
         """Split -> [images, sum of p log p, sum of p `[K]`]."""
 
     def add(self, numbers: Sequence[int], probabilities: np.ndarray) -> None:
-        """Take up images by number, with their probabilities `[B, K]`."""
+        """Add images by number, with their probabilities `[B, K]`."""
         values = torch.from_numpy(probabilities).double()
         negative_entropy = torch.special.xlogy(values, values).sum(1).numpy()
         for row, number in enumerate(numbers):
@@ -91,7 +91,7 @@ class ScoreSums:
             part[2] = part[2] + values[row].numpy()
 
     def merge(self, other: "ScoreSums") -> None:
-        """Take up another's images."""
+        """Add another's images."""
         for split, (count, entropy, total) in other.sums.items():
             part = self.sums.setdefault(split, [0, 0.0, 0.0])
             part[0], part[1], part[2] = part[0] + count, part[1] + entropy, part[2] + total

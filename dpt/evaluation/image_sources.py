@@ -29,7 +29,7 @@ class ImageSource(Sequence[np.ndarray]):
     """Images uint8 `[H, W, 3]` of a folder (by name, with subfolders), of `arr_0` in an .npz, or of shards, all square.
 
     One of another size is brought to `resolution` (0: the first one's short side) as ADM and DiT prepare ImageNet: its short
-    side resized, its centre cropped. Nothing is stretched. count: only the first so many; 0: all. Shards hold latents: their
+    side resized, its centre cropped. Nothing is stretched. count: only the first ones; 0: all. Shards hold latents: their
     posterior means are decoded by `codec` (default: the VAE that the shards name), which leaves the VAE's own loss out of a
     comparison with a model's images.
     """

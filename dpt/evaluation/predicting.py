@@ -1,4 +1,4 @@
-"""Predictions for any number of files: a few in memory at a time, written as they come, gone on with after a stop."""
+"""Predictions for any number of files: a few in memory at a time, written as they come, resumed after a stop."""
 
 import contextlib
 import time
@@ -47,7 +47,7 @@ class Progressed:
 
 
 class DoneLog(JsonLines):
-    """Which results are there, a line each, so that a stopped run goes on: below OUT/.done.
+    """Which results are there, a line each, from which a stopped run resumes: below OUT/.done.
 
     A result counts if it was made with the same settings of the same file, and its files are still there.
     """
@@ -97,7 +97,7 @@ def predict_files(
 ) -> Progressed:
     """Predict for every job and write OUT/NAME_*, see `write_outputs`; videos as in `dpt.evaluation.videos`.
 
-    At most two batches of pictures are in memory. Results appear one by one, each file whole; `report` is told of it. With
+    At most two batches of pictures are in memory. Results appear one by one, each file whole; `report` gets its path. With
     `settings` (all that the results depend on beside their files) what an earlier call has written is not done again, unless
     `again`. Ranks share the jobs: videos one by one, pictures in batches that are the same for any number of ranks. What cannot
     be read is left out and named in the result; the rest is written. UserError if the network cannot predict at all.

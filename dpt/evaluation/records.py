@@ -1,4 +1,4 @@
-"""What an evaluation has scored so far: one JSON line a sample, so that an interrupted run goes on, and the final table."""
+"""What an evaluation has scored so far: one JSON line a sample, from which an interrupted run resumes, and the final table."""
 
 import hashlib
 from collections.abc import Iterable
@@ -11,7 +11,7 @@ from dpt.evaluation.files import JsonLines, fingerprint, write_atomically
 
 @dataclass(frozen=True, kw_only=True, order=True)
 class Setting:
-    """What was scored: the model with so many steps and members, or a reference that needs no sampling.
+    """What was scored: the model at a number of steps and members, or a reference that needs no sampling.
 
     kind: "model"; "baseline", what a prediction must beat (the best constant depth, no motion, the visible mask); "ceiling",
     the truth through the task's image code and the VAE, which no model of these latents can be expected to pass; "code", the

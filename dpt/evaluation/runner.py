@@ -44,7 +44,7 @@ def evaluate(
     more, and before anything is scored.
 
     Writes, below `config.output_dir`: summary.json; and for each set SET/samples.parquet, SET/pictures/*.png and, while it
-    lasts, SET/parts, from which an interrupted run goes on. Returns the summary, on every rank. UserError for bad input.
+    lasts, SET/parts, from which an interrupted run resumes. Returns the summary, on every rank. UserError for bad input.
     """
     if not config.predictions and predictor is None and not config.weights:
         raise UserError("dpt.evaluation.weights is empty; name the weights to evaluate, or ready-made predictions.")

@@ -119,6 +119,6 @@ class Scorer:
 
 
 def samples_at_once(predictions: int, batch_size: int) -> int:
-    """How many samples of so many predictions each to take together, so that batches are full: up to four batches."""
+    """How many samples, of `predictions` each, fill batches best when taken together: at most four batches."""
     options = range(1, max(1, 4 * batch_size // predictions) + 1)
     return max(options, key=lambda n: (n * predictions / (-(-n * predictions // batch_size) * batch_size), -n))

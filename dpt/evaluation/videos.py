@@ -32,7 +32,7 @@ class Carried:
     """What colours and 16-bit pictures go from and to: the scene's first frame's range and a quarter of it on both sides."""
 
     def align(self, prediction: Prediction) -> Prediction:
-        """The next frame's depth and uncertainty, scaled and shifted to the last one's (`align_to`); a cut begins anew."""
+        """The next frame's depth and uncertainty, scaled and shifted to the last one's (`align_to`); a cut starts afresh."""
         value, uncertainty = prediction.value, prediction.uncertainty
         fit = align_to(value, self.depth) if self.depth is not None and self.depth.shape == value.shape else None
         if fit is not None:
@@ -87,7 +87,7 @@ def predict_video(
     """Predict a video's frames and write OUT/NAME/NNNNNN_*, and the colour pictures as OUT/NAME_TASK.mp4 (.gif for one).
 
     A batch of frames is in memory at a time. Depth: see `Carried`. Flow: from each frame to the next, so one frame less.
-    Without the package av there is no video of the results but the pictures alone. With `settings`, a stopped video goes on
+    Without the package av there is no video of the results but the pictures alone. With `settings`, a stopped video resumes
     after its last batch. UserError for amodal masks, which a video has none of, and for videos that cannot be read.
     """
     if task == "amodal":
@@ -150,7 +150,7 @@ class _State:
         self._path, self._settings = path, json.dumps(settings, sort_keys=True, default=str)
 
     def read(self) -> tuple[Carried, int]:
-        """Where to go on; the beginning if there is nothing, or it is of other settings."""
+        """Where to resume: at the beginning if there is nothing, or it is of other settings."""
         try:
             with np.load(self._path, allow_pickle=False) as found:
                 if str(found["settings"]) != self._settings:
