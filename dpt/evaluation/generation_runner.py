@@ -23,17 +23,10 @@ from dpt.evaluation.runner import sampling_settings, weights_sha256
 from dpt.models.costs import macs
 from dpt.models.pretrained import read_weights
 from dpt.models.weights import Weights
+from dpt.scores import name_of
 from dpt.urls import is_url
 
 SUMMARY_VERSION = 1
-TITLES = {
-    "fid": "FID",
-    "sfid": "sFID",
-    "inception_score": "Inception Score",
-    "precision": "precision",
-    "recall": "recall",
-    "fd_dinov2": "FD-DINOv2",
-}
 _PICTURES = 16
 
 
@@ -184,7 +177,8 @@ def format_settings(settings: dict[str, Any]) -> str:
 
 def format_metrics(summary: dict[str, Any]) -> str:
     """The figures, a line each."""
-    return "\n".join(f"{TITLES[name]:16}{value:.4f}" for name, value in summary["metrics"].items())
+    titles = {"inception_score": "Inception Score"}
+    return "\n".join(f"{titles.get(name, name_of(name)):16}{value:.4f}" for name, value in summary["metrics"].items())
 
 
 def run_generation(recipe: Recipe, *, vae: str = "", read: Callable[..., Weights] = read_weights) -> dict[str, Any]:

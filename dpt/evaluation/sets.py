@@ -157,6 +157,7 @@ def check_set(one: EvaluationSet, predictor: Predictor) -> None:
                 f"with --prompt {learnt}."
             )
         distributed.log(f"{one.name}: depth is asked with the prompt {one.depth_prompt}; the weights learnt with {learnt}.")
-    fit, own = manifest.fit, predictor.fits[one.task]
-    if fit is not None and own.resolution and (fit.whole, fit.resolution) != (own.whole, own.resolution):
-        distributed.log(f"{one.name}: encoded with --fit {fit}; the weights learnt with {own}, which dpt predict follows.")
+    if (fit := manifest.fit) is not None:
+        own = predictor.fits[one.task]
+        if own.resolution and (fit.whole, fit.resolution) != (own.whole, own.resolution):
+            distributed.log(f"{one.name}: encoded with --fit {fit}; the weights learnt with {own}, which dpt predict follows.")
