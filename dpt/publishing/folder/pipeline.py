@@ -68,7 +68,8 @@ class DptDepthPipeline(DiffusionPipeline):
         default_steps: int = 50,
         default_ensemble_size: int = 1,
     ) -> None:
-        settings = {name: given for name, given in locals().items() if name not in _NO_SETTINGS}
+        given = dict(locals())
+        settings = {name: given[name] for name in given if name not in _NO_SETTINGS}
         super().__init__()
         if vae is None:
             where = {"revision": vae_revision or None, "subfolder": vae_subfolder or None}
