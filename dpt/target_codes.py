@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from dpt.errors import UserError
-from dpt.tasks import image_to_float
+from dpt.tasks import image_to_float, visible_object
 
 # --- depth --------------------------------------------------------------------------------------------------------------
 
@@ -145,7 +145,7 @@ AMODAL_GREY = 250
 
 def encode_amodal(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """uint8 `[H, W, 3]` and the whole object's mask bool `[H, W]` -> image `[3, H, W]` of the object on white."""
-    return image_to_float(np.where(mask[..., None], image, np.uint8(255)))
+    return image_to_float(visible_object(image, mask))
 
 
 def decode_amodal(image: Any) -> Any:

@@ -207,5 +207,5 @@ def check_depth_prompt(prompt: str, source: str) -> str:
 
 
 def visible_object(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """uint8 `[H, W, 3]` and the visible mask bool `[H, W]` -> the visible part on white, which CLIP embeds."""
+    """uint8 `[H, W, 3]` and an object's mask bool `[H, W]` -> the object on white; CLIP embeds its visible part."""
     return np.where(mask[..., None], image, np.uint8(255))

@@ -39,7 +39,7 @@ def whole_object(pictures: Tensor, mask: np.ndarray) -> np.ndarray:
     """Members' pictures `[N, 3, h, w]` in [-1, 1] -> their median uint8 `[H, W, 3]` at the size of `mask`, white outside it."""
     middle = pictures.median(dim=0).values.cpu().numpy()
     picture = tasks.resize_image(tasks.image_to_uint8(middle), (mask.shape[0], mask.shape[1]))
-    return np.where(mask[..., None], picture, np.uint8(255))
+    return tasks.visible_object(picture, mask)
 
 
 def merge_members(task: str, values: Tensor, size: tuple[int, int], aggregation: str) -> Prediction:
