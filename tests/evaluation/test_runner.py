@@ -7,12 +7,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from dpt import distributed, tracking
-from dpt.config.recipe import DptConfig, Recipe
+from dpt import distributed
 from dpt.config.sections import EvaluationConfig
 from dpt.data.shards import ShardFolder
 from dpt.errors import UserError
-from dpt.evaluation import recording, runner, scoring
+from dpt.evaluation import scoring
 from dpt.evaluation.prediction import Predictor
 from dpt.evaluation.records import Record, RecordLog, Setting
 from dpt.evaluation.runner import evaluate
@@ -266,43 +265,3 @@ def test_record_log_takes_whole_lines_only(tmp_path):
     log.close()
     assert RecordLog(tmp_path, {"a": 1}).read() == {(3, record.setting): record}
     assert RecordLog(tmp_path, {"a": 2}).read() == {}
-
-
-def test_an_evaluation_is_recorded_under_its_parent(depth_set, tmp_path, monkeypatch):
-    class Recorder(tracking.Run):
-        def __init__(self) -> None:
-            self.started, self.metrics, self.tags, self.files = {}, {}, {}, []
-
-        def log_metrics(self, metrics, step):
-            self.metrics |= metrics
-
-        def log_picture(self, path, name, step=None):
-            self.files.append(f"pictures/{name}")
-
-        def log_artifact(self, path, folder=""):
-            assert Path(path).exists()
-            self.files.append(f"{folder}/{Path(path).name}")
-
-        def set_tags(self, tags):
-            self.tags |= tags
-
-    recorder = Recorder()
-    monkeypatch.setattr(tracking, "start_run", lambda config, **more: (recorder.started.update(more), recorder)[1])
-    monkeypatch.setattr(
-        recording, "Predictor", lambda weights, config, vae, read: Predictor(make_model(), config=config, device="cpu")
-    )
-    config = _config(tmp_path / "out", depth_set, weights="runs/depth/weights", steps=[2], ensemble=[1], pictures=1)
-    runner.run_evaluation(Recipe(deepspeed={}, dpt=DptConfig(evaluation=config)))
-    assert recorder.started["stage"] == "evaluate"
-    assert recorder.started["parents"] == ["parent"]
-    recorded = recorder.started["params"]["dpt"]  # of the weights, whatever the recipe says
-    assert (recorded["task"], recorded["model"]["num_conditions"], recorded["model"]["hidden_size"]) == ("depth", 2, 32)
-    assert recorded["diffusion"]["prediction_type"] == "sample"
-    recorder.started.clear()
-    refused = Recipe(deepspeed={}, dpt=DptConfig(evaluation=dataclasses.replace(config, protocol="nothing")))
-    with pytest.raises(UserError, match="protocol"):
-        runner.run_evaluation(refused)
-    assert not recorder.started  # and no run says that it failed
-    assert recorder.metrics["eval/depth/abs_rel"] == recorder.metrics["eval/depth/abs_rel/s2_n1"]
-    assert "synthetic_depth v1, N=5, list " in recorder.tags["dpt.protocol"]
-    assert {"/summary.json", "synthetic_val/samples.parquet", "pictures/synthetic_val_best"} <= set(recorder.files)
