@@ -24,7 +24,7 @@ from torch import Tensor
 
 from benchmarks import harness, textbook
 from benchmarks.train_step import block_products, model_config
-from dpt import tasks
+from dpt import target_codes, tasks
 from dpt.config.sections import DiffusionConfig, EvaluationConfig, ModelConfig
 from dpt.data.codec import VAECodec, load_vae
 from dpt.diffusion import noise as noises
@@ -97,7 +97,7 @@ class OneAtATime:
         for number in range(self.config.ensemble[-1]):
             latents = self.member(self.conditions(image), key, number)
             decoded.append(self.codec.decode(latents))
-        return tasks.decode_depth(torch.cat(decoded), self.predictor.codes[TASK])
+        return target_codes.decode_depth(torch.cat(decoded), self.predictor.codes[TASK])
 
     def __call__(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
         return [textbook.median_compilation(self.members(image, str(i)).cpu().numpy()) for i, image in enumerate(images)]

@@ -21,7 +21,8 @@ from dpt.config.parser import Parser
 from dpt.errors import UserError, reported
 from dpt.fits import FITS
 from dpt.plugins import load_plugins
-from dpt.tasks import DEPTH_CODE, DEPTH_CODES, FLOW_CODE, FLOW_CODES, task_spec
+from dpt.target_codes import DEPTH_CODE, DEPTH_CODES, FLOW_CODE, FLOW_CODES
+from dpt.tasks import task_spec
 
 if TYPE_CHECKING:
     from data_tools.encoding.job import EncodingJob

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from dpt import distributed, tasks
+from dpt import distributed, target_codes, tasks
 from dpt.config.numbers import AT_LEAST_1, NOT_NEGATIVE, numeric
 from dpt.config.parser import Parser
 from dpt.data.codec import VAECodec, load_vae, mean_latents
@@ -123,7 +123,7 @@ def describe(manifest: Manifest, rows: dict[str, list[str]], seen: int) -> str:
         f"VAE {vae.name} ({vae.sha256[:12]}), scaling factor {vae.scaling_factor:g}{_statistics(vae)}, {vae.latent_channels} "
         f"channels, {vae.downsampling} px a side",
     ]
-    if code := tasks.target_code(manifest.task, manifest.encoding, manifest.dataset):
+    if code := target_codes.target_code(manifest.task, manifest.encoding, manifest.dataset):
         lines.append(f"{manifest.task} code {code}")
     if manifest.class_names:
         names = [*manifest.class_names[:8], *(["..."] if len(manifest.class_names) > 8 else [])]
@@ -150,7 +150,7 @@ def contact_sheet(samples: ShardFolder, numbers: Sequence[int], codec: VAECodec)
     keeps it, beside the decoded target; class samples share rows."""
     manifest = samples.manifest
     spec = tasks.task_spec(manifest.task)
-    code = tasks.target_code(manifest.task, manifest.encoding, manifest.dataset)
+    code = target_codes.target_code(manifest.task, manifest.encoding, manifest.dataset)
     rows: list[tuple[str, list[tuple[str, NDArray[np.uint8]]]]] = []
     for number in progress(list(numbers), "draw", "sample"):
         sample = samples[number]
@@ -183,9 +183,9 @@ def _true_targets(task: str, sample: Mapping[str, Any], code: str) -> list[NDArr
     if "truth" not in sample:
         return []
     if task == "depth":
-        images = [tasks.encode_depth(sample["truth"], code=code)[0]]
+        images = [target_codes.encode_depth(sample["truth"], code=code)[0]]
     elif task == "flow":
-        images = list(tasks.encode_flow(sample["truth"], code))
+        images = list(target_codes.encode_flow(sample["truth"], code))
     else:
         images = [tasks.mask_image(sample["truth"] > 0)]
     return [tasks.image_to_uint8(image) for image in images]

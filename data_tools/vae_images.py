@@ -7,7 +7,8 @@ from torch import Tensor
 from data_tools.synthesis import SceneTruth, make_scene, render
 from data_tools.vae_leaves import dead_leaves, noise_fields
 from dpt.progress import progress
-from dpt.tasks import encode_amodal, encode_depth, encode_flow, image_to_float, image_to_uint8, mask_image, resize_image
+from dpt.target_codes import encode_amodal, encode_depth, encode_flow
+from dpt.tasks import image_to_float, image_to_uint8, mask_image, resize_image
 
 KIND_WEIGHTS = {
     "photo": 2.0,

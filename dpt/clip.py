@@ -55,7 +55,6 @@ def load_clip(name: str) -> ClipEncoder:
     try:
         model = CLIPVisionModelWithProjection.from_pretrained(place, use_safetensors=True, dtype=torch.float32)
     except Exception as error:  # the hub client, safetensors and transformers raise a dozen types
-        reason = " ".join(str(error).split())[:200]
         fix = "give a folder with config.json and model.safetensors" if place.exists() else "no such folder is here"
-        raise UserError(f"--clip {name}: the image tower cannot be loaded ({reason}); {fix}.") from error
+        raise UserError(f"--clip {name}: the image tower cannot be loaded ({hub.one_line(error)}); {fix}.") from error
     return ClipEncoder(model)

@@ -104,34 +104,34 @@ def pinned(place: str, files: Sequence[str] = WEIGHT_FILES) -> str:
 
 def _fetch(name: HubName, patterns: list[str]) -> Path:
     """The cached snapshot of a model, with the files that fit the patterns."""
-    from huggingface_hub import constants, errors, snapshot_download
+    from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(name.repo, revision=name.revision or None, allow_patterns=patterns))
-    except errors.GatedRepoError as error:
-        raise UserError(
-            f"{name}: its owner grants access on request; ask on {constants.ENDPOINT}/{name.repo}, and `hf auth login`."
-        ) from error
-    except errors.RepositoryNotFoundError as error:
-        raise UserError(
-            f"{name}: the hub has no model {name.repo} that you may read; check the name, or `hf auth login`."
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise UserError(
-            f"{name}: {name.repo} has no branch, tag or commit {name.revision or 'main'}; check what is behind the @."
-        ) from error
-    except errors.LocalEntryNotFoundError as error:
-        if constants.HF_HUB_OFFLINE:
-            raise UserError(
-                f"{name}: not, or not all, in this machine's cache, and HF_HUB_OFFLINE forbids to ask the hub; fetch it once "
-                f"where there is a network: `hf download {name.repo}{f' --revision {name.revision}' if name.revision else ''}`."
-            ) from error
-        raise UserError(
-            f"{name}: the hub at {constants.ENDPOINT} cannot be reached, and this machine's cache does not have (all of) "
-            "it; check the network."
-        ) from error
     except Exception as error:  # httpx, the file system and the hub client raise a dozen types
-        raise UserError(f"{name}: cannot be fetched ({one_line(error)}); check the network and the disk.") from error
+        raise UserError(f"{name}: {_reason(error, name)}.") from error
+
+
+def _reason(error: Exception, name: HubName) -> str:
+    """Why `name` cannot be fetched, and what to do about it."""
+    from huggingface_hub import constants, errors
+
+    if isinstance(error, errors.GatedRepoError):
+        return f"its owner grants access on request; ask on {constants.ENDPOINT}/{name.repo}, and `hf auth login`"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return f"the hub has no model {name.repo} that you may read; check the name, or `hf auth login`"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"{name.repo} has no branch, tag or commit {name.revision or 'main'}; check what is behind the @"
+    if not isinstance(error, errors.LocalEntryNotFoundError):
+        return f"cannot be fetched ({one_line(error)}); check the network and the disk"
+    if constants.HF_HUB_OFFLINE:
+        command = f"hf download {name.repo}{f' --revision {name.revision}' if name.revision else ''}"
+        return (
+            "not, or not all, in this machine's cache, and HF_HUB_OFFLINE forbids to ask the hub; fetch it once where there is "
+            f"a network: `{command}`"
+        )
+    here = "this machine's cache does not have (all of) it"
+    return f"the hub at {constants.ENDPOINT} cannot be reached, and {here}; check the network"
 
 
 def one_line(error: BaseException) -> str:

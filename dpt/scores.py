@@ -26,7 +26,7 @@ class Metric:
         return next((unit for unit in ("%", "px") if f" {unit}" in self.title), "")
 
 
-_IOU = "mean overlap of predicted and true masks"
+_IOU = "mean overlap of predicted and true mask"
 _REL = "mean relative error of depth"
 _DELTA = "share of pixels whose depth is within a factor of 1.25"
 _LOG = ", after a robust fit in log depth"
@@ -38,9 +38,7 @@ METRICS: dict[str, Metric] = {
     "delta1_log_fit": Metric(title="δ1 %, log fit ↑", scale=100, digits=1, lower_is_better=False, words=_DELTA + _LOG),
     "epe": Metric(title="EPE px ↓", scale=1, digits=3, words="mean distance between predicted and true motion"),
     "epe_fit": Metric(title="EPE px, fitted ↓", scale=1, digits=3, words="the same after a scale and shift an axis"),
-    "iou": Metric(
-        title="mIoU % ↑", scale=100, digits=1, lower_is_better=False, words="mean overlap of predicted and true mask"
-    ),
+    "iou": Metric(title="mIoU % ↑", scale=100, digits=1, lower_is_better=False, words=_IOU),
     "iou_pooled": Metric(title="pooled IoU % ↑", scale=100, digits=1, lower_is_better=False, words="overlap of all pixels"),
     "fid": Metric(title="FID ↓", scale=1, digits=2, words="Fréchet distance to the reference images"),
     "sfid": Metric(title="sFID ↓", scale=1, digits=2, words="the same of spatial features"),

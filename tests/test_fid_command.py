@@ -1,22 +1,18 @@
 """`dpt fid` as a user meets it: against shards, recorded in MLflow below the training, bad input in one sentence."""
 
-import dataclasses
 import json
 import runpy
 import sys
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from data_tools.encoding.shards import ShardWriter
 from dpt import cli
-from dpt.config.sections import DiffusionConfig, ModelConfig
 from dpt.data.codec import load_vae
 from dpt.data.manifest import Manifest, MemberSpec, VAERecord, file_sha256, write_manifest
-from dpt.models.dit import DiT
-from dpt.models.exporting import export_weights
 from tests.evaluation.image_networks import Random, random_images, save_network
+from tests.publishing.small import LINEAGE, export_small
 from tests.test_cli import refusal
 
 
@@ -42,15 +38,7 @@ def _shards(folder: Path, labels: list[int]) -> Path:
 
 
 def _weights(folder: Path, task: str = "class") -> Path:
-    torch.manual_seed(0)
-    model = DiT(ModelConfig(hidden_size=32, depth=1, num_heads=2, input_size=8, num_classes=4 + (task != "class")))
-    sections = {
-        "task": task,
-        "diffusion": dataclasses.asdict(DiffusionConfig()),
-        "vae": {"name": "embedded"},
-        "lineage": {"run_id": "the-training"},
-    }
-    return export_weights(model, folder / task, sections=sections)
+    return export_small(folder / task, task=task, num_classes=4 + (task != "class"))
 
 
 def test_the_evaluator_scores_images_where_a_reference_is_named(tmp_path: Path, capsys, monkeypatch) -> None:
@@ -73,7 +61,7 @@ def test_the_evaluator_scores_images_where_a_reference_is_named(tmp_path: Path, 
     (dataset,) = [r for r in records if r["kind"] == "dataset"]
     assert (dataset["name"], dataset["context"]) == ("real.npz", "evaluation")
     assert dataset["digest"] == file_sha256(tmp_path / "real.npz")
-    assert (start["stage"], start["parents"]) == ("evaluate", ["the-training"])  # which nests it in MLflow
+    assert (start["stage"], start["parents"]) == ("evaluate", [LINEAGE["run_id"]])  # which nests it in MLflow
     figures = json.loads((tmp_path / "out" / "fid.json").read_text())["metrics"]
     assert {f"eval/class/{n}": v for n, v in figures.items()}.items() <= metrics["values"].items()
 
@@ -91,18 +79,10 @@ def test_fid_of_weights_against_shards(tmp_path: Path, capsys, monkeypatch) -> N
     command += ["--no-tracking", "--out", str(tmp_path / "out"), "--labels", "shares", "--guidance", "1.5"]
     assert cli.main(["--local_rank=0", *command]) == 0  # as the DeepSpeed launcher starts it
     printed = capsys.readouterr().out
-    for words in (
-        "FID",
-        "sFID",
-        "Inception Score",
-        "precision",
-        "recall",
-        "guidance_scale 1.5",
-        "sampler ddpm",
-        "decoded latents",
-    ):
+    figures = ("FID", "sFID", "Inception Score", "precision", "recall")
+    for words in (*figures, "guidance_scale 1.5", "sampler ddpm", "decoded latents"):
         assert words in printed
-    assert started[0]["parents"] == ["the-training"]
+    assert started[0]["parents"] == [LINEAGE["run_id"]]
     assert started[0]["stage"] == "evaluate"
     summary = json.loads((tmp_path / "out" / "fid.json").read_text())
     assert summary["settings"]["reference"] == {"path": str(shards), "kind": "decoded latents", "num_images": 6}

@@ -13,7 +13,7 @@ from dpt.errors import UserError
 from dpt.evaluation import Predictor, predicting
 from dpt.evaluation.frames import find_sources
 from dpt.evaluation.predicting import Job, predict_files
-from tests.evaluation.tiny import make_model
+from tests.evaluation.tiny import batch_sizes, make_model, stop_at
 from tests.gloo import run_ranks
 from tests.test_cli import export_tiny, refusal
 
@@ -131,26 +131,13 @@ def test_ranks_share_the_files_and_give_the_same(pictures, tmp_path) -> None:
 
 def test_a_stop_keeps_what_is_written_and_memory_is_bounded(pictures, tmp_path, monkeypatch) -> None:
     jobs = [Job(source=source) for source in find_sources([pictures])]
-    write, seen = predicting.write_outputs, []
-    batches = []
-    call = Predictor.__call__
-    monkeypatch.setattr(
-        Predictor, "__call__", lambda self, images, **k: (batches.append(len(images)), call(self, images, **k))[1]
-    )
-
-    def stopped(*arguments, **more):
-        seen.append(arguments)
-        if len(seen) == 4:
-            raise KeyboardInterrupt
-        return write(*arguments, **more)
-
-    monkeypatch.setattr(predicting, "write_outputs", stopped)
+    batches = batch_sizes(monkeypatch)
+    stop_at(monkeypatch, predicting, 4)
     with pytest.raises(KeyboardInterrupt):
         predict_files(_predictor(), jobs, tmp_path / "out", settings=[1])
     log = next((tmp_path / "out" / ".done").glob("*.jsonl"))
     with log.open("a") as file:  # and a line that the kill left torn
         file.write('[1.0, "four", [1], [')
-    monkeypatch.setattr(predicting, "write_outputs", write)
     done = predict_files(_predictor(), jobs, tmp_path / "out", settings=[1])
     assert done.skipped == 3
     assert len(list((tmp_path / "out").rglob("*.npy"))) == 5

@@ -21,7 +21,7 @@ from dpt.data.manifest import Manifest, Skipped, read_manifest, write_manifest
 from dpt.data.order import permutation
 from dpt.errors import UserError
 from dpt.progress import Progress, progress
-from dpt.tasks import DEPTH_CODE
+from dpt.target_codes import DEPTH_CODE
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_tools.readers import ReadError, Sample
-from dpt import tasks
+from dpt import target_codes, tasks
 from dpt.fits import How
 
 Prompt = Literal["all_valid", "ground_truth", "none"]
@@ -34,10 +34,10 @@ class Layout:
     fit: How = "stretch"
     """Perception inputs to `resolution`: both sides stretched to the square, its centre cropped, the whole padded, or none of
     these: the aspect kept, sides rounded to two latents (16 pixels behind an 8x VAE)."""
-    depth_code: str = tasks.DEPTH_CODE
-    """How depth becomes images: one of `tasks.DEPTH_CODES`."""
-    flow_code: str = tasks.FLOW_CODE
-    """How flow becomes images: one of `tasks.FLOW_CODES`."""
+    depth_code: str = target_codes.DEPTH_CODE
+    """How depth becomes images: one of `target_codes.DEPTH_CODES`."""
+    flow_code: str = target_codes.FLOW_CODE
+    """How flow becomes images: one of `target_codes.FLOW_CODES`."""
     clip: bool = False
     """Keep the visible object as a picture, for its CLIP embedding (amodal)."""
 
@@ -104,7 +104,7 @@ def mirror(sample: Sample, task: str) -> Sample:
         key=f"{sample.key}_mirrored",
         images=tuple(flipped_image(image) for image in sample.images),
         depth=flipped(sample.depth),
-        flow=None if sample.flow is None else tasks.mirror_flow(sample.flow),
+        flow=None if sample.flow is None else target_codes.mirror_flow(sample.flow),
         mask=flipped(sample.mask),
         truth=None if sample.truth is None or mirrored_truth is None else mirrored_truth(sample.truth),
         valid=flipped(sample.valid),
@@ -145,15 +145,17 @@ def _prepare_perception(sample: Sample, layout: Layout) -> Prepared:
         known = frame.nearest(valid)
         if not known.any():
             raise _unusable(sample, "no pixel has a valid depth")
-        target, (further["near"], further["far"]) = tasks.encode_depth(frame.nearest(truth), known, code=layout.depth_code)
+        target, (further["near"], further["far"]) = target_codes.encode_depth(
+            frame.nearest(truth), known, code=layout.depth_code
+        )
         targets = [target]
         if layout.prompt == "ground_truth":
             conditions.append(tasks.image_to_uint8(tasks.mask_image(known)))
     elif layout.task == "flow":
         assert sample.flow is not None
         truth = sample.flow.astype(np.float32)
-        targets = list(tasks.encode_flow(frame.flow(truth, smooth=bool(valid.all())), layout.flow_code))
-        further["clipped_pixels"] = tasks.count_clipped_flow(sample.flow, layout.flow_code)
+        targets = list(target_codes.encode_flow(frame.flow(truth, smooth=bool(valid.all())), layout.flow_code))
+        further["clipped_pixels"] = target_codes.count_clipped_flow(sample.flow, layout.flow_code)
     elif (encode := tasks.task_spec(layout.task).encode) is not None:
         if sample.truth is None:
             raise _unusable(sample, "its reader gives no truth")
@@ -172,7 +174,7 @@ def _prepare_perception(sample: Sample, layout: Layout) -> Prepared:
         elif layout.task == "amodal":
             arrays["visible_mask"] = (sample.images[1][..., 0] > 127).astype(np.uint8)
         if sample.whole is not None:
-            arrays["code_mask"] = tasks.decode_amodal(tasks.image_to_float(sample.whole)).astype(np.uint8)
+            arrays["code_mask"] = target_codes.decode_amodal(tasks.image_to_float(sample.whole)).astype(np.uint8)
     visible = None
     if layout.clip:
         visible = tasks.visible_object(sample.images[0], sample.images[1][..., 0] > 127)

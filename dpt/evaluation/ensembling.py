@@ -5,11 +5,14 @@ Everything is batched and stays on the tensors' device. B inputs, N members.
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from dpt import tasks
 from dpt.errors import UserError
 
 REGULARIZER = 0.02
@@ -17,6 +20,48 @@ REGULARIZER = 0.02
 COMMON_SCALE_FLOOR = 1e-3
 """Smallest range that `align_depth` gives the merged map; 0 would be degenerate."""
 _CHUNK = 1 << 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """One image's result at its own size."""
+
+    value: np.ndarray
+    """depth: float32 `[H, W]`, up to scale and shift; flow: float32 `[2, H, W]` pixels; amodal: bool `[H, W]`; registered
+    tasks: float32 `[C, H, W]`."""
+    uncertainty: np.ndarray
+    """float32 `[H, W]`, 0 without an ensemble: depth and flow in the value's units, amodal as the share of dissenting votes."""
+    whole: np.ndarray | None = None
+    """amodal, from `Predictor.__call__`: uint8 `[H, W, 3]`, the completed object in colour, white outside `value`."""
+
+
+def whole_object(pictures: Tensor, mask: np.ndarray) -> np.ndarray:
+    """Members' pictures `[N, 3, h, w]` in [-1, 1] -> their median uint8 `[H, W, 3]` at the size of `mask`, white outside it."""
+    middle = pictures.median(dim=0).values.cpu().numpy()
+    picture = tasks.resize_image(tasks.image_to_uint8(middle), (mask.shape[0], mask.shape[1]))
+    return tasks.visible_object(picture, mask)
+
+
+def merge_members(task: str, values: Tensor, size: tuple[int, int], aggregation: str) -> Prediction:
+    """Members' values `[N, ...]` of one sample, as `Predictor.decode` gives them -> their prediction at `size` (H, W), pixels.
+
+    Members are merged at the network's resolution, then resized (of masks, the share of votes is resized and thresholded).
+    """
+    if task == "depth":
+        merged, uncertainty = merge_depth(values[None], aggregation)
+    elif task == "amodal":
+        mask, uncertainty = merge_masks(values[None])
+        merged = torch.where(mask, 1.0 - uncertainty, uncertainty)
+    else:  # a vector at each pixel
+        if task == "flow":  # fractions of the width and height
+            values = values * values.new_tensor([size[1], size[0]])[:, None, None]
+        merged, uncertainty = merge_flow(values[None], aggregation)
+    value = tasks.resize_smooth(merged[0].cpu().numpy(), size)
+    if task == "amodal":
+        value = value > 0.5
+    elif (finish := tasks.task_spec(task).finish) is not None:
+        value = finish(value)
+    return Prediction(value=value, uncertainty=tasks.resize_smooth(uncertainty[0].cpu().numpy(), size))
 
 
 def merge_depth(maps: Tensor, aggregation: str = "compile") -> tuple[Tensor, Tensor]:
@@ -33,7 +78,7 @@ def merge_depth(maps: Tensor, aggregation: str = "compile") -> tuple[Tensor, Ten
     if aggregation == "compile" and maps.shape[1] > 1:
         _, scale, shift = _align_to_unit_range(maps)
         maps = maps * scale.float()[..., None, None] + shift.float()[..., None, None]
-    merged, uncertainty = merge_values(maps, "mean" if aggregation == "mean" else "median")
+    merged, uncertainty = merge_values(maps, aggregation)
     if aggregation == "compile":
         low, high = merged.amin((1, 2), keepdim=True), merged.amax((1, 2), keepdim=True)
         extent = (high - low).clamp(min=1e-6)
@@ -42,8 +87,9 @@ def merge_depth(maps: Tensor, aggregation: str = "compile") -> tuple[Tensor, Ten
 
 
 def merge_flow(flows: Tensor, aggregation: str = "median") -> tuple[Tensor, Tensor]:
-    """Flows `[B, N, 2, H, W]` in pixels -> flow `[B, 2, H, W]` (median, or "mean") and uncertainty `[B, H, W]`, in pixels."""
-    merged, uncertainty = merge_values(flows.float(), "mean" if aggregation == "mean" else "median")
+    """Flows `[B, N, 2, H, W]` in pixels (or any vectors) -> flow `[B, 2, H, W]` and its uncertainty `[B, H, W]`, in pixels: as
+    `merge_values`, and the length of its second vector."""
+    merged, uncertainty = merge_values(flows.float(), aggregation)
     return merged, torch.linalg.vector_norm(uncertainty, dim=1)
 
 
@@ -54,7 +100,7 @@ def merge_masks(masks: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def merge_values(values: Tensor, aggregation: str) -> tuple[Tensor, Tensor]:
-    """`[B, N, ...]` -> pixelwise median and median absolute deviation, or mean and standard deviation, `[B, ...]` each."""
+    """`[B, N, ...]` -> pixelwise mean and standard deviation for "mean", else median and median absolute deviation."""
     if aggregation == "mean":
         return values.mean(1), values.std(1, unbiased=False)
     median = _median(values)

@@ -69,10 +69,7 @@ def load_features(path: str | Path = "", sha256: str = "") -> FeatureNetwork:
     except RuntimeError as error:
         raise UserError(f"{file}: no TorchScript file ({str(error).splitlines()[0]}); fetch {INCEPTION_URL}.") from error
     kind = Inception if hasattr(module, "layers") and hasattr(module.layers, "mixed_6") else ScriptNetwork
-    network = kind(module, file.name, sha256 or INCEPTION_SHA256, device)
-    if isinstance(network, Inception):
-        network.check()
-    return network
+    return kind(module, file.name, sha256 or INCEPTION_SHA256, device)
 
 
 def _check_hash(file: Path, wanted: str, option: str) -> None:
@@ -88,12 +85,14 @@ class Inception:
 
     pooled: 2048 ("pool_3"); spatial: the first 7 channels of "mixed_6/conv", 17 x 17, channels last as in ADM's statistics;
     probabilities: 1008, without the output's bias as in ADM. Images are resized inside to 299 x 299 as TensorFlow 1 does.
+    UserError if the layers one by one do not give what the whole network gives.
     """
 
     resize = "bilinear to 299 x 299 inside the network, as TensorFlow 1"
 
     def __init__(self, module: Any, name: str, sha256: str, device: torch.device) -> None:
         self.module, self.name, self.sha256, self.device = module, name, sha256, device
+        self._check()
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Features:
@@ -108,8 +107,7 @@ class Inception:
         return Features(pooled=pooled.cpu(), spatial=spatial, probabilities=probabilities.cpu())
 
     @torch.no_grad()
-    def check(self) -> None:
-        """UserError if the layers one by one do not give what the whole network gives."""
+    def _check(self) -> None:
         image = (torch.arange(3 * 48 * 64) % 251).to(torch.uint8).reshape(1, 3, 48, 64)
         whole = self.module(image.to(self.device), return_features=True).flatten(1).float().cpu()
         layers = self(image).pooled
@@ -149,11 +147,7 @@ class ScriptNetwork:
                 f"{self.name}: the feature network does not turn images into vectors [B, D], or into a tuple of pooled "
                 "features, spatial features and probabilities; give another one."
             )
-        return (
-            Features(pooled=parts[0], spatial=parts[1], probabilities=parts[2])
-            if len(parts) == 3
-            else Features(pooled=parts[0])
-        )
+        return Features(**dict(zip(("pooled", "spatial", "probabilities"), parts, strict=False)))
 
 
 def load_dinov2(name: str = DINOV2, sha256: str = "") -> FeatureNetwork:
@@ -175,8 +169,9 @@ def load_dinov2(name: str = DINOV2, sha256: str = "") -> FeatureNetwork:
     try:
         model = Dinov2Model.from_pretrained(folder, use_safetensors=True, dtype=torch.float32)
     except Exception as error:  # transformers and safetensors raise a dozen types
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"--dinov2 {name}: the network cannot be loaded ({reason}); give a folder, or {DINOV2}.") from error
+        raise UserError(
+            f"--dinov2 {name}: the network cannot be loaded ({hub.one_line(error)}); give a folder, or {DINOV2}."
+        ) from error
     return Dinov2(model, name, sha256 or DINOV2_SHA256)
 
 

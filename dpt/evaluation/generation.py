@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ from PIL import Image
 from dpt import distributed
 from dpt.errors import UserError
 from dpt.evaluation.feature_networks import FeatureNetwork
+from dpt.evaluation.files import write_atomically, write_json
 from dpt.evaluation.image_metrics import Moments, ScoreSums, combine_moments, frechet_distance, precision_recall
 from dpt.evaluation.image_sources import ImageSource, Statistics
-from dpt.evaluation.prediction import Predictor, float32_products
+from dpt.evaluation.loading import float32_products
+from dpt.evaluation.prediction import Predictor
 from dpt.progress import Progress, progress
 
 _ROWS = 2048
@@ -111,7 +114,7 @@ def collect_features(
 
 
 def spread(count: int, chosen: int) -> np.ndarray:
-    """Numbers int64 `[chosen]` of so many of `count` images, evenly spaced: sets are often in the order of their classes."""
+    """Numbers int64 `[chosen]` of some of `count` images, evenly spaced, since sets are often ordered by class."""
     return np.linspace(0, count - 1, chosen).round().astype(np.int64)
 
 
@@ -182,36 +185,26 @@ def write_samples(
             )
             for i, image in zip(batch, images, strict=True):
                 if f"{i:06d}.png" not in there:
-                    temporary = folder / f".{i:06d}.part"
-                    Image.fromarray(image).save(temporary, format="png")
-                    temporary.replace(folder / f"{i:06d}.png")
+                    write_atomically(folder / f"{i:06d}.png", partial(Image.fromarray(image).save, format="png"))
             bar.update(len(batch))
     distributed.barrier()
 
 
 def claim_folder(folder: Path, settings: dict[str, Any]) -> None:
     """Keep the settings beside the images to come; UserError if those there are of other ones. Collective."""
+    file, settings = folder / "settings.json", json.loads(json.dumps(settings, default=str))
     with distributed.shared_errors():
-        if distributed.is_main():
-            folder.mkdir(parents=True, exist_ok=True)
-            _check_settings(folder, settings)
-
-
-def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
-    file = folder / "settings.json"
-    settings = json.loads(json.dumps(settings, default=str))
-    if file.is_file():
-        old = json.loads(file.read_text(encoding="utf-8"))
-        differing = [name for name in sorted(old.keys() | settings.keys()) if old.get(name) != settings.get(name)]
-        if differing:
-            name = differing[0]
-            raise UserError(
-                f"{folder} has images made with {name} {old.get(name)}, not {settings.get(name)}; give another --out, or "
-                "remove them."
-            )
-    elif any(folder.glob("*.png")):
-        raise UserError(f"{folder} has pictures that nothing is known of; give another --out.")
-    else:
-        temporary = folder / ".settings.part"
-        temporary.write_text(json.dumps(settings, indent=2), encoding="utf-8")
-        temporary.replace(file)
+        if not distributed.is_main():
+            return
+        if file.is_file():
+            old = json.loads(file.read_text(encoding="utf-8"))
+            for name in sorted(old.keys() | settings.keys()):
+                if old.get(name) != settings.get(name):
+                    raise UserError(
+                        f"{folder} has images made with {name} {old.get(name)}, not {settings.get(name)}; give another --out, "
+                        "or remove them."
+                    )
+        elif any(folder.glob("*.png")):
+            raise UserError(f"{folder} has pictures that nothing is known of; give another --out.")
+        else:
+            write_json(file, settings)

@@ -1,44 +1,33 @@
 """The stage that scores class-conditional weights: generate, compare with real images, write down under which settings."""
 
-import contextlib
 import hashlib
-import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dpt import distributed, hub
+from dpt import distributed
 from dpt.config.generation import GenerationConfig
 from dpt.config.recipe import Recipe
-from dpt.config.sections import DataConfig, EvaluationConfig
+from dpt.config.sections import EvaluationConfig
 from dpt.data.manifest import MANIFEST_NAME, file_sha256
-from dpt.data.shards import ShardFolder
-from dpt.data.sources import is_url
 from dpt.errors import UserError
 from dpt.evaluation.feature_networks import FeatureNetwork, load_dinov2, load_features
+from dpt.evaluation.files import write_json
 from dpt.evaluation.generation import claim_folder, collect_features, compare_features, spread_labels, write_samples
 from dpt.evaluation.image_metrics import frechet_distance
 from dpt.evaluation.image_sources import ImageSource, label_counts
 from dpt.evaluation.prediction import Predictor
+from dpt.evaluation.recording import Recording, open_predictor, shards_as_dataset
 from dpt.evaluation.references import Reference
-from dpt.evaluation.runner import as_evaluated, weights_sha256
-from dpt.models.attention import use_backend
+from dpt.evaluation.runner import sampling_settings, weights_sha256
 from dpt.models.costs import macs
 from dpt.models.pretrained import read_weights
 from dpt.models.weights import Weights
+from dpt.scores import name_of
+from dpt.urls import is_url
 
 SUMMARY_VERSION = 1
-TITLES = {
-    "fid": "FID",
-    "sfid": "sFID",
-    "inception_score": "Inception Score",
-    "precision": "precision",
-    "recall": "recall",
-    "fd_dinov2": "FD-DINOv2",
-}
 _PICTURES = 16
-_SAMPLING = ("sampler", "eta", "step_power", "guidance_scale", "guidance_low", "guidance_high", "precision", "seed")
 
 
 def score_generation(
@@ -51,7 +40,7 @@ def score_generation(
 ) -> dict[str, Any]:
     """Generate images with `predictor` (or take `config.images`) and compare them with `config.reference`. Collective.
 
-    Writes OUT/images/NNNNNN.png, from which an interrupted run goes on, and OUT/fid.json, below `evaluation.output_dir`.
+    Writes OUT/images/NNNNNN.png, from which an interrupted run resumes, and OUT/fid.json, below `evaluation.output_dir`.
     Returns what the file holds, {"version", "metrics", "settings"}, on every rank. All that can be checked is checked before
     the first image is made, and then `begin` is called. UserError for bad input.
     """
@@ -99,28 +88,22 @@ def score_generation(
         metrics["fd_dinov2"] = frechet_distance(own.mean, own.covariance, real_dinov2.mean, real_dinov2.covariance)
     summary = {"version": SUMMARY_VERSION, "metrics": metrics, "settings": settings}
     if distributed.is_main():
-        output.mkdir(parents=True, exist_ok=True)
-        temporary = output / ".fid.part"
-        temporary.write_text(json.dumps(summary, indent=2, default=str) + "\n", encoding="utf-8")
-        temporary.replace(output / "fid.json")
+        write_json(output / "fid.json", summary)
     distributed.barrier()
     return summary
 
 
 def _as_dataset(path: str, found: dict[str, Any], cache_dir: str) -> dict[str, Any]:
     """What MLflow keeps of a reference as a data set: its hash, and for a folder of pictures that of their names and sizes."""
-    more = {"source": path, "context": "evaluation"}
     if is_url(path) or (Path(path) / MANIFEST_NAME).is_file():
-        manifest = ShardFolder(path, cache_dir=cache_dir).manifest
-        name = f"{manifest.dataset}/{manifest.split}"
-        return more | {"name": name, "digest": manifest.data_sha256, "profile": manifest.profile}
+        return shards_as_dataset(path, cache_dir)
     if Path(path).is_dir():
         files = (p for p in sorted(Path(path).rglob("*")) if p.is_file())
         listed = "".join(f"{p.relative_to(path)} {p.stat().st_size}\n" for p in files)
         digest = hashlib.sha256(listed.encode()).hexdigest()
     else:
         digest = file_sha256(Path(path))
-    return more | {"name": Path(path).name, "digest": digest, "profile": found}
+    return {"name": Path(path).name, "digest": digest, "source": path, "context": "evaluation", "profile": found}
 
 
 def _check_counts(config: GenerationConfig, count: int, reference: Reference) -> None:
@@ -163,10 +146,8 @@ def _settings(
     passes = predictor.passes(evaluation.steps[-1])
     sampling = {
         "steps": evaluation.steps[-1],
-        **{name: getattr(evaluation, name) for name in _SAMPLING},
+        **sampling_settings(evaluation, predictor),
         "guidance_channels": config.guidance_channels or predictor.model.in_channels,
-        "schedule": predictor.diffusion.beta_schedule,
-        "timestep_spacing": predictor.diffusion.timestep_spacing,
         "ema": evaluation.use_ema,
         "vae": getattr(predictor.codec, "name", ""),
         "vae_sha256": predictor.codec.sha256,
@@ -196,63 +177,41 @@ def format_settings(settings: dict[str, Any]) -> str:
 
 def format_metrics(summary: dict[str, Any]) -> str:
     """The figures, a line each."""
-    return "\n".join(f"{TITLES[name]:16}{value:.4f}" for name, value in summary["metrics"].items())
+    titles = {"inception_score": "Inception Score"}
+    return "\n".join(f"{titles.get(name, name_of(name)):16}{value:.4f}" for name, value in summary["metrics"].items())
 
 
 def run_generation(recipe: Recipe, *, vae: str = "", read: Callable[..., Weights] = read_weights) -> dict[str, Any]:
     """`score_generation` of a recipe's `dpt.generation`, recorded in MLflow as a run nested in the one that trained the
     weights; `vae` (empty: the recipe's) and `read` as in `dpt.evaluation.loading.load_model`."""
-    from dpt.tracking import Run, start_run
-
-    evaluation = replace(recipe.dpt.evaluation, weights=hub.pinned(recipe.dpt.evaluation.weights))
-    recipe, config = replace(recipe, dpt=replace(recipe.dpt, evaluation=evaluation)), recipe.dpt.generation
+    config = recipe.dpt.generation
     if not config.reference:
         raise UserError("dpt.generation.reference is empty; name class shards, a folder of pictures, or an .npz.")
-    if not config.images and not evaluation.weights:
+    if not config.images and not recipe.dpt.evaluation.weights:
         raise UserError("dpt.evaluation.weights is empty; name the weights to evaluate, or dpt.generation.images.")
     if config.images and config.labels == "shares":
         raise UserError("dpt.generation.labels says which images are generated, and dpt.generation.images are ready-made.")
-    distributed.log(use_backend(recipe.dpt.attention_backend))
-    output = Path(evaluation.output_dir)
-    predictor = None
-    if not config.images:
-        vae = vae or (recipe.dpt.data.vae if recipe.dpt.data.vae != DataConfig().vae else "")
-        predictor = Predictor(evaluation.weights, config=evaluation, vae=vae, read=read)
+    recipe, predictor = open_predictor(recipe, ready_made=bool(config.images), vae=vae, read=read)
+    evaluation, cache_dir = recipe.dpt.evaluation, recipe.dpt.data.cache_dir
+    if predictor is not None:
         evaluation = predictor.config
         if predictor.task != "class":
             raise UserError(
                 f"{evaluation.weights} were trained for {predictor.task}; only class-conditional weights generate images."
             )
-    parent = str(predictor.lineage.get("run_id") or "") if predictor is not None else ""
-    name = f"fid {Path(config.images or evaluation.weights).name}"
-    with contextlib.ExitStack() as stack:
-        runs: list[Run] = []
-
-        def begin() -> None:
-            with distributed.shared_errors():
-                started = start_run(
-                    recipe.dpt.tracking,
-                    stage="evaluate",
-                    name=name,
-                    params=as_evaluated(recipe, predictor, "class").to_dict(),
-                    parents=[parent],
-                    output_dir=output,
-                    tags={},
-                )
-            runs.append(stack.enter_context(started))
-
-        summary = score_generation(config, evaluation, predictor, cache_dir=recipe.dpt.data.cache_dir, begin=begin)
-        (run,) = runs
-        settings = summary["settings"]
+    with Recording(recipe, predictor, name=f"fid {Path(config.images or evaluation.weights).name}") as recording:
+        summary = score_generation(config, evaluation, predictor, cache_dir=cache_dir, begin=lambda: recording.begin("class"))
+        run, settings = recording.run, summary["settings"]
         run.set_tags(
             {"dpt.dataset": Path(config.reference).name, "dpt.protocol": format_settings(settings).replace("\n", "; ")}
         )
         if distributed.is_main():
-            run.log_dataset(**_as_dataset(config.reference, settings["reference"], recipe.dpt.data.cache_dir))
+            run.log_dataset(**_as_dataset(config.reference, settings["reference"], cache_dir))
         figures = summary["metrics"] | {"num_samples": float(settings["num_images"])}
         if "macs_per_image" in settings:
             figures["macs"] = settings["macs_per_image"]
         run.log_metrics({f"eval/class/{name}": value for name, value in figures.items()}, step=0)
+        output = Path(evaluation.output_dir)
         run.log_artifact(output / "fid.json")
         for picture in sorted((output / "images").glob("*.png"))[:_PICTURES] if predictor is not None else ():
             run.log_picture(picture, picture.stem)

@@ -1,5 +1,7 @@
 """Distances between two sets of images from their features: Frechet distance, Inception Score, precision and recall."""
 
+import functools
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -54,11 +56,8 @@ class Moments:
 
 def combine_moments(parts: Sequence[Moments | None]) -> Moments | None:
     """Those of all parts together; None if there are none."""
-    total: Moments | None = None
-    for part in parts:
-        if part is not None:
-            total = part if total is None else total + part
-    return total
+    known = [part for part in parts if part is not None]
+    return functools.reduce(operator.add, known) if known else None
 
 
 def frechet_distance(mean_a: np.ndarray, covariance_a: np.ndarray, mean_b: np.ndarray, covariance_b: np.ndarray) -> float:
@@ -82,7 +81,7 @@ class ScoreSums:
         """Split -> [images, sum of p log p, sum of p `[K]`]."""
 
     def add(self, numbers: Sequence[int], probabilities: np.ndarray) -> None:
-        """Take up images by number, with their probabilities `[B, K]`."""
+        """Add images by number, with their probabilities `[B, K]`."""
         values = torch.from_numpy(probabilities).double()
         negative_entropy = torch.special.xlogy(values, values).sum(1).numpy()
         for row, number in enumerate(numbers):
@@ -92,7 +91,7 @@ class ScoreSums:
             part[2] = part[2] + values[row].numpy()
 
     def merge(self, other: "ScoreSums") -> None:
-        """Take up another's images."""
+        """Add another's images."""
         for split, (count, entropy, total) in other.sums.items():
             part = self.sums.setdefault(split, [0, 0.0, 0.0])
             part[0], part[1], part[2] = part[0] + count, part[1] + entropy, part[2] + total

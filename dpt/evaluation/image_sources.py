@@ -17,6 +17,7 @@ from dpt.data.manifest import MANIFEST_NAME
 from dpt.data.reader import SampleError
 from dpt.data.shards import ShardFolder
 from dpt.errors import UserError
+from dpt.evaluation.files import write_arrays
 from dpt.pictures import read_picture
 from dpt.tasks import centre_crop, image_to_uint8
 from dpt.urls import is_url
@@ -28,7 +29,7 @@ class ImageSource(Sequence[np.ndarray]):
     """Images uint8 `[H, W, 3]` of a folder (by name, with subfolders), of `arr_0` in an .npz, or of shards, all square.
 
     One of another size is brought to `resolution` (0: the first one's short side) as ADM and DiT prepare ImageNet: its short
-    side resized, its centre cropped. Nothing is stretched. count: only the first so many; 0: all. Shards hold latents: their
+    side resized, its centre cropped. Nothing is stretched. count: only the first ones; 0: all. Shards hold latents: their
     posterior means are decoded by `codec` (default: the VAE that the shards name), which leaves the VAE's own loss out of a
     comparison with a model's images.
     """
@@ -216,19 +217,14 @@ def _moments(path: Path, found: dict[str, np.ndarray | None], mu: str, sigma: st
 
 def write_statistics(path: str | Path, statistics: Statistics) -> None:
     """Write them as an .npz that `read_statistics` reads, and ADM's evaluator too where it asks for no images. Atomically."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     arrays = {
         "mu": statistics.mean,
         "sigma": statistics.covariance,
         "mu_s": statistics.spatial_mean,
         "sigma_s": statistics.spatial_covariance,
         "features": statistics.manifold,
-        "network": np.array(statistics.network),
-        "count": np.array(statistics.count),
-        "resolution": np.array(statistics.resolution),
+        "network": statistics.network,
+        "count": statistics.count,
+        "resolution": statistics.resolution,
     }
-    temporary = path.with_name(f".{path.name}.part")
-    with temporary.open("wb") as file:
-        np.savez(file, allow_pickle=False, **{name: value for name, value in arrays.items() if value is not None})
-    temporary.replace(path)
+    write_arrays(Path(path), {name: value for name, value in arrays.items() if value is not None})

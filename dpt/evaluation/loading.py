@@ -1,47 +1,23 @@
-"""From stored weights to a network ready to predict."""
+"""From stored weights to a network ready to predict, and the device that it does so on."""
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
-from torch import Tensor, nn
+import torch
+from torch import nn
 
-from dpt import tasks
+from dpt import target_codes, tasks
 from dpt.config.recipe import section_from_dict
 from dpt.config.sections import DiffusionConfig, ModelConfig
-from dpt.data.codec import LatentScaling, load_vae
-from dpt.data.manifest import VAERecord
+from dpt.data.codec import VAECodec, load_vae
 from dpt.errors import UserError
 from dpt.fits import Fit, fits_of
 from dpt.models.pretrained import read_weights
 from dpt.models.weights import Weights
-
-
-class Codec(Protocol):
-    """What a VAE must offer (`dpt.data.codec.VAECodec`)."""
-
-    @property
-    def record(self) -> VAERecord: ...
-
-    @property
-    def scaling(self) -> LatentScaling: ...
-
-    @property
-    def latent_channels(self) -> int: ...
-
-    @property
-    def downsampling(self) -> int: ...
-
-    @property
-    def sha256(self) -> str: ...
-
-    def to(self, device: Any) -> Any: ...
-
-    def encode(self, images: Tensor) -> Tensor: ...
-
-    def decode(self, latents: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,9 +30,9 @@ class LoadedModel:
     diffusion: DiffusionConfig
     task: str
     """What it was trained for: one task, or "generalist"."""
-    codec: Codec
-    codes: Mapping[str, str] = dataclasses.field(default_factory=lambda: tasks.codes_of({}, ""))
-    """How its targets are coded, by task (`tasks.TARGET_CODES`)."""
+    codec: VAECodec
+    codes: Mapping[str, str] = dataclasses.field(default_factory=lambda: target_codes.codes_of({}, ""))
+    """How its targets are coded, by task (`target_codes.TARGET_CODES`)."""
     depth_prompt: str = tasks.DEPTH_PROMPT
     """What depth's second condition showed in training: one of `tasks.DEPTH_PROMPTS`."""
     fits: Mapping[str, Fit] = dataclasses.field(default_factory=lambda: fits_of({}, ""))
@@ -94,7 +70,7 @@ def load_model(
         diffusion=_read_diffusion(sections["diffusion"], str(weights)),
         task=sections.get("task", "class"),
         codec=codec,
-        codes=tasks.codes_of(sections, str(weights)),
+        codes=target_codes.codes_of(sections, str(weights)),
         depth_prompt=tasks.check_depth_prompt(sections.get("depth_prompt", tasks.DEPTH_PROMPT), str(weights)),
         fits=fits_of(sections, str(weights)),
         lineage=sections.get("lineage") or {},
@@ -110,3 +86,31 @@ def _read_diffusion(values: dict[str, Any], source: str) -> DiffusionConfig:
             raise UserError(f"{source}: diffusion.{name} = {value!r} is unknown to dpt; these weights cannot be sampled.")
     config: DiffusionConfig = section_from_dict(DiffusionConfig, values, source, prefix="diffusion")
     return config
+
+
+def open_device(name: "torch.device | str") -> torch.device:
+    """The device of this name, such as "cpu" or "cuda:0"; UserError if there is none."""
+    try:
+        device = torch.device(name)
+        if torch.empty(0, device=device).is_meta:
+            raise RuntimeError("it holds no numbers")
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # of names, of builds without CUDA, of devices
+        known = ", ".join(["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))])
+        raise UserError(f'--device "{name}": there is no such device here; choose one of {known}.') from error
+    return device
+
+
+@contextlib.contextmanager
+def float32_products(precision: str, device: torch.device) -> Iterator[None]:
+    """Let a GPU's float32 matrix products and convolutions be TF32 ("tf32") or not (else); a CPU's are not touched."""
+    if device.type != "cuda":
+        yield
+        return
+    products, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(products)
+        torch.backends.cudnn.allow_tf32 = convolutions

@@ -10,8 +10,9 @@ from PIL import Image
 
 from dpt.errors import UserError
 from dpt.evaluation.depth_files import point_cloud, write_exr, write_ply
+from dpt.evaluation.ensembling import Prediction
+from dpt.evaluation.files import write_atomically
 from dpt.evaluation.pictures import colour_depth, colour_error, colour_flow, overlay_mask
-from dpt.evaluation.prediction import Prediction
 from dpt.pictures import flo_bytes
 from dpt.tasks import image_to_uint8, task_spec
 
@@ -23,7 +24,8 @@ FORMATS = {
 """What a task's predictions can be written as."""
 REGISTERED_FORMATS = ("npy", "colour")
 """Of tasks that users have registered: the values, and the pictures that code them."""
-DEFAULT_FORMATS = {"depth": ("npy", "png16", "colour"), "flow": ("flo", "colour"), "amodal": ("mask", "overlay", "whole")}
+DEFAULT_FORMATS = {"depth": ("npy", "png16", "colour")}
+"""What is written if nothing is asked for; of tasks that are not named here all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +33,7 @@ class OutputConfig:
     """Which files are written, and what a point cloud needs that depth up to scale and shift does not say."""
 
     formats: tuple[str, ...] = ()
-    """Of `FORMATS`; empty: the task's `DEFAULT_FORMATS`."""
+    """Of `FORMATS`; empty: `DEFAULT_FORMATS`."""
     fov: float = 60.0
     """Horizontal field of view of the camera in degrees."""
     focal: float = 0.0
@@ -81,7 +83,6 @@ def write_outputs(
     video share them; default: the prediction's own.
     """
     config = config or OutputConfig()
-    folder.mkdir(parents=True, exist_ok=True)
     written: list[Path] = []
 
     def place(suffix: str, write: Callable[[Path], object]) -> None:
@@ -130,13 +131,6 @@ def write_outputs(
         place("uncertainty.npy", lambda path: _save(path, prediction.uncertainty))
         picture("uncertainty.png", colour_error(prediction.uncertainty, float(np.quantile(prediction.uncertainty, 0.99))))
     return written
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make a file beside `path`, then put it in its place: a stop leaves no half of one."""
-    temporary = path.with_name(f".{path.name}.part")
-    write(temporary)
-    temporary.replace(path)
 
 
 def _save(path: Path, values: np.ndarray) -> None:

@@ -139,13 +139,20 @@ def compare(
     if uncertainty.any():
         high = float(np.quantile(uncertainty, 0.99))
         unit, factor = {"depth": ("% of the depth range", 100), "flow": ("px", 1)}.get(protocol.task, ("% of the votes", 100))
-        scale = Scale(colours=ERROR_COLOURS, low=0.0, high=high * factor, unit=unit)
-        panels["uncertainty"] = Panel(picture=colour_error(uncertainty, high), title="spread of the members", scale=scale)
+        panels["uncertainty"] = _error_panel(uncertainty, high, "spread of the members", unit, factor=factor)
     resized = {
         name: Panel(picture=tasks.resize_image(panel.picture, size), title=panel.title, scale=panel.scale)
         for name, panel in panels.items()
     }
     return Row(caption=caption, panels=resized)
+
+
+def _error_panel(
+    error: np.ndarray, high: float, title: str, unit: str, valid: np.ndarray | None = None, *, factor: float = 1
+) -> Panel:
+    """`colour_error` over its scale in `unit`, of which `factor` make 1."""
+    scale = Scale(colours=ERROR_COLOURS, low=0.0, high=high * factor, unit=unit)
+    return Panel(picture=colour_error(error, high, valid), title=title, scale=scale)
 
 
 def _depth_panels(protocol: Protocol, truth: np.ndarray, prediction: np.ndarray) -> dict[str, Panel]:
@@ -154,11 +161,10 @@ def _depth_panels(protocol: Protocol, truth: np.ndarray, prediction: np.ndarray)
     low, high = (float(q) for q in np.quantile(truth[valid], (0.02, 0.98)))
     depth = Scale(colours=DEPTH_COLOURS, low=low, high=high, unit="m")
     error = np.abs(metres - truth) / np.where(valid, truth, 1.0)
-    percent = Scale(colours=ERROR_COLOURS, low=0.0, high=30.0, unit="%")
     return {
         "truth": Panel(picture=colour_depth(truth, low, high, valid), title="true depth", scale=depth),
         "prediction": Panel(picture=colour_depth(metres, low, high), title="predicted depth", scale=depth),
-        "error": Panel(picture=colour_error(error, 0.3, valid), title="relative error", scale=percent),
+        "error": _error_panel(error, 0.3, "relative error", "%", valid, factor=100),
     }
 
 
@@ -167,11 +173,10 @@ def _flow_panels(protocol: Protocol, truth: np.ndarray, prediction: np.ndarray) 
     longest = float(np.quantile(np.hypot(*truth)[valid], 0.99))
     wheel = Scale(colours="wheel", low=0.0, high=longest, unit="px")
     error, high = np.hypot(*(prediction - truth)), max(3.0, longest / 4)
-    pixels = Scale(colours=ERROR_COLOURS, low=0.0, high=high, unit="px")
     return {
         "truth": Panel(picture=colour_flow(truth, longest), title="true motion", scale=wheel),
         "prediction": Panel(picture=colour_flow(prediction, longest), title="predicted motion", scale=wheel),
-        "error": Panel(picture=colour_error(error, high, valid), title="end-point error", scale=pixels),
+        "error": _error_panel(error, high, "end-point error", "px", valid),
     }
 
 
@@ -184,11 +189,7 @@ def _registered_panels(protocol: Protocol, truth: np.ndarray, prediction: np.nda
     return {
         "truth": Panel(picture=tasks.image_to_uint8(encode(np.where(valid, truth, 0.0))[0]), title=f"true {protocol.task}"),
         "prediction": Panel(picture=tasks.image_to_uint8(encode(prediction)[0]), title=f"predicted {protocol.task}"),
-        "error": Panel(
-            picture=colour_error(error, high, valid),
-            title="length of the difference",
-            scale=Scale(colours=ERROR_COLOURS, low=0.0, high=high, unit=""),
-        ),
+        "error": _error_panel(error, high, "length of the difference", "", valid),
     }
 
 

@@ -1,14 +1,12 @@
-"""Predictions for any number of files: a few in memory at a time, written as they come, gone on with after a stop."""
+"""Predictions for any number of files: a few in memory at a time, written as they come, resumed after a stop."""
 
 import contextlib
-import hashlib
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +14,7 @@ from torch import Tensor
 
 from dpt import distributed
 from dpt.errors import UserError
+from dpt.evaluation.files import JsonLines, fingerprint
 from dpt.evaluation.frames import Source
 from dpt.evaluation.outputs import OutputConfig, write_outputs
 from dpt.evaluation.prediction import Predictor
@@ -47,29 +46,22 @@ class Progressed:
     """Sources that were done already."""
 
 
-class DoneLog:
-    """Which results are there, one JSON line each, so that a stopped run goes on: below OUT/.done, a file a rank.
+class DoneLog(JsonLines):
+    """Which results are there, a line each, from which a stopped run resumes: below OUT/.done.
 
     A result counts if it was made with the same settings of the same file, and its files are still there.
     """
 
     def __init__(self, out: Path, settings: Any) -> None:
-        self._out, self._folder = out, out / ".done"
-        text = json.dumps(settings, sort_keys=True, default=str)
-        self._settings = hashlib.sha256(text.encode()).hexdigest()[:16]
-        self._file: IO[str] | None = None
+        super().__init__(out / ".done")
+        self._out, self._settings = out, fingerprint(settings)
 
     def read(self) -> dict[str, list[Any]]:
         """Name -> [stamp, files] of the results with these settings, whatever ranks wrote them."""
         newest: dict[str, list[Any]] = {}
-        for path in self._folder.glob("*.jsonl"):
-            for line in path.read_text(encoding="utf-8").split("\n"):
-                try:
-                    when, name, *rest = json.loads(line)
-                except ValueError:  # a line that a kill left torn
-                    continue
-                if name not in newest or newest[name][0] < when:
-                    newest[name] = [when, *rest]
+        for when, name, *rest in self.values():
+            if name not in newest or newest[name][0] < when:
+                newest[name] = [when, *rest]
         return {name: [stamp, files] for name, (_, settings, stamp, files) in newest.items() if settings == self._settings}
 
     def has(self, known: dict[str, list[Any]], job: Job) -> bool:
@@ -79,18 +71,8 @@ class DoneLog:
 
     def add(self, job: Job, files: Sequence[Path]) -> None:
         """Keep that a job is done."""
-        if self._file is None:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            self._file = (self._folder / f"{distributed.rank():05d}.jsonl").open("a", encoding="utf-8")
-            self._file.write("\n")  # what a kill left torn ends here
         names = [str(file.relative_to(self._out)) for file in files]
-        self._file.write(json.dumps([time.time(), job.source.name, self._settings, _stamp(job), names]) + "\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        """Close the file."""
-        if self._file is not None:
-            self._file.close()
+        self.append([time.time(), job.source.name, self._settings, _stamp(job), names])
 
 
 def _stamp(job: Job) -> list[Any]:
@@ -115,7 +97,7 @@ def predict_files(
 ) -> Progressed:
     """Predict for every job and write OUT/NAME_*, see `write_outputs`; videos as in `dpt.evaluation.videos`.
 
-    At most two batches of pictures are in memory. Results appear one by one, each file whole; `report` is told of it. With
+    At most two batches of pictures are in memory. Results appear one by one, each file whole; `report` gets its path. With
     `settings` (all that the results depend on beside their files) what an earlier call has written is not done again, unless
     `again`. Ranks share the jobs: videos one by one, pictures in batches that are the same for any number of ranks. What cannot
     be read is left out and named in the result; the rest is written. UserError if the network cannot predict at all.

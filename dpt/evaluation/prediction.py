@@ -1,76 +1,23 @@
 """Predictions with trained weights: images of any size in, depth, flow or amodal masks out, at the images' own size."""
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dpt import distributed, tasks
-from dpt.config.sections import EvaluationConfig
+from dpt import target_codes, tasks
 from dpt.data.codec import mean_latents
 from dpt.diffusion import noise as noises
-from dpt.diffusion.samplers import Plan, guide, make_plan, sample
 from dpt.errors import UserError, naming
-from dpt.evaluation import ensembling
-from dpt.evaluation.loading import LoadedModel, load_model
-from dpt.models.costs import macs
-from dpt.models.pretrained import read_weights
-from dpt.models.weights import Weights
+from dpt.evaluation.denoising import Denoiser
+from dpt.evaluation.ensembling import Prediction, merge_members, whole_object
 
 
-@dataclass(frozen=True, kw_only=True)
-class Prediction:
-    """One image's result at its own size."""
-
-    value: np.ndarray
-    """depth: float32 `[H, W]`, up to scale and shift; flow: float32 `[2, H, W]` pixels; amodal: bool `[H, W]`; registered
-    tasks: float32 `[C, H, W]`."""
-    uncertainty: np.ndarray
-    """float32 `[H, W]`, 0 without an ensemble: depth and flow in the value's units, amodal as the share of dissenting votes."""
-    whole: np.ndarray | None = None
-    """amodal, from `Predictor.__call__`: uint8 `[H, W, 3]`, the completed object in colour, white outside `value`."""
-
-
-class Predictor:
-    """Predicts with `weights`: an exported folder, public weights, or a `LoadedModel`; `vae` and `read` as in `load_model`.
-
-    Every field of `config` that concerns sampling holds. Results are float32 and depend on (seed, key, member, steps), not on
-    how samples are batched. UserError for weights that cannot be used.
-    """
-
-    def __init__(
-        self,
-        weights: "str | Path | LoadedModel",
-        *,
-        config: EvaluationConfig | None = None,
-        vae: str = "",
-        device: "torch.device | str | None" = None,
-        read: Callable[..., Weights] = read_weights,
-    ) -> None:
-        self.config = config or EvaluationConfig()
-        self.device = open_device(device) if device is not None else distributed.device()
-        if isinstance(weights, LoadedModel):
-            loaded = weights
-        else:
-            loaded = load_model(weights, vae=vae, use_ema=self.config.use_ema, read=read)
-        self.name = "these weights" if isinstance(weights, LoadedModel) else str(weights)
-        """What messages call the weights."""
-        self.dtype = torch.bfloat16 if self.config.precision == "bf16" else torch.float32
-        self.network = loaded.network.to(self.device, self.dtype).eval()
-        self.model, self.task, self.codec, self.lineage = loaded.model, loaded.task, loaded.codec, loaded.lineage
-        self.codes, self.fits, self.depth_prompt = dict(loaded.codes), dict(loaded.fits), loaded.depth_prompt
-        self.codec.to(self.device)
-        self.config = self.config.settled(loaded.diffusion)
-        spacing = self.config.timestep_spacing or loaded.diffusion.timestep_spacing
-        diffusion = dataclasses.replace(loaded.diffusion, timestep_spacing=spacing)
-        self.diffusion = diffusion.with_schedule(self.config.schedule) if self.config.schedule else diffusion
-
-    # --- whole images ---------------------------------------------------------------------------------------------------
+class Predictor(Denoiser):
+    """Predicts with `weights`: an exported folder, public weights, or a `LoadedModel`; `vae` and `read` as in
+    `dpt.evaluation.loading.load_model`, `config` and `device` as in `Denoiser`."""
 
     def __call__(
         self,
@@ -104,27 +51,22 @@ class Predictor:
         asked = dataclasses.replace(
             self.config, steps=[steps or self.config.steps[-1]], ensemble=[ensemble or self.config.ensemble[-1]]
         ).settled(self.diffusion)
-        members = range(asked.ensemble[0])
-        conditions = self._encode_conditions(spec.name, images, others, resolution)
-        results: list[Prediction | None] = [None] * len(images)
-        for size in dict.fromkeys(c.shape[-2:] for c in conditions):
-            group = [i for i, c in enumerate(conditions) if c.shape[-2:] == size]
-            latents = self.predict_latents(
-                torch.stack([conditions[i] for i in group]),
-                [keys[i] for i in group],
-                members,
-                task=spec.name,
-                steps=asked.steps[0],
-                embeddings=None if embeddings is None else embeddings[group],
-            )
-            pictures = self.decode_pictures(latents)
-            values = self.picture_values(pictures, spec.name)
-            for row, i in enumerate(group):
-                merged = merge_members(spec.name, values[row], images[i].shape[:2], self.config.aggregation)
-                if spec.name == "amodal":
-                    merged = dataclasses.replace(merged, whole=_whole_object(pictures[row, :, 0], merged.value))
-                results[i] = merged
-        return [r for r in results if r is not None]
+        pictures = self.predict_pictures(
+            self._encode_conditions(spec.name, images, others, resolution),
+            keys,
+            range(asked.ensemble[0]),
+            task=spec.name,
+            steps=asked.steps[0],
+            embeddings=embeddings,
+        )
+        results = []
+        for image, members in zip(images, pictures, strict=True):
+            values = self.picture_values(members[None], spec.name)[0]
+            merged = merge_members(spec.name, values, image.shape[:2], self.config.aggregation)
+            if spec.name == "amodal":
+                merged = dataclasses.replace(merged, whole=whole_object(members[:, 0], merged.value))
+            results.append(merged)
+        return results
 
     def check_task(self, task: str) -> tasks.TaskSpec:
         """The task's spec; UserError if the model was not trained for it, or takes another number of conditions."""
@@ -170,110 +112,33 @@ class Predictor:
             encoded.append(mean_latents(self.codec.encode(stacked), self.codec.scaling))
         return encoded
 
-    # --- latents --------------------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def predict_latents(
+    def predict_pictures(
         self,
-        cond_latents: Tensor,
+        cond_latents: Sequence[Tensor],
         keys: Sequence[str],
         members: Sequence[int],
         *,
         task: str,
         steps: int,
         embeddings: Tensor | None = None,
-    ) -> Tensor:
-        """Target latents `[S, N, M, C, h, w]` of S samples, N ensemble members and the task's M targets.
+    ) -> list[Tensor]:
+        """Target images `[N, M, 3, H, W]` in [-1, 1] of each sample; those whose latents are of one size are batched together.
 
-        cond_latents: scaled `[S, K, C, h, w]`, K at least the model's num_conditions; embeddings: CLIP `[S, D]`. Samples,
-        members and targets are batched together, `config.batch_size` at a time; a member's targets start from the same noise.
-        UserError, naming the sample, if what the network gives is not finite.
+        cond_latents: scaled `[K, C, h, w]` each; all else as in `predict_latents`.
         """
-        targets = tasks.task_spec(task).targets
-        labels = [tasks.label_id(t, trained_task=self.task, num_classes=self.model.num_classes) for t in targets]
-        samples, channels, size = len(cond_latents), self.model.in_channels, cond_latents.shape[-2:]
-        conditions = cond_latents[:, : self.model.num_conditions].to(self.device).flatten(1, 2)
-        pairs = [(s, m) for s in range(samples) for m in members]
-        seeds = noises.key_seeds(self.config.seed, [keys[s] for s, _ in pairs], [m for _, m in pairs])
-        rows = torch.arange(samples).repeat_interleave(len(members) * len(targets))
-        seeds = seeds.repeat_interleave(len(targets))
-        label_ids = torch.tensor(labels).repeat(len(pairs))
-        results = []
-        for start in range(0, len(rows), self.config.batch_size):
-            part = slice(start, start + self.config.batch_size)
-            row = rows[part].to(self.device)
-            results.append(
-                self._sample(
-                    conditions[row],
-                    label_ids[part].to(self.device),
-                    seeds[part].to(self.device),
-                    (channels, *size),
-                    steps,
-                    None if embeddings is None else embeddings.to(self.device)[row],
-                )
+        pictures: dict[int, Tensor] = {}
+        for size in dict.fromkeys(c.shape[-2:] for c in cond_latents):
+            group = [i for i, c in enumerate(cond_latents) if c.shape[-2:] == size]
+            latents = self.predict_latents(
+                torch.stack([cond_latents[i] for i in group]),
+                [keys[i] for i in group],
+                members,
+                task=task,
+                steps=steps,
+                embeddings=None if embeddings is None else embeddings[group],
             )
-        latents = torch.cat(results).reshape(samples, len(members), len(targets), channels, *size)
-        finite = latents.isfinite().flatten(1).all(1)
-        if not bool(finite.all()):
-            broken = [key for key, sound in zip(keys, finite.tolist(), strict=True) if not sound]
-            raise UserError(
-                f"{broken[0]}: the network predicts values that are not finite (in {len(broken)} of {samples} samples here); "
-                "check the weights, or predict in fp32."
-            )
-        return latents
-
-    def _sample(
-        self,
-        conditions: Tensor,
-        labels: Tensor,
-        seeds: Tensor,
-        shape: tuple[int, ...],
-        steps: int,
-        embeddings: Tensor | None = None,
-        *,
-        guidance_channels: int = 0,
-    ) -> Tensor:
-        """Latents `[B, C, h, w]` from conditions `[B, K C, h, w]`, labels and seeds `[B]`."""
-        config = self.config
-        plan = self._plan(steps)
-        guided = config.guidance_scale != 1.0
-        null = torch.full_like(labels, self.model.num_classes)
-        task_labels = torch.cat((labels, labels)) if guided else labels
-        labels = torch.cat((labels, null)) if guided else labels
-        conditions = torch.cat((conditions, conditions)) if guided else conditions
-        if embeddings is not None:
-            embeddings = (torch.cat((embeddings, embeddings)) if guided else embeddings).to(self.dtype)
-
-        if bool((labels == labels[0]).all()):  # as the timesteps are: one conditioning for all
-            labels = labels[:1]
-
-        def predict(noisy: Tensor, timesteps: Tensor) -> Tensor:
-            count = len(noisy)  # the conditional half alone, where guidance does not act
-            inputs = torch.cat((conditions[:count], noisy), dim=1).to(self.dtype)
-            told = None if embeddings is None else embeddings[:count]
-            with float32_products(self.config.precision, self.device):
-                return self.network(inputs, timesteps[: len(labels)], labels[:count], told, task_labels[:count]).prediction
-
-        channels = self.model.in_channels
-        denoise = (
-            guide(predict, scale=config.guidance_scale, channels=channels, guided_channels=guidance_channels)
-            if guided
-            else predict
-        )
-        return sample(
-            denoise, noises.initial_noise(self.diffusion.initial_noise, seeds, shape), plan, seeds=seeds, unguided=predict
-        )
-
-    def _plan(self, steps: int) -> Plan:
-        config = self.config
-        return make_plan(
-            self.diffusion,
-            num_inference_steps=steps,
-            sampler=config.sampler,
-            eta=config.eta,
-            step_power=config.step_power,
-            guidance_interval=(config.guidance_low, config.guidance_high),
-        )
+            pictures |= zip(group, self.decode_pictures(latents), strict=True)
+        return [pictures[i] for i in range(len(cond_latents))]
 
     def decode(self, latents: Tensor, task: str, *, code: str = "") -> Tensor:
         """Target latents `[S, N, M, C, h, w]` -> values: depth `[S, N, H, W]` in [0, 1]; flow `[S, N, 2, H, W]` as fractions of
@@ -290,26 +155,14 @@ class Predictor:
     def picture_values(self, images: Tensor, task: str, *, code: str = "") -> Tensor:
         """Target images `[S, N, M, 3, H, W]` -> values, as `decode` gives them."""
         if task == "amodal":
-            return tasks.decode_amodal(images[:, :, 0])
+            return target_codes.decode_amodal(images[:, :, 0])
         if (registered := tasks.task_spec(task).decode) is not None:
             decoded: Tensor = registered(images)
             return decoded
         code = code or self.codes[task]
         if task == "depth":
-            return tasks.decode_depth(images[:, :, 0], code)
-        return torch.stack([tasks.decode_flow(images[:, :, axis], axis, 1, code) for axis in (0, 1)], dim=2)
-
-    def prediction_macs(self, task: str, height: int, width: int, *, steps: int, ensemble: int) -> float:
-        """Multiply-accumulates of the network for one prediction from latents of height x width; guided steps count twice."""
-        each = float(macs(self.model, height, width).forward) * self.passes(steps)
-        return each * ensemble * len(tasks.task_spec(task).targets)
-
-    def passes(self, steps: int) -> int:
-        """The network's forward passes for one latent image; guided steps take two."""
-        doubled = self.config.guidance_scale != 1.0
-        return sum(1 + (doubled and step.guided) for step in self._plan(steps).steps)
-
-    # --- class-conditional images ---------------------------------------------------------------------------------------
+            return target_codes.decode_depth(images[:, :, 0], code)
+        return torch.stack([target_codes.decode_flow(images[:, :, axis], axis, 1, code) for axis in (0, 1)], dim=2)
 
     @torch.no_grad()
     def generate(
@@ -334,7 +187,7 @@ class Predictor:
         for start in range(0, len(labels), self.config.batch_size):
             part = slice(start, start + self.config.batch_size)
             ids = torch.tensor(labels[part], device=self.device)
-            latents = self._sample(
+            latents = self.sample_latents(
                 torch.empty(len(ids), 0, *shape[1:], device=self.device),
                 ids,
                 seeds[part].to(self.device),
@@ -344,63 +197,3 @@ class Predictor:
             )
             images += [tasks.image_to_uint8(image) for image in self.codec.decode(latents).cpu().numpy()]
         return images
-
-
-def open_device(name: "torch.device | str") -> torch.device:
-    """The device of this name, such as "cpu" or "cuda:0"; UserError if there is none."""
-    try:
-        device = torch.device(name)
-        if torch.empty(0, device=device).is_meta:
-            raise RuntimeError("it holds no numbers")
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # of names, of builds without CUDA, of devices
-        known = ", ".join(["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))])
-        raise UserError(f'--device "{name}": there is no such device here; choose one of {known}.') from error
-    return device
-
-
-@contextlib.contextmanager
-def float32_products(precision: str, device: torch.device) -> Iterator[None]:
-    """Let a GPU's float32 matrix products and convolutions be TF32 ("tf32") or not (else); a CPU's are not touched."""
-    if device.type != "cuda":
-        yield
-        return
-    products, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-    torch.backends.cudnn.allow_tf32 = precision == "tf32"
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(products)
-        torch.backends.cudnn.allow_tf32 = convolutions
-
-
-def _whole_object(pictures: Tensor, mask: np.ndarray) -> np.ndarray:
-    """Members' pictures `[N, 3, h, w]` in [-1, 1] -> their median uint8 `[H, W, 3]` at the size of `mask`, white outside it."""
-    middle = pictures.median(dim=0).values.cpu().numpy()
-    picture = tasks.resize_image(tasks.image_to_uint8(middle), (mask.shape[0], mask.shape[1]))
-    return np.where(mask[..., None], picture, np.uint8(255))
-
-
-def merge_members(task: str, values: Tensor, size: tuple[int, int], aggregation: str) -> Prediction:
-    """Members' values `[N, ...]` of one sample, as `Predictor.decode` gives them -> their prediction at `size` (H, W), pixels.
-
-    Members are merged at the network's resolution, then resized (of masks, the share of votes is resized and thresholded).
-    """
-    if (spec := tasks.task_spec(task)).registered:
-        merged, deviation = ensembling.merge_values(values[None].float(), "mean" if aggregation == "mean" else "median")
-        uncertainty = torch.linalg.vector_norm(deviation, dim=1)
-        value = tasks.resize_smooth(merged[0].cpu().numpy(), size)
-        value = value if spec.finish is None else spec.finish(value)
-    elif task == "depth":
-        merged, uncertainty = ensembling.merge_depth(values[None], aggregation)
-        value = tasks.resize_smooth(merged[0].cpu().numpy(), size)
-    elif task == "flow":
-        merged, uncertainty = ensembling.merge_flow(
-            values[None] * values.new_tensor([size[1], size[0]])[:, None, None], aggregation
-        )
-        value = tasks.resize_smooth(merged[0].cpu().numpy(), size)
-    else:
-        mask, uncertainty = ensembling.merge_masks(values[None])
-        share = torch.where(mask, 1.0 - uncertainty, uncertainty)
-        value = tasks.resize_smooth(share[0].cpu().numpy(), size) > 0.5
-    return Prediction(value=value, uncertainty=tasks.resize_smooth(uncertainty[0].cpu().numpy(), size))

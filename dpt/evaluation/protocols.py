@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from scipy.ndimage import sobel
@@ -60,8 +61,6 @@ class Protocol:
     """Depth: fit scale and shift on maps reduced (nearest) to this longest side; 0: at full size."""
     log_fit: LogFit = LogFit()
     """Depth: the pixels of the second column."""
-    inference_longest: int = 0
-    """Longest side, in pixels, at which images are shown to the network in publications; 0: their own size."""
     main_metric: str = ""
     """The metric that ranks samples, and the first in tables."""
     metrics: Callable[[np.ndarray, np.ndarray], dict[str, float]] | None = None
@@ -70,80 +69,38 @@ class Protocol:
 
 HIGHER_IS_BETTER = {"delta1", "delta2", "delta3", "delta1_log_fit", "iou", "iou_pooled"}
 
+
+def _depth(name: str, num_samples: int, metres: tuple[float, float], datasets: tuple[str, ...] = (), **more: Any) -> Protocol:
+    """A protocol of depth, whose predictions are clipped to the valid range, in metres, if nothing else is said."""
+    settings = {"valid_range": metres, "clip": metres, "datasets": datasets or (name,), "main_metric": "abs_rel"}
+    return Protocol(name=name, task="depth", num_samples=num_samples, **(settings | more))
+
+
 PROTOCOLS: dict[str, Protocol] = {
     p.name: p
     for p in (
-        Protocol(
-            name="nyu_v2",
-            task="depth",
-            datasets=("nyu_v2", "nyu"),
-            num_samples=654,
-            valid_range=(1e-3, 10.0),
-            clip=(1e-3, 10.0),
-            crop=_EIGEN_NYU,
-            log_fit=LogFit(valid_range=(0.1, 10.0)),
-            main_metric="abs_rel",
+        _depth("nyu_v2", 654, (1e-3, 10.0), ("nyu_v2", "nyu"), crop=_EIGEN_NYU, log_fit=LogFit(valid_range=(0.1, 10.0))),
+        _depth("scannet", 800, (1e-3, 10.0), log_fit=LogFit(valid_range=(0.01, 10.0))),
+        _depth(  # published with images of at most 756 pixels
+            "eth3d", 454, (1e-5, math.inf), align_longest=1024, log_fit=LogFit(valid_range=(0.01, math.inf), size=(1360, 2048))
         ),
-        Protocol(
-            name="scannet",
-            task="depth",
-            datasets=("scannet",),
-            num_samples=800,
-            valid_range=(1e-3, 10.0),
-            clip=(1e-3, 10.0),
-            log_fit=LogFit(valid_range=(0.01, 10.0)),
-            main_metric="abs_rel",
-        ),
-        Protocol(
-            name="eth3d",
-            task="depth",
-            datasets=("eth3d",),
-            num_samples=454,
-            valid_range=(1e-5, math.inf),
-            clip=(1e-5, math.inf),
-            align_longest=1024,
-            log_fit=LogFit(valid_range=(0.01, math.inf), size=(1360, 2048)),
-            inference_longest=756,
-            main_metric="abs_rel",
-        ),
-        Protocol(
-            name="diode",
-            task="depth",
-            datasets=("diode",),
-            num_samples=771,
-            clip=(0.6, 350.0),
-            log_fit=LogFit(valid_range=(0.6, 350.0), steepest=0.3),
-            inference_longest=640,
-            main_metric="abs_rel",
-        ),
-        Protocol(
-            name="hypersim",
-            task="depth",
-            datasets=("hypersim",),
-            num_samples=7370,
-            valid_range=(1e-5, 65.0),
-            clip=(1e-5, 65.0),
-            main_metric="abs_rel",
-        ),
-        Protocol(
-            name="kitti",
-            task="depth",
-            datasets=("kitti", "kitti_eigen"),
-            num_samples=652,
-            valid_range=(1e-5, 80.0),
-            clip=(1e-5, 80.0),
+        # published with images of at most 640 pixels
+        _depth("diode", 771, (0.0, math.inf), clip=(0.6, 350.0), log_fit=LogFit(valid_range=(0.6, 350.0), steepest=0.3)),
+        _depth("hypersim", 7370, (1e-5, 65.0)),
+        _depth(
+            "kitti",
+            652,
+            (1e-5, 80.0),
+            ("kitti", "kitti_eigen"),
             crop=_EIGEN_KITTI,
             region=(352, 1216),
             log_fit=LogFit(valid_range=(0.1, 80.0)),
-            main_metric="abs_rel",
         ),
         Protocol(name="flying_chairs", task="flow", datasets=("flying_chairs",), num_samples=640, main_metric="epe"),
         Protocol(name="pix2gestalt", task="amodal", datasets=("pix2gestalt",), main_metric="iou"),
         Protocol(name="coco_a", task="amodal", datasets=("coco_amodal", "cocoa"), main_metric="iou"),
         Protocol(name="mp3d_amodal", task="amodal", datasets=("mp3d_amodal", "mp3d"), main_metric="iou"),
-        Protocol(
-            name="synthetic_depth", task="depth", valid_range=(1e-3, math.inf), clip=(1e-3, math.inf), main_metric="abs_rel"
-        ),
+        _depth("synthetic_depth", 0, (1e-3, math.inf)),
         Protocol(name="synthetic_flow", task="flow", main_metric="epe"),
         Protocol(name="synthetic_amodal", task="amodal", main_metric="iou"),
     )

@@ -1,38 +1,34 @@
 """The evaluator: every sample of every set predicted and scored once, on any number of ranks, under all settings of a sweep."""
 
-import contextlib
-import dataclasses
 import hashlib
 import itertools
-import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dpt import distributed, hub
+from dpt import distributed
 from dpt.config.recipe import Recipe
-from dpt.config.sections import DataConfig, EvaluationConfig
-from dpt.data.shards import ShardFolder
+from dpt.config.sections import EvaluationConfig
 from dpt.errors import UserError
+from dpt.evaluation.files import write_json
 from dpt.evaluation.prediction import Predictor
+from dpt.evaluation.recording import Recording, open_predictor, shards_as_dataset
 from dpt.evaluation.records import Record, RecordLog, write_parquet
 from dpt.evaluation.scoring import Scorer
-from dpt.evaluation.sets import EvaluationSet, open_sets
+from dpt.evaluation.sets import EvaluationSet, check_set, open_sets
 from dpt.evaluation.summary import SAME, pick_samples, protocol_line, summarize, tracked_metrics
 from dpt.fits import as_section
 from dpt.locking import held
-from dpt.models.attention import use_backend
 from dpt.models.costs import macs
 from dpt.models.pretrained import read_weights
 from dpt.models.weights import Weights
 from dpt.progress import progress
 from dpt.scores import name_of, say
-from dpt.tasks import DEPTH_PROMPT
 
 SUMMARY_VERSION = 1
 SCENES = "scenes"
 """Folder of the scenes of reports, below the set's own (`dpt.evaluation.scenes`)."""
+_SAMPLING = ("sampler", "eta", "step_power", "guidance_scale", "guidance_low", "guidance_high", "precision", "seed")
 
 
 def evaluate(
@@ -48,7 +44,7 @@ def evaluate(
     more, and before anything is scored.
 
     Writes, below `config.output_dir`: summary.json; and for each set SET/samples.parquet, SET/pictures/*.png and, while it
-    lasts, SET/parts, from which an interrupted run goes on. Returns the summary, on every rank. UserError for bad input.
+    lasts, SET/parts, from which an interrupted run resumes. Returns the summary, on every rank. UserError for bad input.
     """
     if not config.predictions and predictor is None and not config.weights:
         raise UserError("dpt.evaluation.weights is empty; name the weights to evaluate, or ready-made predictions.")
@@ -60,9 +56,9 @@ def evaluate(
     if predictor is not None and (settled := config.settled(predictor.diffusion)) != config:
         distributed.log("These weights predict in one pass: dpt.evaluation.steps and ensemble are 1.")
         config = settled
-    for one in sets:
-        check_set(one, predictor)
-        _name_other_fit(one, predictor)
+    if predictor is not None:
+        for one in sets:
+            check_set(one, predictor)
     with distributed.shared_errors():
         for one in sets:
             one.verify(distributed.rank(), distributed.world_size())
@@ -72,59 +68,9 @@ def evaluate(
         for one in sets:
             summary["sets"][one.name] = _evaluate_set(one, config, predictor)
         if distributed.is_main():
-            _write_json(Path(config.output_dir) / "summary.json", summary)
+            write_json(Path(config.output_dir) / "summary.json", summary)
         distributed.barrier()
     return summary
-
-
-def check_set(one: EvaluationSet, predictor: Predictor | None) -> None:
-    """UserError if the model cannot predict for the set: another task, other conditions, latents of another VAE, no CLIP
-    embeddings where it takes them, depth prompts made of the truth that it has not learnt with."""
-    if predictor is None:
-        return
-    predictor.check_task(one.task)
-    width = predictor.model.clip_embedding_size
-    if width and one.task == "amodal":
-        stored = one.manifest.members["clip"].shape[-1] if "clip" in one.manifest.members else 0
-        if stored != width:
-            have = f"CLIP embeddings of {stored} numbers" if stored else "no CLIP embeddings"
-            raise UserError(
-                f"{one.folder}: the shards hold {have}, the weights take {width}; encode the set anew with --clip and the "
-                "image tower that they were trained with."
-            )
-    available = one.manifest.members["cond_latents"].shape[0]
-    if predictor.model.num_conditions > available:
-        raise UserError(f"{one.folder}: {available} condition latents, but the model takes {predictor.model.num_conditions}.")
-    if difference := predictor.codec.record.difference(dataclasses.asdict(one.manifest.vae)):
-        raise UserError(
-            f"{one.folder}: the latents were made by VAE {one.manifest.vae.name!r}, the model's is another one ({difference}); "
-            "encode the set with the model's VAE."
-        )
-    _check_depth_prompt(one, predictor)
-
-
-def _name_other_fit(one: EvaluationSet, predictor: Predictor | None) -> None:
-    """Say so where a set's pictures came to their size in another way than those that the network learnt with."""
-    fit = one.manifest.fit
-    if fit is None or predictor is None or not predictor.fits[one.task].resolution:
-        return
-    learnt = predictor.fits[one.task]
-    if (fit.whole, fit.resolution) != (learnt.whole, learnt.resolution):
-        distributed.log(f"{one.name}: encoded with --fit {fit}; the weights learnt with {learnt}, which dpt predict follows.")
-
-
-def _check_depth_prompt(one: EvaluationSet, predictor: Predictor) -> None:
-    """UserError if the network is shown prompts that are made of the truth and has not learnt with them; where it has learnt
-    with them and is shown the all-valid one, that is said, and the summary names it."""
-    learnt = predictor.depth_prompt
-    if predictor.model.num_conditions < 2 or one.depth_prompt in ("", learnt):
-        return
-    if one.depth_prompt != DEPTH_PROMPT:
-        raise UserError(
-            f"{one.folder}: encoded with --prompt {one.depth_prompt}, the weights learnt with {learnt}; encode the set with "
-            f"--prompt {learnt}."
-        )
-    distributed.log(f"{one.name}: depth is asked with the prompt {one.depth_prompt}; the weights learnt with {learnt}.")
 
 
 def _evaluate_set(one: EvaluationSet, config: EvaluationConfig, predictor: Predictor | None) -> dict[str, Any]:
@@ -132,7 +78,7 @@ def _evaluate_set(one: EvaluationSet, config: EvaluationConfig, predictor: Predi
     folder = Path(config.output_dir) / one.name
     scorer = Scorer(one, config, predictor, folder)
     wanted = scorer.settings()
-    log = RecordLog(folder, _fingerprint(one, config, predictor), rank=distributed.rank())
+    log = RecordLog(folder, _fingerprint(one, config, predictor))
     done = distributed.broadcast_object(log.read() if distributed.is_main() else {})
     missing = {i: frozenset(s for s in wanted if (i, s) not in done) for i in range(len(one))}
     mine = [i for i in missing if missing[i]][distributed.rank() :: distributed.world_size()]
@@ -162,11 +108,17 @@ def _fingerprint(one: EvaluationSet, config: EvaluationConfig, predictor: Predic
     if predictor is None:
         files = sorted(p for p in Path(config.predictions).rglob("*") if p.is_file())
         return shared | {"predictions": [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files]}
-    names: tuple[str, ...] = ("aggregation", "sampler", "eta", "step_power", "guidance_scale", "guidance_low", "guidance_high")
-    names += ("precision", "seed", "save_predictions")
-    sampling = {name: getattr(config, name) for name in names}
-    chosen = {"schedule": predictor.diffusion.beta_schedule, "timestep_spacing": predictor.diffusion.timestep_spacing}
-    return shared | sampling | chosen | {"weights": weights_sha256(predictor)}
+    chosen = {name: getattr(config, name) for name in ("aggregation", "save_predictions")}
+    return shared | chosen | sampling_settings(config, predictor) | {"weights": weights_sha256(predictor)}
+
+
+def sampling_settings(config: EvaluationConfig, predictor: Predictor) -> dict[str, Any]:
+    """How predictions are sampled, but for the numbers of steps and members."""
+    sampling = {name: getattr(config, name) for name in _SAMPLING}
+    return sampling | {
+        "schedule": predictor.diffusion.beta_schedule,
+        "timestep_spacing": predictor.diffusion.timestep_spacing,
+    }
 
 
 def weights_sha256(predictor: Predictor) -> str:
@@ -193,33 +145,14 @@ def _described(config: EvaluationConfig, predictor: Predictor | None) -> dict[st
     """How the predictions were made."""
     if predictor is None:
         return {"predictions": config.predictions}
-    names = (
-        "weights",
-        "use_ema",
-        "aggregation",
-        "sampler",
-        "eta",
-        "step_power",
-        "guidance_scale",
-        "guidance_low",
-        "guidance_high",
-    )
     return {
-        **{name: getattr(config, name) for name in (*names, "precision", "seed")},
-        "schedule": predictor.diffusion.beta_schedule,
-        "timestep_spacing": predictor.diffusion.timestep_spacing,
+        **{name: getattr(config, name) for name in ("weights", "use_ema", "aggregation")},
+        **sampling_settings(config, predictor),
         "codes": predictor.codes,
         "fits": as_section(predictor.fits),
         "forward_macs": macs(predictor.model).forward,
         "lineage": predictor.lineage,
     }
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=2, default=str) + "\n", encoding="utf-8")
-    temporary.replace(path)
 
 
 def _draw(one: EvaluationSet, scorer: Scorer, records: list[Record], count: int, folder: Path) -> None:
@@ -257,59 +190,23 @@ def _draw(one: EvaluationSet, scorer: Scorer, records: list[Record], count: int,
     write_scenes(scenes, folder / SCENES, setting=picked[SAME][0].setting, metric=metric, about=about)
 
 
-def as_evaluated(recipe: Recipe, predictor: Predictor | None, task: str) -> Recipe:
-    """The recipe with the task, network and objective of the weights that are evaluated, which are what runs are found by."""
-    changes: dict[str, Any] = {"task": task}
-    if predictor is not None:
-        changes |= {"model": predictor.model, "diffusion": predictor.diffusion}
-    return dataclasses.replace(recipe, dpt=dataclasses.replace(recipe.dpt, **changes))
-
-
 def run_evaluation(recipe: Recipe, *, read: Callable[..., Weights] = read_weights) -> dict[str, Any]:
     """`evaluate` a recipe's `dpt.evaluation`, recorded in MLflow under the run that trained the weights; `read` as in
     `dpt.evaluation.loading.load_model`."""
-    from dpt.tracking import Run, start_run
-
-    config = replace(recipe.dpt.evaluation, weights=hub.pinned(recipe.dpt.evaluation.weights))
-    recipe = replace(recipe, dpt=replace(recipe.dpt, evaluation=config))
-    distributed.log(use_backend(recipe.dpt.attention_backend))
+    recipe, predictor = open_predictor(recipe, ready_made=bool(recipe.dpt.evaluation.predictions), read=read)
+    config, cache_dir = recipe.dpt.evaluation, recipe.dpt.data.cache_dir
     output = Path(config.output_dir)
-    vae = recipe.dpt.data.vae if recipe.dpt.data.vae != DataConfig().vae else ""  # the default: the one that the weights name
-    predictor = None
-    if config.weights and not config.predictions:
-        predictor = Predictor(config.weights, config=config, vae=vae, read=read)
-    parent = str(predictor.lineage.get("run_id") or "") if predictor is not None else ""
-    name = f"evaluate {Path(config.predictions or config.weights).name}"
-    with contextlib.ExitStack() as stack:
-        runs: list[Run] = []
-
-        def begin(sets: list[EvaluationSet]) -> None:
-            task = predictor.task if predictor is not None else sets[0].task
-            with distributed.shared_errors():
-                started = start_run(
-                    recipe.dpt.tracking,
-                    stage="evaluate",
-                    name=name,
-                    params=as_evaluated(recipe, predictor, task).to_dict(),
-                    parents=[parent],
-                    output_dir=output,
-                    tags={},
-                )
-            runs.append(stack.enter_context(started))
-
-        summary = evaluate(config, predictor=predictor, cache_dir=recipe.dpt.data.cache_dir, begin=begin)
-        (run,) = runs
-        sets = summary["sets"]
+    with Recording(recipe, predictor, name=f"evaluate {Path(config.predictions or config.weights).name}") as recording:
+        summary = evaluate(
+            config,
+            predictor=predictor,
+            cache_dir=cache_dir,
+            begin=lambda sets: recording.begin(sets[0].task if predictor is None else predictor.task),
+        )
+        run, sets = recording.run, summary["sets"]
         run.set_tags({"dpt.dataset": ", ".join(sets), "dpt.protocol": protocol_line(summary)})
         for folder in config.data:
-            manifest = ShardFolder(folder, cache_dir=recipe.dpt.data.cache_dir).manifest
-            run.log_dataset(
-                f"{manifest.dataset}/{manifest.split}",
-                digest=manifest.data_sha256,
-                source=folder,
-                context="evaluation",
-                profile=manifest.profile,
-            )
+            run.log_dataset(**shards_as_dataset(folder, cache_dir))
         run.log_metrics(tracked_metrics(summary), step=0)
         run.log_artifact(output / "summary.json")
         for one in sets:

@@ -8,11 +8,13 @@ import torch
 
 from dpt.config.sections import EvaluationConfig
 from dpt.errors import UserError
+from dpt.evaluation.ensembling import Prediction, merge_members
 from dpt.evaluation.given import read_prediction, save_prediction
-from dpt.evaluation.prediction import Prediction, Predictor, merge_members
+from dpt.evaluation.prediction import Predictor
 from dpt.evaluation.protocols import score
 from dpt.evaluation.records import BASELINE, CEILING, CODE, GIVEN, Record, Setting
 from dpt.evaluation.sets import EvaluationSet, Sample
+from dpt.tasks import task_spec
 
 
 class Scorer:
@@ -37,7 +39,8 @@ class Scorer:
     def records(self, indices: Sequence[int], settings: frozenset[Setting]) -> Iterator[list[Record]]:
         """Each sample's records under `settings`; as many samples are predicted together as fill batches."""
         members = max((s.ensemble for s in settings), default=0)
-        at_once = samples_at_once(max(1, members * self._set.passes()), self._config.batch_size)
+        passes = len(task_spec(self._set.task).targets)
+        at_once = samples_at_once(max(1, members * passes), self._config.batch_size)
         for start in range(0, len(indices), at_once):
             samples = [self._set[i] for i in indices[start : start + at_once]]
             predicted: list[dict[Setting, Prediction]] = [{} for _ in samples]
@@ -60,23 +63,19 @@ class Scorer:
         return merge_members(self._set.task, values, sample.size, self._config.aggregation)
 
     def _members(self, samples: Sequence[Sample], steps: int, count: int) -> list[torch.Tensor]:
-        """Decoded members `[N, ...]` of each sample; samples of one latent size are batched together."""
+        """Decoded members `[N, ...]` of each sample."""
         predictor, task = self._predictor, self._set.task
         assert predictor is not None
-        results: dict[int, torch.Tensor] = {}
-        for shape in dict.fromkeys(s.cond_latents.shape for s in samples):
-            group = [s for s in samples if s.cond_latents.shape == shape]
-            embeddings = [s.embedding for s in group if s.embedding is not None and predictor.model.clip_embedding_size]
-            latents = predictor.predict_latents(
-                torch.from_numpy(np.stack([s.cond_latents for s in group])),
-                [s.key for s in group],
-                range(count),
-                task=task,
-                steps=steps,
-                embeddings=torch.from_numpy(np.stack(embeddings)) if embeddings else None,
-            )
-            results |= {s.index: v for s, v in zip(group, predictor.decode(latents, task), strict=True)}
-        return [results[s.index] for s in samples]
+        embeddings = [s.embedding for s in samples if s.embedding is not None and predictor.model.clip_embedding_size]
+        pictures = predictor.predict_pictures(
+            [torch.from_numpy(s.cond_latents) for s in samples],
+            [s.key for s in samples],
+            range(count),
+            task=task,
+            steps=steps,
+            embeddings=torch.from_numpy(np.stack(embeddings)) if embeddings else None,
+        )
+        return [predictor.picture_values(members[None], task)[0] for members in pictures]
 
     def _record(self, sample: Sample, setting: Setting, prediction: Prediction | None) -> Record:
         macs = 0.0
@@ -115,13 +114,11 @@ class Scorer:
         if self._predictor is None or sample.target_latents is None:
             return None
         latents = torch.from_numpy(sample.target_latents)[None, None].to(self._predictor.device)
-        values = self._predictor.decode(
-            latents, self._set.task, code=self._set.code
-        )  # the shards' targets, in the shards' code
+        values = self._predictor.decode(latents, self._set.task, code=self._set.code)
         return merge_members(self._set.task, values[0], sample.size, "median").value
 
 
 def samples_at_once(predictions: int, batch_size: int) -> int:
-    """How many samples of so many predictions each to take together, so that batches are full: up to four batches."""
+    """How many samples, of `predictions` each, fill batches best when taken together: at most four batches."""
     options = range(1, max(1, 4 * batch_size // predictions) + 1)
     return max(options, key=lambda n: (n * predictions / (-(-n * predictions // batch_size) * batch_size), -n))

@@ -1,5 +1,7 @@
-"""Evaluation sets: shard folders with the images and truths at their own size beside the condition latents."""
+"""Evaluation sets: shard folders with the images and truths at their own size beside the condition latents, and
+whether a model can predict for them."""
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,11 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from dpt import tasks
+from dpt import distributed, target_codes, tasks
 from dpt.data.codec import LatentScaling, mean_latents
 from dpt.data.reader import SampleError
 from dpt.data.shards import ShardFolder
 from dpt.errors import UserError, naming
+from dpt.evaluation.prediction import Predictor
 from dpt.evaluation.protocols import Protocol, find_protocol
 
 
@@ -69,7 +72,7 @@ class EvaluationSet:
         self.task = self.manifest.task
         with naming(folder):
             self.protocol: Protocol = find_protocol(self.manifest.dataset, self.task, name=protocol)
-        self.code = tasks.target_code(self.task, self.manifest.encoding, str(folder))
+        self.code = target_codes.target_code(self.task, self.manifest.encoding, str(folder))
         self.depth_prompt = str(self.manifest.encoding.get("prompt") or tasks.DEPTH_PROMPT) if self.task == "depth" else ""
         self.name = f"{self.manifest.dataset}_{self.manifest.split}".replace("/", "_")
         self._size = min(len(self._shards), max_samples or math.inf)
@@ -106,10 +109,6 @@ class EvaluationSet:
         """Hash this part's share of the shards that are scored; UserError if one is not as it was written."""
         self._shards.verify(0, len(self), part, parts)
 
-    def passes(self) -> int:
-        """Sampler passes that one member of a prediction takes."""
-        return len(tasks.task_spec(self.task).targets)
-
 
 def open_sets(folders: list[str], *, protocol: str, max_samples: int, cache_dir: str = "") -> list[EvaluationSet]:
     """The sets in `folders`, with different names. UserError if there are none."""
@@ -122,3 +121,43 @@ def open_sets(folders: list[str], *, protocol: str, max_samples: int, cache_dir:
         if seen[one.name] > 1:
             one.name += f"_{seen[one.name]}"
     return sets
+
+
+def check_set(one: EvaluationSet, predictor: Predictor) -> None:
+    """UserError if the model cannot predict for the set: another task, other conditions, latents of another VAE, no CLIP
+    embeddings where it takes them, depth prompts made of the truth that it has not learnt with.
+
+    What it has not learnt with but can be asked with is logged: the all-valid prompt, and pictures brought to their size in
+    another way.
+    """
+    predictor.check_task(one.task)
+    manifest, model = one.manifest, predictor.model
+    width = model.clip_embedding_size
+    if width and one.task == "amodal":
+        stored = manifest.members["clip"].shape[-1] if "clip" in manifest.members else 0
+        if stored != width:
+            have = f"CLIP embeddings of {stored} numbers" if stored else "no CLIP embeddings"
+            raise UserError(
+                f"{one.folder}: the shards hold {have}, the weights take {width}; encode the set anew with --clip and the "
+                "image tower that they were trained with."
+            )
+    available = manifest.members["cond_latents"].shape[0]
+    if model.num_conditions > available:
+        raise UserError(f"{one.folder}: {available} condition latents, but the model takes {model.num_conditions}.")
+    if difference := predictor.codec.record.difference(dataclasses.asdict(manifest.vae)):
+        raise UserError(
+            f"{one.folder}: the latents were made by VAE {manifest.vae.name!r}, the model's is another one ({difference}); "
+            "encode the set with the model's VAE."
+        )
+    learnt = predictor.depth_prompt
+    if model.num_conditions > 1 and one.depth_prompt not in ("", learnt):
+        if one.depth_prompt != tasks.DEPTH_PROMPT:
+            raise UserError(
+                f"{one.folder}: encoded with --prompt {one.depth_prompt}, the weights learnt with {learnt}; encode the set "
+                f"with --prompt {learnt}."
+            )
+        distributed.log(f"{one.name}: depth is asked with the prompt {one.depth_prompt}; the weights learnt with {learnt}.")
+    if (fit := manifest.fit) is not None:
+        own = predictor.fits[one.task]
+        if own.resolution and (fit.whole, fit.resolution) != (own.whole, own.resolution):
+            distributed.log(f"{one.name}: encoded with --fit {fit}; the weights learnt with {own}, which dpt predict follows.")

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from dpt import distributed, tasks
+from dpt import distributed, target_codes, tasks
 from dpt.config.recipe import DptConfig
 from dpt.config.sections import EvaluationConfig
 from dpt.data.codec import load_vae
@@ -17,9 +17,8 @@ from dpt.evaluation.loading import LoadedModel
 from dpt.evaluation.prediction import Predictor
 from dpt.evaluation.protocols import average, is_better, score
 from dpt.evaluation.records import Record, Setting
-from dpt.evaluation.runner import check_set
 from dpt.evaluation.scoring import Scorer
-from dpt.evaluation.sets import open_sets
+from dpt.evaluation.sets import check_set, open_sets
 
 
 class Validator:
@@ -39,7 +38,7 @@ class Validator:
             diffusion=config.diffusion,
             task=config.task,
             codec=self._codec,
-            codes={**tasks.codes_of({}, ""), **codes},
+            codes={**target_codes.codes_of({}, ""), **codes},
             depth_prompt=depth_prompt or tasks.DEPTH_PROMPT,
         )
         self._config = _sampling(config)

@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 
 from dpt.errors import UserError
+from dpt.evaluation.ensembling import Prediction
+from dpt.evaluation.files import write_arrays, write_atomically
 from dpt.evaluation.frames import ANIMATIONS, Source, can_encode, count_frames, frame_rate, iter_frames, write_video
-from dpt.evaluation.outputs import OutputConfig, write_atomically, write_outputs
-from dpt.evaluation.prediction import Prediction, Predictor
+from dpt.evaluation.outputs import OutputConfig, write_outputs
+from dpt.evaluation.prediction import Predictor
 from dpt.progress import Progress, progress
 
 CUT = 0.5
@@ -30,7 +32,7 @@ class Carried:
     """What colours and 16-bit pictures go from and to: the scene's first frame's range and a quarter of it on both sides."""
 
     def align(self, prediction: Prediction) -> Prediction:
-        """The next frame's depth and uncertainty, scaled and shifted to the last one's (`align_to`); a cut begins anew."""
+        """The next frame's depth and uncertainty, scaled and shifted to the last one's (`align_to`); a cut starts afresh."""
         value, uncertainty = prediction.value, prediction.uncertainty
         fit = align_to(value, self.depth) if self.depth is not None and self.depth.shape == value.shape else None
         if fit is not None:
@@ -85,7 +87,7 @@ def predict_video(
     """Predict a video's frames and write OUT/NAME/NNNNNN_*, and the colour pictures as OUT/NAME_TASK.mp4 (.gif for one).
 
     A batch of frames is in memory at a time. Depth: see `Carried`. Flow: from each frame to the next, so one frame less.
-    Without the package av there is no video of the results but the pictures alone. With `settings`, a stopped video goes on
+    Without the package av there is no video of the results but the pictures alone. With `settings`, a stopped video resumes
     after its last batch. UserError for amodal masks, which a video has none of, and for videos that cannot be read.
     """
     if task == "amodal":
@@ -148,7 +150,7 @@ class _State:
         self._path, self._settings = path, json.dumps(settings, sort_keys=True, default=str)
 
     def read(self) -> tuple[Carried, int]:
-        """Where to go on; the beginning if there is nothing, or it is of other settings."""
+        """Where to resume: at the beginning if there is nothing, or it is of other settings."""
         try:
             with np.load(self._path, allow_pickle=False) as found:
                 if str(found["settings"]) != self._settings:
@@ -161,17 +163,8 @@ class _State:
 
     def write(self, carried: Carried, number: int) -> None:
         """Keep it."""
-        self._path.parent.mkdir(parents=True, exist_ok=True)
         depth = np.zeros((0, 0), np.float32) if carried.depth is None else carried.depth
-
-        def save(path: Path) -> None:
-            with path.open("wb") as file:
-                np.savez(
-                    file, allow_pickle=False, depth=depth, limits=np.array(carried.limits),
-                    number=np.array(number), settings=np.array(self._settings),
-                )  # fmt: skip
-
-        write_atomically(self._path, save)
+        write_arrays(self._path, {"depth": depth, "limits": carried.limits, "number": number, "settings": self._settings})
 
     def remove(self) -> None:
         """The video is done."""

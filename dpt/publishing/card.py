@@ -182,25 +182,18 @@ def _training(model: ModelConfig, sections: Mapping[str, Any], history: History 
         ["VAE", vae.get("name", "") if hub.is_hub_name(vae.get("name", "")) or vae.get("name") == "embedded" else ""],
         ["VAE sha256", vae.get("sha256", "")[:16]],
     ]
-    if history is not None:
-        record = history.line[0]
-        rows += [
-            ["data", ", ".join(data_sets(record))],
-            ["steps", _whole(lineage.get("step")) or _whole(record.params.get("training.steps"))],
-            ["samples seen", _whole(lineage.get("samples_seen")) or _whole(record.metrics.get("train/samples_seen"))],
-            ["MACs of training", _macs(train_macs(record))],
-            ["MACs of all training that led here", _macs(history.total_macs)],
-            ["run", record.run_id],
-        ]
-    else:
-        rows += [
-            ["steps", _whole(lineage.get("step"))],
-            ["samples seen", _whole(lineage.get("samples_seen"))],
-            ["MACs of training", _macs(lineage.get("train_macs", 0.0))],
-            ["run", lineage.get("run_id", "")],
-            ["parents", ", ".join(lineage.get("parents") or [])],
-        ]
-    rows.append(["sha256 of the data", lineage.get("data_sha256", "")[:16]])
+    record = None if history is None else history.line[0]
+    params, metrics = ({}, {}) if record is None else (record.params, record.metrics)
+    rows += [
+        ["data", "" if record is None else ", ".join(data_sets(record))],
+        ["steps", _whole(lineage.get("step")) or _whole(params.get("training.steps"))],
+        ["samples seen", _whole(lineage.get("samples_seen")) or _whole(metrics.get("train/samples_seen"))],
+        ["MACs of training", _macs(lineage.get("train_macs", 0.0) if record is None else train_macs(record))],
+        ["MACs of all training that led here", "" if history is None else _macs(history.total_macs)],
+        ["run", lineage.get("run_id", "") if record is None else record.run_id],
+        ["parents", ", ".join(lineage.get("parents") or []) if record is None else ""],
+        ["sha256 of the data", lineage.get("data_sha256", "")[:16]],
+    ]
     return [row for row in rows if row[1]]
 
 

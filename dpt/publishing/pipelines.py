@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -24,7 +25,8 @@ from dpt.models.pretrained import DEPTH_NETWORK
 from dpt.models.schedulers import SCHEDULER_FILE
 from dpt.models.weight_files import DIFFUSERS_WEIGHTS, PIPELINE_INDEX
 from dpt.models.weights import Weights
-from dpt.tasks import codes_of, label_id
+from dpt.target_codes import codes_of
+from dpt.tasks import label_id
 
 NULL_LABEL = 1000
 """The label without a class in diffusers' DiTPipeline, whatever the number of classes."""
@@ -68,19 +70,16 @@ def write_pipeline(
     try:
         if task == "class":
             names = class_names or weights.sections.get("class_names", ())
-            index = _write_class(weights, new, diffusion, names, source)
+            index = _write_class(weights, new, diffusion, names, source) | _write_vae(scaled_only(codec), new)
         else:
             index = _write_depth(weights, new, diffusion, source) | {"downsampling": codec.downsampling}
             index |= {"default_steps": steps, "default_ensemble_size": ensemble}
-        if task == "class":
-            index |= _write_vae(scaled_only(codec), new)
-        elif include_vae or not hub.is_hub_name(codec.name):
-            index |= _write_vae(codec.vae, new)
-        else:
-            index |= _name_vae(codec)
+            named = hub.is_hub_name(codec.name) and not include_vae
+            index |= _name_vae(codec) if named else _write_vae(codec.vae, new)
         scheduler = scheduler_config(diffusion)
         _write_json(new / "scheduler" / SCHEDULER_FILE, scheduler)
-        _write_json(new / PIPELINE_INDEX, index | {"scheduler": ["diffusers", scheduler["_class_name"]]})
+        index |= {"scheduler": ["diffusers", scheduler["_class_name"]], "_diffusers_version": diffusers.__version__}
+        _write_json(new / PIPELINE_INDEX, index)
         if card:
             (new / "README.md").write_text(card, encoding="utf-8")
         if out.exists():
@@ -95,20 +94,10 @@ def write_pipeline(
 def scheduler_config(diffusion: DiffusionConfig) -> dict[str, Any]:
     """`scheduler_config.json` of what the network has learnt: DDIM's, or flow matching's for straight paths."""
     if diffusion.prediction_type == "rectified_flow":
-        return {
-            "_class_name": "FlowMatchEulerDiscreteScheduler",
-            "num_train_timesteps": diffusion.num_train_timesteps,
-            "shift": 1.0,
-        }
-    names: tuple[str, ...] = (
-        "num_train_timesteps",
-        "beta_schedule",
-        "beta_start",
-        "beta_end",
-        "prediction_type",
-        "timestep_spacing",
-    )
-    names += ("steps_offset", "set_alpha_to_one", "rescale_betas_zero_snr")
+        kind, total = "FlowMatchEulerDiscreteScheduler", diffusion.num_train_timesteps
+        return {"_class_name": kind, "num_train_timesteps": total, "shift": 1.0}
+    names: tuple[str, ...] = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "prediction_type")
+    names += ("timestep_spacing", "steps_offset", "set_alpha_to_one", "rescale_betas_zero_snr")
     return {"_class_name": "DDIMScheduler", **{n: getattr(diffusion, n) for n in names}, "clip_sample": False}
 
 
@@ -190,7 +179,6 @@ def _write_class(
         shutil.copyfile(_FILES / "pipeline_classes.py", folder / "pipeline.py")
     return {
         "_class_name": "DiTPipeline",
-        "_diffusers_version": _diffusers_version(),
         "transformer": ["diffusers", "DiTTransformer2DModel"],
         "id2label": dict(enumerate([*class_names, *map(str, range(len(class_names), classes))])),
     }
@@ -217,20 +205,16 @@ def _write_depth(weights: Weights, folder: Path, diffusion: DiffusionConfig, sou
     fit = fits_of(weights.sections, source)["depth"]
     _write_network(config, state, folder / "transformer", known)
     shutil.copyfile(_FILES / "pipeline.py", folder / "pipeline.py")
+    learnt = ("prediction_type", "time_convention", "timestep_spacing", "one_step", "initial_noise")
     return {
         "_class_name": ["pipeline", "DptDepthPipeline"],
-        "_diffusers_version": _diffusers_version(),
         "transformer": ["dpt_transformer", DEPTH_NETWORK],
         "num_conditions": config.num_conditions,
         "fit": fit.whole,
         "fit_resolution": fit.resolution,
         "label": label_id("depth", trained_task=known["task"], num_classes=config.num_classes),
         "depth_code": codes_of(weights.sections, source)["depth"],
-        "prediction_type": diffusion.prediction_type,
-        "time_convention": diffusion.time_convention,
-        "timestep_spacing": diffusion.timestep_spacing,
-        "one_step": diffusion.one_step,
-        "initial_noise": diffusion.initial_noise,
+        **{name: getattr(diffusion, name) for name in learnt},
     }
 
 
@@ -243,16 +227,9 @@ def _write_network(config: ModelConfig, state: dict[str, Tensor], folder: Path, 
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     save_file(tensors, folder / f"{DIFFUSERS_WEIGHTS}.safetensors", {"format": "pt"})
     shutil.copyfile(_FILES / "dpt_transformer.py", folder / "dpt_transformer.py")
-    same: tuple[str, ...] = (
-        "patch_size",
-        "hidden_size",
-        "num_heads",
-        "num_classes",
-        "qk_norm",
-        "mlp_norm_eps",
-        "timestep_features",
-    )
-    same += ("num_experts", "top_k", "expert_activation", "router_gate", "normalize_top_k", "shared_expert_width", "mlp_width")
+    same: tuple[str, ...] = ("patch_size", "hidden_size", "num_heads", "num_classes", "mlp_width", "mlp_norm_eps", "qk_norm")
+    same += ("timestep_features", "num_experts", "top_k", "expert_activation", "router_gate", "normalize_top_k")
+    same += ("shared_expert_width",)
     values = {
         "_class_name": DEPTH_NETWORK,
         "_dpt": {"model": asdict(config), "sections": _without_places(sections)},
@@ -272,12 +249,6 @@ def _without_places(sections: dict[str, Any]) -> dict[str, Any]:
     vae = sections.get("vae") or {}
     public = vae.get("name") == EMBEDDED or hub.is_hub_name(hub.with_prefix(vae.get("name", "")))
     return sections if public else {**sections, "vae": {**vae, "name": ""}}
-
-
-def _diffusers_version() -> str:
-    import diffusers
-
-    return str(diffusers.__version__)
 
 
 def _write_json(file: Path, value: dict[str, Any]) -> None:

@@ -11,7 +11,8 @@ from dpt.data.manifest import Manifest, VAERecord, data_sha256
 from dpt.data.stream import LatentStream
 from dpt.errors import UserError
 from dpt.fits import Fit
-from dpt.tasks import DEPTH_PROMPT, target_code
+from dpt.target_codes import target_code
+from dpt.tasks import DEPTH_PROMPT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +29,7 @@ class DataLoader:
     fits: Mapping[str, Fit]
     """How the pictures of all sets of a task came to their size, by task, of tasks whose sets say so."""
     codes: Mapping[str, str]
-    """How the targets of all sets of a task are coded (`dpt.tasks.TARGET_CODES`), by task, of tasks that have sets."""
+    """How the targets of all sets of a task are coded (`dpt.target_codes.TARGET_CODES`), by task, of tasks that have sets."""
 
     @property
     def vae(self) -> VAERecord:

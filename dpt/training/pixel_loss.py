@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from dpt import tasks
+from dpt import target_codes, tasks
 from dpt.config.recipe import DptConfig
 from dpt.data.codec import VAECodec
 from dpt.diffusion import pixel_losses as losses
@@ -20,7 +20,7 @@ class PixelLoss:
 
     def __init__(self, config: DptConfig, codec: VAECodec, *, codes: Mapping[str, str] | None = None) -> None:
         """`codec`: on the training device, of the shards; `codes`: of their targets, by task (None: the default ones)."""
-        self.config, self.codec, self.codes = config.pixel_loss, codec, {**tasks.codes_of({}, ""), **(codes or {})}
+        self.config, self.codec, self.codes = config.pixel_loss, codec, {**target_codes.codes_of({}, ""), **(codes or {})}
         self.checkpointing = config.training.activation_checkpointing
         names = (config.task,) if config.task != "generalist" else ("depth", "flow", "amodal")
         by_target: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
@@ -59,22 +59,22 @@ class PixelLoss:
         code = self.codes["depth"]
         true = _depth_of(truth, code)
         residual = losses.affine_residual(2 * _depth_of(prediction, code) - 1, 2 * true - 1, valid)
-        residual = residual * tasks.depth_code_slope(true, code)
+        residual = residual * target_codes.depth_code_slope(true, code)
         error = losses.absolute_error if self.config.depth == "affine_l1" else losses.squared_error
         return error(residual, valid) + self.config.gradient_weight * losses.gradient_error(residual, valid)
 
     def _flow(self, prediction: Tensor, truth: Tensor, valid: Tensor, *, axis: int) -> Tensor:
         """End-point error of the component that the sample's target is, in pixels of the training image."""
         extent = prediction.shape[-1 - axis]
-        found, true = (tasks.decode_flow(image, axis, extent, self.codes["flow"]) for image in (prediction, truth))
+        found, true = (target_codes.decode_flow(image, axis, extent, self.codes["flow"]) for image in (prediction, truth))
         return losses.absolute_error(found - true, valid)
 
     def _whole(self, prediction: Tensor, truth: Tensor, valid: Tensor) -> Tensor:
         """Cross-entropy of the whole object's mask."""
-        mask = tasks.decode_amodal(truth).to(prediction.dtype)
+        mask = target_codes.decode_amodal(truth).to(prediction.dtype)
         red, green, blue = ((prediction + 1.0) * 127.5).unbind(1)
         grey = 0.299 * red + 0.587 * green + 0.114 * blue
-        return losses.mask_cross_entropy(grey, mask, tasks.AMODAL_GREY + 0.5, valid)
+        return losses.mask_cross_entropy(grey, mask, target_codes.AMODAL_GREY + 0.5, valid)
 
 
 def _depth_of(image: Tensor, code: str) -> Tensor:
@@ -84,8 +84,8 @@ def _depth_of(image: Tensor, code: str) -> Tensor:
     """
     values = (image.mean(1) + 1.0) / 2.0
     inside = values.clamp(0.0, 1.0)
-    depth = tasks.uncode_depth(inside, code)
-    return depth + (values - inside) / tasks.depth_code_slope(depth, code).detach()
+    depth = target_codes.uncode_depth(inside, code)
+    return depth + (values - inside) / target_codes.depth_code_slope(depth, code).detach()
 
 
 def _enlarged(valid: Tensor, factor: int) -> Tensor:

@@ -17,7 +17,7 @@ from dpt.models.attention import use_backend
 from dpt.models.dit import DiT
 from dpt.models.upcycling import upcycle
 from dpt.models.weights import Weights
-from dpt.tasks import TARGET_CODES, target_code
+from dpt.target_codes import TARGET_CODES, target_code
 from dpt.training.export import load_weights
 from dpt.training.resume import Found
 

@@ -12,7 +12,7 @@ from data_tools import inspect
 from data_tools.encode import main
 from data_tools.inspect import main as inspect_main
 from data_tools.readers import READERS, ReadError, Sample
-from dpt import tasks
+from dpt import target_codes, tasks
 from dpt.data.codec import load_vae
 from dpt.data.manifest import read_manifest
 from dpt.data.shards import ShardFolder
@@ -82,7 +82,7 @@ def test_depth(made, tmp_path: Path, vae: str) -> None:
         assert source.depth is not None
         rgb = tasks.image_to_float(tasks.resize_image(source.images[0], (SIDE, SIDE)))
         valid = tasks.resize_nearest(source.valid, (SIDE, SIDE))
-        target, (near, far) = tasks.encode_depth(tasks.resize_nearest(source.depth, (SIDE, SIDE)), valid)
+        target, (near, far) = target_codes.encode_depth(tasks.resize_nearest(source.depth, (SIDE, SIDE)), valid)
         expected = [encode_alone(vae, image) for image in (rgb, tasks.all_valid_prompt(SIDE, SIDE), target)]
         np.testing.assert_allclose(sample["cond_latents"], expected[:2], atol=2e-3)
         np.testing.assert_allclose(sample["target_latents"], expected[2:], atol=2e-3)
@@ -109,15 +109,15 @@ def test_evaluation_keeps_truth_at_its_size(made, tmp_path: Path, vae: str, fit:
 
 def test_depth_codes_are_in_the_targets_and_in_the_manifest(made, tmp_path: Path, vae: str, capsys) -> None:
     reader = made("depth", SIZES[:2])
-    for code in tasks.DEPTH_CODES:
+    for code in target_codes.DEPTH_CODES:
         out = tmp_path / code
         main(arguments(tmp_path, out, vae, "--depth-code", code, dataset="made"))
         manifest = read_manifest(out)
-        assert tasks.target_code("depth", manifest.encoding, "") == code
+        assert target_codes.target_code("depth", manifest.encoding, "") == code
         for sample in ShardFolder(out):
             source = reader.read(sample["key"])
             maps = [tasks.resize_nearest(values, (SIDE, SIDE)) for values in (source.depth, source.valid)]
-            target, constants = tasks.encode_depth(*maps, code=code)
+            target, constants = target_codes.encode_depth(*maps, code=code)
             np.testing.assert_allclose(sample["target_latents"][0], encode_alone(vae, target), atol=2e-3)
             assert (sample["meta"]["near"], sample["meta"]["far"]) == constants
     with pytest.raises(SystemExit):  # a job does not go on in another code
@@ -150,7 +150,7 @@ def test_flow_and_its_mirror_image(made, tmp_path: Path, vae: str) -> None:
             images = [image[:, ::-1].copy() if mirrored else image for image in source.images]
             flow = source.flow[..., ::-1] * np.array([-1, 1], np.float32)[:, None, None] if mirrored else source.flow
             frames = [tasks.image_to_float(tasks.resize_image(image, (SIDE, SIDE))) for image in images]
-            targets = tasks.encode_flow(tasks.resize_flow(np.ascontiguousarray(flow), (SIDE, SIDE)))
+            targets = target_codes.encode_flow(tasks.resize_flow(np.ascontiguousarray(flow), (SIDE, SIDE)))
             np.testing.assert_allclose(sample["cond_latents"], [encode_alone(vae, f) for f in frames], atol=2e-3)
             np.testing.assert_allclose(sample["target_latents"], [encode_alone(vae, t) for t in targets], atol=2e-3)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dpt import tasks
+from dpt import target_codes, tasks
 from dpt.config.sections import EvaluationConfig
 from dpt.data.manifest import read_manifest, write_manifest
 from dpt.errors import UserError
@@ -17,11 +17,8 @@ from dpt.evaluation.prediction import Predictor
 from dpt.evaluation.protocols import HIGHER_IS_BETTER, PROTOCOLS, average, score
 from dpt.evaluation.runner import check_set, evaluate
 from dpt.evaluation.sets import EvaluationSet
-from dpt.evaluation.summary import protocol_line, tracked_metrics
-from dpt.scaling.results import evaluation_rows
 from dpt.scores import METRICS
 from tests.evaluation.tiny import make_model, make_set
-from tests.scaling.made_runs import made_run
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS.values(), ids=list(PROTOCOLS))
@@ -33,24 +30,6 @@ def test_every_main_metric_is_an_average_and_a_column(protocol):
     figures = average([score(protocol, truth, truth)])
     assert protocol.main_metric in figures
     assert METRICS[protocol.main_metric].lower_is_better is not (protocol.main_metric in HIGHER_IS_BETTER)
-
-
-def test_each_set_of_a_generalist_keeps_its_name_and_protocol(tmp_path):
-    sets = [make_set(tmp_path / task, task, count=2) for task in ("depth", "amodal")]
-    config = EvaluationConfig(
-        data=[str(s) for s in sets], output_dir=str(tmp_path / "out"), steps=[1], ensemble=[1], pictures=0
-    )
-    predictor = Predictor(make_model("generalist"), config=config, device="cpu")
-    summary = evaluate(config, predictor=predictor)
-    tags = {"dpt.dataset": ", ".join(summary["sets"]), "dpt.protocol": protocol_line(summary)}
-    rows = [
-        row
-        for row in evaluation_rows(made_run("e", stage="evaluate", metrics=tracked_metrics(summary), tags=tags))
-        if row.run is not None
-    ]
-    found = {(row.task, row.dataset, row.protocol) for row in rows}
-    assert found == {(one["task"], name, one["protocol"]) for name, one in summary["sets"].items()}
-    assert all("iou" in row.metrics for row in rows if row.task == "amodal")
 
 
 def test_weights_with_clip_refuse_what_has_none(tmp_path):
@@ -87,15 +66,15 @@ def test_depth_prompts_that_the_weights_have_not_learnt_with(tmp_path, capsys):
 
 def test_flow_is_decoded_as_the_weights_code_it():
     flow = np.stack([np.full((384, 512), 30.0), np.full((384, 512), -15.0)]).astype(np.float32)
-    images = tasks.encode_flow(flow, "linear_75")
+    images = target_codes.encode_flow(flow, "linear_75")
     assert images[:, 0, 0, 0] == pytest.approx([30 / 75, -15 / 75])
-    again = [tasks.decode_flow(images[a], a, (512, 384)[a], "linear_75") for a in (0, 1)]
+    again = [target_codes.decode_flow(images[a], a, (512, 384)[a], "linear_75") for a in (0, 1)]
     np.testing.assert_allclose(np.stack(again), flow, rtol=1e-5)
     model = make_model("flow")
     latents = torch.rand(1, 1, 2, 4, 4, 4) - 0.5
     ours, theirs = (
         Predictor(dataclasses.replace(model, codes={"flow": code}), device="cpu").decode(latents, "flow")
-        for code in tasks.FLOW_CODES
+        for code in target_codes.FLOW_CODES
     )
     assert not torch.allclose(ours, theirs)
 
@@ -103,10 +82,10 @@ def test_flow_is_decoded_as_the_weights_code_it():
 def test_depth_is_decoded_as_the_weights_code_it_and_scored_as_depth(tmp_path):
     """The same network, told of another code, predicts other depth; what shards hold is decoded in their code, so that the
     ceiling is the code's and the VAE's, not the weights'; and records of another code are not taken up."""
-    folders = {code: make_set(tmp_path / code, count=2, code=code) for code in tasks.DEPTH_CODES}
+    folders = {code: make_set(tmp_path / code, count=2, code=code) for code in target_codes.DEPTH_CODES}
     config = EvaluationConfig(output_dir=str(tmp_path / "out"), steps=[1], ensemble=[1], pictures=1)
     found, ceilings = {}, []
-    for code in tasks.DEPTH_CODES:
+    for code in target_codes.DEPTH_CODES:
         model = dataclasses.replace(make_model(), codes={"depth": code, "flow": "log"})
         predictor = Predictor(model, config=config, device="cpu")
         summary = evaluate(dataclasses.replace(config, data=list(map(str, folders.values()))), predictor=predictor)

@@ -13,7 +13,8 @@ from dpt import tasks
 from dpt.config.sections import EvaluationConfig
 from dpt.data.manifest import read_manifest, write_manifest
 from dpt.errors import UserError
-from dpt.evaluation.prediction import Predictor, merge_members
+from dpt.evaluation.ensembling import merge_members
+from dpt.evaluation.prediction import Predictor
 from dpt.evaluation.runner import evaluate
 from dpt.fits import Fit, fits_of
 

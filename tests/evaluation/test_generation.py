@@ -198,7 +198,7 @@ def test_generated_images_do_not_depend_on_ranks_or_interruptions(tmp_path):
     first = (tmp_path / "one" / files[4]).read_bytes()
     for name in (files[4], files[9]):
         (tmp_path / "one" / name).unlink()
-    (tmp_path / "one" / ".000004.part").write_bytes(first[:20])
+    (tmp_path / "one" / ".000004.png.part").write_bytes(first[:20])
     kept = (tmp_path / "one" / files[3]).stat().st_mtime_ns
     write("one")
     assert (tmp_path / "one" / files[4]).read_bytes() == first

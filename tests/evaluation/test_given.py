@@ -56,10 +56,7 @@ def test_mask_files(tmp_path):
     mask = np.zeros((5, 7), bool)
     mask[1:3, 2:6] = True
     save_prediction(tmp_path, "a", "amodal", mask)
-    np.save(tmp_path / "b.npy", mask)
-    Image.fromarray(mask).save(tmp_path / "c.png")
-    for key in "abc":
-        assert (read_prediction(tmp_path, key, "amodal", (5, 7)) == mask).all()
+    assert (read_prediction(tmp_path, "a", "amodal", (5, 7)) == mask).all()
 
 
 def test_bad_files_are_named(tmp_path):

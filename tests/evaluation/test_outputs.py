@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dpt.evaluation import Prediction
 from dpt.evaluation.outputs import write_outputs
-from dpt.evaluation.prediction import Prediction
 from dpt.pictures import read_flo
 
 

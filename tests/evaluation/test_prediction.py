@@ -5,10 +5,11 @@ import pytest
 import torch
 from torch import nn
 
-from dpt import tasks
+from dpt import target_codes, tasks
 from dpt.config.sections import EvaluationConfig
 from dpt.errors import UserError
-from dpt.evaluation.prediction import Predictor, float32_products
+from dpt.evaluation.loading import float32_products
+from dpt.evaluation.prediction import Predictor
 from dpt.models.costs import macs
 from dpt.models.dit import DiTOutput
 from tests.evaluation.tiny import PoolingCodec, make_model
@@ -136,7 +137,7 @@ def test_flow_in_pixels_of_the_original_image():
     assert result.value.shape == (2, 40, 80)
     code = 127 / 127.5 - 1
     for axis, extent in ((0, 80), (1, 40)):
-        expected = tasks.decode_flow(np.full((3, 1, 1), code), axis, extent)
+        expected = target_codes.decode_flow(np.full((3, 1, 1), code), axis, extent)
         assert np.allclose(result.value[axis], expected, atol=1e-3)
     with pytest.raises(UserError, match="second frame"):
         predictor([zero_motion])

@@ -6,7 +6,6 @@ from types import SimpleNamespace
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import torch
 
 from dpt import distributed
 from dpt.config.sections import EvaluationConfig
@@ -14,7 +13,6 @@ from dpt.data.shards import ShardFolder
 from dpt.errors import UserError
 from dpt.evaluation import scoring
 from dpt.evaluation.prediction import Predictor
-from dpt.evaluation.protocols import PROTOCOLS, score
 from dpt.evaluation.records import Record, RecordLog, Setting
 from dpt.evaluation.runner import evaluate
 from dpt.evaluation.scoring import samples_at_once
@@ -164,17 +162,10 @@ def test_images_of_different_sizes_and_shapes_of_latents(tmp_path):
     assert one["ceiling"] is None
 
 
-def test_several_sets_are_tracked_by_name(depth_set, tmp_path):
-    other = make_set(tmp_path / "other", count=2)
-    summary = _run(_config(tmp_path / "out", depth_set, other, steps=[1, 2], ensemble=[1]))
-    names = tracked_metrics(summary)
-    assert {"eval/depth/synthetic_val/abs_rel", "eval/depth/synthetic_val_2/abs_rel/s2_n1", "compute/forward_macs"} <= set(
-        names
-    )
-    assert names["eval/depth/synthetic_val_2/num_samples"] == 2
-    assert names["eval/depth/synthetic_val/abs_rel"] == names["eval/depth/synthetic_val/abs_rel/s2_n1"]
-    single = _run(_config(tmp_path / "single", depth_set, steps=[1], ensemble=[1]))
-    assert {"eval/depth/abs_rel", "eval/depth/abs_rel/s1_n1", "eval/depth/baseline_abs_rel"} <= set(tracked_metrics(single))
+def test_the_only_set_of_a_task_is_tracked_by_the_task_too(depth_set, tmp_path):
+    names = tracked_metrics(_run(_config(tmp_path / "single", depth_set, steps=[1], ensemble=[1])))
+    assert {"eval/depth/abs_rel", "eval/depth/abs_rel/s1_n1", "eval/depth/baseline_abs_rel"} <= set(names)
+    assert {"eval/depth/synthetic_val/abs_rel", "compute/forward_macs"} <= set(names)
 
 
 def test_bad_input_is_refused(depth_set, tmp_path):
@@ -274,54 +265,3 @@ def test_record_log_takes_whole_lines_only(tmp_path):
     log.close()
     assert RecordLog(tmp_path, {"a": 1}).read() == {(3, record.setting): record}
     assert RecordLog(tmp_path, {"a": 2}).read() == {}
-
-
-def test_merged_prediction_is_scored_at_the_truths_size(depth_set):
-    sample = ShardFolder(depth_set)[0]
-    assert sample["truth"].shape == (40, 56)
-    assert score(PROTOCOLS["synthetic_depth"], sample["truth"], sample["truth"])["abs_rel"] < 1e-6
-    assert torch.get_default_dtype() == torch.float32
-
-
-def test_an_evaluation_is_recorded_under_its_parent(depth_set, tmp_path, monkeypatch):
-    from dpt import tracking
-    from dpt.config.recipe import DptConfig, Recipe
-    from dpt.evaluation import runner
-
-    class Recorder(tracking.Run):
-        def __init__(self) -> None:
-            self.started, self.metrics, self.tags, self.files = {}, {}, {}, []
-
-        def log_metrics(self, metrics, step):
-            self.metrics |= metrics
-
-        def log_picture(self, path, name, step=None):
-            self.files.append(f"pictures/{name}")
-
-        def log_artifact(self, path, folder=""):
-            assert Path(path).exists()
-            self.files.append(f"{folder}/{Path(path).name}")
-
-        def set_tags(self, tags):
-            self.tags |= tags
-
-    recorder = Recorder()
-    monkeypatch.setattr(tracking, "start_run", lambda config, **more: (recorder.started.update(more), recorder)[1])
-    monkeypatch.setattr(
-        runner, "Predictor", lambda weights, config, vae, read: Predictor(make_model(), config=config, device="cpu")
-    )
-    config = _config(tmp_path / "out", depth_set, weights="runs/depth/weights", steps=[2], ensemble=[1], pictures=1)
-    runner.run_evaluation(Recipe(deepspeed={}, dpt=DptConfig(evaluation=config)))
-    assert recorder.started["stage"] == "evaluate"
-    assert recorder.started["parents"] == ["parent"]
-    recorded = recorder.started["params"]["dpt"]  # of the weights, whatever the recipe says
-    assert (recorded["task"], recorded["model"]["num_conditions"], recorded["model"]["hidden_size"]) == ("depth", 2, 32)
-    assert recorded["diffusion"]["prediction_type"] == "sample"
-    recorder.started.clear()
-    refused = Recipe(deepspeed={}, dpt=DptConfig(evaluation=dataclasses.replace(config, protocol="nothing")))
-    with pytest.raises(UserError, match="protocol"):
-        runner.run_evaluation(refused)
-    assert not recorder.started  # and no run says that it failed
-    assert recorder.metrics["eval/depth/abs_rel"] == recorder.metrics["eval/depth/abs_rel/s2_n1"]
-    assert "synthetic_depth v1, N=5, list " in recorder.tags["dpt.protocol"]
-    assert {"/summary.json", "synthetic_val/samples.parquet", "pictures/synthetic_val_best"} <= set(recorder.files)

@@ -8,14 +8,13 @@ from PIL import Image
 
 from dpt.config.sections import EvaluationConfig
 from dpt.errors import UserError
-from dpt.evaluation import Predictor, videos
+from dpt.evaluation import Prediction, Predictor, videos
 from dpt.evaluation.frames import Source, find_sources, iter_frames
 from dpt.evaluation.outputs import OutputConfig
 from dpt.evaluation.predicting import Job, predict_files
-from dpt.evaluation.prediction import Prediction
 from dpt.evaluation.videos import Carried, align_to, predict_video
 from dpt.tasks import resize_smooth
-from tests.evaluation.tiny import make_model
+from tests.evaluation.tiny import batch_sizes, make_model, stop_at
 
 
 def _scene(seed: int) -> np.ndarray:
@@ -76,23 +75,11 @@ def test_frames_start_from_the_same_noise_and_a_stopped_video_goes_on(tmp_path, 
     np.testing.assert_allclose(whole[0], whole[1], atol=1e-5)  # one picture, one noise: one result
     assert all(file.is_file() for file in files)
 
-    write, count = videos.write_outputs, 0
-
-    def stopped(*arguments, **more):
-        nonlocal count
-        count += 1
-        if count == 4:
-            raise KeyboardInterrupt
-        return write(*arguments, **more)
-
     more = {"task": "depth", "outputs": outputs, "settings": {"steps": 1}}
-    monkeypatch.setattr(videos, "write_outputs", stopped)
+    stop_at(monkeypatch, videos, 4)
     with pytest.raises(KeyboardInterrupt):
         predict_video(predictor, source, tmp_path / "two", **more)
-    monkeypatch.setattr(videos, "write_outputs", write)
-    seen = []
-    call = Predictor.__call__
-    monkeypatch.setattr(Predictor, "__call__", lambda self, images, **k: (seen.append(len(images)), call(self, images, **k))[1])
+    seen = batch_sizes(monkeypatch)
     predict_video(predictor, source, tmp_path / "two", **more)
     assert seen == [2, 1]  # not the first batch
     for a, b in zip(whole, depths("two"), strict=True):
@@ -168,18 +155,9 @@ def test_a_video_that_has_changed_begins_anew(tmp_path, monkeypatch):
     for i in range(3):
         Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(tmp_path / "v" / f"{i}.png")
     sources = find_sources([tmp_path / "v"], as_frames=True)
-    write, numbers = videos.write_outputs, []
-
-    def stopped(*arguments, **more):
-        numbers.append(arguments[4])
-        if len(numbers) == 3:
-            raise KeyboardInterrupt
-        return write(*arguments, **more)
-
-    monkeypatch.setattr(videos, "write_outputs", stopped)
+    numbers = stop_at(monkeypatch, videos, 3)
     with pytest.raises(KeyboardInterrupt):
         predict_files(predictor, [Job(source=sources[0])], tmp_path / "out", settings=[1])
-    numbers.append("")
     os.utime(tmp_path / "v" / "0.png", (2**31, 2**31))
     predict_files(predictor, [Job(source=sources[0])], tmp_path / "out", settings=[1])
-    assert numbers[4:] == ["000000", "000001", "000002"]
+    assert numbers[3:] == ["000000", "000001", "000002"]

@@ -1,18 +1,21 @@
-"""A tiny random network, a VAE that pools pixels, and evaluation sets made of them."""
+"""A tiny random network, a VAE that pools pixels, evaluation sets made of them, and what is seen of predictions."""
 
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
 from data_tools.encoding.shards import ShardWriter
-from dpt import tasks
+from dpt import target_codes, tasks
 from dpt.config.sections import DiffusionConfig, ModelConfig
 from dpt.data.codec import LatentScaling
 from dpt.data.manifest import Manifest, MemberSpec, VAERecord, write_manifest
 from dpt.evaluation.loading import LoadedModel
+from dpt.evaluation.prediction import Predictor
 from dpt.models.dit import DiT
 
 
@@ -66,7 +69,7 @@ def make_set(
     count: int = 5,
     size: tuple[int, int] = (40, 56),
     with_targets: bool = True,
-    code: str = tasks.DEPTH_CODE,
+    code: str = target_codes.DEPTH_CODE,
 ) -> Path:
     """An evaluation shard folder of random smooth scenes, encoded at 32 x 32."""
     codec = PoolingCodec()
@@ -79,13 +82,13 @@ def make_set(
             if task == "depth":
                 truth = (1.0 + 5.0 * smooth[0]).astype(np.float32)
                 truth[:2] = 0.0
-                targets = [tasks.encode_depth(truth, code=code)[0]]
+                targets = [target_codes.encode_depth(truth, code=code)[0]]
             elif task == "flow":
                 truth = (20 * smooth - 10).astype(np.float32)
-                targets = list(tasks.encode_flow(truth))
+                targets = list(target_codes.encode_flow(truth))
             else:
                 truth = (smooth[0] > 0.5).astype(np.uint8)
-                targets = [tasks.encode_amodal(np.full((*size, 3), 100, np.uint8), truth > 0)]
+                targets = [target_codes.encode_amodal(np.full((*size, 3), 100, np.uint8), truth > 0)]
             conditions = [tasks.image_to_float(image), tasks.all_valid_prompt(*size)]
 
             def moments(pictures: list[np.ndarray]) -> np.ndarray:
@@ -113,7 +116,30 @@ def make_set(
         shards=(record,),
         members=specs,
         vae=vae,
-        encoding={} if code == tasks.DEPTH_CODE else {"depth_code": code},
+        encoding={} if code == target_codes.DEPTH_CODE else {"depth_code": code},
     )
     write_manifest(folder, manifest)
     return folder
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, module: ModuleType, number: int) -> list[str]:
+    """Interrupt the `number`-th call of a module's `write_outputs`; the names of all its results, as they come."""
+    write, names = module.write_outputs, []
+
+    def write_or_stop(*arguments: Any, **more: Any) -> list[Path]:
+        names.append(arguments[4])
+        if len(names) == number:
+            raise KeyboardInterrupt
+        return write(*arguments, **more)
+
+    monkeypatch.setattr(module, "write_outputs", write_or_stop)
+    return names
+
+
+def batch_sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many pictures predictors are called with, from now on."""
+    call, sizes = Predictor.__call__, []
+    monkeypatch.setattr(
+        Predictor, "__call__", lambda self, images, **more: (sizes.append(len(images)), call(self, images, **more))[1]
+    )
+    return sizes

@@ -17,7 +17,7 @@ from dpt.fits import Fit
 from dpt.models.dit import DiT
 from dpt.models.exporting import export_weights
 from dpt.models.pretrained import read_weights
-from dpt.tasks import TARGET_CODES
+from dpt.target_codes import TARGET_CODES
 from dpt.training.data_loader import DataLoader, open_data_loader
 from dpt.training.export import weights_sections
 from dpt.training.stages import Stage, open_stage

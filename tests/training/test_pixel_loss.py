@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from dpt import tasks
+from dpt import target_codes, tasks
 from dpt.config.recipe import DptConfig
 from dpt.config.sections import DiffusionConfig, ModelConfig, PixelLossConfig, Task, TrainingConfig
 from dpt.data.codec import VAECodec, load_vae
@@ -89,8 +89,12 @@ def test_coded_depth_is_fitted_as_depth_and_weighed_as_coded(codec: VAECodec, co
 
 def _coded(unit: torch.Tensor, code: str) -> torch.Tensor:
     """Depth `[1, H, W]` in [0, 1] as an image in a code."""
-    growth = 1.0 + (tasks.DEPTH_SPREAD - 1.0) * unit
-    values = growth.log() / np.log(tasks.DEPTH_SPREAD) if code == "log" else (1 - 1 / growth) / (1 - 1 / tasks.DEPTH_SPREAD)
+    growth = 1.0 + (target_codes.DEPTH_SPREAD - 1.0) * unit
+    values = (
+        growth.log() / np.log(target_codes.DEPTH_SPREAD)
+        if code == "log"
+        else (1 - 1 / growth) / (1 - 1 / target_codes.DEPTH_SPREAD)
+    )
     return (2 * values - 1)[:, None].expand(-1, 3, -1, -1)
 
 
@@ -109,6 +113,7 @@ def test_flow_is_scored_in_pixels(codec: VAECodec) -> None:
     loss = PixelLoss(config, codec)(LATENTS[:1], TRUTH[:1], _labels(config, "flow_x"), None)
     with torch.no_grad():
         u, true = (
-            tasks.decode_flow(image, 0, 32) for image in (codec.decode_with_gradients(LATENTS[:1]), codec.decode(TRUTH[:1]))
+            target_codes.decode_flow(image, 0, 32)
+            for image in (codec.decode_with_gradients(LATENTS[:1]), codec.decode(TRUTH[:1]))
         )
     assert loss.item() == pytest.approx((u - true).abs().mean().item(), rel=1e-5)

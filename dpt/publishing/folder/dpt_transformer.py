@@ -60,11 +60,9 @@ class PatchEmbed(nn.Module):
     def forward(self, x: Tensor, tasks: Tensor) -> Tensor:
         if not self.num_tasks:
             return self.proj(x).flatten(2).transpose(1, 2).contiguous()
-        tokens = [
-            F.conv2d(one[None], self.weight[task], self.bias[task], stride=self.patch_size).flatten(2).transpose(1, 2)
-            for one, task in zip(x, tasks.tolist(), strict=True)
-        ]
-        return torch.cat(tokens)
+        stride, numbers = self.patch_size, tasks.tolist()
+        rows = [F.conv2d(x[i : i + 1], self.weight[t], self.bias[t], stride=stride) for i, t in enumerate(numbers)]
+        return torch.cat(rows).flatten(2).transpose(1, 2).contiguous()
 
 
 class Attention(nn.Module):

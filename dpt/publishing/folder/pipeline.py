@@ -3,7 +3,8 @@
     pipe = DiffusionPipeline.from_pretrained(FOLDER, trust_remote_code=True)
     depth = pipe(Image.open("room.jpg")).depth[0]
 
-Written by dpt (`dpt export --to diffusers`). Given the same seed, key, steps and ensemble it predicts what `dpt predict` does.
+Written by dpt (`dpt export --to diffusers`), in one file, since diffusers fetches no further ones from the hub. Given the same
+seed, key, steps and ensemble it predicts what `dpt predict` does.
 """
 
 import hashlib
@@ -22,6 +23,7 @@ from torch import Tensor
 
 _GOLDEN, _MIX_1, _MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 _DEPTH_SPREAD = 4.0
+_NO_SETTINGS = ("self", "__class__", "transformer", "scheduler", "vae")
 
 
 @dataclass
@@ -66,31 +68,15 @@ class DptDepthPipeline(DiffusionPipeline):
         default_steps: int = 50,
         default_ensemble_size: int = 1,
     ) -> None:
+        given = dict(locals())
+        settings = {name: given[name] for name in given if name not in _NO_SETTINGS}
         super().__init__()
         if vae is None:
             where = {"revision": vae_revision or None, "subfolder": vae_subfolder or None}
             vae = getattr(diffusers, vae_class).from_pretrained(vae_name, **where)
         vae.to(memory_format=torch.channels_last)  # a fifth faster on CPUs, and what GPUs' kernels want
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
-        self.register_to_config(
-            vae_name=vae_name,
-            vae_revision=vae_revision,
-            vae_subfolder=vae_subfolder,
-            vae_class=vae_class,
-            downsampling=downsampling,
-            fit=fit,
-            fit_resolution=fit_resolution,
-            num_conditions=num_conditions,
-            label=label,
-            depth_code=depth_code,
-            prediction_type=prediction_type,
-            time_convention=time_convention,
-            timestep_spacing=timestep_spacing,
-            one_step=one_step,
-            initial_noise=initial_noise,
-            default_steps=default_steps,
-            default_ensemble_size=default_ensemble_size,
-        )
+        self.register_to_config(**settings)
 
     @torch.no_grad()
     def __call__(

@@ -1,0 +1,73 @@
+"""Files that a stop leaves whole: renamed into their place, or lines of JSON of which only whole ones count."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from dpt import distributed
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` make a file beside `path`, then put it in its place. Folders that are missing are made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.part")
+    write(temporary)
+    temporary.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON, atomically; what JSON does not know becomes text."""
+    text = json.dumps(value, indent=2, default=str) + "\n"
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_arrays(path: Path, arrays: dict[str, Any]) -> None:
+    """Write arrays by name as an uncompressed .npz, atomically."""
+
+    def save(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+            np.savez(file, allow_pickle=False, **arrays)
+
+    write_atomically(path, save)
+
+
+def fingerprint(settings: Any) -> str:
+    """16 hexadecimal digits that are equal for equal settings."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+class JsonLines:
+    """Values as lines of JSON below `folder`, where every rank appends to a file of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._file: IO[str] | None = None
+
+    def values(self) -> Iterator[Any]:
+        """What all ranks of earlier runs have written, but for lines that a kill left torn."""
+        for path in sorted(self._folder.glob("*.jsonl")):
+            for line in path.read_text(encoding="utf-8").split("\n"):
+                try:
+                    value = json.loads(line)
+                except ValueError:
+                    continue
+                yield value
+
+    def append(self, value: Any) -> None:
+        """Add a line to this rank's file."""
+        if self._file is None:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._file = (self._folder / f"{distributed.rank():05d}.jsonl").open("a", encoding="utf-8")
+            if self._file.tell():
+                self._file.write("\n")  # what a kill left torn ends here
+        self._file.write(json.dumps(value) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close this rank's file."""
+        if self._file is not None:
+            self._file.close()

@@ -1,0 +1,80 @@
+"""Evaluations as runs of MLflow, below the run that trained the weights."""
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from dpt import distributed, hub
+from dpt.config.recipe import Recipe
+from dpt.config.sections import DataConfig
+from dpt.data.shards import ShardFolder
+from dpt.evaluation.prediction import Predictor
+from dpt.models.attention import use_backend
+from dpt.models.weights import Weights
+from dpt.tracking import Run
+
+
+def open_predictor(
+    recipe: Recipe, *, ready_made: bool, vae: str = "", read: Callable[..., Weights]
+) -> tuple[Recipe, Predictor | None]:
+    """The recipe, with its weights pinned to a commit, and what predicts with them: None if `ready_made` results are scored.
+
+    `vae` (empty: the recipe's, unless that is the default; then the one that the weights name) and `read` as in
+    `dpt.evaluation.loading.load_model`.
+    """
+    config = recipe.dpt.evaluation
+    config = replace(config, weights=hub.pinned(config.weights))
+    recipe = replace(recipe, dpt=replace(recipe.dpt, evaluation=config))
+    distributed.log(use_backend(recipe.dpt.attention_backend))
+    if ready_made or not config.weights:
+        return recipe, None
+    vae = vae or (recipe.dpt.data.vae if recipe.dpt.data.vae != DataConfig().vae else "")
+    return recipe, Predictor(config.weights, config=config, vae=vae, read=read)
+
+
+class Recording(contextlib.ExitStack):
+    """The record of an evaluation in MLflow, which `begin` starts: once nothing can be refused any more, so that no run says
+    that it failed for want of good input."""
+
+    run: Run
+
+    def __init__(self, recipe: Recipe, predictor: Predictor | None, *, name: str) -> None:
+        super().__init__()
+        self._recipe, self._predictor, self._name = recipe, predictor, name
+
+    def begin(self, task: str) -> None:
+        """Start the run. Its parameters are the recipe's, with the task, network and objective of the weights, which are what
+        runs are found by."""
+        from dpt.tracking import start_run
+
+        parent = ""
+        changes: dict[str, Any] = {"task": task}
+        if self._predictor is not None:
+            parent = str(self._predictor.lineage.get("run_id") or "")
+            changes |= {"model": self._predictor.model, "diffusion": self._predictor.diffusion}
+        recipe = replace(self._recipe, dpt=replace(self._recipe.dpt, **changes))
+        with distributed.shared_errors():
+            started = start_run(
+                recipe.dpt.tracking,
+                stage="evaluate",
+                name=self._name,
+                params=recipe.to_dict(),
+                parents=[parent],
+                output_dir=Path(recipe.dpt.evaluation.output_dir),
+                tags={},
+            )
+        self.run = self.enter_context(started)
+
+
+def shards_as_dataset(folder: str, cache_dir: str) -> dict[str, Any]:
+    """What `Run.log_dataset` takes for a shard folder that an evaluation reads."""
+    manifest = ShardFolder(folder, cache_dir=cache_dir).manifest
+    return {
+        "name": f"{manifest.dataset}/{manifest.split}",
+        "digest": manifest.data_sha256,
+        "source": folder,
+        "context": "evaluation",
+        "profile": manifest.profile,
+    }
