@@ -75,8 +75,8 @@ def sample_latents(moments: Tensor, scaling: LatentScaling, noise: Tensor) -> Te
 class VAECodec:
     """A frozen diffusers autoencoder with the conventions of the shards: unscaled moments in, scaled latents out.
 
-    record: what manifests and weights say of it; its fields are attributes here too: `name` (what the user asked for), `sha256`,
-    `scaling_factor` (with statistics by channel, only a part of `scaling`), `latent_channels` (C), `downsampling` (H / h).
+    record: what manifests and weights say of it; its `name` (what the user asked for), `sha256`, `scaling_factor` (with
+    statistics by channel, only a part of `scaling`), `latent_channels` (C) and `downsampling` (H / h) are attributes here too.
     The hash is of the fp32 weights by name, the same for every file format, folder and device the VAE came from.
     """
 

@@ -83,7 +83,7 @@ def test_s3_folders(make_shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     command.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     assert labels(stream("s3://bucket/my set"), 4) == labels(stream(folder), 4)
-    assert labels("s3://bucket/my set/{000000..000001}.tar", 3) == keys(f"{folder}/{{000000..000001}}.tar", 3)
+    assert labels(stream("s3://bucket/my set/{000000..000001}.tar"), 3) == labels(stream(f"{folder}/{{000000..000001}}.tar"), 3)
     assert ShardFolder("s3://bucket/my set")[12]["key"] == "s00012"
 
 
