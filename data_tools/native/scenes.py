@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import numpy as np
 
+from data_tools.synthesis.generation import make_scene
 from data_tools.synthesis.rendering import SceneTruth, render
-from data_tools.synthesis.scenes import make_scene
 
 WIDTH, HEIGHT = 64, 48
 """Of every picture but pix2gestalt's, which are square."""

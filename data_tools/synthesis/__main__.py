@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 
 from data_tools.synthesis.dataset import SynthesisConfig, synthesize
+from data_tools.synthesis.generation import VARIETIES
 from data_tools.synthesis.layouts import TASKS
-from data_tools.synthesis.scenes import VARIETIES
 from dpt.config.numbers import AT_LEAST_1, NOT_NEGATIVE, Range, numeric
 from dpt.config.parser import Parser
 from dpt.errors import UserError, reported

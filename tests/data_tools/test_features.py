@@ -10,10 +10,10 @@ from encode_runs import arguments
 from data_tools.encode import main
 from data_tools.readers import open_reader
 from data_tools.synthesis.dataset import DESCRIPTION, SynthesisConfig, synthesize
+from data_tools.synthesis.generation import make_scene
 from data_tools.synthesis.geometry import SEGMENTS, SceneGeometry
 from data_tools.synthesis.layouts import TASKS
 from data_tools.synthesis.rendering import render
-from data_tools.synthesis.scenes import make_scene
 from dpt.data.manifest import read_manifest
 from dpt.data.shards import ShardFolder
 from dpt.errors import UserError
