@@ -81,10 +81,7 @@ def measure(vae: str, resolution: int, images: int, batch_size: int) -> list[har
     ours = {"images_per_s": images / wall, "share_of_bound": bare_wall * images / wall}
     if job.encoder.device.type == "cpu":
         ours |= {"share_of_bound_processor": bare_cpu * images / cpu, "vae_at_work": busy_s / wall}
-    return [
-        {"case": case, "what": harness.BOUND, "images_per_s": 1 / bare_wall},
-        {"case": case, "what": harness.OURS, **ours},
-    ]
+    return [{"case": case, "what": harness.BOUND, "images_per_s": 1 / bare_wall}, {"case": case, "what": harness.OURS, **ours}]
 
 
 def _time_vae(encoder: BatchEncoder) -> list[float]:

@@ -80,11 +80,7 @@ def forward_backward(layer: nn.Module, x: Tensor) -> Callable[[], None]:
     return action
 
 
-WAYS: dict[str, Callable[[ModelConfig], nn.Module]] = {
-    harness.OURS: ours,
-    "boolean masks": masks,
-    "deepspeed": deepspeed_layer,
-}
+WAYS: dict[str, Callable[[ModelConfig], nn.Module]] = {harness.OURS: ours, "boolean masks": masks, "deepspeed": deepspeed_layer}
 
 
 def measure(

@@ -27,10 +27,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.train_step import model_config, random_batch, recipe
+from benchmarks.train_step import Step, model_config, ours, random_batch
 from dpt import distributed
 from dpt.config.sections import ModelConfig
-from dpt.data.codec import LatentScaling
 from dpt.models.dit import DiT
 from dpt.scaling.cluster import Cluster, Layout, seconds, traffic
 from dpt.scaling.processes import start_forked, start_fresh
@@ -108,25 +107,6 @@ def alone(config: ModelConfig, batch: int, ranks: int) -> Callable[[], None]:
     return step
 
 
-def spread(config: ModelConfig, batch: int, *, zero_stage: int, ep_size: int) -> Callable[[], None]:
-    """The launchers' step."""
-    from dpt.training.engine import Engine
-    from dpt.training.step import LossModule, Preparation
-
-    one = recipe(config, batch * distributed.world_size(), "fp32", zero_stage=zero_stage, ep_size=ep_size)
-    engine = Engine(one, LossModule(DiT(config, ep_size=ep_size), one.dpt))
-    prepare = Preparation(
-        one.dpt, tasks=["class"], scaling=LatentScaling(scale=0.18215), device=engine.device, dtype=engine.dtype
-    )
-    data = random_batch(config, batch)
-
-    def step() -> None:
-        engine.accumulate(*prepare(data))
-        engine.step(1e-4)
-
-    return step
-
-
 def machine_rates(rounds: int, size: int = 1 << 22) -> Cluster:
     """This machine as a cluster of one node, from exchanges of `size` bytes and of nothing."""
     ranks = distributed.world_size()
@@ -153,9 +133,9 @@ def worker(arguments: argparse.Namespace) -> None:
         ep_size = ranks if case.ep else 1
         if case.ep and (ranks == 1 or config.num_experts % ranks):
             continue
-        actions = {
+        actions: dict[str, Step] = {
             harness.BOUND: alone(config, arguments.batch, ranks),
-            harness.OURS: spread(config, arguments.batch, zero_stage=case.zero_stage, ep_size=ep_size),
+            harness.OURS: ours(config, arguments.batch, "fp32", zero_stage=case.zero_stage, ep_size=ep_size),
         }
         timings = harness.interleave(actions, arguments.rounds, before=distributed.barrier)
         with Exchanges() as found:

@@ -40,21 +40,11 @@ def parser() -> Parser:
     add("--vae", default="embedded", help='"embedded", a folder, or hub:owner/name[@revision] (default: %(default)s)')
     add("--resolution", type=numeric(int, Range(least=1, most=8192)), required=True, help="side of the encoded images, pixels")
     add("--out", required=True, help="folder of the shards")
-    add(
-        "--shards",
-        default="",
-        metavar="I/N",
-        help="this job's share: shards I, I + N, ... (default: all)",
-    )
+    add("--shards", default="", metavar="I/N", help="this job's share: shards I, I + N, ... (default: all)")
     add("--finish", action="store_true", help="encode nothing, only write the manifest of finished shards")
     add("--mirrored", action="store_true", help="encode the mirrored images too")
     add("--evaluation", action="store_true", help="keep inputs and truths at their own size, to be scored")
-    add(
-        "--prompt",
-        choices=("all_valid", "ground_truth", "none"),
-        default="all_valid",
-        help="depth's second input",
-    )
+    add("--prompt", choices=("all_valid", "ground_truth", "none"), default="all_valid", help="depth's second input")
     add(
         "--fit",
         choices=FITS,

@@ -59,9 +59,7 @@ class BatchEncoder:
         if not as_bytes:
             images = [image if image.dtype == np.float32 else tasks.image_to_float(image) for image in images]
         batch = torch.zeros(
-            (size, *images[0].shape),
-            dtype=torch.uint8 if as_bytes else torch.float32,
-            pin_memory=self.device.type == "cuda",
+            (size, *images[0].shape), dtype=torch.uint8 if as_bytes else torch.float32, pin_memory=self.device.type == "cuda"
         )
         np.stack(images, out=batch.numpy()[: len(images)])
         moved = batch.to(self.device, non_blocking=True)

@@ -157,10 +157,7 @@ def _body(rng: np.random.Generator, class_name: str, half_height: float, x: floa
     yaw = rng.uniform(-np.pi, np.pi)
     moving = float(rng.random() > 0.35)
     dx, dz, turning = (moving * rng.uniform(-reach, reach) for reach in (0.2, 0.2, 0.25))
-    poses = (
-        Pose(position=(x, half_height, z), yaw=yaw),
-        Pose(position=(x + dx, half_height, z + dz), yaw=yaw + turning),
-    )
+    poses = (Pose(position=(x, half_height, z), yaw=yaw), Pose(position=(x + dx, half_height, z + dz), yaw=yaw + turning))
     return Body(class_name=class_name, scale=(sx, half_height, sz), poses=poses)
 
 
@@ -234,11 +231,7 @@ def _surfaces(rng: np.random.Generator, variety: Variety) -> tuple[Texture, Text
 
 
 def _texture(
-    rng: np.random.Generator,
-    colors: tuple[Color, Color],
-    axes: tuple[Vector, ...],
-    wavelength: Range,
-    plain: float,
+    rng: np.random.Generator, colors: tuple[Color, Color], axes: tuple[Vector, ...], wavelength: Range, plain: float
 ) -> Texture:
     """A texture striped along one of the axes or checked along all; `plain` is the probability of no pattern."""
     kind: Pattern = "plain" if rng.random() < plain else PATTERNS[rng.integers(3)]
