@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from reader_layouts import chairs, picture, read_all
 
 from data_tools.native.files import save, write
 from data_tools.readers import Excluded, ReadError, open_reader
 from dpt.errors import UserError
 from dpt.pictures import flo_bytes
+from tests.data_tools.readers.reader_layouts import chairs, picture, read_all
 
 
 def test_flying_chairs_split_by_line(tmp_path: Path) -> None:

@@ -4,13 +4,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from reader_layouts import DEPTH, RNG, check_depth, picture, read_all
 from scipy.io import savemat
 
 from data_tools.native.depth import hypersim_frame
 from data_tools.native.files import save, save_depth, save_hdf5, write
 from data_tools.readers import Excluded, ReadError, open_reader
 from data_tools.readers.hypersim import distance_to_depth, tone_map
+from tests.data_tools.readers.reader_layouts import DEPTH, RNG, check_depth, picture, read_all
 
 
 @pytest.mark.parametrize("place", ["filename_list_val.txt", "val/filename_list_val.txt", "filename_list_val_filtered.txt"])
