@@ -1,19 +1,15 @@
 import math
-import warnings
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
+from diffusers.training_utils import compute_snr
 from torch.distributions import Normal, kl_divergence
 
 from dpt.config.sections import DiffusionConfig
 from dpt.diffusion.objective import DiffusionObjective
 from dpt.diffusion.schedules import betas
 from dpt.errors import UserError
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    from diffusers import DDIMScheduler
-    from diffusers.training_utils import compute_snr
 
 
 def _batch(channels: int = 8, timesteps=(0, 1, 400, 999)):
