@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 def parser() -> Parser:
     """The command line."""
     parser = Parser(prog="python -m data_tools.encode", description=__doc__)
-    add = parser.add_argument
+    add, count, ratio = parser.add_argument, numeric(int, AT_LEAST_1), numeric(float, SHARE)
     add("--dataset", required=True, choices=sorted(READERS), help="data set (layouts: docs/readers.md)")
     add("--root", required=True, help="folder of the data set")
     add("--split", default="train", help="split (default: %(default)s)")
@@ -60,32 +60,15 @@ def parser() -> Parser:
         metavar="normals|segments|FOLDER",
         help="keep features for hidden states to be aligned with: exact ones of synthetic scenes, or FOLDER/KEY.npy, [C, h, w]",
     )
-    add(
-        "--samples-per-shard",
-        type=numeric(int, AT_LEAST_1),
-        help="inputs of a shard (default: class 1024, perception 256, evaluation 64)",
-    )
-    add(
-        "--limit",
-        type=numeric(int, AT_LEAST_1),
-        help="encode only so many inputs, the first in the order of the shards (default: all)",
-    )
-    add(
-        "--shuffle-seed",
-        type=numeric(int),
-        default=0,
-        help="seed of the order of training samples; negative: the set's own order",
-    )
-    add("--batch-size", type=numeric(int, AT_LEAST_1), default=32, help="images encoded at once (default: %(default)s)")
+    add("--samples-per-shard", type=count, help="inputs of a shard (default: class 1024, perception 256, evaluation 64)")
+    add("--limit", type=count, help="encode only so many inputs, the first in the order of the shards (default: all)")
+    order = "seed of the order of training samples; negative: the set's own order"
+    add("--shuffle-seed", type=numeric(int), default=0, help=order)
+    add("--batch-size", type=count, default=32, help="images encoded at once (default: %(default)s)")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the VAE (auto: bfloat16 on GPUs)")
-    add(
-        "--processes",
-        type=numeric(int, NOT_NEGATIVE),
-        help="processes that read ahead; 0: none (default: by the machine's cores)",
-    )
-    add(
-        "--max-skipped-share", type=numeric(float, SHARE), default=0.01, help="unreadable inputs allowed (default: %(default)s)"
-    )
+    ahead = "processes that read ahead; 0: none (default: by the machine's cores)"
+    add("--processes", type=numeric(int, NOT_NEGATIVE), help=ahead)
+    add("--max-skipped-share", type=ratio, default=0.01, help="unreadable inputs allowed (default: %(default)s)")
     add("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     return parser
 

@@ -30,13 +30,6 @@ def _cut(truth: SceneTruth) -> SceneTruth:
     """The middle rows."""
     top = (WIDTH - HEIGHT) // 2
     rows = slice(top, top + HEIGHT)
-    return replace(
-        truth,
-        image=np.ascontiguousarray(truth.image[rows]),
-        next_image=np.ascontiguousarray(truth.next_image[rows]),
-        depth=truth.depth[rows],
-        flow=truth.flow[:, rows],
-        visible_mask=truth.visible_mask[rows],
-        whole_mask=truth.whole_mask[rows],
-        whole=np.ascontiguousarray(truth.whole[rows]),
-    )
+    names = ("image", "next_image", "depth", "visible_mask", "whole_mask", "whole")
+    maps = {name: np.ascontiguousarray(getattr(truth, name)[rows]) for name in names}
+    return replace(truth, **maps, flow=truth.flow[:, rows])
