@@ -16,13 +16,11 @@ from dpt.tasks import TASKS
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
-MEMBER_ORDER = (
-    "label", "valid", "clip", "features", "latents", "latents_mirrored", "cond_latents", "target_latents",
-    "image", "truth", "code_mask", "second", "visible_mask",
+TRAINING_MEMBERS = (
+    "label", "valid", "clip", "features", "latents", "latents_mirrored", "cond_latents", "target_latents"
 )  # fmt: skip
-"""Order of the arrays in a sample; `meta` follows."""
-EVALUATION_MEMBERS = MEMBER_ORDER[-5:]
-"""Those that only evaluation sets have."""
+MEMBER_ORDER = (*TRAINING_MEMBERS, "image", "truth", "code_mask", "second", "visible_mask")
+"""Order of the arrays in a sample; `meta` follows. The last five are of evaluation sets only."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,5 @@
 """Where shards come from: folders, brace patterns and URLs, resolved through the manifest beside them; whether several sets fit
-together and fit the run; how a shard is opened, or fetched."""
+together; how a shard is opened, or fetched."""
 
 import dataclasses
 import hashlib
@@ -11,16 +11,7 @@ from pathlib import Path
 
 from braceexpand import braceexpand
 
-from dpt.data.manifest import (
-    EVALUATION_MEMBERS,
-    MANIFEST_NAME,
-    MEMBER_ORDER,
-    Manifest,
-    MemberSpec,
-    VAERecord,
-    parse_manifest,
-    read_manifest,
-)  # fmt: skip
+from dpt.data.manifest import MANIFEST_NAME, MEMBER_ORDER, TRAINING_MEMBERS, Manifest, MemberSpec, parse_manifest, read_manifest
 from dpt.data.reader import SampleError, ShardReader
 from dpt.errors import UserError
 from dpt.urls import Patience, fetch_file, fetch_text, is_url
@@ -78,38 +69,18 @@ def _choose(manifest: Manifest, names: list[str], source: str) -> Manifest:
     return dataclasses.replace(manifest, shards=chosen, num_samples=sum(shard.num_samples for shard in chosen))
 
 
-def check_manifests(
-    manifests: Mapping[str, Manifest],
-    *,
-    tasks: Collection[str] | None = None,
-    vae: VAERecord | None = None,
-    resolution: int | None = None,
-) -> None:
-    """Raise a UserError unless all sets fit together and fit the run.
-
-    `manifests`: by the name of their source. The VAE and the resolution must be the same in all; None accepts any.
-    Several tasks pass only if `tasks` allows them (a generalist's mixture).
-    """
+def check_manifests(manifests: Mapping[str, Manifest]) -> None:
+    """UserError unless all sets, by the name of their source, have one resolution and latents of one VAE."""
     first_name, first = next(iter(manifests.items()))
     for name, manifest in manifests.items():
-        if tasks is not None and manifest.task not in tasks:
-            run = " or ".join(f'"{task}"' for task in sorted(tasks))
-            raise UserError(f'{name}: the shards are for task "{manifest.task}", the run for {run}; choose other shards.')
-        if tasks is None and manifest.task != first.task:
-            raise UserError(f'{name} is for task "{manifest.task}" but {first_name} for "{first.task}"; do not mix them.')
-        wanted = vae or first.vae
-        if difference := wanted.difference(dataclasses.asdict(manifest.vae)):
-            other = "the run's VAE" if vae else f'"{first.vae.name}" of {first_name}'
+        if difference := first.vae.difference(dataclasses.asdict(manifest.vae)):
             raise UserError(
-                f'{name}: the latents were made by VAE "{manifest.vae.name}", not by {other} ({difference}); set dpt.data.vae '
-                "to it or encode the set anew."
+                f'{name}: the latents were made by VAE "{manifest.vae.name}", not by "{first.vae.name}" of {first_name} '
+                f"({difference}); encode both sets with one VAE."
             )
-        size = resolution or first.resolution
-        if manifest.resolution != size:
-            other = "the run needs" if resolution else f"{first_name} has"
-            raise UserError(
-                f"{name}: the resolution is {manifest.resolution} px but {other} {size} px; encode the set at {size} px."
-            )
+        if manifest.resolution != (size := first.resolution):
+            found = f"the resolution is {manifest.resolution} px but {first_name} has {size} px"
+            raise UserError(f"{name}: {found}; encode the set at {size} px.")
 
 
 def choose_members(manifests: Mapping[str, Manifest], wanted: Collection[str] | None) -> dict[str, MemberSpec]:
@@ -118,7 +89,7 @@ def choose_members(manifests: Mapping[str, Manifest], wanted: Collection[str] | 
     Sets may differ in which members they have and in the length of a member's first axis (number of targets): the batch has
     the largest, filled up with zeros. UserError if they differ otherwise, or if no set has a wanted member.
     """
-    chosen = set(MEMBER_ORDER) - set(EVALUATION_MEMBERS) if wanted is None else set(wanted)
+    chosen = set(TRAINING_MEMBERS if wanted is None else wanted)
     first_name = next(iter(manifests))
     specs: dict[str, MemberSpec] = {}
     for name, manifest in manifests.items():

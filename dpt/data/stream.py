@@ -111,7 +111,7 @@ class LatentStream:
             )
         self.sets = [resolve(source, self.patience) for source in self.sources]
         self.manifests = {found.name: found.manifest for found in self.sets}
-        check_manifests(self.manifests, tasks={manifest.task for manifest in self.manifests.values()})
+        check_manifests(self.manifests)
         self.specs = choose_members(self.manifests, self.members)
         self.sizes = [set_size(manifest) for manifest in self.manifests.values()]
         self.order = MixtureOrder(self.sizes, self.weights, num_lanes(self.global_batch_size), self.seed)
