@@ -128,7 +128,6 @@ def test_ignored_variance_still_gets_gradients():
     losses = objective.loss(prediction, latents, noise, objective.add_noise(latents, noise, timesteps), timesteps)
     assert "vlb" not in losses
     losses["loss"].backward()
-    assert prediction.grad is not None
     assert (prediction.grad[:, 4:] == 0).all()
     assert (prediction.grad[:, :4] != 0).any()
 

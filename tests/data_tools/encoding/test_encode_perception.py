@@ -74,7 +74,6 @@ def test_depth(made, tmp_path: Path, vae: str) -> None:
     assert [sample["key"] for sample in samples] == ["scene/00", "scene/01", "scene/02", "scene/04"]
     for sample in samples:
         source = reader.read(sample["key"])
-        assert source.depth is not None
         rgb = tasks.image_to_float(tasks.resize_image(source.images[0], (SIDE, SIDE)))
         valid = tasks.resize_nearest(source.valid, (SIDE, SIDE))
         target, (near, far) = tasks.encode_depth(tasks.resize_nearest(source.depth, (SIDE, SIDE)), valid)
@@ -138,7 +137,6 @@ def test_flow_and_its_mirror_image(made, tmp_path: Path, vae: str) -> None:
     assert len(samples) == 10
     for key in sorted(reader.keys()):
         source = reader.read(key)
-        assert source.flow is not None
         for mirrored in (False, True):
             sample = samples[f"{key}_mirrored" if mirrored else key]
             images = [image[:, ::-1].copy() if mirrored else image for image in source.images]
@@ -183,7 +181,6 @@ def test_amodal_with_clip_embeddings(made, tmp_path: Path, vae: str, clip: Path)
     mean, std = torch.tensor([0.48145466, 0.4578275, 0.40821073]), torch.tensor([0.26862954, 0.26130258, 0.27577711])
     for sample in ShardFolder(out):
         source = reader.read(sample["key"])
-        assert source.mask is not None
         whole = tasks.image_to_float(tasks.resize_image(np.where(source.mask[..., None], source.images[0], 255), (SIDE, SIDE)))
         np.testing.assert_allclose(sample["target_latents"][0], encode_alone(vae, whole), atol=2e-3)
         visible = torch.from_numpy(np.where(source.images[1] > 0, source.images[0], 255)).float() / 255
