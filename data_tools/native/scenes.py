@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -31,5 +32,5 @@ def _cut(truth: SceneTruth) -> SceneTruth:
     top = (WIDTH - HEIGHT) // 2
     rows = slice(top, top + HEIGHT)
     names = ("image", "next_image", "depth", "visible_mask", "whole_mask", "whole")
-    maps = {name: np.ascontiguousarray(getattr(truth, name)[rows]) for name in names}
+    maps: dict[str, Any] = {name: np.ascontiguousarray(getattr(truth, name)[rows]) for name in names}
     return replace(truth, **maps, flow=truth.flow[:, rows])

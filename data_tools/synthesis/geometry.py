@@ -49,7 +49,8 @@ class SceneGeometry:
     def normals(self, key: str) -> Array:
         """Unit normals float32 [3, H, W] in the camera's axes: right, down, forward."""
         scene = self._scene(key)
-        camera, hits, points = scene.cameras[0], *self._seen(scene)
+        camera = scene.cameras[0]
+        hits, points = self._seen(scene)
         inward = np.zeros_like(points)  # of the room: face 2 * axis + side looks back from that side
         axis, side = np.divmod(hits.face, 2)
         room = hits.body == ROOM
