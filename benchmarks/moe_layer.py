@@ -115,12 +115,9 @@ def _label(name: str, hot: bool) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the figures."""
-    parser = harness.parser(__doc__, rounds=9)
+    parser = harness.parser(__doc__, rounds=9, tokens=8192, hidden_size=384, experts=8)
     parser.add_argument("--precisions", nargs="+", default=list(harness.DTYPES), choices=list(harness.DTYPES))
     parser.add_argument("--ways", nargs="+", choices=WAYS, help="what to compare (default: all that do not take minutes)")
-    parser.add_argument("--tokens", type=int, default=8192, help="(default: %(default)s)")
-    parser.add_argument("--hidden-size", type=int, default=384, help="(default: %(default)s)")
-    parser.add_argument("--experts", type=int, default=8, help="(default: %(default)s)")
     arguments = parser.parse_args(argv)
     config = ModelConfig(
         hidden_size=arguments.hidden_size, num_heads=1, num_experts=arguments.experts, top_k=TOP_K, expert_activation="gelu",

@@ -78,10 +78,11 @@ class Case:
     zero_stage: int
 
 
+_MOE = {"num_experts": 4, "top_k": 2, "expert_activation": "swiglu"}
 CASES = (
     Case(name="dense ZeRO 1", fields={}, ep=False, zero_stage=1),
-    Case(name="MoE ZeRO 1", fields={"num_experts": 4, "top_k": 2, "expert_activation": "swiglu"}, ep=False, zero_stage=1),
-    Case(name="MoE EP ZeRO 2", fields={"num_experts": 4, "top_k": 2, "expert_activation": "swiglu"}, ep=True, zero_stage=2),
+    Case(name="MoE ZeRO 1", fields=_MOE, ep=False, zero_stage=1),
+    Case(name="MoE EP ZeRO 2", fields=_MOE, ep=True, zero_stage=2),
 )
 
 
@@ -199,11 +200,9 @@ def launch(ranks: int, arguments: argparse.Namespace, result: Path) -> list[harn
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the figures."""
-    parser = harness.parser(__doc__)
+    parser = harness.parser(__doc__, depth=4, hidden_size=128)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], help="(default: %(default)s)")
     parser.add_argument("--batch", type=int, default=4, help="samples a rank (default: %(default)s)")
-    parser.add_argument("--depth", type=int, default=4, help="(default: %(default)s)")
-    parser.add_argument("--hidden-size", type=int, default=128, help="(default: %(default)s)")
     parser.add_argument("--input-size", type=int, default=32, help="side of the latents (default: %(default)s)")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)

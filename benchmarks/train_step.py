@@ -206,10 +206,9 @@ def measure(
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the figures."""
-    parser = harness.parser(__doc__)
+    parser = harness.parser(__doc__, batch=16)
     parser.add_argument("--cases", nargs="+", default=GPU_CASES if torch.cuda.is_available() else CPU_CASES)
     parser.add_argument("--precisions", nargs="+", default=list(harness.DTYPES), choices=list(harness.DTYPES))
-    parser.add_argument("--batch", type=int, default=16, help="(default: %(default)s)")
     parser.add_argument("--input-size", type=int, default=32, help="side of the latents (default: %(default)s)")
     parser.add_argument("--ways", nargs="+", choices=WAYS, help="what to compare (default: all that do not take minutes)")
     parser.add_argument("--micro-batches", type=int, default=4, help="a step is split into, where it is (default: %(default)s)")
