@@ -132,7 +132,6 @@ def measure(config: ModelConfig, folder: Path, rounds: int) -> list[harness.Row]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print the figures."""
     parser = harness.parser(__doc__, preset="S/2")
     parser.add_argument("--depth", type=int, help="blocks (default: the preset's)")
     parser.add_argument("--folder", type=Path, help="where to write (default: the system's temporary folder)")

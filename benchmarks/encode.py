@@ -89,7 +89,6 @@ def _time_vae(encoder: BatchEncoder) -> list[float]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print the figures."""
     parser = harness.parser(__doc__, rounds=1, vae="embedded", images=256, batch_size=16)
     parser.add_argument("--resolution", type=int, default=256, help="pixels (default: %(default)s)")
     arguments = parser.parse_args(argv)

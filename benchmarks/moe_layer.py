@@ -114,7 +114,6 @@ def _label(name: str, hot: bool) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print the figures."""
     parser = harness.parser(__doc__, rounds=9, tokens=8192, hidden_size=384, experts=8)
     parser.add_argument("--precisions", nargs="+", default=list(harness.DTYPES), choices=list(harness.DTYPES))
     parser.add_argument("--ways", nargs="+", choices=WAYS, help="what to compare (default: all that do not take minutes)")

@@ -67,7 +67,6 @@ def measure(preset: str, rounds: int) -> list[harness.Row]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print the figures."""
     parser = harness.parser(__doc__, rounds=15, preset="S/2")
     arguments = parser.parse_args(argv)
     harness.finish("optimizer_ema", measure(arguments.preset, arguments.rounds), arguments)

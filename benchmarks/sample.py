@@ -192,7 +192,6 @@ def network(case: str, predictor: Predictor, images: Sequence[np.ndarray], round
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print the figures."""
     parser = harness.parser(__doc__, rounds=3, images=2, vae="embedded")
     parser.add_argument("--preset", default="XL/2", help="shape of the network (default: %(default)s)")
     parser.add_argument("--depth", type=int, default=2, help="its blocks (default: %(default)s)")

@@ -199,7 +199,6 @@ def launch(ranks: int, arguments: argparse.Namespace, result: Path) -> list[harn
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print the figures."""
     parser = harness.parser(__doc__, depth=4, hidden_size=128)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], help="(default: %(default)s)")
     parser.add_argument("--batch", type=int, default=4, help="samples a rank (default: %(default)s)")

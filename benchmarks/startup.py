@@ -89,7 +89,6 @@ def measure(preset: str, batch: int, rounds: int) -> list[harness.Row]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print the figures."""
     parser = harness.parser(__doc__, preset="a1", batch=16)
     arguments = parser.parse_args(argv)
     harness.finish("startup", measure(arguments.preset, arguments.batch, arguments.rounds), arguments)

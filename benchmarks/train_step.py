@@ -205,7 +205,6 @@ def measure(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print the figures."""
     parser = harness.parser(__doc__, batch=16)
     parser.add_argument("--cases", nargs="+", default=GPU_CASES if torch.cuda.is_available() else CPU_CASES)
     parser.add_argument("--precisions", nargs="+", default=list(harness.DTYPES), choices=list(harness.DTYPES))

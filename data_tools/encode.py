@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 
 def parser() -> Parser:
-    """The command line."""
     parser = Parser(prog="python -m data_tools.encode", description=__doc__)
     add, count, ratio = parser.add_argument, numeric(int, AT_LEAST_1), numeric(float, SHARE)
     add("--dataset", required=True, choices=sorted(READERS), help="data set (layouts: docs/readers.md)")

@@ -31,7 +31,6 @@ _CAPTION, _GAP = 14, 4
 
 
 def parser() -> Parser:
-    """The command line."""
     parser = Parser(prog="python -m data_tools.inspect", description=__doc__)
     add = parser.add_argument
     add("shards", help="shard folder")

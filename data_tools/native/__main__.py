@@ -9,7 +9,6 @@ from dpt.errors import reported
 
 
 def parser() -> Parser:
-    """The command line."""
     parser = Parser(prog="python -m data_tools.native", description=__doc__)
     add = parser.add_argument
     add("names", nargs="*", metavar="NAME", help=f"sets to write (default: all): {', '.join(WRITERS)}")

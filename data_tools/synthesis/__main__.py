@@ -13,7 +13,6 @@ from dpt.errors import UserError, reported
 
 
 def parser() -> Parser:
-    """The command line."""
     parser = Parser(prog="python -m data_tools.synthesis", description=__doc__)
     add, count, size = parser.add_argument, numeric(int, AT_LEAST_1), numeric(int, Range(least=16, most=4096))
     add("--out", type=Path, required=True, help="folder to make; one folder a data set inside")

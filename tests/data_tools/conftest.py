@@ -5,8 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from diffusers import AutoencoderKL
 from PIL import Image
 
 from data_tools import encode
@@ -15,6 +13,9 @@ from data_tools import encode
 @pytest.fixture(scope="session")
 def vae(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Folder of a tiny random VAE of the usual form: 8x down, 4 channels."""
+    import torch
+    from diffusers import AutoencoderKL
+
     torch.manual_seed(0)
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
     folder = tmp_path_factory.mktemp("vae")
@@ -25,6 +26,7 @@ def vae(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="session")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a tiny random CLIP image tower: 48 px, embeddings of 6 numbers."""
+    import torch
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
     torch.manual_seed(0)

@@ -19,7 +19,7 @@ from dpt.data.codec import load_vae
 from dpt.data.manifest import read_manifest
 from dpt.data.shards import ShardFolder
 from dpt.data.stream import LatentStream
-from tests.data_tools.encode_runs import SIDE, arguments, encode_alone
+from tests.data_tools.encode_runs import SIDE, arguments, contents, encode_alone
 
 
 @pytest.fixture(scope="module")
@@ -33,10 +33,6 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
         image = random.integers(0, 256, (40 + 7 * number, 70, 3), np.uint8)
         Image.fromarray(image).save(folder / f"p.{number:02d}.png")
     return root
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
 def test_class_images(pictures: Path, tmp_path: Path, vae: str) -> None:
@@ -178,17 +174,13 @@ def test_unreadable_inputs_are_listed(pictures: Path, tmp_path: Path, vae: str, 
     assert "1 of 13 inputs cannot be read" in found
     assert "--max-skipped-share" in found
     assert "does not read" in found
-    assert not out.exists() or not [name for name in contents_of(out) if name.endswith(".part")]
+    assert not out.exists() or not [name for name in contents(out) if name.endswith(".part")]
     main(arguments(root, out, vae, "--max-skipped-share", "0.2"))
     manifest = read_manifest(out)
     assert (manifest.num_samples, manifest.num_skipped) == (11, 2)
     assert {item.key for item in manifest.skipped} == {"cat/broken", "cat/cut"}
     assert all("does not read" in item.reason for item in manifest.skipped)
     assert "2 unreadable inputs skipped" in capsys.readouterr().out
-
-
-def contents_of(folder: Path) -> list[str]:
-    return [path.name for path in folder.rglob("*")]
 
 
 def test_nothing_half_written_is_left(tmp_path: Path, vae: str, refused) -> None:

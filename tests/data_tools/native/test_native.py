@@ -18,6 +18,7 @@ from data_tools.readers.rle import decode_polygons
 from data_tools.synthesis import CLASS_NAMES
 from dpt.data.manifest import read_manifest
 from dpt.scaling.shard_sets import ARGUMENTS
+from tests.data_tools.encode_runs import contents
 from tests.data_tools.readers.reader_layouts import read_all
 
 SAMPLES = 2
@@ -81,9 +82,6 @@ def _check_depth(sample: Sample, depth: np.ndarray) -> None:
 def test_the_same_seed_gives_the_same_files(sets: Path, tmp_path: Path) -> None:
     for seed in (3, 4):
         main(["scannet", "coco_amodal", "--out", str(tmp_path / str(seed)), "--samples", str(SAMPLES), "--seed", str(seed)])
-
-    def contents(root: Path) -> dict[str, bytes]:
-        return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
 
     for name in ("scannet", "coco_amodal"):
         assert contents(tmp_path / "3" / name) == contents(sets / name)

@@ -1,7 +1,6 @@
 """Writing synthetic data sets, and reading them back through the readers of the real ones."""
 
 import dataclasses
-import hashlib
 import json
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from data_tools.synthesis.__main__ import main
 from data_tools.synthesis.dataset import DESCRIPTION, SynthesisConfig, synthesize
 from data_tools.synthesis.layouts import TASKS
 from dpt.errors import UserError
+from tests.data_tools.encode_runs import contents
 
 CONFIG = SynthesisConfig(scenes=12, size=32, seed=5, splits={"train": 0.5, "val": 0.25, "test": 0.25})
 COUNTS = {"train": 6, "val": 3, "test": 3}
@@ -78,17 +78,12 @@ def test_a_finished_set_is_reused_and_another_is_refused(written: Path, refused)
     assert "other scenes" in refused(main, *arguments, "--splits", "train=0.5,val=0.25,test=0.25")
 
 
-def _hashes(root: Path) -> dict[str, str]:
-    files = (path for path in root.rglob("*") if path.is_file())
-    return {path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-
-
 def test_processes_and_leftovers_change_nothing(written: Path, tmp_path: Path) -> None:
     leftover = tmp_path / ".again.partial"
     leftover.mkdir()
     (leftover / "stale").write_text("from a run that was stopped")
     assert synthesize(tmp_path / "again", CONFIG, workers=2)
-    assert _hashes(tmp_path / "again") == _hashes(written)
+    assert contents(tmp_path / "again") == contents(written)
     assert not leftover.exists()
 
 
@@ -124,7 +119,7 @@ def test_a_stopped_run_goes_on_and_other_parameters_begin_anew(
     assert synthesize(out, CONFIG, workers=1)
     assert asked[5:] == list(range(3, CONFIG.scenes))
     assert f"3 of {CONFIG.scenes} scenes are there" in capsys.readouterr().out
-    assert _hashes(out) == _hashes(written)
+    assert contents(out) == contents(written)
     other = dataclasses.replace(CONFIG, seed=CONFIG.seed + 1)
     asked[:] = [0]
     with pytest.raises(KeyboardInterrupt):
