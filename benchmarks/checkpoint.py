@@ -19,29 +19,19 @@ from typing import Any
 import torch
 
 from benchmarks import harness
-from benchmarks.train_step import model_config, random_batch, recipe
-from dpt import distributed
+from benchmarks.train_step import Training, model_config
 from dpt.config.sections import ModelConfig
-from dpt.models.dit import DiT
 
 
 class Run:
     """A run that has made a step, and its ways to save and restore, in `folder`."""
 
     def __init__(self, config: ModelConfig, folder: Path) -> None:
-        from dpt.data.codec import LatentScaling
-        from dpt.training.engine import Engine
         from dpt.training.saving import Saver
-        from dpt.training.step import LossModule, Preparation
 
-        distributed.init()
-        one = recipe(config, 1, "fp32")
-        self.folder = folder
-        self.engine = Engine(one, LossModule(DiT(config), one.dpt))
-        device, dtype = self.engine.device, self.engine.dtype
-        prepare = Preparation(one.dpt, tasks=["class"], scaling=LatentScaling(scale=1.0), device=device, dtype=dtype)
-        self.engine.accumulate(*prepare(random_batch(config, 1)))
-        self.engine.step(1e-4)
+        training = Training(config, 1, "fp32", zero_stage=1)
+        training.step()
+        self.folder, self.engine = folder, training.engine
         self.saver = Saver(folder / "ours", keep_last=1, keep_every=0)
         self.steps = 0
         self.pauses: dict[str, list[float]] = {}
@@ -143,9 +133,7 @@ def measure(config: ModelConfig, folder: Path, rounds: int) -> list[harness.Row]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print the figures."""
-    parser = harness.parser(__doc__)
-    parser.add_argument("--preset", default="S/2", help="(default: %(default)s)")
+    parser = harness.parser(__doc__, preset="S/2")
     parser.add_argument("--depth", type=int, help="blocks (default: the preset's)")
     parser.add_argument("--folder", type=Path, help="where to write (default: the system's temporary folder)")
     arguments = parser.parse_args(argv)

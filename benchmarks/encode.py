@@ -31,31 +31,21 @@ def write_pictures(folder: Path, count: int) -> None:
         image.save(folder / f"{number:05d}.jpg", quality=90)
 
 
-class Stopwatch:
-    """Wall time and processor time (of this process and of children that have ended) since it was made, in seconds."""
-
-    def __init__(self) -> None:
-        self._wall, self._cpu = time.perf_counter(), self._cpu_time()
-
-    @staticmethod
-    def _cpu_time() -> float:
-        used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-        return sum(one.ru_utime + one.ru_stime for one in used)
-
-    def read(self) -> tuple[float, float]:
-        return time.perf_counter() - self._wall, self._cpu_time() - self._cpu
+def clocks() -> np.ndarray:
+    """Wall time and processor time (of this process and of children that have ended), in seconds."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return np.array([time.perf_counter(), sum(one.ru_utime + one.ru_stime for one in used)])
 
 
-def bare(encoder: BatchEncoder, resolution: int, batches: int) -> tuple[float, float]:
+def bare(encoder: BatchEncoder, resolution: int, batches: int) -> np.ndarray:
     """Wall and processor seconds per image of the VAE alone, its input lying ready on the device."""
     images = torch.rand(encoder.batch_size, 3, resolution, resolution, device=encoder.device) * 2 - 1
     encoder.codec.encode(images).cpu()
-    watch = Stopwatch()
+    begin = clocks()
     for _ in range(batches):
         moments = encoder.codec.encode(images)
     moments.cpu()
-    wall, cpu = watch.read()
-    return wall / (batches * encoder.batch_size), cpu / (batches * encoder.batch_size)
+    return (clocks() - begin) / (batches * encoder.batch_size)
 
 
 def measure(vae: str, resolution: int, images: int, batch_size: int) -> list[harness.Row]:
@@ -70,21 +60,18 @@ def measure(vae: str, resolution: int, images: int, batch_size: int) -> list[har
         batches = max(1, images // batch_size // 2)
         before = bare(job.encoder, resolution, batches)
         busy = _time_vae(job.encoder)
-        watch = Stopwatch()
+        begin = clocks()
         manifest = run(job)
-        wall, cpu = watch.read()
+        wall, cpu = (clocks() - begin).tolist()
         busy_s = sum(busy)
         after = bare(job.encoder, resolution, batches)
     assert manifest is not None
-    bare_wall, bare_cpu = ((a + b) / 2 for a, b in zip(before, after, strict=True))
+    bare_wall, bare_cpu = ((before + after) / 2).tolist()
     case = f"{resolution} px, {job.encoder.device.type}"
     ours = {"images_per_s": images / wall, "share_of_bound": bare_wall * images / wall}
     if job.encoder.device.type == "cpu":
         ours |= {"share_of_bound_processor": bare_cpu * images / cpu, "vae_at_work": busy_s / wall}
-    return [
-        {"case": case, "what": harness.BOUND, "images_per_s": 1 / bare_wall},
-        {"case": case, "what": harness.OURS, **ours},
-    ]
+    return [{"case": case, "what": harness.BOUND, "images_per_s": 1 / bare_wall}, {"case": case, "what": harness.OURS, **ours}]
 
 
 def _time_vae(encoder: BatchEncoder) -> list[float]:
@@ -102,12 +89,8 @@ def _time_vae(encoder: BatchEncoder) -> list[float]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print the figures."""
-    parser = harness.parser(__doc__, rounds=1)
-    parser.add_argument("--vae", default="embedded", help="(default: %(default)s)")
+    parser = harness.parser(__doc__, rounds=1, vae="embedded", images=256, batch_size=16)
     parser.add_argument("--resolution", type=int, default=256, help="pixels (default: %(default)s)")
-    parser.add_argument("--images", type=int, default=256, help="(default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=16, help="(default: %(default)s)")
     arguments = parser.parse_args(argv)
     results: list[harness.Row] = []
     for _ in range(arguments.rounds):

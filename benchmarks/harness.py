@@ -195,9 +195,12 @@ def ways_to_measure(precision: str, asked: Sequence[str] | None, ways: Sequence[
 # --- results ------------------------------------------------------------------------------------------------------------
 
 
-def parser(doc: str | None, *, rounds: int = 5) -> argparse.ArgumentParser:
-    """The options that all benchmarks have."""
+def parser(doc: str | None, *, rounds: int = 5, **options: int | str) -> argparse.ArgumentParser:
+    """The options that all benchmarks have, and those of these names and defaults that need no explanation."""
     result = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in options.items():
+        flag = f"--{name.replace('_', '-')}"
+        result.add_argument(flag, type=type(default), default=default, help="(default: %(default)s)")
     result.add_argument("--rounds", type=int, default=rounds, help="rounds of measurement (default: %(default)s)")
     result.add_argument("--json", type=Path, help="write the results here")
     return result

@@ -125,7 +125,6 @@ def measure(folder: Path, rounds: int) -> list[harness.Row]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print the figures."""
     parser = harness.parser(__doc__)
     parser.add_argument("--megabytes", type=int, default=512, help="size of the shards made for it (default: %(default)s)")
     parser.add_argument("--shards", type=Path, help="measure with these shards instead")

@@ -22,7 +22,7 @@ TOP_K = 2
 
 
 def tokens(count: int, config: ModelConfig, *, hot: bool, dtype: torch.dtype) -> Tensor:
-    """Random tokens [1, count, D] whose first E channels say which two experts a router of `routing_weight` shall choose."""
+    """Random tokens [1, count, D] whose first E channels say which two experts the router of `routed` shall choose."""
     experts = config.num_experts
     x = torch.randn(1, count, config.hidden_size, device=harness.device())
     positions = torch.arange(count, device=x.device)
@@ -33,24 +33,22 @@ def tokens(count: int, config: ModelConfig, *, hot: bool, dtype: torch.dtype) ->
     return x.to(dtype)
 
 
-def routing_weight(config: ModelConfig) -> Tensor:
-    """Router weights [E, D] that read the first E channels."""
-    return 5.0 * torch.eye(config.num_experts, config.hidden_size)
+@torch.no_grad()
+def routed(layer: nn.Module, gate: nn.Linear, config: ModelConfig) -> nn.Module:
+    """The layer with router weights [E, D] that read the first E channels."""
+    gate.weight.copy_(5.0 * torch.eye(config.num_experts, config.hidden_size))
+    return layer
 
 
 def ours(config: ModelConfig) -> nn.Module:
     layer = MoE(config)
     layer.reset_experts()
-    with torch.no_grad():
-        layer.gate.weight.copy_(routing_weight(config))
-    return layer
+    return routed(layer, layer.gate, config)
 
 
 def masks(config: ModelConfig) -> nn.Module:
     layer = textbook.MoE(config)
-    with torch.no_grad():
-        layer.gate.weight.copy_(routing_weight(config))
-    return layer
+    return routed(layer, layer.gate, config)
 
 
 def deepspeed_layer(config: ModelConfig) -> nn.Module:
@@ -62,9 +60,7 @@ def deepspeed_layer(config: ModelConfig) -> nn.Module:
     settings = {"k": TOP_K, "drop_tokens": False, "top2_2nd_expert_sampling": False}
     layer = DeepSpeedMoE(config.hidden_size, expert, config.num_experts, **settings)
     layer.set_deepspeed_parallelism()
-    with torch.no_grad():
-        layer.deepspeed_moe.gate.wg.weight.copy_(routing_weight(config))
-    return layer
+    return routed(layer, layer.deepspeed_moe.gate.wg, config)
 
 
 def forward_backward(layer: nn.Module, x: Tensor) -> Callable[[], None]:
@@ -80,11 +76,7 @@ def forward_backward(layer: nn.Module, x: Tensor) -> Callable[[], None]:
     return action
 
 
-WAYS: dict[str, Callable[[ModelConfig], nn.Module]] = {
-    harness.OURS: ours,
-    "boolean masks": masks,
-    "deepspeed": deepspeed_layer,
-}
+WAYS: dict[str, Callable[[ModelConfig], nn.Module]] = {harness.OURS: ours, "boolean masks": masks, "deepspeed": deepspeed_layer}
 
 
 def measure(
@@ -122,13 +114,9 @@ def _label(name: str, hot: bool) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print the figures."""
-    parser = harness.parser(__doc__, rounds=9)
+    parser = harness.parser(__doc__, rounds=9, tokens=8192, hidden_size=384, experts=8)
     parser.add_argument("--precisions", nargs="+", default=list(harness.DTYPES), choices=list(harness.DTYPES))
     parser.add_argument("--ways", nargs="+", choices=WAYS, help="what to compare (default: all that do not take minutes)")
-    parser.add_argument("--tokens", type=int, default=8192, help="(default: %(default)s)")
-    parser.add_argument("--hidden-size", type=int, default=384, help="(default: %(default)s)")
-    parser.add_argument("--experts", type=int, default=8, help="(default: %(default)s)")
     arguments = parser.parse_args(argv)
     config = ModelConfig(
         hidden_size=arguments.hidden_size, num_heads=1, num_experts=arguments.experts, top_k=TOP_K, expert_activation="gelu",

@@ -67,9 +67,7 @@ def measure(preset: str, rounds: int) -> list[harness.Row]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print the figures."""
-    parser = harness.parser(__doc__, rounds=15)
-    parser.add_argument("--preset", default="S/2", help="(default: %(default)s)")
+    parser = harness.parser(__doc__, rounds=15, preset="S/2")
     arguments = parser.parse_args(argv)
     harness.finish("optimizer_ema", measure(arguments.preset, arguments.rounds), arguments)
 

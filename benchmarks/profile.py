@@ -73,10 +73,8 @@ def _row(case: str, what: str, seconds: float, total: float) -> harness.Row:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print the tables."""
-    parser = harness.parser(__doc__, rounds=1)
+    parser = harness.parser(__doc__, rounds=1, batch=16)
     parser.add_argument("--cases", nargs="+", default=["S/2", "S/2-8E2A"])
-    parser.add_argument("--batch", type=int, default=16, help="(default: %(default)s)")
     parser.add_argument("--input-size", type=int, default=32, help="side of the latents (default: %(default)s)")
     parser.add_argument("--precision", default="bf16" if torch.cuda.is_available() else "fp32", choices=list(harness.DTYPES))
     parser.add_argument("--kernels", type=int, default=15, help="longest kernels listed (default: %(default)s)")

@@ -192,17 +192,14 @@ def network(case: str, predictor: Predictor, images: Sequence[np.ndarray], round
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print the figures."""
-    parser = harness.parser(__doc__, rounds=3)
+    parser = harness.parser(__doc__, rounds=3, images=2, vae="embedded")
     parser.add_argument("--preset", default="XL/2", help="shape of the network (default: %(default)s)")
     parser.add_argument("--depth", type=int, default=2, help="its blocks (default: %(default)s)")
     parser.add_argument("--resolution", type=int, default=512, help="pixels (default: %(default)s)")
-    parser.add_argument("--images", type=int, default=2, help="(default: %(default)s)")
     parser.add_argument("--steps", type=int, default=4, help="sampler steps (default: %(default)s)")
     parser.add_argument("--ensemble", type=int, default=5, help="members (default: %(default)s)")
     parser.add_argument("--aligned", type=int, default=10, help="depth maps that are aligned (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=10, help="predictions at once (default: %(default)s)")
-    parser.add_argument("--vae", default="embedded", help="(default: %(default)s)")
     parser.add_argument("--weights", help="a trained network for depth, instead of random ones")
     parser.add_argument("--shards", help="the shards of an evaluation set, for --weights")
     arguments = parser.parse_args(argv)

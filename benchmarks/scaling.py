@@ -27,10 +27,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.train_step import model_config, random_batch, recipe
+from benchmarks.train_step import Step, model_config, ours, random_batch
 from dpt import distributed
 from dpt.config.sections import ModelConfig
-from dpt.data.codec import LatentScaling
 from dpt.models.dit import DiT
 from dpt.scaling.cluster import Cluster, Layout, seconds, traffic
 from dpt.scaling.processes import start_forked, start_fresh
@@ -79,10 +78,11 @@ class Case:
     zero_stage: int
 
 
+_MOE = {"num_experts": 4, "top_k": 2, "expert_activation": "swiglu"}
 CASES = (
     Case(name="dense ZeRO 1", fields={}, ep=False, zero_stage=1),
-    Case(name="MoE ZeRO 1", fields={"num_experts": 4, "top_k": 2, "expert_activation": "swiglu"}, ep=False, zero_stage=1),
-    Case(name="MoE EP ZeRO 2", fields={"num_experts": 4, "top_k": 2, "expert_activation": "swiglu"}, ep=True, zero_stage=2),
+    Case(name="MoE ZeRO 1", fields=_MOE, ep=False, zero_stage=1),
+    Case(name="MoE EP ZeRO 2", fields=_MOE, ep=True, zero_stage=2),
 )
 
 
@@ -104,25 +104,6 @@ def alone(config: ModelConfig, batch: int, ranks: int) -> Callable[[], None]:
         output.prediction.square().mean().backward()
         network.zero_grad()
         optimizer.step()
-
-    return step
-
-
-def spread(config: ModelConfig, batch: int, *, zero_stage: int, ep_size: int) -> Callable[[], None]:
-    """The launchers' step."""
-    from dpt.training.engine import Engine
-    from dpt.training.step import LossModule, Preparation
-
-    one = recipe(config, batch * distributed.world_size(), "fp32", zero_stage=zero_stage, ep_size=ep_size)
-    engine = Engine(one, LossModule(DiT(config, ep_size=ep_size), one.dpt))
-    prepare = Preparation(
-        one.dpt, tasks=["class"], scaling=LatentScaling(scale=0.18215), device=engine.device, dtype=engine.dtype
-    )
-    data = random_batch(config, batch)
-
-    def step() -> None:
-        engine.accumulate(*prepare(data))
-        engine.step(1e-4)
 
     return step
 
@@ -153,9 +134,9 @@ def worker(arguments: argparse.Namespace) -> None:
         ep_size = ranks if case.ep else 1
         if case.ep and (ranks == 1 or config.num_experts % ranks):
             continue
-        actions = {
+        actions: dict[str, Step] = {
             harness.BOUND: alone(config, arguments.batch, ranks),
-            harness.OURS: spread(config, arguments.batch, zero_stage=case.zero_stage, ep_size=ep_size),
+            harness.OURS: ours(config, arguments.batch, "fp32", zero_stage=case.zero_stage, ep_size=ep_size),
         }
         timings = harness.interleave(actions, arguments.rounds, before=distributed.barrier)
         with Exchanges() as found:
@@ -218,12 +199,9 @@ def launch(ranks: int, arguments: argparse.Namespace, result: Path) -> list[harn
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print the figures."""
-    parser = harness.parser(__doc__)
+    parser = harness.parser(__doc__, depth=4, hidden_size=128)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], help="(default: %(default)s)")
     parser.add_argument("--batch", type=int, default=4, help="samples a rank (default: %(default)s)")
-    parser.add_argument("--depth", type=int, default=4, help="(default: %(default)s)")
-    parser.add_argument("--hidden-size", type=int, default=128, help="(default: %(default)s)")
     parser.add_argument("--input-size", type=int, default=32, help="side of the latents (default: %(default)s)")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)

@@ -24,12 +24,12 @@ LIMITS = {"import dpt": 0.3, "dpt --help": 0.5, "first step": 15.0}
 
 def command(*words: str) -> Callable[[], None]:
     """Runs a command of this interpreter to its end."""
-    return lambda: _ended(words).check_returncode()
+    environment = os.environ | ({} if harness.torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"})
 
+    def action() -> None:
+        subprocess.run([sys.executable, *words], cwd=ROOT, env=environment, stdout=subprocess.PIPE, check=True)
 
-def _ended(words: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"DS_ACCELERATOR": "cpu"} if not harness.torch.cuda.is_available() else os.environ
-    return subprocess.run([sys.executable, *words], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    return action
 
 
 def write_recipe(folder: Path, preset: str, batch: int) -> Path:
@@ -89,10 +89,7 @@ def measure(preset: str, batch: int, rounds: int) -> list[harness.Row]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print the figures."""
-    parser = harness.parser(__doc__)
-    parser.add_argument("--preset", default="a1", help="(default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=16, help="(default: %(default)s)")
+    parser = harness.parser(__doc__, preset="a1", batch=16)
     arguments = parser.parse_args(argv)
     harness.finish("startup", measure(arguments.preset, arguments.batch, arguments.rounds), arguments)
 

@@ -4,7 +4,6 @@ python -m benchmarks.tracking [--points 1000000] [--step-ms 100] [--json FILE]
 """
 
 import argparse
-import json
 import os
 import resource
 import statistics
@@ -13,6 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from benchmarks import harness
 from dpt.config.sections import TrackingConfig
 from dpt.tracking import Run, start_run
 from dpt.tracking.delivery import Sender
@@ -42,11 +42,8 @@ def per_record(log: Callable[[dict[str, float], int], object], count: int) -> di
         walls.append(time.perf_counter() - begun)
     processor = time.process_time() - processor
     walls.sort()
-    return {
-        "median_ms": 1e3 * statistics.median(walls),
-        "p99_ms": 1e3 * walls[int(0.99 * (count - 1))],
-        "processor_ms": 1e3 * processor / count,
-    }
+    median, late = statistics.median(walls), walls[int(0.99 * (count - 1))]
+    return {"median_ms": 1e3 * median, "p99_ms": 1e3 * late, "processor_ms": 1e3 * processor / count}
 
 
 def mlflow_calls(folder: Path, count: int) -> dict[str, dict[str, float]]:
@@ -66,14 +63,9 @@ def mlflow_calls(folder: Path, count: int) -> dict[str, dict[str, float]]:
 def send_all(folder: Path, points: int) -> dict[str, float]:
     """Send a spool of so many points to a fresh run: seconds, points a second, and processor seconds."""
     spool = Spool(folder / "long" / "tracking", "long")
-    start = {
-        "uri": f"sqlite:///{folder}/mlflow.db",
-        "experiment": "benchmark",
-        "name": "long",
-        "stage": "pretrain",
-        "parents": [],
-    }
-    spool.append({"kind": "start", "time": 0, "run_id": "long", "tags": {}, **start})
+    uri = f"sqlite:///{folder}/mlflow.db"
+    start = {"uri": uri, "experiment": "benchmark", "name": "long", "stage": "pretrain", "parents": [], "tags": {}}
+    spool.append({"kind": "start", "time": 0, "run_id": "long", **start})
     for step in range(points // METRICS):
         spool.append({"kind": "metrics", "time": step, "step": step, "values": values(step)})
     spool.append({"kind": "finish", "time": points, "status": "FINISHED"})
@@ -83,7 +75,7 @@ def send_all(folder: Path, points: int) -> dict[str, float]:
     seconds = time.perf_counter() - begun
     after = resource.getrusage(resource.RUSAGE_SELF)
     processor = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    (run,) = load_runs(f"sqlite:///{folder}/mlflow.db", "benchmark", ["long"])
+    (run,) = load_runs(uri, "benchmark", ["long"])
     assert len(run.history("train/metric_0")) == points // METRICS
     return {
         "points": points,
@@ -105,22 +97,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         run = open_run(folder, "ours")
-        rows = {"dpt.tracking": per_record(run.log_metrics, arguments.records)}
+        records = {"dpt.tracking": per_record(run.log_metrics, arguments.records)}
         run.finish()
-        rows |= mlflow_calls(folder, max(50, arguments.records // 20))
+        records |= mlflow_calls(folder, max(50, arguments.records // 20))
         long = send_all(folder, arguments.points)
-    print(
-        f"{'one record of ' + str(METRICS) + ' numbers':40}{'median ms':>12}{'p99 ms':>10}{'CPU ms':>10}{'share of a step':>18}"
-    )
-    for label, row in rows.items():
-        row["share_of_step"] = row["median_ms"] / (arguments.log_every * arguments.step_ms)
-        print(f"{label:40}{row['median_ms']:12.3f}{row['p99_ms']:10.3f}{row['processor_ms']:10.3f}{row['share_of_step']:18.4%}")
-    print(
-        f"a run of {long['points']:,} points: spool {long['spool_mb']:.0f} MB, sent to SQLite in {long['seconds']:.0f} s "
-        f"({long['points_per_second']:,.0f} points/s, {long['processor_seconds']:.0f} s of processor time beside the training)"
-    )
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"records": rows, "long_run": long}, indent=1) + "\n")
+    share = 1 / (arguments.log_every * arguments.step_ms)
+    rows = [
+        {"case": f"one record of {METRICS} numbers", "what": name, **figures, "share_of_step": figures["median_ms"] * share}
+        for name, figures in records.items()
+    ]
+    harness.finish("tracking", [*rows, {"case": "a long run", "what": "sent to SQLite", **long}], arguments)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from dpt import distributed
 from dpt.config.presets import preset_values
 from dpt.config.recipe import DptConfig, Recipe
 from dpt.config.sections import DiffusionConfig, ModelConfig
+from dpt.data.codec import LatentScaling
 from dpt.diffusion.objective import DiffusionObjective
 from dpt.models.costs import macs
 
@@ -46,14 +47,7 @@ def model_config(case: str, **fields: Any) -> ModelConfig:
 
 
 def recipe(
-    config: ModelConfig,
-    batch: int,
-    precision: str,
-    *,
-    zero_stage: int = 1,
-    accumulation: int = 1,
-    compile: bool = False,
-    **training: Any,
+    config: ModelConfig, batch: int, precision: str, *, zero_stage: int = 1, accumulation: int = 1, **training: Any
 ) -> Recipe:
     """A pre-training recipe, as the launchers take it."""
     deepspeed: dict[str, Any] = {"train_batch_size": batch, "gradient_accumulation_steps": accumulation}
@@ -61,7 +55,7 @@ def recipe(
     if precision == "bf16":
         deepspeed["bf16"] = {"enabled": True}
     dpt = DptConfig(model=config)
-    settings: dict[str, Any] = {"output_dir": "", "compile": compile} | training
+    settings: dict[str, Any] = {"output_dir": ""} | training
     return Recipe(deepspeed=deepspeed, dpt=dataclasses.replace(dpt, training=dataclasses.replace(dpt.training, **settings)))
 
 
@@ -78,39 +72,42 @@ def random_batch(config: ModelConfig, batch: int) -> dict[str, Any]:
     }
 
 
-def ours(
-    config: ModelConfig,
-    batch: int,
-    precision: str,
-    *,
-    zero_stage: int | None = None,
-    accumulation: int = 1,
-    compile: bool = False,
-) -> Step:
-    """The training loop's own parts on a batch that lies ready. zero_stage None: 0 in fp32, 1 in bf16."""
-    from dpt.data.codec import LatentScaling
-    from dpt.training.engine import Engine
-    from dpt.training.stages import Stage
-    from dpt.training.step import LossModule, Preparation
+class Training:
+    """What the launchers run, on a batch that lies ready: the network under its engine, in `accumulation` micro-batches a step.
 
-    distributed.init()
-    stage = (0 if precision == "fp32" else 1) if zero_stage is None else zero_stage
-    one = recipe(config, batch, precision, zero_stage=stage, accumulation=accumulation, compile=compile)
-    network = Stage(name="pretrain", recipe=one).build()
-    engine = Engine(one, LossModule(network, one.dpt))
-    prepare = Preparation(
-        one.dpt, tasks=["class"], scaling=LatentScaling(scale=0.18215), device=engine.device, dtype=engine.dtype
-    )
-    data = random_batch(config, batch // accumulation)
+    batch: samples of a step, of this rank.
+    """
 
-    def step() -> None:
-        for number in range(accumulation):
-            engine.accumulate(*prepare(data))
-            if number < accumulation - 1:
-                engine.end_micro_batch()
-        engine.step(1e-4)
+    def __init__(
+        self, config: ModelConfig, batch: int, precision: str, *, zero_stage: int, accumulation: int = 1, **training: Any
+    ) -> None:
+        from dpt.training.engine import Engine
+        from dpt.training.stages import Stage
+        from dpt.training.step import LossModule, Preparation
 
-    return step
+        distributed.init()
+        whole = batch * distributed.world_size()
+        self.recipe = recipe(config, whole, precision, zero_stage=zero_stage, accumulation=accumulation, **training)
+        self.network = Stage(name="pretrain", recipe=self.recipe).build()
+        self.engine = Engine(self.recipe, LossModule(self.network, self.recipe.dpt))
+        device, dtype = self.engine.device, self.engine.dtype
+        scaling = LatentScaling(scale=0.18215)
+        self.prepare = Preparation(self.recipe.dpt, tasks=["class"], scaling=scaling, device=device, dtype=dtype)
+        self.data, self.accumulation = random_batch(config, batch // accumulation), accumulation
+
+    def step(self) -> None:
+        """One optimizer step."""
+        for number in range(self.accumulation):
+            self.engine.accumulate(*self.prepare(self.data))
+            if number < self.accumulation - 1:
+                self.engine.end_micro_batch()
+        self.engine.step(1e-4)
+
+
+def ours(config: ModelConfig, batch: int, precision: str, *, zero_stage: int | None = None, **settings: Any) -> Step:
+    """A step of `Training`; zero_stage None: 0 in fp32, 1 in bf16."""
+    stage = int(precision != "fp32") if zero_stage is None else zero_stage
+    return Training(config, batch, precision, zero_stage=stage, **settings).step
 
 
 def plain(config: ModelConfig, batch: int, precision: str, *, network: str = "textbook") -> Step:
@@ -208,11 +205,9 @@ def measure(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print the figures."""
-    parser = harness.parser(__doc__)
+    parser = harness.parser(__doc__, batch=16)
     parser.add_argument("--cases", nargs="+", default=GPU_CASES if torch.cuda.is_available() else CPU_CASES)
     parser.add_argument("--precisions", nargs="+", default=list(harness.DTYPES), choices=list(harness.DTYPES))
-    parser.add_argument("--batch", type=int, default=16, help="(default: %(default)s)")
     parser.add_argument("--input-size", type=int, default=32, help="side of the latents (default: %(default)s)")
     parser.add_argument("--ways", nargs="+", choices=WAYS, help="what to compare (default: all that do not take minutes)")
     parser.add_argument("--micro-batches", type=int, default=4, help="a step is split into, where it is (default: %(default)s)")
@@ -224,17 +219,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         notes += filter(None, [harness.crawls(precision)])
         ways = harness.ways_to_measure(precision, arguments.ways, WAYS, (harness.OURS, MICRO))
         for case in arguments.cases:
-            config = model_config(case, input_size=arguments.input_size)
-            results += measure(
-                case,
-                config,
-                batch=arguments.batch,
-                precision=precision,
-                rounds=arguments.rounds,
-                ways=ways,
-                micro_batches=arguments.micro_batches,
-                compile=arguments.compile,
-            )
+            config, batch = model_config(case, input_size=arguments.input_size), arguments.batch
+            settings = {"ways": ways, "micro_batches": arguments.micro_batches, "compile": arguments.compile}
+            results += measure(case, config, batch=batch, precision=precision, rounds=arguments.rounds, **settings)
     harness.finish("train_step", results, arguments, notes=notes)
 
 

@@ -29,9 +29,8 @@ if TYPE_CHECKING:
 
 
 def parser() -> Parser:
-    """The command line."""
     parser = Parser(prog="python -m data_tools.encode", description=__doc__)
-    add = parser.add_argument
+    add, count, ratio = parser.add_argument, numeric(int, AT_LEAST_1), numeric(float, SHARE)
     add("--dataset", required=True, choices=sorted(READERS), help="data set (layouts: docs/readers.md)")
     add("--root", required=True, help="folder of the data set")
     add("--split", default="train", help="split (default: %(default)s)")
@@ -41,21 +40,11 @@ def parser() -> Parser:
     add("--vae", default="embedded", help='"embedded", a folder, or hub:owner/name[@revision] (default: %(default)s)')
     add("--resolution", type=numeric(int, Range(least=1, most=8192)), required=True, help="side of the encoded images, pixels")
     add("--out", required=True, help="folder of the shards")
-    add(
-        "--shards",
-        default="",
-        metavar="I/N",
-        help="this job's share: shards I, I + N, ... (default: all)",
-    )
+    add("--shards", default="", metavar="I/N", help="this job's share: shards I, I + N, ... (default: all)")
     add("--finish", action="store_true", help="encode nothing, only write the manifest of finished shards")
     add("--mirrored", action="store_true", help="encode the mirrored images too")
     add("--evaluation", action="store_true", help="keep inputs and truths at their own size, to be scored")
-    add(
-        "--prompt",
-        choices=("all_valid", "ground_truth", "none"),
-        default="all_valid",
-        help="depth's second input",
-    )
+    add("--prompt", choices=("all_valid", "ground_truth", "none"), default="all_valid", help="depth's second input")
     add(
         "--fit",
         choices=FITS,
@@ -71,32 +60,15 @@ def parser() -> Parser:
         metavar="normals|segments|FOLDER",
         help="keep features for hidden states to be aligned with: exact ones of synthetic scenes, or FOLDER/KEY.npy, [C, h, w]",
     )
-    add(
-        "--samples-per-shard",
-        type=numeric(int, AT_LEAST_1),
-        help="inputs of a shard (default: class 1024, perception 256, evaluation 64)",
-    )
-    add(
-        "--limit",
-        type=numeric(int, AT_LEAST_1),
-        help="encode only so many inputs, the first in the order of the shards (default: all)",
-    )
-    add(
-        "--shuffle-seed",
-        type=numeric(int),
-        default=0,
-        help="seed of the order of training samples; negative: the set's own order",
-    )
-    add("--batch-size", type=numeric(int, AT_LEAST_1), default=32, help="images encoded at once (default: %(default)s)")
+    add("--samples-per-shard", type=count, help="inputs of a shard (default: class 1024, perception 256, evaluation 64)")
+    add("--limit", type=count, help="encode only so many inputs, the first in the order of the shards (default: all)")
+    order = "seed of the order of training samples; negative: the set's own order"
+    add("--shuffle-seed", type=numeric(int), default=0, help=order)
+    add("--batch-size", type=count, default=32, help="images encoded at once (default: %(default)s)")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the VAE (auto: bfloat16 on GPUs)")
-    add(
-        "--processes",
-        type=numeric(int, NOT_NEGATIVE),
-        help="processes that read ahead; 0: none (default: by the machine's cores)",
-    )
-    add(
-        "--max-skipped-share", type=numeric(float, SHARE), default=0.01, help="unreadable inputs allowed (default: %(default)s)"
-    )
+    ahead = "processes that read ahead; 0: none (default: by the machine's cores)"
+    add("--processes", type=numeric(int, NOT_NEGATIVE), help=ahead)
+    add("--max-skipped-share", type=ratio, default=0.01, help="unreadable inputs allowed (default: %(default)s)")
     add("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     return parser
 

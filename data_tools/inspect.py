@@ -31,16 +31,11 @@ _CAPTION, _GAP = 14, 4
 
 
 def parser() -> Parser:
-    """The command line."""
     parser = Parser(prog="python -m data_tools.inspect", description=__doc__)
     add = parser.add_argument
     add("shards", help="shard folder")
-    add(
-        "--samples",
-        type=numeric(int, AT_LEAST_1),
-        default=256,
-        help="samples that the statistics are of (default: %(default)s)",
-    )
+    samples = "samples that the statistics are of (default: %(default)s)"
+    add("--samples", type=numeric(int, AT_LEAST_1), default=256, help=samples)
     add("--picture", default="", help="file of the contact sheet (default: contact_sheet.png in the shard folder)")
     add("--rows", type=numeric(int, NOT_NEGATIVE), default=8, help="samples drawn; 0: no picture (default: %(default)s)")
     add("--vae", default="", help="VAE that decodes (default: the one named in the manifest)")

@@ -232,7 +232,6 @@ def report(out: Path, scenes: int, seed: int) -> tuple[dict[str, float], tuple[f
 
 
 def parser() -> Parser:
-    """The command line."""
     parser = Parser(prog="python -m data_tools.train_vae", description=(__doc__ or "").splitlines()[0])
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--out", type=Path, help="folder for the VAE and its checkpoint; a run stopped there goes on")

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from benchmarks import harness
-from benchmarks.gpu.training import Training
+from benchmarks.gpu.training import release
+from benchmarks.train_step import Training
 from dpt.config.sections import ModelConfig
 from dpt.models import grouped_mlp
 from dpt.models.attention import attention
@@ -80,12 +81,12 @@ def _losses() -> float:
     curves = []
     for precision in ("fp32", "bf16"):
         torch.manual_seed(0)
-        training = Training(config, batch=32, micro=32, precision=precision, compile=False)
+        training = Training(config, 32, precision, zero_stage=2)
         losses = []
         for number in range(steps):
             training.data["sample_index"] = torch.arange(32) + 32 * number
             losses.append(training.engine.accumulate(*training.prepare(training.data))[1])
             training.engine.step(1e-3)
         curves.append(torch.stack(losses).view(-1, 10).mean(dim=1))
-        training.close()
+        release(training)
     return float(((curves[1] - curves[0]) / curves[0]).abs().max())

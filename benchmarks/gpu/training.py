@@ -9,58 +9,17 @@ import torch
 from torch import Tensor
 
 from benchmarks import harness
-from benchmarks.train_step import model_config, random_batch, recipe
-from dpt import distributed
+from benchmarks.train_step import Training, model_config, recipe
 from dpt.config.devices import data_sheet_peak
 from dpt.config.sections import ModelConfig
 from dpt.models.costs import macs, num_params
-from dpt.models.dit import DiT
 from dpt.models.experts import Dispatch
+from dpt.training.preflight import needs
 
 GLOBAL_BATCH = 256
 MICRO_BATCHES = (256, 128, 64, 32, 16, 8)
 CASES = {"dense": ("XL/2",), "moe": ("S/2-8E2A", "L/2-8E2A", "L/2-8E2A:16", "L/2-8E2A:12", "L/2-8E2A:8")}
 TOY = {"dense": ("a1:1",), "moe": ("S/2-8E2A:1",)}
-
-
-class Training:
-    """A network under the training loop's own engine, with a batch that lies ready in page-locked memory."""
-
-    def __init__(self, config: ModelConfig, *, batch: int, micro: int, precision: str, compile: bool) -> None:
-        from dpt.data.codec import LatentScaling
-        from dpt.training.engine import Engine
-        from dpt.training.preflight import needs
-        from dpt.training.stages import Stage
-        from dpt.training.step import LossModule, Preparation
-
-        distributed.init()
-        self.recipe = recipe(config, batch, precision, zero_stage=2, accumulation=batch // micro, compile=compile)
-        self.plan_bytes = needs(self.recipe, "pretrain", 1).memory.total
-        self.network: DiT = Stage(name="pretrain", recipe=self.recipe).build()
-        self.engine = Engine(self.recipe, LossModule(self.network, self.recipe.dpt))
-        device, dtype = self.engine.device, self.engine.dtype
-        self.prepare = Preparation(
-            self.recipe.dpt, tasks=["class"], scaling=LatentScaling(scale=0.18215), device=device, dtype=dtype
-        )
-        data = random_batch(config, micro)
-        self.data = {name: value.pin_memory() if device.type == "cuda" else value for name, value in data.items()}
-        self.accumulation = batch // micro
-
-    def step(self) -> None:
-        """One optimizer step."""
-        for number in range(self.accumulation):
-            self.engine.accumulate(*self.prepare(self.data))
-            if number < self.accumulation - 1:
-                self.engine.end_micro_batch()
-        self.engine.step(1e-4)
-
-    def close(self) -> None:
-        """Let go of the GPU's memory."""
-        self.engine.deepspeed.destroy()
-        del self.engine, self.network
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
 
 
 def measure(kind: str, *, cases: Sequence[str] = (), rounds: int = 5) -> list[harness.Row]:
@@ -87,8 +46,6 @@ def measure(kind: str, *, cases: Sequence[str] = (), rounds: int = 5) -> list[ha
 
 def fitting_micro_batch(config: ModelConfig, batch: int, precision: str) -> int | None:
     """The largest micro-batch whose plan fits into the free memory; None if none does."""
-    from dpt.training.preflight import needs
-
     free = torch.cuda.mem_get_info()[0]
     for micro in MICRO_BATCHES:
         one = recipe(config, batch, precision, zero_stage=2, accumulation=batch // micro)
@@ -100,12 +57,14 @@ def fitting_micro_batch(config: ModelConfig, batch: int, precision: str) -> int 
 def _measure_one(
     case: str, config: ModelConfig, batch: int, micro: int, precision: str, compile: bool, rounds: int
 ) -> list[harness.Row]:
-    training = Training(config, batch=batch, micro=micro, precision=precision, compile=compile)
+    training = Training(config, batch, precision, zero_stage=2, accumulation=batch // micro, compile=compile)
+    if torch.cuda.is_available():
+        training.data = {name: value.pin_memory() for name, value in training.data.items()}
     flops = 2.0 * batch * macs(config).training
     name = "compiled" if compile else "eager"
     label = f"{case}, {precision}, micro-batch {micro}"
     rows = [_row(label, name, training, flops, rounds)]
-    rows[0]["plan_gib"] = training.plan_bytes / 2**30
+    rows[0]["plan_gib"] = needs(training.recipe, "pretrain", 1).memory.total / 2**30
     if config.num_experts and (compile or not torch.cuda.is_available()):
         with torch.no_grad():
             for block in training.network.blocks:
@@ -115,8 +74,17 @@ def _measure_one(
         tokens = micro * (config.input_size // config.patch_size) ** 2
         dispatch = _dispatch_seconds(config, tokens, training.engine.dtype, rounds) * config.depth * training.accumulation
         rows[0]["dispatch_share"] = dispatch / rows[0]["median_s"]
-    training.close()
+    release(training)
     return rows
+
+
+def release(training: Training) -> None:
+    """Let go of the GPU's memory."""
+    training.engine.deepspeed.destroy()
+    del training.engine, training.network
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _row(case: str, what: str, training: Training, flops: float, rounds: int) -> harness.Row:

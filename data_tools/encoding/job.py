@@ -8,6 +8,7 @@ import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from data_tools.encoding.records import Description, Records
 from data_tools.encoding.samples import Features, Layout
 from data_tools.encoding.shards import ShardWriter, shard_key
 from data_tools.readers import Reader
-from dpt.data.manifest import Manifest, Skipped, read_manifest, write_manifest
+from dpt.data.manifest import MANIFEST_NAME, Manifest, Skipped, read_manifest, write_manifest
 from dpt.data.order import permutation
 from dpt.errors import UserError
 from dpt.progress import Progress, progress
@@ -59,14 +60,12 @@ class EncodingJob:
             keys = [keys[i] for i in permutation(len(keys), self.shuffle_seed).tolist()]
         return keys[: self.limit]
 
-    @property
-    def _coded_depth(self) -> bool:
-        """Whether depth is not linear. Linear depth is not recorded, as it was before there were other codes: jobs go on."""
-        return self.layout.task == "depth" and self.layout.depth_code != DEPTH_CODE
-
     def settings(self, keys: Sequence[str]) -> dict[str, Any]:
         """All that the shards' bytes depend on: what jobs that share a folder must share too."""
-        codec, clip = self.encoder.codec, self.encoder.clip
+        codec, clip, layout = self.encoder.codec, self.encoder.clip, self.layout
+        # Linear depth is not recorded, as it was before there were other codes: jobs go on.
+        coded_depth = layout.task == "depth" and layout.depth_code != DEPTH_CODE
+        found = self.features
         return {
             "dataset": self.reader.name,
             "split": self.split,
@@ -80,20 +79,15 @@ class EncodingJob:
             "batch_size": self.encoder.batch_size,
             "samples_per_shard": self.samples_per_shard,
             "shuffle_seed": self.shuffle_seed,
-            "resolution": self.layout.resolution,
-            "mirrored": self.layout.mirrored,
-            "evaluation": self.layout.evaluation,
-            "prompt": self.layout.prompt if self.layout.task == "depth" else None,
-            **({"depth_code": self.layout.depth_code} if self._coded_depth else {}),
-            **({"flow_code": self.layout.flow_code} if self.layout.task == "flow" else {}),
-            "fit": self.layout.fit if self.layout.task != "class" else "crop",
-            **({} if (found := self.features) is None else {"features": _described(found)}),
+            "resolution": layout.resolution,
+            "mirrored": layout.mirrored,
+            "evaluation": layout.evaluation,
+            "prompt": layout.prompt if layout.task == "depth" else None,
+            **({"depth_code": layout.depth_code} if coded_depth else {}),
+            **({"flow_code": layout.flow_code} if layout.task == "flow" else {}),
+            "fit": layout.fit if layout.task != "class" else "crop",
+            **({"features": {"name": found.name, "channels": found.channels, "grid": list(found.grid)}} if found else {}),
         }
-
-
-def _described(features: Features) -> dict[str, Any]:
-    """What the manifest says of features."""
-    return {"name": features.name, "channels": features.channels, "grid": list(features.grid)}
 
 
 def run(job: EncodingJob, part: int = 0, num_parts: int = 1) -> Manifest | None:
@@ -128,10 +122,8 @@ def finish(job: EncodingJob, missing_ok: bool = False) -> Manifest | None:
     numbers = range(-(-len(keys) // job.samples_per_shard))
     missing = [number for number in numbers if not records.done(number)]
     if missing:
-        if missing_ok and not (job.out / "manifest.json").exists():
-            return None
-        if missing_ok:  # another job was the last, and has cleared up
-            return _finished(job, records)
+        if missing_ok:  # with a manifest, another job was the last and has cleared up
+            return _finished(job, records) if (job.out / MANIFEST_NAME).exists() else None
         records.remove_if_unused()
         raise UserError(
             f"{job.out}: {len(missing)} of {len(numbers)} shards are missing, {missing[0]:06d} for one; encode them first."
@@ -157,7 +149,7 @@ def _make_shards(job: EncodingJob, records: Records, missing: dict[int, list[str
     if os.environ.get("RANK", "0") == "0":
         bar = progress(total, f"encode {job.reader.name} {job.split}", "input")
     writer = _Writer(job, records, bar)
-    encoder = SampleEncoder(job.encoder, writer)
+    encoder = SampleEncoder(job.encoder, writer.add)
     # Two batches and one more; evaluation sets have pictures of 100 MB.
     ahead = 8 if job.layout.evaluation else 3 * job.encoder.batch_size
     every = [key for keys in missing.values() for key in keys]
@@ -165,7 +157,7 @@ def _make_shards(job: EncodingJob, records: Records, missing: dict[int, list[str
     unreadable = 0
     try:
         for number, keys in missing.items():
-            encoder.end(_Begin(number=number))
+            encoder.end(partial(writer.begin, number))
             unread: list[Unread] = []
             for _, found in zip(keys, inputs, strict=False):
                 if isinstance(found, Unread):
@@ -175,7 +167,7 @@ def _make_shards(job: EncodingJob, records: Records, missing: dict[int, list[str
                 else:
                     for sample in found:
                         encoder.add(sample)
-            encoder.end(_End(number=number, unread=unread))
+            encoder.end(partial(writer.end, number, unread))
         encoder.close()
     except BaseException:
         encoder.abort()
@@ -196,49 +188,37 @@ def _check_unreadable(job: EncodingJob, unreadable: int, total: int, last: Unrea
         )
 
 
-@dataclass(kw_only=True)
-class _Begin:
-    number: int
-
-
-@dataclass(kw_only=True)
-class _End:
-    number: int
-    unread: list[Unread]
-
-
 class _Writer:
-    """Writes encoded samples into the shard that was begun; runs in the encoder's thread."""
+    """Writes encoded samples into the shard that was begun; called by the encoder's thread."""
 
     def __init__(self, job: EncodingJob, records: Records, bar: Progress[Any] | None) -> None:
         self._job, self._records, self._bar = job, records, bar
         self._shard: ShardWriter | None = None
-        self._description = Description()
 
-    def __call__(self, item: _Begin | _End | Encoded) -> None:
-        if isinstance(item, _Begin):
-            self._shard = ShardWriter(self._job.out / f"{item.number:06d}.tar")
-            self._description = Description()
-        elif isinstance(item, Encoded):
-            assert self._shard is not None
-            members = item.members()
-            self._description.add(members)
-            self._shard.add(shard_key(item.sample.key), members, item.sample.meta)
-            self._advance(0 if item.sample.meta.get("mirrored") else 1)
-        else:
-            self._finish(item)
+    def begin(self, number: int) -> None:
+        """Begin shard `number`."""
+        self._shard, self._description = ShardWriter(self._job.out / f"{number:06d}.tar"), Description()
 
-    def _finish(self, end: _End) -> None:
+    def add(self, encoded: Encoded) -> None:
+        """Write a sample."""
         assert self._shard is not None
-        self._description.unread = [vars(unread) for unread in end.unread]
+        members, meta = encoded.members(), encoded.sample.meta
+        self._description.add(members)
+        self._shard.add(shard_key(encoded.sample.key), members, meta)
+        self._advance(0 if meta.get("mirrored") else 1)
+
+    def end(self, number: int, unread: list[Unread]) -> None:
+        """Finish shard `number`, whose inputs `unread` gave no sample."""
+        assert self._shard is not None
+        self._description.unread = [vars(one) for one in unread]
         record = None
         if self._shard.num_samples:
             record = self._shard.commit()
         else:
             self._shard.abort()
         self._shard = None
-        self._records.write(end.number, record, self._description)
-        self._advance(len(end.unread))
+        self._records.write(number, record, self._description)
+        self._advance(len(unread))
 
     def _advance(self, inputs: int) -> None:
         if self._bar is not None:
@@ -258,8 +238,10 @@ def _merge(job: EncodingJob, settings: dict[str, Any], found: Sequence[tuple[Any
     shards = tuple(shard for shard, _ in found if shard is not None)
     if not shards:
         raise UserError(f"{job.reader.name}: none of the {num_inputs} inputs of {job.split!r} gives a sample; check --root.")
-    skipped = tuple(Skipped(key=u["key"], reason=u["reason"]) for u in whole.unread if not u["excluded"])
-    excluded = tuple(Skipped(key=u["key"], reason=u["reason"]) for u in whole.unread if u["excluded"])
+    skipped, excluded = (
+        tuple(Skipped(key=u["key"], reason=u["reason"]) for u in whole.unread if u["excluded"] == on_purpose)
+        for on_purpose in (False, True)
+    )
     codec = job.encoder.codec
     return Manifest(
         dataset=job.reader.name,

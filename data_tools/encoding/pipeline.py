@@ -4,10 +4,9 @@ Nothing waits for anything longer than it must: samples are read ahead by proces
 while one is encoded, and results come back and are written while the next ones are made.
 """
 
-import queue
-import threading
+from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +19,7 @@ from data_tools.encoding.samples import Prepared
 from dpt import tasks
 from dpt.clip import ClipEncoder
 from dpt.data.codec import VAECodec
+from dpt.threads import Workers
 
 _QUEUED = 8
 
@@ -59,9 +59,7 @@ class BatchEncoder:
         if not as_bytes:
             images = [image if image.dtype == np.float32 else tasks.image_to_float(image) for image in images]
         batch = torch.zeros(
-            (size, *images[0].shape),
-            dtype=torch.uint8 if as_bytes else torch.float32,
-            pin_memory=self.device.type == "cuda",
+            (size, *images[0].shape), dtype=torch.uint8 if as_bytes else torch.float32, pin_memory=self.device.type == "cuda"
         )
         np.stack(images, out=batch.numpy()[: len(images)])
         moved = batch.to(self.device, non_blocking=True)
@@ -130,17 +128,19 @@ class Encoded:
 class SampleEncoder:
     """Takes samples, gives them encoded and in order to `deliver`, which a thread of its own calls.
 
-    What `deliver` raises is raised by the next call here.
+    What that thread raises is raised by a later call here; it does nothing any more then.
     """
 
-    def __init__(self, encoder: BatchEncoder, deliver: Callable[[Any], None]) -> None:
+    def __init__(self, encoder: BatchEncoder, deliver: Callable[[Encoded], None]) -> None:
         self._encoder, self._deliver = encoder, deliver
         self._images: list[tuple[Encoded, str, NDArray[Any]]] = []
         self._pictures: list[tuple[Encoded, NDArray[np.uint8]]] = []
-        self._queue: queue.Queue[Any] = queue.Queue(maxsize=_QUEUED)
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="write shards", daemon=True)
-        self._thread.start()
+        self._thread = Workers(1, "write shards")
+        self._calls: deque[Future[None]] = deque()
+        """Those that the thread has not been seen to end."""
+        self._waiting: deque[Encoded | Callable[[], None]] = deque()
+        """Samples, and what is to be done after them, until their turn comes. The thread's own."""
+        self._stopped = False
 
     def add(self, sample: Prepared) -> None:
         """Encode a sample, together with those before and after it."""
@@ -166,24 +166,26 @@ class SampleEncoder:
             if len(self._pictures) == self._encoder.batch_size:
                 self._embed()
 
-    def end(self, note: Any) -> None:
-        """Finish what has been added, and deliver `note` after it."""
+    def end(self, action: Callable[[], None]) -> None:
+        """Finish what has been added, and let the thread call `action` after it."""
         if self._images:
             self._encode()
         if self._pictures:
             self._embed()
-        self._put(note)
+        self._put(action)
 
     def close(self) -> None:
         """Wait until all is delivered."""
-        self._put(_STOP)
-        self._thread.join()
-        self._raise()
+        while self._calls:
+            self._calls.popleft().result()
+        self._thread.close()
 
     def abort(self) -> None:
         """Stop without delivering what is under way."""
-        self._error = self._error or InterruptedError()
-        self._thread.join()
+        self._stopped = True
+        for call in self._calls:
+            call.exception()
+        self._thread.close()
 
     def _encode(self) -> None:
         pending = self._encoder.encode([image for _, _, image in self._images])
@@ -196,39 +198,28 @@ class SampleEncoder:
         self._pictures = []
 
     def _put(self, item: Any) -> None:
-        while True:
-            self._raise()
-            try:
-                return self._queue.put(item, timeout=0.2)
-            except queue.Full:
-                continue
+        while len(self._calls) >= _QUEUED or (self._calls and self._calls[0].done()):
+            self._calls.popleft().result()
+        self._calls.append(self._thread.submit(self._take, item))
 
-    def _raise(self) -> None:
-        if self._error is not None:
-            raise self._error
-
-    def _run(self) -> None:
-        waiting: list[Any] = []
-        """Samples and notes in order, until their turn comes."""
+    def _take(self, item: Any) -> None:
+        """Results, a sample or an action: deliver what has its turn now. Called by the thread."""
+        if self._stopped:
+            return
         try:
-            while self._error is None:
-                try:
-                    item = self._queue.get(timeout=0.2)
-                except queue.Empty:
-                    continue
-                if item is _STOP:
-                    return
-                if isinstance(item, tuple):
-                    _assign(*item)
+            if isinstance(item, tuple):
+                _assign(*item)
+            else:
+                self._waiting.append(item)
+            while self._waiting and not (isinstance(self._waiting[0], Encoded) and self._waiting[0].missing):
+                ready = self._waiting.popleft()
+                if isinstance(ready, Encoded):
+                    self._deliver(ready)
                 else:
-                    waiting.append(item)
-                while waiting and not (isinstance(waiting[0], Encoded) and waiting[0].missing):
-                    self._deliver(waiting.pop(0))
-        except BaseException as error:  # raised where the next sample is added
-            self._error = error
-
-
-_STOP = object()
+                    ready()
+        except BaseException:
+            self._stopped = True
+            raise
 
 
 def _assign(pending: Pending, places: list[tuple[Encoded, str | None]]) -> None:

@@ -55,12 +55,7 @@ def _converted(sample: Prepared, convert: Any) -> Prepared:
 
 
 def read_ahead(
-    reader: Reader,
-    layout: Layout,
-    keys: Sequence[str],
-    processes: int,
-    ahead: int,
-    features: Features | None = None,
+    reader: Reader, layout: Layout, keys: Sequence[str], processes: int, ahead: int, features: Features | None = None
 ) -> Generator[list[Prepared] | Unread]:
     """For each key in order, its samples (two where mirrored) or why it has none.
 

@@ -91,24 +91,19 @@ def mirror(sample: Sample, task: str) -> Sample:
     """The sample as seen in a mirror, under a key of its own."""
     mirrored_truth = tasks.task_spec(task).mirror
 
-    def flipped(values: Any) -> Any:
-        """[H, W] or [2, H, W]."""
-        return None if values is None else np.ascontiguousarray(values[..., ::-1])
-
-    def flipped_image(image: Any) -> Any:
-        """[H, W, 3]."""
-        return None if image is None else np.ascontiguousarray(image[:, ::-1])
+    def flipped(values: Any, axis: int = -1) -> Any:
+        return None if values is None else np.ascontiguousarray(np.flip(values, axis))
 
     return dataclasses.replace(
         sample,
         key=f"{sample.key}_mirrored",
-        images=tuple(flipped_image(image) for image in sample.images),
+        images=tuple(flipped(image, 1) for image in sample.images),
         depth=flipped(sample.depth),
         flow=None if sample.flow is None else target_codes.mirror_flow(sample.flow),
         mask=flipped(sample.mask),
         truth=None if sample.truth is None or mirrored_truth is None else mirrored_truth(sample.truth),
         valid=flipped(sample.valid),
-        whole=flipped_image(sample.whole),
+        whole=flipped(sample.whole, 1),
         meta={**sample.meta, "mirrored": True},
     )
 

@@ -77,10 +77,10 @@ class ShardWriter:
         assert len(name) <= _MAX_NAME, f"member name {name} is too long"
         info = tarfile.TarInfo(name)
         info.size = len(content)
-        for piece in (info.tobuf(tarfile.USTAR_FORMAT), content, bytes(-len(content) % BLOCK)):
-            self._digest.update(piece)
-            self._file.write(piece)
-            self._bytes += len(piece)
+        for chunk in (info.tobuf(tarfile.USTAR_FORMAT), content, bytes(-len(content) % BLOCK)):
+            self._digest.update(chunk)
+            self._file.write(chunk)
+            self._bytes += len(chunk)
 
     def commit(self) -> ShardRecord:
         """Finish the tar and give it its name."""

@@ -9,14 +9,12 @@ from dpt.errors import reported
 
 
 def parser() -> Parser:
-    """The command line."""
     parser = Parser(prog="python -m data_tools.native", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"sets to write (default: all): {', '.join(WRITERS)}")
-    parser.add_argument("--out", type=Path, required=True, help="folder; each set goes to the folder of its name in it")
-    parser.add_argument(
-        "--samples", type=numeric(int, AT_LEAST_1), default=4, help="samples of each split (default: %(default)s)"
-    )
-    parser.add_argument("--seed", type=numeric(int, NOT_NEGATIVE), default=0, help="seed of all scenes (default: %(default)s)")
+    add = parser.add_argument
+    add("names", nargs="*", metavar="NAME", help=f"sets to write (default: all): {', '.join(WRITERS)}")
+    add("--out", type=Path, required=True, help="folder; each set goes to the folder of its name in it")
+    add("--samples", type=numeric(int, AT_LEAST_1), default=4, help="samples of each split (default: %(default)s)")
+    add("--seed", type=numeric(int, NOT_NEGATIVE), default=0, help="seed of all scenes (default: %(default)s)")
     return parser
 
 

@@ -7,6 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from data_tools.synthesis.layouts import depth_to_uint16
+
 
 def write(path: Path, content: str | bytes) -> Path:
     """Write a file, making its folder."""
@@ -23,8 +25,8 @@ def save(path: Path, pixels: NDArray[Any], **options: Any) -> Path:
 
 
 def save_depth(path: Path, depth: NDArray[Any], units_per_metre: float = 1000) -> Path:
-    """Write depth [H, W] in metres as a 16-bit PNG; what it cannot hold becomes the nearest that it can."""
-    return save(path, np.clip(np.rint(depth * units_per_metre), 0, 65535).astype(np.uint16))
+    """Write depth [H, W] in metres as a 16-bit PNG."""
+    return save(path, depth_to_uint16(depth, units_per_metre))
 
 
 def save_array(path: Path, array: NDArray[Any]) -> Path:

@@ -3,11 +3,12 @@
 import itertools
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
+from data_tools.synthesis.generation import make_scene
 from data_tools.synthesis.rendering import SceneTruth, render
-from data_tools.synthesis.scenes import make_scene
 
 WIDTH, HEIGHT = 64, 48
 """Of every picture but pix2gestalt's, which are square."""
@@ -30,13 +31,6 @@ def _cut(truth: SceneTruth) -> SceneTruth:
     """The middle rows."""
     top = (WIDTH - HEIGHT) // 2
     rows = slice(top, top + HEIGHT)
-    return replace(
-        truth,
-        image=np.ascontiguousarray(truth.image[rows]),
-        next_image=np.ascontiguousarray(truth.next_image[rows]),
-        depth=truth.depth[rows],
-        flow=truth.flow[:, rows],
-        visible_mask=truth.visible_mask[rows],
-        whole_mask=truth.whole_mask[rows],
-        whole=np.ascontiguousarray(truth.whole[rows]),
-    )
+    names = ("image", "next_image", "depth", "visible_mask", "whole_mask", "whole")
+    maps: dict[str, Any] = {name: np.ascontiguousarray(getattr(truth, name)[rows]) for name in names}
+    return replace(truth, **maps, flow=truth.flow[:, rows])

@@ -33,16 +33,12 @@ def write_sets(out: Path, names: Sequence[str] = (), *, samples: int = 4, seed: 
     The same arguments write the same samples. A set appears under its name when it is complete.
 
     Raises:
-        UserError: an unknown set, a number that is none, or a folder that holds something already.
+        UserError: an unknown set, a negative seed, or a folder that holds something already.
     """
     names = list(dict.fromkeys(names)) or list(WRITERS)
     for name in names:
         if name not in WRITERS:
             raise UserError(f"data set {name!r} is unknown; choose from {', '.join(WRITERS)}.")
-    if samples < 1:
-        raise UserError(f"--samples is {samples}; it must be at least 1.")
-    if seed < 0:
-        raise UserError(f"--seed is {seed}; it cannot be negative.")
     roots = [out / name for name in names]
     for root in roots:
         if root.exists() and (not root.is_dir() or any(root.iterdir())):

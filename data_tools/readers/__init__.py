@@ -64,8 +64,6 @@ def open_reader(name: str, root: Path | str, split: str, **options: Any) -> Read
     Raises:
         UserError: an unknown set, split or option, or a root that does not hold the set.
     """
-    if name not in READERS:
-        raise UserError(f"data set {name!r} is unknown; choose one of {', '.join(READERS)}.")
     _check_options(name, options)
     return READERS[name](Path(root), split, **options)
 
@@ -76,8 +74,6 @@ def parse_options(name: str, texts: Mapping[str, str]) -> dict[str, Any]:
     Raises:
         UserError: an unknown set or option, or text that is no value of its type.
     """
-    if name not in READERS:
-        raise UserError(f"data set {name!r} is unknown; choose one of {', '.join(READERS)}.")
     _check_options(name, texts)
     opener = READERS[name]
     hints = get_type_hints(opener.__init__ if inspect.isclass(opener) else opener)
@@ -91,6 +87,8 @@ def changed_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_options(name: str, options: Mapping[str, Any]) -> None:
+    if name not in READERS:
+        raise UserError(f"data set {name!r} is unknown; choose one of {', '.join(READERS)}.")
     known = [option for option in inspect.signature(READERS[name]).parameters if option not in ("root", "split")]
     for option in options:
         if option not in known:

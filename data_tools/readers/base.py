@@ -1,6 +1,6 @@
 """What a reader of a data set is, and what it delivers."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -72,13 +72,12 @@ class Sample:
         size = self.images[0].shape[:2]
         if min(size) == 0:
             raise ValueError(f"an empty picture of {size[1]} x {size[0]} pixels")
-        pictures = [*self.images, *([] if self.whole is None else [self.whole])]
         expected: list[tuple[NDArray[Any] | None, Any, tuple[int, ...]]] = [
-            (picture, np.uint8, (*size, 3)) for picture in pictures
-        ]
-        expected += [(self.depth, np.float32, size), (self.flow, np.float32, (2, *size))]
-        expected += [] if self.truth is None else [(self.truth, np.float32, (len(self.truth), *size))]
-        expected += [(self.mask, np.bool_, size), (self.valid, np.bool_, size)]
+            *((picture, np.uint8, (*size, 3)) for picture in (*self.images, self.whole)),
+            (self.depth, np.float32, size), (self.flow, np.float32, (2, *size)),
+            (self.truth, np.float32, (0 if self.truth is None else len(self.truth), *size)),
+            (self.mask, np.bool_, size), (self.valid, np.bool_, size),
+        ]  # fmt: skip
         for array, dtype, shape in expected:
             if array is not None and (array.dtype != dtype or array.shape != shape):
                 raise ValueError(f"{array.dtype} {list(array.shape)} where {np.dtype(dtype)} {list(shape)} is expected")
@@ -89,10 +88,10 @@ class Reader(Protocol):
 
     name: str
     task: Task
-    version: int
+    version: int = 1
     """Counts up whenever the same files would give other samples."""
-    class_names: tuple[str, ...]
-    """By label, for task "class"; otherwise empty."""
+    class_names: tuple[str, ...] = ()
+    """By label, for task "class"; empty otherwise, and where a set does not name its classes."""
 
     def keys(self) -> list[str]:
         """All samples, in an order that depends on nothing but the set."""
@@ -116,15 +115,19 @@ def reading(key: str, path: Path) -> Iterator[None]:
         raise
     except FileNotFoundError as error:
         raise ReadError(key, Path(error.filename or path), "is missing") from error
-    except (
-        Exception
-    ) as error:  # decoders raise what they like on broken bytes: OSError, SyntaxError, struct.error, KeyError, ...
+    except Exception as error:  # on broken bytes decoders raise OSError, SyntaxError, struct.error, KeyError and others
         raise ReadError(key, path, f"does not read: {type(error).__name__}: {error}") from error
 
 
 def check_split(name: str, split: str, known: tuple[str, ...]) -> None:
+    """UserError if a set has no such split."""
     if split not in known:
         raise UserError(f"{name} has no split {split!r}; choose one of {', '.join(known)}.")
+
+
+def first_existing(paths: Iterable[Path]) -> Path | None:
+    """The first file or folder that is there."""
+    return next((path for path in paths if path.exists()), None)
 
 
 def wrong_root(name: str, root: Path, expected: str) -> UserError:

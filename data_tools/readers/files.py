@@ -42,6 +42,14 @@ def mask_image(mask: NDArray[np.bool_]) -> NDArray[np.uint8]:
     return np.repeat(mask[:, :, None], 3, axis=2).astype(np.uint8) * np.uint8(255)
 
 
+def known_depth(
+    depth: NDArray[np.float32], valid: NDArray[np.bool_] | np.bool_ = np.True_
+) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """Depth [H, W] with 0 where it is unknown, and where it is known: where it is `valid`, finite and positive."""
+    known = valid & np.isfinite(depth) & (depth > 0)
+    return np.where(known, depth, np.float32(0)), known
+
+
 def read_lines(path: Path) -> list[str]:
     """The non-empty lines of a text file.
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_tools.readers.base import Sample, Task, check_split, reading, wrong_root
+from data_tools.readers.base import Reader, Sample, check_split, first_existing, reading, wrong_root
 from data_tools.readers.files import UNKNOWN_FLOW, read_lines, read_rgb
 from dpt.errors import UserError
 from dpt.pictures import read_flo
@@ -14,22 +14,17 @@ SPLIT_NUMBERS = {"train": 1, "val": 2, "test": 3}
 """Numbers in the split file; FlyingChairs itself has no test split."""
 
 
-class FlyingChairs:
+class FlyingChairs(Reader):
     """`data/NNNNN_img1.ppm`, `_img2.ppm`, `_flow.flo`; line i of the split file (1 train, 2 val) is the i-th pair by name."""
 
     name = "flying_chairs"
-    task: Task = "flow"
-    version = 1
-    class_names: tuple[str, ...] = ()
+    task = "flow"
 
     def __init__(self, root: Path | str, split: str) -> None:
         check_split(self.name, split, tuple(SPLIT_NUMBERS))
         self.root = Path(root)
-        self._data = next(
-            (path for path in (self.root / "data", self.root / "FlyingChairs_release/data") if path.is_dir()), None
-        )
-        split_files = [path / SPLIT_FILE for path in (self.root, self.root / "FlyingChairs_release")]
-        split_file = next((path for path in split_files if path.is_file()), None)
+        roots = (self.root, self.root / "FlyingChairs_release")
+        self._data, split_file = (first_existing(root / name for root in roots) for name in ("data", SPLIT_FILE))
         if self._data is None or split_file is None:
             raise wrong_root(self.name, self.root, f"data/NNNNN_img1.ppm, _img2.ppm, _flow.flo and {SPLIT_FILE}")
         stems = sorted(path.name.removesuffix("_img1.ppm") for path in self._data.glob("*_img1.ppm"))

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from data_tools.readers.base import Excluded, Reader, Sample, Task, check_split, reading, wrong_root
+from data_tools.readers.base import Excluded, Reader, Sample, check_split, reading, wrong_root
+from data_tools.readers.files import known_depth
 from data_tools.readers.listed import ListedDepth
 from dpt.errors import UserError
 
@@ -34,7 +35,7 @@ class HypersimPNG(ListedDepth):
     layout = f"filename_list_SPLIT.txt with SPLIT/SCENE/rgb_*.png, depth_plane_*.png; or raw ai_*_*/images/ with {SPLIT_TABLE}"
 
 
-class HypersimHDF5:
+class HypersimHDF5(Reader):
     """Raw frames: distance made depth, colours tone-mapped, and frames that teach nothing left out.
 
     Args:
@@ -44,9 +45,7 @@ class HypersimHDF5:
     """
 
     name = "hypersim"
-    task: Task = "depth"
-    version = 1
-    class_names: tuple[str, ...] = ()
+    task = "depth"
 
     def __init__(self, root: Path | str, split: str, *, filtered: bool = True) -> None:
         check_split(self.name, split, _SPLITS)
@@ -73,9 +72,8 @@ class HypersimHDF5:
         rendered = self._dataset(key, geometry / f"frame.{frame:04d}.render_entity_id.hdf5") != -1
         with reading(key, distance_path):
             rgb = tone_map(color.astype(np.float64), rendered)
-            depth = np.minimum(distance_to_depth(distance.astype(np.float64)), FARTHEST)
-            valid = rendered & np.isfinite(depth) & (depth > 0)
-            depth = np.where(valid, depth, 0).astype(np.float32)
+            depth = np.minimum(distance_to_depth(distance.astype(np.float64)), FARTHEST).astype(np.float32)
+            depth, valid = known_depth(depth, rendered)
             sample = Sample(key=key, images=(rgb,), depth=depth, valid=valid, meta={"source": key})
         reason = self._dullness(rgb, depth, rendered) if self.filtered else ""
         if reason:

@@ -2,16 +2,15 @@
 
 from pathlib import Path
 
-from data_tools.readers.base import Sample, Task, reading, wrong_root
+from data_tools.readers.base import Reader, Sample, reading, wrong_root
 from data_tools.readers.files import find_images, read_rgb
 
 
-class ImageFolder:
+class ImageFolder(Reader):
     """All pictures under ROOT/SPLIT, or ROOT where that does not exist; the first folder of a path is its class."""
 
     name = "image_folder"
-    task: Task = "class"
-    version = 1
+    task = "class"
 
     def __init__(self, root: Path | str, split: str) -> None:
         self.root = Path(root) / split if (Path(root) / split).is_dir() else Path(root)
@@ -22,7 +21,7 @@ class ImageFolder:
         for path in pictures:  # a.jpg and a.png are two samples
             stem = path.with_suffix("").as_posix()
             self._pictures[stem if stem not in self._pictures else f"{stem}_{path.suffix[1:]}"] = path
-        self.class_names: tuple[str, ...] = tuple(sorted({_class(path) for path in pictures}))
+        self.class_names = tuple(sorted({_class(path) for path in pictures}))
 
     def keys(self) -> list[str]:
         return sorted(self._pictures)

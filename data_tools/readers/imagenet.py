@@ -3,10 +3,10 @@
 import re
 from pathlib import Path
 
-from data_tools.readers.base import Reader, Sample, Task, check_split, reading, wrong_root
+from data_tools.readers.base import Reader, Sample, check_split, reading, wrong_root
 from data_tools.readers.files import IMAGE_SUFFIXES, find_images, read_lines, read_rgb
 from data_tools.readers.imagenet_labels import validation_classes
-from data_tools.readers.imagenet_parquet import ImageNetParquet, parquet_files
+from data_tools.readers.imagenet_parquet import ImageNetParquet, labelled, parquet_files
 from data_tools.readers.tars import TarMember, list_members
 from dpt.errors import UserError
 
@@ -20,15 +20,14 @@ Entry = tuple[str, Path | TarMember]
 """Class, and where the picture is."""
 
 
-class ImageNet:
+class ImageNet(Reader):
     """Pictures whose class is the folder or the tar they are in, or (official val) comes from a list.
 
     Labels number the sorted class names: those of `train` where it is there, so that splits agree.
     """
 
     name = "imagenet"
-    task: Task = "class"
-    version = 1
+    task = "class"
 
     def __init__(self, root: Path | str, split: str) -> None:
         check_split(self.name, split, _SPLITS)
@@ -42,7 +41,7 @@ class ImageNet:
             raise UserError(
                 f"{self.root}: {split} has classes that train has not, such as {min(present - trained)!r}; add them."
             )
-        self.class_names: tuple[str, ...] = tuple(sorted(trained))
+        self.class_names = tuple(sorted(trained))
         self._labels = {class_name: label for label, class_name in enumerate(self.class_names)}
 
     def keys(self) -> list[str]:
@@ -53,26 +52,23 @@ class ImageNet:
         path = place.tar / place.name if isinstance(place, TarMember) else place
         with reading(key, path):
             rgb = read_rgb(place.read() if isinstance(place, TarMember) else place)
-            source = path.relative_to(self.root).as_posix()
-            return Sample(
-                key=key, images=(rgb,), label=self._labels[class_name], class_name=class_name, meta={"source": source}
-            )
+            label, source = self._labels[class_name], path.relative_to(self.root).as_posix()
+            return Sample(key=key, images=(rgb,), label=label, class_name=class_name, meta={"source": source})
 
 
-class ImageNetWebDataset:
+class ImageNetWebDataset(Reader):
     """Tars of KEY.jpg (or .jpeg, .png) beside KEY.cls, a label in digits.
 
     class_names.txt in the root, if it is there, gives the names in label order.
     """
 
     name = "imagenet"
-    task: Task = "class"
-    version = 1
+    task = "class"
 
     def __init__(self, root: Path | str, split: str, tars: list[Path]) -> None:
         self.root = Path(root)
         names = self.root / "class_names.txt"
-        self.class_names: tuple[str, ...] = tuple(read_lines(names)) if names.is_file() else ()
+        self.class_names = tuple(read_lines(names)) if names.is_file() else ()
         self._pairs: dict[str, dict[str, TarMember]] = {}
         for tar in tars:
             for member in list_members(tar):
@@ -90,13 +86,8 @@ class ImageNetWebDataset:
         with reading(key, path):
             if "cls" not in pair:
                 raise ValueError("its label, KEY.cls, is missing")
-            label = int(pair["cls"].read())
-            if label < 0 or (self.class_names and label >= len(self.class_names)):
-                raise ValueError(f"label {label} is none of the {len(self.class_names)} classes")
-            class_name = self.class_names[label] if self.class_names else None
             source = path.relative_to(self.root).as_posix()
-            rgb = read_rgb(pair["image"].read())
-            return Sample(key=key, images=(rgb,), label=label, class_name=class_name, meta={"source": source})
+            return labelled(key, pair["image"].read(), int(pair["cls"].read()), self.class_names, source)
 
 
 def _classes(folder: Path) -> set[str]:
@@ -115,7 +106,8 @@ def _pictures_root(root: Path, split: str) -> Path:
 def _entries(root: Path, split: str, labels_root: Path) -> dict[str, Entry]:
     folder = root / split
     if any(folder.glob("*/")):
-        return {_key(path.relative_to(folder)): (path.relative_to(folder).parts[0], path) for path in _class_pictures(folder)}
+        pictures = {path.relative_to(folder): path for path in find_images(folder) if path.parent != folder}
+        return {_key(path): (path.parts[0], place) for path, place in pictures.items()}
     tars = sorted(path for path in folder.glob("*.tar") if _CLASS_TAR.fullmatch(path.name))
     if tars:
         return {f"{tar.stem}/{_key(Path(member.name))}": (tar.stem, member) for tar in tars for member in list_members(tar)}
@@ -138,14 +130,9 @@ def _official_validation(root: Path, labels_root: Path) -> dict[str, Entry]:
     if not pictures:
         return {}
     classes = validation_classes(labels_root)
-    unknown = [name for name, _ in pictures if name not in classes]
-    if unknown:
+    if unknown := [name for name, _ in pictures if name not in classes]:
         raise UserError(f"{root}: the validation labels do not name {unknown[0]}; take the official list.")
     return {name: (classes[name], place) for name, place in pictures}
-
-
-def _class_pictures(folder: Path) -> list[Path]:
-    return [path for path in find_images(folder) if path.parent != folder]
 
 
 def _key(path: Path) -> str:
@@ -156,10 +143,9 @@ def open_imagenet(root: Path | str, split: str) -> Reader:
     """Class folders or official tars, or the hub's parquet files; WebDataset tars where neither is found."""
     check_split("imagenet", split, _SPLITS)
     root = Path(root)
-    parquet = parquet_files(root, split)
-    if parquet and _pictures_root(root, split) == root and not any((root / split).glob("*/")):
+    parquet, has_folders = parquet_files(root, split), any((root / split).glob("*/"))
+    if parquet and _pictures_root(root, split) == root and not has_folders:
         return ImageNetParquet(root, parquet)
-    has_folders = any((root / split).glob("*/"))
     candidates = sorted({*(root / split).glob("*.tar"), *root.glob(f"*{split}*.tar")})
     tars = [path for path in candidates if not _CLASS_TAR.fullmatch(path.name) and not path.name.startswith("ILSVRC2012_img_")]
     if tars and not has_folders:

@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_tools.readers.base import Sample, Task, reading
+from data_tools.readers.base import Reader, Sample, reading
 from data_tools.readers.files import read_rgb
 from dpt.errors import UserError
 
@@ -20,16 +20,14 @@ def parquet_files(root: Path, split: str) -> list[Path]:
     return sorted({path for folder in (root, root / "data") for name in names for path in folder.glob(f"{name}-*.parquet")})
 
 
-class ImageNetParquet:
+class ImageNetParquet(Reader):
     """Keys name a file and a row. The row group that holds a sample is read whole and kept until another one is asked for."""
 
     name = "imagenet"
-    task: Task = "class"
-    version = 1
+    task = "class"
 
     def __init__(self, root: Path, files: list[Path]) -> None:
         self.root = root
-        self.class_names: tuple[str, ...] = ()
         self._places: dict[str, tuple[Path, int, int]] = {}
         self._held: tuple[tuple[Path, int] | None, list[dict[str, Any]]] = (None, [])
         for path in files:
@@ -57,13 +55,16 @@ class ImageNetParquet:
                 with pq.ParquetFile(path) as file:
                     self._held = ((path, group), file.read_row_group(group, columns=["image", "label"]).to_pylist())
             found = self._held[1][row]
-            label = int(found["label"])
-            if label < 0 or (self.class_names and label >= len(self.class_names)):
-                raise ValueError(f"label {label} is none of the {len(self.class_names)} classes")
-            class_name = self.class_names[label] if self.class_names else None
             source = f"{path.relative_to(self.root).as_posix()}#{key.rpartition('/')[2]}"
-            rgb = read_rgb(found["image"]["bytes"])
-            return Sample(key=key, images=(rgb,), label=label, class_name=class_name, meta={"source": source})
+            return labelled(key, found["image"]["bytes"], int(found["label"]), self.class_names, source)
+
+
+def labelled(key: str, picture: bytes, label: int, class_names: tuple[str, ...], source: str) -> Sample:
+    """A picture file with its label. ValueError if it does not decode, or is of none of the classes that have names."""
+    if label < 0 or (class_names and label >= len(class_names)):
+        raise ValueError(f"label {label} is none of the {len(class_names)} classes")
+    class_name = class_names[label] if class_names else None
+    return Sample(key=key, images=(read_rgb(picture),), label=label, class_name=class_name, meta={"source": source})
 
 
 def _class_names(schema: pa.Schema) -> tuple[str, ...]:

@@ -5,15 +5,15 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from data_tools.readers.base import Sample, Task, check_split, reading, wrong_root
-from data_tools.readers.files import read_lines, read_png16, read_rgb
+from data_tools.readers.base import Reader, Sample, check_split, first_existing, reading, wrong_root
+from data_tools.readers.files import known_depth, read_lines, read_png16, read_rgb
 from dpt.errors import UserError
 
 Entry = tuple[str, ...]
 """Paths of one sample relative to the set: picture, depth, and what else its line names."""
 
 
-class ListedDepth:
+class ListedDepth(Reader):
     """Base of such readers: a subclass names its set and where things are, and decodes depth unless it is a 16-bit PNG.
 
     Args:
@@ -22,10 +22,7 @@ class ListedDepth:
         filename_list: the list, relative to the root or the working folder; by default the first of `lists` that exists.
     """
 
-    name: str = ""
-    task: Task = "depth"
-    version = 1
-    class_names: tuple[str, ...] = ()
+    task = "depth"
     splits: tuple[str, ...] = ("test", "val")
     lists: tuple[str, ...] = ()
     """Where the list may be under the root; {split} is filled in."""
@@ -58,9 +55,7 @@ class ListedDepth:
         with reading(key, rgb_path):
             rgb = read_rgb(rgb_path, upright=False)
         with reading(key, depth_path):
-            depth, valid = self.decode(depth_path, entry, rgb)
-            valid = valid & np.isfinite(depth) & (depth > 0)
-            depth = np.where(valid, depth, np.float32(0))
+            depth, valid = known_depth(*self.decode(depth_path, entry, rgb))
             return Sample(key=key, images=(self.match(rgb, depth),), depth=depth, valid=valid, meta={"source": entry[0]})
 
     def walk(self) -> list[Entry]:
@@ -78,8 +73,7 @@ class ListedDepth:
 
     def locate(self, relative: str) -> Path:
         """The file in the first folder that has it; in the first folder if none has."""
-        candidates = [folder / relative for folder in self._folders]
-        return next((path for path in candidates if path.exists()), candidates[0])
+        return first_existing(folder / relative for folder in self._folders) or self._folders[0] / relative
 
     def _find_list(self, given: str) -> Path | None:
         if given:

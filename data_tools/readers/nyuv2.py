@@ -4,7 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data_tools.readers.base import Reader, Sample, Task, check_split, reading
+from data_tools.readers.base import Reader, Sample, check_split, reading
+from data_tools.readers.files import known_depth
 from data_tools.readers.listed import ListedDepth
 from dpt.errors import UserError
 
@@ -19,13 +20,11 @@ class NYUv2PNG(ListedDepth):
     layout = f"filename_list_SPLIT.txt with SPLIT/SCENE/rgb_NNNN.png, depth_NNNN.png; or {LABELED} and {SPLITS}"
 
 
-class NYUv2Mat:
+class NYUv2Mat(Reader):
     """The owners' files: HDF5 `images` [N, 3, W, H], `rawDepths` [N, W, H] metres; `trainNdxs`, `testNdxs` from 1."""
 
     name = "nyuv2"
-    task: Task = "depth"
-    version = 1
-    class_names: tuple[str, ...] = ()
+    task = "depth"
 
     def __init__(self, root: Path | str, split: str) -> None:
         from scipy.io import loadmat
@@ -47,9 +46,7 @@ class NYUv2Mat:
         with reading(key, self.path), h5py.File(self.path, "r") as file:
             index = self._indices[key]
             rgb = np.ascontiguousarray(file["images"][index].transpose(2, 1, 0))
-            depth = np.ascontiguousarray(file["rawDepths"][index].T, dtype=np.float32)
-            valid = np.isfinite(depth) & (depth > 0)
-            depth = np.where(valid, depth, np.float32(0))
+            depth, valid = known_depth(np.ascontiguousarray(file["rawDepths"][index].T, dtype=np.float32))
             return Sample(key=key, images=(rgb,), depth=depth, valid=valid, meta={"source": f"{LABELED}#{key}"})
 
 

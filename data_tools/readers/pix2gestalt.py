@@ -4,14 +4,14 @@ from pathlib import Path
 
 import numpy as np
 
-from data_tools.readers.base import Sample, Task, check_split, reading, wrong_root
+from data_tools.readers.base import Reader, Sample, check_split, reading, wrong_root
 from data_tools.readers.files import mask_image, read_lines, read_mask, read_rgb
 
 _SUFFIXES = {"occlusion": "occlusion", "whole": "whole", "whole_mask": "whole_mask", "visible_object_mask": "visible_mask"}
 """Folder: what its files' names end in."""
 
 
-class Pix2Gestalt:
+class Pix2Gestalt(Reader):
     """occlusion/X_occlusion.png, whole/X_whole.png, whole_mask/X_whole_mask.png, visible_object_mask/X_visible_mask.png.
 
     Args:
@@ -21,9 +21,7 @@ class Pix2Gestalt:
     """
 
     name = "pix2gestalt"
-    task: Task = "amodal"
-    version = 1
-    class_names: tuple[str, ...] = ()
+    task = "amodal"
 
     def __init__(self, root: Path | str, split: str) -> None:
         check_split(self.name, split, ("train", "val", "test"))

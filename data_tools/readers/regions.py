@@ -1,19 +1,19 @@
 """Amodal sets in COCO-A's structure: parallel `images` and `annotations`, each annotation with `regions`."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data_tools.readers.base import Excluded, Sample, Task, check_split, reading, wrong_root
+from data_tools.readers.base import Excluded, Reader, Sample, check_split, first_existing, reading, wrong_root
 from data_tools.readers.files import mask_image, read_rgb
 from data_tools.readers.rle import decode_polygons, decode_rle
 from dpt.errors import UserError
 
 
-class AmodalRegions(ABC):
+class AmodalRegions(Reader):
     """One sample for each object (`isStuff` false) that something hides partly (it has a `visible_mask`).
 
     Args:
@@ -24,10 +24,7 @@ class AmodalRegions(ABC):
         occluded_only: leave out objects that nothing hides (their visible mask is the amodal one).
     """
 
-    name: str = ""
-    task: Task = "amodal"
-    version = 1
-    class_names: tuple[str, ...] = ()
+    task = "amodal"
     splits: tuple[str, ...] = ("val", "test", "train")
     files: tuple[str, ...]
     """Patterns of the annotation file under the root; {split} is filled in."""
@@ -64,7 +61,7 @@ class AmodalRegions(ABC):
 
     def read(self, key: str) -> Sample:
         file_name, region = self._regions[key]
-        path = next((place / file_name for place in self._places if (place / file_name).is_file()), self._places[0] / file_name)
+        path = first_existing(place / file_name for place in self._places) or self._places[0] / file_name
         with reading(key, path):
             rgb = read_rgb(path, upright=False)
             mask = _decode(region["segmentation"], rgb.shape[:2])

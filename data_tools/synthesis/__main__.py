@@ -5,38 +5,24 @@ import sys
 from pathlib import Path
 
 from data_tools.synthesis.dataset import SynthesisConfig, synthesize
+from data_tools.synthesis.generation import VARIETIES
 from data_tools.synthesis.layouts import TASKS
-from data_tools.synthesis.scenes import VARIETIES
 from dpt.config.numbers import AT_LEAST_1, NOT_NEGATIVE, Range, numeric
 from dpt.config.parser import Parser
 from dpt.errors import UserError, reported
 
 
 def parser() -> Parser:
-    """The command line."""
     parser = Parser(prog="python -m data_tools.synthesis", description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="folder to make; one folder a data set inside")
-    parser.add_argument(
-        "--scenes", type=numeric(int, AT_LEAST_1), default=2000, help="scenes in all splits together (default %(default)s)"
-    )
-    parser.add_argument(
-        "--size",
-        type=numeric(int, Range(least=16, most=4096)),
-        default=128,
-        help="width and height in pixels (default %(default)s)",
-    )
-    parser.add_argument("--seed", type=numeric(int, NOT_NEGATIVE), default=0, help="seed of all scenes (default %(default)s)")
-    parser.add_argument("--splits", default="train=0.9,val=0.1", help="shares of the splits (default %(default)s)")
-    parser.add_argument("--tasks", default=",".join(TASKS), help="layouts to write (default %(default)s)")
-    parser.add_argument(
-        "--variety", default="standard", choices=VARIETIES, help="how wide the ranges are that scenes are drawn from"
-    )
-    parser.add_argument(
-        "--workers",
-        type=numeric(int, AT_LEAST_1),
-        default=os.cpu_count() or 1,
-        help="processes (default: one a core, %(default)s)",
-    )
+    add, count, size = parser.add_argument, numeric(int, AT_LEAST_1), numeric(int, Range(least=16, most=4096))
+    add("--out", type=Path, required=True, help="folder to make; one folder a data set inside")
+    add("--scenes", type=count, default=2000, help="scenes in all splits together (default %(default)s)")
+    add("--size", type=size, default=128, help="width and height in pixels (default %(default)s)")
+    add("--seed", type=numeric(int, NOT_NEGATIVE), default=0, help="seed of all scenes (default %(default)s)")
+    add("--splits", default="train=0.9,val=0.1", help="shares of the splits (default %(default)s)")
+    add("--tasks", default=",".join(TASKS), help="layouts to write (default %(default)s)")
+    add("--variety", default="standard", choices=VARIETIES, help="how wide the ranges are that scenes are drawn from")
+    add("--workers", type=count, default=os.cpu_count() or 1, help="processes (default: one a core, %(default)s)")
     return parser
 
 

@@ -14,9 +14,9 @@ from typing import Any
 from tqdm import tqdm
 
 from data_tools.readers import SYNTHESIS as DESCRIPTION
+from data_tools.synthesis.generation import SPLITS, VARIETIES, make_scene
 from data_tools.synthesis.layouts import TASKS, write_lists, write_scene
 from data_tools.synthesis.rendering import render
-from data_tools.synthesis.scenes import SPLITS, VARIETIES, make_scene
 from data_tools.synthesis.shapes import CLASS_NAMES
 from dpt.errors import UserError
 
@@ -49,8 +49,6 @@ class SynthesisConfig:
     def __post_init__(self) -> None:
         if self.size < 16 or self.size % 8:
             raise UserError(f"size is {self.size}; it must be a multiple of 8, at least 16 (latents are 8 times smaller).")
-        if self.seed < 0:
-            raise UserError(f"seed is {self.seed}; it cannot be negative.")
         if not self.tasks or not set(self.tasks) <= set(TASKS):
             raise UserError(f"tasks {','.join(self.tasks)!r}: choose from {', '.join(TASKS)}.")
         if self.variety not in VARIETIES:

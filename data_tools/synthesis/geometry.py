@@ -11,11 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_tools.synthesis.dataset import DESCRIPTION, GENERATOR_VERSION
+from data_tools.synthesis.generation import VARIETIES, make_scene
 from data_tools.synthesis.layouts import FRAMES_PER_FOLDER, TASKS
 from data_tools.synthesis.lighting import body_normals
-from data_tools.synthesis.scenes import VARIETIES, Scene, make_scene
+from data_tools.synthesis.scenes import Scene
 from data_tools.synthesis.shapes import CLASS_NAMES, Array
-from data_tools.synthesis.tracing import CEILING, FLOOR, ROOM, pixel_centres, trace
+from data_tools.synthesis.tracing import CEILING, FLOOR, ROOM, Hits, pixel_centres, trace
 from dpt.errors import UserError
 
 SEGMENTS = ("floor", "ceiling", "wall", *CLASS_NAMES)
@@ -48,17 +49,14 @@ class SceneGeometry:
     def normals(self, key: str) -> Array:
         """Unit normals float32 [3, H, W] in the camera's axes: right, down, forward."""
         scene = self._scene(key)
-        camera, solids = scene.cameras[0], scene.solids(0)
-        origin: Array = np.array(camera.position, np.float32)[:, None]
-        directions = camera.rays(self.size, *pixel_centres(self.size))
-        hits = trace(solids, scene.room, origin, directions)
-        points = origin + directions * hits.t
+        camera = scene.cameras[0]
+        hits, points = self._seen(scene)
         inward = np.zeros_like(points)  # of the room: face 2 * axis + side looks back from that side
         axis, side = np.divmod(hits.face, 2)
         room = hits.body == ROOM
         inward[axis[room], room.nonzero()[0]] = 1 - 2 * side[room].astype(np.float32)
         normals = scene.room.to_local.T @ inward
-        for number, solid in enumerate(solids):
+        for number, solid in enumerate(scene.solids(0)):
             (mine,) = (hits.body == number).nonzero()
             local = solid.to_local @ (points.take(mine, axis=1) - solid.centre)
             normals[:, mine] = body_normals(solid, local, hits.face[mine])
@@ -67,14 +65,20 @@ class SceneGeometry:
     def segments(self, key: str) -> Array:
         """float32 [len(SEGMENTS), H, W]: 1 where a pixel shows that kind of surface, else 0."""
         scene = self._scene(key)
-        camera, solids = scene.cameras[0], scene.solids(0)
-        directions = camera.rays(self.size, *pixel_centres(self.size))
-        hits = trace(solids, scene.room, np.array(camera.position, np.float32)[:, None], directions)
+        hits, _ = self._seen(scene)
         names = np.array([SEGMENTS.index(body.class_name) for body in scene.bodies])
         surface = np.where(hits.face == FLOOR, 0, np.where(hits.face == CEILING, 1, 2))
         kind: NDArray[np.intp] = np.where(hits.body == ROOM, surface, names[hits.body])
         shown = np.arange(len(SEGMENTS))[:, None] == kind
         return shown.astype(np.float32).reshape(-1, self.size, self.size)
+
+    def _seen(self, scene: Scene) -> tuple[Hits, Array]:
+        """What each pixel's ray meets, and where: float32 [3, N]."""
+        camera = scene.cameras[0]
+        origin: Array = np.array(camera.position, np.float32)[:, None]
+        directions = camera.rays(self.size, *pixel_centres(self.size))
+        hits = trace(scene.solids(0), scene.room, origin, directions)
+        return hits, origin + directions * hits.t
 
     def _scene(self, key: str) -> Scene:
         """The scene behind a sample's key."""

@@ -3,13 +3,14 @@
 import io
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from data_tools.synthesis.generation import SPLITS
 from data_tools.synthesis.rendering import SceneTruth
-from data_tools.synthesis.scenes import SPLITS
 from data_tools.synthesis.shapes import CLASS_NAMES
 from dpt.pictures import flo_bytes
 
@@ -20,7 +21,7 @@ FRAMES_PER_FOLDER = 100
 
 def write_scene(root: Path, tasks: tuple[str, ...], split: str, number: int, truth: SceneTruth) -> None:
     """Write one scene's files. `number` counts from 0 over all splits, one after the other."""
-    image = _png(truth.image)  # three layouts hold it: encode it once
+    image = _encoded(truth.image)  # three layouts hold it: encode it once
     for task in tasks:
         _WRITERS[task](root / TASKS[task], split, number, truth, image)
 
@@ -50,9 +51,9 @@ def hypersim_names(number: int) -> tuple[str, str]:
     return f"{scene}/rgb_cam_00_fr{frame:04d}.png", f"{scene}/depth_plane_cam_00_fr{frame:04d}.png"
 
 
-def depth_to_millimetres(depth: NDArray[np.float32]) -> NDArray[np.uint16]:
-    """Metres to 16-bit millimetres; depths beyond 65.535 m are clamped."""
-    return np.clip(np.rint(depth * 1000), 0, 65535).astype(np.uint16)
+def depth_to_uint16(depth: NDArray[Any], units_per_metre: float = 1000) -> NDArray[np.uint16]:
+    """Metres to 16-bit units (millimetres); what those cannot hold becomes the nearest that they can."""
+    return np.clip(np.rint(depth * units_per_metre), 0, 65535).astype(np.uint16)
 
 
 def _stem(number: int) -> str:
@@ -66,22 +67,22 @@ def _write_class(root: Path, split: str, number: int, truth: SceneTruth, image: 
 def _write_depth(root: Path, split: str, number: int, truth: SceneTruth, image: bytes) -> None:
     rgb, depth = hypersim_names(number)
     _write(root / split / rgb, image)
-    _write(root / split / depth, _png(depth_to_millimetres(truth.depth)))
+    _write(root / split / depth, _encoded(depth_to_uint16(truth.depth)))
 
 
 def _write_flow(root: Path, split: str, number: int, truth: SceneTruth, image: bytes) -> None:
     stem = f"{number + 1:05d}"
-    _write(root / "data" / f"{stem}_img1.ppm", _ppm(truth.image))
-    _write(root / "data" / f"{stem}_img2.ppm", _ppm(truth.next_image))
+    _write(root / "data" / f"{stem}_img1.ppm", _encoded(truth.image, "PPM"))
+    _write(root / "data" / f"{stem}_img2.ppm", _encoded(truth.next_image, "PPM"))
     _write(root / "data" / f"{stem}_flow.flo", flo_bytes(truth.flow))
 
 
 def _write_amodal(root: Path, split: str, number: int, truth: SceneTruth, image: bytes) -> None:
     stem = _stem(number)
     _write(root / "occlusion" / f"{stem}_occlusion.png", image)
-    _write(root / "whole" / f"{stem}_whole.png", _png(truth.whole))
-    _write(root / "whole_mask" / f"{stem}_whole_mask.png", _png(truth.whole_mask.astype(np.uint8) * 255))
-    _write(root / "visible_object_mask" / f"{stem}_visible_mask.png", _png(truth.visible_mask.astype(np.uint8) * 255))
+    _write(root / "whole" / f"{stem}_whole.png", _encoded(truth.whole))
+    _write(root / "whole_mask" / f"{stem}_whole_mask.png", _encoded(truth.whole_mask.astype(np.uint8) * 255))
+    _write(root / "visible_object_mask" / f"{stem}_visible_mask.png", _encoded(truth.visible_mask.astype(np.uint8) * 255))
 
 
 _WRITERS: dict[str, Callable[[Path, str, int, SceneTruth, bytes], None]] = {
@@ -92,15 +93,10 @@ _WRITERS: dict[str, Callable[[Path, str, int, SceneTruth, bytes], None]] = {
 }
 
 
-def _png(pixels: NDArray[np.uint8] | NDArray[np.uint16]) -> bytes:
+def _encoded(pixels: NDArray[Any], kind: str = "PNG") -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG", compress_level=1)
+    Image.fromarray(pixels).save(buffer, kind, compress_level=1)
     return buffer.getvalue()
-
-
-def _ppm(pixels: NDArray[np.uint8]) -> bytes:
-    height, width, _ = pixels.shape
-    return f"P6\n{width} {height}\n255\n".encode() + pixels.tobytes()
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -39,11 +39,6 @@ class SceneTruth:
     whole: NDArray[np.uint8]
     """uint8 [H, W, 3], the whole target alone on white."""
 
-    @property
-    def occlusion(self) -> NDArray[np.uint8]:
-        """The picture in which the target is partly hidden."""
-        return self.image
-
 
 def render(scene: Scene, size: int) -> SceneTruth:
     """Render both frames and every ground truth at size x size pixels."""
@@ -76,8 +71,7 @@ class _Frame:
         self.solids = scene.solids(number)
         self.light = SceneLight(scene, self.solids, self.camera.focal(size))
         self.origin: Array = np.array(self.camera.position, np.float32)[:, None]
-        self.columns, self.rows = pixel_centres(size)
-        self.directions = self.camera.rays(size, self.columns, self.rows)
+        self.directions = self.camera.rays(size, *pixel_centres(size))
         self.hits = trace(self.solids, scene.room, self.origin, self.directions)
         self.points = self.origin + self.directions * self.hits.t
         self.lamplight = self._lamplight()
@@ -125,8 +119,8 @@ def _flow(first: _Frame, second: _Frame) -> Array:
         (mine,) = (first.hits.body == number).nonzero()
         turned = turning(after.pose.yaw - before.pose.yaw) @ (moved.take(mine, axis=1) - before.centre)
         put_columns(moved, mine, after.centre + turned)
-    columns, rows = second.camera.project(first.size, moved)
-    return np.stack([columns - first.columns, rows - first.rows]).reshape(2, first.size, first.size)
+    places = np.stack(second.camera.project(first.size, moved)) - np.stack(pixel_centres(first.size))
+    return places.reshape(2, first.size, first.size)
 
 
 def _alone_on_white(frame: _Frame, pixels: NDArray[np.intp], t: Array, face: NDArray[np.int16]) -> NDArray[np.uint8]:

@@ -75,40 +75,18 @@ def sample_latents(moments: Tensor, scaling: LatentScaling, noise: Tensor) -> Te
 class VAECodec:
     """A frozen diffusers autoencoder with the conventions of the shards: unscaled moments in, scaled latents out.
 
-    record: what manifests and weights say of it, with `name`, what the user asked for. It is identified by the hash of its fp32
-    weights by name, the same for every file format, folder and device the VAE came from, and by how its latents are scaled.
+    record: what manifests and weights say of it; its `name` (what the user asked for), `sha256`, `scaling_factor` (with
+    statistics by channel, only a part of `scaling`), `latent_channels` (C) and `downsampling` (H / h) are attributes here too.
+    The hash is of the fp32 weights by name, the same for every file format, folder and device the VAE came from.
     """
 
     def __init__(self, vae: Any, name: str) -> None:
         self.vae = vae.eval().requires_grad_(False)
-        self.record = _record(vae.config, name, _hash_state(vae.state_dict()))
-        self.scaling = LatentScaling.of(self.record)
+        self.record = record = _record(vae.config, name, _hash_state(vae.state_dict()))
+        self.name, self.sha256, self.scaling_factor = record.name, record.sha256, record.scaling_factor
+        self.latent_channels, self.downsampling = record.latent_channels, record.downsampling
+        self.scaling = LatentScaling.of(record)
         self.vae.to(memory_format=torch.channels_last)  # a fifth faster on CPUs, and what GPUs' kernels want
-
-    @property
-    def name(self) -> str:
-        """What the user asked for."""
-        return self.record.name
-
-    @property
-    def sha256(self) -> str:
-        """Hash of the weights."""
-        return self.record.sha256
-
-    @property
-    def scaling_factor(self) -> float:
-        """The config's; with statistics by channel, only a part of `scaling`."""
-        return self.record.scaling_factor
-
-    @property
-    def latent_channels(self) -> int:
-        """C."""
-        return self.record.latent_channels
-
-    @property
-    def downsampling(self) -> int:
-        """H / h."""
-        return self.record.downsampling
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "VAECodec":
         """Move the weights, in place; results stay float32 whatever the dtype. Returns self."""

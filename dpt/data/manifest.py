@@ -1,10 +1,10 @@
-"""The manifest beside a folder of shards: what the shards hold, who made them, and whether they fit a run."""
+"""The manifest beside a folder of shards: what the shards hold, and who made them."""
 
 import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,11 @@ from dpt.tasks import TASKS
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
-MEMBER_ORDER = (
-    "label", "valid", "clip", "features", "latents", "latents_mirrored", "cond_latents", "target_latents",
-    "image", "truth", "code_mask", "second", "visible_mask",
+TRAINING_MEMBERS = (
+    "label", "valid", "clip", "features", "latents", "latents_mirrored", "cond_latents", "target_latents"
 )  # fmt: skip
-"""Order of the arrays in a sample; `meta` follows."""
-_EVALUATION_MEMBERS = ("image", "truth", "code_mask", "second", "visible_mask")
+MEMBER_ORDER = (*TRAINING_MEMBERS, "image", "truth", "code_mask", "second", "visible_mask")
+"""Order of the arrays in a sample; `meta` follows. The last five are of evaluation sets only."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,68 +237,6 @@ def write_atomically(path: Path, text: str) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def check_manifests(
-    manifests: Mapping[str, Manifest],
-    *,
-    tasks: Collection[str] | None = None,
-    vae: VAERecord | None = None,
-    resolution: int | None = None,
-) -> None:
-    """Raise a UserError unless all sets fit together and fit the run.
-
-    `manifests`: by the name of their source. The VAE and the resolution must be the same in all; None accepts any.
-    Several tasks pass only if `tasks` allows them (a generalist's mixture).
-    """
-    first_name, first = next(iter(manifests.items()))
-    for name, manifest in manifests.items():
-        if tasks is not None and manifest.task not in tasks:
-            run = " or ".join(f'"{task}"' for task in sorted(tasks))
-            raise UserError(f'{name}: the shards are for task "{manifest.task}", the run for {run}; choose other shards.')
-        if tasks is None and manifest.task != first.task:
-            raise UserError(f'{name} is for task "{manifest.task}" but {first_name} for "{first.task}"; do not mix them.')
-        wanted = vae or first.vae
-        if difference := wanted.difference(dataclasses.asdict(manifest.vae)):
-            other = "the run's VAE" if vae else f'"{first.vae.name}" of {first_name}'
-            raise UserError(
-                f'{name}: the latents were made by VAE "{manifest.vae.name}", not by {other} ({difference}); set dpt.data.vae '
-                "to it or encode the set anew."
-            )
-        size = resolution or first.resolution
-        if manifest.resolution != size:
-            other = "the run needs" if resolution else f"{first_name} has"
-            raise UserError(
-                f"{name}: the resolution is {manifest.resolution} px but {other} {size} px; encode the set at {size} px."
-            )
-
-
-def choose_members(manifests: Mapping[str, Manifest], wanted: Collection[str] | None) -> dict[str, MemberSpec]:
-    """The members of a batch from all sets: `wanted`, or all but the evaluation's.
-
-    Sets may differ in which members they have and in the length of a member's first axis (number of targets): the batch has
-    the largest, filled up with zeros. UserError if they differ otherwise, or if no set has a wanted member.
-    """
-    chosen = set(MEMBER_ORDER) - set(_EVALUATION_MEMBERS) if wanted is None else set(wanted)
-    first_name = next(iter(manifests))
-    specs: dict[str, MemberSpec] = {}
-    for name, manifest in manifests.items():
-        for member in (member for member in MEMBER_ORDER if member in chosen and member in manifest.members):
-            spec = manifest.members[member]
-            if -1 in spec.shape:
-                raise UserError(f"{name}: {member} differs in size between samples; encode training sets to one size.")
-            other = specs.setdefault(member, spec)
-            if (other.dtype, other.shape[1:], len(other.shape)) != (spec.dtype, spec.shape[1:], len(spec.shape)):
-                raise UserError(
-                    f"{name}: {member} is {spec.dtype} {list(spec.shape)} but {other.dtype} {list(other.shape)} in "
-                    f"{first_name}; encode both sets alike."
-                )
-            if spec.shape > other.shape:
-                specs[member] = spec
-    if missing := sorted(set(wanted or ()) - set(specs)):
-        option = {"clip": " (--clip)", "features": " (--features)"}.get(missing[0], "")
-        raise UserError(f"{first_name}: the shards hold no {missing[0]}; encode the set with it{option}.")
-    return specs
 
 
 def file_sha256(path: str | Path) -> str:

@@ -128,7 +128,7 @@ class MixtureOrder:
         order = np.argsort((np.concatenate(numbers) + jitter) / np.repeat(self.shares, self.shares), kind="stable")
         self._set = np.repeat(np.arange(len(sizes)), self.shares)[order]
         self._number = np.concatenate(numbers)[order]
-        """For each place of the period: its set, and the how-manieth sample of that set it is."""
+        """For each place of the period: its set, and which sample of that set in the period it is, from 0 on."""
         self.sets = [
             SetOrder(size, np.flatnonzero(self._set == number), self.period, lanes, seed, number)
             for number, size in enumerate(sizes)

@@ -20,11 +20,11 @@ import numpy as np
 import torch
 
 from dpt import distributed
-from dpt.data.manifest import Manifest, check_manifests, choose_members
+from dpt.data.manifest import Manifest
 from dpt.data.order import MixtureOrder, SetSize, num_lanes
 from dpt.data.reader import Rows
 from dpt.data.shards import Block, Shard
-from dpt.data.sources import resolve
+from dpt.data.sources import check_manifests, choose_members, resolve
 from dpt.errors import UserError
 from dpt.threads import Workers
 from dpt.urls import Patience
@@ -111,7 +111,7 @@ class LatentStream:
             )
         self.sets = [resolve(source, self.patience) for source in self.sources]
         self.manifests = {found.name: found.manifest for found in self.sets}
-        check_manifests(self.manifests, tasks={manifest.task for manifest in self.manifests.values()})
+        check_manifests(self.manifests)
         self.specs = choose_members(self.manifests, self.members)
         self.sizes = [set_size(manifest) for manifest in self.manifests.values()]
         self.order = MixtureOrder(self.sizes, self.weights, num_lanes(self.global_batch_size), self.seed)

@@ -1,6 +1,10 @@
 """Small shard folders for the tests of the stream and of the formats."""
 
-from collections.abc import Callable, Sequence
+import functools
+import http.server
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -57,3 +61,31 @@ def make_shards(tmp_path_factory: pytest.TempPathFactory) -> MakeShards:
         return write_set(tmp_path_factory.mktemp("shards"), counts, sample, **fields)
 
     return make
+
+
+@pytest.fixture
+def folder(make_shards: MakeShards) -> Path:
+    """Three shards of ten samples each."""
+    return make_shards([10, 10, 10])
+
+
+class _Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+@pytest.fixture
+def served() -> Iterator[Callable[[Path], str]]:
+    """Returns a function: a folder -> its address on this machine, until the test ends."""
+    with ExitStack() as stack:
+
+        def serve(folder: Path) -> str:
+            handler = functools.partial(_Quiet, directory=str(folder))
+            server = stack.enter_context(http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler))
+            thread = threading.Thread(target=server.serve_forever)
+            thread.start()
+            stack.callback(thread.join)
+            stack.callback(server.shutdown)
+            return f"http://127.0.0.1:{server.server_address[1]}"
+
+        yield serve

@@ -1,36 +1,18 @@
-"""What goes wrong with sources: named, counted, bounded, retried; never silent, never a hang."""
+"""What goes wrong with shards: named, counted, bounded, retried; never silent, never a hang."""
 
 import hashlib
-import http.server
 import os
-import shutil
-import threading
+import tarfile
 from itertools import islice
 from pathlib import Path
 
 import pytest
-import torch
 
 from dpt.data import stream as stream_module
+from dpt.data.manifest import MemberSpec
 from dpt.data.reader import ShardReader
-from dpt.data.stream import LatentStream
 from dpt.errors import UserError
-from dpt.urls import Patience
-
-HASTY = Patience(retries=1, wait_s=0.01, stall_s=5.0)
-
-
-def stream(source: Path | str, **options) -> LatentStream:
-    return LatentStream([str(source)], **{"global_batch_size": 5, "seed": 1, "patience": HASTY, **options})
-
-
-def labels(found: LatentStream, batches: int) -> list[int]:
-    return torch.cat([batch["label"] for batch in islice(found, batches)]).tolist()
-
-
-@pytest.fixture
-def folder(make_shards) -> Path:
-    return make_shards([10, 10, 10])
+from tests.data.streams import labels, stream
 
 
 def truncate(path: Path, samples: float, of: int = 10) -> None:
@@ -169,8 +151,6 @@ def test_lasting_read_errors_name_the_sample(folder: Path, monkeypatch: pytest.M
 
 
 def test_shards_of_other_programs_are_read(make_shards, tmp_path: Path) -> None:
-    import tarfile
-
     folder = make_shards([6])
     path = folder / "000000.tar"
     with tarfile.open(path) as tar:
@@ -182,8 +162,6 @@ def test_shards_of_other_programs_are_read(make_shards, tmp_path: Path) -> None:
 
 
 def test_a_member_other_than_promised(make_shards) -> None:
-    from dpt.data.manifest import MemberSpec
-
     members = {"label": MemberSpec(dtype="int64", shape=()), "latents": MemberSpec(dtype="float16", shape=(2, 4, 8, 8))}
     with pytest.raises(UserError, match=r"its latents is float16 \[2, 4, 4, 4\], not as in the manifest"):
         labels(stream(make_shards([6], members=members)), 2)
@@ -196,81 +174,3 @@ def test_a_worker_that_fails_is_named(folder: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(ShardReader, "read", fail)
     with pytest.raises(UserError, match=r"samples 0 to 9 of .*00000\d.tar: .* failed \(MemoryError: no room\)"):
         labels(stream(folder, num_workers=2), 2)
-
-
-# --- sources ------------------------------------------------------------------------------------------------------------
-
-
-def test_patterns_and_folders_are_the_same(folder: Path) -> None:
-    assert labels(stream(folder), 6) == labels(stream(f"{folder}/{{000000..000002}}.tar"), 6)
-    assert sorted(labels(stream(f"{folder}/{{000000..000001}}.tar"), 4)) == list(range(20))
-
-
-def test_sources_that_cannot_be(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"shard 000003.tar is not in the manifest, which ends at 000002.tar"):
-        stream(f"{folder}/{{000000..000003}}.tar")
-    with pytest.raises(UserError, match="no such shard folder"):
-        stream(tmp_path / "none" / "{0..3}.tar")
-    with pytest.raises(UserError, match="brace pattern"):
-        stream(f"pipe:cat {folder}/x")
-    with pytest.raises(UserError, match=r"no manifest can be fetched from pipe:cat .*/none/manifest.json"):
-        stream("pipe:cat /none/{000000..000001}.tar")
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("cached", [False, True])
-def test_pipes(folder: Path, tmp_path: Path, workers: int, cached: bool) -> None:
-    options = {"num_workers": workers, "cache_dir": str(tmp_path / "cache") if cached else ""}
-    piped = stream(f"pipe:cat {folder}/{{000000..000002}}.tar", **options)
-    assert labels(piped, 12) == labels(stream(folder), 12)
-    if cached:
-        assert len(list((tmp_path / "cache").iterdir())) == 3
-        for path in folder.glob("*.tar"):
-            path.unlink()
-        assert len(labels(stream(f"pipe:cat {folder}/{{000000..000002}}.tar", **options), 6)) == 30
-
-
-def test_a_pipe_that_fails_at_first(folder: Path, tmp_path: Path) -> None:
-    script = tmp_path / "flaky"
-    script.write_text('#!/bin/sh\nif [ -e "$1.tried" ]; then cat "$1"; else touch "$1.tried"; head -c 2000 "$1"; exit 1; fi\n')
-    script.chmod(0o755)
-    assert sorted(labels(stream(f"pipe:{script} {folder}/{{000000..000002}}.tar"), 6)) == list(range(30))
-
-
-def test_a_pipe_that_cuts_off(folder: Path) -> None:
-    source = f"pipe:head -c 3000 {folder}/{{000000..000002}}.tar"
-    shutil.copy(folder / "manifest.json", folder / "whole.json")
-    with pytest.raises(UserError, match=r"the shard cannot be read \(3000 of \d+ bytes came\)"):
-        labels(stream(source), 2)
-
-
-def test_a_pipe_that_stalls(folder: Path) -> None:
-    with pytest.raises(UserError, match=r"nothing came for 0.5 s"):
-        stream(f"pipe:cat {folder}/{{000000..000002}}.tar; exec sleep 20", patience=Patience(retries=0, stall_s=0.5))
-
-
-def test_a_slow_pipe_is_waited_for(folder: Path) -> None:
-    slow = f"pipe:for n in 1 2 3; do sleep 0.1; done; cat {folder}/{{000000..000002}}.tar"
-    assert sorted(labels(stream(slow, patience=Patience(retries=0, stall_s=5.0)), 6)) == list(range(30))
-
-
-class _Quiet(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, *arguments) -> None:
-        pass
-
-
-@pytest.mark.skipif(shutil.which("curl") is None, reason="webdataset opens http through curl")
-def test_http(folder: Path) -> None:
-    def handler(*arguments):
-        return _Quiet(*arguments, directory=str(folder))
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        base = f"http://127.0.0.1:{server.server_address[1]}"
-        try:
-            assert labels(stream(base), 6) == labels(stream(folder), 6)
-            assert sorted(labels(stream(base + "/{000000..000001}.tar"), 4)) == list(range(20))
-        finally:
-            server.shutdown()
-            thread.join()

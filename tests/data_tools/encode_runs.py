@@ -1,4 +1,4 @@
-"""What the tests of encoding share: command lines, and the VAE alone."""
+"""What the tests of encoding share: command lines, the VAE alone, what a folder holds."""
 
 from pathlib import Path
 
@@ -17,3 +17,8 @@ def arguments(root: Path, out: Path, vae: str, *more: str, dataset: str = "image
 
 def encode_alone(vae: str, image: np.ndarray) -> np.ndarray:
     return load_vae(vae).encode(torch.from_numpy(image)[None])[0].numpy()
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    """All files below a folder, by their paths in it."""
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}

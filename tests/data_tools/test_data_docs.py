@@ -1,4 +1,4 @@
-"""The page on data says what is so."""
+"""The commands, options and code of docs/data.md work."""
 
 import re
 import shlex

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from encode_runs import SIDE, arguments, encode_alone
 from PIL import Image
 
 from data_tools.encode import main
@@ -20,11 +19,7 @@ from dpt.data.codec import load_vae
 from dpt.data.manifest import read_manifest
 from dpt.data.shards import ShardFolder
 from dpt.data.stream import LatentStream
-
-
-@pytest.fixture
-def vae(tiny_vae: str) -> str:
-    return tiny_vae
+from tests.data_tools.encode_runs import SIDE, arguments, contents, encode_alone
 
 
 @pytest.fixture(scope="module")
@@ -38,19 +33,6 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
         image = random.integers(0, 256, (40 + 7 * number, 70, 3), np.uint8)
         Image.fromarray(image).save(folder / f"p.{number:02d}.png")
     return root
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
-
-
-def refusal(capsys: pytest.CaptureFixture, *given: str) -> str:
-    with pytest.raises(SystemExit) as caught:
-        main(list(given))
-    assert caught.value.code == 2
-    found = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "Traceback" not in found
-    return found
 
 
 def test_class_images(pictures: Path, tmp_path: Path, vae: str) -> None:
@@ -82,13 +64,13 @@ def test_class_images(pictures: Path, tmp_path: Path, vae: str) -> None:
     assert batch["latents_mirrored"].shape == (5, 2, 4, 4, 4)
 
 
-def test_a_limit_takes_the_first_of_the_order(pictures: Path, tmp_path: Path, vae: str, capsys: pytest.CaptureFixture) -> None:
+def test_a_limit_takes_the_first_of_the_order(pictures: Path, tmp_path: Path, vae: str, refused) -> None:
     main(arguments(pictures, tmp_path / "all", vae))
     main(arguments(pictures, tmp_path / "five", vae, "--limit", "5"))
     keys = {name: [sample["key"] for sample in ShardFolder(tmp_path / name)] for name in ("all", "five")}
     assert keys["five"] == keys["all"][:5]
-    assert "argument --limit: '0' is no whole number at least 1" in refusal(
-        capsys, *arguments(pictures, tmp_path / "none", vae, "--limit", "0")
+    assert "argument --limit: '0' is no whole number at least 1" in refused(
+        main, *arguments(pictures, tmp_path / "none", vae, "--limit", "0")
     )
 
 
@@ -180,7 +162,7 @@ def test_two_processes_of_a_launcher(pictures: Path, tmp_path: Path, vae: str) -
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-def test_unreadable_inputs_are_listed(pictures: Path, tmp_path: Path, vae: str, capsys: pytest.CaptureFixture) -> None:
+def test_unreadable_inputs_are_listed(pictures: Path, tmp_path: Path, vae: str, capsys: pytest.CaptureFixture, refused) -> None:
     root = tmp_path / "root"
     (root / "cat").mkdir(parents=True)
     for path in pictures.rglob("*.png"):
@@ -188,11 +170,11 @@ def test_unreadable_inputs_are_listed(pictures: Path, tmp_path: Path, vae: str, 
     (root / "cat" / "broken.png").write_bytes(b"not a picture")
     (root / "cat" / "cut.png").write_bytes((root / "cat" / "p.03.png").read_bytes()[:300])
     out = tmp_path / "out"
-    found = refusal(capsys, *arguments(root, out, vae))
+    found = refused(main, *arguments(root, out, vae))
     assert "1 of 13 inputs cannot be read" in found
     assert "--max-skipped-share" in found
     assert "does not read" in found
-    assert not out.exists() or not [name for name in contents_of(out) if name.endswith(".part")]
+    assert not out.exists() or not [name for name in contents(out) if name.endswith(".part")]
     main(arguments(root, out, vae, "--max-skipped-share", "0.2"))
     manifest = read_manifest(out)
     assert (manifest.num_samples, manifest.num_skipped) == (11, 2)
@@ -201,57 +183,51 @@ def test_unreadable_inputs_are_listed(pictures: Path, tmp_path: Path, vae: str, 
     assert "2 unreadable inputs skipped" in capsys.readouterr().out
 
 
-def contents_of(folder: Path) -> list[str]:
-    return [path.name for path in folder.rglob("*")]
-
-
-def test_nothing_half_written_is_left(tmp_path: Path, vae: str, capsys: pytest.CaptureFixture) -> None:
+def test_nothing_half_written_is_left(tmp_path: Path, vae: str, refused) -> None:
     root = tmp_path / "root"
     root.mkdir()
     for number in range(6):
         (root / f"{number}.png").write_bytes(b"no")
-    assert "1 of 6 inputs cannot be read" in refusal(capsys, *arguments(root, tmp_path / "out", vae))
+    assert "1 of 6 inputs cannot be read" in refused(main, *arguments(root, tmp_path / "out", vae))
     assert not (tmp_path / "out").exists()
-    found = refusal(capsys, *arguments(root, tmp_path / "out", vae, "--max-skipped-share", "1"))
+    found = refused(main, *arguments(root, tmp_path / "out", vae, "--max-skipped-share", "1"))
     assert "none of the 6 inputs" in found
 
 
-def test_refusals(pictures: Path, tmp_path: Path, vae: str, capsys: pytest.CaptureFixture) -> None:
+def test_refusals(pictures: Path, tmp_path: Path, vae: str, refused) -> None:
     out = tmp_path / "out"
-    assert "does not exist" in refusal(capsys, *arguments(tmp_path / "none", out, vae))
-    assert "no multiple of 8" in refusal(capsys, *arguments(pictures, out, vae, "--resolution", "33"))
-    assert "--shards '3/3'" in refusal(capsys, *arguments(pictures, out, vae, "--shards", "3/3"))
-    assert "form I/N" in refusal(capsys, *arguments(pictures, out, vae, "--shards", "1"))
-    assert "no option 'colour'" in refusal(capsys, *arguments(pictures, out, vae, "--option", "colour=red"))
-    assert "--clip is for amodal" in refusal(capsys, *arguments(pictures, out, vae, "--clip", "x"))
-    assert "--evaluation is for perception" in refusal(capsys, *arguments(pictures, out, vae, "--evaluation"))
-    assert "VAE" in refusal(capsys, *arguments(pictures, out, str(tmp_path / "no_vae")))
-    assert "11 inputs" not in refusal(capsys, *arguments(pictures, out, vae, "--finish"))
+    assert "does not exist" in refused(main, *arguments(tmp_path / "none", out, vae))
+    assert "no multiple of 8" in refused(main, *arguments(pictures, out, vae, "--resolution", "33"))
+    assert "--shards '3/3'" in refused(main, *arguments(pictures, out, vae, "--shards", "3/3"))
+    assert "form I/N" in refused(main, *arguments(pictures, out, vae, "--shards", "1"))
+    assert "no option 'colour'" in refused(main, *arguments(pictures, out, vae, "--option", "colour=red"))
+    assert "--clip is for amodal" in refused(main, *arguments(pictures, out, vae, "--clip", "x"))
+    assert "--evaluation is for perception" in refused(main, *arguments(pictures, out, vae, "--evaluation"))
+    assert "VAE" in refused(main, *arguments(pictures, out, str(tmp_path / "no_vae")))
+    assert "11 inputs" not in refused(main, *arguments(pictures, out, vae, "--finish"))
     assert not out.exists()
     main(arguments(pictures, out, vae))
-    found = refusal(capsys, *arguments(pictures, out, vae, "--mirrored"))
+    found = refused(main, *arguments(pictures, out, vae, "--mirrored"))
     assert "mirrored False instead of True" in found
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").touch()
-    assert "holds something else" in refusal(capsys, *arguments(pictures, tmp_path / "full", vae))
+    assert "holds something else" in refused(main, *arguments(pictures, tmp_path / "full", vae))
 
 
-def test_finish_writes_the_manifest_of_finished_shards(pictures: Path, tmp_path: Path, vae: str, capsys) -> None:
+def test_finish_writes_the_manifest_of_finished_shards(pictures: Path, tmp_path: Path, vae: str, refused) -> None:
     out = tmp_path / "out"
     main(arguments(pictures, out, vae, "--shards", "0/2"))
-    assert "1 of 3 shards are missing, 000001 for one" in refusal(capsys, *arguments(pictures, out, vae, "--finish"))
+    assert "1 of 3 shards are missing, 000001 for one" in refused(main, *arguments(pictures, out, vae, "--finish"))
     main(arguments(pictures, out, vae, "--shards", "1/2"))
     main(arguments(pictures, out, vae, "--finish"))
     assert read_manifest(out).num_samples == 11
 
 
-def test_a_job_in_the_way(pictures: Path, tmp_path: Path, vae: str, capsys: pytest.CaptureFixture) -> None:
-    from data_tools.encoding.shards import ShardWriter
-
+def test_a_job_in_the_way(pictures: Path, tmp_path: Path, vae: str, refused) -> None:
     out = tmp_path / "out"
     main(arguments(pictures, out, vae, "--shards", "0/2"))
     with ShardWriter(out / "000001.tar"):
-        assert "another process is writing this shard" in refusal(capsys, *arguments(pictures, out, vae))
+        assert "another process is writing this shard" in refused(main, *arguments(pictures, out, vae))
 
 
 def test_settings_are_those_of_the_bytes(pictures: Path, tmp_path: Path, vae: str) -> None:

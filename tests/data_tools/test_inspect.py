@@ -16,13 +16,6 @@ def shards(make_class_shards) -> Path:
     return make_class_shards()
 
 
-def refusal(capsys: pytest.CaptureFixture, *given: object) -> str:
-    with pytest.raises(SystemExit) as caught:
-        main([str(argument) for argument in given])
-    assert caught.value.code == 2
-    return capsys.readouterr().err.strip().splitlines()[-1]
-
-
 def test_what_it_says_and_draws(shards: Path, capsys: pytest.CaptureFixture) -> None:
     main([str(shards)])
     printed = capsys.readouterr().out
@@ -55,34 +48,32 @@ def test_spread() -> None:
     assert spread(5, 1) == [0]
 
 
-def test_damage(shards: Path, capsys: pytest.CaptureFixture) -> None:
+def test_damage(shards: Path, refused) -> None:
     path = shards / "000001.tar"
     content = bytearray(path.read_bytes())
     content[2000] ^= 1
     path.write_bytes(content)
-    assert "000001.tar has other contents than were written (sha256)" in refusal(capsys, shards)
-    assert "000001.tar has other contents" in refusal(capsys, shards, "--verify")
+    assert "000001.tar has other contents than were written (sha256)" in refused(main, shards)
+    assert "000001.tar has other contents" in refused(main, shards, "--verify")
     os.truncate(path, 3000)
-    assert "000001.tar has 3000 bytes instead of" in refusal(capsys, shards, "--quick")
+    assert "000001.tar has 3000 bytes instead of" in refused(main, shards, "--quick")
     path.rename(shards / "stray.tar")
-    found = refusal(capsys, shards)
+    found = refused(main, shards)
     assert "000001.tar is missing" in found
     assert "stray.tar is not in the manifest" in found
 
 
-def test_bad_input(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    assert "no such shard folder" in refusal(capsys, tmp_path / "none")
-    assert "is not the one that made the shards (sha256" in refusal(capsys, shards, "--vae", "embedded")
+def test_bad_input(shards: Path, tmp_path: Path, refused) -> None:
+    assert "no such shard folder" in refused(main, tmp_path / "none")
+    assert "is not the one that made the shards (sha256" in refused(main, shards, "--vae", "embedded")
 
 
 @pytest.mark.parametrize("name", ["-", "sheet", "sheet.txt"])
-def test_sheets_that_are_no_pictures_are_refused_before_any_work(
-    name: str, shards: Path, capsys: pytest.CaptureFixture
-) -> None:
-    assert "name a file such as sheet.png" in refusal(capsys, shards, "--picture", name)
+def test_sheets_that_are_no_pictures_are_refused_before_any_work(name: str, shards: Path, refused) -> None:
+    assert "name a file such as sheet.png" in refused(main, shards, "--picture", name)
 
 
-def test_values_that_are_not_finite(shards: Path, capsys: pytest.CaptureFixture) -> None:
+def test_values_that_are_not_finite(shards: Path, refused) -> None:
     path = shards / "000000.tar"
     content = path.read_bytes()
     stride = (len(content) - 1024) // 2
@@ -90,4 +81,4 @@ def test_values_that_are_not_finite(shards: Path, capsys: pytest.CaptureFixture)
     path.write_bytes(content[:where] + b"\x00\x7e" + content[where + 2 :])
     size = path.stat().st_size
     assert size == read_manifest(shards).shards[0].bytes
-    assert "latents has values that are not finite" in refusal(capsys, shards, "--quick")
+    assert "latents has values that are not finite" in refused(main, shards, "--quick")

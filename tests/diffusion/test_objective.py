@@ -1,19 +1,15 @@
 import math
-import warnings
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
+from diffusers.training_utils import compute_snr
 from torch.distributions import Normal, kl_divergence
 
 from dpt.config.sections import DiffusionConfig
 from dpt.diffusion.objective import DiffusionObjective
 from dpt.diffusion.schedules import betas
 from dpt.errors import UserError
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    from diffusers import DDIMScheduler
-    from diffusers.training_utils import compute_snr
 
 
 def _batch(channels: int = 8, timesteps=(0, 1, 400, 999)):
@@ -132,7 +128,6 @@ def test_ignored_variance_still_gets_gradients():
     losses = objective.loss(prediction, latents, noise, objective.add_noise(latents, noise, timesteps), timesteps)
     assert "vlb" not in losses
     losses["loss"].backward()
-    assert prediction.grad is not None
     assert (prediction.grad[:, 4:] == 0).all()
     assert (prediction.grad[:, :4] != 0).any()
 

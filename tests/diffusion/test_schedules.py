@@ -1,17 +1,13 @@
-import warnings
-
 import numpy as np
 import pytest
+import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpt.config.sections import DiffusionConfig
 from dpt.diffusion import schedules
 from dpt.errors import UserError
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
 SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 SPACINGS = ("leading", "trailing", "linspace")
@@ -68,3 +64,27 @@ def test_rectified_flow_is_a_straight_path():
     np.testing.assert_allclose(alpha + sigma, 1.0)
     assert sigma[-1] == 1.0
     assert sigma[0] == pytest.approx(1e-3)
+
+
+def test_the_network_is_told_the_time_as_it_learnt_it():
+    timesteps = torch.tensor([0, 499, 999])
+    told = {
+        name: schedules.network_time(DiffusionConfig(time_convention=name), timesteps).tolist()
+        for name in ("index", "fraction", "scaled_fraction")
+    }
+    assert told["index"] == [0, 499, 999]
+    assert told["fraction"] == pytest.approx([0.001, 0.5, 1.0], rel=1e-6)
+    assert told["scaled_fraction"] == [1.0, 500.0, 1000.0]
+
+
+@pytest.mark.parametrize("trained", SCHEDULES)
+@pytest.mark.parametrize("tested", SCHEDULES)
+def test_a_schedule_at_test_time_brings_its_own_betas(trained, tested):
+    usual = {"linear": (1e-4, 2e-2), "scaled_linear": (0.00085, 0.012)}
+    config = DiffusionConfig(beta_schedule=trained, beta_start=0.002, beta_end=0.03, steps_offset=1).with_schedule(tested)
+    start, end = (0.002, 0.03) if tested == trained else usual.get(tested, (1e-4, 2e-2))
+    expected = DDIMScheduler(beta_schedule=tested, beta_start=start, beta_end=end).alphas_cumprod.double()
+    assert (torch.from_numpy(schedules.alphas_cumprod(config)) - expected).abs().max() < 1e-6
+    assert config.steps_offset == 1
+    with pytest.raises(UserError, match="no noise schedule"):
+        DiffusionConfig(prediction_type="rectified_flow").with_schedule(tested)

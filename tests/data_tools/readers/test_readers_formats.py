@@ -1,4 +1,4 @@
-"""Single file formats: .flo, 16-bit PNG, run lengths, polygons, pickles, tars."""
+"""Single file formats: .flo, pictures, masks, run lengths, polygons, pickles, tars."""
 
 import io
 import os
@@ -10,17 +10,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from PIL import Image
 
+from data_tools.native.files import encode_rle
+from data_tools.readers import open_reader
 from data_tools.readers.files import mask_image, read_mask, read_png16, read_rgb
 from data_tools.readers.rle import decode_polygons, decode_rle
 from data_tools.readers.tars import list_members
 from data_tools.readers.unpickle import load_plain_pickle
 from dpt.errors import UserError
-from dpt.pictures import read_flo
+from dpt.pictures import decode_mask, decode_picture, read_flo
 
 MASKS = arrays(np.bool_, array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=20))
 
@@ -32,32 +34,13 @@ def run_lengths(mask: np.ndarray) -> list[int]:
     return np.diff(np.concatenate([[0], changes, [mask.size]])).tolist()
 
 
-def compress(runs: list[int]) -> str:
-    """COCO's text code, from its description: base 32 with signs, differences from the fourth run on."""
-    text = ""
-    for index, run in enumerate(runs):
-        value = run - runs[index - 2] if index > 2 else run
-        while True:
-            group, value = value & 31, value >> 5
-            more = not ((value == 0 and not group & 16) or (value == -1 and group & 16))
-            text += chr(48 + group + (32 if more else 0))
-            if not more:
-                break
-    return text
-
-
 @settings(max_examples=100, deadline=None)
 @given(mask=MASKS)
+@example(mask=np.pad(np.ones((500, 600), bool), 100))
 def test_run_lengths_of_all_spellings_decode(mask: np.ndarray) -> None:
-    runs = run_lengths(mask)
-    for counts in (runs, compress(runs), compress(runs).encode(), np.array(runs)):
+    runs, compressed = run_lengths(mask), encode_rle(mask)["counts"]
+    for counts in (runs, np.array(runs), compressed, compressed.encode()):
         np.testing.assert_array_equal(decode_rle({"size": list(mask.shape), "counts": counts}), mask)
-
-
-def test_long_runs_decode() -> None:
-    mask = np.zeros((700, 900), bool)
-    mask[100:600, 200:800] = True
-    np.testing.assert_array_equal(decode_rle({"size": [700, 900], "counts": compress(run_lengths(mask))}), mask)
 
 
 @pytest.mark.parametrize("counts", [[3, 4], [3, -1, 10], "13\x01", "1", "14\xff", "Q"])
@@ -147,6 +130,27 @@ def test_masks_round_trip(tmp_path: Path) -> None:
     mask = np.random.default_rng(0).random((5, 7)) > 0.5
     Image.fromarray(mask_image(mask)[..., 0]).save(tmp_path / "mask.png")
     np.testing.assert_array_equal(read_mask(tmp_path / "mask.png"), mask)
+
+
+def test_exif_orientation_is_honoured(tmp_path):
+    image = Image.fromarray(np.repeat(np.arange(0, 240, 20, dtype=np.uint8).reshape(3, 4)[..., None], 3, -1))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown turned by 90 degrees clockwise
+    image.save(tmp_path / "a.png", exif=exif)
+    stored = np.asarray(image)
+    np.testing.assert_array_equal(decode_picture(tmp_path / "a.png"), np.rot90(stored, -1))
+    np.testing.assert_array_equal(decode_picture(tmp_path / "a.png", upright=False), stored)
+    np.testing.assert_array_equal(open_reader("image_folder", tmp_path, "x").read("a").images[0], np.rot90(stored, -1))
+
+
+def test_deep_grey_and_masks_of_any_range(tmp_path):
+    deep = np.array([[0, 257 * 100], [65535, 257]], np.uint16)
+    Image.fromarray(deep).save(tmp_path / "d.png")
+    np.testing.assert_array_equal(decode_picture(tmp_path / "d.png")[..., 0], [[0, 100], [255, 1]])
+    wanted = np.array([[False, True], [True, False]])
+    for number, array in enumerate((wanted, wanted.astype(np.uint8), wanted * np.uint8(255), wanted * np.uint16(65535))):
+        Image.fromarray(array).save(tmp_path / f"{number}.png")
+        np.testing.assert_array_equal(decode_mask(tmp_path / f"{number}.png"), wanted)
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))

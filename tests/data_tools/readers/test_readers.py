@@ -1,4 +1,4 @@
-"""Readers of what is not as it should be; readers of one's own."""
+"""All readers: what is not as it should be, options, protocols; readers of one's own."""
 
 import pickle
 from pathlib import Path
@@ -6,12 +6,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from reader_layouts import DEPTH, chairs, check_depth, picture, read_all
 
 from data_tools.native.files import save, write
-from data_tools.readers import READERS, ReadError, open_reader
+from data_tools.readers import READERS, ReadError, open_reader, parse_options
 from dpt.errors import UserError
+from dpt.evaluation.protocols import find_protocol
 from dpt.pictures import flo_bytes
+from tests.data_tools.readers.reader_layouts import DEPTH, chairs, check_depth, picture, read_all
 
 
 @pytest.mark.parametrize("name", READERS)
@@ -29,6 +30,18 @@ def test_an_unknown_split_is_named(tmp_path: Path, name: str) -> None:
     (tmp_path / "set").mkdir()
     with pytest.raises(UserError, match=r"validation|does not hold"):
         open_reader(name, tmp_path / "set", "validation")
+
+
+def test_options_have_the_types_of_the_readers_signature():
+    assert parse_options("hypersim", {"filtered": "False", "filename_list": "a.txt"}) == {
+        "filtered": False,
+        "filename_list": "a.txt",
+    }
+    assert parse_options("coco_amodal", {"occluded_only": "true"}) == {"occluded_only": True}
+    with pytest.raises(UserError, match="choose one of true, false"):
+        parse_options("hypersim", {"filtered": "nope"})
+    with pytest.raises(UserError, match="has no option 'filterd'; it has filename_list, filtered"):
+        parse_options("hypersim", {"filterd": "1"})
 
 
 def test_unknown_sets_and_options_are_named(tmp_path: Path) -> None:
@@ -71,7 +84,7 @@ def test_errors_and_readers_travel_between_processes(tmp_path: Path) -> None:
 
 
 def test_the_example_of_the_documentation_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = (Path(__file__).resolve().parents[2] / "docs" / "readers.md").read_text()
+    page = (Path(__file__).resolve().parents[3] / "docs" / "readers.md").read_text()
     code = next(block.split("```")[0] for block in page.split("```python\n") if "class MyDepth" in block.split("```")[0])
     module: dict[str, Any] = {}
     exec(code, module)
@@ -86,3 +99,11 @@ def test_the_example_of_the_documentation_works(tmp_path: Path, monkeypatch: pyt
         open_reader("my_depth", tmp_path, "train").read("kitchen/7")
     with pytest.raises(UserError, match="expected"):
         open_reader("my_depth", tmp_path, "val")
+
+
+TASKS = {"flying_chairs": "flow", "pix2gestalt": "amodal", "coco_amodal": "amodal", "mp3d_amodal": "amodal"}
+
+
+@pytest.mark.parametrize("name", sorted(set(READERS) - {"imagenet", "image_folder"}))
+def test_every_reader_has_a_protocol(name):
+    assert find_protocol(name, TASKS.get(name, "depth")).task == TASKS.get(name, "depth")

@@ -1,16 +1,15 @@
-"""Each depth set in its true layout and file formats, at small size."""
+"""Depth sets in layouts and with values that the native sets (`tests/data_tools/native`) do not have."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
-from reader_layouts import DEPTH, RNG, check_depth, picture, read_all
-from scipy.io import savemat
 
 from data_tools.native.depth import hypersim_frame
-from data_tools.native.files import save, save_depth, save_hdf5, write
+from data_tools.native.files import save, save_depth, write
 from data_tools.readers import Excluded, ReadError, open_reader
 from data_tools.readers.hypersim import distance_to_depth, tone_map
+from tests.data_tools.readers.reader_layouts import DEPTH, RNG, check_depth, picture, read_all
 
 
 @pytest.mark.parametrize("place", ["filename_list_val.txt", "val/filename_list_val.txt", "filename_list_val_filtered.txt"])
@@ -55,7 +54,6 @@ def test_hypersim_hdf5(tmp_path: Path) -> None:
     expected = np.minimum(distance.astype(float) * focal / np.sqrt(x**2 + y**2 + focal**2), 65.535)
     expected[(entity == -1) | np.isnan(distance)] = 0
     check_depth(sample, expected, 1e-5)
-    assert sample.depth is not None
     assert sample.depth.max() == np.float32(65.535)
 
     luma = (color.astype(float) * [0.3, 0.59, 0.11]).sum(-1)[entity != -1]
@@ -93,17 +91,6 @@ def test_nyuv2_png_reads_the_raw_depth_of_each_line(tmp_path: Path) -> None:
     check_depth(sample)
 
 
-def test_nyuv2_mat(tmp_path: Path) -> None:
-    images = RNG.integers(0, 256, (3, 3, 16, 12), dtype=np.uint8)
-    depths = np.stack([DEPTH.T + n * (DEPTH.T > 0) for n in range(3)]).astype(np.float32)
-    save_hdf5(tmp_path / "nyu_depth_v2_labeled.mat", images=images, rawDepths=depths)
-    savemat(tmp_path / "splits.mat", {"trainNdxs": [[1]], "testNdxs": [[2], [3]]})
-    samples = read_all(open_reader("nyuv2", tmp_path, "test"))
-    assert list(samples) == ["0002", "0003"]
-    check_depth(samples["0003"], DEPTH + 2 * (DEPTH > 0))
-    np.testing.assert_array_equal(samples["0002"].images[0], images[1].transpose(2, 1, 0))
-
-
 def test_scannet_brings_colour_to_the_size_of_depth(tmp_path: Path) -> None:
     color = np.full((24, 32, 3), (200, 10, 90), np.uint8)
     lines = []
@@ -123,16 +110,6 @@ def test_scannet_brings_colour_to_the_size_of_depth(tmp_path: Path) -> None:
         reader.read("scene0000_00/color/7")
 
 
-def test_kitti_skips_frames_without_truth(tmp_path: Path) -> None:
-    drive = "2011_09_26_drive_0002_sync"
-    rgb, depth = f"2011_09_26/{drive}/image_02/data/0000000069.png", f"{drive}/proj_depth/groundtruth/image_02/0000000069.png"
-    save(tmp_path / rgb, picture())
-    save_depth(tmp_path / "val" / depth, DEPTH, 256)
-    write(tmp_path / "eigen_test_files_with_gt.txt", f"{rgb} {depth} 721.5377\n2011_09_26/x.png None 721.5377\n")
-    (sample,) = read_all(open_reader("kitti", tmp_path, "test")).values()
-    check_depth(sample, DEPTH, 1 / 256)
-
-
 def test_kitti_frames_are_cut_at_the_bottom_in_the_middle(tmp_path: Path) -> None:
     whole = np.arange(375 * 1242).reshape(375, 1242) % 20000 / 256 + 1
     save(tmp_path / "a.png", np.zeros((375, 1242, 3), np.uint8))
@@ -143,16 +120,13 @@ def test_kitti_frames_are_cut_at_the_bottom_in_the_middle(tmp_path: Path) -> Non
     np.testing.assert_allclose(sample.depth, whole[375 - 352 :, 13 : 13 + 1216])
 
 
-@pytest.mark.parametrize("listed", [True, False])
-def test_diode(tmp_path: Path, listed: bool) -> None:
+def test_diode_by_its_list(tmp_path: Path) -> None:
     stem = "indoors/scene_00019/scan_00183/00019_00183_indoors_000_010"
-    mask = RNG.random(DEPTH.shape) > 0.3
-    root = tmp_path if listed else tmp_path / "val"
+    mask, root = RNG.random(DEPTH.shape) > 0.3, tmp_path
     save(root / f"{stem}.png", picture())
     np.save(root / f"{stem}_depth.npy", DEPTH[..., None])
     np.save(root / f"{stem}_depth_mask.npy", mask.astype(np.float64))
-    if listed:
-        write(tmp_path / "diode_val_all_filename_list.txt", f"{stem}.png {stem}_depth.npy {stem}_depth_mask.npy\n")
+    write(root / "diode_val_all_filename_list.txt", f"{stem}.png {stem}_depth.npy {stem}_depth_mask.npy\n")
     ((key, sample),) = read_all(open_reader("diode", tmp_path, "val")).items()
     assert key == stem
     check_depth(sample, np.where(mask, DEPTH, 0))
@@ -161,15 +135,11 @@ def test_diode(tmp_path: Path, listed: bool) -> None:
         open_reader("diode", tmp_path, "val").read(stem)
 
 
-@pytest.mark.parametrize("listed", [True, False])
-def test_eth3d(tmp_path: Path, listed: bool) -> None:
+def test_eth3d_by_its_list(tmp_path: Path) -> None:
     stored = np.where(DEPTH == 0, np.inf, DEPTH).astype("<f4")
-    if listed:
-        rgb = "rgb/office/images/dslr_images/DSC_0219.JPG"
-        depth = "depth/office_dslr_depth/office/ground_truth_depth/dslr_images/DSC_0219.JPG"
-        write(tmp_path / "eth3d_filename_list.txt", f"{rgb} {depth}\n")
-    else:
-        rgb, depth = "office/images/dslr_images/DSC_0219.JPG", "office/ground_truth_depth/dslr_images/DSC_0219.JPG"
+    rgb = "rgb/office/images/dslr_images/DSC_0219.JPG"
+    depth = "depth/office_dslr_depth/office/ground_truth_depth/dslr_images/DSC_0219.JPG"
+    write(tmp_path / "eth3d_filename_list.txt", f"{rgb} {depth}\n")
     save(tmp_path / rgb, picture())
     write(tmp_path / depth, stored.tobytes())
     ((key, sample),) = read_all(open_reader("eth3d", tmp_path, "test")).items()

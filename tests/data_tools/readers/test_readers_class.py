@@ -1,16 +1,21 @@
 """Class sets in their true layouts and file formats, at small size."""
 
+import io
+import json
 import tarfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from reader_layouts import picture, read_all
+from PIL import Image
 from scipy.io import savemat
 
 from data_tools.native.files import save, write
 from data_tools.readers import ReadError, open_reader
 from dpt.errors import UserError
+from tests.data_tools.readers.reader_layouts import picture, read_all
 
 IDS = ("n01440764", "n01443537")
 
@@ -111,3 +116,25 @@ def test_image_folder(tmp_path: Path) -> None:
     save(tmp_path / "deep" / "train" / "dogs" / "1.webp", picture())
     samples = read_all(open_reader("image_folder", tmp_path / "deep", "train"))
     assert {key: sample.class_name for key, sample in samples.items()} == {"cats/x/1": "cats", "dogs/1": "dogs"}
+
+
+def test_imagenet_as_the_hubs_parquet(tmp_path):
+    pictures = [picture() for _ in range(3)]
+    rows = []
+    for array in pictures:
+        buffer = io.BytesIO()
+        Image.fromarray(array).save(buffer, "png")
+        rows.append({"bytes": buffer.getvalue(), "path": "x.png"})
+    table = pa.table({"image": rows, "label": [1, 0, -1]})
+    info = {"info": {"features": {"label": {"names": ["tench", "goldfish"]}}}}
+    table = table.replace_schema_metadata({"huggingface": json.dumps(info)})
+    (tmp_path / "data").mkdir()
+    pq.write_table(table, tmp_path / "data/validation-00000-of-00001.parquet", row_group_size=2)
+    reader = open_reader("imagenet", tmp_path, "val")
+    keys = reader.keys()
+    assert len(keys) == 3
+    sample = reader.read(keys[0])
+    assert (sample.label, sample.class_name) == (1, "goldfish")
+    np.testing.assert_array_equal(sample.images[0], pictures[0])
+    with pytest.raises(ReadError, match="label -1"):
+        reader.read(keys[2])

@@ -32,7 +32,6 @@ DEPTH[0, :3] = 0
 
 
 def check_depth(sample: Sample, expected: np.ndarray = DEPTH, tolerance: float = 1e-6) -> None:
-    assert sample.depth is not None
     np.testing.assert_allclose(sample.depth, expected, atol=tolerance)
     np.testing.assert_array_equal(sample.valid, expected > 0)
 

@@ -2,9 +2,7 @@
 
 import io
 import os
-import signal
 import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
@@ -14,36 +12,9 @@ import webdataset as wds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_tools.encoding.shards import ShardWriter, npy_bytes, shard_key
 from dpt.data.manifest import Manifest, file_sha256, read_manifest
 from dpt.data.reader import BLOCK, SampleError, ShardReader
 from dpt.data.shards import ShardFolder
-from dpt.errors import UserError
-
-DTYPES = ("float16", "float32", "int64", "uint8")
-
-
-@given(st.text(max_size=120), st.text(max_size=120))
-def test_keys_are_safe_and_distinct(one: str, other: str) -> None:
-    for key in (shard_key(one), shard_key(other)):
-        assert 0 < len(key) <= 72
-        assert "." not in key
-        assert not key.startswith("/")
-        assert f"{key}.latents_mirrored.npy".isascii()
-    assert (shard_key(one) == shard_key(other)) == (one == other)
-
-
-def test_plain_keys_stay() -> None:
-    assert shard_key("ai_001_001/cam-00_fr0000") == "ai_001_001/cam-00_fr0000"
-    assert shard_key("../../etc/passwd").startswith("_/_/etc/passwd-")
-
-
-@given(st.sampled_from(DTYPES), st.lists(st.integers(0, 3), max_size=4), st.integers(0, 2**32 - 1))
-def test_arrays_are_npy_files(dtype: str, shape: list[int], seed: int) -> None:
-    array = np.random.default_rng(seed).integers(0, 100, shape).astype(dtype)
-    buffer = io.BytesIO()
-    np.save(buffer, array)
-    assert npy_bytes(array) == buffer.getvalue()
 
 
 def random_sample(seed: int) -> dict[str, np.ndarray]:
@@ -100,33 +71,6 @@ def test_samples_of_differing_size(make_shards) -> None:
     folder = make_shards([4], sample)
     assert [s["image"].shape[0] for s in ShardFolder(folder)] == [1, 2, 3, 4]
     assert [int(s["label"]) for s in ShardFolder(folder)] == [0, 1, 2, 3]
-
-
-def test_an_exception_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(AssertionError), ShardWriter(tmp_path / "0.tar") as writer:
-        writer.add("a", {"unknown": np.zeros(3, np.uint8)}, {})
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_one_writer_at_a_time(tmp_path: Path) -> None:
-    with ShardWriter(tmp_path / "0.tar"), pytest.raises(UserError, match="another process is writing this shard"):
-        ShardWriter(tmp_path / "0.tar")
-
-
-def test_a_killed_writer_is_taken_over(tmp_path: Path) -> None:
-    code = (
-        "import os, sys, pathlib; from data_tools.encoding.shards import ShardWriter\n"
-        "w = ShardWriter(pathlib.Path(sys.argv[1])); "
-        "w._file.write(b'x' * 9999); w._file.flush(); os.kill(os.getpid(), 9)"
-    )
-    path = tmp_path / "0.tar"
-    assert subprocess.run([sys.executable, "-c", code, path]).returncode == -signal.SIGKILL
-    assert [p.name for p in tmp_path.iterdir()] == [".0.tar.part"]
-    with ShardWriter(path) as writer:
-        writer.add("a", random_sample(0), {})
-    assert [p.name for p in tmp_path.iterdir()] == ["0.tar"]
-    with tarfile.open(path) as tar:
-        assert tar.getnames()[0] == "a.valid.npy"
 
 
 def read_all(path: Path, count: int, manifest: Manifest) -> list[int | str]:

@@ -1,14 +1,11 @@
-"""Reading takes threads of the training process and nothing else; each rank its own share; sources behind URLs."""
+"""Reading takes threads of the training process and nothing else, each rank its own share, and fetches ahead."""
 
-import http.server
 import multiprocessing
 import os
 import resource
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
@@ -18,12 +15,9 @@ import torch
 from dpt import urls
 from dpt.data import shards, stream
 from dpt.data.order import permutation
-from dpt.data.shards import ShardFolder
 from dpt.data.stream import LatentStream
 from dpt.errors import UserError
-from dpt.urls import Patience
-
-HASTY = Patience(retries=1, wait_s=0.01, stall_s=30.0)
+from tests.data.streams import HASTY
 
 
 def data_threads() -> list[str]:
@@ -128,42 +122,6 @@ def test_open_files_are_bounded(make_shards, tmp_path: Path, hard: int, expected
     assert expected in found.read_text()
 
 
-# --- behind URLs --------------------------------------------------------------------------------------------------------
-
-
-class _Quiet(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, *arguments) -> None:
-        pass
-
-
-@contextmanager
-def served(folder: Path) -> Iterator[str]:
-    """The folder's address on this machine."""
-
-    def handler(*arguments):
-        return _Quiet(*arguments, directory=str(folder))
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_address[1]}"
-        finally:
-            server.shutdown()
-            thread.join()
-
-
-def test_s3_folders(make_shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = make_shards([10] * 3)
-    command = tmp_path / "aws"
-    command.write_text(f'#!/bin/sh\n[ "$1 $2 $4" = "s3 cp -" ] && exec cat "{folder}/${{3#s3://bucket/my set/}}"\n')
-    command.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    assert keys("s3://bucket/my set", 4) == keys(str(folder), 4)
-    assert keys("s3://bucket/my set/{000000..000001}.tar", 3) == keys(f"{folder}/{{000000..000001}}.tar", 3)
-    assert ShardFolder("s3://bucket/my set")[12]["key"] == "s00012"
-
-
 def test_fetching_goes_on_past_the_first_shards(make_shards, monkeypatch: pytest.MonkeyPatch) -> None:
     """All shards that a lane's next stretch needs are on their way before the first batch is there."""
     folder, asked = make_shards([4] * 40), []
@@ -179,12 +137,3 @@ def test_fetching_goes_on_past_the_first_shards(make_shards, monkeypatch: pytest
     next(found)
     found.close()
     assert len(set(asked)) > 17
-
-
-def test_remote_folders_are_read_in_order_and_kept(make_shards, tmp_path: Path) -> None:
-    folder, cache = make_shards([3, 2]), tmp_path / "cache"
-    with served(folder) as address:
-        remote = ShardFolder(address, cache_dir=str(cache))
-        assert [sample["key"] for sample in map(remote.__getitem__, range(5))] == [f"s{i:05d}" for i in range(5)]
-        remote.close()
-    assert sorted(path.name[17:] for path in cache.iterdir()) == ["000000.tar", "000001.tar"]

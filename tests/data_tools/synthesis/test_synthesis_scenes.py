@@ -196,7 +196,7 @@ def test_masks_and_the_whole_object_agree() -> None:
 
 def test_arrays_have_the_stated_types() -> None:
     truth = render(make_scene(0, "test", 0), 40)
-    for picture in (truth.image, truth.next_image, truth.occlusion, truth.whole):
+    for picture in (truth.image, truth.next_image, truth.whole):
         assert picture.dtype == np.uint8
         assert picture.shape == (40, 40, 3)
     assert truth.depth.dtype == truth.flow.dtype == np.float32
