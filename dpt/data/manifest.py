@@ -1,10 +1,10 @@
-"""The manifest beside a folder of shards: what the shards hold, and who made them."""
+"""The manifest beside a folder of shards: what they hold, who made them, and whether several sets fit together."""
 
 import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -237,6 +237,48 @@ def write_atomically(path: Path, text: str) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_manifests(manifests: Mapping[str, Manifest]) -> None:
+    """UserError unless all sets, by the name of their source, have one resolution and latents of one VAE."""
+    first_name, first = next(iter(manifests.items()))
+    for name, manifest in manifests.items():
+        if difference := first.vae.difference(dataclasses.asdict(manifest.vae)):
+            raise UserError(
+                f'{name}: the latents were made by VAE "{manifest.vae.name}", not by "{first.vae.name}" of {first_name} '
+                f"({difference}); encode both sets with one VAE."
+            )
+        if manifest.resolution != (size := first.resolution):
+            found = f"the resolution is {manifest.resolution} px but {first_name} has {size} px"
+            raise UserError(f"{name}: {found}; encode the set at {size} px.")
+
+
+def choose_members(manifests: Mapping[str, Manifest], wanted: Collection[str] | None) -> dict[str, MemberSpec]:
+    """The members of a batch from all sets: `wanted`, or all but the evaluation's.
+
+    Sets may differ in which members they have and in the length of a member's first axis (number of targets): the batch has
+    the largest, filled up with zeros. UserError if they differ otherwise, or if no set has a wanted member.
+    """
+    chosen = set(TRAINING_MEMBERS if wanted is None else wanted)
+    first_name = next(iter(manifests))
+    specs: dict[str, MemberSpec] = {}
+    for name, manifest in manifests.items():
+        for member in (member for member in MEMBER_ORDER if member in chosen and member in manifest.members):
+            spec = manifest.members[member]
+            if -1 in spec.shape:
+                raise UserError(f"{name}: {member} differs in size between samples; encode training sets to one size.")
+            other = specs.setdefault(member, spec)
+            if (other.dtype, other.shape[1:], len(other.shape)) != (spec.dtype, spec.shape[1:], len(spec.shape)):
+                raise UserError(
+                    f"{name}: {member} is {spec.dtype} {list(spec.shape)} but {other.dtype} {list(other.shape)} in "
+                    f"{first_name}; encode both sets alike."
+                )
+            if spec.shape > other.shape:
+                specs[member] = spec
+    if missing := sorted(set(wanted or ()) - set(specs)):
+        option = {"clip": " (--clip)", "features": " (--features)"}.get(missing[0], "")
+        raise UserError(f"{first_name}: the shards hold no {missing[0]}; encode the set with it{option}.")
+    return specs
 
 
 def file_sha256(path: str | Path) -> str:

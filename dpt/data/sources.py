@@ -1,17 +1,15 @@
-"""Where shards come from: folders, brace patterns and URLs, resolved through the manifest beside them; whether several sets fit
-together; how a shard is opened, or fetched."""
+"""Where shards come from: folders, brace patterns and URLs, resolved through the manifest beside them; opened, or fetched."""
 
 import dataclasses
 import hashlib
 import os
 import re
-from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from braceexpand import braceexpand
 
-from dpt.data.manifest import MANIFEST_NAME, MEMBER_ORDER, TRAINING_MEMBERS, Manifest, MemberSpec, parse_manifest, read_manifest
+from dpt.data.manifest import MANIFEST_NAME, Manifest, parse_manifest, read_manifest
 from dpt.data.reader import SampleError, ShardReader
 from dpt.errors import UserError
 from dpt.urls import Patience, fetch_file, fetch_text, is_url
@@ -67,48 +65,6 @@ def _choose(manifest: Manifest, names: list[str], source: str) -> Manifest:
         )
     chosen = tuple(known[name] for name in names)
     return dataclasses.replace(manifest, shards=chosen, num_samples=sum(shard.num_samples for shard in chosen))
-
-
-def check_manifests(manifests: Mapping[str, Manifest]) -> None:
-    """UserError unless all sets, by the name of their source, have one resolution and latents of one VAE."""
-    first_name, first = next(iter(manifests.items()))
-    for name, manifest in manifests.items():
-        if difference := first.vae.difference(dataclasses.asdict(manifest.vae)):
-            raise UserError(
-                f'{name}: the latents were made by VAE "{manifest.vae.name}", not by "{first.vae.name}" of {first_name} '
-                f"({difference}); encode both sets with one VAE."
-            )
-        if manifest.resolution != (size := first.resolution):
-            found = f"the resolution is {manifest.resolution} px but {first_name} has {size} px"
-            raise UserError(f"{name}: {found}; encode the set at {size} px.")
-
-
-def choose_members(manifests: Mapping[str, Manifest], wanted: Collection[str] | None) -> dict[str, MemberSpec]:
-    """The members of a batch from all sets: `wanted`, or all but the evaluation's.
-
-    Sets may differ in which members they have and in the length of a member's first axis (number of targets): the batch has
-    the largest, filled up with zeros. UserError if they differ otherwise, or if no set has a wanted member.
-    """
-    chosen = set(TRAINING_MEMBERS if wanted is None else wanted)
-    first_name = next(iter(manifests))
-    specs: dict[str, MemberSpec] = {}
-    for name, manifest in manifests.items():
-        for member in (member for member in MEMBER_ORDER if member in chosen and member in manifest.members):
-            spec = manifest.members[member]
-            if -1 in spec.shape:
-                raise UserError(f"{name}: {member} differs in size between samples; encode training sets to one size.")
-            other = specs.setdefault(member, spec)
-            if (other.dtype, other.shape[1:], len(other.shape)) != (spec.dtype, spec.shape[1:], len(spec.shape)):
-                raise UserError(
-                    f"{name}: {member} is {spec.dtype} {list(spec.shape)} but {other.dtype} {list(other.shape)} in "
-                    f"{first_name}; encode both sets alike."
-                )
-            if spec.shape > other.shape:
-                specs[member] = spec
-    if missing := sorted(set(wanted or ()) - set(specs)):
-        option = {"clip": " (--clip)", "features": " (--features)"}.get(missing[0], "")
-        raise UserError(f"{first_name}: the shards hold no {missing[0]}; encode the set with it{option}.")
-    return specs
 
 
 def open_shard(source: ShardSet, number: int, patience: Patience, cache_dir: str = "", *, verify: bool = False) -> ShardReader:

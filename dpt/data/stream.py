@@ -20,11 +20,11 @@ import numpy as np
 import torch
 
 from dpt import distributed
-from dpt.data.manifest import Manifest
+from dpt.data.manifest import Manifest, check_manifests, choose_members
 from dpt.data.order import MixtureOrder, SetSize, num_lanes
 from dpt.data.reader import Rows
 from dpt.data.shards import Block, Shard
-from dpt.data.sources import check_manifests, choose_members, resolve
+from dpt.data.sources import resolve
 from dpt.errors import UserError
 from dpt.threads import Workers
 from dpt.urls import Patience

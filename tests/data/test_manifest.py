@@ -1,11 +1,12 @@
 """The manifest: round trip, refusals in one sentence, atomic writing."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 
-from dpt.data.manifest import read_manifest, write_manifest
+from dpt.data.manifest import VAERecord, check_manifests, read_manifest, write_manifest
 from dpt.errors import UserError
 
 
@@ -21,6 +22,21 @@ def test_round_trip(make_shards, tmp_path: Path) -> None:
 def test_data_hash_follows_the_shards(make_shards) -> None:
     one, same, other = (read_manifest(make_shards(counts)) for counts in ([3, 2], [3, 2], [2, 3]))
     assert one.data_sha256 == same.data_sha256 != other.data_sha256
+
+
+def test_sets_must_fit_each_other(make_shards) -> None:
+    base = read_manifest(make_shards([3]))
+
+    def check(**changes: object) -> None:
+        check_manifests({"set0": base, "set1": dataclasses.replace(base, **changes)})  # type: ignore[arg-type]
+
+    check(task="depth")
+    with pytest.raises(UserError, match='set1: the latents were made by VAE "v", not by "tiny" of set0'):
+        check(vae=VAERecord(name="v", sha256="b" * 64, scaling_factor=1.0, latent_channels=4))
+    with pytest.raises(UserError, match=r"shift_factor 0\.5, not 0\.0"):
+        check(vae=dataclasses.replace(base.vae, shift_factor=0.5))
+    with pytest.raises(UserError, match="512 px but set0 has 32 px"):
+        check(resolution=512)
 
 
 def test_missing_empty_and_unfinished_folders(make_shards, tmp_path: Path) -> None:

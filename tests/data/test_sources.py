@@ -1,6 +1,5 @@
-"""Sources: folders, patterns and URLs, and whether several sets fit together."""
+"""Sources: folders, patterns and URLs."""
 
-import dataclasses
 import os
 import shutil
 from pathlib import Path
@@ -8,9 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dpt.data.manifest import VAERecord, read_manifest
 from dpt.data.shards import ShardFolder
-from dpt.data.sources import check_manifests
 from dpt.data.stream import LatentStream
 from dpt.errors import UserError
 from dpt.urls import Patience
@@ -93,21 +90,6 @@ def test_remote_folders_are_read_in_order_and_kept(make_shards, served, tmp_path
     assert [sample["key"] for sample in map(remote.__getitem__, range(5))] == [f"s{i:05d}" for i in range(5)]
     remote.close()
     assert sorted(path.name[17:] for path in cache.iterdir()) == ["000000.tar", "000001.tar"]
-
-
-def test_sets_must_fit_each_other(make_shards) -> None:
-    base = read_manifest(make_shards([3]))
-
-    def check(**changes: object) -> None:
-        check_manifests({"set0": base, "set1": dataclasses.replace(base, **changes)})  # type: ignore[arg-type]
-
-    check(task="depth")
-    with pytest.raises(UserError, match='set1: the latents were made by VAE "v", not by "tiny" of set0'):
-        check(vae=VAERecord(name="v", sha256="b" * 64, scaling_factor=1.0, latent_channels=4))
-    with pytest.raises(UserError, match=r"shift_factor 0\.5, not 0\.0"):
-        check(vae=dataclasses.replace(base.vae, shift_factor=0.5))
-    with pytest.raises(UserError, match="512 px but set0 has 32 px"):
-        check(resolution=512)
 
 
 def conditioned(side: int):
