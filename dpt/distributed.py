@@ -7,6 +7,7 @@ this module loads neither torch nor DeepSpeed.
 import contextlib
 import logging
 import os
+import random
 import re
 import resource
 import socket
@@ -43,13 +44,16 @@ def set_environment() -> None:
         os.environ.setdefault("LOCAL_WORLD_SIZE", re.match(r"\d+", srun["SLURM_STEP_TASKS_PER_NODE"])[0])  # type: ignore[index]
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     if "MASTER_PORT" not in os.environ:
-        os.environ["MASTER_PORT"] = "29500" if int(os.environ["WORLD_SIZE"]) > 1 else str(_free_port())
+        os.environ["MASTER_PORT"] = "29500" if int(os.environ["WORLD_SIZE"]) > 1 else str(free_port())
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def free_port() -> int:
+    """A port that nobody listens on, below those of outgoing connections, one of which could take it before it is used."""
+    for port in random.Random().sample(range(20000, 32768), 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise UserError("100 ports between 20000 and 32767 are all in use; set MASTER_PORT to a free one.")
 
 
 def set_device() -> None:

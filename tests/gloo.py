@@ -5,7 +5,6 @@ import gc
 import importlib
 import os
 import runpy
-import socket
 import sys
 import tempfile
 import time
@@ -63,12 +62,6 @@ def _run_script(log: Path, words: tuple[str, ...]) -> None:
             runpy.run_path(words[0], run_name="__main__")
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def _rank_main(
     rank: int, world_size: int, folder: str, port: int | None, fn: Callable[..., Any], args: tuple[Any, ...]
 ) -> None:
@@ -111,7 +104,7 @@ def run_ranks(
     context = get_context("fork")
     if as_launched:
         load_libraries()
-    port = _free_port() if as_launched else None
+    port = distributed.free_port() if as_launched else None
     with tempfile.TemporaryDirectory() as folder:
         processes = [
             context.Process(target=_rank_main, args=(rank, world_size, folder, port, fn, args)) for rank in range(world_size)

@@ -1,6 +1,8 @@
 """Ranks and reductions, alone and with two gloo processes."""
 
 import os
+import random
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +11,7 @@ import pytest
 
 from dpt import distributed
 from dpt.cpu.settings import limit_spinning
+from dpt.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -52,7 +55,7 @@ def test_waiting_threads_do_not_spin_for_long_unless_the_user_says_how(monkeypat
 
 def run_code(code: str, world_size: int = 2) -> list[str]:
     """What each of the processes prints, which must all end well."""
-    port = str(distributed._free_port())
+    port = str(distributed.free_port())
     ranks = []
     for rank in range(world_size):
         environment = os.environ | {
@@ -128,3 +131,13 @@ def test_freed_memory_is_kept_for_the_next_tensor():
     )
     faults = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert int(faults) < 400  # 16 MiB are 4096 pages
+
+
+def test_a_free_port_is_one_that_nothing_is_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", distributed.free_port()))
+        busy = taken.getsockname()[1]
+        assert busy < 32768
+        monkeypatch.setattr(random.Random, "sample", lambda self, ports, count: [busy, busy])
+        with pytest.raises(UserError, match="set MASTER_PORT"):
+            distributed.free_port()

@@ -5,13 +5,13 @@ import json
 import os
 import shlex
 import shutil
-import socket
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from dpt.distributed import free_port
 from dpt.errors import UserError
 from dpt.scaling.processes import LaunchProcess, start_forked, start_fresh
 from dpt.scaling.side_by_side import Running, run_side_by_side
@@ -115,9 +115,7 @@ def _on_free_port(command: list[str]) -> list[str]:
     """With a free port for the ranks (DeepSpeed's launcher always takes 29500)."""
     if command[0] != "deepspeed":
         return command
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return [command[0], "--master_port", str(probe.getsockname()[1]), *command[1:]]
+    return [command[0], "--master_port", str(free_port()), *command[1:]]
 
 
 def _environment(beside: int) -> dict[str, str]:

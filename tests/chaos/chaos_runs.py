@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
+from dpt import distributed
 from dpt.config.recipe import load_recipe
 from dpt.errors import reported
-from tests.gloo import _free_port, load_libraries
+from tests.gloo import load_libraries
 
 PATIENCE_S = 600.0
 """For what must happen sooner or later: machines may be busy."""
@@ -26,7 +27,7 @@ class Run:
     def __init__(self, ranks: int, recipe: Path, fields: Mapping[str, Any], folder: Path) -> None:
         load_libraries()
         folder.mkdir(parents=True, exist_ok=True)
-        self.folder, port = folder, _free_port()
+        self.folder, port = folder, distributed.free_port()
         self.processes = [self._start(rank, ranks, port, recipe, fields) for rank in range(ranks)]
         self.codes: dict[int, int] = {}
 
