@@ -149,7 +149,7 @@ def make_plan(
             pretrain = max(0.0, limits.train_macs - tuned * per_tuned) / per_sample
     upcycled = upcycled_share > 0
     expected = np.inf
-    if tuned > 0 and (pretrain > 0 or surface.scratch):
+    if tuned > 0 and (pretrain > 0 or surface.scratch or not surface.ranges["pretrain"][1]):
         quantities = factor_values(config, pretrain, tuned)
         expected = surface.expected(quantities, upcycled=upcycled, setting=setting)
     return Plan(

@@ -91,6 +91,9 @@ def fit_surface(observations: Sequence[Observation], *, samples: int = 100, seed
 
     Raises UserError if fewer than four runs, or no factor that varies, were observed.
     """
+    lengths = {o.quantities["pretrain"] for o in observations}
+    if len(lengths - {0.0}) == 1:  # beside one length of pre-training nothing tells what none at all does
+        observations = [o for o in observations if o.quantities["pretrain"]]
     runs = sorted({o.run_id for o in observations})
     values = {f: {o.quantities[f] for o in observations} for f in FACTORS}
     scratch = 0 in values["pretrain"]

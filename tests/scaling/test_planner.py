@@ -265,6 +265,23 @@ def test_training_from_scratch_is_planned_where_it_was_seen_to_pay(gain, pretrai
     assert list(content["axes"]["seed"]["values"]) == ["s0", "s1", "s2"]
 
 
+def test_a_study_of_models_from_scratch_alone_is_planned_from():
+    known = study(upcycle=(False,))
+    runs = [r for r in from_scratch(known, 1.0) if r not in known]
+    surface = fit_surface(observe(runs, runs, "depth", "abs_rel"), samples=5)
+    plan = best_plan(surface, [config(w) for w in WIDTHS], Limits(train_macs=1e11))
+    assert plan.pretrain_samples == 0
+    assert 0 < plan.expected < 1
+
+
+def test_beside_one_length_of_pre_training_models_from_scratch_do_not_count():
+    known = [r for r in study(upcycle=(False,)) if r.name.split("_")[-2] == "1000.0"]
+    runs = from_scratch(known, 2.0)
+    with_both, alone = (fit_surface(observe(some, some, "depth", "abs_rel"), samples=5) for some in (runs, known))
+    assert not with_both.scratch
+    assert np.array_equal(with_both.parameters, alone.parameters)
+
+
 def test_models_that_start_from_imported_weights_are_no_observations():
     runs = from_scratch(study(upcycle=(False,)), 1.0)
     started = {r.run_id: {"training.weights": "released"} for r in runs if r.stage == "finetune" and not r.parents}
