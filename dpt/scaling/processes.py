@@ -12,8 +12,14 @@ from typing import Protocol
 
 from dpt.cpu.settings import limit_spinning
 
-_LIBRARIES = ["deepspeed", "dpt.evaluation.runner", "dpt.training.run"]
-"""What launchers load, and what takes long to."""
+_LIBRARIES = [
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "diffusers.models.autoencoders.autoencoder_kl",
+    "dpt.evaluation.runner",
+    "dpt.training.run",
+    "matplotlib.pyplot",
+]
+"""What launchers load, at the latest with their engine, VAE and pictures: seconds each, longer than a short launch computes."""
 
 
 class LaunchProcess(Protocol):

@@ -19,7 +19,6 @@ from dpt.models.weights import Weights
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "ds_configs").glob("*.json"))
-MOST_RANKS = 4
 
 SIZES = {  # the only fields that a rehearsal may change, and why
     "model.input_size": "side of the latents",
@@ -29,7 +28,7 @@ SIZES = {  # the only fields that a rehearsal may change, and why
     "model.shared_expert_width": "width of the shared expert, as a multiple of the network's",
     "train_batch_size": "samples of a step; as many micro-batches as shipped, but at most two",
     "train_micro_batch_size_per_gpu": "samples of a micro-batch",
-    "training.ep_size": "at most four ranks share a layer's experts",
+    "training.ep_size": "at most four ranks share a layer's experts, two where each would trace the network to compile it",
     "training.steps": "length",
     "training.output_dir": "place",
     "training.weights": "place of first weights, made here in this size",
@@ -56,9 +55,13 @@ def shipped_ranks(recipe: Recipe) -> int:
 
 
 def rehearsed_ranks(recipe: Recipe) -> int:
-    """Those of its rehearsal: as many as share experts (at most 4), two for other recipes of several."""
-    ep_size = min(recipe.dpt.training.ep_size, MOST_RANKS)
+    """Those of its rehearsal: as many as share experts, two for other recipes of several."""
+    ep_size = _ep_size(recipe)
     return ep_size if ep_size > 1 else min(shipped_ranks(recipe), 2)
+
+
+def _ep_size(recipe: Recipe) -> int:
+    return min(recipe.dpt.training.ep_size, 2 if recipe.dpt.training.compile else 4)
 
 
 def shrink(recipe: Recipe, *, shards: list[str], weights: str, output_dir: str, steps: int) -> dict[str, Any]:
@@ -82,8 +85,8 @@ def shrink(recipe: Recipe, *, shards: list[str], weights: str, output_dir: str, 
         values["model.shared_expert_width"] = 32 * model.shared_expert_width // model.hidden_size
     if "train_micro_batch_size_per_gpu" in recipe.deepspeed:
         values["train_micro_batch_size_per_gpu"] = 2
-    if training.ep_size > MOST_RANKS:
-        values["training.ep_size"] = MOST_RANKS
+    if _ep_size(recipe) < training.ep_size:
+        values["training.ep_size"] = _ep_size(recipe)
     if training.weights:
         values["training.weights"] = weights
     if recipe.dpt.task == "class":

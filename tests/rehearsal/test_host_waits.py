@@ -62,7 +62,7 @@ CASES = {
     "dense, ZeRO 0": ("cpu_zero0", {}),
     "dense, ZeRO 3": ("cpu_zero3", {}),
     "experts": ("moe_s2_8e", {"training.ema_warmup": True, "model.router_bias_balancing": True}),
-    "upcycled experts on 4 ranks, recomputed": ("upcycle_generalist", {}),
+    "upcycled experts on 2 ranks, recomputed": ("upcycle_generalist", {}),
     "self-aligned, ZeRO 2, bf16": ("dense_a5", SELF_ALIGNED),
     "self-aligned experts on 2 ranks": ("cpu_ep2", SELF_ALIGNED),
     "embeddings, noise of several resolutions": ("finetune_amodal", {"diffusion.multires_noise_strength": 0.9}),

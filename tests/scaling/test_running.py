@@ -9,7 +9,7 @@ import time
 import pytest
 
 from dpt.errors import UserError
-from dpt.scaling import launching, running
+from dpt.scaling import launching, processes, running
 from dpt.scaling.launching import pending
 from dpt.scaling.processes import start_forked
 from dpt.scaling.running import run_here
@@ -138,7 +138,8 @@ raise SystemExit(int(sys.argv[1]))
 """
 
 
-def test_forked_launches_are_as_new_interpreters(tmp_path):
+def test_forked_launches_are_as_new_interpreters(tmp_path, monkeypatch):
+    monkeypatch.setattr(processes, "_LIBRARIES", ["torch"])  # the others take seconds
     script, logs = tmp_path / "script.py", [tmp_path / f"{number}.txt" for number in range(3)]
     script.write_text(SCRIPT)
     environment = {"PATH": "", "OMP_NUM_THREADS": "1"}
