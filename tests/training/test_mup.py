@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DiTTransformer2DModel
-from training_runs import BIASES, Runs, ToyRun, asks_for_slow, ep, marked, newest_tensors, zero
-from training_toys import MOE, records
+from training_runs import BIASES, Runs, ToyRun, ep, interrupted, marked, zero
+from training_toys import MOE
 
 from dpt.config.sections import ModelConfig, UpcyclingConfig
 from dpt.errors import UserError
@@ -198,31 +198,30 @@ SLOW = {"dense_zero0", "dense_zero2"}
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Runs:
-    runs, left_out = Runs(tmp_path_factory.mktemp("mup")), set() if asks_for_slow(request) else SLOW
-    trained = [ToyRun(name=name, fields=fields) for name, fields in STRAIGHT.items()]
-    trained.append(ToyRun(name="changing", fields=STRAIGHT["experts"] | BIASES, sigterm_at=6, ends="stopped"))
-    runs.train(1, trained)
-    trained = [ToyRun(name=name, fields=fields) for name, fields in LAYOUTS.items() if name not in left_out]
-    for at, end in ((5, "stopped"), (-1, "finished")):
-        trained.append(ToyRun(name="parts", fields=LAYOUTS["dense_zero3"], sigterm_at=at, ends=end))
-    trained.append(ToyRun(name="changing", fields=ep(2, 2, BIASES), ends=None))
-    runs.refusal = runs.train(2, trained)[-1]  # type: ignore[attr-defined]
-    return runs
+def runs(toy_runs: Runs) -> Runs:
+    toy_runs.train(
+        1,
+        *(ToyRun(name=name, fields=fields) for name, fields in STRAIGHT.items()),
+        ToyRun(name="changing", fields=STRAIGHT["experts"] | BIASES, sigterm_at=6),
+    )
+    toy_runs.train(
+        2,
+        *(ToyRun(name=name, fields=fields, slow=name in SLOW) for name, fields in LAYOUTS.items()),
+        *interrupted("parts", LAYOUTS["dense_zero3"], 5),
+        ToyRun(name="changing", fields=ep(2, 2, BIASES), ends=None),
+    )
+    return toy_runs
 
 
 @pytest.mark.parametrize("name", [marked(SLOW, name) for name in LAYOUTS])
 def test_every_layout_trains_the_same(runs: Runs, name: str) -> None:
-    found, wanted = ([record["train/loss"] for record in records(runs(run))] for run in (name, name.split("_")[0]))
-    assert found == pytest.approx(wanted, rel=2e-4)
+    runs.check_close(name, name.split("_")[0], rel=2e-4)
 
 
 def test_a_continued_run_is_the_same_bit_for_bit(runs: Runs) -> None:
-    whole, parts = newest_tensors(runs("dense_zero3")), newest_tensors(runs("parts"))
-    assert all(torch.equal(tensor, parts[key]) for key, tensor in whole.items())
+    runs.check_equal("parts", "dense_zero3")
     assert read_weights(runs("parts") / "weights").config.base_width == 8
 
 
 def test_a_checkpoint_of_another_base_is_refused(runs: Runs) -> None:
-    refusal: str = runs.refusal  # type: ignore[attr-defined]
-    assert "was trained with dpt.model.base_width 8, and it is 0 here" in refusal
+    assert "was trained with dpt.model.base_width 8, and it is 0 here" in runs.ended["changing"][1]
