@@ -14,7 +14,7 @@ from dpt.training.saving import Saver
 def make_saver(folder: Path, monkeypatch: pytest.MonkeyPatch | None = None, size: int = 1000, **kept: int) -> Saver:
     """A Saver of an "engine" that is just a number, the step."""
 
-    def snapshot(engine: Any) -> tuple[dict[str, torch.Tensor], dict[str, list[int]]]:
+    def snapshot(engine: Any, states: None) -> tuple[dict[str, torch.Tensor], dict[str, list[int]]]:
         return {"master/w": torch.full((size,), float(engine.number))}, {"w": [0, size]}
 
     patches = {

@@ -134,10 +134,11 @@ class Runs:
     def _train_all(self, runs: Sequence[ToyRun]) -> list[str]:
         import deepspeed
 
-        from dpt.training import loop, opening
+        from dpt.training import records as recording
+        from dpt.training import watchdog
 
-        opening.measure_peak_flops = lambda *_: 1e12  # the same for all runs, and known
-        loop.Watchdog.__init__.__kwdefaults__["interval_s"] = 0.1  # type: ignore[index]
+        recording.measure_peak_flops = lambda *_: 1e12  # the same for all runs, and known
+        watchdog.Watchdog.__init__.__kwdefaults__["interval_s"] = 0.1  # type: ignore[index]
         deepspeed.get_accelerator().is_fp16_supported = lambda: True  # slow on a CPU, but the same mathematics
         return [self._train(run) for run in runs]
 
