@@ -1,10 +1,9 @@
 """Tokens that go around the middle blocks in training (TREAD): what the network computes, and how a batch is split."""
 
-import dataclasses
-
 import pytest
 import torch
 from training_runs import Runs, ToyRun, ep, interrupted, zero
+from training_toys import random_network
 
 from dpt.config.checks import check_recipe
 from dpt.config.recipe import load_recipe
@@ -15,22 +14,13 @@ from dpt.models.dit import DiT
 MODEL = ModelConfig(input_size=8, hidden_size=32, depth=6, num_heads=2, num_classes=8)
 
 
-def network(**fields: object) -> DiT:
-    torch.manual_seed(0)
-    made = DiT(dataclasses.replace(MODEL, **fields))
-    with torch.no_grad():
-        for parameter in made.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    return made
-
-
 def forward(made: DiT, kept: torch.Tensor | None = None) -> torch.Tensor:
     torch.manual_seed(1)
     return made(torch.randn(2, 4, 8, 8), torch.tensor([3, 700]), torch.tensor([1, 8]), kept=kept).prediction
 
 
 def test_keeping_all_tokens_changes_nothing_and_none_of_the_others_is_touched() -> None:
-    made = network()
+    made = random_network(MODEL)
     everything = forward(made)
     made.set_bypass(range(2, 5))
     torch.testing.assert_close(forward(made), everything)  # nothing is said: all tokens
@@ -46,7 +36,7 @@ def test_keeping_all_tokens_changes_nothing_and_none_of_the_others_is_touched() 
 
 def test_bypassing_tokens_pass_as_they_were() -> None:
     """With the last block an identity, the tokens before the final layer are those before the bypassed blocks."""
-    made = network()
+    made = random_network(MODEL)
     made.set_bypass(range(2, 5))
     kept = torch.tensor([[0, 3, 7, 9], [1, 2, 4, 15]])
     entering, leaving = [], []

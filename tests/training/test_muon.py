@@ -114,7 +114,7 @@ def test_a_cut_leaves_whole_matrices_and_parts() -> None:
             assert run.matrices.start * 16 <= run.low < run.high <= run.matrices.stop * 16
 
 
-MUON = {"optimizer.type": "Muon"}
+MUON = {"optimizer.type": "Muon", "training.steps": 9}
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ LAYOUTS = {
 HALF = {f"bf16_zero{stage}": zero(stage, BF16, MUON) for stage in range(3)}
 SLOW = {"dense_zero0", "experts_zero2", "bf16_zero0", "bf16_zero1"}
 """Left to `make test-all`."""
-LEGS = ((1, 4), (2, 8), (4, -1))
+LEGS = ((1, 3), (2, 6), (4, -1))
 """Ranks of a run, and the step at which it goes on with others."""
 
 

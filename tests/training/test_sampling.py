@@ -11,7 +11,6 @@ from PIL import Image
 from dpt.config.recipe import DptConfig, load_recipe
 from dpt.config.sections import ModelConfig, SamplingConfig
 from dpt.data.codec import load_vae
-from dpt.data.manifest import VAERecord
 from dpt.models.dit import DiT
 from dpt.training import sampling
 from dpt.training.sampling import _grid, class_labels, sample_classes, save_class_samples
@@ -89,9 +88,8 @@ def _draw_on_ranks(path: str, fields: dict[str, Any]) -> dict[str, Any]:
         return sample_one(config, network, size, labels)
 
     sampling.sample_classes = counted  # type: ignore[assignment]
-    record = VAERecord(name="embedded", sha256=codec.sha256, scaling_factor=codec.scaling_factor, latent_channels=4)
-    drawn = save_class_samples(engine, config, record, (4, 4), Path(path))
-    other = dataclasses.replace(record, sha256="another")
+    drawn = save_class_samples(engine, config, codec.record, (4, 4), Path(path))
+    other = dataclasses.replace(codec.record, sha256="another")
     refused = save_class_samples(engine, config, other, (4, 4), Path(path).with_suffix(".none.png"))
     return {"sampled": sampled, "drawn": drawn, "refused": not refused}
 
@@ -101,10 +99,8 @@ def test_pictures_are_spread_over_ranks_and_the_same_on_any_number(tmp_path: Pat
     load_libraries()
     fields: dict[str, Any] = {"train_batch_size": 4, "zero_optimization.stage": 1, "training.ema_decays": [0.9]}
     model = {"input_size": 4, "hidden_size": 32, "depth": 1, "num_heads": 2, "num_classes": 8, "num_experts": 4}
-    fields |= {f"model.{name}": value for name, value in model.items()} | {
-        "model.capacity_factor": 1.0,
-        "model.router_bias_balancing": True,
-    }
+    model |= {"capacity_factor": 1.0, "router_bias_balancing": True}
+    fields |= {f"model.{name}": value for name, value in model.items()}
     fields |= {"sampling.labels": [3, 0, 7], "sampling.num_inference_steps": 2}
     shares = {1: [[3, 0, 7]], 2: [[3, 7], [0]]}
     for ranks, expected in shares.items():

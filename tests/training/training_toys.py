@@ -9,10 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from data_tools.encoding.shards import ShardWriter
 from dpt import distributed
+from dpt.config.sections import ModelConfig
 from dpt.data.manifest import Manifest, MemberSpec, VAERecord, write_manifest
+from dpt.models.dit import DiT
+from dpt.training.checkpoint import newest_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 CLASSES = 8
@@ -119,6 +123,16 @@ def make_recipe(path: Path, shards: Sequence[Path], **fields: Any) -> Path:
     return path
 
 
+def random_network(config: ModelConfig) -> DiT:
+    """With no weight left at zero."""
+    torch.manual_seed(0)
+    network = DiT(config)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return network
+
+
 MOE = {
     "model.num_experts": 4,
     "model.top_k": 2,
@@ -152,3 +166,15 @@ def launch(launcher: str, ranks: int, *arguments: str, timeout_s: float = 1200) 
 def records(run: Path) -> list[dict[str, float]]:
     """The run's records, by step."""
     return [json.loads(line) for line in (run / "records.jsonl").read_text().splitlines()]
+
+
+FOUR_RANKS = ("--steps", "4", "--model.num_experts", "4", "--training.ep_size", "2")
+"""Of a run that two nodes of two ranks shall do."""
+
+
+def check_four_ranks(run: Path) -> None:
+    """AssertionError unless they have done it."""
+    assert [record["step"] for record in records(run)] == [1, 2, 3, 4]
+    found = newest_checkpoint(run / "checkpoints")
+    assert found is not None
+    assert found[1]["layout"]["world_size"] == 4
