@@ -205,7 +205,7 @@ class _Peers:
             writer.close()
         if rank is not None and not (rank.left or self.verdict):
             self.verdict = {"reason": f"{rank} died {rank.where}", "code": 1}
-        self.news.set()
+            self.news.set()
 
     def _admit(self, hello: Any, writer: asyncio.StreamWriter) -> _Rank | None:
         """The rank whose connection this is, if it tells the token and that rank has none yet."""

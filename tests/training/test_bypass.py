@@ -55,7 +55,7 @@ def test_bypassing_tokens_pass_as_they_were() -> None:
 @pytest.fixture(scope="module")
 def runs(toy_runs: Runs) -> Runs:
     """The same run on one rank and on two, with and without accumulation, and stopped on the way."""
-    whole = {"model.depth": 4}
+    whole = {"model.depth": 4, "training.steps": 8}
     fields = whole | {"training.bypass_share": 0.5, "training.bypass_first": 1, "training.bypass_last": 1}
     toy_runs.train(1, ToyRun(name="one", fields=fields | zero(1)), ToyRun(name="whole", fields=whole | zero(1)))
     toy_runs.train(

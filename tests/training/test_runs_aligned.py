@@ -21,7 +21,7 @@ ALIGNED = {
     "training.feature_alignment.block": 1,
     "training.feature_alignment.channels": 3,
     "training.feature_alignment.projector_width": 16,
-    "training.steps": 8,
+    "training.steps": 7,
 }
 SLOW = {"zero 0", "zero 2"}
 """Left to `make test-all`."""
@@ -48,7 +48,7 @@ def runs(toy_runs: Runs) -> Runs:
     toy_runs.train(
         1,
         ToyRun(name="one", fields=fields | zero(1) | {"training.ema_lengths": [0.1]}),
-        ToyRun(name="plain", fields=zero(1) | {"training.steps": 8}),
+        ToyRun(name="plain", fields=zero(1) | {"training.steps": 7}),
         ToyRun(name="experts one", fields=fields | zero(1, MOE)),
         ToyRun(name="scenes", fields=depth | zero(1), stage="finetune"),
         ToyRun(name="biases", fields=fields | zero(1, MOE, BIASES) | {"training.steps": 3}),

@@ -14,14 +14,15 @@ from dpt.models.pretrained import read_weights
 from dpt.training.checkpoint import CheckpointReader, check_file, read_state
 from dpt.training.export import checkpoint_weights, export
 
+SHORT = {"training.steps": 9}
 RESUMED = {  # runs that must be the same bit for bit whether they were interrupted or not
-    "zero0": zero(0),
+    "zero0": zero(0, SHORT),
     "zero1": zero(1),
-    "zero2": zero(2),
-    "zero3": zero(3),
-    "moe_ep2": ep(1, 2, BIASES),
-    "bf16": zero(1, BF16),
-    "fp16": zero(1, {"fp16.enabled": True, "fp16.initial_scale_power": 26, "fp16.loss_scale_window": 4}),
+    "zero2": zero(2, SHORT),
+    "zero3": zero(3, SHORT),
+    "moe_ep2": ep(1, 2, BIASES, SHORT),
+    "bf16": zero(1, BF16, SHORT),
+    "fp16": zero(1, {"fp16.enabled": True, "fp16.initial_scale_power": 26, "fp16.loss_scale_window": 4}, SHORT),
 }
 SLOW = {"zero0", "zero2", "bf16", "dense"}
 """Left to `make test-all`."""
@@ -63,7 +64,7 @@ def test_on_the_same_layout_a_continued_run_is_the_same_bit_for_bit(runs: Runs, 
     runs.check_equal(f"{name}_parts", f"{name}_whole", *metrics)
     states = [runs.state(f"{name}_{kind}") for kind in ("whole", "parts")]
     assert states[0]["engine"] == states[1]["engine"]
-    assert states[0]["samples_seen"] == states[1]["samples_seen"] == 8 * STEPS
+    assert states[0]["samples_seen"] == states[1]["samples_seen"] == 8 * (STEPS if name == "zero1" else 9)
 
 
 @pytest.mark.parametrize("name", [marked(SLOW, name) for name in ROADS])
