@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from dpt.config.recipe import Recipe
 from dpt.training import saving
 from dpt.training.saving import Saver
 
@@ -39,3 +40,10 @@ def save(saver: Saver, step: int, **state: Any) -> bool:
     """Whether the checkpoint of `step` could be written; `state`: what it says beside."""
     saver.begin(number_engine(step), step, {"note": "kept", **state})
     return saver.finish()
+
+
+def state_of(recipe: Recipe, data_sha256: str = "a", **more: Any) -> dict[str, Any]:
+    """What a checkpoint of a run of this recipe on two ranks says, but for its step."""
+    sections = {"lineage": {"data_sha256": data_sha256}}
+    state = {"stage": "pretrain", "samples_seen": 32, "layout": {"world_size": 2}, "sections": sections}
+    return state | {"recipe": recipe.to_dict(), **more}
