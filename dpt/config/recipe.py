@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -183,23 +184,31 @@ def section_from_dict(cls: type, values: Mapping[str, Any], source: str, *, pref
 
 def _build(cls: type, values: dict[str, Any], source: str, prefix: str) -> Any:
     """`cls(**values)` with types checked by jsonargparse, nested sections included."""
-    from jsonargparse import ArgumentError, ArgumentParser
+    from jsonargparse import ArgumentError
 
     hints = get_type_hints(cls)
     nested = {n: _build(h, values.pop(n), source, f"{prefix}.{n}") for n, h in hints.items() if _is_section(h) and n in values}
-    parser = ArgumentParser(exit_on_error=False, default_env=False)
     for name, value in values.items():
-        parser.add_argument(f"--{name}", type=hints[name])
         wrong = UserError(f"{source}: {prefix}.{name} is {value!r}; it must be {type_in_words(hints[name])}.")
         if value is None and type(None) not in get_args(hints[name]):  # which jsonargparse lets pass
             raise wrong
         try:
-            values[name] = parser.parse_object({name: value}, defaults=False)[name]
+            values[name] = _parser(hints[name]).parse_object({"value": value}, defaults=False)["value"]
         except ArgumentError as error:
             raise wrong from error
         _check_finite(f"{source}: {prefix}.{name}", values[name])
     with naming(source):
         return cls(**nested, **values)
+
+
+@cache
+def _parser(hint: Any) -> Any:
+    """Of a "value" of this type; made once, which takes longer than it parses."""
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False, default_env=False)
+    parser.add_argument("--value", type=hint)
+    return parser
 
 
 def _check_finite(name: str, value: Any) -> None:

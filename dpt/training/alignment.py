@@ -17,7 +17,7 @@ from dpt.models.alignment_costs import projector_widths, teacher_model
 from dpt.models.dit import DiT
 from dpt.models.products import Linear
 from dpt.training.engine import Engine
-from dpt.training.fragments import persistent_buffers, whole_weights
+from dpt.training.fragments import copy_weights
 
 _BETA = 0.05
 """Where SRA's smooth L1 loss goes over from squares to absolute values."""
@@ -89,14 +89,8 @@ class Teacher:
         """Take the average of now, in the compute type. Before the forward passes of a step; collective."""
         if self.network is None:
             self.network = self._build(engine)
-        tensors = self.network.state_dict()  # shares the network's memory
         state = next(name for name, decay in engine.optimizer.ema_decays.items() if decay == self.decay)
-        for name, whole in whole_weights(engine.deepspeed, engine.optimizer, state, names=tensors, dtype=engine.dtype):
-            tensors[name].copy_(whole)
-        if self.config.router_bias_balancing:
-            for name, buffer in persistent_buffers(engine.module).items():
-                if name in tensors:
-                    tensors[name].copy_(buffer)
+        copy_weights(engine.deepspeed, engine.optimizer, state, self.network)
 
     def _build(self, engine: Engine) -> DiT:
         with torch.device("meta"):

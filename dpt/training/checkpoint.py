@@ -193,10 +193,6 @@ class CheckpointReader:
         """A buffer."""
         return self._file(rank_file(0)).get_tensor(f"buffer/{name}")
 
-    def close(self) -> None:
-        """Close the files."""
-        self._open.clear()
-
 
 def verify(checkpoint: Path) -> dict[str, Any]:
     """The checkpoint's state, its files hashed (each by one rank). Collective; all ranks raise DamagedCheckpoint together."""

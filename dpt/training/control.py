@@ -10,25 +10,23 @@ from dpt import distributed
 
 
 class Control:
-    """Flags summed over ranks on the CPU, and the request to stop that a signal makes (to any one rank)."""
+    """Flags summed over ranks on the CPU, and the request to stop after the current step that a signal makes (to any one rank).
+
+    It listens for signals until it is closed.
+    """
 
     def __init__(self) -> None:
         alone = distributed.world_size() == 1
         self._group = None if alone else torch.distributed.new_group(backend="gloo")
         self.signal = ""
         """Name of the signal that asked this rank to stop; empty: none."""
-        self._previous: dict[signal.Signals, Any] = {}
+        signals = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+        self._previous = {number: signal.signal(number, self._handle) for number in signals}
 
-    def listen(self, *signals: signal.Signals) -> None:
-        """From now on the signals ask for a stop after the current step."""
-        for number in signals or (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            self._previous[number] = signal.signal(number, self._handle)
-
-    def unlisten(self) -> None:
-        """Handle the signals as before `listen`."""
+    def close(self) -> None:
+        """Handle the signals as before."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
-        self._previous = {}
 
     def _handle(self, number: int, _frame: Any) -> None:
         self.signal = signal.Signals(number).name

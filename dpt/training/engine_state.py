@@ -77,4 +77,3 @@ def restore(engine: Engine, checkpoint: Path, state: Mapping[str, Any]) -> None:
         buffer.copy_(reader.buffer(name))
     set_scaler_state(engine.loss_scaler, state["engine"]["loss_scaler"])
     refresh_weights(engine.deepspeed)
-    reader.close()

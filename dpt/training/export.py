@@ -118,7 +118,6 @@ def checkpoint_weights(checkpoint: Path, *, ema: bool, ema_decay: float | None =
         shapes = {name: shape for name, shape in state["parameters"].items() if of_network(name)}
         tensors = {name: reader.whole(kind, name, shape) for name, shape in shapes.items()}
         tensors |= {name: reader.buffer(name) for name in state["buffers"]}
-        reader.close()
     except DamagedCheckpoint as error:
         before = [path for path in find_checkpoints(checkpoint.parent) if path.name < checkpoint.name]
         fix = f"the one before it is {before[0]}" if before else "there is none before it"

@@ -162,3 +162,15 @@ def whole_weights(
             whole.narrow(0, fragment.offset, fragment.numel).copy_(values)
         torch.distributed.all_reduce(whole)  # one rank's numbers, and zeros
         yield name, whole.view(shape)
+
+
+def copy_weights(engine: Any, optimizer: Any, state: str, network: nn.Module) -> None:
+    """Give a whole network, or its first blocks, the weights `state` (as `whole_weights` takes it) and the buffers of the one
+    that is trained, in the type and on the device of its own. Collective."""
+    waiting = network.state_dict()  # shares the network's memory
+    dtype = next(network.parameters()).dtype
+    for name, whole in whole_weights(engine, optimizer, state, names=set(waiting), dtype=dtype):
+        waiting.pop(name).copy_(whole)
+    buffers = persistent_buffers(engine.module) if waiting else {}
+    for name, target in waiting.items():
+        target.copy_(buffers[name])

@@ -1,6 +1,5 @@
 """An average of any relative length, made of a run's snapshots after the fact; needs neither DeepSpeed nor ranks."""
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ from torch import Tensor
 
 from dpt.config.sections import LONGEST_EMA
 from dpt.errors import UserError
-from dpt.training.averages import Mix, Profile, exponent, mix
+from dpt.training.averages import Profile, exponent, mix
 from dpt.training.checkpoint import CheckpointReader, DamagedCheckpoint, check_file, find_checkpoints, kept_lengths, read_state
 from dpt.training.fragments import of_network
 from dpt.training.outputs import AVERAGES
@@ -27,55 +26,44 @@ def rebuild(checkpoint: Path, length: float) -> tuple[dict[str, Tensor], float]:
     """
     if not 0.0 < length <= LONGEST_EMA:
         raise UserError(f"--ema-length {length} must be above 0 and at most {LONGEST_EMA}, as a share of the run.")
-    folders, states = _averages(checkpoint)
+    averages = _averages(checkpoint)
+    _, state = averages[0]
     found = [
-        (number, name, Profile(exponent(kept), state["engine"]["updates"]))
-        for number, state in enumerate(states)
-        for kept, name in kept_lengths(state).items()
+        (reader, name, Profile(exponent(kept), taken["engine"]["updates"]))
+        for reader, taken in averages
+        for kept, name in kept_lengths(taken).items()
     ]
-    state = states[0]
     made = mix([profile for *_, profile in found], Profile(exponent(length), state["engine"]["updates"]))
     if made.residual > _WORST:
         raise UserError(
-            f"{checkpoint}: its {len(states) - 1} snapshots of the lengths {sorted(kept_lengths(state))} come no nearer than "
+            f"{checkpoint}: its {len(averages) - 1} snapshots of the lengths {sorted(kept_lengths(state))} come no nearer than "
             f"{made.residual:.0%} to the length {length}; choose a nearer one, or keep more (dpt.training.ema_snapshots)."
         )
-    return _sum(folders, states, found, made), made.residual
+    sums = {}
+    for parameter, shape in state["parameters"].items():
+        if of_network(parameter):
+            total = torch.zeros(shape, dtype=torch.float64)
+            for (reader, name, _), share in zip(found, made.shares, strict=True):
+                total.add_(reader.whole(name, parameter, shape).double(), alpha=share)
+            sums[parameter] = total.float()
+    return sums, made.residual
 
 
-def _averages(checkpoint: Path) -> tuple[list[Path], list[dict[str, Any]]]:
-    """The checkpoint and the snapshots before it, whole, and their states."""
+def _averages(checkpoint: Path) -> list[tuple[CheckpointReader, dict[str, Any]]]:
+    """The checkpoint and the snapshots before it, whole, each with its state."""
     state = read_state(checkpoint)
     if not kept_lengths(state) or not state["engine"]["updates"]:
         raise UserError(
             f"{checkpoint} keeps no power-function averages; set dpt.training.ema_lengths, such as [0.05, 0.1], before a run."
         )
-    folders, states = [checkpoint], [state]
+    found = [(CheckpointReader(checkpoint, state), state)]
     try:
         for folder in find_checkpoints(checkpoint.parent.parent / AVERAGES):
             snapshot = read_state(folder)
             if snapshot["step"] < state["step"]:
                 for name, entry in snapshot["files"].items():
                     check_file(folder / name, entry)
-                folders.append(folder)
-                states.append(snapshot)
+                found.append((CheckpointReader(folder, snapshot), snapshot))
     except DamagedCheckpoint as error:
         raise UserError(f"{error}; remove {folder} to do without it.") from error
-    return folders, states
-
-
-def _sum(
-    folders: list[Path], states: list[dict[str, Any]], found: list[tuple[int, str, Profile]], made: Mix
-) -> dict[str, Tensor]:
-    readers = [CheckpointReader(folder, state) for folder, state in zip(folders, states, strict=True)]
-    sums = {}
-    for name, shape in states[0]["parameters"].items():
-        if not of_network(name):
-            continue
-        total = torch.zeros(math.prod(shape), dtype=torch.float64)
-        for (number, kept, _), share in zip(found, made.shares, strict=True):
-            total.add_(readers[number].whole(kept, name, shape).flatten().double(), alpha=share)
-        sums[name] = total.float().view(shape)
-    for reader in readers:
-        reader.close()
-    return sums
+    return found

@@ -4,22 +4,34 @@ import json
 import math
 import resource
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from dpt import distributed
 from dpt.config.devices import data_sheet_peak
+from dpt.config.recipe import Recipe
+from dpt.models.costs import Macs
 from dpt.models.products import product_dtype
 from dpt.tracking import Run
-from dpt.training.engine import StepResult
+from dpt.training.engine import Engine, StepResult
 from dpt.training.step import Losses
 
-FURTHER_LOSSES = ("pixel_loss", "self_alignment_loss", "feature_alignment_loss")
-"""Losses that only some recipes train with, by name."""
+_LOSSES = {
+    "loss": "loss",
+    "mse": "mse",
+    "vlb": "vlb",
+    "load_balancing_loss": "balance",
+    "router_z_loss": "z",
+    "dropped_share": "dropped_share",
+    "pixel_loss": "pixel",
+    "self_alignment_loss": "self_alignment",
+    "feature_alignment_loss": "feature_alignment",
+}
+"""Of `Losses`, by the names of the records."""
 
 
 def measure_peak_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.2) -> float:
@@ -57,32 +69,27 @@ class StepSums:
     """Sums over the micro-batches since the last record; stays on the device until it is read."""
 
     def __init__(self) -> None:
-        self.losses: Tensor | None = None
-        self.tokens_per_expert: Tensor | None = None
-        self.router_entropy: Tensor | None = None
+        self.losses: Any = 0.0
+        self.tokens_per_expert: Any = 0
+        self.router_entropy: Any = 0.0
         self.micro_batches = 0
 
     def add(self, losses: Losses) -> None:
         """Take in a micro-batch's losses."""
-        parts = [losses.loss, losses.mse, losses.vlb, losses.balance, losses.z, losses.dropped_share.float()]
-        values = torch.stack([*parts, losses.pixel, losses.self_alignment, losses.feature_alignment])
-        self.losses = values if self.losses is None else self.losses + values
-        tokens, entropy = losses.tokens_per_expert, losses.router_entropy
-        self.tokens_per_expert = tokens if self.tokens_per_expert is None else self.tokens_per_expert + tokens
-        self.router_entropy = entropy if self.router_entropy is None else self.router_entropy + entropy
+        self.losses = self.losses + torch.stack([getattr(losses, name).float() for name in _LOSSES.values()])
+        self.tokens_per_expert = self.tokens_per_expert + losses.tokens_per_expert
+        self.router_entropy = self.router_entropy + losses.router_entropy
         self.micro_batches += 1
 
     def means(self) -> dict[str, float]:
         """This rank's mean losses, by the names of the records."""
-        names = ("loss", "mse", "vlb", "load_balancing_loss", "router_z_loss", "dropped_share", *FURTHER_LOSSES)
-        assert self.losses is not None
         values = (self.losses.double() / self.micro_batches).tolist()
-        return {f"train/{name}": value for name, value in zip(names, values, strict=True)}
+        return {f"train/{name}": value for name, value in zip(_LOSSES, values, strict=True)}
 
     def experts(self) -> dict[str, float]:
         """Least and greatest load of an expert in any layer, in units of the mean, and each layer's mean entropy of a token's
         router probabilities, over log E; empty for dense models."""
-        if self.tokens_per_expert is None or self.router_entropy is None or not self.tokens_per_expert.numel():
+        if not self.tokens_per_expert.numel():
             return {}
         loads = self.tokens_per_expert.double().cpu()
         loads = loads / loads.mean(dim=1, keepdim=True)
@@ -95,31 +102,22 @@ class StepSums:
 
 
 class Recorder:
-    """Collects since the last record, and writes it out every `every` steps."""
+    """Collects since the last record, and writes it out every `dpt.training.log_every` steps."""
 
-    def __init__(
-        self,
-        output_dir: Path,
-        run: Run,
-        *,
-        step: int,
-        steps: int,
-        every: int,
-        global_batch_size: int,
-        macs: Mapping[str, int],
-        matrix_flops: float,
-        data_sheet_flops: float | None = None,
-        dense: bool,
-        further_losses: Collection[str] = (),
-    ) -> None:
-        """`macs`: "forward" and "training" multiply-accumulates of one sample. `step`: steps already done. `further_losses`:
-        those of FURTHER_LOSSES that are trained.
-
-        `matrix_flops`: what one device reaches in matrix products; `data_sheet_flops`: what its data sheet says, if known.
-        """
-        self.run, self.steps, self.every, self.dense, self.further_losses = run, steps, every, dense, further_losses
-        self.global_batch_size, self.macs = global_batch_size, macs
-        self.matrix_flops, self.data_sheet_flops = matrix_flops, data_sheet_flops
+    def __init__(self, recipe: Recipe, engine: Engine, run: Run, macs: Macs, output_dir: Path, step: int) -> None:
+        """`macs`: of one sample. `step`: steps already done."""
+        config = recipe.dpt
+        self.run, self.steps, self.every = run, config.training.steps, config.training.log_every
+        self.global_batch_size, self.macs = engine.global_batch_size, macs
+        self.matrix_flops = measure_peak_flops(engine.device, engine.dtype)
+        self.data_sheet_flops = data_sheet_flops(engine.device, recipe.precision)
+        weights = {
+            "pixel_loss": config.pixel_loss.weight,
+            "self_alignment_loss": config.training.self_alignment.weight,
+            "feature_alignment_loss": config.training.feature_alignment.weight,
+            **dict.fromkeys(("load_balancing_loss", "router_z_loss", "dropped_share"), config.model.num_experts),
+        }
+        self.unused = {f"train/{name}" for name, weight in weights.items() if not weight}
         self.noted: dict[str, float] = {}
         self.path = output_dir / "records.jsonl"
         if distributed.is_main():
@@ -130,12 +128,15 @@ class Recorder:
     def _begin(self) -> None:
         self.sums = StepSums()
         self.done = 0
-        self.waited = self.paused = 0.0
+        self.waited = self.left_out = 0.0
         self.started = time.perf_counter()
 
-    def pause(self, seconds: float) -> None:
+    @contextmanager
+    def paused(self) -> Iterator[None]:
         """Leave out time spent on something else than training (pictures, saving)."""
-        self.paused += seconds
+        begin = time.perf_counter()
+        yield
+        self.left_out += time.perf_counter() - begin
 
     def wait(self, seconds: float) -> None:
         """Count time spent waiting for data."""
@@ -160,12 +161,12 @@ class Recorder:
             if noted and distributed.is_main():
                 self._keep(step, noted)
             return
-        elapsed = max(time.perf_counter() - self.started - self.paused, 1e-9)
+        elapsed = max(time.perf_counter() - self.started - self.left_out, 1e-9)
         means = distributed.all_reduce_mean({**self.sums.means(), "wait": self.waited / elapsed})
         rate = self.done * self.global_batch_size / elapsed
-        flops = 2 * self.macs["training"] * rate
+        flops = 2 * self.macs.training * rate
         metrics = {
-            **{name: value for name, value in means.items() if name.startswith("train/")},
+            **{name: value for name, value in means.items() if name.startswith("train/") and name not in self.unused},
             "train/grad_norm": result.grad_norm,
             "train/learning_rate": lr,
             "train/skipped_steps": float(skipped_steps),
@@ -175,27 +176,17 @@ class Recorder:
             "perf/matrix_peak_share": flops / (self.matrix_flops * distributed.world_size()),
             "perf/data_wait": means["wait"],
             "perf/memory_gib": _peak_memory() / 2**30,
-            "compute/forward_macs": float(self.macs["forward"]),
-            "compute/train_macs": float(self.macs["training"]) * samples_seen,
+            "compute/forward_macs": float(self.macs.forward),
+            "compute/train_macs": float(self.macs.training) * samples_seen,
             **self.sums.experts(),
             **noted,
         }
         if self.data_sheet_flops:
             metrics["perf/mfu"] = flops / (self.data_sheet_flops * distributed.world_size())
-        if self.dense:
-            for name in ("train/load_balancing_loss", "train/router_z_loss", "train/dropped_share"):
-                del metrics[name]
-        for name in FURTHER_LOSSES:
-            if name not in self.further_losses:
-                del metrics[f"train/{name}"]
-        self._write(step, metrics, (self.steps - step) * elapsed / self.done)
+        if distributed.is_main():
+            self._keep(step, metrics)
+            distributed.log(_line(step, self.steps, metrics, (self.steps - step) * elapsed / self.done))
         self._begin()
-
-    def _write(self, step: int, metrics: dict[str, float], seconds_left: float) -> None:
-        if not distributed.is_main():
-            return
-        self._keep(step, metrics)
-        distributed.log(_line(step, self.steps, metrics, seconds_left))
 
     def _keep(self, step: int, metrics: Mapping[str, float]) -> None:
         """In MLflow and on disk."""

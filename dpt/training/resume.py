@@ -53,10 +53,6 @@ class SkippedSamples:
         """Samples in all windows."""
         return sum(end - first for first, end in self.windows)
 
-    def position(self, samples_seen: int) -> int:
-        """Where the stream stands after `samples_seen` samples that were not skipped."""
-        return samples_seen + self.count
-
     def plus(self, first: int, end: int) -> "SkippedSamples":
         """With one more window, which lies behind all others."""
         assert first < end
@@ -73,7 +69,7 @@ class SkippedSamples:
 
 def position_of(state: Mapping[str, Any]) -> int:
     """Position in the stream at which a checkpoint with this state goes on."""
-    return SkippedSamples.of(state).position(state["samples_seen"])
+    return state["samples_seen"] + SkippedSamples.of(state).count
 
 
 def rewind_target(folder: Path, skipped: SkippedSamples) -> Found | None:

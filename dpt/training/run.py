@@ -19,32 +19,28 @@ def run_stage(recipe: Recipe, stage: str, *, open_validator: "OpenValidator | No
     `open_validator`: makes what scores networks for `dpt.validation`.
     """
     with recipe.blamed():
-        _run(recipe, stage, open_validator)
+        distributed.set_environment()
+        distributed.set_device()
+        from dpt.training.preflight import available, check_memory, check_ranks
 
+        ranks = int(os.environ["WORLD_SIZE"])
+        required, free = check_ranks(recipe, stage, ranks), available()
+        distributed.init(recipe.dpt.training.timeout_s)
+        try:
+            check_memory(recipe, stage, required, free)
+        except UserError:  # on all ranks together
+            distributed.shutdown()
+            raise
+        distributed.log(required.plan)
+        if note := split_note(recipe, ranks):
+            distributed.log(note)
+        from dpt.training.failure import TrainingFailed
+        from dpt.training.loop import train
 
-def _run(recipe: Recipe, stage: str, open_validator: "OpenValidator | None") -> None:
-    distributed.set_environment()
-    distributed.set_device()
-    from dpt.training.preflight import available, check_memory, check_ranks
-
-    ranks = int(os.environ["WORLD_SIZE"])
-    required, free = check_ranks(recipe, stage, ranks), available()
-    distributed.init(recipe.dpt.training.timeout_s)
-    try:
-        check_memory(recipe, stage, required, free)
-    except UserError:  # on all ranks together
+        try:
+            train(recipe, stage, open_validator)
+        except TrainingFailed as error:
+            distributed.log(f"{stage}: failed: {error}")
+            distributed.shutdown()
+            sys.exit(1)
         distributed.shutdown()
-        raise
-    distributed.log(required.plan)
-    if note := split_note(recipe, ranks):
-        distributed.log(note)
-    from dpt.training.failure import TrainingFailed
-    from dpt.training.loop import train
-
-    try:
-        train(recipe, stage, open_validator)
-    except TrainingFailed as error:
-        distributed.log(f"{stage}: failed: {error}")
-        distributed.shutdown()
-        sys.exit(1)
-    distributed.shutdown()

@@ -19,7 +19,7 @@ from dpt.errors import UserError
 from dpt.models.dit import DiT
 from dpt.tasks import image_to_uint8
 from dpt.training.engine import Engine
-from dpt.training.fragments import persistent_buffers, whole_weights
+from dpt.training.fragments import copy_weights
 
 
 def save_class_samples(engine: Engine, config: DptConfig, vae: VAERecord, size: tuple[int, int], path: Path) -> bool:
@@ -82,13 +82,7 @@ def averaged_network(engine: Engine, config: DptConfig) -> DiT:
     with torch.device("meta"):
         network = DiT(dataclasses.replace(config.model, capacity_factor=0.0))
     network.to(dtype).to_empty(device=engine.device).eval()
-    state = next(iter(engine.optimizer.ema_decays), "master")
-    waiting = network.state_dict()  # shares the network's memory
-    for name, whole in whole_weights(engine.deepspeed, engine.optimizer, state):
-        waiting.pop(name).copy_(whole)
-    for name, buffer in persistent_buffers(engine.module).items():
-        waiting.pop(name).copy_(buffer)
-    assert not waiting, f"no values for {', '.join(waiting)}"
+    copy_weights(engine.deepspeed, engine.optimizer, next(iter(engine.optimizer.ema_decays), "master"), network)
     return network
 
 

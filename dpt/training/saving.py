@@ -36,6 +36,8 @@ class Writer(ABC):
 
     noun: str
     """What they are, for reports."""
+    averages_only = False
+    """Whether power-function averages are all that is saved."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -63,14 +65,23 @@ class Writer(ABC):
         """Copy this rank's share and start to write it. `state`: what `state.json` shall say beside the engine's own."""
         if self._state:
             self.finish()
-        tensors, placed = self._copy(engine)
+        optimizer = engine.optimizer
+        averages = list(optimizer.ema_lengths) if self.averages_only else None
+        tensors, placed = snapshot(engine, averages)
+        contents: dict[str, Any] = {"states": averages}
+        if averages is None:
+            contents = {
+                "buffers": [name.removeprefix("buffer/") for name in tensors if name.startswith("buffer/")],
+                "states": ["master", *optimizer.state_names()],
+                "averages": dict(optimizer.ema_decays),
+            }
         self._state = {
             "format_version": FORMAT_VERSION,
             "step": step,
             "parameters": parameter_shapes(engine.module),
-            "lengths": dict(engine.optimizer.ema_lengths),
+            "lengths": dict(optimizer.ema_lengths),
             "engine": engine_state(engine),
-            **self._contents(engine, tensors),
+            **contents,
             **state,
         }
         self._entry, self._error = {}, ""
@@ -83,18 +94,6 @@ class Writer(ABC):
             return
         self._thread = threading.Thread(target=self._write, args=(target, tensors, placed), name="checkpoint")
         self._thread.start()
-
-    def _copy(self, engine: Engine) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
-        """What is saved, as `snapshot` gives it."""
-        return snapshot(engine)
-
-    def _contents(self, engine: Engine, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-        """What `state.json` says of the tensors."""
-        return {
-            "buffers": [name.removeprefix("buffer/") for name in tensors if name.startswith("buffer/")],
-            "states": ["master", *engine.optimizer.state_names()],
-            "averages": dict(engine.optimizer.ema_decays),
-        }
 
     @staticmethod
     def _make_folder(target: Path, needed: int) -> str:
@@ -184,6 +183,7 @@ class SnapshotWriter(Writer):
     """Snapshots of the power-function averages: at most `most`, the first ones `every` steps apart (`averages.spacing`)."""
 
     noun = "snapshot of averages"
+    averages_only = True
 
     def __init__(self, folder: Path, *, every: int, most: int) -> None:
         super().__init__(folder)
@@ -195,12 +195,6 @@ class SnapshotWriter(Writer):
 
     def _is_on_grid(self, step: int, now: int) -> bool:
         return step % spacing(now, self.every, self.most) == 0
-
-    def _copy(self, engine: Engine) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
-        return snapshot(engine, list(engine.optimizer.ema_lengths))
-
-    def _contents(self, engine: Engine, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-        return {"states": list(engine.optimizer.ema_lengths)}
 
     def _is_kept(self, old: Path) -> bool:
         return self._is_on_grid(step_of(old), self._state["step"])

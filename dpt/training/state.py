@@ -45,7 +45,7 @@ class RunState:
     @property
     def position(self) -> int:
         """Of the next sample in the stream."""
-        return self.skipped_samples.position(self.samples_seen)
+        return self.samples_seen + self.skipped_samples.count
 
     def for_checkpoint(self, stage: Stage, sections: Mapping[str, Any]) -> dict[str, Any]:
         """What a checkpoint keeps beside the engine's states and its step. `sections`: what its weights say."""

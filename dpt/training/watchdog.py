@@ -7,12 +7,12 @@ Rank 0 listens on the address at which the ranks meet, and on no other. It heeds
 alone: what strangers send, or do not send, is dropped.
 """
 
+import asyncio
 import contextlib
 import hmac
 import json
 import os
 import secrets
-import selectors
 import socket
 import sys
 import threading
@@ -29,6 +29,8 @@ _STRANGERS = 256
 """Connections that may have not told it yet, at a time; more where there are many ranks."""
 _GREETINGS = 10
 _LONGEST_LINE = 1 << 16
+_GARBLED = (ValueError, TypeError, KeyError, AttributeError, RecursionError)
+"""What a line that is no message raises."""
 
 PHASES = ("starting", "reading data", "computing", "updating weights", "recording", "validating", "saving")
 """What a rank can be doing, in the order of a step."""
@@ -142,123 +144,101 @@ class Watchdog:
 
     # --- rank 0: listen, and decide ---
 
-    def _serve(self, server: socket.socket) -> None:
+    def _serve(self, listening: socket.socket) -> None:
+        verdict = asyncio.run(self._watch(listening))
+        if verdict:
+            self._stop(verdict["reason"], verdict["code"])
+
+    async def _watch(self, listening: socket.socket) -> dict[str, Any]:
+        """{"reason", "code"} once a rank has failed, died, or hangs; {} once all have left."""
         ranks = [self._own, *(_Rank(number=number) for number in range(1, self._world_size))]
-        peers = _Peers(server, self._token, ranks)
+        peers = _Peers(self._token, ranks)
+        server = await asyncio.start_server(peers.meet, sock=listening, limit=_LONGEST_LINE)
         verdict: dict[str, Any] = {}
         deadline = float("inf")
         while not verdict and time.monotonic() < deadline:
-            verdict = peers.listen(self.interval_s) or _find_hang(ranks, self.timeout_s) or self._failure
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(peers.news.wait(), self.interval_s)
+            peers.news.clear()
+            verdict = peers.verdict or _find_hang(ranks, self.timeout_s) or self._failure
             if self._closing.is_set():
                 deadline = min(deadline, time.monotonic() + 3 * self.interval_s)
                 if all(rank.left for rank in ranks[1:]):
                     break
-        peers.close({"left": True} if self._closing.is_set() else verdict)
-        if verdict:
-            self._stop(verdict["reason"], verdict["code"])
+        server.close()
+        peers.tell({"left": True} if self._closing.is_set() else verdict)
+        return verdict
 
 
 class _Peers:
     """Rank 0's connections to the others, and to strangers until they are dropped."""
 
-    def __init__(self, server: socket.socket, token: str, ranks: list[_Rank]) -> None:
+    def __init__(self, token: str, ranks: list[_Rank]) -> None:
+        self.verdict: dict[str, Any] = {}
+        """{"reason", "code"} of the first rank that failed or died."""
+        self.news = asyncio.Event()
+        """A rank has left, or there is a verdict."""
         self._token, self._ranks = token, ranks
-        self._selector = selectors.DefaultSelector()
-        self._selector.register(server, selectors.EVENT_READ)
-        self._server = server
-        self._admitted: dict[socket.socket, _Rank | None] = {}
-        """By connection; None before it has told the token."""
-        self._buffers: dict[socket.socket, bytes] = {}
-        self._since: dict[socket.socket, float] = {}
-        """When each stranger came."""
+        self._writers: dict[int, asyncio.StreamWriter] = {}
+        """Of the ranks that have told the token."""
+        self._strangers: list[Any] = []
+        """The tasks of connections that have not, in the order in which they came."""
 
-    def listen(self, seconds: float) -> dict[str, Any]:
-        """Take in what the ranks say, for up to `seconds`; {"reason", "code"} if one failed or died, else {}."""
-        for key, _ in self._selector.select(seconds):
-            if key.fileobj is self._server:
-                with contextlib.suppress(OSError):  # it has gone again, or there are too many files
-                    self._accept(seconds)
-            elif verdict := self._read(key.fileobj):  # type: ignore[arg-type]
-                return verdict
-        for connection, since in list(self._since.items()):
-            if time.monotonic() - since > _HELLO_S:
-                self._drop(connection)
-        return {}
-
-    def _accept(self, seconds: float) -> None:
-        connection, _ = self._server.accept()
-        connection.settimeout(seconds)
-        if len(self._since) >= max(_STRANGERS, 2 * len(self._ranks)):
-            self._drop(next(iter(self._since)))  # the one that has been silent longest
-        self._selector.register(connection, selectors.EVENT_READ)
-        self._admitted[connection], self._buffers[connection] = None, b""
-        self._since[connection] = time.monotonic()
-
-    def _read(self, connection: socket.socket) -> dict[str, Any]:
-        if connection not in self._admitted:  # dropped since it was selected
-            return {}
-        data = b""
-        with contextlib.suppress(OSError):
-            data = connection.recv(65536)
-        *lines, rest = (self._buffers[connection] + data).split(b"\n")
-        self._buffers[connection] = rest
-        for line in lines:
-            verdict = self._take(connection, line)
-            if verdict or connection not in self._admitted:
-                return verdict
-        if data and len(rest) <= _LONGEST_LINE:
-            return {}
-        rank = self._drop(connection)
-        if rank is None or rank.left:
-            return {}
-        return {"reason": f"{rank} died {rank.where}", "code": 1}
-
-    def _take(self, connection: socket.socket, line: bytes) -> dict[str, Any]:
-        rank = self._admitted[connection]
+    async def meet(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Serve a connection until it ends, or is dropped."""
+        if len(self._strangers) >= max(_STRANGERS, 2 * len(self._ranks)):
+            self._strangers.pop(0).cancel()  # the one that has been silent longest
+        task = asyncio.current_task()
+        self._strangers.append(task)
+        rank = None
         try:
-            message = json.loads(line)
-            if rank is None:
-                self._admit(connection, message)
-            elif "beat" in message:
-                step, phase, beats = map(int, message["beat"])
-                rank.update(step, phase % len(PHASES), beats)
-            elif "reason" in message:
-                return {"reason": f"{rank} failed {rank.where}: {message['reason']}", "code": int(message["code"])}
-            else:
-                rank.left = bool(message["left"])
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            if rank is None:
-                self._drop(connection)
-        return {}
+            async with asyncio.timeout(_HELLO_S):
+                rank = self._admit(json.loads(await reader.readline()), writer)
+            self._strangers.remove(task)
+            if rank is not None:
+                await self._follow(rank, reader)
+        except (OSError, *_GARBLED):
+            pass
+        finally:
+            if task in self._strangers:
+                self._strangers.remove(task)
+            writer.close()
+        if rank is not None and not (rank.left or self.verdict):
+            self.verdict = {"reason": f"{rank} died {rank.where}", "code": 1}
+            self.news.set()
 
-    def _admit(self, connection: socket.socket, message: Any) -> None:
-        """Take a connection for that of a rank, if it tells the token and that rank has none yet; else drop it."""
-        known = isinstance(message["token"], str) and hmac.compare_digest(message["token"].encode(), self._token.encode())
-        number = int(message["rank"])
-        if not known or not 0 < number < len(self._ranks) or self._ranks[number] in self._admitted.values():
-            self._drop(connection)
-            return
-        self._admitted[connection] = self._ranks[number]
-        self._ranks[number].host = str(message["host"])
-        del self._since[connection]
-        with contextlib.suppress(OSError):  # it has died since, as reading will show
-            _send(connection, {"admitted": True})
+    def _admit(self, hello: Any, writer: asyncio.StreamWriter) -> _Rank | None:
+        """The rank whose connection this is, if it tells the token and that rank has none yet."""
+        known = isinstance(hello["token"], str) and hmac.compare_digest(hello["token"].encode(), self._token.encode())
+        number = int(hello["rank"])
+        if not known or not 0 < number < len(self._ranks) or number in self._writers:
+            return None
+        self._writers[number] = writer
+        self._ranks[number].host = str(hello["host"])
+        writer.write(_line({"admitted": True}))
+        return self._ranks[number]
 
-    def _drop(self, connection: socket.socket) -> _Rank | None:
-        self._selector.unregister(connection)
-        connection.close()
-        del self._buffers[connection]
-        self._since.pop(connection, None)
-        return self._admitted.pop(connection)
+    async def _follow(self, rank: _Rank, reader: asyncio.StreamReader) -> None:
+        """Take in what a rank tells. ValueError for a line that is too long."""
+        while line := await reader.readline():
+            with contextlib.suppress(*_GARBLED):
+                message = json.loads(line)
+                if "beat" in message:
+                    step, phase, beats = map(int, message["beat"])
+                    rank.update(step, phase % len(PHASES), beats)
+                elif "reason" in message:
+                    reason = f"{rank} failed {rank.where}: {message['reason']}"
+                    self.verdict = self.verdict or {"reason": reason, "code": int(message["code"])}
+                    self.news.set()
+                else:
+                    rank.left = bool(message["left"])
+                    self.news.set()
 
-    def close(self, verdict: dict[str, Any]) -> None:
-        """Tell all the verdict, or that rank 0 left, and close."""
-        for connection in list(self._admitted):
-            with contextlib.suppress(OSError):
-                _send(connection, verdict)
-            self._drop(connection)
-        self._selector.close()
-        self._server.close()
+    def tell(self, verdict: dict[str, Any]) -> None:
+        """Tell all ranks the verdict, or that rank 0 left."""
+        for writer in self._writers.values():
+            writer.write(_line(verdict))
+            writer.close()
 
 
 def _open_server(address: str) -> socket.socket:
@@ -289,7 +269,11 @@ def _receive(connection: socket.socket) -> dict[str, Any]:
 
 
 def _send(connection: socket.socket, message: dict[str, Any]) -> None:
-    connection.sendall(json.dumps(message).encode() + b"\n")
+    connection.sendall(_line(message))
+
+
+def _line(message: dict[str, Any]) -> bytes:
+    return json.dumps(message).encode() + b"\n"
 
 
 def _find_hang(ranks: list[_Rank], timeout_s: float) -> dict[str, Any]:

@@ -97,10 +97,10 @@ class Run:
 
 
 def _train(recipe: Path, fields: Mapping[str, Any]) -> int:
-    from dpt.training import loop, opening
+    from dpt.training import loop, records
     from dpt.training.run import run_stage
 
-    opening.measure_peak_flops = lambda *_: 1e12  # takes longer than steps here
+    records.measure_peak_flops = lambda *_: 1e12  # takes longer than steps here
     loop.Trainer._draw = lambda self: None  # type: ignore[method-assign]
     with reported("pretrain"):
         run_stage(load_recipe(recipe, fields), "pretrain")

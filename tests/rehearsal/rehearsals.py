@@ -24,13 +24,13 @@ def _halves(path: str, stage: str, fields: dict[str, Any], compiler: str) -> Non
 
     from dpt import distributed
     from dpt.models.dit import DiT
-    from dpt.training import loop, opening
+    from dpt.training import records, watchdog
     from dpt.training.run import run_stage
 
     torch._inductor.config.compile_threads = 1  # a forked process makes no pool of others
     distributed.shutdown = lambda: None  # the ranks' groups are needed again
-    opening.measure_peak_flops = lambda *_: 1e12
-    loop.Watchdog.__init__.__kwdefaults__["interval_s"] = 0.1  # type: ignore[index]
+    records.measure_peak_flops = lambda *_: 1e12
+    watchdog.Watchdog.__init__.__kwdefaults__["interval_s"] = 0.1  # type: ignore[index]
     compile_blocks = DiT.compile_blocks
     DiT.compile_blocks = lambda network: compile_blocks(network, backend=compiler)  # type: ignore[method-assign, assignment]
     for steps in (STEPS, 2 * STEPS):

@@ -109,10 +109,10 @@ def _most(recipe: Recipe, step: int) -> dict[str, int]:
 
 def _count_waits(path: str, stage: str, fields: dict[str, Any]) -> list[dict[tuple[str, str], int]]:
     """Host waits of each of STEPS steps: preparation, forward and backward passes, update, record."""
-    from dpt.training import loop, opening
+    from dpt.training import loop, records, watchdog
 
-    opening.measure_peak_flops = lambda *_: 1e12
-    loop.Watchdog.__init__.__kwdefaults__["interval_s"] = 0.1  # type: ignore[index]
+    records.measure_peak_flops = lambda *_: 1e12
+    watchdog.Watchdog.__init__.__kwdefaults__["interval_s"] = 0.1  # type: ignore[index]
     trainer = loop.Trainer(load_recipe(path, fields), stage, None)
     done: list[dict[tuple[str, str], int]] = []
     write, waits = trainer.recorder.step_done, HostWaits()
@@ -128,7 +128,7 @@ def _count_waits(path: str, stage: str, fields: dict[str, Any]) -> list[dict[tup
     use_grouped_products()
     with waits:
         trainer._train()
-    trainer._close("KILLED")
+    trainer.close("KILLED")
     assert ("_grouped_mm" in waits.operators) == (trainer.config.model.num_experts > 0)
     return done
 

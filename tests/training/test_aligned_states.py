@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch.utils import flop_counter
+from training_toys import random_network
 
 from benchmarks.memory import LiveBytes
 from dpt.config.checks import check_recipe
@@ -43,11 +44,8 @@ def config(training: dict[str, Any] | None = None, **model: Any) -> DptConfig:
     return DptConfig(model=dataclasses.replace(MODEL, **model), training=TrainingConfig(ema_decays=[0.9, 0.5], **fields))
 
 
-def randomised(made: DiT) -> DiT:
-    with torch.no_grad():
-        for parameter in made.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    return made
+def preparation(settings: DptConfig) -> Preparation:
+    return Preparation(settings, tasks=["class"], scaling=UNSCALED, device=torch.device("cpu"), dtype=torch.float32)
 
 
 def batch(count: int = 3) -> dict[str, Any]:
@@ -67,14 +65,12 @@ def batch(count: int = 3) -> dict[str, Any]:
 
 def module_and_inputs(settings: DptConfig) -> tuple[LossModule, Inputs]:
     """A module whose teacher is the network itself, and what it takes."""
-    torch.manual_seed(0)
-    module = LossModule(randomised(DiT(settings.model)), settings)
+    module = LossModule(random_network(settings.model), settings)
     if module.teacher is not None:
         module.teacher.network = DiT(module.teacher.config)
         state = module.network.state_dict()
         module.teacher.network.load_state_dict({name: state[name] for name in module.teacher.network.state_dict()})
-    prepare = Preparation(settings, tasks=["class"], scaling=UNSCALED, device=torch.device("cpu"), dtype=torch.float32)
-    return module, prepare(batch())
+    return module, preparation(settings)(batch())
 
 
 def block_output(network: DiT, block: int, inputs: Inputs, *, teacher: bool) -> torch.Tensor:
@@ -130,7 +126,7 @@ def test_gradients_reach_the_blocks_up_to_the_aligned_ones_and_no_teacher() -> N
 def test_the_teacher_sees_less_noise_and_the_same_rest() -> None:
     settings = config({"self_alignment": dataclasses.replace(OWN, offset_low=0.1, offset_high=0.2)})
     torch.manual_seed(0)
-    prepare = Preparation(settings, tasks=["class"], scaling=UNSCALED, device=torch.device("cpu"), dtype=torch.float32)
+    prepare = preparation(settings)
     many = {
         name: value.repeat(200, *[1] * (value.dim() - 1)) for name, value in batch().items() if isinstance(value, torch.Tensor)
     }
@@ -165,24 +161,13 @@ def test_the_network_starts_and_computes_as_without_them() -> None:
     for training in ({}, {"self_alignment": SelfAlignmentConfig(), "feature_alignment": FeatureAlignmentConfig()}):
         torch.manual_seed(0)
         module = LossModule(DiT(MODEL), config(training))
-        prepare = Preparation(
-            module_config(module),
-            tasks=["class"],
-            scaling=LatentScaling(scale=1.0),
-            device=torch.device("cpu"),
-            dtype=torch.float32,
-        )
         torch.manual_seed(1)
-        inputs = prepare(batch())
+        inputs = preparation(config(training))(batch())
         found.append((module.network.state_dict(), inputs.network_input, torch.rand(3)))
     for name, tensor in found[0][0].items():
         assert torch.equal(tensor, found[1][0][name])
     assert torch.equal(found[0][1], found[1][1])
     assert torch.equal(found[0][2], found[1][2])  # the projectors took no random numbers
-
-
-def module_config(module: LossModule) -> DptConfig:
-    return DptConfig(model=module.network.config, training=module.training_config)
 
 
 @pytest.mark.parametrize("model", [{}, EXPERTS], ids=["dense", "experts"])
@@ -271,8 +256,7 @@ def test_memory_of_a_step_is_within_15_percent_of_the_measured_peak() -> None:
         parameter.grad = torch.zeros_like(parameter)
     moments, features = torch.randn(6, 2, 4, 16, 16).half(), torch.randn(6, 3, 8, 8).half()
     sample = {"label": torch.arange(6), "latents": moments, "features": features, "sample_index": torch.arange(6)}
-    prepare = Preparation(large, tasks=["class"], scaling=UNSCALED, device=torch.device("cpu"), dtype=torch.float32)
-    inputs = prepare({**sample, "key": [""] * 6})
+    inputs = preparation(large)({**sample, "key": [""] * 6})
     held = [*module.parameters(), *(p.grad for p in module.parameters())]
     existing = [*held, *module.teacher.network.state_dict().values(), *(value for value in inputs if value is not None)]
     with LiveBytes(existing) as live:

@@ -1,11 +1,9 @@
 """Tokens that go around the middle blocks in training (TREAD): what the network computes, and how a batch is split."""
 
-import dataclasses
-
 import pytest
 import torch
-from training_runs import Runs, ToyRun, ep, zero
-from training_toys import records
+from training_runs import Runs, ToyRun, ep, interrupted, zero
+from training_toys import random_network
 
 from dpt.config.checks import check_recipe
 from dpt.config.recipe import load_recipe
@@ -16,22 +14,13 @@ from dpt.models.dit import DiT
 MODEL = ModelConfig(input_size=8, hidden_size=32, depth=6, num_heads=2, num_classes=8)
 
 
-def network(**fields: object) -> DiT:
-    torch.manual_seed(0)
-    made = DiT(dataclasses.replace(MODEL, **fields))
-    with torch.no_grad():
-        for parameter in made.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    return made
-
-
 def forward(made: DiT, kept: torch.Tensor | None = None) -> torch.Tensor:
     torch.manual_seed(1)
     return made(torch.randn(2, 4, 8, 8), torch.tensor([3, 700]), torch.tensor([1, 8]), kept=kept).prediction
 
 
 def test_keeping_all_tokens_changes_nothing_and_none_of_the_others_is_touched() -> None:
-    made = network()
+    made = random_network(MODEL)
     everything = forward(made)
     made.set_bypass(range(2, 5))
     torch.testing.assert_close(forward(made), everything)  # nothing is said: all tokens
@@ -47,7 +36,7 @@ def test_keeping_all_tokens_changes_nothing_and_none_of_the_others_is_touched() 
 
 def test_bypassing_tokens_pass_as_they_were() -> None:
     """With the last block an identity, the tokens before the final layer are those before the bypassed blocks."""
-    made = network()
+    made = random_network(MODEL)
     made.set_bypass(range(2, 5))
     kept = torch.tensor([[0, 3, 7, 9], [1, 2, 4, 15]])
     entering, leaving = [], []
@@ -64,34 +53,28 @@ def test_bypassing_tokens_pass_as_they_were() -> None:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+def runs(toy_runs: Runs) -> Runs:
     """The same run on one rank and on two, with and without accumulation, and stopped on the way."""
-    runs = Runs(tmp_path_factory.mktemp("bypass"))
-    fields = {"model.depth": 4, "training.bypass_share": 0.5, "training.bypass_first": 1, "training.bypass_last": 1}
-    experts = {"model.depth": 4, **{k: v for k, v in fields.items() if k != "model.depth"}}
-    runs.train(1, [ToyRun(name="one", fields=fields | zero(1)), ToyRun(name="whole", fields={"model.depth": 4} | zero(1))])
-    runs.train(
+    whole = {"model.depth": 4, "training.steps": 8}
+    fields = whole | {"training.bypass_share": 0.5, "training.bypass_first": 1, "training.bypass_last": 1}
+    toy_runs.train(1, ToyRun(name="one", fields=fields | zero(1)), ToyRun(name="whole", fields=whole | zero(1)))
+    toy_runs.train(
         2,
-        [
-            ToyRun(name="two", fields=fields | zero(2) | {"train_micro_batch_size_per_gpu": 2}),
-            ToyRun(name="resumed", fields=fields | zero(1), sigterm_at=6, ends="stopped"),
-            ToyRun(name="resumed", fields=fields | zero(1)),
-            ToyRun(name="experts", fields=experts | ep(1, 2)),
-        ],
+        ToyRun(name="two", fields=fields | zero(2) | {"train_micro_batch_size_per_gpu": 2}),
+        *interrupted("resumed", fields | zero(1), 6),
+        ToyRun(name="experts", fields=fields | ep(1, 2)),
     )
-    return runs
+    return toy_runs
 
 
 def test_splits_and_stops_change_nothing(runs: Runs) -> None:
-    one = records(runs("one"))
     for name in ("two", "resumed"):
-        for record, other in zip(one, records(runs(name)), strict=True):
-            assert other["train/loss"] == pytest.approx(record["train/loss"], rel=2e-4), name
-    whole = records(runs("whole"))
+        runs.check_close(name, "one", rel=2e-4)
+    one, whole = runs.records("one"), runs.records("whole")
     assert one[-1]["compute/train_macs"] < whole[-1]["compute/train_macs"]
     assert one[0]["train/loss"] == pytest.approx(whole[0]["train/loss"], rel=1e-4)  # blocks begin as identities
     assert one[-1]["train/loss"] != pytest.approx(whole[-1]["train/loss"], rel=1e-6)
-    assert all(record["train/loss"] < 10 for record in records(runs("experts")))
+    assert all(loss < 10 for loss in runs.history("experts"))
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,6 @@ from training_toys import VAE, make_recipe, make_shards
 from dpt.config.recipe import load_recipe
 from dpt.config.sections import DiffusionConfig
 from dpt.data.codec import load_vae
-from dpt.data.manifest import read_manifest, write_manifest
 from dpt.errors import UserError
 from dpt.fits import Fit
 from dpt.models.dit import DiT
@@ -23,8 +22,6 @@ from dpt.training.export import weights_sections
 from dpt.training.stages import Stage, open_stage
 
 FLOW = {"task": "flow", "model.num_conditions": 2, "model.num_classes": 10}
-
-
 DEPTH = {"task": "depth", "model.num_conditions": 2, "model.num_classes": 10}
 TASKS = pytest.mark.parametrize(("task", "fields", "other"), [("flow", FLOW, "linear_75"), ("depth", DEPTH, "disparity")])
 
@@ -35,9 +32,7 @@ def coded(folder: Path, task: str, code: str) -> Path:
 
 
 def encoded(folder: Path, task: str, encoding: dict[str, str]) -> Path:
-    make_shards(folder, task, count=8, shards=1)
-    write_manifest(folder, dataclasses.replace(read_manifest(folder), encoding=encoding))
-    return folder
+    return make_shards(folder, task, count=8, shards=1, encoding=encoding)
 
 
 def opened(recipe_path: Path, *shards: Path, weights: Path | None = None, fields: Mapping[str, Any] = FLOW) -> DataLoader:

@@ -4,21 +4,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoint_toys import make_saver, save
+from checkpoint_toys import make_saver, save, state_of
 from training_toys import make_recipe, make_shards
 
-from dpt.config.recipe import Recipe, load_recipe
+from dpt.config.recipe import load_recipe
 from dpt.data.manifest import read_manifest
 from dpt.errors import UserError
 from dpt.training import loop
 from dpt.training.continuing import check_course, check_data
-
-
-def state_of(recipe: Recipe, data_sha256: str = "a", **more: Any) -> dict[str, Any]:
-    """What a checkpoint of a run with this recipe says."""
-    sections = {"lineage": {"data_sha256": data_sha256}}
-    state = {"stage": "pretrain", "layout": {"world_size": 1}, "sections": sections, "recipe": recipe.to_dict()}
-    return state | more
 
 
 @pytest.fixture

@@ -7,9 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from gloo import load_libraries, run_ranks
+from gloo import run_ranks
 from torch import Tensor, nn
 from training_toys import ROOT, make_recipe
+
+from dpt.config.recipe import load_recipe
+from dpt.training.engine import Engine
+from dpt.training.fragments import fragments, refresh_weights
 
 FP32_SUMS = {"data_types": {"grad_accum_dtype": "fp32"}}
 ENGINES: dict[str, dict[str, Any]] = {  # what DeepSpeed makes of a recipe
@@ -56,20 +60,8 @@ class _Net(nn.Module):
 
 def _look(recipe_path: Path) -> dict[str, Any]:
     """On each rank: {"seen": {"CLASS.ATTRIBUTE", ...}, name of the engine: {"kind", "covered", "refreshed", ...}}."""
-    import os
-
-    os.environ["DS_ACCELERATOR"] = "cpu"
-    from dpt import distributed
-    from dpt.config.recipe import load_recipe
-
-    distributed._quiet()
     import deepspeed
-    from deepspeed.ops import __compatible_ops__
 
-    from dpt.training.engine import Engine
-
-    __compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     deepspeed.get_accelerator().is_fp16_supported = lambda: True
     result: dict[str, Any] = {}
     seen: set[str] = set()
@@ -100,8 +92,6 @@ def _round_trip(engine: Any) -> dict[str, Any]:
     """Write numbers through the fragments, and read them where the network computes."""
     import deepspeed
 
-    from dpt.training.fragments import fragments, refresh_weights
-
     counts = {"layer.weight": torch.zeros(15), "layer.bias": torch.zeros(3)}
     for fragment in fragments(engine.deepspeed):
         positions = torch.arange(fragment.offset, fragment.offset + fragment.numel)
@@ -117,8 +107,7 @@ def _round_trip(engine: Any) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     recipe = make_recipe(tmp_path_factory.mktemp("internals") / "run.json", [])
-    load_libraries()
-    return run_ranks(2, _look, recipe, timeout_s=300.0)
+    return run_ranks(2, _look, recipe, timeout_s=300.0, as_launched=True)
 
 
 @pytest.mark.parametrize("name", [f"{kind}.{attribute}" for kind, names in ASSUMED.items() for attribute in names])

@@ -2,11 +2,8 @@
 
 import contextlib
 import json
-import multiprocessing
-import os
 import random
 import re
-import runpy
 import signal
 import socket
 import subprocess
@@ -19,12 +16,23 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from training_toys import LAUNCHERS, MOE, ROOT, environment, free_port, launch, make_recipe, make_shards, records
+from training_toys import (
+    FOUR_RANKS,
+    LAUNCHERS,
+    MOE,
+    ROOT,
+    check_four_ranks,
+    environment,
+    launch,
+    make_recipe,
+    make_shards,
+    records,
+)
 
 from dpt.data.codec import load_vae
-from dpt.data.manifest import VAERecord
+from dpt.distributed import free_port
 from dpt.training.checkpoint import find_checkpoints, newest_checkpoint
-from tests.gloo import load_libraries
+from tests.gloo import run_script
 
 PRETRAIN = str(ROOT / "launchers" / "pretrain.py")
 
@@ -71,24 +79,9 @@ REFUSED = [
 def test_bad_input_is_one_sentence_and_exit_code_2(recipe: Path, change: list[str], words: str) -> None:
     """The launcher's own file, in a process forked from this one, which has loaded what takes longest. (DeepSpeed's search
     for libraries can speak there; the test below sees that it does not in a process of its own.)"""
-    load_libraries()
-    errors = recipe.with_name("stderr")
-    process = multiprocessing.get_context("fork").Process(
-        target=_run_launcher, args=(errors, "--ds_config", str(recipe), *change)
-    )
-    process.start()
-    process.join(120)
-    assert process.exitcode == 2, errors.read_text()
-    _check_refusal(errors.read_text().splitlines()[-1], words, recipe)
-
-
-def _run_launcher(errors: Path, *arguments: str) -> None:
-    os.environ["DS_ACCELERATOR"] = "cpu"
-    with errors.open("w") as file:
-        os.dup2(file.fileno(), 2)
-        sys.stderr = file
-        sys.argv = [PRETRAIN, *arguments]
-        runpy.run_path(PRETRAIN, run_name="__main__")
+    log = recipe.with_name("log")
+    assert run_script(log, PRETRAIN, "--ds_config", str(recipe), *change, timeout_s=120) == 2, log.read_text()
+    _check_refusal(log.read_text().splitlines()[-1], words, recipe)
 
 
 def _check_refusal(error: str, words: str, recipe: Path) -> None:
@@ -107,79 +100,20 @@ def test_the_latest_refusal_is_one_sentence_in_a_process_of_its_own_too(recipe: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("nodes", ["torchrun", "hostfile", "slurm"])
+@pytest.mark.parametrize("nodes", ["torchrun", "hostfile"])
 def test_two_nodes_on_loopback(recipe: Path, tmp_path: Path, nodes: str) -> None:
-    fields = ["--steps", "4", "--model.num_experts", "4", "--training.ep_size", "2"]
-    if nodes != "slurm":
-        command = ["torchrun", "--nnodes", "2", "--nproc_per_node", "2"]
-        if nodes == "hostfile":
-            example = (ROOT / "launchers" / "hostfile.example").read_text()
-            (tmp_path / "hostfile").write_text(example.replace("slots=8", "slots=2"))
-            command = ["deepspeed", "--hostfile", str(tmp_path / "hostfile"), "--no_ssh"]
-        command += ["--master_addr", "127.0.0.1", "--master_port", str(free_port())]
-        started = [
-            subprocess.Popen(
-                [*command, "--node_rank", str(node), PRETRAIN, "--ds_config", str(recipe), *fields], env=environment(), cwd=ROOT
-            )
-            for node in range(2)
-        ]
-        assert [process.wait(900) for process in started] == [0, 0]
-    else:
-        _make_slurm(tmp_path / "bin")
-        variables = environment() | {
-            "PATH": f"{tmp_path / 'bin'}{os.pathsep}{environment()['PATH']}",
-            "SLURM_JOB_ID": "12345",
-            "SLURM_JOB_NODELIST": "node[1-2]",
-            "SLURM_SUBMIT_DIR": str(ROOT),
-            "DPT_PYTHON": sys.executable,
-            "FAKE_TASKS": "4",
-            "FAKE_NODES": "2",
-            "FAKE_LOG": str(tmp_path / "slurm.log"),
-        }
-        script = ["bash", str(ROOT / "launchers" / "slurm.sh"), "pretrain", str(recipe), *fields]
-        # A first job that is asked to stop is queued again; the second one finishes.
-        first = subprocess.Popen([*script, "--training.checkpoint_every", "1"], env=variables | {"FAKE_USR1_AFTER": "1"})
-        assert first.wait(900) == 0
-        assert (tmp_path / "slurm.log").read_text() == "requeue 12345\n"
-        assert subprocess.run(script, env=variables, timeout=900).returncode == 0
-        assert (tmp_path / "slurm.log").read_text() == "requeue 12345\n"
-    assert [record["step"] for record in records(recipe.with_suffix(""))] == [1, 2, 3, 4]
-    found = newest_checkpoint(recipe.with_suffix("") / "checkpoints")
-    assert found is not None
-    assert found[1]["layout"]["world_size"] == 4
-
-
-def _make_slurm(folder: Path) -> None:
-    """`srun` and `scontrol` as far as launchers/slurm.sh uses them: tasks on "nodes" that are all this machine."""
-    folder.mkdir()
-    srun = """
-import os, signal, subprocess, sys, time
-tasks, nodes = int(os.environ["FAKE_TASKS"]), int(os.environ["FAKE_NODES"])
-command = [argument for argument in sys.argv[1:] if not argument.startswith("--kill-on-bad-exit")]
-each = tasks // nodes
-started = []
-for task in range(tasks):
-    step = {"SLURM_PROCID": task, "SLURM_LOCALID": task % each, "SLURM_STEP_NUM_TASKS": tasks}
-    step["SLURM_STEP_TASKS_PER_NODE"] = f"{each}(x{nodes})"
-    started.append(subprocess.Popen(command, env=os.environ | {name: str(value) for name, value in step.items()}))
-if "FAKE_USR1_AFTER" in os.environ:
-    output = os.path.splitext(command[command.index("--ds_config") + 1])[0]
-    while not os.path.exists(os.path.join(output, "records.jsonl")):
-        time.sleep(0.02)
-    started[-1].send_signal(signal.SIGUSR1)
-sys.exit(max(process.wait() for process in started))
-"""
-    scontrol = """
-import os, sys
-if sys.argv[1] == "show":
-    print("127.0.0.1")
-else:
-    with open(os.environ["FAKE_LOG"], "a") as file:
-        file.write(" ".join(sys.argv[1:]) + chr(10))
-"""
-    for name, text in (("srun", srun), ("scontrol", scontrol)):
-        (folder / name).write_text(f"#!{sys.executable}{text}")
-        (folder / name).chmod(0o755)
+    command = ["torchrun", "--nnodes", "2", "--nproc_per_node", "2"]
+    if nodes == "hostfile":
+        example = (ROOT / "launchers" / "hostfile.example").read_text()
+        (tmp_path / "hostfile").write_text(example.replace("slots=8", "slots=2"))
+        command = ["deepspeed", "--hostfile", str(tmp_path / "hostfile"), "--no_ssh"]
+    command += ["--master_addr", "127.0.0.1", "--master_port", str(free_port())]
+    script = [PRETRAIN, "--ds_config", str(recipe), *FOUR_RANKS]
+    started = [
+        subprocess.Popen([*command, "--node_rank", str(node), *script], env=environment(), cwd=ROOT) for node in range(2)
+    ]
+    assert [process.wait(900) for process in started] == [0, 0]
+    check_four_ranks(recipe.with_suffix(""))
 
 
 @pytest.mark.slow
@@ -274,9 +208,7 @@ def test_records_and_pictures_reach_console_file_and_mlflow(tmp_path: Path) -> N
     from mlflow import MlflowClient
     from mlflow.models import get_model_info
 
-    codec = load_vae()
-    vae = VAERecord(name="embedded", sha256=codec.sha256, scaling_factor=codec.scaling_factor, latent_channels=4)
-    recipe = make_recipe(tmp_path / "run.json", [make_shards(tmp_path / "shards", vae=vae)])
+    recipe = make_recipe(tmp_path / "run.json", [make_shards(tmp_path / "shards", vae=load_vae().record)])
     tracking = {"tracking.enabled": "true", "tracking.uri": f"sqlite:///{tmp_path}/mlflow.db"}
     tracking["tracking.registered_model"] = "tiny classes"
     fields = {**MOE, **tracking, "sampling.every": 2, "sampling.labels": "0,1,2,3,4"}

@@ -4,8 +4,8 @@ import itertools
 
 import pytest
 import torch
-from training_runs import BF16, Runs, ToyRun, asks_for_slow, ep, marked, newest_tensors, zero
-from training_toys import MOE, make_recipe, records
+from training_runs import BF16, Runs, ToyRun, ep, interrupted, marked, zero
+from training_toys import MOE, make_recipe
 
 from benchmarks.memory import LiveBytes
 from dpt.config.checks import check_recipe
@@ -15,7 +15,7 @@ from dpt.errors import UserError
 from dpt.models.costs import macs, muon_macs, muon_params
 from dpt.models.dit import DiT
 from dpt.models.memory import memory
-from dpt.training.checkpoint import CheckpointReader, find_checkpoints, read_state
+from dpt.training.checkpoint import CheckpointReader
 from dpt.training.fragments import Fragment
 from dpt.training.groups import parameter_groups
 from dpt.training.muon import Muon, matrices, orthogonal, runs
@@ -114,7 +114,7 @@ def test_a_cut_leaves_whole_matrices_and_parts() -> None:
             assert run.matrices.start * 16 <= run.low < run.high <= run.matrices.stop * 16
 
 
-MUON = {"optimizer.type": "Muon"}
+MUON = {"optimizer.type": "Muon", "training.steps": 9}
 
 
 @pytest.mark.parametrize(
@@ -184,37 +184,32 @@ LAYOUTS = {
 HALF = {f"bf16_zero{stage}": zero(stage, BF16, MUON) for stage in range(3)}
 SLOW = {"dense_zero0", "experts_zero2", "bf16_zero0", "bf16_zero1"}
 """Left to `make test-all`."""
-LEGS = ((1, 4), (2, 8), (4, -1))
+LEGS = ((1, 3), (2, 6), (4, -1))
 """Ranks of a run, and the step at which it goes on with others."""
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Runs:
-    runs, left_out = Runs(tmp_path_factory.mktemp("muon")), set() if asks_for_slow(request) else SLOW
-    road = [
-        ToyRun(name="road", fields=zero(1 + (ranks > 1), MUON), sigterm_at=at, ends="finished" if at < 0 else "stopped")
-        for ranks, at in LEGS
-    ]
-    runs.train(1, [road[0], *(ToyRun(name=name, fields=fields) for name, fields in STRAIGHT.items())])
-    listed = [ToyRun(name=name, fields=fields) for name, fields in (LAYOUTS | HALF).items() if name not in left_out]
-    for at, ends in ((5, "stopped"), (-1, "finished")):
-        listed.append(ToyRun(name="parts", fields=LAYOUTS["experts_ep2"], sigterm_at=at, ends=ends))
-    listed.append(ToyRun(name="adam", fields=zero(1), sigterm_at=4, ends="stopped"))
-    listed.append(ToyRun(name="adam", fields=zero(1, MUON), ends=None))
-    runs.refusal = runs.train(2, [road[1], *listed])[-1]  # type: ignore[attr-defined]
-    runs.train(4, [road[2]])
-    return runs
+def trained(toy_runs: Runs) -> Runs:
+    road = [ToyRun(name="road", fields=zero(1 + (ranks > 1), MUON), sigterm_at=at) for ranks, at in LEGS]
+    toy_runs.train(1, road[0], *(ToyRun(name=name, fields=fields) for name, fields in STRAIGHT.items()))
+    toy_runs.train(
+        2,
+        road[1],
+        *(ToyRun(name=name, fields=fields, slow=name in SLOW) for name, fields in (LAYOUTS | HALF).items()),
+        *interrupted("parts", LAYOUTS["experts_ep2"], 5),
+        ToyRun(name="adam", fields=zero(1), sigterm_at=4),
+        ToyRun(name="adam", fields=zero(1, MUON), ends=None),
+    )
+    toy_runs.train(4, road[2])
+    return toy_runs
 
 
 @pytest.mark.parametrize("name", [marked(SLOW, name) for name in (*LAYOUTS, "road")])
 def test_any_number_of_ranks_makes_the_same_updates(trained: Runs, name: str) -> None:
     wanted = "dense" if name == "road" else name.split("_")[0]
-    losses = [[record["train/loss"] for record in records(trained(run))] for run in (name, wanted)]
-    assert losses[0] == pytest.approx(losses[1], rel=2e-4)
-    checkpoints = [find_checkpoints(trained(run) / "checkpoints")[0] for run in (name, wanted)]
-    states = [read_state(checkpoint) for checkpoint in checkpoints]
-    readers = [CheckpointReader(*pair) for pair in zip(checkpoints, states, strict=True)]
-    for parameter, shape in states[0]["parameters"].items():
+    trained.check_close(name, wanted, rel=2e-4)
+    readers = [CheckpointReader(trained.checkpoint(run), trained.state(run)) for run in (name, wanted)]
+    for parameter, shape in trained.state(name)["parameters"].items():
         kinds = ("momentum",) if matrices(parameter, shape) else ("exp_avg", "exp_avg_sq")
         for kind in ("master", "ema0", *kinds):
             found, expected = (each.whole(kind, parameter, shape) for each in readers)
@@ -222,25 +217,20 @@ def test_any_number_of_ranks_makes_the_same_updates(trained: Runs, name: str) ->
 
 
 def test_a_continued_run_is_the_same_bit_for_bit(trained: Runs) -> None:
-    whole, parts = newest_tensors(trained("experts_ep2")), newest_tensors(trained("parts"))
-    assert whole.keys() == parts.keys()
-    assert all(torch.equal(tensor, parts[key]) for key, tensor in whole.items())
+    trained.check_equal("parts", "experts_ep2")
 
 
 def test_compute_counts_muon(trained: Runs) -> None:
     model = load_recipe(trained.recipe).dpt.model
-    found = records(trained("dense"))[-1]
+    found = trained.records("dense")[-1]
     assert found["compute/train_macs"] == found["train/samples_seen"] * (macs(model).training + muon_macs(model) // 8)
 
 
 @pytest.mark.parametrize("name", [marked(SLOW, name) for name in HALF])
 def test_bf16_trains(trained: Runs, name: str) -> None:
-    found, wanted = ([record["train/loss"] for record in records(trained(run))] for run in (name, "dense"))
-    assert found == pytest.approx(wanted, rel=0.05)
+    trained.check_close(name, "dense", rel=0.05)
 
 
 def test_states_of_the_other_optimizer_are_refused(trained: Runs) -> None:
-    refusal: str = trained.refusal  # type: ignore[attr-defined]
-    assert (
-        "holds the states of AdamW, and optimizer.type is Muon; set it back, or start another run from its weights" in refusal
-    )
+    refusal = "holds the states of AdamW, and optimizer.type is Muon; set it back, or start another run from its weights"
+    assert refusal in trained.ended["adam"][1]

@@ -5,13 +5,12 @@ import json
 import numpy as np
 import pytest
 from training_runs import Runs, ToyRun, zero
-from training_toys import make_shards, records
+from training_toys import make_shards
 
 from dpt.config.checks import check_recipe
 from dpt.config.recipe import load_recipe
 from dpt.config.sections import EvaluationConfig
 from dpt.data.codec import load_vae
-from dpt.data.manifest import VAERecord
 from dpt.errors import UserError
 from dpt.evaluation.prediction import Predictor
 from dpt.models.decoder_costs import recipe_macs
@@ -19,11 +18,13 @@ from dpt.training.preflight import needs
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+def runs(toy_runs: Runs) -> Runs:
     """The same one-step run, of logarithmic depth, on one rank, on two, and stopped and resumed; and not on linear depth."""
-    runs = Runs(tmp_path_factory.mktemp("one_step"))
-    codec = load_vae("embedded")
-    vae = VAERecord(name="embedded", sha256=codec.sha256, scaling_factor=codec.scaling_factor, latent_channels=4)
+    vae = load_vae().record
+    log, linear = (
+        {"data.shards": [str(make_shards(toy_runs.folder / code, "depth", count=24, vae=vae, encoding={"depth_code": code}))]}
+        for code in ("log", "linear")
+    )
     fields = {
         "task": "depth",
         "model.num_conditions": 1,
@@ -33,42 +34,35 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
         "diffusion.prediction_type": "v_prediction",
         "diffusion.vlb_weight": 0.0,
         "pixel_loss.weight": 0.5,
-        "data.shards": [str(make_shards(runs.folder / "depth", "depth", count=24, vae=vae, encoding={"depth_code": "log"}))],
         "data.posterior": "mean",
         "training.steps": 4,
         **zero(1),
+        **log,
     }
-    runs.train(1, [ToyRun(name="one", fields=fields, stage="finetune")])
-    linear = fields | {"data.shards": [str(make_shards(runs.folder / "linear", "depth", count=24, vae=vae))]}
-    split = fields | {"train_micro_batch_size_per_gpu": 2}
-    runs.train(
+    toy_runs.train(1, ToyRun(name="one", fields=fields, stage="finetune"))
+    toy_runs.train(
         2,
-        [
-            ToyRun(name="two", fields=split, stage="finetune"),
-            ToyRun(name="resumed", fields=fields, stage="finetune", sigterm_at=2, ends="stopped"),
-            ToyRun(name="resumed", fields=linear, stage="finetune", ends=None),
-            ToyRun(name="resumed", fields=fields, stage="finetune"),
-        ],
+        ToyRun(name="two", fields=fields | {"train_micro_batch_size_per_gpu": 2}, stage="finetune"),
+        ToyRun(name="resumed", fields=fields, stage="finetune", sigterm_at=2),
+        ToyRun(name="resumed", fields=fields | linear, stage="finetune", ends=None),
+        ToyRun(name="resumed", fields=fields, stage="finetune"),
     )
-    return runs
+    return toy_runs
 
 
 def test_splits_and_stops_change_nothing(runs: Runs) -> None:
-    one = records(runs("one"))
-    assert all(np.isfinite(record["train/pixel_loss"]) for record in one)
-    for record in one:
+    for record in runs.records("one"):
+        assert np.isfinite(record["train/pixel_loss"])
         both = record["train/mse"] + 0.5 * record["train/pixel_loss"]
         assert record["train/loss"] == pytest.approx(both, rel=1e-5)
     for name in ("two", "resumed"):
-        for record, other in zip(one, records(runs(name)), strict=True):
-            for metric in ("train/loss", "train/pixel_loss", "train/grad_norm"):
-                assert other[metric] == pytest.approx(record[metric], rel=2e-4), (name, metric)
+        runs.check_close(name, "one", "train/loss", "train/pixel_loss", "train/grad_norm", rel=2e-4)
 
 
 def test_weights_carry_the_depth_code_and_runs_keep_to_it(runs: Runs) -> None:
     assert json.loads((runs("one") / "weights" / "config.json").read_text())["depth_code"] == "log"
     assert Predictor(runs("one") / "weights", device="cpu").codes["depth"] == "log"
-    refusal = runs.ended[2]
+    refusal = runs.ended["resumed"][1]
     assert "depth is coded as 'linear', in the initial weights as 'log'; encode the set with --depth-code log" in refusal
 
 
@@ -77,7 +71,7 @@ def test_decoding_counts_as_compute_and_as_memory(runs: Runs) -> None:
     plain = load_recipe(runs.recipe, {"task": "depth", "model.num_conditions": 1})
     per_sample = recipe_macs(recipe.dpt, recipe.dpt.model).training
     assert per_sample > recipe_macs(plain.dpt, plain.dpt.model).training
-    assert records(runs("one"))[-1]["compute/train_macs"] == per_sample * 4 * 8
+    assert runs.history("one", "compute/train_macs")[-1] == per_sample * 4 * 8
     assert "decoder" in needs(recipe, "finetune", 1).plan
     assert needs(recipe, "finetune", 1).bytes_per_rank > needs(plain, "finetune", 1).bytes_per_rank
 

@@ -4,13 +4,11 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from training_runs import ACCUMULATED, BF16, BIASES, STEPS, Runs, ToyRun, asks_for_slow, ep, marked, zero
-from training_toys import MOE, records
+from training_runs import ACCUMULATED, BF16, BIASES, STEPS, Runs, ToyRun, ep, marked, zero
+from training_toys import MOE
 
 from dpt.config.recipe import load_recipe
 from dpt.models.dit import DiT
-from dpt.training.checkpoint import find_checkpoints
 from dpt.training.data_loader import open_data_loader
 from dpt.training.export import checkpoint_weights
 from dpt.training.step import LossModule, Preparation
@@ -58,28 +56,24 @@ SPREAD: dict[int, dict[str, dict[str, Any]]] = {  # ranks -> runs that must equa
         "moe_biases": ep(2, 4, BIASES),
     },
 }
-SLOW = {  # left to `make test-all`
-    *(f"1_{kind}_zero{stage}" for kind in ("dense", "moe") for stage in (1, 2, 3)),
-    *("1_dense_accumulated", "1_moe_biases_accumulated", "2_moe_biases_accumulated"),
-    *("1_dense_rectified_flow", "2_dense_rectified_flow"),
-    *(f"2_{name}" for name in ("dense_zero2", "moe_zero0", "moe_zero1", "moe_zero2", "moe_zero2_ep2", "moe_checkpointing_ep2")),
-    *(f"2_{name}" for name in ("dense_zero0_bf16", "dense_zero3_bf16", "moe_zero2_ep2_bf16")),
-    *(f"4_{name}" for name in ("dense_zero0", "dense_zero1", "dense_zero3", "dense_accumulated")),
-    *(
-        f"4_{name}"
-        for name in ("moe_zero0", "moe_zero1", "moe_zero2", "moe_zero3", "moe_zero1_ep2", "moe_zero2_ep4", "moe_biases")
-    ),
+FAST = {
+    1: {"dense_zero0", "moe_zero0", "moe_accumulated", "dense_checkpointing", "moe_biases", "dense_min_snr"},
+    2: {
+        *("dense_zero0", "dense_zero1", "dense_accumulated", "dense_min_snr", "dense_offload", "dense_zero1_bf16"),
+        *("moe_zero3", "moe_accumulated", "moe_zero1_ep2", "moe_biases", "moe_zero1_ep2_fp16"),
+    },
+    4: {"dense_zero2", "moe_zero1_ep4", "moe_zero2_ep2"},
 }
+"""All others are left to `make test-all`."""
+SLOW = {f"{ranks}_{name}" for ranks, spread in SPREAD.items() for name in spread if name not in FAST[ranks]}
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Runs:
-    """All runs, without the slow ones if none of their tests is asked for."""
-    runs, left_out = Runs(tmp_path_factory.mktemp("spread")), set() if asks_for_slow(request) else SLOW
+def runs(toy_runs: Runs) -> Runs:
     for ranks, spread in SPREAD.items():
         named = {f"{ranks}_{name}": fields for name, fields in spread.items()}
-        runs.train(ranks, [ToyRun(name=name, fields=fields) for name, fields in named.items() if name not in left_out])
-    return runs
+        toy_runs.train(ranks, *(ToyRun(name=name, fields=fields, slow=name in SLOW) for name, fields in named.items()))
+    return toy_runs
 
 
 def _reference(name: str) -> str:
@@ -95,21 +89,19 @@ def _reference(name: str) -> str:
     ("ranks", "name"), [marked(SLOW, f"{ranks}_{name}", ranks, name) for ranks, spread in SPREAD.items() for name in spread]
 )
 def test_losses_and_weights_are_those_of_one_rank(runs: Runs, ranks: int, name: str) -> None:
-    run, reference = runs(f"{ranks}_{name}"), runs(f"1_{_reference(name)}")
-    half = name.endswith("16")
-    found, expected = records(run), records(reference)
-    assert [record["step"] for record in found] == list(range(1, STEPS + 1))
-    quantities = ["loss", "grad_norm", "router_z_loss", "load_balancing_loss"]
-    for key in (f"train/{quantity}" for quantity in quantities):
-        if key in expected[0]:
-            values, wanted = ([record[key] for record in lines] for lines in (found, expected))
-            assert values == pytest.approx(wanted, rel=3e-2 if half else 2e-4, abs=1e-5), key
-    distances, wanted = (
-        {r["step"]: r["experts/distance"] for r in lines if r.get("experts/distance")} for lines in (found, expected)
+    name, reference, half = f"{ranks}_{name}", f"1_{_reference(name)}", name.endswith("16")
+    assert runs.history(name, "step") == list(range(1, STEPS + 1))
+    first = runs.records(reference)[0]
+    for key in ("train/loss", "train/grad_norm", "train/router_z_loss", "train/load_balancing_loss"):
+        if key in first:
+            wanted = pytest.approx(runs.history(reference, key), rel=3e-2 if half else 2e-4, abs=1e-5)
+            assert runs.history(name, key) == wanted, key
+    found, expected = (
+        {r["step"]: r["experts/distance"] for r in runs.records(run) if r.get("experts/distance")} for run in (name, reference)
     )
-    assert distances.keys() == ({5, 10, STEPS} if "moe" in name else set())
-    assert distances == pytest.approx(wanted, rel=3e-2 if half else 1e-4)
-    weights, wanted_weights = (load_file(folder / "weights" / "weights.safetensors") for folder in (run, reference))
+    assert found.keys() == ({5, 10, STEPS} if "moe" in name else set())
+    assert found == pytest.approx(expected, rel=3e-2 if half else 1e-4)
+    weights, wanted_weights = runs.weights(name), runs.weights(reference)
     assert weights.keys() == wanted_weights.keys()
     if half:
         difference, size = (
@@ -125,7 +117,7 @@ def test_losses_and_weights_are_those_of_one_rank(runs: Runs, ranks: int, name: 
 @pytest.mark.parametrize("name", ["dense", "moe"])
 def test_losses_weights_and_averages_are_those_of_a_plain_loop(runs: Runs, name: str) -> None:
     """torch's own AdamW and clipping, without DeepSpeed, and averages kept by hand."""
-    run = runs(f"1_{name}_zero0")
+    run = f"1_{name}_zero0"
     config = load_recipe(runs.recipe, SPREAD[1][f"{name}_zero0"]).dpt
     data_loader = open_data_loader(config, global_batch_size=8, micro_batch_size=8, start_sample=0, pin_memory=False)
     prepare = Preparation(
@@ -140,7 +132,7 @@ def test_losses_weights_and_averages_are_those_of_a_plain_loop(runs: Runs, name:
     optimizer = torch.optim.AdamW(module.parameters(), weight_decay=0.01)
     averages = {decay: {n: p.detach().clone() for n, p in module.network.named_parameters()} for decay in (0.9, 0.5)}
     batches = iter(data_loader.stream)
-    for number, expected in enumerate(records(run), 1):
+    for number, expected in enumerate(runs.records(run), 1):
         optimizer.param_groups[0]["lr"] = 3e-3 * min(number / 3, 1.0)
         optimizer.zero_grad()
         losses = module(*prepare(next(batches)))
@@ -153,7 +145,7 @@ def test_losses_weights_and_averages_are_those_of_a_plain_loop(runs: Runs, name:
             for key, parameter in module.network.named_parameters():
                 average[key].lerp_(parameter.detach(), 1 - now)
     batches.close()  # type: ignore[attr-defined]
-    checkpoint = find_checkpoints(run / "checkpoints")[0]
+    checkpoint = runs.checkpoint(run)
     found = {decay: checkpoint_weights(checkpoint, ema=True, ema_decay=decay).state for decay in averages}
     found[0.0], averages[0.0] = checkpoint_weights(checkpoint, ema=False).state, dict(module.network.named_parameters())
     for decay, average in averages.items():
@@ -162,16 +154,15 @@ def test_losses_weights_and_averages_are_those_of_a_plain_loop(runs: Runs, name:
 
 
 def test_training_learns_and_averages_lag(runs: Runs) -> None:
-    run = runs("1_dense_zero0")
-    losses = [record["train/loss"] for record in records(run)]
+    losses = runs.history("1_dense_zero0")
     assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
-    weights = load_file(run / "weights" / "weights.safetensors")
+    weights = runs.weights("1_dense_zero0")
     name = "blocks.0.attn.qkv.weight"
     assert not torch.equal(weights[name], weights[f"ema.{name}"])
 
 
 def test_records_add_up(runs: Runs) -> None:
-    found = records(runs("2_moe_zero1_ep2"))
+    found = runs.records("2_moe_zero1_ep2")
     last = found[-1]
     assert last["train/samples_seen"] == 8 * STEPS
     assert last["compute/train_macs"] == pytest.approx(8 * STEPS * 3 * last["compute/forward_macs"], rel=0.02)

@@ -7,29 +7,27 @@ import numpy as np
 import pytest
 import torch
 from training_runs import Runs, ToyRun, zero
-from training_toys import ROOT, VAE, make_shards, records
+from training_toys import ROOT, VAE, make_shards
 
 from dpt.evaluation import loading
 from dpt.evaluation.prediction import Predictor
 from dpt.models.pretrained import read_weights
-from dpt.training.checkpoint import find_checkpoints
 from dpt.training.export import load_weights
 from tests.evaluation.tiny import PoolingCodec
 from tests.gloo import run_script
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+def runs(toy_runs: Runs) -> Runs:
     """Pre-training, fine-tuning for each task, upcycling, and what the upcycled network must equal at its first step."""
-    runs = Runs(tmp_path_factory.mktemp("stages"))
-    shards = {task: str(make_shards(runs.folder / task, task)) for task in ("depth", "flow", "amodal")}
+    shards = {task: str(make_shards(toy_runs.folder / task, task)) for task in ("depth", "flow", "amodal")}
     short = {"data.posterior": "mean", "training.steps": 3, "model.class_dropout_prob": 0.0}
     depth = {**short, "task": "depth", "model.num_conditions": 1, "data.shards": [shards["depth"]]}
     flow = {**short, "task": "flow", "model.num_conditions": 2, "model.num_classes": 10, "data.shards": [shards["flow"]]}
     all_tasks = {**flow, "task": "generalist", "model.num_classes": 12, "model.patch_embed_tasks": 4}
     all_tasks |= {"data.shards": list(shards.values())}
-    start = {"training.weights": str(runs("pretrain"))}
-    tuned = {**depth, "training.weights": str(runs("finetune_depth") / "weights")}
+    start = {"training.weights": str(toy_runs("pretrain"))}
+    tuned = {**depth, "training.weights": str(toy_runs("finetune_depth") / "weights")}
     stages = {
         "finetune_depth": {**depth, **start},
         "finetune_flow": {**flow, **start, **zero(2)},
@@ -38,14 +36,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
         "upcycle": {**tuned, "upcycling.num_experts": 4, "training.ep_size": 2},
         "untrained": {**depth, "training.steps": 0},
     }
-    runs.train(
+    toy_runs.train(
         2,
-        [
-            ToyRun(name="pretrain", fields=zero(1)),
-            *(ToyRun(name=name, fields=fields, stage=name.split("_")[0]) for name, fields in stages.items()),
-        ],
+        ToyRun(name="pretrain", fields=zero(1)),
+        *(ToyRun(name=name, fields=fields, stage=name.split("_")[0]) for name, fields in stages.items()),
     )
-    return runs
+    return toy_runs
 
 
 @pytest.mark.parametrize("task", ["depth", "flow", "generalist"])
@@ -59,7 +55,7 @@ def test_fine_tuning_starts_from_pretrained_weights(runs: Runs, task: str) -> No
 
 
 def test_an_upcycled_network_begins_as_the_dense_one(runs: Runs) -> None:
-    dense, upcycled = records(runs("finetune_again")), records(runs("upcycle"))
+    dense, upcycled = runs.records("finetune_again"), runs.records("upcycle")
     assert upcycled[0]["train/loss"] == pytest.approx(dense[0]["train/loss"], rel=1e-5)
     assert upcycled[0]["train/load_balancing_loss"] >= 2 * 0.99  # of two layers, at least 1 each
     weights = read_weights(runs("upcycle") / "weights")
@@ -79,7 +75,7 @@ def test_a_checkpoint_predicts_as_its_export(runs: Runs, monkeypatch: pytest.Mon
     monkeypatch.setattr(loading, "load_vae", lambda name, latent_channels: codec)
     image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     run = runs("finetune_depth")
-    (checkpoint,) = find_checkpoints(run / "checkpoints")
+    checkpoint = runs.checkpoint("finetune_depth")
     export, *others = (Predictor(p, device="cpu", read=load_weights) for p in (run / "weights", run, checkpoint))
     for other in others:
         assert (other.task, other.lineage["step"], other.depth_prompt) == ("depth", 3, export.depth_prompt)

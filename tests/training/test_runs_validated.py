@@ -7,104 +7,80 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from training_runs import STEPS, Runs, ToyRun, zero
-from training_toys import SIDE, make_shards
+from training_runs import STEPS, Runs, ToyRun, interrupted, zero
+from training_toys import SIDE, make_shards, write_shards
 
-from data_tools.encoding.shards import ShardWriter
 from dpt.config.checks import check_recipe
 from dpt.config.recipe import load_recipe
 from dpt.config.sections import EvaluationConfig
 from dpt.data.codec import load_vae
-from dpt.data.manifest import Manifest, MemberSpec, VAERecord, write_manifest
+from dpt.data.manifest import VAERecord
 from dpt.errors import UserError
 from dpt.evaluation.runner import evaluate
 from dpt.models.costs import num_params
-from dpt.training.checkpoint import find_checkpoints, read_state
 from dpt.training.outputs import has_finished
 from dpt.training.preflight import needs
 from dpt.training.validation import Best
 
 
-def make_evaluation_set(folder: Path, vae: VAERecord, *, count: int = 5) -> Path:
+def make_evaluation_set(folder: Path, vae: VAERecord) -> Path:
     """Random pictures and depths of as many pixels as the toy latents stand for."""
-    folder.mkdir(parents=True)
     random, side = np.random.default_rng(5), 8 * SIDE
-    with ShardWriter(folder / "000000.tar") as writer:
-        for number in range(count):
-            members = {
-                "cond_latents": random.normal(size=(2, 2, 4, SIDE, SIDE)).astype(np.float16),
-                "image": random.integers(0, 256, (side, side, 3), dtype=np.uint8),
-                "truth": random.uniform(1, 5, (side, side)).astype(np.float32),
-            }
-            writer.add(f"scene_{number}", members, {"width": side, "height": side})
-        record = writer.commit()
-    manifest = Manifest(
-        dataset="synthetic",
-        split="val",
-        task="depth",
-        resolution=side,
-        num_samples=count,
-        shards=(record,),
-        members={name: MemberSpec(dtype=array.dtype.name, shape=array.shape) for name, array in members.items()},
-        vae=vae,
-        encoding={},
-    )
-    write_manifest(folder, manifest)
-    return folder
+    samples = [
+        {
+            "cond_latents": random.normal(size=(2, 2, 4, SIDE, SIDE)).astype(np.float16),
+            "image": random.integers(0, 256, (side, side, 3), dtype=np.uint8),
+            "truth": random.uniform(1, 5, (side, side)).astype(np.float32),
+        }
+        for _ in range(5)
+    ]
+    return write_shards(folder, samples, "depth", dataset="synthetic", split="val", vae=vae)
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+def runs(toy_runs: Runs) -> Runs:
     """The same run on one rank, on two, and stopped between validations; and one that does not learn."""
-    runs = Runs(tmp_path_factory.mktemp("validated"))
-    codec = load_vae("embedded")
-    vae = VAERecord(name="embedded", sha256=codec.sha256, scaling_factor=codec.scaling_factor, latent_channels=4)
+    vae = load_vae().record
     fields = {
         "task": "depth",
         "model.num_conditions": 2,
         "model.class_dropout_prob": 0.0,
-        "data.shards": [str(make_shards(runs.folder / "depth", "depth", count=24, vae=vae))],
+        "data.shards": [str(make_shards(toy_runs.folder / "depth", "depth", count=24, vae=vae))],
         "data.posterior": "mean",
         "validation.every": 4,
-        "validation.data": [str(make_evaluation_set(runs.folder / "val", vae))],
+        "validation.data": [str(make_evaluation_set(toy_runs.folder / "val", vae))],
         "validation.steps": 2,
         **zero(1),
     }
     still = fields | {"optimizer.params.lr": 1e-30, "optimizer.params.weight_decay": 0.0, "validation.patience": 1}
-    runs.train(
+    toy_runs.train(
         1,
-        [
-            ToyRun(name="one", fields=fields, stage="finetune"),
-            ToyRun(name="still", fields=still, stage="finetune", ends="stopped"),
-        ],
+        ToyRun(name="one", fields=fields, stage="finetune"),
+        ToyRun(name="still", fields=still, stage="finetune", ends="stopped"),
+        ToyRun(name="unknown", fields=fields | {"validation.metric": "depth/abs"}, stage="finetune", ends=None),
+        ToyRun(name="foreign", fields=fields | {"validation.metric": "flow/epe"}, stage="finetune", ends=None),
+        ToyRun(name="shards", fields=fields | {"validation.data": fields["data.shards"]}, stage="finetune", ends=None),
     )
-    runs.train(
+    toy_runs.train(
         2,
-        [
-            ToyRun(name="two", fields=fields | {"zero_optimization.stage": 2}, stage="finetune"),
-            ToyRun(name="resumed", fields=fields, stage="finetune", sigterm_at=6, ends="stopped"),
-            ToyRun(name="resumed", fields=fields, stage="finetune"),
-        ],
+        ToyRun(name="two", fields=fields | {"zero_optimization.stage": 2}, stage="finetune"),
+        *interrupted("resumed", fields, 6, stage="finetune"),
     )
-    return runs
-
-
-def state(run: Path) -> dict:
-    return read_state(find_checkpoints(run / "checkpoints")[0])
+    return toy_runs
 
 
 def test_ranks_and_stops_change_nothing(runs: Runs) -> None:
-    one = state(runs("one"))["validation"]
+    one = runs.state("one")["validation"]
     assert one["step"] in (4, 8, STEPS)
     for name in ("two", "resumed"):
-        other = state(runs(name))["validation"]
+        other = runs.state(name)["validation"]
         assert (other["step"], other["misses"], other["stopped"]) == (one["step"], one["misses"], False)
         assert other["value"] == pytest.approx(one["value"], rel=1e-3)
 
 
 def test_the_best_weights_score_what_validation_says(runs: Runs, tmp_path: Path) -> None:
     for name in ("one", "two"):
-        best, recorded = runs(name) / "best", state(runs(name))["validation"]
+        best, recorded = runs(name) / "best", runs.state(name)["validation"]
         lineage = json.loads((best / "config.json").read_text())["lineage"]
         assert lineage["step"] == recorded["step"]
         config = EvaluationConfig(
@@ -115,7 +91,7 @@ def test_the_best_weights_score_what_validation_says(runs: Runs, tmp_path: Path)
 
 
 def test_a_run_that_gets_no_better_ends_and_is_finished(runs: Runs) -> None:
-    ended = state(runs("still"))
+    ended = runs.state("still")
     assert ended["step"] == 8
     assert ended["validation"] == {"step": 4, "value": ended["validation"]["value"], "misses": 1, "stopped": True}
     assert has_finished(runs("still"), STEPS)
@@ -145,25 +121,9 @@ def test_what_makes_no_sense_is_refused(runs: Runs, fields: dict, sentence: str)
 
 
 def test_unknown_metrics_and_sets_of_another_task_are_refused(runs: Runs) -> None:
-    base = {
-        "task": "depth",
-        "model.num_conditions": 2,
-        "model.class_dropout_prob": 0.0,
-        "data.shards": [str(runs.folder / "depth")],
-        "validation.every": 1,
-        "training.steps": 1,
-    }
-    good = {"validation.data": [str(runs.folder / "val")]}
-    (unknown, foreign, training) = runs.train(
-        1,
-        [
-            ToyRun(name="unknown", fields=base | good | {"validation.metric": "depth/abs"}, stage="finetune", ends=None),
-            ToyRun(name="foreign", fields=base | good | {"validation.metric": "flow/epe"}, stage="finetune", ends=None),
-            ToyRun(name="shards", fields=base | {"validation.data": base["data.shards"]}, stage="finetune", ends=None),
-        ],
-    )
+    (unknown,), (foreign,), (training,) = (runs.ended[name] for name in ("unknown", "foreign", "shards"))
     assert 'dpt.validation.metric "depth/abs" is not among depth/synthetic_val/abs_rel' in unknown
-    assert not (runs.folder / "unknown" / "records.jsonl").exists()  # before the first step
+    assert not (runs("unknown") / "records.jsonl").exists()  # before the first step
     assert 'there is no "flow"; it may begin with depth, depth/synthetic_val.' in foreign
     assert "encode the set for evaluation" in training
 

@@ -4,18 +4,18 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from PIL import Image
 
 from dpt.config.recipe import DptConfig, load_recipe
 from dpt.config.sections import ModelConfig, SamplingConfig
 from dpt.data.codec import load_vae
-from dpt.data.manifest import VAERecord
 from dpt.models.dit import DiT
 from dpt.training import sampling
+from dpt.training.engine import Engine
 from dpt.training.sampling import _grid, class_labels, sample_classes, save_class_samples
-from tests.gloo import load_libraries, run_ranks
+from dpt.training.step import LossModule
+from tests.gloo import run_ranks
 
 CONFIG = DptConfig(
     model=ModelConfig(hidden_size=32, depth=1, num_heads=2, input_size=4, num_classes=8),
@@ -67,12 +67,6 @@ def test_bf16_weights_are_computed_in_bf16() -> None:
 
 def _draw_on_ranks(path: str, fields: dict[str, Any]) -> dict[str, Any]:
     """One rank of a run that draws before its first step: the classes that it sampled."""
-    from deepspeed.ops import __compatible_ops__
-
-    from dpt.training.engine import Engine
-    from dpt.training.step import LossModule
-
-    __compatible_ops__["deepspeed_shm_comm"] = False  # no compiler needed
     recipe = load_recipe(None, fields)
     config, codec = recipe.dpt, load_vae()
     torch.manual_seed(0)
@@ -89,27 +83,22 @@ def _draw_on_ranks(path: str, fields: dict[str, Any]) -> dict[str, Any]:
         return sample_one(config, network, size, labels)
 
     sampling.sample_classes = counted  # type: ignore[assignment]
-    record = VAERecord(name="embedded", sha256=codec.sha256, scaling_factor=codec.scaling_factor, latent_channels=4)
-    drawn = save_class_samples(engine, config, record, (4, 4), Path(path))
-    other = dataclasses.replace(record, sha256="another")
+    drawn = save_class_samples(engine, config, codec.record, (4, 4), Path(path))
+    other = dataclasses.replace(codec.record, sha256="another")
     refused = save_class_samples(engine, config, other, (4, 4), Path(path).with_suffix(".none.png"))
     return {"sampled": sampled, "drawn": drawn, "refused": not refused}
 
 
-def test_pictures_are_spread_over_ranks_and_the_same_on_any_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    load_libraries()
+def test_pictures_are_spread_over_ranks_and_the_same_on_any_number(tmp_path: Path) -> None:
     fields: dict[str, Any] = {"train_batch_size": 4, "zero_optimization.stage": 1, "training.ema_decays": [0.9]}
     model = {"input_size": 4, "hidden_size": 32, "depth": 1, "num_heads": 2, "num_classes": 8, "num_experts": 4}
-    fields |= {f"model.{name}": value for name, value in model.items()} | {
-        "model.capacity_factor": 1.0,
-        "model.router_bias_balancing": True,
-    }
+    model |= {"capacity_factor": 1.0, "router_bias_balancing": True}
+    fields |= {f"model.{name}": value for name, value in model.items()}
     fields |= {"sampling.labels": [3, 0, 7], "sampling.num_inference_steps": 2}
     shares = {1: [[3, 0, 7]], 2: [[3, 7], [0]]}
     for ranks, expected in shares.items():
         path = tmp_path / f"{ranks}.png"
-        found = run_ranks(ranks, _draw_on_ranks, str(path), fields | {"training.ep_size": ranks})
+        found = run_ranks(ranks, _draw_on_ranks, str(path), fields | {"training.ep_size": ranks}, as_launched=True)
         assert [one["sampled"] for one in found] == expected
         assert [one["drawn"] for one in found] == [rank == 0 for rank in range(ranks)]
         assert all(one["refused"] for one in found)

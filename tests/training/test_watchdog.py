@@ -108,8 +108,8 @@ def test_a_failure_is_told_with_where_it_happened(tmp_path: Path) -> None:
 def _fail_at_once(rank: int, folder: Path) -> None:
     sys.stderr = (folder / f"said-{rank}").open("w")
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    dog = Watchdog(60.0, interval_s=5.0)
-    time.sleep(1)  # the first beat has been sent; the next one would be in four seconds
+    dog = Watchdog(60.0, interval_s=2.0)
+    time.sleep(0.5)  # the first beat has been sent; the next one would be in one and a half seconds
     dog.beat(9, "saving")
     if rank == 1:
         dog.fail("the disk is gone", 2)

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import signal
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,12 +13,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_toys import MOE, make_recipe, make_shards
+from torch import Tensor
+from training_toys import MOE, make_recipe, make_shards, records
 
 from dpt import distributed
 from dpt.config.recipe import load_recipe
 from dpt.errors import UserError
-from dpt.training.checkpoint import find_checkpoints, rank_file
+from dpt.training.checkpoint import find_checkpoints, rank_file, read_state
 from tests.gloo import run_ranks
 
 STEPS = 12
@@ -48,8 +50,10 @@ class ToyRun:
     name: str
     fields: Mapping[str, Any] = field(default_factory=dict)
     stage: str = "pretrain"
-    ends: str | None = "finished"
-    """How it must end; None: anyhow."""
+    ends: str | None = ""
+    """How it must end; empty: "stopped" if by the signal, else "finished"; None: anyhow."""
+    slow: bool = False
+    """Whether only slow tests look at it."""
     sigterm_at: int = -1
     """Step at which the last rank gets the signal; -1: none."""
     poison: Sequence[int] = ()
@@ -60,34 +64,81 @@ class ToyRun:
     """Whether its newest checkpoint is damaged before."""
 
 
+def interrupted(name: str, fields: Mapping[str, Any], *stops: int, **more: Any) -> list[ToyRun]:
+    """A run that the signal stops after each of these steps, and that goes on to its end."""
+    return [ToyRun(name=name, fields=fields, sigterm_at=step, **more) for step in (*stops, -1)]
+
+
 class Runs:
     """Runs of one toy recipe: `runs(NAME)` is the output folder of the run NAME. No pictures are drawn: a VAE takes longer to
     load than these runs take. Tags for MLflow go to the run's tags.json."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.ended: list[str] = []
-        """How each run of the last `train` ended."""
+    def __init__(self, folder: Path, *, slow: bool) -> None:
+        self.folder, self.slow = folder, slow
+        self.ended: dict[str, list[str]] = defaultdict(list)
+        """How each run ended, by name, each time that it was started: "finished", "stopped", or the report of a failure or
+        refusal."""
         self.recipe = make_recipe(folder / "recipe.json", [make_shards(folder / "shards")], steps=STEPS)
 
     def __call__(self, name: str) -> Path:
         return self.folder / name
 
-    def train(self, ranks: int, runs: Sequence[ToyRun]) -> list[str]:
-        """Do the runs one after the other on `ranks` ranks; how each ended: "finished", "stopped" (by the signal), or the
-        report of a failure or refusal."""
-        self.ended = run_ranks(ranks, self._train_all, runs, timeout_s=1200.0, as_launched=True)[0]
-        for run, end in zip(runs, self.ended, strict=True):
-            assert run.ends in (None, end), f"{run.name}: {end}"
-        return self.ended
+    def records(self, name: str) -> list[dict[str, float]]:
+        """The run's records, by step."""
+        return records(self(name))
+
+    def history(self, name: str, metric: str = "train/loss") -> list[float]:
+        """A metric at every step."""
+        return [record[metric] for record in self.records(name)]
+
+    def checkpoint(self, name: str) -> Path:
+        """The run's newest checkpoint."""
+        return find_checkpoints(self(name) / "checkpoints")[0]
+
+    def state(self, name: str) -> dict[str, Any]:
+        """What that says."""
+        return read_state(self.checkpoint(name))
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """All that it holds, by file and name."""
+        files = sorted(self.checkpoint(name).glob("*.safetensors"))
+        return {f"{file.name} {key}": tensor for file in files for key, tensor in load_file(file).items()}
+
+    def weights(self, name: str) -> dict[str, Tensor]:
+        """What it exported: plain, and averaged under the prefix "ema."."""
+        return load_file(self(name) / "weights" / "weights.safetensors")
+
+    def check_equal(self, name: str, other: str, *metrics: str) -> None:
+        """AssertionError unless both runs came to the same bit for bit, and recorded the same `metrics`."""
+        found, expected = self.tensors(name), self.tensors(other)
+        assert found.keys() == expected.keys()
+        for key, tensor in expected.items():
+            assert torch.equal(found[key], tensor), key
+        for metric in metrics:
+            assert self.history(name, metric) == self.history(other, metric), metric
+
+    def check_close(self, name: str, other: str, *metrics: str, rel: float) -> None:
+        """AssertionError unless both runs recorded nearly the same `metrics`, those being numbers."""
+        for metric in metrics or ("train/loss",):
+            assert self.history(name, metric) == pytest.approx(self.history(other, metric), rel=rel), metric
+
+    def train(self, ranks: int, *runs: ToyRun) -> None:
+        """Do the runs one after the other on `ranks` ranks, but for slow ones that are not asked for."""
+        wanted = [run for run in runs if self.slow or not run.slow]
+        ended = run_ranks(ranks, self._train_all, wanted, timeout_s=1200.0, as_launched=True)[0]
+        for run, end in zip(wanted, ended, strict=True):
+            self.ended[run.name].append(end)
+            due = ("finished" if run.sigterm_at < 0 else "stopped") if run.ends == "" else run.ends
+            assert due in (None, end), f"{run.name}: {end}"
 
     def _train_all(self, runs: Sequence[ToyRun]) -> list[str]:
         import deepspeed
 
-        from dpt.training import loop, opening
+        from dpt.training import records as recording
+        from dpt.training import watchdog
 
-        opening.measure_peak_flops = lambda *_: 1e12  # the same for all runs, and known
-        loop.Watchdog.__init__.__kwdefaults__["interval_s"] = 0.1  # type: ignore[index]
+        recording.measure_peak_flops = lambda *_: 1e12  # the same for all runs, and known
+        watchdog.Watchdog.__init__.__kwdefaults__["interval_s"] = 0.1  # type: ignore[index]
         deepspeed.get_accelerator().is_fp16_supported = lambda: True  # slow on a CPU, but the same mathematics
         return [self._train(run) for run in runs]
 
@@ -158,18 +209,6 @@ def damage_newest(checkpoints: Path) -> None:
     distributed.barrier()
 
 
-def newest_tensors(run: Path) -> dict[str, torch.Tensor]:
-    """All that the run's newest checkpoint holds, by file and name."""
-    files = sorted(find_checkpoints(run / "checkpoints")[0].glob("*.safetensors"))
-    return {f"{file.name} {name}": tensor for file in files for name, tensor in load_file(file).items()}
-
-
 def marked(slow: set[str], name: str, *values: object) -> object:
     """A parameter set (`name` unless given), marked slow if the run `name` is."""
     return pytest.param(*(values or (name,)), marks=[pytest.mark.slow] if name in slow else [], id=name)
-
-
-def asks_for_slow(request: pytest.FixtureRequest) -> bool:
-    """Whether a slow test of the module is to run."""
-    items = (item for item in request.session.items if item.path == request.path)
-    return any(item.get_closest_marker("slow") for item in items)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -10,9 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from data_tools.encoding.shards import ShardWriter
+from dpt import distributed
+from dpt.config.sections import ModelConfig
 from dpt.data.manifest import Manifest, MemberSpec, VAERecord, write_manifest
+from dpt.models.dit import DiT
+from dpt.training.checkpoint import newest_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 CLASSES = 8
@@ -29,37 +33,41 @@ def make_shards(
     *,
     count: int = 64,
     shards: int = 2,
-    seed: int = 0,
-    vae: VAERecord = VAE,
-    encoding: dict[str, Any] | None = None,
     features: int = 0,
+    **manifest: Any,
 ) -> Path:
-    """A shard folder of random moments, whose manifest says `encoding`; with so many channels of features."""
+    """A shard folder of random moments, with so many channels of features; `manifest`: as `write_shards` takes it."""
+    random = np.random.default_rng(0)
+    samples = []
+    for _ in range(count):
+        members = _sample(random, task)
+        if features:
+            maps = random.normal(size=(features, SIDE, SIDE)).astype(np.float16)
+            members = {name: members[name] for name in ("label", "valid") if name in members} | {"features": maps} | members
+        samples.append(members)
+    names = tuple(f"class {number}" for number in range(CLASSES)) if task == "class" else ()
+    return write_shards(folder, samples, task, shards=shards, class_names=names, **manifest)
+
+
+def write_shards(
+    folder: Path, samples: Sequence[dict[str, np.ndarray]], task: str, *, shards: int = 1, vae: VAERecord = VAE, **more: Any
+) -> Path:
+    """A shard folder of these samples' members; `more` fields of its manifest."""
     folder.mkdir(parents=True)
-    random = np.random.default_rng(seed)
-    records = []
+    each, records = len(samples) // shards, []
     for shard in range(shards):
         with ShardWriter(folder / f"{shard:06d}.tar") as writer:
-            for number in range(count // shards):
-                members = _sample(random, task)
-                if features:
-                    maps = random.normal(size=(features, SIDE, SIDE)).astype(np.float16)
-                    members = (
-                        {name: members[name] for name in ("label", "valid") if name in members} | {"features": maps} | members
-                    )
+            for number, members in enumerate(samples[shard * each :][:each]):
                 writer.add(f"{shard}_{number}", members, {"width": 8 * SIDE, "height": 8 * SIDE})
             records.append(writer.commit())
     manifest = Manifest(
-        dataset="toy",
-        split="train",
         task=task,
         resolution=8 * SIDE,
-        num_samples=count,
+        num_samples=len(samples),
         shards=tuple(records),
-        members={name: MemberSpec(dtype=value.dtype.name, shape=value.shape) for name, value in members.items()},
+        members={name: MemberSpec(dtype=value.dtype.name, shape=value.shape) for name, value in samples[0].items()},
         vae=vae,
-        encoding=encoding or {},
-        class_names=tuple(f"class {number}" for number in range(CLASSES)) if task == "class" else (),
+        **{"dataset": "toy", "split": "train", "encoding": {}, **more},
     )
     write_manifest(folder, manifest)
     return folder
@@ -115,6 +123,16 @@ def make_recipe(path: Path, shards: Sequence[Path], **fields: Any) -> Path:
     return path
 
 
+def random_network(config: ModelConfig) -> DiT:
+    """With no weight left at zero."""
+    torch.manual_seed(0)
+    network = DiT(config)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return network
+
+
 MOE = {
     "model.num_experts": 4,
     "model.top_k": 2,
@@ -131,12 +149,6 @@ def environment() -> dict[str, str]:
     return os.environ | {"PATH": path, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 LAUNCHERS = {
     "deepspeed": ["deepspeed", "--num_accelerators"],
     "torchrun": ["torchrun", "--nproc_per_node"],  # starts faster
@@ -145,7 +157,7 @@ LAUNCHERS = {
 
 def launch(launcher: str, ranks: int, *arguments: str, timeout_s: float = 1200) -> subprocess.CompletedProcess[str]:
     """Run a script on `ranks` processes; its output is in `stdout`."""
-    command = [*LAUNCHERS[launcher], str(ranks), "--master_port", str(free_port()), *arguments]
+    command = [*LAUNCHERS[launcher], str(ranks), "--master_port", str(distributed.free_port()), *arguments]
     return subprocess.run(
         command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout_s
     )
@@ -154,3 +166,15 @@ def launch(launcher: str, ranks: int, *arguments: str, timeout_s: float = 1200) 
 def records(run: Path) -> list[dict[str, float]]:
     """The run's records, by step."""
     return [json.loads(line) for line in (run / "records.jsonl").read_text().splitlines()]
+
+
+FOUR_RANKS = ("--steps", "4", "--model.num_experts", "4", "--training.ep_size", "2")
+"""Of a run that two nodes of two ranks shall do."""
+
+
+def check_four_ranks(run: Path) -> None:
+    """AssertionError unless they have done it."""
+    assert [record["step"] for record in records(run)] == [1, 2, 3, 4]
+    found = newest_checkpoint(run / "checkpoints")
+    assert found is not None
+    assert found[1]["layout"]["world_size"] == 4
