@@ -10,7 +10,7 @@ import pytest
 
 from dpt.config.sections import TrackingConfig
 from dpt.errors import UserError
-from dpt.tracking import Run, start_run, watch_node
+from dpt.tracking import start_run, watch_node
 from dpt.tracking.delivery import Sender
 from dpt.tracking.read import load_runs, run_url
 from dpt.tracking.sender import sync
@@ -53,7 +53,7 @@ def test_every_node_is_sampled_by_mlflows_own_monitors(uri, tmp_path, without_pr
     for rank, local in ((1, 1), (3, 1)):  # one of a node's ranks is enough
         monkeypatch.setenv("RANK", str(rank))
         monkeypatch.setenv("LOCAL_RANK", str(local))
-        assert type(watch_node(config, run_id=run.run_id, output_dir=tmp_path / "o")) is Run
+        assert watch_node(config, run_id=run.run_id, output_dir=tmp_path / "o").run_id == ""
     monkeypatch.setenv("RANK", "2")
     monkeypatch.setenv("LOCAL_RANK", "0")
     other = watch_node(config, run_id=run.run_id, output_dir=tmp_path / "o")
