@@ -86,12 +86,16 @@ def observe(
     for record in records:
         rows = [r for r in evaluation_rows(record) if r.run is not None and r.task == task and metric in r.metrics]
         line = [r for r in ancestors(record, family) if r.stage != "evaluate"]
-        samples = {stage: sum(_samples(r) for r in line if r.stage == stage) for stage in ("pretrain", "finetune", "upcycle")}
+        samples = {
+            stage: sum(r.metrics.get("train/samples_seen", 0.0) for r in line if r.stage == stage)
+            for stage in ("pretrain", "finetune", "upcycle")
+        }
         config = section(_before_upcycling(line), "model", ModelConfig) if line else None
         trained = line[0].params.get("task", task) if line else ""
         if config is None or trained not in (task, "generalist"):
             continue
-        if not samples["pretrain"] and not _from_scratch(line[-1]):
+        started = line[-1].parents or line[-1].params.get("training.weights")
+        if started and not samples["pretrain"]:
             continue
         fields[line[0].run_id] = {name: line[0].params.get(name, default) for name, default in METHODS.items()}
         quantities = factor_values(config, samples["pretrain"], samples["finetune"] + samples["upcycle"])
@@ -160,11 +164,3 @@ def _before_upcycling(line: Sequence[RunRecord]) -> RunRecord:
     upcycled = [place for place, run in enumerate(line) if run.stage == "upcycle"]
     older = line[upcycled[-1] + 1 :] if upcycled else line
     return older[0] if older else line[-1]
-
-
-def _from_scratch(record: RunRecord) -> bool:
-    return not record.parents and not record.params.get("training.weights")
-
-
-def _samples(record: RunRecord) -> float:
-    return record.metrics.get("train/samples_seen", 0.0)

@@ -94,7 +94,7 @@ def collect(records: Sequence[RunRecord], family: Sequence[RunRecord], spec: Fig
             f'y "{spec.y}": a metric of evaluations is eval/TASK/METRIC or eval/TASK/SET/METRIC; {_known(records, name)}.'
         )
     points = (evaluation_points if name.startswith("eval/") else _training_points)(records, family, spec)
-    if not points and not _has(records, name):
+    if not points and name not in _recorded(records):
         raise UserError(f'y "{spec.y}": none of the {len(records)} runs has recorded it; {_known(records, name)}.')
     if not points:
         known = ", ".join(X_NAMES)
@@ -104,13 +104,13 @@ def collect(records: Sequence[RunRecord], family: Sequence[RunRecord], spec: Fig
     return points if name == spec.y else [replace(p, y=1 - p.y) for p in points]
 
 
-def _has(records: Sequence[RunRecord], name: str) -> bool:
-    return any(_SETTING.sub("", known) == name for record in records for known in record.metrics)
+def _recorded(records: Sequence[RunRecord]) -> list[str]:
+    return sorted({_SETTING.sub("", metric) for record in records for metric in record.metrics})
 
 
 def _known(records: Sequence[RunRecord], name: str) -> str:
     """What y may be: the closest names that the runs have recorded, or those of evaluations first."""
-    recorded = sorted({_SETTING.sub("", m) for r in records for m in r.metrics})
+    recorded = _recorded(records)
     if not recorded:
         return "they have recorded nothing yet"
     close = get_close_matches(name, recorded, n=3, cutoff=0.5)

@@ -1,7 +1,6 @@
 """What MLflow shows of runs: system metrics, data sets, nesting, links; and servers that ask for a password."""
 
 import json
-import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -17,26 +16,6 @@ from dpt.tracking.sender import sync
 from dpt.tracking.spool import Spool
 from dpt.tracking.store import write_model_card
 from dpt.tracking.system import SystemRecords
-
-
-@pytest.fixture
-def uri(empty_store, tmp_path):
-    shutil.copyfile(empty_store, tmp_path / "mlflow.db")
-    return f"sqlite:///{tmp_path / 'mlflow.db'}"
-
-
-@pytest.fixture
-def without_process(monkeypatch):
-    """Senders are not started; what they would be started with is kept."""
-    commands = []
-
-    def refuse(command, **options):
-        if "dpt.tracking.sender" in command:
-            commands.append(command)
-        raise OSError("no more processes")
-
-    monkeypatch.setattr("dpt.tracking.run.subprocess.Popen", refuse)
-    return commands
 
 
 def begin(uri, output_dir, *, experiment="t", **options):

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ import pytest
 
 from dpt import cli
 from dpt.config.sections import TrackingConfig
+from dpt.distributed import free_port
 from dpt.errors import UserError
 from dpt.tracking import start_run
 from dpt.tracking.read import ancestors, load_runs, with_ancestors
@@ -21,22 +21,6 @@ from dpt.tracking.spool import Spool
 from tests.tracking.server import serve, stop, wait_for
 
 RECIPE = {"train_batch_size": 8, "dpt": {"task": "depth", "model": {"preset": "a1"}, "evaluation": {"steps": [1, 5]}}}
-
-
-@pytest.fixture
-def uri(empty_store, tmp_path):
-    shutil.copyfile(empty_store, tmp_path / "mlflow.db")
-    return f"sqlite:///{tmp_path / 'mlflow.db'}"
-
-
-@pytest.fixture
-def without_process(monkeypatch):
-    """Runs without a process of their own (a machine that can start none); what they record waits for `sync`."""
-
-    def refuse(*arguments, **options):
-        raise OSError("no more processes")
-
-    monkeypatch.setattr("dpt.tracking.run.subprocess.Popen", refuse)
 
 
 def begin(uri, output_dir, **options):
@@ -175,9 +159,7 @@ def test_an_exception_marks_the_run_and_sync_sends_to_another_store(tmp_path, ur
 @pytest.mark.slow
 def test_a_server_that_is_down_at_start_middle_and_end(tmp_path, empty_store):
     shutil.copyfile(empty_store, tmp_path / "mlflow.db")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     uri = f"http://127.0.0.1:{port}"
     run = begin(uri, tmp_path / "o")  # down at the start
     for step in range(100):
