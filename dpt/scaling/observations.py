@@ -75,9 +75,9 @@ class Observation:
 def observe(
     records: Sequence[RunRecord], family: Sequence[RunRecord], task: str, metric: str, *, dataset: str = ""
 ) -> list[Observation]:
-    """What the evaluations of models trained for `task` say, of those among `records`, or of generalists if there are none: the
-    two follow different laws. Models that were trained from scratch count, without pre-training; models that start from weights
-    of no known run (imported ones) do not, as nobody can say what those took.
+    """The evaluations among `records` of models trained for `task`; if there are none, those of generalists, which follow
+    another law. Models trained from scratch count as having no pre-training; models that start from weights of no known run
+    (imported ones) do not count, as nobody can say what those took.
 
     Raises UserError if they are of several data sets and none is named.
     """

@@ -189,7 +189,7 @@ def along(
 def settled(record: RunRecord, history: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
     """A history without the training's first tenth and its warm-up, where the loss falls from its start whatever is trained.
 
-    There a frontier would stand on the smallest network alone, and on what a still smaller one would do for less.
+    There the frontier would be the smallest network's alone, though a still smaller one could do the same for less.
     """
     warmup = int(record.params.get("training.warmup_steps", 0))
     first = max(_BEGINNING * history[-1][0], min(warmup, history[-1][0] - 1)) if history else 0

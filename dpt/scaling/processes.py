@@ -13,7 +13,7 @@ from pathlib import Path
 from dpt.cpu.settings import limit_spinning
 
 _LIBRARIES = ["deepspeed", "dpt.evaluation.runner", "dpt.training.run"]
-"""What launchers load, and what takes long to."""
+"""What launchers load, and what takes long to load."""
 
 
 @dataclass(frozen=True, kw_only=True)

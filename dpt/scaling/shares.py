@@ -1,4 +1,4 @@
-"""At which share of one way's compute another reaches its quality: of the training's MACs, and of a prediction's."""
+"""The share of one method's compute at which another reaches its quality: of the MACs of training, and of a prediction."""
 
 import math
 import statistics
@@ -35,7 +35,7 @@ class Share:
 def shares(records: Sequence[RunRecord], family: Sequence[RunRecord], spec: FigureSpec) -> list[Share]:
     """For each group and each setting (sampler steps, members) of the stage `spec.reference`, what all other stages need.
 
-    Whether more or less of the metric is better, `dpt.scores.METRICS` knows. Between two trainings of the others it is taken as
+    `dpt.scores.METRICS` says whether more or less of the metric is better. Between two trainings of the others it is taken as
     linear in the logarithm of MACs.
 
     Raises:
