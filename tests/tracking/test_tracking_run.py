@@ -23,9 +23,9 @@ from tests.tracking.server import serve, stop, wait_for
 RECIPE = {"train_batch_size": 8, "dpt": {"task": "depth", "model": {"preset": "a1"}, "evaluation": {"steps": [1, 5]}}}
 
 
-def begin(uri, output_dir, **options):
+def begin(uri, output_dir, *, offline=False, **options):
     values = {"stage": "pretrain", "name": "pretrain a1", "params": RECIPE, "parents": [], "tags": {"dpt.label": "x"}}
-    config = TrackingConfig(uri=uri, experiment="t")
+    config = TrackingConfig(uri=uri, experiment="t", offline=offline)
     return start_run(config, output_dir=output_dir, **(values | options))
 
 
@@ -40,9 +40,7 @@ def test_no_record_when_off_or_on_other_ranks(tmp_path, monkeypatch):
 
 
 def test_offline_nothing_is_sent_before_sync(tmp_path, uri, capsys):
-    config = TrackingConfig(uri=uri, experiment="t", offline=True)
-    options = {"stage": "pretrain", "name": "n", "params": RECIPE, "parents": [], "tags": {}}
-    with start_run(config, output_dir=tmp_path / "o", **options) as run:
+    with begin(uri, tmp_path / "o", offline=True) as run:
         run.log_metrics({"train/loss": 1.0}, 1)
         (tmp_path / "gone").mkdir()
         run.log_artifact(tmp_path / "gone")
