@@ -142,8 +142,7 @@ class Run:
             self.log_artifact(recipe_path)
 
     def start_sender(self, uri: str, every: float, node: str) -> None:
-        """Start the process that sends the records to `uri` and samples this node, called `node`, every so many seconds (0:
-        never)."""
+        """Start the process that sends the records to `uri` and samples this node (`node`) every `every` seconds, if not 0."""
         assert self._spool is not None
         with self._survives():
             self._sender = subprocess.Popen(  # which gets a password in its environment, where records do not show it
@@ -194,13 +193,6 @@ class Run:
         """Set tags of the run."""
         self.record("tags", values={k: str(v) for k, v in tags.items()})
 
-    def __enter__(self) -> "Run":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        killed = kind is not None and issubclass(kind, KeyboardInterrupt)
-        self.finish("KILLED" if killed else "FAILED" if kind is not None else "FINISHED")
-
     def finish(self, status: str = "FINISHED") -> None:
         """End the run ("FINISHED", "FAILED" or "KILLED") and wait, within limits, until all is sent."""
         if self._finished or self._spool is None:
@@ -221,6 +213,13 @@ class Run:
                 "%d records of run %s have not reached MLflow (%s); they are kept: `dpt sync %s` sends them.",
                 unsent, self.run_id, state.error or "still sending", self._spool.folder.parent,
             )  # fmt: skip
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        killed = kind is not None and issubclass(kind, KeyboardInterrupt)
+        self.finish("KILLED" if killed else "FAILED" if kind is not None else "FINISHED")
 
     def _wait(self, sender: "subprocess.Popen[bytes]", spool: Spool) -> None:
         """Until all is sent; not long where the store has failed, as the sender then ends by itself."""

@@ -134,7 +134,7 @@ def test_a_killed_run_is_sent_and_marked_failed(tmp_path, uri):
     run_id = process.stdout.readline().strip()
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    run = wait_for(lambda: next((r for r in load_runs(uri) if r.run_id == run_id and r.status == "FAILED"), None))
+    run = wait_for(lambda: next((r for r in load_runs(uri) if r.run_id == run_id and r.status == "FAILED"), None), 180)
     assert len(run.history("train/loss")) == 200
 
 
