@@ -18,7 +18,7 @@ from dpt.config.numbers import COUNT
 from dpt.config.parser import Parser
 from dpt.errors import reported
 from dpt.evaluation.summary import format_summary
-from dpt.scaling.report import format_table, results_table
+from dpt.scaling.results import format_table, results_table
 from dpt.tracking.read import load_runs
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -6,7 +6,7 @@ import os
 import shlex
 import shutil
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -50,7 +50,7 @@ def run_steps(steps: list[Step], out: Path, jobs: int) -> None:
         begun[step.title] = identity
         record.write_text(json.dumps(begun, indent=1))
         print(f"\n{head}\n  $ {shlex.join(_shown(step.command))}", flush=True)
-        return _ShownProcess(step, numbers[step.title], out / "logs", beside)
+        return _start_shown(step, numbers[step.title], out / "logs", beside)
 
     def ended(one: Running[Step]) -> str:
         number = numbers[one.job.title]
@@ -64,41 +64,34 @@ def run_steps(steps: list[Step], out: Path, jobs: int) -> None:
         raise UserError(f"{' and '.join(failures)}; fix what it says above and run again.")
 
 
-class _ShownProcess:
-    """A step's process; every look at its exit code first prints its new output, each line after the step's number."""
+def _start_shown(step: Step, number: int, logs: Path, beside: int) -> LaunchProcess:
+    """A step's process; every look at its exit code first prints its new output, each line after the step's number.
 
-    def __init__(self, step: Step, number: int, logs: Path, beside: int) -> None:
-        """`beside`: how many steps share the CPU threads."""
-        logs.mkdir(exist_ok=True)
-        self._number, self._log, self._shown = number, logs / f"{number:02}.txt", 0
-        self._log.unlink(missing_ok=True)
-        forked = step.command[0] == sys.executable and not torch.cuda.is_available()
-        start = start_forked if forked else start_fresh
-        self._process = start(_on_free_port(step.command), self._log, _environment(beside))
+    `beside`: how many steps share the CPU threads.
+    """
+    logs.mkdir(exist_ok=True)
+    log, shown = logs / f"{number:02}.txt", 0
+    log.unlink(missing_ok=True)
+    forked = step.command[0] == sys.executable and not torch.cuda.is_available()
+    start = start_forked if forked else start_fresh
+    process = start(_on_free_port(step.command), log, _environment(beside))
 
-    def exit_code(self) -> int | None:
-        code = self._process.exit_code()
-        self._show()
-        return code
-
-    def terminate(self) -> None:
-        self._process.terminate()
-
-    def wait(self) -> None:
-        self._process.wait()
-
-    def _show(self) -> None:
-        """Print the lines that have come since."""
-        if not self._log.exists():
-            return
-        with self._log.open("rb") as file:
-            file.seek(self._shown)
+    def exit_code() -> int | None:
+        nonlocal shown
+        code = process.exit_code()
+        if not log.exists():
+            return code
+        with log.open("rb") as file:
+            file.seek(shown)
             lines = file.read()
         end = max(lines.rfind(b"\n"), lines.rfind(b"\r")) + 1
-        self._shown += end
+        shown += end
         for line in lines[:end].decode("utf-8", "replace").splitlines():
             if line.strip():
-                print(f"  {self._number} | {line}", flush=True)
+                print(f"  {number} | {line}", flush=True)
+        return code
+
+    return replace(process, exit_code=exit_code)
 
 
 def _identity(step: Step) -> list[str]:

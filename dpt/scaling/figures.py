@@ -9,48 +9,12 @@ from typing import Any
 from dpt.errors import UserError
 from dpt.scaling.laws import Fit, fit_power_law, frontier
 from dpt.scaling.plots import WORDS, law_figure, save
-from dpt.scaling.points import X_NAMES, Point, collect
+from dpt.scaling.points import X_NAMES, FigureSpec, Point, collect
 from dpt.scaling.repeats import Mean, as_markdown, means
 from dpt.scaling.shares import Share, shares
 from dpt.scaling.shares import as_markdown as shares_as_markdown
 from dpt.scores import METRICS, Metric
 from dpt.tracking.read import RunRecord
-
-
-@dataclass(frozen=True, kw_only=True)
-class FigureSpec:
-    """What a figure shows."""
-
-    name: str = "figure"
-    """Name of its file."""
-    title: str = ""
-    """What it shows, in words."""
-    x: str = "macs"
-    """See `dpt.scaling.points.X_NAMES`; or a metric, or a numeric field of the recipe."""
-    y: str = "eval/depth/abs_rel"
-    """A metric; "1-METRIC" for one minus it."""
-    group_by: str = ""
-    """A recipe's field, tag, "label", "name" or "stage" (or several, with commas); a law for each of its values."""
-    steps: int | None = None
-    """Only evaluations with this many sampler steps."""
-    ensemble: int | None = None
-    """Only evaluations with this ensemble size."""
-    predictions: int = 0
-    """For x "total_macs": predictions whose compute is added to that of the training."""
-    curve: bool = False
-    """All recorded values of a training metric, not the last alone; for laws and frontiers without the training's beginning."""
-    frontier: bool = False
-    """One law through the least y that each x can buy."""
-    offset: bool = False
-    """Fit y = a x^b + c."""
-    law: bool = True
-    """Fit laws at all."""
-    over: str = ""
-    """A tag, such as "study.seed": runs that differ in it alone are drawn as their mean with its 95% interval, and tabled."""
-    reference: str = ""
-    """A stage of a study: tables at which share of its compute the others are as good, in each group and repeat (`over`)."""
-    stages: list[str] = field(default_factory=list)
-    """Stages of a study whose runs it shows; empty: all that have its x and y."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,22 +78,9 @@ class Findings:
 
 def find(records: Sequence[RunRecord], family: Sequence[RunRecord], spec: FigureSpec) -> Findings:
     """Collect the points of a figure and fit its laws; UserError if there is no point."""
-    points = collect(
-        records,
-        family,
-        spec.x,
-        spec.y,
-        group_by=spec.group_by,
-        steps=spec.steps,
-        ensemble=spec.ensemble,
-        curve=spec.curve,
-        settle=spec.law or spec.frontier,
-        predictions=spec.predictions,
-    )
+    points = collect(records, family, spec)
     repeats = means(points, spec.over) if spec.over else []
-    needed = []
-    if spec.reference:
-        needed = shares(records, family, y=spec.y, reference=spec.reference, group_by=spec.group_by, over=spec.over)
+    needed = shares(records, family, spec) if spec.reference else []
     findings = Findings(spec=spec, points=points, chosen=[], fits={}, refusals=[], means=repeats, shares=needed)
     groups = findings.groups()
     if spec.frontier:

@@ -89,20 +89,8 @@ def fit_power_law(
     _check_positive(all_x, all_y)
     groups = _by_run(all_x, all_y, runs)
     kept = frontier(all_x, all_y) if on_frontier else np.arange(len(all_x))
-    return _fitted(all_x[kept], all_y[kept], groups, offset, on_frontier, samples, seed)
-
-
-def _fitted(
-    x: np.ndarray,
-    y: np.ndarray,
-    groups: Sequence[tuple[np.ndarray, np.ndarray]],
-    offset: bool,
-    on_frontier: bool,
-    samples: int,
-    seed: int,
-) -> Fit:
-    """The fit to the points that count; `groups`: those of each run, off the frontier too."""
-    _check(x, y, offset)
+    x, y = all_x[kept], all_y[kept]
+    _check(x, offset)
     law = _fit(x, y, offset)
     residuals = np.log(y) - np.log(law(x))
     if len(groups) > 1 and (on_frontier or len(groups) < len(x)):
@@ -129,9 +117,8 @@ def _fitted(
     )
 
 
-def _check(x: np.ndarray, y: np.ndarray, offset: bool) -> None:
+def _check(x: np.ndarray, offset: bool) -> None:
     needed = 4 if offset else 3
-    _check_positive(x, y)
     if len(np.unique(x)) < needed:
         kind = "y = a x^b + c" if offset else "y = a x^b"
         raise UserError(f"{len(np.unique(x))} different x cannot carry a fit of {kind}; at least {needed} are needed.")

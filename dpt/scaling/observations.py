@@ -1,7 +1,7 @@
 """What the runs of a study say of a model's error: its size, how it was trained and by which method, and its test time."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -75,25 +75,28 @@ class Observation:
 def observe(
     records: Sequence[RunRecord], family: Sequence[RunRecord], task: str, metric: str, *, dataset: str = ""
 ) -> list[Observation]:
-    """What the evaluations of models trained for `task` say, of those among `records`, or of generalists if there are none: the
-    two follow different laws. Models that were trained from scratch count, without pre-training; models that start from weights
-    of no known run (imported ones) do not, as nobody can say what those took.
+    """The evaluations among `records` of models trained for `task`; if there are none, those of generalists, which follow
+    another law. Models trained from scratch count as having no pre-training; models that start from weights of no known run
+    (imported ones) do not count, as nobody can say what those took.
 
     Raises UserError if they are of several data sets and none is named.
     """
-    found: list[tuple[str, str, Observation]] = []  # (trained for, data set, ...)
-    fields: dict[str, dict[str, str]] = {}  # by the trained run
+    found: list[tuple[str, str, dict[str, str], Observation]] = []  # (trained for, data set, fields of METHODS, ...)
     for record in records:
         rows = [r for r in evaluation_rows(record) if r.run is not None and r.task == task and metric in r.metrics]
         line = [r for r in ancestors(record, family) if r.stage != "evaluate"]
-        samples = {stage: sum(_samples(r) for r in line if r.stage == stage) for stage in ("pretrain", "finetune", "upcycle")}
+        samples = {
+            stage: sum(r.metrics.get("train/samples_seen", 0.0) for r in line if r.stage == stage)
+            for stage in ("pretrain", "finetune", "upcycle")
+        }
         config = section(_before_upcycling(line), "model", ModelConfig) if line else None
         trained = line[0].params.get("task", task) if line else ""
         if config is None or trained not in (task, "generalist"):
             continue
-        if not samples["pretrain"] and not _from_scratch(line[-1]):
+        started = line[-1].parents or line[-1].params.get("training.weights")
+        if started and not samples["pretrain"]:
             continue
-        fields[line[0].run_id] = {name: line[0].params.get(name, default) for name, default in METHODS.items()}
+        fields = {name: line[0].params.get(name, default) for name, default in METHODS.items()}
         quantities = factor_values(config, samples["pretrain"], samples["finetune"] + samples["upcycle"])
         for row in rows:
             if dataset in ("", row.dataset):
@@ -108,20 +111,17 @@ def observe(
                     run_id=line[0].run_id,
                     evaluation_id=record.run_id,
                 )
-                found.append((trained, row.dataset, observation))
+                found.append((trained, row.dataset, fields, observation))
     chosen = task if any(trained == task for trained, *_ in found) else "generalist"
     found = [one for one in found if one[0] == chosen]
-    if len(datasets := {name for _, name, _ in found}) > 1:
+    if len(datasets := {name for _, name, *_ in found}) > 1:
         raise UserError(f"the evaluations are of {', '.join(sorted(datasets))}; choose one with --dataset.")
-    return _with_methods([observation for *_, observation in found], fields)
-
-
-def _with_methods(observations: Sequence[Observation], fields: Mapping[str, Mapping[str, str]]) -> list[Observation]:
-    """The observations with the methods named in which they differ; `fields` has those of each trained run."""
-    used = [fields[o.run_id] for o in observations]
-    varied = [name for name in METHODS if len({values[name] for values in used}) > 1]
-    names = [", ".join(f"{name}={values[name]}" for name in varied) for values in used]
-    return [replace(o, setting=o.setting._replace(method=name)) for o, name in zip(observations, names, strict=True)]
+    varied = [name for name in METHODS if len({fields[name] for _, _, fields, _ in found}) > 1]
+    named = []
+    for *_, fields, observation in found:
+        method = ", ".join(f"{name}={fields[name]}" for name in varied)
+        named.append(replace(observation, setting=observation.setting._replace(method=method)))
+    return named
 
 
 def _costing(record: RunRecord) -> DptConfig:
@@ -160,11 +160,3 @@ def _before_upcycling(line: Sequence[RunRecord]) -> RunRecord:
     upcycled = [place for place, run in enumerate(line) if run.stage == "upcycle"]
     older = line[upcycled[-1] + 1 :] if upcycled else line
     return older[0] if older else line[-1]
-
-
-def _from_scratch(record: RunRecord) -> bool:
-    return not record.parents and not record.params.get("training.weights")
-
-
-def _samples(record: RunRecord) -> float:
-    return record.metrics.get("train/samples_seen", 0.0)

@@ -68,7 +68,6 @@ def _model_table(training: Sequence[RunRecord]) -> str:
         ours = " / ".join(f"{c / 1e6:,.1f} M" for c in dict.fromkeys((count.active, count.total)))
         experts = f"{config.num_experts}, top {config.top_k}" if config.num_experts else "–"
         name = config.preset if same else f"{config.preset}, changed"
-        is_published = same and config.preset in paper.MODELS and run.stage != "upcycle"
-        published = str(paper.MODELS[config.preset]["params"]) if is_published else "–"
+        published = paper.MODELS.get(config.preset, "–") if same and run.stage != "upcycle" else "–"
         rows[(name, str(config.hidden_size), str(config.num_heads), str(config.depth), experts, ours, published)] = None
     return f"<h3>Models (the paper's Tables 1 and 2)</h3>{table(header, [list(r) for r in rows])}" if rows else ""

@@ -123,12 +123,7 @@ def _within(plans: list[Plan], limits: Limits) -> list[Plan]:
 
 
 def make_plan(
-    surface: Surface,
-    config: ModelConfig,
-    limits: Limits,
-    pretrain_share: float,
-    upcycled_share: float,
-    setting: Setting,
+    surface: Surface, config: ModelConfig, limits: Limits, pretrain_share: float, upcycled_share: float, setting: Setting
 ) -> Plan:
     """The plan that gives pre-training this share of the budget and perception the rest, part of its samples upcycled.
 

@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 
 from dpt.errors import UserError
@@ -32,6 +32,42 @@ _HISTORIES = {"macs": "compute/train_macs", "own_macs": "compute/train_macs", "s
 
 
 @dataclass(frozen=True, kw_only=True)
+class FigureSpec:
+    """What a figure shows."""
+
+    name: str = "figure"
+    """Name of its file."""
+    title: str = ""
+    """What it shows, in words."""
+    x: str = "macs"
+    """One of `X_NAMES`; or a metric, or a numeric field of the recipe."""
+    y: str = "eval/depth/abs_rel"
+    """A metric; "1-METRIC" for one minus it."""
+    group_by: str = ""
+    """A recipe's field, tag, "label", "name" or "stage" (or several, with commas); a law for each of its values."""
+    steps: int | None = None
+    """Only evaluations with this many sampler steps."""
+    ensemble: int | None = None
+    """Only evaluations with this ensemble size."""
+    predictions: int = 0
+    """For x "total_macs": predictions whose compute is added to that of the training."""
+    curve: bool = False
+    """All recorded values of a training metric, not the last alone; for laws and frontiers without the training's beginning."""
+    frontier: bool = False
+    """One law through the least y that each x can buy."""
+    offset: bool = False
+    """Fit y = a x^b + c."""
+    law: bool = True
+    """Fit laws at all."""
+    over: str = ""
+    """A tag, such as "study.seed": runs that differ in it alone are drawn as their mean with its 95% interval, and tabled."""
+    reference: str = ""
+    """A stage of a study: tables at which share of its compute the others are as good, in each group and repeat (`over`)."""
+    stages: list[str] = field(default_factory=list)
+    """Stages of a study whose runs it shows; empty: all that have its x and y."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Point:
     """One point, and the run that it is of."""
 
@@ -39,55 +75,42 @@ class Point:
     y: float
     group: str
     run: RunRecord
+    setting: tuple[int | None, int | None] = (None, None)
+    """Of an evaluation: sampler steps and ensemble size."""
+    test_macs: float = 0.0
+    """Of an evaluation: MACs of one prediction; 0: not recorded."""
 
 
-def collect(
-    records: Sequence[RunRecord],
-    family: Sequence[RunRecord],
-    x: str,
-    y: str,
-    *,
-    group_by: str = "",
-    steps: int | None = None,
-    ensemble: int | None = None,
-    curve: bool = False,
-    settle: bool = True,
-    predictions: int = 0,
-) -> list[Point]:
-    """Points of `records`; `family` holds them and their ancestors.
+def collect(records: Sequence[RunRecord], family: Sequence[RunRecord], spec: FigureSpec) -> list[Point]:
+    """The points of a figure from `records`; `family` holds them and their ancestors.
 
-    `y` is a metric, or "1-METRIC" for the error of a share. A metric "eval/TASK/[SET/]NAME" gives a point for each evaluation
-    (its main setting, or the one with these `steps` and `ensemble`), and for each of its settings if `x` is a test-time
-    quantity; SET is needed where an evaluation has several sets of the task. Another metric gives each training's last value,
-    or with `curve` what was recorded all along in means over stretches (`stretches`), without the beginning (`settled`) if
-    `settle` is set.
-    Raises UserError if nothing fits.
+    A metric "eval/TASK/[SET/]NAME" gives the points of `evaluation_points`. Another metric gives each training's last value, or
+    with `curve` what was recorded all along in means over stretches (`stretches`), for laws and frontiers without the beginning
+    (`settled`). Raises UserError if nothing fits.
     """
-    name, complement = (y[2:], True) if y.startswith("1-") else (y, False)
+    name = spec.y.removeprefix("1-")
     if name.startswith("eval/") and name.count("/") < 2:
         raise UserError(
-            f'y "{y}": a metric of evaluations is eval/TASK/METRIC or eval/TASK/SET/METRIC; {_known(records, name)}.'
+            f'y "{spec.y}": a metric of evaluations is eval/TASK/METRIC or eval/TASK/SET/METRIC; {_known(records, name)}.'
         )
-    if name.startswith("eval/"):
-        points = _evaluated(records, family, x, name, group_by, steps, ensemble, predictions)
-    else:
-        points = _trained(records, family, x, name, group_by, curve, settle)
-    if not points and not _has(records, name):
-        raise UserError(f'y "{y}": none of the {len(records)} runs has recorded it; {_known(records, name)}.')
+    points = (evaluation_points if name.startswith("eval/") else _training_points)(records, family, spec)
+    if not points and name not in _recorded(records):
+        raise UserError(f'y "{spec.y}": none of the {len(records)} runs has recorded it; {_known(records, name)}.')
     if not points:
+        known = ", ".join(X_NAMES)
         raise UserError(
-            f'x "{x}": no run that has the y "{y}" has it; x may be {", ".join(X_NAMES)}, a metric, or a numeric field.'
+            f'x "{spec.x}": no run that has the y "{spec.y}" has it; x may be {known}, a metric, or a numeric field.'
         )
-    return [Point(x=p.x, y=1 - p.y, group=p.group, run=p.run) for p in points] if complement else points
+    return points if name == spec.y else [replace(p, y=1 - p.y) for p in points]
 
 
-def _has(records: Sequence[RunRecord], name: str) -> bool:
-    return any(_SETTING.sub("", known) == name for record in records for known in record.metrics)
+def _recorded(records: Sequence[RunRecord]) -> list[str]:
+    return sorted({_SETTING.sub("", metric) for record in records for metric in record.metrics})
 
 
 def _known(records: Sequence[RunRecord], name: str) -> str:
     """What y may be: the closest names that the runs have recorded, or those of evaluations first."""
-    recorded = sorted({_SETTING.sub("", m) for r in records for m in r.metrics})
+    recorded = _recorded(records)
     if not recorded:
         return "they have recorded nothing yet"
     close = get_close_matches(name, recorded, n=3, cutoff=0.5)
@@ -98,16 +121,10 @@ def _known(records: Sequence[RunRecord], name: str) -> str:
     return f"they have {', '.join(shown)}{more}"
 
 
-def _evaluated(
-    records: Sequence[RunRecord],
-    family: Sequence[RunRecord],
-    x: str,
-    name: str,
-    group_by: str,
-    steps: int | None,
-    ensemble: int | None,
-    predictions: int,
-) -> list[Point]:
+def evaluation_points(records: Sequence[RunRecord], family: Sequence[RunRecord], spec: FigureSpec) -> list[Point]:
+    """A point for each evaluation (its main setting, or the one with the spec's `steps` and `ensemble`), and for each of its
+    settings if `x` is a test-time quantity. Raises UserError if an evaluation has several sets and y names none."""
+    name = spec.y.removeprefix("1-")
     _, task, *dataset, metric = name.split("/")
     points = []
     for record in records:
@@ -116,37 +133,41 @@ def _evaluated(
         if len(sets := {r.dataset for r in rows}) > 1:
             names = " or ".join(f"eval/{task}/{one}/{metric}" for one in sorted(sets))
             raise UserError(f"{record.name}: {name} is of several sets in this evaluation; choose {names}.")
-        rows = [r for r in rows if steps in (None, r.steps) and ensemble in (None, r.ensemble)]
-        if x not in TEST_TIME and steps is None and ensemble is None and len(rows) > 1:
+        rows = [r for r in rows if spec.steps in (None, r.steps) and spec.ensemble in (None, r.ensemble)]
+        if spec.x not in TEST_TIME and spec.steps is None and spec.ensemble is None and len(rows) > 1:
             rows = [r for r in rows if r.metrics[metric] == record.metrics.get(name)][:1]
+        group = text_value(record, family, spec.group_by)
         for row in rows:
-            value = _row_x(row, x) if x in TEST_TIME else run_value(record, family, x)
-            if x == "total_macs":
-                training = run_value(record, family, "macs")
-                value = None if training is None or row.macs is None else training + predictions * row.macs
-            if value is not None:
-                points.append(Point(x=value, y=row.metrics[metric], group=text_value(record, family, group_by), run=record))
+            x, setting = _row_x(record, row, family, spec), (row.steps, row.ensemble)
+            if x is not None:
+                y = row.metrics[metric]
+                points.append(Point(x=x, y=y, group=group, run=record, setting=setting, test_macs=row.macs or 0.0))
     return points
 
 
-def _row_x(row: Row, x: str) -> float | None:
-    value = {"test_macs": row.macs, "steps": row.steps, "ensemble": row.ensemble}.get(x)
+def _row_x(record: RunRecord, row: Row, family: Sequence[RunRecord], spec: FigureSpec) -> float | None:
+    if spec.x == "total_macs":
+        training = run_value(record, family, "macs")
+        return None if training is None or row.macs is None else training + spec.predictions * row.macs
+    if spec.x not in TEST_TIME:
+        return run_value(record, family, spec.x)
+    value = {"test_macs": row.macs, "steps": row.steps, "ensemble": row.ensemble}[spec.x]
     return None if value is None else float(value)
 
 
-def _trained(
-    records: Sequence[RunRecord], family: Sequence[RunRecord], x: str, name: str, group_by: str, curve: bool, settle: bool
-) -> list[Point]:
+def _training_points(records: Sequence[RunRecord], family: Sequence[RunRecord], spec: FigureSpec) -> list[Point]:
+    name = spec.y.removeprefix("1-")
     points = []
     for record in records:
         if name not in record.metrics:
             continue
-        group = text_value(record, family, group_by)
+        group = text_value(record, family, spec.group_by)
         history = record.history(name)
-        if curve:
-            pairs = stretches(along(record, family, x, settled(record, history) if settle else history))
+        if spec.curve:
+            kept = settled(record, history) if spec.law or spec.frontier else history
+            pairs = stretches(along(record, family, spec.x, kept))
         else:
-            value = run_value(record, family, x)
+            value = run_value(record, family, spec.x)
             pairs = [] if value is None else [(value, final_value(history))]
         points += [Point(x=a, y=b, group=group, run=record) for a, b in pairs]
     return points
@@ -168,7 +189,7 @@ def along(
 def settled(record: RunRecord, history: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
     """A history without the training's first tenth and its warm-up, where the loss falls from its start whatever is trained.
 
-    There a frontier would stand on the smallest network alone, and on what a still smaller one would do for less.
+    There the frontier would be the smallest network's alone, though a still smaller one could do the same for less.
     """
     warmup = int(record.params.get("training.warmup_steps", 0))
     first = max(_BEGINNING * history[-1][0], min(warmup, history[-1][0] - 1)) if history else 0

@@ -6,9 +6,9 @@ import os
 import runpy
 import subprocess
 import sys
-from multiprocessing.context import ForkServerProcess
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from dpt.cpu.settings import limit_spinning
 
@@ -22,23 +22,23 @@ _LIBRARIES = [
 """What launchers load, at the latest with their engine, VAE and pictures: seconds each, longer than a short launch computes."""
 
 
-class LaunchProcess(Protocol):
-    """What the runner of studies asks of a process."""
+@dataclass(frozen=True, kw_only=True)
+class LaunchProcess:
+    """A running process, however it was started."""
 
-    def exit_code(self) -> int | None:
-        """None while it runs; negative: the signal that ended it."""
-
-    def terminate(self) -> None:
-        """Ask it to end."""
-
-    def wait(self) -> None:
-        """Until it has ended."""
+    exit_code: Callable[[], int | None]
+    """None while it runs; negative: the signal that ended it."""
+    terminate: Callable[[], None]
+    """Ask it to end."""
+    wait: Callable[[], object]
+    """Until it has ended."""
 
 
 def start_fresh(words: list[str], log: Path, environment: dict[str, str]) -> LaunchProcess:
     """Run a command; what it prints is appended to `log`."""
     with log.open("a", encoding="utf-8") as file:
-        return _Fresh(subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT, env=environment))
+        process = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT, env=environment)
+    return LaunchProcess(exit_code=process.poll, terminate=process.terminate, wait=process.wait)
 
 
 def start_forked(words: list[str], log: Path, environment: dict[str, str]) -> LaunchProcess:
@@ -52,35 +52,7 @@ def start_forked(words: list[str], log: Path, environment: dict[str, str]) -> La
     context.set_forkserver_preload(_LIBRARIES)
     process = context.Process(target=_run_script, args=(words[1:], log, environment))
     process.start()
-    return _Forked(process)
-
-
-class _Fresh:
-    def __init__(self, process: subprocess.Popen[bytes]) -> None:
-        self._process = process
-
-    def exit_code(self) -> int | None:
-        return self._process.poll()
-
-    def terminate(self) -> None:
-        self._process.terminate()
-
-    def wait(self) -> None:
-        self._process.wait()
-
-
-class _Forked:
-    def __init__(self, process: ForkServerProcess) -> None:
-        self._process = process
-
-    def exit_code(self) -> int | None:
-        return self._process.exitcode
-
-    def terminate(self) -> None:
-        self._process.terminate()
-
-    def wait(self) -> None:
-        self._process.join()
+    return LaunchProcess(exit_code=lambda: process.exitcode, terminate=process.terminate, wait=process.join)
 
 
 def _run_script(words: list[str], log: Path, environment: dict[str, str]) -> None:

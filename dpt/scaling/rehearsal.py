@@ -74,16 +74,14 @@ def make_shards(studies: Sequence[Study], folder: Path, *, say: Callable[[str], 
         given = dict(itertools.pairwise(words))
         name, side = given["--dataset"], int(given["--resolution"])
         if not (folder / "native" / name).exists():
-            _python(
-                ["-m", "data_tools.native", name, "--out", str(folder / "native"), "--samples", str(_NATIVE_SAMPLES)], log, say
-            )
+            sizes = ["--out", str(folder / "native"), "--samples", str(_NATIVE_SAMPLES)]
+            _python(["-m", "data_tools.native", name, *sizes], log, say)
         if "CLIP" in words and not (folder / "clip").exists():
             _make_clip(folder / "clip")
         places = {f"DIR/{name}": str(folder / "native" / name), "CLIP": str(folder / "clip")}
         smaller = ["--resolution", str(side // _SMALLER), "--vae", "embedded", "--out", place, "--samples-per-shard", "4"]
-        _python(
-            ["-m", "data_tools.encode", *(places.get(word, word) for word in words), *smaller, "--processes", "0"], log, say
-        )
+        words = [places.get(word, word) for word in words]
+        _python(["-m", "data_tools.encode", *words, *smaller, "--processes", "0"], log, say)
 
 
 def _python(words: list[str], log: Path, say: Callable[[str], None]) -> None:
@@ -120,11 +118,7 @@ def _untrained(study: Study, weights: str, folder: Path, devices: int) -> Launch
     """The launch that exports a network as it is before training, in place of public weights."""
     name = f"untrained_{Path(weights).stem}"
     place = study.output / name
-    fields: dict[str, Any] = {
-        "training.steps": 0,
-        "training.output_dir": str(place),
-        "tracking.enabled": False,
-    }
+    fields: dict[str, Any] = {"training.steps": 0, "training.output_dir": str(place), "tracking.enabled": False}
     launch = Launch(
         name=name, stage="untrained", launcher="pretrain", recipe=_PUBLIC[weights], fields=fields, values={}, folder=place
     )

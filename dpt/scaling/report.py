@@ -13,12 +13,10 @@ from dpt.scaling.compute import train_macs
 from dpt.scaling.lineage import lineage_svg
 from dpt.scaling.page import bars, card, chart, grid, page, picture, table, write_page
 from dpt.scaling.paper_tables import paper_tables
-from dpt.scaling.results import Row, format_table, results_table, setting_words, show_macs, table_cells
+from dpt.scaling.results import Row, results_table, setting_words, show_macs, table_cells
 from dpt.scaling.scenes import ShownScenes, headline_picture, read_scenes, scenes_section
 from dpt.scores import BASELINES, EXPLANATIONS, MAIN_METRIC, METRICS, say, show
 from dpt.tracking.read import RunRecord, ancestors, load_runs
-
-__all__ = ["format_table", "results_table", "write_report"]
 
 PICTURES_PER_RUN = 12
 MOST_BARS, MOST_CURVES = 8, 12

@@ -1,17 +1,15 @@
-"""At which share of one way's compute another reaches its quality: of the training's MACs, and of a prediction's."""
+"""The share of one method's compute at which another reaches its quality: of the MACs of training, and of a prediction."""
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from dpt.errors import UserError
-from dpt.scaling.compute import total_train_macs
-from dpt.scaling.points import text_value
+from dpt.scaling.points import FigureSpec, Point, evaluation_points
 from dpt.scaling.repeats import half_width
-from dpt.scaling.results import evaluation_rows
 from dpt.scores import METRICS
-from dpt.tracking.read import RunRecord, ancestors
+from dpt.tracking.read import RunRecord
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,87 +32,56 @@ class Share:
     repeats: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Scored:
-    group: str
-    stage: str
-    repeat: str
-    steps: int | None
-    ensemble: int | None
-    train_macs: float
-    test_macs: float
-    y: float
+def shares(records: Sequence[RunRecord], family: Sequence[RunRecord], spec: FigureSpec) -> list[Share]:
+    """For each group and each setting (sampler steps, members) of the stage `spec.reference`, what all other stages need.
 
-
-def shares(
-    records: Sequence[RunRecord], family: Sequence[RunRecord], *, y: str, reference: str, group_by: str, over: str
-) -> list[Share]:
-    """For each group and each setting (sampler steps, members) of the stage `reference`, what all other stages need.
-
-    y: a metric "eval/TASK/[SET/]NAME"; whether more or less of it is better, `dpt.scores.METRICS` knows. Between two
-    trainings of the others the metric is taken as linear in the logarithm of MACs.
+    `dpt.scores.METRICS` says whether more or less of the metric is better. Between two trainings of the others it is taken as
+    linear in the logarithm of MACs.
 
     Raises:
         UserError: the metric is no evaluation's, or a group lacks the reference or the others.
     """
-    if not y.startswith("eval/") or y.rpartition("/")[2] not in METRICS:
-        raise UserError(f'"{y}": shares of compute need a metric of evaluations, such as eval/depth/abs_rel.')
-    scored = list(_scored(records, family, y, group_by, over))
+    metric = METRICS.get(spec.y.rpartition("/")[2])
+    if not spec.y.startswith("eval/") or metric is None:
+        raise UserError(f'"{spec.y}": shares of compute need a metric of evaluations, such as eval/depth/abs_rel.')
+    every_setting = replace(spec, x="total_macs", predictions=0, steps=None, ensemble=None)  # over MACs of training alone
+    sign = 1.0 if metric.lower_is_better else -1.0
+    scored = [replace(point, y=sign * point.y) for point in evaluation_points(records, family, every_setting)]
     found = []
     for group in dict.fromkeys(one.group for one in scored):
         inside = [one for one in scored if one.group == group]
-        references = [one for one in inside if one.stage == reference]
-        others = [one for one in inside if one.stage != reference]
+        references = [one for one in inside if _stage(one) == spec.reference]
+        others = [one for one in inside if _stage(one) != spec.reference]
         if not references or not others:
-            raise UserError(f'{group or "these runs"}: shares need evaluations of the stage "{reference}" and of another.')
-        for setting in sorted({(one.steps or 0, one.ensemble or 0) for one in references}):
-            same = [one for one in references if (one.steps or 0, one.ensemble or 0) == setting]
-            found.append(_share(group, same, others))
+            raise UserError(f'{group or "these runs"}: shares need evaluations of the stage "{spec.reference}" and of another.')
+        for setting in sorted({one.setting for one in references}, key=lambda pair: (pair[0] or 0, pair[1] or 0)):
+            found.append(_share([one for one in references if one.setting == setting], others, spec.over))
     return found
 
 
-def _scored(records: Sequence[RunRecord], family: Sequence[RunRecord], y: str, group_by: str, over: str) -> Iterable[_Scored]:
-    _, task, *dataset, metric = y.split("/")
-    sign = 1.0 if METRICS[metric].lower_is_better else -1.0
-    for record in records:
-        trained = next(iter(ancestors(record, family)), None)
-        macs = total_train_macs(trained, family) if trained else 0.0
-        for row in evaluation_rows(record):
-            if row.run is None or row.task != task or metric not in row.metrics or not macs or not row.macs:
-                continue
-            if dataset and row.dataset != "/".join(dataset):
-                continue
-            yield _Scored(
-                group=text_value(record, family, group_by),
-                stage=record.tags.get("study.stage", ""),
-                repeat=record.tags.get(over, ""),
-                steps=row.steps,
-                ensemble=row.ensemble,
-                train_macs=macs,
-                test_macs=row.macs,
-                y=sign * row.metrics[metric],
-            )
+def _stage(point: Point) -> str:
+    return point.run.tags.get("study.stage", "")
 
 
-def _share(group: str, references: Sequence[_Scored], others: Sequence[_Scored]) -> Share:
+def _share(references: Sequence[Point], others: Sequence[Point], over: str) -> Share:
     target = statistics.fmean(one.y for one in references)
-    train_macs = statistics.fmean(one.train_macs for one in references)
-    repeats = dict.fromkeys(one.repeat for one in others)
+    train_macs = statistics.fmean(one.x for one in references)
+    repeats = dict.fromkeys(one.run.tags.get(over, "") for one in others)
     needed, least = list[float](), False
     for repeat in repeats:
         best: dict[float, float] = {}
         for one in others:
-            if one.repeat == repeat:
-                best[one.train_macs] = min(one.y, best.get(one.train_macs, math.inf))
+            if one.run.tags.get(over, "") == repeat:
+                best[one.x] = min(one.y, best.get(one.x, math.inf))
         x = _first_at(sorted(best.items()), target)
         if x is not None:
             needed.append(x / train_macs)
             least = least or x == min(best)
     good = [one.test_macs for one in others if one.y <= target]
     return Share(
-        group=group,
-        steps=references[0].steps,
-        ensemble=references[0].ensemble,
+        group=references[0].group,
+        steps=references[0].setting[0],
+        ensemble=references[0].setting[1],
         y=abs(target),
         train_share=statistics.fmean(needed) if needed else math.nan,
         train_half_width=half_width(needed),

@@ -51,11 +51,7 @@ class Running(Generic[J]):
 
 
 def run_side_by_side(
-    jobs: Sequence[J],
-    *,
-    slots: int,
-    start: Callable[[J, int, int], LaunchProcess | None],
-    ended: Callable[[Running[J]], str],
+    jobs: Sequence[J], *, slots: int, start: Callable[[J, int, int], LaunchProcess | None], ended: Callable[[Running[J]], str]
 ) -> list[str]:
     """Run the jobs, `slots` at a time, each as soon as those whose results it needs have ended. Returns the failures.
 

@@ -37,7 +37,7 @@ from dpt.errors import UserError
 from dpt.models import costs
 from dpt.models.decoder_costs import step_macs
 from dpt.scaling.compute import WEIGHTS_STEP, prediction_macs
-from dpt.scaling.figures import FigureSpec
+from dpt.scaling.points import FigureSpec
 
 
 @dataclass(frozen=True, kw_only=True)

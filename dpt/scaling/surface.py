@@ -59,10 +59,8 @@ class Surface:
 
     def _errors(self, fits: np.ndarray, quantities: dict[str, float], upcycled: bool, setting: Setting) -> np.ndarray:
         x = _logs([quantities], self.factors) - self.centre
-        samplings, ensembles = _levels(self.settings)
-        levels = np.array([[upcycled, samplings.index(setting[:2]), ensembles.index(setting.ensemble)]])
-        shape = (len(self.factors), len(samplings), len(ensembles))
-        return np.exp([_log_error(p, x, levels, shape)[0] for p in fits])
+        effects = _effects([(upcycled, setting)], self.settings)
+        return np.exp([_log_error(p, x, effects)[0] for p in fits])
 
     def exponents(self) -> dict[str, tuple[float, float, float]]:
         """alpha of each factor, with its 95% interval."""
@@ -80,10 +78,13 @@ def _logs(quantities: Sequence[Mapping[str, float]], factors: Sequence[str]) -> 
     return np.log(values, out=np.full_like(values, -np.inf), where=values > 0)
 
 
-def _levels(settings: Iterable[Setting]) -> tuple[list[tuple[str, int]], list[int]]:
-    """The levels of the two effects of a setting, in order: (method, steps), and ensemble sizes."""
-    settings = list(settings)
-    return sorted({(s.method, s.steps) for s in settings}), sorted({s.ensemble for s in settings})
+def _effects(observed: Sequence[tuple[bool, Setting]], known: Iterable[Setting]) -> np.ndarray:
+    """Which effects each observation has, 0 or 1 `[n, k]`: upcycling, each (method, steps) and each ensemble size of the known
+    settings but the last, whose effect is 0."""
+    known = list(known)
+    samplings, ensembles = sorted({s[:2] for s in known})[:-1], sorted({s.ensemble for s in known})[:-1]
+    rows = [[up, *(s[:2] == one for one in samplings), *(s.ensemble == one for one in ensembles)] for up, s in observed]
+    return np.array(rows, dtype=np.float64)
 
 
 def fit_surface(observations: Sequence[Observation], *, samples: int = 100, seed: int = 0) -> Surface:
@@ -107,20 +108,18 @@ def fit_surface(observations: Sequence[Observation], *, samples: int = 100, seed
         )
     if any(o.error <= 0 for o in observations):
         raise UserError("an error of 0 or less was observed; a power law needs errors above 0.")
-    samplings, ensembles = _levels(o.setting for o in observations)
     raw = _logs([o.quantities for o in observations], factors)
     centre = raw.mean(axis=0, where=np.isfinite(raw))
     x = raw - centre
     y = np.log([o.error for o in observations])
-    levels = np.array([[o.upcycled, samplings.index(o.setting[:2]), ensembles.index(o.setting.ensemble)] for o in observations])
-    shape = (len(factors), len(samplings), len(ensembles))
-    best = min((_fit(x, y, levels, shape, share) for share in (0.1, 0.5, 0.8)), key=lambda f: f[1])[0]
+    effects = _effects([(o.upcycled, o.setting) for o in observations], {o.setting for o in observations})
+    best = min((_fit(x, y, effects, share) for share in (0.1, 0.5, 0.8)), key=lambda f: f[1])[0]
     rng = np.random.default_rng(seed)
     rows_of = {run: [i for i, o in enumerate(observations) if o.run_id == run] for run in runs}
     draws = []
     for _ in range(samples):
         rows = [i for run in rng.choice(runs, len(runs)) for i in rows_of[run]]
-        draws.append(_fit(x[rows], y[rows], levels[rows], shape, 0.5, start=best)[0])
+        draws.append(_fit(x[rows], y[rows], effects[rows], 0.5, start=best)[0])
     return Surface(
         factors=factors,
         ranges={f: (min(v, default=0.0), max(v, default=0.0)) for f, v in values.items()},
@@ -132,18 +131,16 @@ def fit_surface(observations: Sequence[Observation], *, samples: int = 100, seed
         centre=centre,
         parameters=best,
         samples=np.array(draws),
-        residual=float(np.sqrt(np.mean((_log_error(best, x, levels, shape) - y) ** 2))),
+        residual=float(np.sqrt(np.mean((_log_error(best, x, effects) - y) ** 2))),
     )
 
 
-def _log_error(p: np.ndarray, x: np.ndarray, levels: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
-    """log error; p = log c, (log A_i, alpha_i)..., upcycling, steps..., ensembles..., scratch (last steps, ensemble: 0)."""
-    factors, steps, ensembles = shape
-    rest = p[1 + 2 * factors :]
-    of_steps = np.append(rest[1:steps], 0.0)
-    of_ensembles = np.append(rest[steps : steps + ensembles - 1], 0.0)
-    base = np.logaddexp.reduce(_log_terms(p, x), axis=1)
-    return base + rest[0] * levels[:, 0] + of_steps[levels[:, 1]] + of_ensembles[levels[:, 2]]
+def _log_error(p: np.ndarray, x: np.ndarray, effects: np.ndarray) -> np.ndarray:
+    """log error; p = log c, (log A_i, alpha_i)..., effects..., what training from scratch leaves."""
+    found = np.logaddexp.reduce(_log_terms(p, x), axis=1)
+    for column, effect in zip(effects.T, p[1 + 2 * x.shape[1] : -1], strict=True):
+        found = found + column * effect
+    return found
 
 
 def _log_terms(p: np.ndarray, x: np.ndarray) -> np.ndarray:
@@ -156,47 +153,39 @@ def _log_terms(p: np.ndarray, x: np.ndarray) -> np.ndarray:
 
 
 def _fit(
-    x: np.ndarray,
-    y: np.ndarray,
-    levels: np.ndarray,
-    shape: tuple[int, int, int],
-    share: float,
-    start: np.ndarray | None = None,
+    x: np.ndarray, y: np.ndarray, effects: np.ndarray, share: float, start: np.ndarray | None = None
 ) -> tuple[np.ndarray, float]:
-    """(Parameters, cost); `share` of the error starts as c. Priors: alpha 0.3 +- 0.3, every term +- 2, settings +- 1 in log."""
+    """(Parameters, cost); `share` of the error starts as c. Priors: alpha 0.3 +- 0.3, every term +- 2, effects +- 1 in log."""
     from scipy.optimize import least_squares
 
-    factors, steps, ensembles = shape
+    factors = x.shape[1]
+    log_a, alpha = slice(1, 1 + 2 * factors, 2), slice(2, 2 + 2 * factors, 2)
     level = float(np.median(y))
-    prior = np.zeros(1 + 2 * factors + 1 + (steps - 1) + (ensembles - 1) + 1)
+    prior = np.zeros(1 + 2 * factors + effects.shape[1] + 1)
     spread = np.ones_like(prior)
     prior[0], spread[0] = level + math.log(0.3), 2.0
-    prior[1 : 1 + 2 * factors : 2], spread[1 : 1 + 2 * factors : 2] = level + math.log(0.7 / factors), 2.0
-    prior[2 : 2 + 2 * factors : 2], spread[2 : 2 + 2 * factors : 2] = 0.3, 0.3
+    prior[log_a], spread[log_a] = level + math.log(0.7 / factors), 2.0
+    prior[alpha], spread[alpha] = 0.3, 0.3
     prior[-1], spread[-1] = prior[1], 2.0
     guess = prior.copy()
     guess[0] = level + math.log(share)
-    guess[1 : 1 + 2 * factors : 2] = level + math.log((1 - share) / factors)
+    guess[log_a] = level + math.log((1 - share) / factors)
     low, high = np.full_like(prior, -np.inf), np.full_like(prior, np.inf)
-    low[2 : 2 + 2 * factors : 2], high[2 : 2 + 2 * factors : 2] = 0.0, 3.0
+    low[alpha], high[alpha] = 0.0, 3.0
     guess = guess if start is None else np.clip(start, low + 1e-9, high - 1e-9)
-
     scratch = np.isneginf(x)
-    settings = np.zeros((len(x), len(prior) - 1 - 2 * factors))  # slopes of the settings' effects
-    settings[:, 0] = levels[:, 0]
-    settings[:, 1:steps] = levels[:, 1, None] == np.arange(steps - 1)
-    settings[:, steps:-1] = levels[:, 2, None] == np.arange(ensembles - 1)
 
     def residuals(p: np.ndarray) -> np.ndarray:
-        return np.concatenate([_log_error(p, x, levels, shape) - y, _PRIOR * (p - prior) / spread])
+        return np.concatenate([_log_error(p, x, effects) - y, _PRIOR * (p - prior) / spread])
 
     def slopes(p: np.ndarray) -> np.ndarray:
         terms = _log_terms(p, x)
         parts = np.exp(terms - np.logaddexp.reduce(terms, axis=1)[:, None])  # shares of the terms in the sum
         of_laws = np.where(scratch, 0.0, parts[:, 1:])
         pairs = np.stack([of_laws, -of_laws * np.where(scratch, 0.0, x)], axis=2).reshape(len(x), -1)
-        settings[:, -1] = (parts[:, 1:] - of_laws).sum(axis=1)
-        return np.concatenate([np.concatenate([parts[:, :1], pairs, settings], axis=1), np.diag(_PRIOR / spread)])
+        of_scratch = (parts[:, 1:] - of_laws).sum(axis=1, keepdims=True)
+        of_errors = np.concatenate([parts[:, :1], pairs, effects, of_scratch], axis=1)
+        return np.concatenate([of_errors, np.diag(_PRIOR / spread)])
 
     found = least_squares(residuals, guess, jac=slopes, bounds=(low, high))
     return found.x, float(found.cost)

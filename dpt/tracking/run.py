@@ -65,16 +65,18 @@ def start_run(
             _log.warning(
                 "MLflow at %s cannot be reached (%s); the records are kept and sent later.", hide_passwords(uri), reason
             )
-    run = SpooledRun(Path(output_dir) / "tracking", resume_run_id or uuid.uuid4().hex, past_step)
-    record = {
-        "uri": uri,
-        "experiment": config.experiment,
-        "name": config.run_name or name,
-        "stage": stage,
-        "parents": [p for p in parents if p],
-        "tags": {**_provenance(), **config.tags, **{k: str(v) for k, v in tags.items()}},
-    }
-    run.begin(record, params, offline=config.offline, every=config.system_every, node=_node())
+    run = Run(Spool(Path(output_dir) / "tracking", resume_run_id or uuid.uuid4().hex), past_step)
+    run.begin(
+        params,
+        uri=uri,
+        experiment=config.experiment,
+        name=config.run_name or name,
+        stage=stage,
+        parents=[p for p in parents if p],
+        tags={**_provenance(), **config.tags, **{k: str(v) for k, v in tags.items()}},
+    )
+    if not config.offline:
+        run.start_sender(uri, config.system_every, _node())
     return run
 
 
@@ -86,8 +88,10 @@ def watch_node(config: TrackingConfig, *, run_id: str, output_dir: Path) -> "Run
     local_rank, rank = (int(os.environ.get(name, "0")) for name in ("LOCAL_RANK", "RANK"))
     if not config.enabled or config.offline or not config.system_every or not run_id or local_rank or not rank:
         return Run()
-    run = SpooledRun(Path(output_dir) / "tracking", run_id, node=_node())
-    run.join(config, _node())
+    uri, node = absolute_uri(config.uri), _node()
+    run = Run(Spool(Path(output_dir) / "tracking", run_id, node))
+    run.record("join", uri=uri, experiment=config.experiment)
+    run.start_sender(uri, config.system_every, node)
     return run
 
 
@@ -110,82 +114,36 @@ def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 class Run:
-    """A run that records nothing; the interface of all runs. As a context manager it finishes itself (an exception: FAILED)."""
+    """A run whose records go to a spool, with a sender beside it; without a spool it records nothing.
 
-    run_id: str = ""
-    """Our id of the run, known before any server answers; the tag `dpt.run_id` in MLflow. Empty: not recorded."""
+    As a context manager it finishes itself (after an exception as FAILED).
+    """
 
-    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        """Record numbers at a step. The steps of one name only go up: what is not past the last one is left out."""
-
-    def log_picture(self, path: str | Path, name: str, step: int | None = None) -> None:
-        """Keep a picture as artifact `pictures/NAME.png` or, with a step, `pictures/NAME_STEP.png` (the file's own suffix)."""
-
-    def log_artifact(self, path: str | Path, folder: str = "") -> None:
-        """Keep a file or a folder as an artifact, below `folder`. Folders, and files over 32 MiB, must stay until then."""
-
-    def register_model(self, path: str | Path, name: str, tags: Mapping[str, str] | None = None) -> None:
-        """Enter exported weights into the model registry as a version of `name`; their folder stays where it is.
-
-        `tags` say what should be seen there, such as the stage and the metrics.
-        """
-
-    def log_dataset(
-        self, name: str, *, digest: str, source: str, context: str, profile: Mapping[str, Any] | None = None
-    ) -> None:
-        """Record a data set as an input of the run. `source`: its folder or URL; `context`: "training" or "evaluation";
-        `profile`: what MLflow's page shows of it."""
-
-    def set_tags(self, tags: Mapping[str, Any]) -> None:
-        """Set tags of the run."""
-
-    def finish(self, status: str = "FINISHED") -> None:
-        """End the run ("FINISHED", "FAILED" or "KILLED") and wait, within limits, until all is sent."""
-
-    def __enter__(self) -> "Run":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        killed = kind is not None and issubclass(kind, KeyboardInterrupt)
-        self.finish("KILLED" if killed else "FAILED" if kind is not None else "FINISHED")
-
-
-class SpooledRun(Run):
-    """A run whose records go to a spool, with a sender beside it."""
-
-    def __init__(self, folder: Path, run_id: str, past_step: int = -1, *, node: str = "") -> None:
-        self.run_id = run_id
-        self._spool = Spool(folder, run_id, node)
+    def __init__(self, spool: Spool | None = None, past_step: int = -1) -> None:
+        self.run_id = "" if spool is None else spool.run_id
+        """Our id of the run, known before any server answers; the tag `dpt.run_id` in MLflow. Empty: not recorded."""
+        self._spool = spool
         self._past_step = past_step
-        self._last_steps = self._spool.last_steps()
+        self._last_steps = {} if spool is None else spool.last_steps()
         self._sender: subprocess.Popen[bytes] | None = None
         self._finished = False
         self._broken = False
         self._next_check = time.monotonic() + _NOTICE_SECONDS
+        if spool is not None:
+            atexit.register(self._at_exit, os.getpid())
 
-    def join(self, config: TrackingConfig, node: str) -> None:
-        """Sample this node for a run that another node has begun."""
-        uri = absolute_uri(config.uri)
-        self._append("join", uri=uri, experiment=config.experiment)
-        self._start_sender(config.system_every, node, uri)
-        atexit.register(self._at_exit, os.getpid())
-
-    def begin(
-        self, record: dict[str, Any], recipe: Mapping[str, Any], *, offline: bool = False, every: float = 0.0, node: str = ""
-    ) -> None:
-        """Write the first record and, unless `offline`, start the sender, which samples the node called `node` every so many
-        seconds (0: never)."""
-        self._append("start", **record)
-        self._append("params", values=flatten({k: v for k, v in recipe.items() if k != "dpt"} | recipe.get("dpt", {})))
+    def begin(self, recipe: Mapping[str, Any], **start: Any) -> None:
+        """Write the first records: that of the start, the parameters, and the recipe as an artifact."""
+        self.record("start", **start)
+        self.record("params", values=flatten({k: v for k, v in recipe.items() if k != "dpt"} | recipe.get("dpt", {})))
         with self._survives(), tempfile.TemporaryDirectory() as folder:
             recipe_path = Path(folder) / "recipe.json"
             recipe_path.write_text(hide_passwords(json.dumps(recipe, indent=2, default=str)))
             self.log_artifact(recipe_path)
-        if not offline:
-            self._start_sender(every, node, record["uri"])
-        atexit.register(self._at_exit, os.getpid())
 
-    def _start_sender(self, every: float, node: str, uri: str) -> None:
+    def start_sender(self, uri: str, every: float, node: str) -> None:
+        """Start the process that sends the records to `uri` and samples this node (`node`) every `every` seconds, if not 0."""
+        assert self._spool is not None
         with self._survives():
             self._sender = subprocess.Popen(  # which gets a password in its environment, where records do not show it
                 [sys.executable, "-m", "dpt.tracking.sender", str(self._spool.path.absolute()), str(every), node],
@@ -197,45 +155,56 @@ class SpooledRun(Run):
             )
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        """Record numbers at a step. The steps of one name only go up: what is not past the last one is left out."""
         values = {}
-        for key, value in metrics.items():
+        for key, value in metrics.items() if self._spool is not None else ():
             name = _UNFIT.sub("_", key)
             if step > max(self._past_step, self._last_steps.get(name, self._past_step)):
                 self._last_steps[name] = step
                 values[name] = float(value)
         if values:
-            self._append("metrics", step=int(step), values=values)
+            self.record("metrics", step=int(step), values=values)
 
     def log_picture(self, path: str | Path, name: str, step: int | None = None) -> None:
+        """Keep a picture as artifact `pictures/NAME.png` or, with a step, `pictures/NAME_STEP.png` (the file's own suffix)."""
         suffix = Path(path).suffix or ".png"
         self._keep(Path(path), "pictures", (name if step is None else f"{name}_{step:08d}") + suffix)
 
     def log_artifact(self, path: str | Path, folder: str = "") -> None:
+        """Keep a file or a folder as an artifact, below `folder`. Folders, and files over 32 MiB, must stay until then."""
         self._keep(Path(path), folder, Path(path).name)
 
     def register_model(self, path: str | Path, name: str, tags: Mapping[str, str] | None = None) -> None:
-        self._append("model", path=str(Path(path).absolute()), name=name, tags={k: str(v) for k, v in (tags or {}).items()})
+        """Enter exported weights into the model registry as a version of `name`; their folder stays where it is.
+
+        `tags` say what should be seen there, such as the stage and the metrics.
+        """
+        self.record("model", path=str(Path(path).absolute()), name=name, tags={k: str(v) for k, v in (tags or {}).items()})
 
     def log_dataset(
         self, name: str, *, digest: str, source: str, context: str, profile: Mapping[str, Any] | None = None
     ) -> None:
+        """Record a data set as an input of the run. `source`: its folder or URL; `context`: "training" or "evaluation";
+        `profile`: what MLflow's page shows of it."""
         place = source if "://" in source else str(Path(source).absolute())
-        self._append("dataset", name=name, digest=digest, source=place, context=context, profile=dict(profile or {}))
+        self.record("dataset", name=name, digest=digest, source=place, context=context, profile=dict(profile or {}))
 
     def set_tags(self, tags: Mapping[str, Any]) -> None:
-        self._append("tags", values={k: str(v) for k, v in tags.items()})
+        """Set tags of the run."""
+        self.record("tags", values={k: str(v) for k, v in tags.items()})
 
     def finish(self, status: str = "FINISHED") -> None:
-        if self._finished:
+        """End the run ("FINISHED", "FAILED" or "KILLED") and wait, within limits, until all is sent."""
+        if self._finished or self._spool is None:
             return
         if not self._spool.joins:
-            self._append("finish", status=status)
+            self.record("finish", status=status)
         self._finished = True
         self._spool.close()
         if self._sender is None or self._sender.stdin is None:
             return
         self._sender.stdin.close()
-        self._wait(self._sender)
+        self._wait(self._sender, self._spool)
         unsent, state = self._spool.unsent, self._spool.state
         if state.rejected:
             _log.warning("MLflow refused records of run %s for good (%d): %s.", self.run_id, state.rejected, self._spool.log)
@@ -245,22 +214,33 @@ class SpooledRun(Run):
                 unsent, self.run_id, state.error or "still sending", self._spool.folder.parent,
             )  # fmt: skip
 
-    def _wait(self, sender: "subprocess.Popen[bytes]") -> None:
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        killed = kind is not None and issubclass(kind, KeyboardInterrupt)
+        self.finish("KILLED" if killed else "FAILED" if kind is not None else "FINISHED")
+
+    def _wait(self, sender: "subprocess.Popen[bytes]", spool: Spool) -> None:
         """Until all is sent; not long where the store has failed, as the sender then ends by itself."""
         begun, told = time.monotonic(), False
         while sender.poll() is None and (waited := time.monotonic() - begun) < _FINISH_SECONDS:
-            if waited > _TOLD_SECONDS and not told and (unsent := self._spool.unsent):
+            if waited > _TOLD_SECONDS and not told and (unsent := spool.unsent):
                 told = True
                 _log.warning("Sending the last %d records of run %s to MLflow.", unsent, self.run_id)
-            if waited > _FAILED_SECONDS and self._spool.state.error:
+            if waited > _FAILED_SECONDS and spool.state.error:
                 return
             time.sleep(0.05)
 
     def _keep(self, path: Path, folder: str, name: str) -> None:
-        with self._survives():
-            self._append("artifact", path=str(self._spool.keep_file(path, name)), folder=folder)
+        if self._spool is not None:
+            with self._survives():
+                self.record("artifact", path=str(self._spool.keep_file(path, name)), folder=folder)
 
-    def _append(self, kind: str, **content: Any) -> None:
+    def record(self, kind: str, **content: Any) -> None:
+        """Append a record to the spool; now and then, warn if they do not arrive."""
+        if self._spool is None:
+            return
         if self._finished:
             raise AssertionError(f"run {self.run_id} is finished; nothing can be recorded any more")
         with self._survives():

@@ -94,10 +94,8 @@ def sync(root: Path, *, uri: str = "", again: bool = False) -> list[tuple[Spool,
 def main() -> int:
     """Entry of the process beside a run."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a job's end reaches the run first; the sender ends with it
-    path = Path(sys.argv[1])
-    logging.basicConfig(filename=Spool.at(path).log, level=logging.WARNING, format="%(asctime)s %(message)s")
-    every, node = float(sys.argv[2]), sys.argv[3]
-    spool = Spool.at(path)
+    spool, every, node = Spool.at(Path(sys.argv[1])), float(sys.argv[2]), sys.argv[3]
+    logging.basicConfig(filename=spool.log, level=logging.WARNING, format="%(asctime)s %(message)s")
     return serve(spool, system=SystemRecords(spool, every=every, node=node) if every else None)
 
 

@@ -61,8 +61,8 @@ class Spool:
     @classmethod
     def find(cls, root: Path) -> list["Spool"]:
         """Every spool below `root`, oldest first (so that parents are sent before their children)."""
-        paths = [p for p in Path(root).rglob("*.jsonl") if p.parent.name == "tracking"]
-        return [cls.at(p) for p in sorted(paths, key=_first_time)]
+        spools = [cls.at(p) for p in sorted(Path(root).rglob("*.jsonl")) if p.parent.name == "tracking"]
+        return sorted(spools, key=lambda spool: next((int(record.get("time", 0)) for record, _ in spool.read()), 0))
 
     def append(self, record: dict[str, Any]) -> None:
         """Write one record, without passwords in addresses; raises OSError where the disk does."""
@@ -157,9 +157,3 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     except ValueError:
         return None
     return record if isinstance(record, dict) and "kind" in record else None
-
-
-def _first_time(path: Path) -> int:
-    with path.open("rb") as file:
-        record = _parse(file.readline())
-    return int(record.get("time", 0)) if record else 0

@@ -11,7 +11,7 @@ from dpt.evaluation.runner import evaluate
 from dpt.evaluation.summary import protocol_line, tracked_metrics
 from dpt.scaling.compare import compare
 from dpt.scaling.observations import observe
-from dpt.scaling.points import collect
+from dpt.scaling.points import FigureSpec, collect
 from dpt.scaling.report import render
 from dpt.scaling.results import evaluation_rows
 from dpt.scores import MAIN_METRIC, METRICS, show
@@ -65,9 +65,9 @@ def test_laws_compare_and_plan_find_the_main_metric_by_set(evaluated, task: str)
     names = [name for name, one in summary["sets"].items() if one["task"] == task]
     for name in names:
         value = summary["sets"][name]["results"][-1]["metrics"][metric]
-        (point,) = collect(runs, runs, "macs", f"eval/{task}/{name}/{metric}")
+        (point,) = collect(runs, runs, FigureSpec(y=f"eval/{task}/{name}/{metric}"))
         assert (point.x, point.y) == (2e9, value)
-        assert len(collect(runs, runs, "test_macs", f"eval/{task}/{name}/{metric}")) == len(SETTINGS)
+        assert len(collect(runs, runs, FigureSpec(x="test_macs", y=f"eval/{task}/{name}/{metric}"))) == len(SETTINGS)
         row = f"{task}/{name}: {METRICS[metric].title}, 2 steps × 2 samples"
         assert compare(runs[-1:], runs).rows()[row] == [show(metric, value)]
         observations = observe(runs, runs, task, metric, dataset=name)
@@ -75,7 +75,7 @@ def test_laws_compare_and_plan_find_the_main_metric_by_set(evaluated, task: str)
         assert observations[-1].error == pytest.approx(1 - value if metric == "iou" else value)
     for x in ("macs", "test_macs"):
         with pytest.raises(UserError, match=rf"of several sets in this evaluation; choose eval/{task}/{names[0]}/{metric} or"):
-            collect(runs, runs, x, f"eval/{task}/{metric}")
+            collect(runs, runs, FigureSpec(x=x, y=f"eval/{task}/{metric}"))
     with pytest.raises(UserError, match="choose one with --dataset"):
         observe(runs, runs, task, metric)
 

@@ -1,5 +1,7 @@
-"""A study's file, to be written with changes."""
+"""A study's file, to be written with changes, and the studies that are shipped."""
 
+import contextlib
+import functools
 from pathlib import Path
 
 import pytest
@@ -48,3 +50,15 @@ def write_study(tmp_path):
         return read_study(path, uri=uri)
 
     return write
+
+
+@functools.cache
+def _shipped(name):
+    with contextlib.chdir(ROOT):
+        return read_study(Path("studies", name), uri="sqlite:///x.db")
+
+
+@pytest.fixture
+def shipped():
+    """The study in a file of studies/, read once for all tests."""
+    return _shipped

@@ -1,6 +1,7 @@
-"""Runs made by hand, for the tests of what reads them."""
+"""Runs made by hand, for the tests of what reads them, and a look at the pages made of them."""
 
 import json
+from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -41,3 +42,25 @@ def made_run(run_id="r", *, stage="pretrain", folder=None, histories=None, recip
         "end_time": 1e9 + 60, "parents": [], "params": {}, "tags": {}, "metrics": {},
     }  # fmt: skip
     return RunRecord(run_id=run_id, stage=stage, client=Client(folder, histories), **(values | fields))
+
+
+class Checker(HTMLParser):
+    """Tags must nest; addresses must not leave the page."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.open, self.tags, self.attributes = [], [], set()
+        self.feed(page)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        if tag not in ("meta", "img", "br", "link", "input"):
+            self.open.append(tag)
+        for name, value in attributes:
+            if name in ("src", "href"):
+                assert value.startswith(("data:", "#")), value
+        self.tags.append(tag)
+        self.attributes |= {name for name, _ in attributes}
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag

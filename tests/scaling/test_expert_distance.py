@@ -4,8 +4,8 @@ import pytest
 
 from dpt import cli
 from dpt.commands import experts
+from dpt.commands.experts import METRIC, distance_series
 from dpt.errors import UserError
-from dpt.scaling.expert_distance import METRIC, distance_series
 from tests.scaling.made_runs import made_run
 
 UPCYCLED = [

@@ -13,7 +13,7 @@ from dpt import cli
 from dpt.commands import laws
 from dpt.errors import UserError
 from dpt.scaling.laws import fit_power_law, frontier
-from dpt.scaling.points import collect, final_value, settled, stretches
+from dpt.scaling.points import FigureSpec, collect, final_value, settled, stretches
 
 
 def study():
@@ -37,42 +37,42 @@ def study():
     return runs
 
 
+def points_of(x, y, **fields):
+    return collect(study(), study(), FigureSpec(x=x, y=y, **fields))
+
+
 def test_evaluations_stand_over_the_compute_of_their_whole_descent():
-    runs = study()
-    points = collect(runs, runs, "macs", "eval/depth/abs_rel", group_by="model.preset")
+    points = points_of("macs", "eval/depth/abs_rel", group_by="model.preset")
     assert [p.x for p in points] == [1e12, 1e13, 1e14]
     assert [p.y for p in points] == pytest.approx([3 * x**-0.1 for x in (1e12, 1e13, 1e14)])
     assert [p.group for p in points] == ["a1", "a2", "a3"]
-    points = collect(runs, runs, "macs", "eval/depth/abs_rel", group_by="stage,model.preset")
+    points = points_of("macs", "eval/depth/abs_rel", group_by="stage,model.preset")
     assert points[0].group == "evaluate a1"
-    assert [p.x for p in collect(runs, runs, "own_macs", "eval/depth/abs_rel")] == [5e11, 5e12, 5e13]
+    assert [p.x for p in points_of("own_macs", "eval/depth/abs_rel")] == [5e11, 5e12, 5e13]
 
 
 def test_test_time_quantities_give_a_point_for_every_setting():
-    runs = study()
-    points = collect(runs, runs, "test_macs", "eval/depth/abs_rel")
+    points = points_of("test_macs", "eval/depth/abs_rel")
     assert [p.x for p in points] == [1e9, 1e10] * 3
-    assert [p.x for p in collect(runs, runs, "steps", "eval/depth/abs_rel", ensemble=1)] == [1, 10] * 3
-    total = collect(runs, runs, "total_macs", "eval/depth/abs_rel", predictions=100)
+    assert [p.x for p in points_of("steps", "eval/depth/abs_rel", ensemble=1)] == [1, 10] * 3
+    total = points_of("total_macs", "eval/depth/abs_rel", predictions=100)
     assert [p.x for p in total] == [base + 100 * each for base in (1e12, 1e13, 1e14) for each in (1e9, 1e10)]
-    assert next(p.y for p in collect(runs, runs, "macs", "eval/depth/abs_rel", steps=1)) == pytest.approx(6 * 1e12**-0.1)
+    assert next(p.y for p in points_of("macs", "eval/depth/abs_rel", steps=1)) == pytest.approx(6 * 1e12**-0.1)
 
 
 def test_complements_parameters_samples_and_fields():
-    runs = study()
-    assert collect(runs, runs, "macs", "1-eval/depth/delta1")[0].y == pytest.approx(3 * 1e12**-0.1)
-    assert collect(runs, runs, "params", "eval/depth/abs_rel")[0].x > 1e6
-    assert collect(runs, runs, "samples", "train/loss")[0].x == 3200
-    assert collect(runs, runs, "training.steps", "eval/depth/abs_rel")[0].x == 100
-    assert collect(runs, runs, "evaluation.eta", "eval/depth/abs_rel")[0].x == 0.5
+    assert points_of("macs", "1-eval/depth/delta1")[0].y == pytest.approx(3 * 1e12**-0.1)
+    assert points_of("params", "eval/depth/abs_rel")[0].x > 1e6
+    assert points_of("samples", "train/loss")[0].x == 3200
+    assert points_of("training.steps", "eval/depth/abs_rel")[0].x == 100
+    assert points_of("evaluation.eta", "eval/depth/abs_rel")[0].x == 0.5
 
 
 def test_curves_run_over_all_compute_up_to_each_step():
-    runs = study()
-    points = collect(runs[:2], runs, "macs", "train/loss", curve=True, group_by="name")
+    points = points_of("macs", "train/loss", curve=True, group_by="name")[:4]
     assert [p.x for p in points] == pytest.approx([2.5e11, 5e11, 7.5e11, 1e12])
     with pytest.raises(UserError, match="a curve runs over"):
-        collect(runs, runs, "params", "train/loss", curve=True)
+        points_of("params", "train/loss", curve=True)
 
 
 def test_curves_begin_after_the_warmup_and_a_tenth_of_the_steps():
@@ -135,7 +135,7 @@ def test_a_noisy_end_is_averaged_and_nothing_found_is_said():
     assert final_value([(s, float(s % 2)) for s in range(100)]) == pytest.approx(0.6)
     for wrong in ("eval/flow/epe", "eval/depth/abs_rell", "eval/dept"):
         with pytest.raises(UserError, match=r"eval/depth/abs_rel\b"):  # what the runs have
-            collect(study(), study(), "macs", wrong)
+            points_of("macs", wrong)
 
 
 def test_the_command_prints_draws_and_refuses(monkeypatch, capsys, tmp_path):

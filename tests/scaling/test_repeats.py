@@ -31,12 +31,7 @@ SPEC = FigureSpec(x="steps", y="eval/depth/abs_rel", group_by="study.size", over
 
 def test_seeds_become_one_point_with_students_interval() -> None:
     found = find(RUNS, RUNS, SPEC).means
-    assert [(mean.group, mean.x, len(mean.runs)) for mean in found] == [
-        ("w64", 1, 3),
-        ("w64", 5, 3),
-        ("w96", 1, 3),
-        ("w96", 5, 3),
-    ]
+    assert [(m.group, m.x, len(m.runs)) for m in found] == [(size, x, 3) for size in ("w64", "w96") for x in (1, 5)]
     assert found[0].y == pytest.approx(0.21)
     assert found[0].half_width == pytest.approx(4.302653 * 0.01 / math.sqrt(3), rel=1e-6)
 

@@ -1,47 +1,24 @@
 """The page: well formed, self-contained, escaped, and showing what the runs hold."""
 
+import json
 import shutil
 import subprocess
-from html.parser import HTMLParser
 
+import numpy as np
 import pytest
-from made_runs import made_run
+from made_runs import Checker, made_run
+from PIL import Image
 
 from dpt.errors import UserError
 from dpt.scaling import report
+from dpt.scaling.page import picture
 from dpt.scaling.report import render, write_report
-
-VOID = {"meta", "img", "br", "link", "input"}
-
-
-class Checker(HTMLParser):
-    """Tags must nest; addresses must not leave the page."""
-
-    def __init__(self):
-        super().__init__()
-        self.open, self.images = [], 0
-
-    def handle_starttag(self, tag, attributes):
-        if tag not in VOID:
-            self.open.append(tag)
-        for name, value in attributes:
-            if name in ("src", "href"):
-                assert value.startswith(("data:", "#")), value
-        self.images += tag == "img"
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
 
 
 @pytest.fixture
 def runs(tmp_path):
-    model = {
-        "model.preset": "a1",
-        "model.hidden_size": "256",
-        "model.depth": "12",
-        "model.num_heads": "16",
-        "model.patch_size": "2",
-    }
+    sizes = {"preset": "a1", "hidden_size": "256", "depth": "12", "num_heads": "16", "patch_size": "2"}
+    model = {f"model.{name}": value for name, value in sizes.items()}
     loss = [(s, 1 / (s + 1)) for s in range(100)]
     metrics = {"train/loss": 0.01, "compute/train_macs": 3e15}
     return [
@@ -68,10 +45,7 @@ def runs(tmp_path):
 
 def test_the_page_is_whole_and_shows_everything(runs):
     page = render("my <experiment>", runs, "sqlite:///mlflow.db")
-    checker = Checker()
-    checker.feed(page)
-    assert checker.open == []
-    assert checker.images == 4  # two pictures (one of them the headline's too) and the loss curve
+    assert Checker(page).tags.count("img") == 4  # two pictures (one of them the headline's too) and the loss curve
     assert "<script" not in page
     texts = ("ours &lt;script&gt;", "7.00", "the paper", "a &amp; b", "torch 2.13", "14.8M", "14.8 M", "3 PMACs", "0.23")
     for text in texts:
@@ -94,11 +68,6 @@ def test_superseded_runs_are_left_out_unless_a_result_descends_from_them(runs, t
 
 
 def test_large_pictures_are_compressed(tmp_path):
-    import numpy as np
-    from PIL import Image
-
-    from dpt.scaling.page import picture
-
     noise = np.random.default_rng(0).integers(0, 255, (300, 2000, 3), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "x.png")
     shown = picture(tmp_path / "x.png", "a picture")
@@ -115,11 +84,6 @@ def test_an_empty_experiment_is_refused(monkeypatch, tmp_path):
 
 def _with_scenes(folder, label, value, keys=("a/1", "b/2"), **fields):
     """An evaluation that has kept scenes."""
-    import json
-
-    import numpy as np
-    from PIL import Image
-
     scenes = folder / "flats_val" / "scenes"
     scenes.mkdir(parents=True)
     listed = []
@@ -143,23 +107,16 @@ def _with_scenes(folder, label, value, keys=("a/1", "b/2"), **fields):
 def test_the_result_comes_first_and_every_model_is_shown_on_the_same_scenes(tmp_path):
     worse, better = _with_scenes(tmp_path / "a", "plain", 0.4), _with_scenes(tmp_path / "b", "better", 0.1)
     page = render("e", [worse, better], "sqlite:///mlflow.db")
-    Checker().feed(page)
+    Checker(page)
     assert page.index("10.00 %") < page.index('<input type="range"') < page.index("<table>") < page.index('id="scenes"')
     assert page.count("Depth on flats_val, 60 synthetic samples") == 3  # headline, table, scenes
     assert "the better" not in page
     assert "Scene a/1, 10 steps, AbsRel 10.00 %" in page  # of the two the nearest to the mean
-    for caption in (
-        "better, 10 steps: AbsRel 10.00 %",
-        "plain, 10 steps: AbsRel 40.00 %",
-        "better, 10 steps: AbsRel 20.00 %",
-        "plain, 10 steps: AbsRel 80.00 %",
-    ):
-        assert page.count(f"<figcaption>{caption}</figcaption>") == 1
-    assert (
-        page.index("better, 10 steps: AbsRel 10.00 %")
-        < page.index("plain, 10 steps: AbsRel 40.00 %")
-        < page.index("better, 10 steps: AbsRel 20.00 %")
-    )
+    captions = [f"{one}: AbsRel {value} %" for one, value in
+                (("better, 10 steps", "10.00"), ("plain, 10 steps", "40.00"), ("better, 10 steps", "20.00"),
+                 ("plain, 10 steps", "80.00"))]  # fmt: skip
+    assert [page.count(f"<figcaption>{caption}</figcaption>") for caption in captions] == [1] * 4
+    assert sorted(captions, key=page.index) == captions
     assert "the truth, m" in page
     assert ">2</span>" in page
 
@@ -206,10 +163,6 @@ def test_a_browser_shows_the_page_without_sideways_scrolling_and_moves_the_slide
 
 
 def test_the_colours_of_motion_are_explained_by_a_wheel(tmp_path):
-    import json
-
-    from PIL import Image
-
     run = _with_scenes(tmp_path / "a", "flow", 3.2)
     folder = tmp_path / "a" / "flats_val" / "scenes"
     Image.new("RGB", (8, 8)).save(folder / "wheel.png")
@@ -220,7 +173,7 @@ def test_the_colours_of_motion_are_explained_by_a_wheel(tmp_path):
     run.metrics.clear()
     run.metrics.update({"eval/flow/flats_val/epe/s10_n1": 3.2, "eval/flow/flats_val/baseline_epe": 6.0})
     page = render("e", [run], "sqlite:///mlflow.db")
-    Checker().feed(page)
+    Checker(page)
     assert page.index("3.200 px") < page.index('class="legend"') < page.index("rim: 7.31 px") < page.index("<table>")
     assert "No motion: flow of zero everywhere." in page
     assert "<th>no motion =&nbsp;1</th>" in page

@@ -7,10 +7,10 @@ import pytest
 
 from dpt.commands.study import device_hours
 from dpt.scaling.shard_sets import ARGUMENTS, FOLDER, encode_command
-from dpt.scaling.study import expected_macs, read_study
+from dpt.scaling.study import expected_macs
 
 ROOT = Path(__file__).resolve().parents[2]
-ROW = re.compile(r"`(studies/paper_\w+\.yaml)` \| (\d+) \| ([\d.]+) E \| ([\d.]+) \|")
+ROW = re.compile(r"`studies/(paper_\w+\.yaml)` \| (\d+) \| ([\d.]+) E \| ([\d.]+) \|")
 
 
 def rows():
@@ -18,13 +18,12 @@ def rows():
 
 
 def test_every_paper_study_has_its_row():
-    assert {Path(path).name for path, *_ in rows()} == {p.name for p in (ROOT / "studies").glob("paper_*.yaml")}
+    assert {name for name, *_ in rows()} == {p.name for p in (ROOT / "studies").glob("paper_*.yaml")}
 
 
-@pytest.mark.parametrize(("path", "launches", "exa", "hours"), rows())
-def test_launches_macs_and_hours_are_current(path, launches, exa, hours, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    study = read_study(Path(path), uri="sqlite:///x.db")
+@pytest.mark.parametrize(("name", "launches", "exa", "hours"), rows())
+def test_launches_macs_and_hours_are_current(name, launches, exa, hours, shipped):
+    study = shipped(name)
     total = sum(expected_macs(study, launch) for launch in study.launches if launch.launcher != "evaluate")
     assert len(study.launches) == int(launches)
     assert total / 1e18 == pytest.approx(float(exa), rel=0.01)
@@ -37,12 +36,11 @@ def test_the_page_has_the_command_of_every_shard_set():
     assert commands == [encode_command(f"{FOLDER}/{name}") for name in ARGUMENTS]
 
 
-def test_every_shard_set_of_the_paper_has_a_command(monkeypatch):
+def test_every_shard_set_of_the_paper_has_a_command(shipped):
     from data_tools.encode import parser
 
-    monkeypatch.chdir(ROOT)
-    for path, *_ in rows():
-        for needed in read_study(Path(path), uri="sqlite:///x.db").needs:
+    for study, *_ in rows():
+        for needed in shipped(study).needs:
             assert needed.startswith("weights/") or encode_command(needed), needed
     for name in ARGUMENTS:
         parser().parse_args(encode_command(f"{FOLDER}/{name}").split()[3:])

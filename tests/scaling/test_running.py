@@ -9,7 +9,7 @@ import time
 import pytest
 
 from dpt.errors import UserError
-from dpt.scaling import launching, processes, running
+from dpt.scaling import launching, processes, running, side_by_side
 from dpt.scaling.launching import pending
 from dpt.scaling.processes import start_forked
 from dpt.scaling.running import run_here
@@ -46,9 +46,11 @@ def launches(monkeypatch, tmp_path):
         if launch.name == settings["failing"]:
             return FAIL
         weights = launch.fields.get("training.weights") or launch.fields.get("evaluation.weights") or str(tmp_path / "first")
-        return [sys.executable, "-c", LAUNCH, launch.name, str(launch.result), weights, str(log), str(settings["seconds"])]
+        words = (launch.name, launch.result, weights, log, settings["seconds"])
+        return [sys.executable, "-IS", "-c", LAUNCH, *map(str, words)]
 
     monkeypatch.setattr(running, "command", command)
+    monkeypatch.setattr(side_by_side, "_POLL_S", 0.02)
     monkeypatch.setattr(running, "count_devices", lambda: settings["devices"])
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)

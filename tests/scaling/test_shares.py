@@ -1,5 +1,6 @@
 """At which share of the reference's compute other trainings are as good."""
 
+import dataclasses
 import json
 
 import pytest
@@ -10,6 +11,7 @@ from dpt.scaling.figures import FigureSpec, draw, find
 from dpt.scaling.shares import shares
 
 Y = "eval/depth/abs_rel"
+SPEC = FigureSpec(x="macs", y=Y, steps=1, ensemble=1, group_by="study.size", over="study.seed", reference="paper", law=False)
 
 
 def trained_and_scored(name, stage, seed, train_macs, settings):
@@ -34,7 +36,7 @@ def runs():
 
 def test_training_is_interpolated_over_log_macs_in_every_repeat_and_the_prediction_is_the_cheapest_that_is_as_good():
     records, family = runs()
-    few, many = shares(records, family, y=Y, reference="paper", group_by="study.size", over="study.seed")
+    few, many = shares(records, family, SPEC)
     assert (few.steps, few.ensemble, many.steps, many.ensemble) == (1, 1, 20, 3)
     # seed 0 falls from 0.20 to 0.10 between 100 and 400 MACs, seed 1 from 0.21 to 0.11
     assert many.train_share == pytest.approx((0.1 * 4**0.5 + 0.1 * 4**0.6) / 2)
@@ -49,13 +51,10 @@ def test_what_is_never_reached_and_what_is_reached_at_once_say_so(tmp_path):
     for record in records:
         if record.tags["study.stage"] == "paper":
             record.metrics.update({f"{Y}/s20_n3": 0.05, f"{Y}/s1_n1": 0.205})
-    few, many = shares(records, family, y=Y, reference="paper", group_by="study.size", over="study.seed")
+    few, many = shares(records, family, SPEC)
     assert many.reached == 0
     assert few.at_most
-    spec = FigureSpec(
-        x="macs", y=Y, steps=1, ensemble=1, group_by="study.size", over="study.seed", reference="paper", law=False
-    )
-    path = draw(find(records, family, spec), tmp_path / "share.svg")
+    path = draw(find(records, family, SPEC), tmp_path / "share.svg")
     table = path.with_suffix(".md").read_text()
     assert "| w64 20, 3 | 5.00 | not reached | – |" in table
     assert "| w64 1, 1 | 20.50 | at most 0.1" in table
@@ -65,6 +64,6 @@ def test_what_is_never_reached_and_what_is_reached_at_once_say_so(tmp_path):
 def test_a_metric_that_is_no_evaluations_and_a_missing_stage_are_refused():
     records, family = runs()
     with pytest.raises(UserError, match="need a metric of evaluations"):
-        shares(records, family, y="train/loss", reference="paper", group_by="", over="study.seed")
+        shares(records, family, dataclasses.replace(SPEC, y="train/loss"))
     with pytest.raises(UserError, match=r'w64: shares need evaluations of the stage "papre"'):
-        shares(records, family, y=Y, reference="papre", group_by="study.size", over="study.seed")
+        shares(records, family, dataclasses.replace(SPEC, reference="papre"))

@@ -10,7 +10,7 @@ import pytest
 from dpt.errors import UserError
 from dpt.scaling.launching import pending, submit
 from dpt.scaling.running import run_here
-from dpt.scaling.study import expected_macs, read_study
+from dpt.scaling.study import expected_macs
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -119,10 +119,9 @@ def test_slurm_jobs_do_not_share_an_sqlite_file(write_study, slurm_calls):
     assert len(slurm_calls.read_text().splitlines()) == 2
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "studies").glob("*.yaml")), ids=lambda p: p.stem)
-def test_shipped_studies_are_valid(path, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    study = read_study(path, uri="sqlite:///x.db")
+@pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "studies").glob("*.yaml")))
+def test_shipped_studies_are_valid(name, shipped):
+    study = shipped(name)
     for launch in study.launches:
         recipe = launch.resolved
         assert expected_macs(study, launch) > 0 or recipe.dpt.training.steps == 0
@@ -141,9 +140,9 @@ def test_a_kept_checkpoint_gives_the_weights(write_study):
         write_study("stages: [depth]\n    values:\n      short: {training.steps: 5}", "values:\n      short: {weights.step: 3}")
 
 
-def test_all_that_a_study_reads_is_looked_for_with_its_command(monkeypatch):
+def test_all_that_a_study_reads_is_looked_for_with_its_command(shipped, monkeypatch):
     monkeypatch.chdir(ROOT)
-    study = read_study(Path("studies/paper_tables.yaml"), uri="sqlite:///x.db")
+    study = shipped("paper_tables.yaml")
     folders = [f for launch in study.launches if launch.launcher == "evaluate" for f in launch.fields["evaluation.data"]]
     assert set(folders) <= set(study.needs)
     with pytest.raises(UserError) as refused:

@@ -1,7 +1,6 @@
 """Our runs in MLflow's own pages, as a browser shows them."""
 
 import shutil
-import socket
 import subprocess
 import urllib.parse
 from html.parser import HTMLParser
@@ -11,6 +10,7 @@ import pytest
 from PIL import Image
 
 from dpt.config.sections import TrackingConfig
+from dpt.distributed import free_port
 from dpt.tracking import start_run
 from dpt.tracking.read import load_runs
 from tests.tracking.server import serve, stop
@@ -51,9 +51,7 @@ def site(empty_store, tmp_path_factory):
                 run.log_metrics({"train/loss": width / step, "compute/train_macs": 1e6 * width * step}, step)
     records = sorted(load_runs(uri, "sizes"), key=lambda record: record.name)
     assert [record.name for record in records] == ["pretrain w128", "pretrain w64"]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     server = serve(port, folder)
     experiment = records[0].client.get_experiment_by_name("sizes").experiment_id
     yield f"http://127.0.0.1:{port}", [record.mlflow_run_id for record in records], experiment
