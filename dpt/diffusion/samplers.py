@@ -148,7 +148,7 @@ def _dpm_solver_steps(timesteps: list[float], levels: list[tuple[float, float, f
         gain = next_alpha - alpha * next_sigma / sigma  # next_alpha (1 - exp(-h)), h the step in log(alpha / sigma)
         extrapolation = 0.0
         if 0 < i < len(timesteps) - 1 and levels[i - 1][0] > 0:
-            last_step, this_step = (_log_snr(a2, s2) - _log_snr(a1, s1) for a1, s1, a2, s2 in levels[i - 1 : i + 1])
+            last_step, this_step = (math.log(a2 / s2) - math.log(a1 / s1) for a1, s1, a2, s2 in levels[i - 1 : i + 1])
             extrapolation = this_step / last_step / 2.0
         steps.append(
             Step(
@@ -161,10 +161,6 @@ def _dpm_solver_steps(timesteps: list[float], levels: list[tuple[float, float, f
             )
         )
     return steps
-
-
-def _log_snr(alpha: float, sigma: float) -> float:
-    return math.log(alpha / sigma)
 
 
 def clean_latents(
@@ -200,8 +196,9 @@ def sample(
         timesteps = torch.full((len(noisy),), step.timestep, device=noisy.device)
         times = network_time(plan.diffusion, timesteps)
         predict = denoise if step.guided or unguided is None else unguided
-        mean, variance = _split(predict(noisy, times).float(), channels)
-        clean = clean_latents(mean, noisy, step.alpha, step.sigma, plan.diffusion.prediction_type)
+        prediction = predict(noisy, times).float()
+        assert prediction.shape[1] in (channels, 2 * channels), f"{prediction.shape[1]} channels predicted for {channels}"
+        clean = clean_latents(prediction[:, :channels], noisy, step.alpha, step.sigma, plan.diffusion.prediction_type)
         noisy = step.c_noisy * noisy + step.c_clean * clean
         if step.c_previous != 0.0:
             assert previous is not None
@@ -209,22 +206,14 @@ def sample(
         if step.std > 0.0:
             assert seeds is not None, "a stochastic sampler needs seeds"
             fresh = noises.normal(noises.derive(seeds.to(noisy.device), number), noisy.shape[1:])
-            noisy = noisy + _deviation(step, variance) * fresh
+            noisy = noisy + _deviation(step, prediction[:, channels:]) * fresh
         previous = clean
     return noisy
 
 
-def _split(prediction: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:
-    """(mean, variance output or None) of a prediction with C or 2 C channels."""
-    if prediction.shape[1] == channels:
-        return prediction, None
-    assert prediction.shape[1] == 2 * channels, f"{prediction.shape[1]} channels predicted for {channels}"
-    return prediction[:, :channels], prediction[:, channels:]
-
-
-def _deviation(step: Step, variance: Tensor | None) -> Tensor | float:
+def _deviation(step: Step, variance: Tensor) -> Tensor | float:
     """Standard deviation of the step's noise: learned where the network predicts it and the sampler uses it (DDPM)."""
-    if variance is None or step.log_variance_range is None:
+    if not variance.shape[1] or step.log_variance_range is None:
         return step.std
     low, high = step.log_variance_range
     share = (variance + 1.0) / 2.0

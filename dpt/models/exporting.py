@@ -15,10 +15,10 @@ from torch import Tensor
 
 from dpt.config.sections import ModelConfig
 from dpt.errors import UserError
+from dpt.models.diffusers_maps import config_to_diffusers, diffusers_map, embedder_copies
 from dpt.models.dit import DiT
 from dpt.models.mup import standard
 from dpt.models.weight_files import CONFIG, DIFFUSERS_WEIGHTS, EMA, FORMAT_VERSION, WEIGHTS
-from dpt.models.weight_maps import config_to_diffusers, diffusers_map, embedder_copies
 from dpt.models.weights import Weights, check_state
 
 _log = logging.getLogger(__name__)

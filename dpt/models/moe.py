@@ -153,34 +153,29 @@ class MoE(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, RouterStats]:
         x_TD = x.reshape(-1, x.shape[-1])
         routing = self.gate(x_TD)
-        y_TD, shared_TD, counts_E, dropped = self._route(x_TD, routing, x.shape[0])
-        if shared_TD is not None:
-            y_TD = y_TD + shared_TD
-        return y_TD.view_as(x), RouterStats(routing.probs_TE.mean(dim=0), routing.z_loss, routing.entropy, counts_E, dropped)
-
-    def _route(self, x_TD: Tensor, routing: Routing, num_samples: int) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-        """Tokens through their experts and back [T, D]; through the shared one; slots of each expert [E]; dropped slots []."""
         if self.observer is not None:  # not a hook, which compiled blocks pass over
             _show(self.observer, routing)
-        experts_TK = routing.experts_TK
         if self.capacity_factor:
-            return self._route_within_capacity(x_TD, routing, num_samples)
-        dispatch = Dispatch(experts_TK, self.num_experts)
-        y_ND, shared_TD = self._run_experts(dispatch.permute(x_TD), dispatch.counts, x_TD)
-        return dispatch.combine(y_ND, routing.weights_TK), shared_TD, dispatch.counts, dispatch.counts.new_zeros(())
+            y_TD, counts_E, dropped = self._route_within_capacity(x_TD, routing, x.shape[0])
+        else:
+            y_TD, counts_E = self._route(x_TD, routing)
+            dropped = counts_E.new_zeros(())
+        return y_TD.view_as(x), RouterStats(routing.probs_TE.mean(dim=0), routing.z_loss, routing.entropy, counts_E, dropped)
 
-    @torch.compiler.disable
-    def _route_within_capacity(
-        self, x_TD: Tensor, routing: Routing, num_samples: int
-    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-        """`_route` where some slots are dropped, so that shapes depend on the routing."""
-        experts_TK = routing.experts_TK
-        kept_TK = within_capacity(routing, num_samples, self.num_experts, self.capacity_factor)
-        dispatch = Dispatch(experts_TK, self.num_experts, kept_TK)
+    def _route(self, x_TD: Tensor, routing: Routing, kept_TK: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Tokens through their experts and back, and through the shared one [T, D]; slots that each expert has had [E]."""
+        dispatch = Dispatch(routing.experts_TK, self.num_experts, kept_TK)
         y_ND, shared_TD = self._run_experts(dispatch.permute(x_TD), dispatch.counts, x_TD)
         y_TD = dispatch.combine(y_ND, routing.weights_TK)
-        routed = torch.zeros_like(dispatch.counts).index_add_(0, experts_TK.flatten(), torch.ones_like(experts_TK.flatten()))
-        return y_TD, shared_TD, routed, routed.sum() - dispatch.counts.sum()
+        return y_TD if shared_TD is None else y_TD + shared_TD, dispatch.counts
+
+    @torch.compiler.disable
+    def _route_within_capacity(self, x_TD: Tensor, routing: Routing, num_samples: int) -> tuple[Tensor, Tensor, Tensor]:
+        """`_route` where some slots are dropped, so that shapes depend on the routing; slots routed [E] and dropped []."""
+        y_TD, counts = self._route(x_TD, routing, within_capacity(routing, num_samples, self.num_experts, self.capacity_factor))
+        slots = routing.experts_TK.flatten()
+        routed = torch.zeros_like(counts).index_add_(0, slots, torch.ones_like(slots))
+        return y_TD, routed, routed.sum() - counts.sum()
 
     def _run_experts(self, x_ND: Tensor, counts_E: Tensor, x_TD: Tensor) -> tuple[Tensor, Tensor | None]:
         """Slots sorted by expert [N, D] through the experts, tokens [T, D] through the shared one if there is one.

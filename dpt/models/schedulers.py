@@ -48,30 +48,19 @@ _IGNORED = frozenset(  # which change nothing in what is supported
     }
 )
 _SUPPORTED: dict[str, tuple[Any, ...]] = {
-    "clip_sample": (False,),
-    "thresholding": (False,),
-    "trained_betas": (None,),
+    **dict.fromkeys(("clip_sample", "thresholding", "euler_at_final", "invert_sigmas", "stochastic_sampling"), (False,)),
+    **dict.fromkeys(("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas"), (False, None)),
+    **dict.fromkeys(("use_flow_sigmas", "use_dynamic_shifting"), (False, None)),
+    **dict.fromkeys(("trained_betas", "sigma_min", "sigma_max", "shift_terminal"), (None,)),
     "variance_type": (None, "fixed_small", "fixed_small_log", "learned_range"),
     "interpolation_type": ("linear",),
-    "use_karras_sigmas": (False, None),
-    "use_exponential_sigmas": (False, None),
-    "use_beta_sigmas": (False, None),
-    "use_lu_lambdas": (False, None),
-    "use_flow_sigmas": (False, None),
-    "use_dynamic_shifting": (False, None),
-    "sigma_min": (None,),
-    "sigma_max": (None,),
     "timestep_type": ("discrete",),
     "final_sigmas_type": ("zero",),
     "solver_order": (2,),
     "solver_type": ("midpoint",),
     "algorithm_type": ("dpmsolver++",),
-    "euler_at_final": (False,),
     "lambda_min_clipped": (-float("inf"),),
     "shift": (1.0,),
-    "shift_terminal": (None,),
-    "invert_sigmas": (False,),
-    "stochastic_sampling": (False,),
 }
 
 

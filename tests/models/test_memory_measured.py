@@ -12,9 +12,9 @@ from dpt.models.costs import num_params
 from dpt.models.memory import memory, picture_bytes
 from dpt.models.vae_costs import VAESize, vae_config, vae_size
 from tests.gloo import run_ranks
+from tests.models.networks import SIZES
 
 NO_VAE = VAESize(params=0, channels=0, downsampling=8)
-TINY = {"hidden_size": 32, "depth": 2, "num_heads": 4, "input_size": 8, "num_classes": 10}
 
 FINE = {
     "num_experts": 48,
@@ -156,7 +156,7 @@ def test_decoding_a_picture_stays_within_its_estimate():
     latents = torch.randn(1, 4, 16, 16)
     with LiveBytes([latents, *codec.vae.parameters()]) as live:
         codec.decode(latents)
-    config = ModelConfig(**TINY)
+    config = ModelConfig(**SIZES)
     size = vae_size(vae_config("embedded"))
     shared = picture_bytes(config, NO_VAE, height=2, width=2)  # the copy of the network, next to nothing more
     estimate = picture_bytes(config, size, height=16, width=16) - shared - 4 * params

@@ -10,27 +10,21 @@ from dpt.config.sections import ModelConfig, UpcyclingConfig
 from dpt.errors import UserError
 from dpt.models import Weights, adapt, build_model, upcycle
 from dpt.models.expert_distance import expert_distances
+from tests.models.networks import SIZES, random_model
 
-SMALL = {"hidden_size": 32, "depth": 2, "num_heads": 4, "input_size": 8, "num_classes": 10}
 DENSE = [name for name, values in PRESETS.items() if "num_experts" not in values]
 
 
 def dense(**fields) -> Weights:
-    torch.manual_seed(0)
-    model = build_model(ModelConfig(**SMALL | fields))
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
+    model = random_model(**fields)
     return Weights(config=model.config, state=model.state_dict())
 
 
 def predict(weights, latents=None, labels=None):
     model = weights.build()
-    size = 2 * model.config.patch_size
-    latents = (
-        torch.randn(3, model.in_channels, size, size, generator=torch.Generator().manual_seed(1))
-        if latents is None
-        else latents
-    )
+    if latents is None:
+        size = 2 * model.config.patch_size
+        latents = torch.randn(3, model.in_channels, size, size, generator=torch.Generator().manual_seed(1))
     labels = torch.tensor([0, 4, model.config.num_classes]) if labels is None else labels
     with torch.no_grad():
         return model(latents, torch.tensor([1, 500, 999]), labels).prediction
@@ -155,6 +149,10 @@ def test_other_differences_are_refused(fields, named):
     weights = dense()
     with pytest.raises(UserError, match=named):
         adapt(weights, dataclasses.replace(weights.config, **fields))
+
+
+def test_differences_of_experts_and_of_inputs_are_refused():
+    weights = dense()
     adapt(weights, dataclasses.replace(weights.config, top_k=1))  # means nothing without experts
     experts = upcycle(weights, UpcyclingConfig())
     with pytest.raises(UserError, match="top_k is 1"):
@@ -208,7 +206,7 @@ def test_redrawing_all_makes_experts_strangers_and_a_share_less_so():
 
 
 def test_distance_is_that_over_all_pairs():
-    model = build_model(ModelConfig(**SMALL, num_experts=5, shared_expert_width=8))
+    model = build_model(ModelConfig(**SIZES, num_experts=5, shared_expert_width=8))
     experts = [torch.cat([p[e].flatten() for p in model.blocks[1].moe.experts.parameters()]) for e in range(5)]
     pairs = torch.stack([(a - b).square().sum() for i, a in enumerate(experts) for b in experts[:i]])
     wanted = (pairs.mean() / torch.stack(experts).square().sum(1).mean()).sqrt()

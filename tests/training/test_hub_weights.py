@@ -11,7 +11,7 @@ from dpt.config.recipe import DptConfig, Recipe
 from dpt.config.sections import DiffusionConfig, ModelConfig, TrainingConfig
 from dpt.models.exporting import export_weights
 from dpt.training.stages import open_stage
-from tests.models.test_pretrained import random_model
+from tests.models.networks import random_model
 
 
 def stage_of(config: ModelConfig, name: str) -> tuple[str, str, list[str]]:

@@ -9,7 +9,7 @@ from dpt.config.sections import DiffusionConfig, TrainingConfig
 from dpt.errors import UserError
 from dpt.models.exporting import export_weights
 from dpt.training.stages import open_stage
-from tests.models.test_pretrained import random_model
+from tests.models.networks import random_model
 
 
 def test_weights_of_another_time_convention_are_refused(tmp_path):
