@@ -61,17 +61,9 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "norm_eps": (float, int),
     "timestep_features": (str,),
 }
-_ABSENT = frozenset(  # parts of Transformer2DModel, as which older DiT folders were written, that a DiT has not
-    {
-        "cross_attention_dim",
-        "num_vector_embeds",
-        "use_linear_projection",
-        "only_cross_attention",
-        "double_self_attention",
-        "caption_channels",
-        "interpolation_scale",
-        "use_additional_conditions",
-    }
+_ABSENT = (  # parts of Transformer2DModel, as which older DiT folders were written, that a DiT has not
+    *("cross_attention_dim", "num_vector_embeds", "use_linear_projection", "only_cross_attention"),
+    *("double_self_attention", "caption_channels", "interpolation_scale", "use_additional_conditions"),
 )
 
 

@@ -85,9 +85,9 @@ class DiTBlock(nn.Module):
 def _build_moe(config: ModelConfig, ep_size: int) -> MoE:
     if ep_size == 1:
         return MoE(config)
-    from dpt.models.moe_parallel import build_parallel_moe  # imports DeepSpeed, which takes seconds
+    from dpt.models.moe_parallel import ParallelMoE  # imports DeepSpeed, which takes seconds
 
-    return build_parallel_moe(config, ep_size)
+    return ParallelMoE(config, ep_size)
 
 
 class DiT(nn.Module):

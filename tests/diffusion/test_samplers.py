@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from dpt.errors import UserError
 from tests.diffusion.walks import SHAPE, assert_close, network, start, walk
 
 SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+SAMPLERS = ("ddim", "ddpm", "dpmsolver++")
 SPACINGS = ("leading", "trailing", "linspace")
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
 BETAS = {"beta_start": 1e-4, "beta_end": 0.02}
@@ -90,23 +92,6 @@ def test_a_perfect_network_reaches_the_clean_latents(sampler, prediction, schedu
         result = samplers.sample(predict, start(), plan)
         tolerance = 5e-3 if prediction == "epsilon" and schedule == "squaredcos_cap_v2" else 1e-4  # 1 / alpha is up to 2e4
         assert torch.allclose(result, clean, atol=tolerance)
-
-
-def test_zero_terminal_snr_is_safe(monkeypatch):
-    alpha, sigma = schedules.signal_and_noise(DiffusionConfig())
-    alpha = alpha - alpha[-1] * torch.linspace(0, 1, 1000).numpy()
-    alpha[-1], sigma = 0.0, (1 - alpha**2) ** 0.5
-    monkeypatch.setattr(samplers, "signal_and_noise", lambda config: (alpha, sigma))
-    for sampler in ("ddim", "ddpm", "dpmsolver++"):
-        for prediction in ("v_prediction", "sample"):
-            for steps in (1, 2, 10):
-                plan = samplers.make_plan(
-                    DiffusionConfig(prediction_type=prediction), num_inference_steps=steps, sampler=sampler
-                )
-                result = samplers.sample(network(), start(), plan, seeds=torch.tensor([1, 2]))
-                assert torch.isfinite(result).all()
-    with pytest.raises(UserError, match="pure noise"):
-        samplers.make_plan(DiffusionConfig(), num_inference_steps=5)
 
 
 def test_euler_on_straight_paths():
@@ -196,17 +181,23 @@ def test_flow_that_learnt_fractions_is_told_fractions(steps):
     assert (samplers.sample(predict, start(), plan) - z).abs().max() < 2e-6
 
 
-def test_zero_terminal_snr_of_a_config():
+def test_zero_terminal_snr():
     """Lin et al. 2024: the last alpha is 0, the first as before, the others between in proportion."""
     plain, zero = (DiffusionConfig(prediction_type="v_prediction", rescale_betas_zero_snr=z) for z in (False, True))
     before, after = schedules.signal_and_noise(plain)[0], schedules.signal_and_noise(zero)[0]
     assert after[-1] == 0.0
     expected = (before - before[-1]) * before[0] / (before[0] - before[-1])
     assert abs(after - expected).max() < 1e-12
-    assert torch.isfinite(samplers.sample(network(), start(), samplers.make_plan(zero, num_inference_steps=4))).all()
+    for sampler, prediction, steps in itertools.product(SAMPLERS, ("v_prediction", "sample"), (1, 2, 10)):
+        config = dataclasses.replace(zero, prediction_type=prediction)
+        plan = samplers.make_plan(config, num_inference_steps=steps, sampler=sampler)
+        assert torch.isfinite(samplers.sample(network(), start(), plan, seeds=torch.tensor([1, 2]))).all()
     epsilon = dataclasses.replace(zero, prediction_type="epsilon")
     samplers.make_plan(epsilon, num_inference_steps=4, timestep_spacing="leading")  # never at pure noise
     with pytest.raises(UserError, match="pure noise"):
         samplers.make_plan(epsilon, num_inference_steps=4)
+
+
+def test_an_offset_must_not_lead_beyond_the_last_timestep():
     with pytest.raises(UserError, match="beyond the last timestep"):
         samplers.make_plan(DiffusionConfig(steps_offset=1, timestep_spacing="leading"), num_inference_steps=1000)

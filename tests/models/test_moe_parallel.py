@@ -1,9 +1,7 @@
 """Expert parallelism on gloo ranks: outputs, losses and gradients are those of one device."""
 
 import dataclasses
-import importlib
 import itertools
-import os
 
 import pytest
 import torch
@@ -24,19 +22,11 @@ GELU = ModelConfig(
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def deepspeed_loaded():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    importlib.import_module("deepspeed")  # once, here: the ranks are forked
+def launch(ranks, function, *args):
+    return run_ranks(ranks, function, *args, as_launched=True)
 
 
 def build(config, ep_size=1):
-    if ep_size > 1:
-        import deepspeed
-        from deepspeed.ops import __compatible_ops__
-
-        __compatible_ops__["deepspeed_shm_comm"] = False  # no compiler needed
-        deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)  # takes up the group that exists
     torch.manual_seed(0)
     model = DiT(config, ep_size=ep_size)
     if ep_size > 1:  # what deepspeed.initialize does
@@ -99,7 +89,7 @@ def one_device():
 )
 def test_equal_to_one_device(one_device, config, world, ep_size, checkpointing):
     model, expected, wanted = one_device[config]
-    ranks = run_ranks(world, step, config, ep_size, checkpointing)
+    ranks = launch(world, step, config, ep_size, checkpointing)
     torch.testing.assert_close(torch.cat([r[0] for r in ranks]), expected.prediction, atol=2e-6, rtol=1e-5)
     for _, losses, counts, _, _ in ranks:
         torch.testing.assert_close(losses, torch.stack([expected.load_balancing_loss, expected.router_z_loss]))
@@ -152,7 +142,7 @@ def state_dicts(config):
 
 
 def test_state_dict_has_deepspeeds_names_and_takes_complete_weights():
-    for keys, same, cut, marks in run_ranks(2, state_dicts, CONFIG):
+    for keys, same, cut, marks in launch(2, state_dicts, CONFIG):
         local = "blocks.0.moe.deepspeed_moe.experts.deepspeed_experts"
         assert keys == sorted(
             [f"{local}.{e}.{n}" for e in (0, 1) for n in ("gate_up_weight", "down_weight")]
@@ -173,7 +163,7 @@ def no_tokens_on_one_rank():
 
 
 def test_a_rank_whose_experts_get_no_token_takes_part():
-    first, second = run_ranks(2, no_tokens_on_one_rank)
+    first, second = launch(2, no_tokens_on_one_rank)
     assert all(g > 0 for g in first)
     assert second == [0.0, 0.0]
 
@@ -205,7 +195,6 @@ def deepspeed_checkpoint(folder):
     """DeepSpeed's own checkpoint of a network with spread experts, taken up again."""
     import deepspeed
 
-    os.environ["LOCAL_RANK"] = str(dist.get_rank())
     model = build(CONFIG, 2)
     groups = deepspeed.moe.utils.split_params_into_different_moe_groups_for_optimizer(
         {"params": list(model.parameters()), "name": "all"}
@@ -224,7 +213,7 @@ def deepspeed_checkpoint(folder):
 
 @pytest.mark.slow
 def test_deepspeed_checkpoints_each_expert_by_its_global_id(tmp_path):
-    assert run_ranks(2, deepspeed_checkpoint, str(tmp_path)) == [True, True]
+    assert launch(2, deepspeed_checkpoint, str(tmp_path)) == [True, True]
     names = sorted(path.name for path in (tmp_path / "one").glob("layer_*"))
     assert names == sorted(f"layer_{n}_expert_{e}_mp_rank_00_model_states.pt" for n in range(2) for e in range(4))
 
@@ -250,7 +239,7 @@ def overlap_events():
 
 
 def test_exchanges_overlap_with_the_shared_expert_and_with_weight_gradients():
-    for events in run_ranks(2, overlap_events):
+    for events in launch(2, overlap_events):
         assert events == [
             *("start", "shared forward", "wait", "experts", "start", "wait"),
             "backward",
