@@ -58,22 +58,21 @@ class Routing(NamedTuple):
 class Router(nn.Module):
     """Router in float32: tokens [T, D] -> Routing.
 
-    Gates are a softmax over the experts or, with `sigmoid`, each expert's own (DeepSeek-AI, "DeepSeek-V3", 2024, section
-    2.1.2): then one expert's score does not sink where another's rises.
+    Gates are a softmax over the experts or, by `router_gate`, each expert's own sigmoid (DeepSeek-AI, "DeepSeek-V3", 2024,
+    section 2.1.2): then one expert's score does not sink where another's rises.
     """
 
     bias_steps: Tensor | None
 
-    def __init__(
-        self, hidden_size: int, num_experts: int, top_k: int, *, normalize: bool, biased: bool, sigmoid: bool = False
-    ) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.top_k = top_k
-        self.normalize = normalize
-        self.sigmoid = sigmoid
-        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
+        self.top_k = config.top_k
+        self.normalize = config.normalize_top_k
+        self.sigmoid = config.router_gate == "sigmoid"
+        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
+        steps = torch.zeros(config.num_experts, dtype=torch.int64)
         # Whole steps, so that casting a model to bf16 cannot round the bias.
-        self.register_buffer("bias_steps", torch.zeros(num_experts, dtype=torch.int64) if biased else None)
+        self.register_buffer("bias_steps", steps if config.router_bias_balancing else None)
 
     def reset_parameters(self) -> None:
         """Uniform in +-1 / sqrt(D), as DiT-MoE's gate."""
@@ -133,14 +132,7 @@ class MoE(nn.Module):
         self.num_experts = config.num_experts
         self.observer: Callable[[Routing], None] | None = None
         self.capacity_factor = config.capacity_factor
-        self.gate = Router(
-            config.hidden_size,
-            config.num_experts,
-            config.top_k,
-            normalize=config.normalize_top_k,
-            biased=config.router_bias_balancing,
-            sigmoid=config.router_gate == "sigmoid",
-        )
+        self.gate = Router(config)
         num_local_experts = num_local_experts or config.num_experts
         self.experts = Experts(num_local_experts, config.hidden_size, config.mlp_width, config.expert_activation)
         # Not named "shared_expert": DeepSpeed takes every key of a MoE that holds "expert" for a routed one.

@@ -185,22 +185,10 @@ def test_a_copied_folder_is_the_same_vae(codec, tmp_path):
 
 def test_a_vae_in_the_layout_of_the_published_one(tmp_path):
     """As diffusers published Stable Diffusion's: an early config, early attention names; only its channels are fewer."""
-    config = {
-        "_class_name": "AutoencoderKL",
-        "_diffusers_version": "0.4.2",
-        "act_fn": "silu",
-        "block_out_channels": [32, 32, 64, 64],
-        "down_block_types": ["DownEncoderBlock2D"] * 4,
-        "in_channels": 3,
-        "latent_channels": 4,
-        "layers_per_block": 2,
-        "norm_num_groups": 32,
-        "out_channels": 3,
-        "sample_size": 256,
-        "up_block_types": ["UpDecoderBlock2D"] * 4,
-    }
-    torch.manual_seed(0)
-    vae = AutoencoderKL(**{key: value for key, value in config.items() if not key.startswith("_")})
+    vae = small_vae(block_out_channels=(32, 32, 64, 64), layers_per_block=2, norm_num_groups=32)
+    fields = ("act_fn", "block_out_channels", "down_block_types", "in_channels", "latent_channels", "layers_per_block")
+    fields += ("norm_num_groups", "out_channels", "sample_size", "up_block_types")
+    config = {"_class_name": "AutoencoderKL", "_diffusers_version": "0.4.2", **{name: vae.config[name] for name in fields}}
     early = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     state = {}
     for key, value in vae.state_dict().items():

@@ -96,7 +96,7 @@ def test_dispatch_gradients():
 def test_router_logits_are_float32_under_autocast_and_weights_are_raw_or_normalised():
     x = torch.randn(6, 16)
     for normalize in (False, True):
-        router = Router(16, 4, 2, normalize=normalize, biased=False)
+        router = Router(ModelConfig(**WIDTHS, num_experts=4, top_k=2, normalize_top_k=normalize))
         router.reset_parameters()
         exact = router(x)
         with torch.autocast("cpu", torch.bfloat16):
@@ -185,7 +185,8 @@ def test_loss_free_bias_moves_choices_not_weights():
 @pytest.mark.parametrize("normalize", [False, True])
 def test_sigmoid_gates_by_hand(normalize):
     """Each expert's own sigmoid; the bias chooses, and is no part of the weights; the balance loss takes shares of the sum."""
-    router = Router(16, 6, 2, normalize=normalize, biased=True, sigmoid=True)
+    fields = {"normalize_top_k": normalize, "router_bias_balancing": True, "router_gate": "sigmoid"}
+    router = Router(ModelConfig(**WIDTHS, num_experts=6, top_k=2, **fields))
     router.reset_parameters()
     router.bias_steps.copy_(torch.tensor([0, 0, 0, 0, 0, int(2 / BIAS_STEP)]))
     x = torch.randn(40, 16)

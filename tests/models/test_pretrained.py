@@ -111,40 +111,30 @@ def test_training_checkpoints_hold_averages_and_plain_weights(tmp_path, ema):
     assert torch.equal(weights.state["x_embedder.proj.bias"], state["x_embedder.proj.bias"] + (not ema))
 
 
-def broken(state, how):
-    if how == "missing":
-        del state["blocks.1.attn.proj.bias"], state["blocks.0.mlp.fc1.bias"]
-    elif how == "unknown":
-        state["blocks.0.attn.rope"] = torch.zeros(2)
-    elif how == "shape":
-        state["blocks.1.mlp.fc2.weight"] = torch.zeros(32, 100)
-    elif how == "positions":
-        state["pos_embed"] = state["pos_embed"] + 0.01
-    return state
-
-
 @pytest.mark.parametrize(
-    ("how", "named"),
+    ("kind", "changes", "named"),
     [
-        ("missing", r"missing: blocks\.0\.mlp\.fc1\.bias, blocks\.1\.attn\.proj\.bias"),
-        ("unknown", r"unknown: blocks\.0\.attn\.rope"),
-        ("shape", r"blocks\.1\.mlp\.fc2\.weight is \[32, 100\]"),
-        ("positions", "sin-cos"),
+        (
+            "DiT 256",
+            {"blocks.1.attn.proj.bias": None, "blocks.0.mlp.fc1.bias": None},
+            r"missing: blocks\.0\.mlp\.fc1\.bias, blocks\.1\.attn\.proj\.bias",
+        ),
+        ("DiT 256", {"blocks.0.attn.rope": torch.zeros(2)}, r"unknown: blocks\.0\.attn\.rope"),
+        ("DiT 256", {"blocks.1.mlp.fc2.weight": torch.zeros(32, 100)}, r"blocks\.1\.mlp\.fc2\.weight is \[32, 100\]"),
+        ("DiT 256", {"pos_embed": reference.position_table(4, 32) + 0.01}, "sin-cos"),
+        (
+            "DiT-MoE",
+            {"blocks.1.moe.experts.2.up_proj.weight": torch.zeros(7, 32)},
+            r"blocks\.1\.moe\.experts\.2\.up_proj\.weight is \[7, 32\]",
+        ),
     ],
 )
-def test_what_does_not_fit_is_listed_and_refused(tmp_path, how, named):
-    path, _ = public_file(tmp_path, wrap=lambda s: broken(s, how))
-    with pytest.raises(UserError, match=named):
-        read_weights(path, num_heads=4)
-
-
-def test_an_expert_of_another_shape_is_named(tmp_path):
+def test_what_does_not_fit_is_listed_and_refused(tmp_path, kind, changes, named):
     def wrap(state):
-        state["blocks.1.moe.experts.2.up_proj.weight"] = torch.zeros(7, 32)
-        return state
+        return {name: tensor for name, tensor in (state | changes).items() if tensor is not None}
 
-    path, _ = public_file(tmp_path, wrap=wrap, **PUBLIC["DiT-MoE"])
-    with pytest.raises(UserError, match=r"blocks\.1\.moe\.experts\.2\.up_proj\.weight is \[7, 32\]"):
+    path, _ = public_file(tmp_path, wrap=wrap, **PUBLIC[kind])
+    with pytest.raises(UserError, match=named):
         read_weights(path, num_heads=4)
 
 
