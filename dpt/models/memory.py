@@ -74,7 +74,7 @@ def memory(
     ZeRO divides over all ranks: optimizer states (stage 1), gradients too (2), weights too (3); experts' ones over the ranks
     that hold the same experts, which comes to the same. `offload_optimizer` (stages 1 to 3) and `offload_param` (stage 3) are
     DeepSpeed's, to the CPU. `pictures`: of drawing class pictures (`picture_bytes`). `projector_params`:
-    trained beside the network's own (`dpt.models.alignment_costs`). UserError for what cannot be.
+    trained beside the network's own (`dpt.models.recipe_costs`). UserError for what cannot be.
     """
     for name, value in (("ranks", ranks), ("ep_size", ep_size), ("micro_batch_size", micro_batch_size)):
         if value < 1:

@@ -11,9 +11,9 @@ from dpt.config.checks import batch_split
 from dpt.config.recipe import Recipe
 from dpt.errors import UserError
 from dpt.locking import held
-from dpt.models.decoder_costs import step_macs
 from dpt.models.expert_distance import expert_distances
 from dpt.models.moe import EarlierRouting
+from dpt.models.recipe_costs import step_macs
 from dpt.scores import with_unit
 from dpt.tracking import watch_node
 from dpt.training import opening

@@ -12,8 +12,8 @@ from dpt.config.recipe import DptConfig
 from dpt.config.sections import ModelConfig, TrainingConfig
 from dpt.models import build_model
 from dpt.models.costs import kept_tokens, macs, num_params, num_tokens
-from dpt.models.decoder_costs import recipe_macs
 from dpt.models.memory import preset_table
+from dpt.models.recipe_costs import recipe_macs
 from tests.models.networks import SIZES, batch
 
 aten = torch.ops.aten

@@ -14,7 +14,7 @@ from dpt.data.codec import load_vae
 from dpt.data.manifest import VAERecord
 from dpt.errors import UserError
 from dpt.evaluation.prediction import Predictor
-from dpt.models.decoder_costs import recipe_macs
+from dpt.models.recipe_costs import recipe_macs
 from dpt.training.preflight import needs
 
 

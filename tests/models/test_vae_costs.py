@@ -11,7 +11,7 @@ from dpt.config.recipe import DptConfig
 from dpt.config.sections import DataConfig, DiffusionConfig, ModelConfig, PixelLossConfig
 from dpt.data.codec import EMBEDDED_FOLDER
 from dpt.models.costs import macs
-from dpt.models.decoder_costs import recipe_macs
+from dpt.models.recipe_costs import recipe_macs
 from dpt.models.vae_costs import STABLE_DIFFUSION, VAESize, decoder_costs, vae_config, vae_size
 
 
