@@ -8,7 +8,7 @@ import torch
 from dpt.cpu import upcast
 from dpt.errors import UserError
 from dpt.models import attention as module
-from dpt.models.attention import Attention, attention, use_backend
+from dpt.models.attention import attention, use_backend
 from tests.models.networks import VARIANTS, batch, gradients, random_model
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -92,18 +92,6 @@ def test_a_flash_backend_leaves_fp32_and_cpus_to_sdpa(monkeypatch, backend):
     monkeypatch.setattr(module, "_chosen", backend)
     q, k, v = (torch.randn(2, 3, 10, 16) for _ in range(3))
     torch.testing.assert_close(attention(q, k, v), formula(q, k, v), atol=1e-5, rtol=1e-5)
-
-
-def test_heads_are_split_in_order_and_norms_are_per_head():
-    torch.manual_seed(0)
-    layer = Attention(12, 3, qk_norm=True)
-    for norm in (layer.q_norm, layer.k_norm):
-        torch.nn.init.normal_(norm.weight)
-    x = torch.randn(2, 5, 12)
-    q, k, v = layer.qkv(x).chunk(3, dim=-1)
-    heads = [[z.split(4, dim=-1)[h] for h in range(3)] for z in (q, k, v)]
-    parts = [formula(layer.q_norm(a), layer.k_norm(b), c) for a, b, c in zip(*heads, strict=True)]
-    torch.testing.assert_close(layer(x), layer.proj(torch.cat(parts, dim=-1)))
 
 
 slow = [pytest.mark.slow, pytest.mark.skipif(not shutil.which("g++"), reason="no compiler")]

@@ -80,17 +80,3 @@ def test_empty_groups_get_zero_gradients_whatever_the_kernel_leaves_there(monkey
     for grad in grads:
         assert not grad[1].any()
         assert grad[[0, 2]].isfinite().all()
-
-
-@pytest.mark.parametrize("biased", [True, False])
-def test_grouped_products_compile_into_one_graph(grouped_products, biased):
-    torch._dynamo.reset()
-    kind = "gelu" if biased else "swiglu"
-    weights = make(3, kind, biased, torch.bfloat16)
-    x = torch.randn(24, D).bfloat16().requires_grad_()
-    leaves = [x, *(w for w in weights if w is not None)]
-    results = []
-    for function in (grouped_mlp, torch.compile(grouped_mlp, backend="aot_eager", fullgraph=True)):
-        out = function(x, weights, torch.tensor([8, 0, 16]), kind)
-        results.append([out, *torch.autograd.grad(out.float().square().sum(), leaves)])
-    torch.testing.assert_close(*results, atol=2e-2, rtol=2e-2)
