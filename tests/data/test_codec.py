@@ -50,23 +50,15 @@ def test_embedded_fits_the_package(codec):
     assert codec.scaling_factor == json.loads((EMBEDDED_FOLDER / "config.json").read_text())["scaling_factor"]
 
 
-def test_moments_and_images_have_the_contract_s_shapes_and_ranges(codec, images):
-    moments = codec.encode(images)
-    assert moments.shape == (4, 2, 4, 16, 16)
-    assert moments.dtype == torch.float32
-    decoded = codec.decode(3 * mean_latents(moments, codec.scaling))
-    assert decoded.shape == images.shape
-    assert decoded.dtype == torch.float32
-    assert decoded.min() >= -1
-    assert decoded.max() <= 1
-
-
 def test_codec_does_what_diffusers_does(codec, images):
+    """Within [-1, 1], which latents of three times the size leave."""
     posterior = codec.vae.encode(images).latent_dist
     moments = codec.encode(images)
     torch.testing.assert_close(moments, torch.stack([posterior.mean, posterior.logvar], 1))
-    expected = codec.vae.decode(posterior.mean).sample.clamp(-1, 1)
-    torch.testing.assert_close(codec.decode(mean_latents(moments, codec.scaling)), expected, atol=1e-4, rtol=0)
+    expected = codec.vae.decode(3 * posterior.mean).sample
+    assert expected.abs().max() > 1
+    decoded = codec.decode(3 * mean_latents(moments, codec.scaling))
+    torch.testing.assert_close(decoded, expected.clamp(-1, 1), atol=1e-4, rtol=0)
 
 
 @settings(max_examples=20, deadline=None)
