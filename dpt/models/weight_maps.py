@@ -34,14 +34,11 @@ class Source:
         return torch.stack(parts) if self.stacked else parts[0]
 
     def split(self, tensor: Tensor) -> dict[str, Tensor]:
-        """The named parts of one of our tensors: the inverse of `join` for parts of equal size."""
-        parts = list(tensor) if self.stacked else [tensor]
-        pairs = zip(self.groups, parts, strict=True)
-        return {name: piece for group, part in pairs for name, piece in zip(group, _chunks(part, len(group)), strict=True)}
-
-
-def _chunks(tensor: Tensor, count: int) -> list[Tensor]:
-    return [tensor] if count == 1 else [piece.clone() for piece in tensor.chunk(count)]
+        """The named parts, of equal size, of one of our tensors: the inverse of `join` where nothing is stacked."""
+        (names,) = self.groups
+        if len(names) == 1:
+            return {names[0]: tensor}
+        return {name: chunk.clone() for name, chunk in zip(names, tensor.chunk(len(names)), strict=True)}
 
 
 Map = Callable[[str, ModelConfig], Source]

@@ -24,7 +24,7 @@ def test_mix_is_splitmix64(x):
     assert noise._mix(torch.tensor([x])).item() % 2**64 == _splitmix(x % 2**64)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(st.integers(1, 11), st.integers(0, 2**31))
 def test_any_split_of_the_batch_draws_the_same_numbers(cut, seed):
     index = torch.arange(1000, 1012)

@@ -192,7 +192,7 @@ def test_an_ep_size_that_does_not_fit_is_refused():
 
 
 def deepspeed_checkpoint(folder):
-    """DeepSpeed's own checkpoint of a network with spread experts, taken up again."""
+    """DeepSpeed's own checkpoint of a network with spread experts, saved and loaded."""
     import deepspeed
 
     model = build(CONFIG, 2)

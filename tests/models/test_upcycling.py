@@ -10,7 +10,7 @@ from dpt.config.sections import ModelConfig, UpcyclingConfig
 from dpt.errors import UserError
 from dpt.models import Weights, adapt, build_model, upcycle
 from dpt.models.expert_distance import expert_distances
-from tests.models.networks import SIZES, random_model
+from tests.models.networks import SIZES, batch, random_model
 
 DENSE = [name for name, values in PRESETS.items() if "num_experts" not in values]
 
@@ -22,12 +22,11 @@ def dense(**fields) -> Weights:
 
 def predict(weights, latents=None, labels=None):
     model = weights.build()
-    if latents is None:
-        size = 2 * model.config.patch_size
-        latents = torch.randn(3, model.in_channels, size, size, generator=torch.Generator().manual_seed(1))
-    labels = torch.tensor([0, 4, model.config.num_classes]) if labels is None else labels
+    usual_latents, _, usual_labels = batch(model)
+    latents, labels = usual_latents if latents is None else latents, usual_labels if labels is None else labels
+    timesteps = torch.tensor([1, 300, 500, 999])  # whatever the network's channels
     with torch.no_grad():
-        return model(latents, torch.tensor([1, 500, 999]), labels).prediction
+        return model(latents, timesteps, labels).prediction
 
 
 @pytest.mark.parametrize("preset", DENSE)
@@ -53,7 +52,7 @@ def test_any_number_of_experts_and_any_granularity_is_preserved(experts, top_k, 
 def test_granular_experts_are_chosen_together():
     upcycled = upcycle(dense(), UpcyclingConfig(num_experts=4, top_k=2, granularity=2))
     model = upcycled.build()
-    counts = model(torch.randn(2, 4, 8, 8), torch.tensor([1, 2]), torch.tensor([1, 2])).tokens_per_expert
+    counts = model(*batch(model)).tokens_per_expert
     assert torch.equal(counts[:, 0::2], counts[:, 1::2])
 
 
@@ -96,10 +95,10 @@ def test_upcycling_refuses_what_it_cannot_do():
 def test_widened_patch_embedding_averages_its_images(images):
     weights = dense()
     wide = adapt(weights, dataclasses.replace(weights.config, num_conditions=images - 1))
-    latents = torch.randn(3, 4, 4, 4)
+    latents = torch.randn(4, 4, 4, 4)
     torch.testing.assert_close(predict(wide, latents.repeat(1, images, 1, 1)), predict(weights, latents), atol=1e-5, rtol=1e-5)
-    separate = torch.randn(3, 4 * images, 4, 4)
-    mean = separate.view(3, images, 4, 4, 4).mean(1)
+    separate = torch.randn(4, 4 * images, 4, 4)
+    mean = separate.view(4, images, 4, 4, 4).mean(1)
     torch.testing.assert_close(predict(wide, separate), predict(weights, mean), atol=1e-5, rtol=1e-5)
 
 
@@ -121,7 +120,7 @@ def test_task_convolutions_start_equal_and_the_clip_projection_at_zero():
     )
     wide = adapt(weights, dataclasses.replace(weights.config, num_classes=1004, num_conditions=2))
     adapted = adapt(weights, target)
-    latents, labels = torch.randn(3, 12, 8, 4), torch.tensor([1000, 1003, 1001])
+    latents, labels = torch.randn(4, 12, 8, 4), torch.tensor([1000, 1003, 1001, 1002])
     torch.testing.assert_close(predict(adapted, latents, labels), predict(wide, latents, labels), atol=1e-5, rtol=1e-5)
     assert not adapted.state["clip_embedder.weight"].any()
     assert adapt(adapted, target).state.keys() == adapted.state.keys()
