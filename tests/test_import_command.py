@@ -12,7 +12,9 @@ from dpt.models import read_weights
 from dpt.models.exporting import export_weights
 from dpt.models.pretrained import read_config
 from tests.models import reference
-from tests.models.test_pretrained import Evil, diffusers_model, public_file, random_model
+from tests.models.networks import random_model
+from tests.models.test_exporting import diffusers_model
+from tests.models.test_pretrained import Evil, public_file
 
 
 def run(capsys, *arguments):

@@ -20,9 +20,9 @@ from dpt.data.manifest import read_manifest
 from dpt.errors import UserError
 from dpt.evaluation.prediction import Predictor
 from dpt.evaluation.runner import evaluate
-from dpt.models.decoder_costs import recipe_macs
 from dpt.models.dit import DiT
 from dpt.models.exporting import export_weights
+from dpt.models.recipe_costs import recipe_macs
 from dpt.models.vae_costs import decoder_costs, vae_config, vae_size
 from dpt.training.data_loader import open_data_loader
 from dpt.training.preflight import needs

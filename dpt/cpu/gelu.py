@@ -16,8 +16,9 @@ _CHUNK = 1 << 19
 
 
 def serves(x: Tensor) -> bool:
-    """Whether x's GELU is to be computed here."""
-    return x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16, torch.float16) and x.is_contiguous()
+    """Whether x's GELU is to be computed here; the compiler fuses PyTorch's own."""
+    known = x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    return x.device.type == "cpu" and known and x.is_contiguous() and not torch.compiler.is_compiling()
 
 
 def forward(hidden: Tensor) -> Tensor:
@@ -27,7 +28,7 @@ def forward(hidden: Tensor) -> Tensor:
         x, y = chunk.float(), _float_space(out)
         torch.mul(x, x, out=y)
         y.mul_(_CUBIC).add_(_LINEAR).mul_(x).sigmoid_().mul_(x)
-        _store(y, out)
+        out.copy_(y)
     return result
 
 
@@ -44,7 +45,7 @@ def backward(grad: Tensor, hidden: Tensor, *, again: bool = False) -> tuple[Tens
         if again:
             torch.mul(x, share, out=again_out)
         torch.addcmul(share, share, d_x, out=d_x).mul_(d_y.float())  # sigmoid (1 + (1 - sigmoid) x (l + 3 c x^2))
-        _store(d_x, out)
+        out.copy_(d_x)
     return d_hidden, active
 
 
@@ -53,10 +54,5 @@ def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 def _float_space(out: Tensor) -> Tensor:
-    """Where to compute what `out` shall hold, in float32: there itself if it is of that type."""
+    """Where to compute in float32 what is then copied to `out`: there itself if it is of that type."""
     return out if out.dtype == torch.float32 else torch.empty_like(out, dtype=torch.float32)
-
-
-def _store(values: Tensor, out: Tensor) -> None:
-    if values is not out:
-        out.copy_(values)

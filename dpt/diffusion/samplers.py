@@ -7,7 +7,8 @@ ones (rectified flow, where DDIM with eta 0 is Euler's method).
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,7 +74,7 @@ def make_plan(
     if diffusion.one_step:
         if num_inference_steps != 1:
             raise UserError(f"these weights predict in one step; dpt.evaluation.steps is {num_inference_steps}: set it to 1.")
-        last = _ddim_step(diffusion.num_train_timesteps - 1, 0.0, 1.0, 1.0, 0.0, eta=0.0)
+        last = Step(timestep=diffusion.num_train_timesteps - 1, alpha=0.0, sigma=1.0, c_noisy=0.0, c_clean=1.0)
         return Plan(diffusion=diffusion, steps=(last,))
     total = diffusion.num_train_timesteps
     multistep = sampler == "dpmsolver++"
@@ -107,64 +108,49 @@ def make_plan(
             "dpt.evaluation.timestep_spacing leading."
         )
     if multistep:
-        steps = _dpm_solver_steps(timesteps, levels)
+        coefficients = [_dpm_solver(levels, number) for number in range(len(levels))]
     elif sampler == "ddpm":
-        steps = [_ddpm_step(t, *level) for t, level in zip(timesteps, levels, strict=True)]
+        coefficients = [_ddpm(*level) for level in levels]
     else:
-        steps = [_ddim_step(t, *level, eta=eta) for t, level in zip(timesteps, levels, strict=True)]
+        coefficients = [_ddim(*level, eta=eta) for level in levels]
     low, high = guidance_interval
-    return Plan(diffusion=diffusion, steps=tuple(replace(s, guided=low <= s.timestep / total <= high) for s in steps))
+    steps = (
+        Step(timestep=t, alpha=alpha, sigma=sigma, guided=low <= t / total <= high, **numbers)
+        for t, (alpha, sigma, *_), numbers in zip(timesteps, levels, coefficients, strict=True)
+    )
+    return Plan(diffusion=diffusion, steps=tuple(steps))
 
 
-def _ddim_step(timestep: float, alpha: float, sigma: float, next_alpha: float, next_sigma: float, *, eta: float) -> Step:
+def _ddim(alpha: float, sigma: float, next_alpha: float, next_sigma: float, *, eta: float) -> dict[str, Any]:
     """Song et al. 2021 (DDIM), eq. 12 and 16."""
     std = 0.0
     if eta > 0:
         std = eta * (next_sigma / sigma) * math.sqrt(max(0.0, 1.0 - (alpha / next_alpha) ** 2))
     direction = math.sqrt(max(0.0, next_sigma**2 - std**2)) / sigma
-    return Step(timestep=timestep, alpha=alpha, sigma=sigma, c_noisy=direction, c_clean=next_alpha - direction * alpha, std=std)
+    return {"c_noisy": direction, "c_clean": next_alpha - direction * alpha, "std": std}
 
 
-def _ddpm_step(timestep: float, alpha: float, sigma: float, next_alpha: float, next_sigma: float) -> Step:
+def _ddpm(alpha: float, sigma: float, next_alpha: float, next_sigma: float) -> dict[str, Any]:
     """Ho et al. 2020, eq. 7; a learned variance between posterior variance and beta: Nichol & Dhariwal 2021, eq. 15."""
     beta = 1.0 - (alpha / next_alpha) ** 2
     variance = (next_sigma / sigma) ** 2 * beta
-    log_range = (math.log(max(variance, 1e-20)), math.log(beta)) if next_sigma > 0 else None
-    return Step(
-        timestep=timestep,
-        alpha=alpha,
-        sigma=sigma,
-        c_noisy=alpha / next_alpha * (next_sigma / sigma) ** 2,
-        c_clean=next_alpha * beta / sigma**2,
-        std=math.sqrt(variance),
-        log_variance_range=log_range,
-    )
+    return {
+        "c_noisy": alpha / next_alpha * (next_sigma / sigma) ** 2,
+        "c_clean": next_alpha * beta / sigma**2,
+        "std": math.sqrt(variance),
+        "log_variance_range": (math.log(max(variance, 1e-20)), math.log(beta)) if next_sigma > 0 else None,
+    }
 
 
-def _dpm_solver_steps(timesteps: list[float], levels: list[tuple[float, float, float, float]]) -> list[Step]:
+def _dpm_solver(levels: list[tuple[float, float, float, float]], number: int) -> dict[str, Any]:
     """DPM-Solver++ 2M, midpoint (Lu et al. 2022, algorithm 2); first order at the first and last step."""
-    steps = []
-    for i, (t, (alpha, sigma, next_alpha, next_sigma)) in enumerate(zip(timesteps, levels, strict=True)):
-        gain = next_alpha - alpha * next_sigma / sigma  # next_alpha (1 - exp(-h)), h the step in log(alpha / sigma)
-        extrapolation = 0.0
-        if 0 < i < len(timesteps) - 1 and levels[i - 1][0] > 0:
-            last_step, this_step = (_log_snr(a2, s2) - _log_snr(a1, s1) for a1, s1, a2, s2 in levels[i - 1 : i + 1])
-            extrapolation = this_step / last_step / 2.0
-        steps.append(
-            Step(
-                timestep=t,
-                alpha=alpha,
-                sigma=sigma,
-                c_noisy=next_sigma / sigma,
-                c_clean=gain * (1.0 + extrapolation),
-                c_previous=-gain * extrapolation,
-            )
-        )
-    return steps
-
-
-def _log_snr(alpha: float, sigma: float) -> float:
-    return math.log(alpha / sigma)
+    alpha, sigma, next_alpha, next_sigma = levels[number]
+    gain = next_alpha - alpha * next_sigma / sigma  # next_alpha (1 - exp(-h)), h the step in log(alpha / sigma)
+    extrapolation = 0.0
+    if 0 < number < len(levels) - 1 and levels[number - 1][0] > 0:
+        last_step, this_step = (math.log(a2 / s2) - math.log(a1 / s1) for a1, s1, a2, s2 in levels[number - 1 : number + 1])
+        extrapolation = this_step / last_step / 2.0
+    return {"c_noisy": next_sigma / sigma, "c_clean": gain * (1.0 + extrapolation), "c_previous": -gain * extrapolation}
 
 
 def clean_latents(
@@ -200,8 +186,9 @@ def sample(
         timesteps = torch.full((len(noisy),), step.timestep, device=noisy.device)
         times = network_time(plan.diffusion, timesteps)
         predict = denoise if step.guided or unguided is None else unguided
-        mean, variance = _split(predict(noisy, times).float(), channels)
-        clean = clean_latents(mean, noisy, step.alpha, step.sigma, plan.diffusion.prediction_type)
+        prediction = predict(noisy, times).float()
+        assert prediction.shape[1] in (channels, 2 * channels), f"{prediction.shape[1]} channels predicted for {channels}"
+        clean = clean_latents(prediction[:, :channels], noisy, step.alpha, step.sigma, plan.diffusion.prediction_type)
         noisy = step.c_noisy * noisy + step.c_clean * clean
         if step.c_previous != 0.0:
             assert previous is not None
@@ -209,22 +196,14 @@ def sample(
         if step.std > 0.0:
             assert seeds is not None, "a stochastic sampler needs seeds"
             fresh = noises.normal(noises.derive(seeds.to(noisy.device), number), noisy.shape[1:])
-            noisy = noisy + _deviation(step, variance) * fresh
+            noisy = noisy + _deviation(step, prediction[:, channels:]) * fresh
         previous = clean
     return noisy
 
 
-def _split(prediction: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:
-    """(mean, variance output or None) of a prediction with C or 2 C channels."""
-    if prediction.shape[1] == channels:
-        return prediction, None
-    assert prediction.shape[1] == 2 * channels, f"{prediction.shape[1]} channels predicted for {channels}"
-    return prediction[:, :channels], prediction[:, channels:]
-
-
-def _deviation(step: Step, variance: Tensor | None) -> Tensor | float:
+def _deviation(step: Step, variance: Tensor) -> Tensor | float:
     """Standard deviation of the step's noise: learned where the network predicts it and the sampler uses it (DDPM)."""
-    if variance is None or step.log_variance_range is None:
+    if not variance.shape[1] or step.log_variance_range is None:
         return step.std
     low, high = step.log_variance_range
     share = (variance + 1.0) / 2.0

@@ -20,23 +20,9 @@ Kind = Literal["gelu", "swiglu"]
 def activate(hidden: Tensor, kind: Kind) -> Tensor:
     """The activation, differentiable; it keeps `hidden` alone, where autograd would keep SwiGLU's factors too."""
     if torch.compiler.is_compiling():  # the compiler fuses better than we do
-        return _plain(hidden, kind)
+        return forward(hidden, kind)
     result: Tensor = _Activation.apply(hidden, kind)
     return result
-
-
-def _plain(hidden: Tensor, kind: Kind) -> Tensor:
-    if kind == "gelu":
-        return F.gelu(hidden, approximate="tanh")
-    gate, up = hidden.chunk(2, dim=-1)
-    return F.silu(gate) * up
-
-
-def _plain_backward(grad: Tensor, hidden: Tensor, kind: Kind) -> Tensor:
-    if kind == "gelu":
-        return aten.gelu_backward(grad, hidden, approximate="tanh")
-    gate, up = hidden.chunk(2, dim=-1)
-    return torch.cat([aten.silu_backward(grad * up, gate), grad * F.silu(gate)], dim=-1)
 
 
 class _Activation(torch.autograd.Function):
@@ -54,26 +40,25 @@ class _Activation(torch.autograd.Function):
 
 
 def forward(hidden: Tensor, kind: Kind) -> Tensor:
-    """The activation, not differentiable."""
-    if torch.compiler.is_compiling():
-        return _plain(hidden, kind)
-    if kind == "swiglu":
-        gate, up = hidden.chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
-    return gelu.forward(hidden) if gelu.serves(hidden) else F.gelu(hidden, approximate="tanh")
+    """The activation; differentiable only while it is compiled."""
+    if kind == "gelu":
+        return gelu.forward(hidden) if gelu.serves(hidden) else F.gelu(hidden, approximate="tanh")
+    gate, up = hidden.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up)
 
 
 def backward(grad: Tensor, hidden: Tensor, kind: Kind, *, again: bool = False) -> tuple[Tensor, Tensor | None]:
     """The gradient with respect to `hidden`; and, if it is asked for, the activation of `hidden` `again`."""
-    if torch.compiler.is_compiling():
-        return _plain_backward(grad, hidden, kind), _plain(hidden, kind) if again else None
     if kind == "gelu":
         if gelu.serves(hidden):
             return gelu.backward(grad, hidden, again=again)
         d_hidden = aten.gelu_backward(grad, hidden, approximate="tanh")
-        return d_hidden, F.gelu(hidden, approximate="tanh") if again else None
-    d_hidden = torch.empty_like(hidden)
+        return d_hidden, forward(hidden, kind) if again else None
     gate, up = hidden.chunk(2, dim=-1)
+    if torch.compiler.is_compiling():
+        d_hidden = torch.cat([aten.silu_backward(grad * up, gate), grad * F.silu(gate)], dim=-1)
+        return d_hidden, forward(hidden, kind) if again else None
+    d_hidden = torch.empty_like(hidden)
     d_gate, d_up = d_hidden.chunk(2, dim=-1)
     torch.mul(grad, up, out=d_gate)
     aten.silu_backward.grad_input(d_gate, gate, grad_input=d_gate)

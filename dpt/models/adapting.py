@@ -1,7 +1,6 @@
 """Weights taken to another input or other labels: more conditions, task labels, a convolution a task, a CLIP projection."""
 
 import dataclasses
-from dataclasses import fields
 
 import torch
 from torch import Tensor
@@ -27,13 +26,18 @@ def adapt(weights: Weights, target: ModelConfig) -> Weights:
     """
     source = weights.config
     may_differ = _ADAPTED | _FREE | (set() if source.num_experts or target.num_experts else _OF_EXPERTS)
-    for name in [f.name for f in fields(ModelConfig) if f.name not in may_differ]:
+    if source.patch_embed_tasks:
+        may_differ.discard("patch_embed_tasks")
+    for name in [f.name for f in dataclasses.fields(ModelConfig) if f.name not in may_differ]:
         old, new = getattr(source, name), getattr(target, name)
         if old != new:
             raise UserError(f"dpt.model.{name} is {new}, but the weights ({weights.source}) have {old}; set it to {old}.")
     state = dict(weights.state)
-    for change in (_widen, _route, _add_labels):
-        change(state, source, target, weights.source)
+    _widen(state, source, target, weights.source)
+    if target.patch_embed_tasks and not source.patch_embed_tasks:  # one convolution a task, all equal
+        for kind in ("weight", "bias"):
+            state[f"x_embedder.{kind}"] = torch.stack([state.pop(f"x_embedder.proj.{kind}")] * target.patch_embed_tasks)
+    _add_labels(state, source, target, weights.source)
     if target.clip_embedding_size and not source.clip_embedding_size:
         table = state["y_embedder.embedding_table.weight"]
         state["clip_embedder.weight"] = table.new_zeros(target.hidden_size, target.clip_embedding_size)
@@ -60,19 +64,6 @@ def _widen(state: dict[str, Tensor], source: ModelConfig, target: ModelConfig, w
     images = 1 + target.num_conditions
     name = "x_embedder.weight" if source.patch_embed_tasks else "x_embedder.proj.weight"
     state[name] = torch.cat([state[name] / images] * images, dim=-3)  # [..., D, C, p, p]
-
-
-def _route(state: dict[str, Tensor], source: ModelConfig, target: ModelConfig, weights: str) -> None:
-    """One convolution -> one a task, all equal."""
-    if source.patch_embed_tasks == target.patch_embed_tasks:
-        return
-    if source.patch_embed_tasks:
-        raise UserError(
-            f"dpt.model.patch_embed_tasks is {target.patch_embed_tasks}, but the weights ({weights}) have "
-            f"{source.patch_embed_tasks}; set it to {source.patch_embed_tasks}."
-        )
-    for kind in ("weight", "bias"):
-        state[f"x_embedder.{kind}"] = torch.stack([state.pop(f"x_embedder.proj.{kind}")] * target.patch_embed_tasks)
 
 
 def _add_labels(state: dict[str, Tensor], source: ModelConfig, target: ModelConfig, weights: str) -> None:

@@ -22,12 +22,7 @@ _PACKAGES = {"flash2": "flash_attn", "flash3": "flash_attn_interface", "flash4":
 _HALF = (torch.bfloat16, torch.float16)
 # On Hopper, forward and backward at 256 tokens and 72 channels a head: cuDNN 0.97 ms, FlashAttention-2 1.57 ms
 # (docs/performance.md). PyTorch takes the first that supports the shapes.
-_ORDER = [
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-]
+_ORDER = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 _chosen: Backend = "sdpa"
 

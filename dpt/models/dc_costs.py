@@ -1,157 +1,87 @@
-"""What diffusers' `AutoencoderDC` costs (Chen et al. 2024, "Deep Compression Autoencoder"). Pure Python.
+"""What diffusers' `AutoencoderDC` costs (Chen et al. 2024, "Deep Compression Autoencoder"), layer by layer. Pure Python.
 
 Its blocks are residual ones of two 3 x 3 convolutions, or of linear attention over several scales and a gated MLP.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from typing import Any
+
+from dpt.models.vae_layers import Layer, conv
 
 _CHANNELS = (128, 256, 512, 512, 1024, 1024)
 _SCALES: tuple[tuple[int, ...], ...] = ((), (), (), (5,), (5,), (5,))
+_LAYERS = {"encoder": (2, 2, 2, 3, 3, 3), "decoder": (3,) * 6}
 
 
-@dataclass(frozen=True, kw_only=True)
-class DCShape:
-    """The parts of a config that costs depend on, each by level, from the pictures' size down."""
-
-    encoder: tuple[int, ...]
-    """Channels."""
-    decoder: tuple[int, ...]
-    encoder_blocks: tuple["_Block", ...]
-    decoder_blocks: tuple["_Block", ...]
-    encoder_layers: tuple[int, ...]
-    decoder_layers: tuple[int, ...]
-    latent: int
-    unshuffled: bool
-    """Whether the encoder halves by rearranging pixels, rather than by strides."""
-    interpolated: bool
-    """Whether the decoder doubles by interpolation, rather than by rearranging channels."""
-
-    @classmethod
-    def of(cls, config: Mapping[str, Any]) -> "DCShape":
-        """Of a config, with the class's defaults."""
-        parts: dict[str, Any] = {}
-        for side, layers in (("encoder", (2, 2, 2, 3, 3, 3)), ("decoder", (3,) * 6)):
-            channels = tuple(config.get(f"{side}_block_out_channels", _CHANNELS))
-            kinds = config.get(f"{side}_block_types", "ResBlock")
-            kinds = (kinds,) * len(channels) if isinstance(kinds, str) else tuple(kinds)
-            scales = [tuple(each) for each in config.get(f"{side}_qkv_multiscales", _SCALES)]
-            head = int(config.get("attention_head_dim", 32))
-            parts[side], parts[f"{side}_layers"] = channels, tuple(config.get(f"{side}_layers_per_block", layers))
-            parts[f"{side}_blocks"] = tuple(
-                _Block(channels=c, head=head if kind == "EfficientViTBlock" else 0, kernels=kernels)
-                for c, kind, kernels in zip(channels, kinds, scales, strict=True)
-            )
-        return cls(
-            **parts,
-            latent=int(config.get("latent_channels", 32)),
-            unshuffled=config.get("downsample_block_type", "pixel_unshuffle") == "pixel_unshuffle",
-            interpolated=config.get("upsample_block_type", "pixel_shuffle") == "interpolate",
-        )
-
-    @property
-    def downsampling(self) -> int:
-        """Pixels to one latent, along a side."""
-        return int(2 ** (len(self.encoder) - 1))
+def channels(config: Mapping[str, Any], side: str = "decoder") -> tuple[int, ...]:
+    """Of each level of the "encoder" or the "decoder", from the pictures' size down."""
+    return tuple(config.get(f"{side}_block_out_channels", _CHANNELS))
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Block:
-    """A level's blocks."""
-
-    channels: int
-    head: int
-    """Width of an attention head; 0: a residual block of convolutions."""
-    kernels: tuple[int, ...]
-    """Of the further scales of attention."""
-
-    @property
-    def inner(self) -> int:
-        return self.channels // self.head * self.head
-
-    def params(self) -> int:
-        c = self.channels
-        if not self.head:
-            return 18 * c * c + c + 2 * c
-        qkv = 3 * self.inner
-        scales = sum(qkv * k * k + qkv * self.head for k in self.kernels)
-        attention = c * qkv + scales + self.inner * (1 + len(self.kernels)) * c + 2 * c
-        return attention + 8 * c * c + 8 * c + 80 * c + 4 * c * c + 2 * c
-
-    def macs(self, pixels: int) -> int:
-        c = self.channels
-        if not self.head:
-            return 18 * c * c * pixels
-        qkv, groups = 3 * self.inner, self.inner // self.head * (1 + len(self.kernels))
-        linear = pixels > self.head
-        scores = 2 * (self.head + 1) * self.head * pixels if linear else 2 * pixels * pixels * self.head
-        scales = sum(qkv * k * k + qkv * self.head for k in self.kernels)
-        each = c * qkv + scales + self.inner * (1 + len(self.kernels)) * c + 12 * c * c + 72 * c
-        return each * pixels + groups * scores
-
-    def kept(self, pixels: int) -> int:
-        """Numbers that autograd keeps of one block."""
-        c = self.channels
-        if not self.head:
-            return 4 * c * pixels  # inputs of both convolutions, of the activation and of the norm
-        maps = 1 + len(self.kernels)
-        attention = c + 3 * self.inner * (2 * maps - 1) + 4 * self.inner * maps + c
-        gated = c + 8 * c + 8 * c + 8 * c + 4 * c + 4 * c + c
-        return (attention + gated) * pixels
-
-    @property
-    def widest(self) -> int:
-        return 8 * self.channels if self.head else self.channels
+def _blocks(config: Mapping[str, Any], side: str) -> list[list[Layer]]:
+    """Of each level, the same again and again."""
+    widths, head = channels(config, side), int(config.get("attention_head_dim", 32))
+    kinds = config.get(f"{side}_block_types", "ResBlock")
+    kinds = (kinds,) * len(widths) if isinstance(kinds, str) else kinds
+    counts, scales = config.get(f"{side}_layers_per_block", _LAYERS[side]), config.get(f"{side}_qkv_multiscales", _SCALES)
+    return [
+        count * [_attention(width, head, kernels) if kind == "EfficientViTBlock" else _residual(width)]
+        for width, kind, count, kernels in zip(widths, kinds, counts, scales, strict=True)
+    ]
 
 
-def num_params(shape: DCShape) -> int:
-    """Of the encoder and the decoder."""
-
-    def conv(inside: int, outside: int) -> int:
-        return 9 * inside * outside + outside
-
-    def down(inside: int, outside: int) -> int:
-        return conv(inside, outside // 4 if shape.unshuffled else outside)
-
-    def up(inside: int, outside: int) -> int:
-        return conv(inside, outside if shape.interpolated else 4 * outside)
-
-    total = conv(shape.encoder[-1], shape.latent) + conv(shape.latent, shape.decoder[-1])
-    for level, (block, layers) in enumerate(zip(shape.encoder_blocks, shape.encoder_layers, strict=True)):
-        total += layers * block.params()
-        if layers and level < len(shape.encoder) - 1:
-            total += down(block.channels, shape.encoder[level + 1])
-    for level, (block, layers) in enumerate(zip(shape.decoder_blocks, shape.decoder_layers, strict=True)):
-        total += layers * block.params()
-        if layers and level < len(shape.decoder) - 1:
-            total += up(shape.decoder[level + 1], block.channels)
-    total += conv(3, shape.encoder[0]) if shape.encoder_layers[0] else down(3, shape.encoder[1])
-    last = shape.decoder[0] if shape.decoder_layers[0] else shape.decoder[1]
-    return total + 2 * last + (conv(last, 3) if shape.decoder_layers[0] else up(last, 3))
+def _residual(c: int) -> Layer:
+    """Kept are the inputs of both convolutions, of the activation and of the norm."""
+    return Layer(params=18 * c * c + 3 * c, macs=18 * c * c, kept=4 * c, width=c)
 
 
-def decoding(shape: DCShape, height: int, width: int) -> tuple[int, int, int]:
-    """Of decoding one image from latents of height x width: MACs, numbers that autograd keeps, numbers of the largest array."""
-    pixels, top = height * width, shape.decoder[-1]
-    macs = 9 * shape.latent * top * pixels
-    kept, largest = 2 * shape.latent * pixels, top * pixels
+def _attention(c: int, head: int, kernels: tuple[int, ...]) -> Layer:
+    """Attention over one scale and those of `kernels`, then the MLP, whose inner width is 4 c, twice for its gate."""
+    inner, maps = c // head * head, 1 + len(kernels)
+    products = 3 * inner * c + sum(3 * inner * (k * k + head) for k in kernels) + inner * maps * c + 12 * c * c + 72 * c
+    return Layer(
+        params=products + 20 * c,  # norms' and biases
+        macs=products,
+        kept=2 * c + 3 * inner * (2 * maps - 1) + 4 * inner * maps + 34 * c,
+        width=8 * c,
+        heads=inner // head * maps,
+        head=head,
+        linear=True,
+    )
 
-    def double(inside: int, outside: int) -> None:
-        nonlocal pixels, macs, kept, largest
-        macs += 9 * inside * outside * 4 * pixels
-        kept += (4 if shape.interpolated else 1) * inside * pixels
-        pixels *= 4
-        largest = max(largest, outside * pixels)
 
-    for level in reversed(range(len(shape.decoder))):
-        block, layers = shape.decoder_blocks[level], shape.decoder_layers[level]
-        if level < len(shape.decoder) - 1 and layers:
-            double(shape.decoder[level + 1], block.channels)
-        macs += layers * block.macs(pixels)
-        kept += layers * block.kept(pixels)
-        largest = max(largest, block.widest * pixels if layers else 0)
-    last = shape.decoder[0] if shape.decoder_layers[0] else shape.decoder[1]
-    kept += 2 * last * pixels
-    outputs = 3 if shape.decoder_layers[0] else 12  # of the last level, or at twice its size
-    return macs + 9 * last * outputs * pixels, kept, largest
+def encoder(config: Mapping[str, Any]) -> Iterator[Layer]:
+    """Layers of the encoder, of which the parameters alone count."""
+    widths, blocks = channels(config, "encoder"), _blocks(config, "encoder")
+    strided = config.get("downsample_block_type", "pixel_unshuffle") != "pixel_unshuffle"  # else pixels go to channels
+
+    def halve(inside: int, outside: int) -> Layer:
+        return conv(inside, outside if strided else outside // 4)
+
+    yield conv(3, widths[0]) if blocks[0] else halve(3, widths[1])
+    for level, layers in enumerate(blocks):
+        yield from layers
+        if layers and level < len(blocks) - 1:
+            yield halve(widths[level], widths[level + 1])
+    yield conv(widths[-1], int(config.get("latent_channels", 32)))
+
+
+def decoder(config: Mapping[str, Any]) -> Iterator[tuple[int, Layer]]:
+    """Layers of the decoder, and how often the sides of the latents are doubled before each."""
+    widths, blocks, latent = channels(config), _blocks(config, "decoder"), int(config.get("latent_channels", 32))
+    interpolated = config.get("upsample_block_type", "pixel_shuffle") == "interpolate"  # else channels go to pixels
+    doublings = 0
+    yield 0, conv(latent, widths[-1], kept=2 * latent, width=widths[-1])
+    for level in reversed(range(len(blocks))):
+        if blocks[level] and level < len(blocks) - 1:
+            inside, outside = widths[level + 1], widths[level] * (1 if interpolated else 4)
+            yield doublings + (1 if interpolated else 0), conv(inside, outside, kept=inside, width=outside)
+            doublings += 1
+        for layer in blocks[level]:
+            yield doublings, layer
+    last = widths[0] if blocks[0] else widths[1]
+    yield doublings, Layer(params=2 * last, kept=2 * last)
+    if blocks[0] or not interpolated:
+        yield doublings, conv(last, 3 if blocks[0] else 12)
+    else:
+        yield doublings + 1, conv(last, 3)

@@ -85,9 +85,9 @@ class DiTBlock(nn.Module):
 def _build_moe(config: ModelConfig, ep_size: int) -> MoE:
     if ep_size == 1:
         return MoE(config)
-    from dpt.models.moe_parallel import build_parallel_moe  # imports DeepSpeed, which takes seconds
+    from dpt.models.moe_parallel import ParallelMoE  # imports DeepSpeed, which takes seconds
 
-    return build_parallel_moe(config, ep_size)
+    return ParallelMoE(config, ep_size)
 
 
 class DiT(nn.Module):
@@ -203,10 +203,8 @@ class DiT(nn.Module):
         x = unpatchify(x, self.config.patch_size, *noisy_latents.shape[2:])  # [B, C_out, h, w]
         prediction = x.to(noisy_latents.dtype)
         if not self.config.num_experts:
-            zero, none = (
-                torch.zeros((), device=x.device),
-                torch.zeros(len(self.blocks), 0, dtype=torch.float64, device=x.device),
-            )
+            zero = torch.zeros((), device=x.device)
+            none = torch.zeros(len(self.blocks), 0, dtype=torch.float64, device=x.device)
             return DiTOutput(prediction, zero, zero, none.long(), none, none.sum(dim=1), zero, hidden)
         return DiTOutput(prediction, *summarize(stats, earlier), hidden)
 
@@ -279,17 +277,13 @@ class DiT(nn.Module):
 def build_model(model: str | ModelConfig, *, ep_size: int = 1, **overrides: Any) -> DiT:
     """The network of a preset ("XL/2") or a config, any ModelConfig field overridden by name.
 
-    `build_model("XL/2", num_experts=8, top_k=2)` is the upcycled form: GELU experts, no shared one.
+    `build_model("XL/2", num_experts=8, top_k=2)` is the upcycled form: GELU experts, no shared one. UserError names an unknown
+    preset or field.
     """
-    return DiT(resolve_config(model, **overrides), ep_size=ep_size)
-
-
-def resolve_config(model: str | ModelConfig, **overrides: Any) -> ModelConfig:
-    """A preset's or config's ModelConfig with fields overridden; UserError names an unknown preset or field."""
     known = {f.name for f in dataclasses.fields(ModelConfig)}
     for name in overrides:
         if name not in known:
             raise UserError(f"dpt.model has no field {name!r}; its fields are {', '.join(sorted(known))}.")
-    if isinstance(model, ModelConfig):
-        return dataclasses.replace(model, **overrides)
-    return ModelConfig(**{**preset_values(model), **overrides})
+    if isinstance(model, str):
+        return DiT(ModelConfig(**{**preset_values(model), **overrides}), ep_size=ep_size)
+    return DiT(dataclasses.replace(model, **overrides), ep_size=ep_size)

@@ -5,7 +5,8 @@ import logging
 import os
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -15,10 +16,10 @@ from torch import Tensor
 
 from dpt.config.sections import ModelConfig
 from dpt.errors import UserError
+from dpt.models.diffusers_maps import config_to_diffusers, diffusers_map, embedder_copies
 from dpt.models.dit import DiT
 from dpt.models.mup import standard
 from dpt.models.weight_files import CONFIG, DIFFUSERS_WEIGHTS, EMA, FORMAT_VERSION, WEIGHTS
-from dpt.models.weight_maps import config_to_diffusers, diffusers_map, embedder_copies
 from dpt.models.weights import Weights, check_state
 
 _log = logging.getLogger(__name__)
@@ -83,21 +84,31 @@ def _write_diffusers(config: ModelConfig, state: Mapping[str, Tensor], path: Pat
 def _write_folder(
     path: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], name: str, metadata: dict[str, str]
 ) -> Path:
-    """A folder of config.json and tensors, made beside `path` and renamed when complete."""
+    """A folder of config.json and tensors, complete or not at all."""
     if path.exists() and not (path / CONFIG).is_file():
         raise UserError(f"{path}: exists and holds no weights; choose another folder.")
+    with new_folder(path) as new:
+        save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, new / name, metadata)
+        (new / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+        for file in (new / name, new / CONFIG, new):
+            descriptor = os.open(file, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+    return path
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder beside `path` to write in, which takes its place at the end; it goes, and `path` stays, if anything fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
     new, old = (path.with_name(f".{path.name}.{kind}-{os.getpid()}") for kind in ("new", "old"))
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir()
-    save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, new / name, metadata)
-    (new / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-    for file in (new / name, new / CONFIG, new):
-        descriptor = os.open(file, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-    if path.exists():
-        path.rename(old)
-    new.rename(path)
-    shutil.rmtree(old, ignore_errors=True)
-    return path
+    try:
+        yield new
+        if path.exists():
+            path.rename(old)
+        new.rename(path)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)

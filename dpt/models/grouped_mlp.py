@@ -22,7 +22,7 @@ Rows = Callable[[Tensor], None]
 
 
 class ExpertWeights(NamedTuple):
-    """ExpertWeights of E MLPs, in PyTorch's [out, in] orientation behind the first axis."""
+    """Weights of E MLPs, in PyTorch's [out, in] orientation behind the first axis."""
 
     w_in: Tensor
     """[E, H, D]."""
@@ -41,10 +41,8 @@ def grouped_mlp(x_ND: Tensor, weights: ExpertWeights, counts: Tensor, kind: acti
     torch.compile traces them. Elsewhere a loop over slices, which waits for the counts once, forward and backward together; on
     a CPU in chunks, so that only the first products of all rows are in memory at once.
     """
-    if has_grouped_products(x_ND):
-        out: Tensor = _GroupedMlp.apply(x_ND, *weights, counts, kind)
-        return out
-    return _looped_mlp(x_ND, weights, counts, kind)
+    apply = _apply if has_grouped_products(x_ND) else _apply_looped
+    return apply(x_ND, weights, counts, kind)
 
 
 def forward_pass(x_ND: Tensor, weights: ExpertWeights, counts: Tensor, kind: activations.Kind) -> tuple[Tensor, Tensor]:
@@ -89,43 +87,40 @@ def has_grouped_products(x: Tensor) -> bool:
     return x.is_cuda and x.dtype == torch.bfloat16 and torch.cuda.get_device_capability(x.device)[0] in (9, 10)
 
 
-class _GroupedMlp(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, w_in: Tensor, b_in: Tensor | None, w_out: Tensor, b_out: Tensor | None, counts: Tensor,
-                kind: activations.Kind) -> Tensor:  # fmt: skip
-        hidden, out = _forward_grouped(x, ExpertWeights(w_in, b_in, w_out, b_out), counts, kind)
-        ctx.save_for_backward(x, hidden, w_in, w_out, counts)
-        ctx.kind, ctx.biased = kind, b_in is not None
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, hidden, w_in, w_out, counts = ctx.saved_tensors
-        d_x, d_weights = _backward_grouped(grad.contiguous(), x, hidden, w_in, w_out, counts, ctx.kind, ctx.biased)
-        return d_x, *d_weights, None, None
-
-
-@torch.compiler.disable
-def _looped_mlp(x_ND: Tensor, weights: ExpertWeights, counts: Tensor, kind: activations.Kind) -> Tensor:
-    result: Tensor = _LoopedMlp.apply(x_ND, *weights, counts.tolist(), kind)
+def _apply(x: Tensor, weights: ExpertWeights, counts: Tensor | list[int], kind: activations.Kind) -> Tensor:
+    result: Tensor = _GroupedMlp.apply(x, *weights, counts, kind)
     return result
 
 
-class _LoopedMlp(torch.autograd.Function):
+@torch.compiler.disable
+def _apply_looped(x: Tensor, weights: ExpertWeights, counts: Tensor, kind: activations.Kind) -> Tensor:
+    return _apply(x, weights, counts.tolist(), kind)
+
+
+class _GroupedMlp(torch.autograd.Function):
+    """By grouped products if `counts` is a tensor, by the loop if it is a list."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w_in: Tensor, b_in: Tensor | None, w_out: Tensor, b_out: Tensor | None, counts: list[int],
-                kind: activations.Kind) -> Tensor:  # fmt: skip
-        hidden, out = _forward_looped(x, ExpertWeights(w_in, b_in, w_out, b_out), counts, kind)
-        ctx.save_for_backward(x, hidden, w_in, w_out)
-        ctx.counts, ctx.kind, ctx.biased = counts, kind, b_in is not None
+    def forward(ctx: Any, x: Tensor, w_in: Tensor, b_in: Tensor | None, w_out: Tensor, b_out: Tensor | None,
+                counts: Tensor | list[int], kind: activations.Kind) -> Tensor:  # fmt: skip
+        weights = ExpertWeights(w_in, b_in, w_out, b_out)
+        ctx.kind, ctx.biased = kind, b_in is not None
+        if isinstance(counts, Tensor):
+            hidden, out = _forward_grouped(x, weights, counts, kind)
+            ctx.save_for_backward(x, hidden, w_in, w_out, counts)
+        else:
+            hidden, out = _forward_looped(x, weights, counts, kind)
+            ctx.save_for_backward(x, hidden, w_in, w_out)
+            ctx.counts = counts
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, hidden, w_in, w_out = ctx.saved_tensors
-        d_x, d_weights = _backward_looped(grad.contiguous(), x, hidden, w_in, w_out, ctx.counts, ctx.kind, ctx.biased)
+        x, hidden, w_in, w_out, *counts = ctx.saved_tensors
+        backward = _backward_grouped if counts else _backward_looped
+        counts = counts[0] if counts else ctx.counts
+        d_x, d_weights = backward(grad.contiguous(), x, hidden, w_in, w_out, counts, ctx.kind, ctx.biased)
         return d_x, *d_weights, None, None
 
 

@@ -74,7 +74,7 @@ def memory(
     ZeRO divides over all ranks: optimizer states (stage 1), gradients too (2), weights too (3); experts' ones over the ranks
     that hold the same experts, which comes to the same. `offload_optimizer` (stages 1 to 3) and `offload_param` (stage 3) are
     DeepSpeed's, to the CPU. `pictures`: of drawing class pictures (`picture_bytes`). `projector_params`:
-    trained beside the network's own (`dpt.models.alignment_costs`). UserError for what cannot be.
+    trained beside the network's own (`dpt.models.recipe_costs`). UserError for what cannot be.
     """
     for name, value in (("ranks", ranks), ("ep_size", ep_size), ("micro_batch_size", micro_batch_size)):
         if value < 1:
@@ -203,31 +203,20 @@ def preset_table(
     for name, config in list(configs.items()):
         if not config.num_experts and config.patch_size == 2:
             configs[f"{name} upcycled 8E2A"] = ModelConfig(**preset_values(name) | {"num_experts": 8, "top_k": 2})
+    parts = ("weights", "master_weights", "gradients", "buckets", "moments", "ema", "activations")
     rows = []
     for name, config in configs.items():
-        count, at_256, at_512 = num_params(config), macs(config, 32, 32), macs(config, 64, 64)
-        settings: dict[str, Any] = {"ranks": ranks, "ep_size": ep_size if config.num_experts else 1, "zero_stage": zero_stage}
-        settings |= {"micro_batch_size": micro_batch_size, "precision": precision}
-        plain, checkpointed = (memory(config, **settings, activation_checkpointing=c) for c in (False, True))
-        rows.append(
-            {
-                "preset": name,
-                "params_total": count.total,
-                "params_active": count.active,
-                "forward_macs_256px": at_256.forward,
-                "training_macs_256px": at_256.training,
-                "forward_macs_512px": at_512.forward,
-                "training_macs_512px": at_512.training,
-                "bytes_weights": plain.weights,
-                "bytes_master_weights": plain.master_weights,
-                "bytes_gradients": plain.gradients,
-                "bytes_buckets": plain.buckets,
-                "bytes_moments": plain.moments,
-                "bytes_ema": plain.ema,
-                "bytes_activations": plain.activations,
-                "bytes_activations_checkpointed": checkpointed.activations,
-                "bytes_total": plain.total,
-                "bytes_total_checkpointed": checkpointed.total,
-            }
-        )
+        count, ep = num_params(config), ep_size if config.num_experts else 1
+        plain, checkpointed = (
+            memory(config, ranks=ranks, ep_size=ep, zero_stage=zero_stage, micro_batch_size=micro_batch_size,
+                   precision=precision, activation_checkpointing=checkpointing)
+            for checkpointing in (False, True)
+        )  # fmt: skip
+        row = {"preset": name, "params_total": count.total, "params_active": count.active}
+        for pixels, side in ((256, 32), (512, 64)):
+            cost = macs(config, side, side)
+            row |= {f"forward_macs_{pixels}px": cost.forward, f"training_macs_{pixels}px": cost.training}
+        row |= {f"bytes_{part}": getattr(plain, part) for part in parts}
+        row |= {"bytes_activations_checkpointed": checkpointed.activations}
+        rows.append(row | {"bytes_total": plain.total, "bytes_total_checkpointed": checkpointed.total})
     return rows

@@ -58,22 +58,21 @@ class Routing(NamedTuple):
 class Router(nn.Module):
     """Router in float32: tokens [T, D] -> Routing.
 
-    Gates are a softmax over the experts or, with `sigmoid`, each expert's own (DeepSeek-AI, "DeepSeek-V3", 2024, section
-    2.1.2): then one expert's score does not sink where another's rises.
+    Gates are a softmax over the experts or, by `router_gate`, each expert's own sigmoid (DeepSeek-AI, "DeepSeek-V3", 2024,
+    section 2.1.2): then one expert's score does not sink where another's rises.
     """
 
     bias_steps: Tensor | None
 
-    def __init__(
-        self, hidden_size: int, num_experts: int, top_k: int, *, normalize: bool, biased: bool, sigmoid: bool = False
-    ) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.top_k = top_k
-        self.normalize = normalize
-        self.sigmoid = sigmoid
-        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
+        self.top_k = config.top_k
+        self.normalize = config.normalize_top_k
+        self.sigmoid = config.router_gate == "sigmoid"
+        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
+        steps = torch.zeros(config.num_experts, dtype=torch.int64)
         # Whole steps, so that casting a model to bf16 cannot round the bias.
-        self.register_buffer("bias_steps", torch.zeros(num_experts, dtype=torch.int64) if biased else None)
+        self.register_buffer("bias_steps", steps if config.router_bias_balancing else None)
 
     def reset_parameters(self) -> None:
         """Uniform in +-1 / sqrt(D), as DiT-MoE's gate."""
@@ -133,14 +132,7 @@ class MoE(nn.Module):
         self.num_experts = config.num_experts
         self.observer: Callable[[Routing], None] | None = None
         self.capacity_factor = config.capacity_factor
-        self.gate = Router(
-            config.hidden_size,
-            config.num_experts,
-            config.top_k,
-            normalize=config.normalize_top_k,
-            biased=config.router_bias_balancing,
-            sigmoid=config.router_gate == "sigmoid",
-        )
+        self.gate = Router(config)
         num_local_experts = num_local_experts or config.num_experts
         self.experts = Experts(num_local_experts, config.hidden_size, config.mlp_width, config.expert_activation)
         # Not named "shared_expert": DeepSpeed takes every key of a MoE that holds "expert" for a routed one.
@@ -153,34 +145,29 @@ class MoE(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, RouterStats]:
         x_TD = x.reshape(-1, x.shape[-1])
         routing = self.gate(x_TD)
-        y_TD, shared_TD, counts_E, dropped = self._route(x_TD, routing, x.shape[0])
-        if shared_TD is not None:
-            y_TD = y_TD + shared_TD
-        return y_TD.view_as(x), RouterStats(routing.probs_TE.mean(dim=0), routing.z_loss, routing.entropy, counts_E, dropped)
-
-    def _route(self, x_TD: Tensor, routing: Routing, num_samples: int) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-        """Tokens through their experts and back [T, D]; through the shared one; slots of each expert [E]; dropped slots []."""
         if self.observer is not None:  # not a hook, which compiled blocks pass over
             _show(self.observer, routing)
-        experts_TK = routing.experts_TK
         if self.capacity_factor:
-            return self._route_within_capacity(x_TD, routing, num_samples)
-        dispatch = Dispatch(experts_TK, self.num_experts)
-        y_ND, shared_TD = self._run_experts(dispatch.permute(x_TD), dispatch.counts, x_TD)
-        return dispatch.combine(y_ND, routing.weights_TK), shared_TD, dispatch.counts, dispatch.counts.new_zeros(())
+            y_TD, counts_E, dropped = self._route_within_capacity(x_TD, routing, x.shape[0])
+        else:
+            y_TD, counts_E = self._route(x_TD, routing)
+            dropped = counts_E.new_zeros(())
+        return y_TD.view_as(x), RouterStats(routing.probs_TE.mean(dim=0), routing.z_loss, routing.entropy, counts_E, dropped)
 
-    @torch.compiler.disable
-    def _route_within_capacity(
-        self, x_TD: Tensor, routing: Routing, num_samples: int
-    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-        """`_route` where some slots are dropped, so that shapes depend on the routing."""
-        experts_TK = routing.experts_TK
-        kept_TK = within_capacity(routing, num_samples, self.num_experts, self.capacity_factor)
-        dispatch = Dispatch(experts_TK, self.num_experts, kept_TK)
+    def _route(self, x_TD: Tensor, routing: Routing, kept_TK: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Tokens through their experts and back, and through the shared one [T, D]; slots that each expert has had [E]."""
+        dispatch = Dispatch(routing.experts_TK, self.num_experts, kept_TK)
         y_ND, shared_TD = self._run_experts(dispatch.permute(x_TD), dispatch.counts, x_TD)
         y_TD = dispatch.combine(y_ND, routing.weights_TK)
-        routed = torch.zeros_like(dispatch.counts).index_add_(0, experts_TK.flatten(), torch.ones_like(experts_TK.flatten()))
-        return y_TD, shared_TD, routed, routed.sum() - dispatch.counts.sum()
+        return y_TD if shared_TD is None else y_TD + shared_TD, dispatch.counts
+
+    @torch.compiler.disable
+    def _route_within_capacity(self, x_TD: Tensor, routing: Routing, num_samples: int) -> tuple[Tensor, Tensor, Tensor]:
+        """`_route` where some slots are dropped, so that shapes depend on the routing; slots routed [E] and dropped []."""
+        y_TD, counts = self._route(x_TD, routing, within_capacity(routing, num_samples, self.num_experts, self.capacity_factor))
+        slots = routing.experts_TK.flatten()
+        routed = torch.zeros_like(counts).index_add_(0, slots, torch.ones_like(slots))
+        return y_TD, routed, routed.sum() - counts.sum()
 
     def _run_experts(self, x_ND: Tensor, counts_E: Tensor, x_TD: Tensor) -> tuple[Tensor, Tensor | None]:
         """Slots sorted by expert [N, D] through the experts, tokens [T, D] through the shared one if there is one.

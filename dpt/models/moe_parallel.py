@@ -131,6 +131,11 @@ class ParallelMoE(MoE, DeepSpeedMoE):
     enable_expert_tensor_parallelism = False
 
     def __init__(self, config: ModelConfig, ep_size: int) -> None:
+        """`ep_size`: at least 2. UserError if it does not divide the experts, or torch.distributed is not initialised."""
+        if not dist.is_initialized():
+            raise UserError(
+                f"dpt.training.ep_size {ep_size} needs that many processes; start them with the deepspeed launcher."
+            )
         if config.num_experts % ep_size:
             raise UserError(
                 f"dpt.training.ep_size {ep_size} does not divide dpt.model.num_experts {config.num_experts}; choose a divisor."
@@ -201,10 +206,3 @@ def _join_experts(module: nn.Module, state: dict[str, Any], prefix: str, *_args:
             state[key] = state[key].narrow(0, module.first_expert, module.num_local_experts)
     for name, parts in found.items():
         state[f"{prefix}experts.{name}"] = torch.stack([parts[e] for e in sorted(parts)])
-
-
-def build_parallel_moe(config: ModelConfig, ep_size: int) -> ParallelMoE:
-    """The layer for `ep_size` ranks (at least 2); torch.distributed must be initialised."""
-    if not dist.is_initialized():
-        raise UserError(f"dpt.training.ep_size {ep_size} needs that many processes; start them with the deepspeed launcher.")
-    return ParallelMoE(config, ep_size)

@@ -13,6 +13,7 @@ from dpt import hub
 from dpt.config.recipe import section_from_dict
 from dpt.config.sections import DiffusionConfig, ModelConfig
 from dpt.errors import UserError, naming
+from dpt.models.diffusers_maps import config_from_diffusers, diffusers_map, embedder_copies
 from dpt.models.dit import DiT
 from dpt.models.layers import position_table
 from dpt.models.schedulers import pipeline_scheduler
@@ -26,14 +27,7 @@ from dpt.models.weight_files import (
     read_json_object,
     read_tensors,
 )
-from dpt.models.weight_maps import (
-    Map,
-    config_from_diffusers,
-    diffusers_map,
-    embedder_copies,
-    infer_public_config,
-    public_map,
-)
+from dpt.models.weight_maps import Map, infer_public_config, public_map
 from dpt.models.weights import Weights, check_numbers, check_state, expected_shapes, refuse
 
 DEPTH_NETWORK = "DptTransformer2DModel"

@@ -49,13 +49,12 @@ class RoutingReport:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         np.savez_compressed(folder / "routing.npz", **vars(self))
-        layers, _, _, experts = self.share_by_position.shape
         edges = [f"{e:.0f}" for e in self.timestep_edges]
         figures = {
             "tokens_per_expert": _heat_map(_shares(self.tokens_per_expert), "expert", "layer", "share of a layer's slots"),
             "share_by_timestep": _per_layer(self.share_by_timestep, "timesteps from", edges[:-1]),
             "share_by_class": _per_layer(self.share_by_class, "class", [str(c) for c in self.classes]),
-            "share_by_position": _grid(self.share_by_position.transpose(0, 3, 1, 2), layers, experts),
+            "share_by_position": _grid(self.share_by_position.transpose(0, 3, 1, 2)),
         }
         for name, figure in figures.items():
             figure.savefig(folder / f"{name}.png", dpi=100)
@@ -75,8 +74,7 @@ def trace_routing(
 
     A batch holds the network's arguments by name (noisy_latents, timesteps, labels, ...); latents must be of one size.
     Timesteps are sorted into equal bins of [0, num_train_timesteps); `network_time`: what the network is told of them, if not
-    the timesteps themselves. UserError if the model has no experts or there is no
-    batch.
+    the timesteps themselves. UserError if the model has no experts or there is no batch.
     """
     tally = RoutingTally(model, num_train_timesteps=num_train_timesteps, timestep_bins=timestep_bins)
     for batch in batches:
@@ -209,9 +207,9 @@ def _per_layer(values: FloatArray, y_label: str, rows: list[str]) -> "Figure":
     return figure
 
 
-def _grid(values: FloatArray, layers: int, experts: int) -> "Figure":
+def _grid(values: FloatArray) -> "Figure":
     """[L, E, h, w]: a map an expert and layer, all on one scale. One image: 24 layers of 48 experts as axes take minutes."""
-    height, width = values.shape[2:]
+    layers, experts, height, width = values.shape
     tiled = np.full((layers, experts, height + 1, width + 1), np.nan)  # a gap behind and below each map
     tiled[..., :height, :width] = values
     figure = _figure(0.8 * experts + 1.5, 0.8 * layers + 0.8)

@@ -19,59 +19,29 @@ _CLASSES: dict[str, dict[str, Any]] = {  # each with its own defaults, where the
     "DPMSolverMultistepScheduler": {"timestep_spacing": "linspace"},
 }
 _FLOW = "FlowMatchEulerDiscreteScheduler"
-_TAKEN = frozenset(
-    {
-        "num_train_timesteps",
-        "beta_schedule",
-        "beta_start",
-        "beta_end",
-        "prediction_type",
-        "timestep_spacing",
-        "steps_offset",
-        "set_alpha_to_one",
-        "rescale_betas_zero_snr",
-    }
+TAKEN = (
+    *("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "prediction_type"),
+    *("timestep_spacing", "steps_offset", "set_alpha_to_one", "rescale_betas_zero_snr"),
 )
-_IGNORED = frozenset(  # which change nothing in what is supported
-    {
-        "skip_prk_steps",
-        "sample_max_value",
-        "dynamic_thresholding_ratio",
-        "clip_sample_range",
-        "lower_order_final",
-        "flow_shift",
-        "base_shift",
-        "max_shift",
-        "base_image_seq_len",
-        "max_image_seq_len",
-        "time_shift_type",
-    }
+"""Fields of a `DiffusionConfig` that a scheduler's file says under the same names."""
+_IGNORED = (  # which change nothing in what is supported
+    *("skip_prk_steps", "sample_max_value", "dynamic_thresholding_ratio", "clip_sample_range", "lower_order_final"),
+    *("flow_shift", "base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len", "time_shift_type"),
 )
 _SUPPORTED: dict[str, tuple[Any, ...]] = {
-    "clip_sample": (False,),
-    "thresholding": (False,),
-    "trained_betas": (None,),
+    **dict.fromkeys(("clip_sample", "thresholding", "euler_at_final", "invert_sigmas", "stochastic_sampling"), (False,)),
+    **dict.fromkeys(("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas"), (False, None)),
+    **dict.fromkeys(("use_flow_sigmas", "use_dynamic_shifting"), (False, None)),
+    **dict.fromkeys(("trained_betas", "sigma_min", "sigma_max", "shift_terminal"), (None,)),
     "variance_type": (None, "fixed_small", "fixed_small_log", "learned_range"),
     "interpolation_type": ("linear",),
-    "use_karras_sigmas": (False, None),
-    "use_exponential_sigmas": (False, None),
-    "use_beta_sigmas": (False, None),
-    "use_lu_lambdas": (False, None),
-    "use_flow_sigmas": (False, None),
-    "use_dynamic_shifting": (False, None),
-    "sigma_min": (None,),
-    "sigma_max": (None,),
     "timestep_type": ("discrete",),
     "final_sigmas_type": ("zero",),
     "solver_order": (2,),
     "solver_type": ("midpoint",),
     "algorithm_type": ("dpmsolver++",),
-    "euler_at_final": (False,),
     "lambda_min_clipped": (-float("inf"),),
     "shift": (1.0,),
-    "shift_terminal": (None,),
-    "invert_sigmas": (False,),
-    "stochastic_sampling": (False,),
 }
 
 
@@ -88,14 +58,14 @@ def read_scheduler(path: str | Path) -> DiffusionConfig:
     if kind != _FLOW and kind not in _CLASSES:
         raise UserError(f"{file}: _class_name is {kind!r}; known are {', '.join([*_CLASSES, _FLOW])}.")
     values = {**_CLASSES.get(kind, {}), **{name: value for name, value in given.items() if not name.startswith("_")}}
-    unknown = sorted(values.keys() - _TAKEN - _IGNORED - _SUPPORTED.keys())
+    unknown = sorted(values.keys() - {*TAKEN, *_IGNORED, *_SUPPORTED})
     if unknown:
         raise UserError(f"{file}: unknown to dpt: {', '.join(unknown)}; remove what changes nothing, or name another.")
     for name, supported in _SUPPORTED.items():
         if name in values and values[name] not in supported:
             note = ", diffusers' default" if name not in given else ""
             raise UserError(f"{file}: {name} is {values[name]!r}{note}; dpt has only {' or '.join(map(repr, supported))}.")
-    taken = {name: value for name, value in values.items() if name in _TAKEN}
+    taken = {name: value for name, value in values.items() if name in TAKEN}
     if kind == _FLOW:
         flow = {"prediction_type": "rectified_flow", "time_convention": "scaled_fraction", "timestep_spacing": "linspace"}
         taken = {name: value for name, value in taken.items() if name == "num_train_timesteps"} | flow

@@ -8,7 +8,7 @@ from typing import Any
 
 from dpt import hub
 from dpt.errors import UserError
-from dpt.models import dc_costs
+from dpt.models import dc_costs, kl_costs
 
 STABLE_DIFFUSION: dict[str, Any] = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4}
 """The VAE of Stable Diffusion 1 and 2, which VAEs whose config is not on this disk count as."""
@@ -62,73 +62,25 @@ def _config_file(name: str) -> Path | None:
     return Path(found) if isinstance(found, str) else None
 
 
-def is_dc(config: Mapping[str, Any]) -> bool:
-    """Whether it is of an `AutoencoderDC`, rather than an `AutoencoderKL`."""
-    return config.get("_class_name") == "AutoencoderDC" or "decoder_block_out_channels" in config
-
-
 def vae_size(config: Mapping[str, Any]) -> VAESize:
     """Of diffusers' `AutoencoderKL(**config)` or `AutoencoderDC(**config)`."""
-    if is_dc(config):
-        shape = dc_costs.DCShape.of(config)
-        return VAESize(params=dc_costs.num_params(shape), channels=max(shape.decoder[:2]), downsampling=shape.downsampling)
-    channels, latent = [int(c) for c in config.get("block_out_channels", (64,))], int(config.get("latent_channels", 4))
-    layers, top = int(config.get("layers_per_block", 1)), channels[-1]
-
-    def conv(inside: int, outside: int, area: int = 9) -> int:
-        return area * inside * outside + outside
-
-    def resnet(inside: int, outside: int) -> int:
-        shortcut = conv(inside, outside, 1) if inside != outside else 0
-        return 2 * inside + conv(inside, outside) + 2 * outside + conv(outside, outside) + shortcut
-
-    attention = 2 * top + 4 * conv(top, top, 1) if config.get("mid_block_add_attention", True) else 0
-    params = 2 * (2 * resnet(top, top) + attention)  # the middle of both
-    params += conv(3, channels[0]) + 2 * top + conv(top, 2 * latent)
-    params += conv(latent, top) + 2 * channels[0] + conv(channels[0], 3)
-    for order, each in ((channels, layers), (channels[::-1], layers + 1)):
-        before = order[0]
-        for number, channel in enumerate(order):
-            params += resnet(before, channel) + (each - 1) * resnet(channel, channel)
-            params += conv(channel, channel) if number < len(order) - 1 else 0
-            before = channel
-    params += conv(2 * latent, 2 * latent, 1) if config.get("use_quant_conv", True) else 0
-    params += conv(latent, latent, 1) if config.get("use_post_quant_conv", True) else 0
+    kind = dc_costs if _is_dc(config) else kl_costs
+    layers = [*kind.encoder(config), *(layer for _, layer in kind.decoder(config))]
+    channels = kind.channels(config)
+    params = sum(layer.params for layer in layers)
     return VAESize(params=params, channels=max(channels[:2]), downsampling=2 ** (len(channels) - 1))
 
 
 def decoder_costs(config: Mapping[str, Any], height: int, width: int) -> DecoderCosts:
     """Costs of the decoder of an `AutoencoderKL(**config)` or `AutoencoderDC(**config)` for latents of height x width."""
-    if is_dc(config):
-        total, kept, largest = dc_costs.decoding(dc_costs.DCShape.of(config), height, width)
-        return DecoderCosts(macs=total, kept=kept, working=3 * largest)
-    channels = [int(c) for c in reversed(config["block_out_channels"])]
-    layers = int(config.get("layers_per_block", 1)) + 1
-    latent, top, pixels = int(config.get("latent_channels", 4)), channels[0], height * width
-    total = pixels * (latent * latent * bool(config.get("use_post_quant_conv", True)) + 9 * latent * top)
-    kept = largest = 2 * pixels * latent
+    macs = kept = largest = 0
+    for doublings, layer in (dc_costs if _is_dc(config) else kl_costs).decoder(config):
+        pixels = height * width * 4**doublings
+        macs += layer.macs * pixels + layer.scores(pixels)
+        kept += layer.kept * pixels
+        largest = max(largest, layer.width * pixels)
+    return DecoderCosts(macs=macs, kept=kept, working=3 * largest)
 
-    def resnet(inside: int, outside: int) -> None:
-        nonlocal total, kept, largest
-        total += pixels * (9 * (inside + outside) * outside + inside * outside * (inside != outside))
-        kept += 3 * pixels * (inside + outside)  # inputs of norm, activation and convolution, twice
-        largest = max(largest, pixels * max(inside, outside))
 
-    for _ in range(2):
-        resnet(top, top)
-    if config.get("mid_block_add_attention", True):
-        total += 4 * pixels * top * top + 2 * pixels * pixels * top
-        kept += 5 * pixels * top
-    before = top
-    for number, channel in enumerate(channels):
-        for layer in range(layers):
-            resnet(before if layer == 0 else channel, channel)
-        before = channel
-        if number < len(channels) - 1:
-            pixels *= 4
-            total += pixels * 9 * channel * channel
-            kept += pixels * channel
-            largest = max(largest, pixels * channel)
-    total += pixels * 9 * channels[-1] * 3
-    kept += 3 * pixels * channels[-1]
-    return DecoderCosts(macs=total, kept=kept, working=3 * largest)
+def _is_dc(config: Mapping[str, Any]) -> bool:
+    return config.get("_class_name") == "AutoencoderDC" or "decoder_block_out_channels" in config

@@ -1,7 +1,7 @@
-"""Where each of our tensors is in other projects' weights: names, the order of parts, and the architecture told by shapes.
+"""Where each of our tensors is in public weights: names, the order of parts, and the architecture told by shapes.
 
-Sources: the released models' key lists of facebookresearch/DiT, feizc/DiT-MoE (plain and flash-attention), the generalist of
-"Scaling Properties of Diffusion Models for Perceptual Tasks", and diffusers' DiTTransformer2DModel.
+Sources: the released models' key lists of facebookresearch/DiT, feizc/DiT-MoE (plain and flash-attention), and the generalist
+of "Scaling Properties of Diffusion Models for Perceptual Tasks".
 """
 
 import math
@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from dpt.config.presets import PRESETS
-from dpt.config.recipe import type_in_words
 from dpt.config.sections import ModelConfig
 from dpt.errors import UserError
 
@@ -35,21 +34,15 @@ class Source:
         return torch.stack(parts) if self.stacked else parts[0]
 
     def split(self, tensor: Tensor) -> dict[str, Tensor]:
-        """The named parts of one of our tensors: the inverse of `join` for parts of equal size."""
-        parts = list(tensor) if self.stacked else [tensor]
-        pairs = zip(self.groups, parts, strict=True)
-        return {name: piece for group, part in pairs for name, piece in zip(group, _chunks(part, len(group)), strict=True)}
-
-
-def _chunks(tensor: Tensor, count: int) -> list[Tensor]:
-    return [tensor] if count == 1 else [piece.clone() for piece in tensor.chunk(count)]
+        """The named parts, of equal size, of one of our tensors: the inverse of `join` where nothing is stacked."""
+        (names,) = self.groups
+        if len(names) == 1:
+            return {names[0]: tensor}
+        return {name: chunk.clone() for name, chunk in zip(names, tensor.chunk(len(names)), strict=True)}
 
 
 Map = Callable[[str, ModelConfig], Source]
 """From the name of one of our tensors to where it is in theirs."""
-
-
-# --- DiT, DiT-MoE and the generalist ----------------------------------------------------------------------------------------
 
 
 def public_map(flash: bool) -> Map:
@@ -94,7 +87,7 @@ def infer_public_config(state: Mapping[str, Tensor], **known: Any) -> ModelConfi
         "num_classes": _shape(state, "y_embedder.embedding_table.weight")[0] - 1,
         "patch_embed_tasks": len(convolutions) if "x_embedder.proj.weight" not in state else 0,
         "qk_norm": "blocks.0.attn.q_norm.weight" in state,
-        **_channels(total_in, _shape(state, "final_layer.linear.weight")[0] // patch_size**2),
+        **infer_channels(total_in, _shape(state, "final_layer.linear.weight")[0] // patch_size**2),
     }
     if "blocks.0.moe.gate.weight" in state:
         fields |= _expert_fields(state, hidden_size)
@@ -105,10 +98,10 @@ def infer_public_config(state: Mapping[str, Tensor], **known: Any) -> ModelConfi
             fields["num_heads"] = hidden_size // _shape(state, "blocks.0.attn.q_norm.weight", 1)[0]
         else:
             fields["num_heads"] = _heads(hidden_size, depth)
-    return _named(ModelConfig(**fields | known))
+    return named(ModelConfig(**fields | known))
 
 
-def _named(config: ModelConfig) -> ModelConfig:
+def named(config: ModelConfig) -> ModelConfig:
     """The config with the name of its preset, or of the dense one that it was upcycled from; else "custom"."""
     sizes = {size: getattr(config, size) for size in ("hidden_size", "depth", "num_heads", "patch_size")}
     num_experts = config.num_experts if config.shared_expert_width else 0
@@ -132,7 +125,7 @@ def _expert_fields(state: Mapping[str, Tensor], hidden_size: int) -> dict[str, A
     }
 
 
-def _channels(total_in: int, out: int) -> dict[str, Any]:
+def infer_channels(total_in: int, out: int) -> dict[str, Any]:
     """in_channels, num_conditions and learn_sigma from the channels in and out; latents of 4 channels if that fits."""
     for channels in (4, total_in):
         if total_in % channels == 0 and out in (channels, 2 * channels):
@@ -168,138 +161,3 @@ def _count(state: Mapping[str, Tensor], pattern: str) -> int:
     if not numbers:
         raise UserError("the weights resemble a DiT's, but have no blocks.")
     return max(numbers) + 1
-
-
-# --- diffusers' DiTTransformer2DModel --------------------------------------------------------------------------------------
-
-_EMBEDDERS = {  # every block of diffusers' model carries a copy
-    "t_embedder.mlp.0": "timestep_embedder.linear_1",
-    "t_embedder.mlp.2": "timestep_embedder.linear_2",
-    "y_embedder.embedding_table": "class_embedder.embedding_table",
-}
-_OUTSIDE = {
-    "x_embedder.proj": "pos_embed.proj",
-    "final_layer.adaLN_modulation.1": "proj_out_1",
-    "final_layer.linear": "proj_out_2",
-}
-_INSIDE = {
-    "adaLN_modulation.1": ["norm1.linear"],
-    "attn.qkv": ["attn1.to_q", "attn1.to_k", "attn1.to_v"],
-    "attn.proj": ["attn1.to_out.0"],
-    "mlp.fc1": ["ff.net.0.proj"],
-    "mlp.fc2": ["ff.net.2"],
-}
-
-
-def diffusers_map(name: str, config: ModelConfig) -> Source:
-    """The map of diffusers' names; embedders are those of block 0 (`embedder_copies` names the others)."""
-    layer, kind = name.rsplit(".", 1)
-    if layer in _OUTSIDE:
-        return Source([[f"{_OUTSIDE[layer]}.{kind}"]])
-    if layer in _EMBEDDERS:
-        return Source([[f"transformer_blocks.0.norm1.emb.{_EMBEDDERS[layer]}.{kind}"]])
-    _, block, part = layer.split(".", 2)
-    return Source([[f"transformer_blocks.{block}.{n}.{kind}" for n in _INSIDE[part]]])
-
-
-def embedder_copies(name: str, config: ModelConfig) -> list[str]:
-    """Names of the further copies of an embedder's tensor in diffusers' blocks 1, 2, ...; none for other tensors."""
-    layer, kind = name.rsplit(".", 1)
-    if layer not in _EMBEDDERS:
-        return []
-    return [f"transformer_blocks.{i}.norm1.emb.{_EMBEDDERS[layer]}.{kind}" for i in range(1, config.depth)]
-
-
-_DIFFUSERS_FIXED = {
-    "activation_fn": "gelu-approximate",
-    "attention_bias": True,
-    "dropout": 0.0,
-    "norm_elementwise_affine": False,
-    "norm_type": "ada_norm_zero",
-    "upcast_attention": False,
-}
-
-
-_DIFFUSERS_NUMBERS: dict[str, tuple[type, ...]] = {
-    "num_attention_heads": (int,),
-    "attention_head_dim": (int,),
-    "in_channels": (int,),
-    "out_channels": (int, type(None)),
-    "num_layers": (int,),
-    "norm_num_groups": (int,),
-    "sample_size": (int,),
-    "patch_size": (int,),
-    "num_embeds_ada_norm": (int,),
-    "norm_eps": (float, int),
-    "timestep_features": (str,),
-}
-_DIFFUSERS_ABSENT = frozenset(  # parts of Transformer2DModel, as which older DiT folders were written, that a DiT has not
-    {
-        "cross_attention_dim",
-        "num_vector_embeds",
-        "use_linear_projection",
-        "only_cross_attention",
-        "double_self_attention",
-        "caption_channels",
-        "interpolation_scale",
-        "use_additional_conditions",
-    }
-)
-
-
-def config_from_diffusers(values: Mapping[str, Any]) -> ModelConfig:
-    """The architecture that a DiTTransformer2DModel's config.json describes; UserError for what ours cannot be."""
-    for name, value in values.items():
-        expected = _DIFFUSERS_FIXED.get(name, "default" if name == "attention_type" else None)
-        if expected is not None and value != expected:
-            raise UserError(f"{name} is {value!r}; only {expected!r} is supported.")
-        if name in _DIFFUSERS_ABSENT and value not in (None, False):
-            raise UserError(f"{name} is {value!r}; a DiT has no such part.")
-        if (kinds := _DIFFUSERS_NUMBERS.get(name)) and (not isinstance(value, kinds) or isinstance(value, bool)):
-            raise UserError(f"{name} is {value!r}; it must be {type_in_words(kinds[0])}.")
-        known = name.startswith("_") or name in _DIFFUSERS_NUMBERS or name in _DIFFUSERS_ABSENT or expected is not None
-        if not known:
-            raise UserError(f'there is no field "{name}" in a DiTTransformer2DModel; remove it, or check the file.')
-    if (features := values.get("timestep_features", "diffusers")) not in ("dit", "diffusers"):
-        raise UserError(f"timestep_features is {features!r}; choose dit or diffusers.")
-    heads, total_in = values.get("num_attention_heads", 16), values.get("in_channels", 4)
-    if min(heads, total_in) < 1:
-        raise UserError(f"num_attention_heads is {heads} and in_channels {total_in}; both must be at least 1.")
-    config = ModelConfig(
-        input_size=values.get("sample_size", 32),
-        patch_size=values.get("patch_size", 2),
-        hidden_size=heads * values.get("attention_head_dim", 72),
-        depth=values.get("num_layers", 28),
-        num_heads=heads,
-        num_classes=values.get("num_embeds_ada_norm", 1000),
-        mlp_norm_eps=values.get("norm_eps", 1e-5),
-        timestep_features=features,
-        **_channels(total_in, values.get("out_channels") or total_in),
-    )
-    return _named(config)
-
-
-def config_to_diffusers(config: ModelConfig) -> dict[str, Any]:
-    """config.json of the DiTTransformer2DModel with this architecture; UserError if it has none."""
-    for name, expected in (("num_experts", 0), ("patch_embed_tasks", 0), ("clip_embedding_size", 0), ("qk_norm", False)):
-        if getattr(config, name) != expected:
-            raise UserError(f"dpt.model.{name} is {getattr(config, name)}; diffusers' DiTTransformer2DModel has no such part.")
-    if config.mlp_ratio != 4.0:
-        raise UserError(f"dpt.model.mlp_ratio is {config.mlp_ratio}; diffusers' DiTTransformer2DModel has 4.0 only.")
-    # A key that diffusers reports and ignores, for our own way back.
-    features = {} if config.timestep_features == "diffusers" else {"timestep_features": config.timestep_features}
-    return {
-        "_class_name": "DiTTransformer2DModel",
-        **features,
-        **_DIFFUSERS_FIXED,
-        "num_attention_heads": config.num_heads,
-        "attention_head_dim": config.hidden_size // config.num_heads,
-        "in_channels": config.in_channels * (1 + config.num_conditions),
-        "out_channels": config.in_channels * (2 if config.learn_sigma else 1),
-        "num_layers": config.depth,
-        "norm_num_groups": 32,
-        "sample_size": config.input_size,
-        "patch_size": config.patch_size,
-        "num_embeds_ada_norm": config.num_classes,
-        "norm_eps": config.mlp_norm_eps,
-    }

@@ -38,11 +38,16 @@ class Weights:
         return model
 
 
-@functools.lru_cache(maxsize=16)
 def expected_shapes(config: ModelConfig) -> dict[str, torch.Size]:
     """Names and shapes of `DiT(config)`'s state dict."""
+    return {name: tensor.shape for name, tensor in _template(config).items()}
+
+
+@functools.lru_cache(maxsize=16)
+def _template(config: ModelConfig) -> dict[str, Tensor]:
+    """That state dict, on the meta device."""
     with torch.device("meta"):
-        return {name: tensor.shape for name, tensor in DiT(config).state_dict().items()}
+        return DiT(config).state_dict()
 
 
 def check_state(config: ModelConfig, state: Mapping[str, Tensor], source: str) -> None:
@@ -58,8 +63,7 @@ def check_state(config: ModelConfig, state: Mapping[str, Tensor], source: str) -
 
 def check_numbers(config: ModelConfig, state: Mapping[str, Tensor], source: str) -> None:
     """UserError if a tensor is not of the kind of number that `DiT(config)` has there, or holds NaN or infinite values."""
-    with torch.device("meta"):
-        kinds = {name: tensor.is_floating_point() for name, tensor in DiT(config).state_dict().items()}
+    kinds = {name: tensor.is_floating_point() for name, tensor in _template(config).items()}
     wrong = sorted(
         f"{n} of {str(t.dtype).removeprefix('torch.')}" for n, t in state.items() if t.is_floating_point() != kinds[n]
     )

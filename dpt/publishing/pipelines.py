@@ -1,7 +1,6 @@
 """Weights as a folder that diffusers opens as a pipeline: DiTPipeline for dense class models, one of our own for depth."""
 
 import json
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -19,10 +18,10 @@ from dpt.config.sections import DiffusionConfig, ModelConfig
 from dpt.data.codec import EMBEDDED, VAECodec, load_vae
 from dpt.errors import UserError
 from dpt.fits import fits_of
-from dpt.models.exporting import export_weights
+from dpt.models.exporting import export_weights, new_folder
 from dpt.models.mup import standard
 from dpt.models.pretrained import DEPTH_NETWORK
-from dpt.models.schedulers import SCHEDULER_FILE
+from dpt.models.schedulers import SCHEDULER_FILE, TAKEN
 from dpt.models.weight_files import DIFFUSERS_WEIGHTS, PIPELINE_INDEX
 from dpt.models.weights import Weights
 from dpt.target_codes import codes_of
@@ -64,10 +63,7 @@ def write_pipeline(
     diffusion = section_from_dict(DiffusionConfig, weights.sections["diffusion"], source, prefix="diffusion")
     codec = _codec(weights, vae, source)
     weights = replace(weights, sections={**weights.sections, "vae": asdict(codec.record)})
-    new, old = (out.with_name(f".{out.name}.{kind}-{os.getpid()}") for kind in ("new", "old"))
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
-    try:
+    with new_folder(out) as new:
         if task == "class":
             names = class_names or weights.sections.get("class_names", ())
             index = _write_class(weights, new, diffusion, names, source) | _write_vae(scaled_only(codec), new)
@@ -82,12 +78,6 @@ def write_pipeline(
         _write_json(new / PIPELINE_INDEX, index)
         if card:
             (new / "README.md").write_text(card, encoding="utf-8")
-        if out.exists():
-            out.rename(old)
-        new.rename(out)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
     return out
 
 
@@ -96,9 +86,7 @@ def scheduler_config(diffusion: DiffusionConfig) -> dict[str, Any]:
     if diffusion.prediction_type == "rectified_flow":
         kind, total = "FlowMatchEulerDiscreteScheduler", diffusion.num_train_timesteps
         return {"_class_name": kind, "num_train_timesteps": total, "shift": 1.0}
-    names: tuple[str, ...] = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "prediction_type")
-    names += ("timestep_spacing", "steps_offset", "set_alpha_to_one", "rescale_betas_zero_snr")
-    return {"_class_name": "DDIMScheduler", **{n: getattr(diffusion, n) for n in names}, "clip_sample": False}
+    return {"_class_name": "DDIMScheduler", **{n: getattr(diffusion, n) for n in TAKEN}, "clip_sample": False}
 
 
 def _codec(weights: Weights, vae: str, source: str) -> VAECodec:

@@ -16,7 +16,7 @@ from dpt.config.sections import (
 )
 from dpt.errors import UserError
 from dpt.models import costs
-from dpt.models.decoder_costs import recipe_macs
+from dpt.models.recipe_costs import recipe_macs
 from dpt.scaling.compute import section
 from dpt.scaling.results import evaluation_rows
 from dpt.scores import METRICS

@@ -35,7 +35,7 @@ from dpt.config.checks import trained_model
 from dpt.config.recipe import Recipe, load_recipe, section_from_dict
 from dpt.errors import UserError
 from dpt.models import costs
-from dpt.models.decoder_costs import step_macs
+from dpt.models.recipe_costs import step_macs
 from dpt.scaling.compute import WEIGHTS_STEP, prediction_macs
 from dpt.scaling.points import FigureSpec
 

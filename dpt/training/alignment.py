@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dpt.config.recipe import DptConfig
-from dpt.models.alignment_costs import projector_widths, teacher_model
 from dpt.models.dit import DiT
 from dpt.models.products import Linear
+from dpt.models.recipe_costs import projector_widths, teacher_model
 from dpt.training.engine import Engine
 from dpt.training.fragments import copy_weights
 

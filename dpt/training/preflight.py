@@ -10,10 +10,9 @@ from dpt import distributed
 from dpt.config.checks import batch_split, check_recipe, ranks_in_words, trained_model, trains_with_muon
 from dpt.config.recipe import Recipe, load_recipe
 from dpt.errors import UserError
-from dpt.models.alignment_costs import alignment_bytes, alignment_params
 from dpt.models.costs import num_params
-from dpt.models.decoder_costs import decoder_bytes
 from dpt.models.memory import Memory, Precision, memory, picture_bytes
+from dpt.models.recipe_costs import alignment_bytes, alignment_params, decoder_bytes
 from dpt.models.vae_costs import vae_config, vae_size
 
 OVERHEAD_BYTES = 600 * 2**20

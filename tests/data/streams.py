@@ -15,5 +15,9 @@ def stream(source: Path | str, **options) -> LatentStream:
     return LatentStream([str(source)], **{"global_batch_size": 5, "seed": 1, "patience": HASTY, **options})
 
 
+def take(source: Path | str, batches: int, **options) -> list[dict]:
+    return list(islice(stream(source, **options), batches))
+
+
 def labels(found: LatentStream, batches: int) -> list[int]:
     return torch.cat([batch["label"] for batch in islice(found, batches)]).tolist()

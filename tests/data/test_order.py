@@ -22,6 +22,7 @@ def mixture(counts: list[list[int]], weights: list[float], batch: int, seed: int
 
 
 @given(counts_of_shards, st.integers(1, 300), st.integers(0, 2**63), st.integers(1, 10))
+@settings(max_examples=50)
 def test_every_sample_once_an_epoch(counts: list[int], batch: int, seed: int, block: int) -> None:
     order = mixture([counts], [], batch, seed, block)
     every = sorted((0, shard, row) for shard, count in enumerate(counts) for row in range(count))
@@ -33,6 +34,7 @@ def test_every_sample_once_an_epoch(counts: list[int], batch: int, seed: int, bl
 
 
 @given(counts_of_shards, st.integers(1, 300), st.integers(0, 100), st.integers(1, 50))
+@settings(max_examples=30)
 def test_any_part_of_the_order_alone(counts: list[int], batch: int, start: int, length: int) -> None:
     def new() -> MixtureOrder:
         return mixture([counts, counts[::-1]], [], batch, 7)

@@ -14,11 +14,7 @@ from dpt.data import stream as stream_module
 from dpt.data.reader import ShardReader
 from dpt.data.stream import LatentStream
 from dpt.errors import UserError
-
-
-def take(folder: Path | str, batches: int, **options) -> list[dict]:
-    stream = LatentStream([str(folder)], **{"seed": 3, **options})
-    return list(islice(stream, batches))
+from tests.data.streams import stream, take
 
 
 def global_batches(folder: Path, steps: int, *, batch: int, ranks: int, micro: int, workers: int, start: int = 0) -> list[list]:
@@ -40,6 +36,12 @@ def folder(make_shards) -> Path:
     return make_shards([7, 5, 8, 1, 6])
 
 
+@pytest.fixture(scope="module")
+def in_order(folder: Path) -> list:
+    """What one rank reads of 120 samples, six at a time."""
+    return [row for step in global_batches(folder, 20, batch=6, ranks=1, micro=6, workers=0) for row in step]
+
+
 @pytest.mark.parametrize("workers", [0, 1, 3])
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_same_batches_for_any_ranks_and_workers(folder: Path, ranks: int, workers: int) -> None:
@@ -50,27 +52,19 @@ def test_same_batches_for_any_ranks_and_workers(folder: Path, ranks: int, worker
 
 @given(start=st.integers(0, 100), workers=st.sampled_from([0, 0, 0, 2]))
 @settings(max_examples=12)
-def test_resumes_at_any_sample(folder: Path, start: int, workers: int) -> None:
-    whole = [row for step in global_batches(folder, 24, batch=6, ranks=1, micro=6, workers=0) for row in step]
+def test_resumes_at_any_sample(folder: Path, in_order: list, start: int, workers: int) -> None:
     resumed = global_batches(folder, 3, batch=6, ranks=2, micro=3, workers=workers, start=start)
-    assert [row for step in resumed for row in step] == whole[start : start + 18]
-
-
-def test_first_and_third_epoch_hold_every_sample_once(folder: Path) -> None:
-    labels = torch.cat([batch["label"] for batch in take(folder, 27, global_batch_size=3)])
-    assert sorted(labels[:27].tolist()) == sorted(labels[54:].tolist()) == list(range(27))
-    assert labels[:27].tolist() != labels[54:].tolist()
+    assert [row for step in resumed for row in step] == in_order[start : start + 18]
 
 
 def test_cursor_counts_what_was_handed_out(folder: Path) -> None:
-    stream = LatentStream([str(folder)], global_batch_size=12, seed=3, micro_batch_size=2, rank=1, world_size=2, start_sample=5)
-    assert (stream.samples_seen, stream.accumulation_steps, stream.num_samples) == (5, 3, 27)
-    first = list(islice(stream, 4))
-    assert stream.samples_seen == 5 + 4 * 2 * 2
-    again = LatentStream(
-        [str(folder)], global_batch_size=12, seed=3, micro_batch_size=2, rank=1, world_size=2, start_sample=stream.samples_seen
-    )
-    for one, other in zip(islice(stream, 2), again, strict=False):  # the same object goes on where it was
+    options = {"global_batch_size": 12, "micro_batch_size": 2, "rank": 1, "world_size": 2}
+    found = stream(folder, **options, start_sample=5)
+    assert (found.samples_seen, found.accumulation_steps, found.num_samples) == (5, 3, 27)
+    first = list(islice(found, 4))
+    assert found.samples_seen == 5 + 4 * 2 * 2
+    again = stream(folder, **options, start_sample=found.samples_seen)
+    for one, other in zip(islice(found, 2), again, strict=False):  # the same object goes on where it was
         assert one["key"] == other["key"]
     assert first[0]["sample_index"].tolist() == [6, 8]
 
@@ -79,11 +73,6 @@ def test_seed_and_batch_size_change_the_order(folder: Path) -> None:
     base = take(folder, 1, global_batch_size=12)[0]["key"]
     assert take(folder, 1, global_batch_size=12, seed=4)[0]["key"] != base
     assert take(folder, 2, global_batch_size=10)[0]["key"] != base[:10]
-
-
-def test_more_readers_than_lanes(folder: Path) -> None:
-    stream = LatentStream([str(folder)], global_batch_size=4, seed=3, rank=0, world_size=2, num_workers=16)
-    assert len(next(iter(stream))["key"]) == 2
 
 
 def test_readers_without_a_sample_in_some_batches(folder: Path) -> None:
@@ -103,25 +92,23 @@ def test_a_rare_set_is_not_read_again_and_again(make_shards, monkeypatch: pytest
 
     monkeypatch.setattr(ShardReader, "read", read_rows)
     common, rare = make_shards([400]), make_shards([64 * 8])
-    stream = LatentStream([str(common), str(rare)], global_batch_size=8, weights=[31, 1])
-    found = list(islice(stream, 31))
+    found = list(islice(LatentStream([str(common), str(rare)], global_batch_size=8, weights=[31, 1]), 31))
     assert 5 <= sum(int((batch["source"] == 1).sum()) for batch in found) <= 10
     assert rows[f"{rare}/000000.tar"] <= 8  # a block a lane at most
 
 
-@pytest.mark.parametrize("workers", [0, 4])
-def test_a_block_for_each_sample(make_shards, workers: int) -> None:
+def test_a_block_for_each_sample(make_shards) -> None:
     """As many blocks as there may be: those of all batches read ahead, and the one of each lane."""
-    singles = make_shards([1] * 300)
-    found = take(singles, 30, global_batch_size=64, prefetch=1, num_workers=workers)
-    labels = torch.cat([batch["label"] for batch in found])
-    assert all((batch["latents"][:, 0, 0, 0, 0].long() == batch["label"]).all() for batch in found)
-    assert sorted(labels[:300].tolist()) == sorted(labels[300:600].tolist()) == list(range(300))
+    singles = make_shards([1] * 150)
+    for workers in (0, 4):
+        found = take(singles, 5, global_batch_size=64, prefetch=1, num_workers=workers)
+        seen = torch.cat([batch["label"] for batch in found])
+        assert all((batch["latents"][:, 0, 0, 0, 0].long() == batch["label"]).all() for batch in found)
+        assert sorted(seen[:150].tolist()) == sorted(seen[150:300].tolist()) == list(range(150))
 
 
-def test_one_tiny_shard_for_many_readers(make_shards) -> None:
-    tiny = make_shards([1])
-    batches = take(tiny, 3, global_batch_size=16, world_size=4, rank=3, num_workers=3)
+def test_one_tiny_shard_for_more_readers_than_lanes(make_shards) -> None:
+    batches = take(make_shards([1]), 3, global_batch_size=16, world_size=4, rank=3, num_workers=16)
     assert [batch["label"].tolist() for batch in batches] == [[0] * 4] * 3
 
 
@@ -149,8 +136,8 @@ def amodal_sample(number: int) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_mixtures_fill_up_with_zeros(make_shards, workers: int) -> None:
     sources = [str(make_shards([6], flow_sample, task="flow")), str(make_shards([3, 3], amodal_sample, task="amodal"))]
-    stream = LatentStream(sources, global_batch_size=8, weights=[3, 1], num_workers=workers)
-    batches = list(islice(stream, 4))
+    found = LatentStream(sources, global_batch_size=8, weights=[3, 1], num_workers=workers)
+    batches = list(islice(found, 4))
     assert [int((batch["source"] == 0).sum()) for batch in batches] == pytest.approx([6] * 4, abs=1)
     for batch in batches:
         for slot, source in enumerate(batch["source"].tolist()):
@@ -159,7 +146,7 @@ def test_mixtures_fill_up_with_zeros(make_shards, workers: int) -> None:
             assert (batch["target_latents"][slot, 0] == number).all()
             assert (batch["target_latents"][slot, 1] == (number if source == 0 else 0)).all()
             assert (batch["clip"][slot] == (0 if source == 0 else number)).all()
-    assert list(stream.manifests) == sources
+    assert list(found.manifests) == sources
 
 
 def test_members_can_be_chosen(make_shards) -> None:

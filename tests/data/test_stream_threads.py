@@ -17,7 +17,7 @@ from dpt.data import shards, stream
 from dpt.data.order import permutation
 from dpt.data.stream import LatentStream
 from dpt.errors import UserError
-from tests.data.streams import HASTY
+from tests.data.streams import HASTY, take
 
 
 def data_threads() -> list[str]:
@@ -25,8 +25,7 @@ def data_threads() -> list[str]:
 
 
 def keys(source: str, count: int, **options) -> list[str]:
-    stream = LatentStream([source], **{"global_batch_size": 8, "patience": HASTY, **options})
-    return [key for batch in islice(stream, count) for key in batch["key"]]
+    return [key for batch in take(source, count, **{"global_batch_size": 8, **options}) for key in batch["key"]]
 
 
 def test_threads_only_and_page_locked_memory_in_this_process(make_shards, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ def test_mix_is_splitmix64(x):
     assert noise._mix(torch.tensor([x])).item() % 2**64 == _splitmix(x % 2**64)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(st.integers(1, 11), st.integers(0, 2**31))
 def test_any_split_of_the_batch_draws_the_same_numbers(cut, seed):
     index = torch.arange(1000, 1012)
@@ -98,18 +98,18 @@ def _reference_multires(shape: tuple[int, ...], strength: float, generator: torc
 
 
 def test_multires_noise_has_marigolds_statistics():
-    seeds = noise.sample_seeds(0, "noise", torch.arange(1500))
-    ours = noise.multires_noise(seeds, (1, 16, 16), 0.9)
+    seeds = noise.sample_seeds(0, "noise", torch.arange(300))
+    ours = noise.multires_noise(seeds, (5, 16, 16), 0.9)
     assert ours.square().mean() == pytest.approx(1.0, abs=0.03)
     generator = torch.Generator().manual_seed(0)
-    reference = torch.cat([_reference_multires((1, 1, 16, 16), 0.9, generator) for _ in range(1500)])
+    reference = torch.cat([_reference_multires((1, 5, 16, 16), 0.9, generator) for _ in range(300)])
     reference /= reference.std()
 
     def correlations(x: torch.Tensor) -> torch.Tensor:
         return torch.stack([(x[..., d:] * x[..., : 16 - d]).mean() for d in (1, 2, 4, 8)])
 
     assert torch.allclose(correlations(ours), correlations(reference), atol=0.04)
-    assert correlations(noise.normal(seeds, (1, 16, 16))).abs().max() < 0.02
+    assert correlations(noise.normal(seeds, (5, 16, 16))).abs().max() < 0.02
 
 
 def test_multires_noise_without_strength_is_white():

@@ -12,33 +12,29 @@ from dpt.diffusion.schedules import betas
 from dpt.errors import UserError
 
 
-def _batch(channels: int = 8, timesteps=(0, 1, 400, 999)):
+def case(config: DiffusionConfig, *, channels: int = 8, timesteps=(0, 1, 400, 999)):
+    """An objective and what its loss takes, at random: prediction, latents, noise, noisy latents and timesteps."""
     generator = torch.Generator().manual_seed(0)
-    b = len(timesteps)
-    latents, noise = (torch.randn(b, 4, 3, 5, generator=generator) for _ in range(2))
-    prediction = torch.randn(b, channels, 3, 5, generator=generator)
-    return prediction, latents, noise, torch.tensor(timesteps)
+    latents, noise = (torch.randn(len(timesteps), 4, 3, 5, generator=generator) for _ in range(2))
+    prediction = torch.randn(len(timesteps), channels, 3, 5, generator=generator)
+    objective, times = DiffusionObjective(config), torch.tensor(timesteps)
+    return objective, (prediction, latents, noise, objective.add_noise(latents, noise, times), times)
 
 
 @pytest.mark.parametrize("schedule", ["linear", "scaled_linear", "squaredcos_cap_v2"])
 @pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
 def test_noising_and_targets_equal_diffusers(kind, schedule):
-    objective = DiffusionObjective(DiffusionConfig(prediction_type=kind, beta_schedule=schedule))
     scheduler = DDIMScheduler(beta_schedule=schedule, beta_start=1e-4, beta_end=0.02)
-    _, latents, noise, timesteps = _batch()
-    assert torch.allclose(
-        objective.add_noise(latents, noise, timesteps), scheduler.add_noise(latents, noise, timesteps), atol=1e-5
-    )
+    objective, (_, latents, noise, noisy, timesteps) = case(DiffusionConfig(prediction_type=kind, beta_schedule=schedule))
+    assert torch.allclose(noisy, scheduler.add_noise(latents, noise, timesteps), atol=1e-5)
     velocity = scheduler.get_velocity(latents, noise, timesteps)
     target = {"epsilon": noise, "sample": latents, "v_prediction": velocity}[kind]
     assert torch.allclose(objective.target(latents, noise, timesteps), target, atol=1e-5)
 
 
 def test_rectified_flow_goes_straight_from_latents_to_noise():
-    objective = DiffusionObjective(DiffusionConfig(prediction_type="rectified_flow"))
-    _, latents, noise, _ = _batch()
-    timesteps = torch.tensor([999, 499, 0, 249])
-    noisy = objective.add_noise(latents, noise, timesteps)
+    config = DiffusionConfig(prediction_type="rectified_flow")
+    objective, (_, latents, noise, noisy, timesteps) = case(config, timesteps=(999, 499, 0, 249))
     assert torch.allclose(noisy[0], noise[0])
     assert torch.allclose(noisy[1], (latents[1] + noise[1]) / 2, atol=1e-6)
     assert torch.equal(objective.target(latents, noise, timesteps), noise - latents)
@@ -86,8 +82,7 @@ def _reference_vlb(prediction, latents, noisy, timesteps) -> torch.Tensor:
 
 @pytest.mark.parametrize("timestep", [0, 1, 2, 50, 400, 999])
 def test_learned_variance_bound_equals_the_definition(timestep):
-    objective = DiffusionObjective(DiffusionConfig())
-    prediction, latents, noise, timesteps = _batch(timesteps=(timestep,) * 2)
+    objective, (prediction, latents, noise, _, timesteps) = case(DiffusionConfig(), timesteps=(timestep,) * 2)
     latents = latents / 2
     prediction = torch.cat((noise + 0.1 * prediction[:, :4], prediction[:, 4:].tanh()), dim=1)
     noisy = objective.add_noise(latents, noise, timesteps)
@@ -99,33 +94,25 @@ def test_learned_variance_bound_equals_the_definition(timestep):
 
 
 def test_the_bound_trains_the_variance_only():
-    objective = DiffusionObjective(DiffusionConfig())
-    prediction, latents, noise, timesteps = _batch()
-    noisy = objective.add_noise(latents, noise, timesteps)
-    prediction.requires_grad_()
-    losses = objective.loss(prediction, latents, noise, noisy, timesteps)
-    (gradient,) = torch.autograd.grad(losses["vlb"], prediction)
+    objective, batch = case(DiffusionConfig())
+    (gradient,) = torch.autograd.grad(objective.loss(batch[0].requires_grad_(), *batch[1:])["vlb"], batch[0])
     assert (gradient[:, :4] == 0).all()
     assert (gradient[:, 4:] != 0).any()
 
 
 @pytest.mark.parametrize("kind", ["sample", "v_prediction"])
 def test_the_bound_is_the_same_whatever_is_predicted(kind):
-    prediction, latents, noise, timesteps = _batch(timesteps=(1, 5, 300, 900))
     bounds = []
     for name in ("epsilon", kind):
-        objective = DiffusionObjective(DiffusionConfig(prediction_type=name))
-        noisy = objective.add_noise(latents, noise, timesteps)
-        exact = objective.target(latents, noise, timesteps)
-        bounds.append(objective.loss(torch.cat((exact, prediction[:, 4:]), 1), latents, noise, noisy, timesteps)["vlb"])
+        objective, (prediction, *rest) = case(DiffusionConfig(prediction_type=name), timesteps=(1, 5, 300, 900))
+        prediction[:, :4] = objective.target(rest[0], rest[1], rest[3])
+        bounds.append(objective.loss(prediction, *rest)["vlb"])
     assert bounds[0].item() == pytest.approx(bounds[1].item(), rel=1e-3)
 
 
 def test_ignored_variance_still_gets_gradients():
-    objective = DiffusionObjective(DiffusionConfig(vlb_weight=0.0))
-    prediction, latents, noise, timesteps = _batch()
-    prediction.requires_grad_()
-    losses = objective.loss(prediction, latents, noise, objective.add_noise(latents, noise, timesteps), timesteps)
+    objective, (prediction, *rest) = case(DiffusionConfig(vlb_weight=0.0))
+    losses = objective.loss(prediction.requires_grad_(), *rest)
     assert "vlb" not in losses
     losses["loss"].backward()
     assert (prediction.grad[:, 4:] == 0).all()
@@ -134,9 +121,8 @@ def test_ignored_variance_still_gets_gradients():
 
 @pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
 def test_min_snr_weights(kind):
-    prediction, latents, noise, timesteps = _batch(channels=4)
-    objective = DiffusionObjective(DiffusionConfig(prediction_type=kind, min_snr_gamma=5.0))
-    noisy = objective.add_noise(latents, noise, timesteps)
+    config = DiffusionConfig(prediction_type=kind, min_snr_gamma=5.0)
+    objective, (prediction, latents, noise, noisy, timesteps) = case(config, channels=4)
     snr = compute_snr(DDIMScheduler(beta_start=1e-4, beta_end=0.02), timesteps)
     weight = snr.clamp(max=5.0) / {"epsilon": snr, "sample": torch.ones(()), "v_prediction": snr + 1}[kind]
     error = (prediction - objective.target(latents, noise, timesteps)).square().mean((1, 2, 3))
@@ -147,20 +133,16 @@ def test_min_snr_weights(kind):
 
 
 def test_valid_mask_and_splits_of_the_batch():
-    objective = DiffusionObjective(DiffusionConfig())
-    prediction, latents, noise, timesteps = _batch()
-    noisy = objective.add_noise(latents, noise, timesteps)
+    objective, batch = case(DiffusionConfig())
+    prediction, _, noise, *_ = batch
     valid = torch.ones(4, 3, 5)
     valid[0, 1:], valid[3] = 0, 0
-    losses = objective.loss(prediction, latents, noise, noisy, timesteps, valid)
+    losses = objective.loss(*batch, valid)
     per_sample = [(prediction[i, :4] - noise[i]).square().mean() for i in (1, 2)] + [
         (prediction[0, :4, :1] - noise[0, :, :1]).square().mean()
     ]
     assert losses["mse"].item() == pytest.approx(sum(per_sample).item() / 4, rel=1e-5)
-    halves = [
-        objective.loss(prediction[s], latents[s], noise[s], noisy[s], timesteps[s], valid[s])["loss"]
-        for s in (slice(0, 2), slice(2, 4))
-    ]
+    halves = [objective.loss(*(x[s] for x in (*batch, valid)))["loss"] for s in (slice(0, 2), slice(2, 4))]
     assert (sum(halves) / 2).item() == pytest.approx(losses["loss"].item(), rel=1e-5)
 
 

@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -8,68 +9,29 @@ from diffusers.schedulers import scheduling_ddpm
 from dpt.config.sections import DiffusionConfig
 from dpt.diffusion import noise, samplers, schedules
 from dpt.errors import UserError
+from tests.diffusion.walks import SHAPE, assert_close, network, start, walk
 
-SHAPE = (2, 4, 6, 5)
 SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+SAMPLERS = ("ddim", "ddpm", "dpmsolver++")
 SPACINGS = ("leading", "trailing", "linspace")
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
 BETAS = {"beta_start": 1e-4, "beta_end": 0.02}
 
 
-def _network(channels: int = 4):
-    """A fixed smooth function of the noisy latents and the timestep."""
-    weight = torch.randn(channels, 4, generator=torch.Generator().manual_seed(5)) / 2
-
-    def predict(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        phase = t.to(x.dtype)[:, None, None, None] / 1000
-        return torch.tanh(torch.einsum("oc,bchw->bohw", weight.to(x.dtype), x)) + 0.3 * torch.sin(5 * phase)
-
-    return predict
-
-
-def _reference(scheduler, config: DiffusionConfig, steps: int, predict) -> torch.Tensor:
-    """diffusers' trajectory in double precision, tables too: test_schedules compares its own, single-precision, ones."""
-    scheduler.alphas_cumprod = torch.from_numpy(schedules.alphas_cumprod(config))
-    scheduler.set_timesteps(steps)
-    x = _start().double()
-    for t in scheduler.timesteps[:steps]:
-        x = scheduler.step(predict(x, t.expand(len(x))), t, x, return_dict=False)[0]
-    return x
-
-
-def _assert_close(ours: torch.Tensor, reference: torch.Tensor) -> None:
-    scale = max(1.0, reference.abs().max().item())
-    assert (ours.double() - reference).abs().max().item() <= 1e-5 * scale
-
-
-def _start() -> torch.Tensor:
-    return torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
-
-
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_ddim_equals_diffusers(schedule, spacing, prediction):
+@pytest.mark.parametrize("sampler", ["ddim", "dpmsolver++"])
+def test_deterministic_samplers_equal_diffusers(sampler, schedule, spacing, prediction):
     config = DiffusionConfig(beta_schedule=schedule, prediction_type=prediction)
-    scheduler = DDIMScheduler(
-        beta_schedule=schedule, prediction_type=prediction, timestep_spacing=spacing, clip_sample=False, **BETAS
-    )
-    for steps in (1, 2, 7, 50):
-        plan = samplers.make_plan(config, num_inference_steps=steps, timestep_spacing=spacing)
-        _assert_close(samplers.sample(_network(), _start(), plan), _reference(scheduler, config, steps, _network()))
-
-
-@pytest.mark.parametrize("prediction", PREDICTIONS)
-@pytest.mark.parametrize("spacing", SPACINGS)
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_dpm_solver_equals_diffusers(schedule, spacing, prediction):
-    config = DiffusionConfig(beta_schedule=schedule, prediction_type=prediction)
-    scheduler = DPMSolverMultistepScheduler(
-        beta_schedule=schedule, prediction_type=prediction, timestep_spacing=spacing, **BETAS
-    )
-    for steps in (1, 2, 3, 10, 25):
-        plan = samplers.make_plan(config, num_inference_steps=steps, timestep_spacing=spacing, sampler="dpmsolver++")
-        _assert_close(samplers.sample(_network(), _start(), plan), _reference(scheduler, config, steps, _network()))
+    said = {"beta_schedule": schedule, "prediction_type": prediction, "timestep_spacing": spacing, **BETAS}
+    if sampler == "ddim":
+        scheduler, numbers = DDIMScheduler(clip_sample=False, **said), (1, 2, 7, 50)
+    else:
+        scheduler, numbers = DPMSolverMultistepScheduler(**said), (1, 2, 3, 10, 25)
+    for steps in numbers:
+        plan = samplers.make_plan(config, num_inference_steps=steps, timestep_spacing=spacing, sampler=sampler)
+        assert_close(samplers.sample(network(), start(), plan), walk(scheduler, config, steps, network()))
 
 
 def _fresh_noise(seeds: torch.Tensor, steps: int) -> list[torch.Tensor]:
@@ -84,11 +46,11 @@ def test_stochastic_ddim_equals_diffusers(eta, prediction):
     scheduler = DDIMScheduler(prediction_type=prediction, timestep_spacing="trailing", clip_sample=False, **BETAS)
     scheduler.set_timesteps(10)
     plan = samplers.make_plan(config, num_inference_steps=10, eta=eta)
-    x = _start().double()
+    x = start().double()
     for i, t in enumerate(scheduler.timesteps):
         fresh = _fresh_noise(seeds, 10)[i].double()
-        x = scheduler.step(_network()(x, t.expand(2)), t, x, eta=eta, variance_noise=fresh, return_dict=False)[0]
-    _assert_close(samplers.sample(_network(), _start(), plan, seeds=seeds), x)
+        x = scheduler.step(network()(x, t.expand(2)), t, x, eta=eta, variance_noise=fresh, return_dict=False)[0]
+    assert_close(samplers.sample(network(), start(), plan, seeds=seeds), x)
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
@@ -102,12 +64,12 @@ def test_ddpm_equals_diffusers(variance, spacing, prediction, monkeypatch):
     scheduler = DDPMScheduler(
         prediction_type=prediction, timestep_spacing=spacing, clip_sample=False, variance_type=variance, **BETAS
     )
-    predict = _network(8 if variance == "learned_range" else 4)
+    predict = network(8 if variance == "learned_range" else 4)
     plan = samplers.make_plan(config, num_inference_steps=20, sampler="ddpm", timestep_spacing=spacing)
     fresh = iter(_fresh_noise(seeds, 20))
     monkeypatch.setattr(scheduling_ddpm, "randn_tensor", lambda *args, **kwargs: next(fresh).double())
-    reference = _reference(scheduler, config, 20, predict)
-    _assert_close(samplers.sample(predict, _start(), plan, seeds=seeds), reference)
+    reference = walk(scheduler, config, 20, predict)
+    assert_close(samplers.sample(predict, start(), plan, seeds=seeds), reference)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -127,35 +89,18 @@ def test_a_perfect_network_reaches_the_clean_latents(sampler, prediction, schedu
         plan = samplers.make_plan(
             config, num_inference_steps=steps, sampler=sampler, timestep_spacing=spacing, step_power=power
         )
-        result = samplers.sample(predict, _start(), plan)
+        result = samplers.sample(predict, start(), plan)
         tolerance = 5e-3 if prediction == "epsilon" and schedule == "squaredcos_cap_v2" else 1e-4  # 1 / alpha is up to 2e4
         assert torch.allclose(result, clean, atol=tolerance)
-
-
-def test_zero_terminal_snr_is_safe(monkeypatch):
-    alpha, sigma = schedules.signal_and_noise(DiffusionConfig())
-    alpha = alpha - alpha[-1] * torch.linspace(0, 1, 1000).numpy()
-    alpha[-1], sigma = 0.0, (1 - alpha**2) ** 0.5
-    monkeypatch.setattr(samplers, "signal_and_noise", lambda config: (alpha, sigma))
-    for sampler in ("ddim", "ddpm", "dpmsolver++"):
-        for prediction in ("v_prediction", "sample"):
-            for steps in (1, 2, 10):
-                plan = samplers.make_plan(
-                    DiffusionConfig(prediction_type=prediction), num_inference_steps=steps, sampler=sampler
-                )
-                result = samplers.sample(_network(), _start(), plan, seeds=torch.tensor([1, 2]))
-                assert torch.isfinite(result).all()
-    with pytest.raises(UserError, match="pure noise"):
-        samplers.make_plan(DiffusionConfig(), num_inference_steps=5)
 
 
 def test_euler_on_straight_paths():
     config = DiffusionConfig(prediction_type="rectified_flow")
     plan = samplers.make_plan(config, num_inference_steps=5)
-    x = _start()
+    x = start()
     for t, following in zip((999, 799, 599, 399, 199), (799, 599, 399, 199, -1), strict=True):
-        x = x + (following - t) / 1000 * _network()(x, torch.full((2,), t))
-    assert torch.allclose(samplers.sample(_network(), _start(), plan), x, atol=1e-5)
+        x = x + (following - t) / 1000 * network()(x, torch.full((2,), t))
+    assert torch.allclose(samplers.sample(network(), start(), plan), x, atol=1e-5)
     for bad in ({"sampler": "ddpm"}, {"eta": 0.5}):
         with pytest.raises(UserError, match="rectified flow"):
             samplers.make_plan(config, num_inference_steps=5, **bad)
@@ -167,15 +112,15 @@ def test_euler_on_straight_paths():
 def test_stochastic_samples_do_not_depend_on_the_batch(sampler, eta):
     seeds = noise.key_seeds(0, ["a", "b"], [0, 0])
     plan = samplers.make_plan(DiffusionConfig(), num_inference_steps=6, sampler=sampler, eta=eta)
-    whole = samplers.sample(_network(), _start(), plan, seeds=seeds)
-    parts = [samplers.sample(_network(), _start()[i : i + 1], plan, seeds=seeds[i : i + 1]) for i in (0, 1)]
+    whole = samplers.sample(network(), start(), plan, seeds=seeds)
+    parts = [samplers.sample(network(), start()[i : i + 1], plan, seeds=seeds[i : i + 1]) for i in (0, 1)]
     assert torch.allclose(whole, torch.cat(parts), atol=1e-5)
 
 
 def test_unknown_objectives_are_refused():
     plan = samplers.make_plan(DiffusionConfig(), num_inference_steps=2)
     with pytest.raises(UserError, match="cannot be sampled"):
-        samplers.sample(_network(), _start(), dataclasses.replace(plan, diffusion=DiffusionConfig(prediction_type="score")))
+        samplers.sample(network(), start(), dataclasses.replace(plan, diffusion=DiffusionConfig(prediction_type="score")))
 
 
 def test_guidance_on_all_or_the_first_channels():
@@ -185,7 +130,7 @@ def test_guidance_on_all_or_the_first_channels():
         conditional = torch.arange(len(x)) < len(x) // 2
         return torch.cat((x, x), dim=1) * torch.where(conditional, weight[0], weight[1])[:, None, None, None]
 
-    x, t = _start(), torch.zeros(2, dtype=torch.int64)
+    x, t = start(), torch.zeros(2, dtype=torch.int64)
     everything = samplers.guide(predict, scale=3.0, channels=4)(x, t)
     assert torch.allclose(everything[:, :4], (-0.5 + 3.0 * 1.5) * x)
     assert torch.allclose(everything[:, 4:], x)
@@ -207,7 +152,7 @@ def test_guidance_acts_within_its_interval_alone_and_costs_two_passes_there_only
 
     plan = samplers.make_plan(config, num_inference_steps=10, guidance_interval=(low, high))
     guided = samplers.guide(predict, scale=scale, channels=4)
-    found = samplers.sample(guided, _start(), plan, unguided=predict)
+    found = samplers.sample(guided, start(), plan, unguided=predict)
     for count, timestep in passes:
         assert count == (4 if low <= timestep / 1000 <= high else 2)
     assert {count for count, _ in passes} == {2, 4}
@@ -217,7 +162,7 @@ def test_guidance_acts_within_its_interval_alone_and_costs_two_passes_there_only
         conditional, unconditional = torch.sin(x), -0.5 * torch.sin(x)
         return unconditional + weight * (conditional - unconditional)
 
-    expected = samplers.sample(mixed, _start(), samplers.make_plan(config, num_inference_steps=10))
+    expected = samplers.sample(mixed, start(), samplers.make_plan(config, num_inference_steps=10))
     torch.testing.assert_close(found, expected)
 
 
@@ -229,24 +174,30 @@ def test_flow_that_learnt_fractions_is_told_fractions(steps):
     def predict(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         return torch.tanh(x) + torch.sin(5 * t)[:, None, None, None]
 
-    z = _start().double()
+    z = start().double()
     for i in range(steps, 0, -1):
         z = z - predict(z, torch.full((2,), i / steps, dtype=torch.float64)) / steps
     plan = samplers.make_plan(config, num_inference_steps=steps)
-    assert (samplers.sample(predict, _start(), plan) - z).abs().max() < 2e-6
+    assert (samplers.sample(predict, start(), plan) - z).abs().max() < 2e-6
 
 
-def test_zero_terminal_snr_of_a_config():
+def test_zero_terminal_snr():
     """Lin et al. 2024: the last alpha is 0, the first as before, the others between in proportion."""
     plain, zero = (DiffusionConfig(prediction_type="v_prediction", rescale_betas_zero_snr=z) for z in (False, True))
     before, after = schedules.signal_and_noise(plain)[0], schedules.signal_and_noise(zero)[0]
     assert after[-1] == 0.0
     expected = (before - before[-1]) * before[0] / (before[0] - before[-1])
     assert abs(after - expected).max() < 1e-12
-    assert torch.isfinite(samplers.sample(_network(), _start(), samplers.make_plan(zero, num_inference_steps=4))).all()
+    for sampler, prediction, steps in itertools.product(SAMPLERS, ("v_prediction", "sample"), (1, 2, 10)):
+        config = dataclasses.replace(zero, prediction_type=prediction)
+        plan = samplers.make_plan(config, num_inference_steps=steps, sampler=sampler)
+        assert torch.isfinite(samplers.sample(network(), start(), plan, seeds=torch.tensor([1, 2]))).all()
     epsilon = dataclasses.replace(zero, prediction_type="epsilon")
     samplers.make_plan(epsilon, num_inference_steps=4, timestep_spacing="leading")  # never at pure noise
     with pytest.raises(UserError, match="pure noise"):
         samplers.make_plan(epsilon, num_inference_steps=4)
+
+
+def test_an_offset_must_not_lead_beyond_the_last_timestep():
     with pytest.raises(UserError, match="beyond the last timestep"):
         samplers.make_plan(DiffusionConfig(steps_offset=1, timestep_spacing="leading"), num_inference_steps=1000)

@@ -98,6 +98,20 @@ def dit(s, x, t, y, *, heads, top_k=2):
     return torch.einsum("nhwpqc->nchpwq", h).reshape(len(x), -1, side * patch, side * patch)
 
 
+def activated(hidden, kind):
+    """GELU of [..., F], or SwiGLU of gate and up [..., 2 F]."""
+    if kind == "gelu":
+        return F.gelu(hidden, approximate="tanh")
+    gate, up = hidden.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def mlp(x, kind, weights, e):
+    """Expert `e` of stacked weights, those of both layers with biases or None: x [..., D] -> [..., D]."""
+    w_in, b_in, w_out, b_out = (None if w is None else w[e] for w in weights)
+    return F.linear(activated(F.linear(x, w_in, b_in), kind), w_out, b_out)
+
+
 def _attention(s, name, z, heads, linear):
     batch, tokens, d = z.shape
     flash = f"{name}.Wqkv.weight" in s

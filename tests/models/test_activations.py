@@ -2,23 +2,22 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from dpt.models import activations
+from tests.models.reference import activated
 
 
-def reference(hidden: Tensor, kind: str) -> Tensor:
-    if kind == "gelu":
-        return F.gelu(hidden, approximate="tanh")
-    gate, up = hidden.chunk(2, dim=-1)
-    return F.silu(gate) * up
-
-
-def value_and_gradient(function, hidden, seed):
-    hidden = hidden.clone().requires_grad_()
-    value = function(hidden)
-    return value.detach(), torch.autograd.grad(value, hidden, seed)[0]
+def assert_pytorchs(hidden, seed, kind, **tolerance):
+    """The activation and its gradient, given that of its result; `tolerance` of the gradient."""
+    results = []
+    for function in (activations.activate, activated):
+        leaf = hidden.clone().requires_grad_()  # strides stay
+        value = function(leaf, kind)
+        results.append((value.detach(), *torch.autograd.grad(value, leaf, seed)))
+    (ours, gradient), (theirs, expected) = results
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(gradient, expected, **tolerance)
+    return ours, gradient
 
 
 @pytest.mark.parametrize("kind", ["gelu", "swiglu"])
@@ -27,35 +26,20 @@ def value_and_gradient(function, hidden, seed):
 def test_values_and_gradients_are_pytorchs(kind, shape, dtype):
     torch.manual_seed(0)
     hidden = (3 * torch.randn(shape)).to(dtype)
-    seed = torch.randn(reference(hidden, kind).shape).to(dtype)
-    ours = value_and_gradient(lambda h: activations.activate(h, kind), hidden, seed)
-    theirs = value_and_gradient(lambda h: reference(h, kind), hidden, seed)
-    torch.testing.assert_close(ours, theirs)
-    d_hidden, again = activations.backward(seed, hidden, kind, again=True)
-    torch.testing.assert_close((again, d_hidden), ours)
+    seed = torch.randn(activated(hidden, kind).shape).to(dtype)
+    value, gradient = assert_pytorchs(hidden, seed, kind)
+    torch.testing.assert_close(activations.backward(seed, hidden, kind, again=True), (gradient, value))
 
 
 @pytest.mark.parametrize("kind", ["gelu", "swiglu"])
 def test_far_from_zero_nothing_overflows(kind):
-    hidden = torch.tensor([-3e4, -200.0, -20.0, -0.0, 0.0, 20.0, 200.0, 3e4]).repeat(2).requires_grad_()
-    output = activations.activate(hidden, kind)
-    (grad,) = torch.autograd.grad(output.sum(), hidden)
-    expected = reference(hidden, kind)
-    torch.testing.assert_close(output, expected)
-    torch.testing.assert_close(grad, torch.autograd.grad(expected.sum(), hidden)[0], rtol=1e-5, atol=1e-5)
+    hidden = torch.tensor([-3e4, -200.0, -20.0, -0.0, 0.0, 20.0, 200.0, 3e4]).repeat(2)
+    assert_pytorchs(hidden, torch.ones_like(activated(hidden, kind)), kind, rtol=1e-5, atol=1e-5)
 
 
 def test_strided_input_and_gradient():
-    hidden = torch.randn(8, 6).t().requires_grad_()
-    output = activations.activate(hidden, "gelu")
-    torch.testing.assert_close(output, reference(hidden, "gelu"))
-    torch.testing.assert_close(
-        torch.autograd.grad(output, hidden, torch.ones(8, 6).t())[0],
-        torch.autograd.grad(reference(hidden, "gelu").sum(), hidden)[0],
-    )
-    hidden = torch.randn(6, 8).requires_grad_()
-    (grad,) = torch.autograd.grad(activations.activate(hidden, "gelu"), hidden, torch.ones(8, 6).t())
-    torch.testing.assert_close(grad, torch.autograd.grad(reference(hidden, "gelu").sum(), hidden)[0])
+    assert_pytorchs(torch.randn(8, 6).t(), torch.ones(8, 6).t(), "gelu")
+    assert_pytorchs(torch.randn(6, 8), torch.ones(8, 6).t(), "gelu")
 
 
 @pytest.mark.parametrize("kind", ["gelu", "swiglu"])

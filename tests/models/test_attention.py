@@ -1,6 +1,5 @@
 """Attention backends against the formula; names that cannot be had are errors."""
 
-import math
 import shutil
 
 import pytest
@@ -9,40 +8,33 @@ import torch
 from dpt.cpu import upcast
 from dpt.errors import UserError
 from dpt.models import attention as module
-from dpt.models.attention import Attention, attention, use_backend
-from tests.models.test_dit import VARIANTS, batch, tiny
+from dpt.models.attention import attention, use_backend
+from tests.models.networks import VARIANTS, batch, gradients, random_model
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 
-def formula(q, k, v):
-    return (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).softmax(-1) @ v
+def formula(q, k, v, scale=None):
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return (scale * q @ k.transpose(-1, -2)).softmax(-1) @ v
 
 
-@pytest.mark.parametrize("head_size", [16, 32, 48, 64, 72, 88, 96, 112])
-def test_sdpa_is_the_formula(head_size):
-    torch.manual_seed(0)
-    q, k, v = (torch.randn(2, 3, 10, head_size, requires_grad=True) for _ in range(3))
-    weights = torch.randn(2, 3, 10, head_size)
-    out, expected = attention(q, k, v), formula(q, k, v)
-    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
-    grads = [torch.autograd.grad((x * weights).sum(), (q, k, v)) for x in (out, expected)]
-    for a, b in zip(*grads, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+def with_gradients(function, inputs, weights):
+    """The result of a function of `inputs`, and their gradients under a weighted sum of it, in float32."""
+    out = function(*inputs).float()
+    return out, *torch.autograd.grad((out * weights).sum(), inputs)
 
 
 @pytest.mark.parametrize("upcasts", [False, True])
-def test_scores_have_the_scale_that_is_asked_for(monkeypatch, upcasts):
+@pytest.mark.parametrize(("head_size", "scale"), [*((n, None) for n in (16, 32, 48, 64, 72, 88, 96, 112)), (16, 0.05)])
+def test_attention_is_the_formula(monkeypatch, head_size, scale, upcasts):
     torch.manual_seed(0)
-    q, k, v = (torch.randn(2, 3, 10, 16, requires_grad=True) for _ in range(3))
-    weights = torch.randn(2, 3, 10, 16)
+    inputs = [torch.randn(2, 3, 10, head_size, requires_grad=True) for _ in range(3)]
+    weights = torch.randn(2, 3, 10, head_size)
     if upcasts:  # as on a processor without units for the type
         monkeypatch.setattr(upcast, "_UPCAST", {torch.float32})
-    out, expected = attention(q, k, v, 0.05), (q @ k.transpose(-1, -2) * 0.05).softmax(-1) @ v
-    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
-    grads = [torch.autograd.grad((x * weights).sum(), (q, k, v)) for x in (out, expected)]
-    for a, b in zip(*grads, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    ours, expected = (with_gradients(lambda *x, f=f: f(*x, scale), inputs, weights) for f in (attention, formula))
+    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.fixture(autouse=True)
@@ -60,12 +52,12 @@ def test_gpu_backends_are_the_formula(backend, dtype):
         use_backend(backend)
     except UserError as error:
         pytest.skip(str(error))
-    q, k, v = (torch.randn(2, 4, 256, 72, device="cuda", dtype=dtype, requires_grad=True) for _ in range(3))
-    out, expected = attention(q, k, v), formula(*(x.float() for x in (q, k, v)))
-    torch.testing.assert_close(out.float(), expected, atol=2e-2, rtol=2e-2)
-    grads = [torch.autograd.grad(x.float().square().sum(), (q, k, v)) for x in (out, expected)]
-    for a, b in zip(*grads, strict=True):
-        torch.testing.assert_close(a.float(), b.float(), atol=5e-2, rtol=5e-2)
+    inputs = [torch.randn(2, 4, 256, 72, device="cuda", dtype=dtype, requires_grad=True) for _ in range(3)]
+    weights = torch.randn(2, 4, 256, 72, device="cuda")
+    out, *grads = with_gradients(attention, inputs, weights)
+    expected, *wanted = with_gradients(lambda *x: formula(*(y.float() for y in x)), inputs, weights)
+    torch.testing.assert_close(out, expected, atol=2e-2, rtol=2e-2)
+    torch.testing.assert_close(grads, wanted, atol=5e-2, rtol=5e-2)
 
 
 @pytest.mark.gpu
@@ -102,46 +94,32 @@ def test_a_flash_backend_leaves_fp32_and_cpus_to_sdpa(monkeypatch, backend):
     torch.testing.assert_close(attention(q, k, v), formula(q, k, v), atol=1e-5, rtol=1e-5)
 
 
-def test_heads_are_split_in_order_and_norms_are_per_head():
-    torch.manual_seed(0)
-    layer = Attention(12, 3, qk_norm=True)
-    for norm in (layer.q_norm, layer.k_norm):
-        torch.nn.init.normal_(norm.weight)
-    x = torch.randn(2, 5, 12)
-    q, k, v = layer.qkv(x).chunk(3, dim=-1)
-    heads = [[z.split(4, dim=-1)[h] for h in range(3)] for z in (q, k, v)]
-    parts = [formula(layer.q_norm(a), layer.k_norm(b), c) for a, b, c in zip(*heads, strict=True)]
-    torch.testing.assert_close(layer(x), layer.proj(torch.cat(parts, dim=-1)))
-
-
 slow = [pytest.mark.slow, pytest.mark.skipif(not shutil.which("g++"), reason="no compiler")]
 
 
 @pytest.mark.parametrize(
     ("variant", "backend"),
-    [*((v, "aot_eager") for v in VARIANTS), *(pytest.param(v, "inductor", marks=slow) for v in VARIANTS)],
+    [("router", "aot_eager"), ("swiglu", "aot_eager"), *(pytest.param(v, "inductor", marks=slow) for v in VARIANTS)],
 )
 def test_compiled_blocks_compute_the_same(variant, backend):
-    """Forward and backward graphs, each block's; dense blocks compile without a graph break (`fullgraph`)."""
+    """Forward and backward graphs of a block; dense ones ("router" too) compile without a graph break (`fullgraph`)."""
     check_compiled(VARIANTS[variant], backend, torch.float32)
 
 
-@pytest.mark.parametrize("fields", [{"shared_expert_width": 32}, {"expert_activation": "gelu"}], ids=["swiglu", "gelu"])
-def test_blocks_with_grouped_experts_compile_into_one_graph(fields, grouped_products):
+@pytest.mark.parametrize("variant", ["swiglu", "gelu"])
+def test_blocks_with_grouped_experts_compile_into_one_graph(variant, grouped_products):
     """As on GPUs: routing, dispatch and experts are traced with the rest of the block."""
-    check_compiled({"num_experts": 4, **fields}, "aot_eager", torch.bfloat16, fullgraph=True)
+    check_compiled(VARIANTS[variant], "aot_eager", torch.bfloat16, fullgraph=True)
 
 
 def check_compiled(fields, backend, dtype, **options):
     results = []
     for compiled in (False, True):
         torch._dynamo.reset()
-        model = tiny(**fields).to(dtype)
+        model = random_model(**fields, depth=1).to(dtype)
         if compiled:
             model.compile_blocks(backend=backend, **({"fullgraph": not model.config.num_experts} | options))
-        out = model(*batch(model))
-        (out.prediction.square().mean() + out.load_balancing_loss + out.router_z_loss).backward()
-        results.append([out.prediction, *(p.grad for p in model.parameters())])
+        out, grads = gradients(model, batch(model))
+        results.append([out.prediction, *grads.values()])
     tolerance = {"atol": 1e-5, "rtol": 1e-4} if dtype == torch.float32 else {"atol": 2e-2, "rtol": 5e-2}
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b, **tolerance)
+    torch.testing.assert_close(*results, **tolerance)

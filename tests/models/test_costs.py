@@ -12,11 +12,11 @@ from dpt.config.recipe import DptConfig
 from dpt.config.sections import ModelConfig, TrainingConfig
 from dpt.models import build_model
 from dpt.models.costs import kept_tokens, macs, num_params, num_tokens
-from dpt.models.decoder_costs import recipe_macs
 from dpt.models.memory import preset_table
+from dpt.models.recipe_costs import recipe_macs
+from tests.models.networks import SIZES, batch
 
 aten = torch.ops.aten
-TINY = {"hidden_size": 32, "depth": 2, "num_heads": 4, "input_size": 8, "num_classes": 10}
 FAMILIES = {
     "dense": {},
     "eps": {"learn_sigma": False, "qk_norm": True, "patch_size": 4},
@@ -72,16 +72,19 @@ def test_the_upcycled_networks_of_the_paper():
         assert (round(count.total / 1e6), round(count.active / 1e6)) == (total, active)
 
 
-@pytest.mark.parametrize("preset", [*PRESETS, *({"preset": p, "num_experts": 8} for p in ("a2", "XL/2"))], ids=str)
-def test_parameters_of_every_preset_equal_the_built_network(preset):
-    values = preset_values(preset) if isinstance(preset, str) else preset_values(preset["preset"]) | preset
-    config = ModelConfig(**values)
+CONFIGS = {name: preset_values(name) for name in PRESETS}
+CONFIGS |= {f"{name} upcycled": preset_values(name) | {"num_experts": 8} for name in ("a2", "XL/2")}
+CONFIGS |= {name: SIZES | fields for name, fields in FAMILIES.items()}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_parameters_equal_the_built_network(name):
+    config = ModelConfig(**CONFIGS[name])
     with torch.device("meta"):
         model = build_model(config)
     table = num_tokens(config) * config.hidden_size
     assert num_params(config).total == sum(p.numel() for p in model.parameters()) + table
-    routed = sum(p.numel() for n, p in model.named_parameters() if ".experts." in n)
-    assert num_params(config).routed == routed
+    assert num_params(config).routed == sum(p.numel() for n, p in model.named_parameters() if ".experts." in n)
 
 
 @pytest.mark.parametrize(("name", "experts"), [("S", 16), ("S", 48), ("L", 16), ("L", 48)])
@@ -97,13 +100,6 @@ def test_fine_experts_take_the_dense_networks_compute(name, experts):
     assert 0.95 < num_params(fine).active / num_params(dense).active < 1.05
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_parameters_of_every_family_equal_the_built_network(family):
-    config = ModelConfig(**TINY | FAMILIES[family])
-    expected = num_params(config).total - num_tokens(config) * config.hidden_size
-    assert sum(p.numel() for p in build_model(config).parameters()) == expected
-
-
 ATTENTION_FLOPS = {  # torch counts these on GPUs only
     aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: flop_counter.sdpa_flop_count(q, k, v),
     aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda grad, q, k, v, *_, **__: (
@@ -112,35 +108,27 @@ ATTENTION_FLOPS = {  # torch counts these on GPUs only
 }
 
 
+@pytest.mark.parametrize("share", [0.0, 0.75])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_macs_equal_torchs_counter(family):
-    config = ModelConfig(**TINY | FAMILIES[family])
-    model, batch = build_model(config), 3
-    latents, labels = torch.randn(batch, model.in_channels, 8, 12), torch.tensor([6, 7, 9])
+def test_macs_equal_torchs_counter(family, share):
+    """In training, a share of the tokens may bypass blocks; predictions take all tokens."""
+    config = ModelConfig(**SIZES | FAMILIES[family] | {"depth": 4 if share else 2})
+    training = TrainingConfig(bypass_share=share, bypass_first=1, bypass_last=2) if share else TrainingConfig()
+    model = build_model(config)
+    model.set_bypass(training.bypassed(config.depth) if share else range(0))
+    kept = torch.arange(kept_tokens(num_tokens(config, 8, 12), share)).expand(4, -1) if share else None
     with flop_counter.FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOPS) as counter:
-        out = model(latents, labels, labels)
+        out = model(*batch(model, (8, 12)), kept=kept)
         forward = counter.get_total_flops()
         out.prediction.sum().backward()
-    expected = macs(config, 8, 12)
-    assert forward == 2 * batch * expected.forward
-    assert counter.get_total_flops() == 2 * batch * (expected.training + expected.attention_recompute)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_macs_with_a_bypass_equal_torchs_counter(family):
-    config = ModelConfig(**TINY | FAMILIES[family] | {"depth": 5})
-    training = TrainingConfig(bypass_share=0.75, bypass_first=1, bypass_last=2)
-    model, batch, blocks = build_model(config), 3, training.bypassed(config.depth)
-    model.set_bypass(blocks)
-    latents, labels = torch.randn(batch, model.in_channels, 8, 12), torch.tensor([6, 7, 9])
-    kept = torch.arange(kept_tokens(num_tokens(config, 8, 12), training.bypass_share)).expand(batch, -1)
-    with flop_counter.FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOPS) as counter:
-        model(latents, labels, labels, kept=kept).prediction.sum().backward()
-    expected = recipe_macs(DptConfig(model=config, training=training), config, 8, 12)
-    assert blocks == range(1, 3)
-    assert counter.get_total_flops() == 2 * batch * (expected.training + expected.attention_recompute)
-    assert expected.forward == macs(config, 8, 12).forward  # predictions take all tokens
-    assert expected.training < macs(config, 8, 12).training
+    plain, expected = macs(config, 8, 12), recipe_macs(DptConfig(model=config, training=training), config, 8, 12)
+    assert counter.get_total_flops() == 2 * 4 * (expected.training + expected.attention_recompute)
+    assert expected.forward == plain.forward
+    if share:
+        assert model.bypassed == range(1, 2)
+        assert expected.training < plain.training
+    else:
+        assert forward == 2 * 4 * plain.forward
 
 
 def grouped_mm_flop(a_shape, b_shape, *args, out_shape=None, **kwargs):
@@ -149,20 +137,12 @@ def grouped_mm_flop(a_shape, b_shape, *args, out_shape=None, **kwargs):
 
 
 @pytest.mark.parametrize("family", ["swiglu", "gelu"])
-def test_grouped_products_count_the_same(family, request):
-    """On a GPU the experts are grouped_mm, which runs here too: same results, same count."""
-    config = ModelConfig(**TINY | FAMILIES[family])
-    torch.manual_seed(0)
-    layer = build_model(config).blocks[0].moe
-    x = torch.randn(2, 16, 32)
-    layer(x)[0].square().sum().backward()
-    slices = [p.grad for p in layer.experts.parameters()]
-    layer.zero_grad()
-    request.getfixturevalue("grouped_products")
+def test_grouped_products_count_the_same(family, grouped_products):
+    """On a GPU the experts are grouped_mm, which runs here too."""
+    config = ModelConfig(**SIZES | FAMILIES[family])
+    layer, x = build_model(config).blocks[0].moe, torch.randn(2, 16, 32)
     with flop_counter.FlopCounterMode(display=False, custom_mapping={aten._grouped_mm: grouped_mm_flop}) as counter:
         layer(x)[0].square().sum().backward()
-    for parameter, expected in zip(layer.experts.parameters(), slices, strict=True):
-        torch.testing.assert_close(parameter.grad, expected)
     per_token = 32 * 4 + config.top_k * (2 + (family == "swiglu")) * 32 * int(32 * config.mlp_ratio)
     per_token += 3 * 32 * config.shared_expert_width
     router_and_shared_input = 32 * 4 + 2 * 32 * config.shared_expert_width  # x needs no gradient here

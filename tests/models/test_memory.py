@@ -7,12 +7,11 @@ from dpt.config.sections import ModelConfig
 from dpt.errors import UserError
 from dpt.models.costs import num_params
 from dpt.models.memory import REDUCE_BUCKET_SIZE, memory
-
-TINY = {"hidden_size": 32, "depth": 2, "num_heads": 4, "input_size": 8, "num_classes": 10}
+from tests.models.networks import SIZES
 
 
 def test_pictures_count_as_far_as_activations_leave_no_room():
-    config = ModelConfig(**TINY)
+    config = ModelConfig(**SIZES)
     without = memory(config)
     assert memory(config, pictures=without.activations).total == without.total
     assert memory(config, pictures=without.activations + 7).total == without.total + 7

@@ -1,5 +1,8 @@
 """The memory estimates against a tracker of live storages."""
 
+import contextlib
+import io
+
 import pytest
 import torch
 
@@ -12,9 +15,9 @@ from dpt.models.costs import num_params
 from dpt.models.memory import memory, picture_bytes
 from dpt.models.vae_costs import VAESize, vae_config, vae_size
 from tests.gloo import run_ranks
+from tests.models.networks import SIZES
 
 NO_VAE = VAESize(params=0, channels=0, downsampling=8)
-TINY = {"hidden_size": 32, "depth": 2, "num_heads": 4, "input_size": 8, "num_classes": 10}
 
 FINE = {
     "num_experts": 48,
@@ -78,15 +81,9 @@ def test_total_bytes_are_within_15_percent_of_a_training_steps_peak(fields, grou
 
 def deepspeed_peak(config, ep_size, stage, precision):
     """The peak of two optimizer steps, each of two micro-batches, with DeepSpeed on this rank."""
-    import contextlib
-    import io
-
     import deepspeed
     from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
-    from deepspeed.ops import __compatible_ops__
 
-    __compatible_ops__["deepspeed_shm_comm"] = False  # no compiler needed
-    deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
     torch.manual_seed(torch.distributed.get_rank())
     latents, labels = torch.randn(4, 4, 16, 16), torch.arange(4)
     with LiveBytes([latents, labels]) as live, contextlib.redirect_stdout(io.StringIO()):
@@ -127,12 +124,11 @@ def test_total_bytes_are_within_15_percent_of_deepspeeds_peak(network, ep_size, 
     layer, as those of large networks are."""
     monkeypatch.setattr(upcast, "_UPCAST", frozenset())
     monkeypatch.setattr(gelu, "_CHUNK", 1024)
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     config = UNDER_DEEPSPEED[network]
     estimate = memory(
         config, ranks=ep_size, ep_size=ep_size, micro_batch_size=4, precision=precision, zero_stage=stage, num_emas=0
     )
-    for peak in run_ranks(ep_size, deepspeed_peak, config, ep_size, stage, precision):
+    for peak in run_ranks(ep_size, deepspeed_peak, config, ep_size, stage, precision, as_launched=True):
         assert estimate.total == pytest.approx(peak, rel=0.15)
 
 
@@ -156,7 +152,7 @@ def test_decoding_a_picture_stays_within_its_estimate():
     latents = torch.randn(1, 4, 16, 16)
     with LiveBytes([latents, *codec.vae.parameters()]) as live:
         codec.decode(latents)
-    config = ModelConfig(**TINY)
+    config = ModelConfig(**SIZES)
     size = vae_size(vae_config("embedded"))
     shared = picture_bytes(config, NO_VAE, height=2, width=2)  # the copy of the network, next to nothing more
     estimate = picture_bytes(config, size, height=16, width=16) - shared - 4 * params

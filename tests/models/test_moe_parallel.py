@@ -1,9 +1,7 @@
 """Expert parallelism on gloo ranks: outputs, losses and gradients are those of one device."""
 
 import dataclasses
-import importlib
 import itertools
-import os
 
 import pytest
 import torch
@@ -14,6 +12,7 @@ from dpt.errors import UserError
 from dpt.models.dit import DiT
 from dpt.models.moe import EarlierRouting
 from tests.gloo import run_ranks
+from tests.models.networks import gradients
 
 CONFIG = ModelConfig(
     hidden_size=16, depth=2, num_heads=2, input_size=4, num_classes=4, num_experts=4, top_k=2, shared_expert_width=8
@@ -23,19 +22,11 @@ GELU = ModelConfig(
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def deepspeed_loaded():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    importlib.import_module("deepspeed")  # once, here: the ranks are forked
+def launch(ranks, function, *args):
+    return run_ranks(ranks, function, *args, as_launched=True)
 
 
 def build(config, ep_size=1):
-    if ep_size > 1:
-        import deepspeed
-        from deepspeed.ops import __compatible_ops__
-
-        __compatible_ops__["deepspeed_shm_comm"] = False  # no compiler needed
-        deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)  # takes up the group that exists
     torch.manual_seed(0)
     model = DiT(config, ep_size=ep_size)
     if ep_size > 1:  # what deepspeed.initialize does
@@ -73,32 +64,23 @@ def step(config, ep_size, checkpointing=False):
     rank, world = dist.get_rank(), dist.get_world_size()
     model = build(config, ep_size)
     model.set_activation_checkpointing(checkpointing)
-    latents, timesteps, labels = (x.chunk(world)[rank] for x in batch())
-    out = model(latents, timesteps, labels)
-    (out.prediction.square().mean() + 0.5 * out.load_balancing_loss + 0.1 * out.router_z_loss).backward()
-    gradients = {}
-    for name, parameter in model.named_parameters():
-        grad = parameter.grad / world
+    out, grads = gradients(model, [x.chunk(world)[rank] for x in batch()])
+    for name, grad in grads.items():
+        grad /= world
         if ".experts." not in name or ep_size == 1:
             dist.all_reduce(grad)
         elif ep_size < world:
             replicas = [dist.new_group([r for r in range(world) if r % ep_size == e]) for e in range(ep_size)]
             dist.all_reduce(grad, group=replicas[rank % ep_size])
-        gradients[name] = grad
     weights = join_experts(model, {n: p.detach() for n, p in model.named_parameters()})
     losses = torch.stack([out.load_balancing_loss, out.router_z_loss]).detach()
-    return out.prediction.detach(), losses, out.tokens_per_expert, join_experts(model, gradients), weights
+    return out.prediction.detach(), losses, out.tokens_per_expert, join_experts(model, grads), weights
 
 
 @pytest.fixture(scope="module")
 def one_device():
-    cases = {}
-    for config in (CONFIG, GELU):
-        model = build(config)
-        out = model(*batch())
-        (out.prediction.square().mean() + 0.5 * out.load_balancing_loss + 0.1 * out.router_z_loss).backward()
-        cases[config] = model, out
-    return cases
+    models = {config: build(config) for config in (CONFIG, GELU)}
+    return {config: (model, *gradients(model, batch())) for config, model in models.items()}
 
 
 @pytest.mark.parametrize(
@@ -106,16 +88,15 @@ def one_device():
     [(CONFIG, 2, 1, False), (CONFIG, 2, 2, True), (GELU, 4, 2, False), (CONFIG, 4, 4, False)],
 )
 def test_equal_to_one_device(one_device, config, world, ep_size, checkpointing):
-    model, expected = one_device[config]
-    ranks = run_ranks(world, step, config, ep_size, checkpointing)
+    model, expected, wanted = one_device[config]
+    ranks = launch(world, step, config, ep_size, checkpointing)
     torch.testing.assert_close(torch.cat([r[0] for r in ranks]), expected.prediction, atol=2e-6, rtol=1e-5)
     for _, losses, counts, _, _ in ranks:
         torch.testing.assert_close(losses, torch.stack([expected.load_balancing_loss, expected.router_z_loss]))
         assert torch.equal(counts, expected.tokens_per_expert)
-    _, _, _, gradients, weights = ranks[0]
-    for name, parameter in model.named_parameters():
-        assert torch.equal(weights[name], parameter), name
-        torch.testing.assert_close(gradients[name], parameter.grad, atol=1e-6, rtol=1e-4)
+    _, _, _, found, weights = ranks[0]
+    torch.testing.assert_close(weights, {n: p.detach() for n, p in model.named_parameters()}, atol=0, rtol=0)
+    torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-4)
 
 
 def mean_losses(splits):
@@ -125,8 +106,8 @@ def mean_losses(splits):
     for number in splits:
         earlier, losses = EarlierRouting(torch.zeros(2, 4, dtype=torch.int64), torch.zeros(2, 4).double()), []
         for part in range(number):  # a global micro-batch is a part of the global batch, each rank has its share of it
-            latents, timesteps, labels = (x.chunk(number)[part].chunk(world)[dist.get_rank()] for x in batch(16))
-            out = model(latents, timesteps, labels, earlier=earlier if part else None)
+            mine = (x.chunk(number)[part].chunk(world)[dist.get_rank()] for x in batch(16))
+            out = model(*mine, earlier=earlier if part else None)
             losses.append(torch.stack([out.load_balancing_loss, out.router_z_loss]).detach())
             earlier = earlier.plus(out.tokens_per_expert, out.router_probs)
         results.append((torch.stack(losses).mean(dim=0), earlier.tokens_per_expert))
@@ -155,14 +136,13 @@ def state_dicts(config):
     same = all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
     full = build(config).state_dict()
     other.load_state_dict(full)
-    cut = [torch.equal(p, full["blocks.0.moe.experts.down_weight"][dist.get_rank() * 2 :][:2]) for p in
-           [other.blocks[0].moe.experts.down_weight]]  # fmt: skip
+    mine = full["blocks.0.moe.experts.down_weight"][dist.get_rank() * 2 :][:2]
     marks = {(p.allreduce, p.group_name) for n, p in model.named_parameters() if ".experts." in n}
-    return keys, same, all(cut), marks
+    return keys, same, torch.equal(other.blocks[0].moe.experts.down_weight, mine), marks
 
 
 def test_state_dict_has_deepspeeds_names_and_takes_complete_weights():
-    for keys, same, cut, marks in run_ranks(2, state_dicts, CONFIG):
+    for keys, same, cut, marks in launch(2, state_dicts, CONFIG):
         local = "blocks.0.moe.deepspeed_moe.experts.deepspeed_experts"
         assert keys == sorted(
             [f"{local}.{e}.{n}" for e in (0, 1) for n in ("gate_up_weight", "down_weight")]
@@ -183,7 +163,7 @@ def no_tokens_on_one_rank():
 
 
 def test_a_rank_whose_experts_get_no_token_takes_part():
-    first, second = run_ranks(2, no_tokens_on_one_rank)
+    first, second = launch(2, no_tokens_on_one_rank)
     assert all(g > 0 for g in first)
     assert second == [0.0, 0.0]
 
@@ -212,10 +192,9 @@ def test_an_ep_size_that_does_not_fit_is_refused():
 
 
 def deepspeed_checkpoint(folder):
-    """DeepSpeed's own checkpoint of a network with spread experts, taken up again."""
+    """DeepSpeed's own checkpoint of a network with spread experts, saved and loaded."""
     import deepspeed
 
-    os.environ["LOCAL_RANK"] = str(dist.get_rank())
     model = build(CONFIG, 2)
     groups = deepspeed.moe.utils.split_params_into_different_moe_groups_for_optimizer(
         {"params": list(model.parameters()), "name": "all"}
@@ -234,7 +213,7 @@ def deepspeed_checkpoint(folder):
 
 @pytest.mark.slow
 def test_deepspeed_checkpoints_each_expert_by_its_global_id(tmp_path):
-    assert run_ranks(2, deepspeed_checkpoint, str(tmp_path)) == [True, True]
+    assert launch(2, deepspeed_checkpoint, str(tmp_path)) == [True, True]
     names = sorted(path.name for path in (tmp_path / "one").glob("layer_*"))
     assert names == sorted(f"layer_{n}_expert_{e}_mp_rank_00_model_states.pt" for n in range(2) for e in range(4))
 
@@ -260,7 +239,7 @@ def overlap_events():
 
 
 def test_exchanges_overlap_with_the_shared_expert_and_with_weight_gradients():
-    for events in run_ranks(2, overlap_events):
+    for events in launch(2, overlap_events):
         assert events == [
             *("start", "shared forward", "wait", "experts", "start", "wait"),
             "backward",

@@ -4,19 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from dpt.config.sections import ModelConfig
 from dpt.errors import UserError
-from dpt.models import build_model
 from dpt.models.routing_pictures import trace_routing
-
-
-def model(**fields):
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "depth": 2, "num_heads": 4, "input_size": 8, "num_classes": 10, "num_experts": 4}
-    network = build_model(ModelConfig(**sizes | fields))
-    for parameter in network.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    return network
+from tests.models.networks import random_model
 
 
 def batches(n=2, size=(8, 4)):
@@ -30,7 +20,7 @@ def batches(n=2, size=(8, 4)):
 
 
 def test_counts_shares_and_entropies(tmp_path):
-    network = model()
+    network = random_model(std=0.2, num_experts=4)
     report = trace_routing(network, batches(), timestep_bins=4)
     expected = sum(network(**batch).tokens_per_expert for batch in batches())
     assert report.tokens_per_expert.tolist() == expected.tolist()
@@ -58,8 +48,8 @@ def test_counts_shares_and_entropies(tmp_path):
 
 def test_refusals():
     with pytest.raises(UserError, match="no experts"):
-        trace_routing(model(num_experts=0), batches())
+        trace_routing(random_model(), batches())
     with pytest.raises(UserError, match="no batch"):
-        trace_routing(model(), [])
+        trace_routing(random_model(num_experts=4), [])
     with pytest.raises(UserError, match="several sizes"):
-        trace_routing(model(), [*batches(1), *batches(1, (8, 8))])
+        trace_routing(random_model(num_experts=4), [*batches(1), *batches(1, (8, 8))])

@@ -10,30 +10,23 @@ from dpt.config.sections import ModelConfig, UpcyclingConfig
 from dpt.errors import UserError
 from dpt.models import Weights, adapt, build_model, upcycle
 from dpt.models.expert_distance import expert_distances
+from tests.models.networks import SIZES, batch, random_model
 
-SMALL = {"hidden_size": 32, "depth": 2, "num_heads": 4, "input_size": 8, "num_classes": 10}
 DENSE = [name for name, values in PRESETS.items() if "num_experts" not in values]
 
 
 def dense(**fields) -> Weights:
-    torch.manual_seed(0)
-    model = build_model(ModelConfig(**SMALL | fields))
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
+    model = random_model(**fields)
     return Weights(config=model.config, state=model.state_dict())
 
 
 def predict(weights, latents=None, labels=None):
     model = weights.build()
-    size = 2 * model.config.patch_size
-    latents = (
-        torch.randn(3, model.in_channels, size, size, generator=torch.Generator().manual_seed(1))
-        if latents is None
-        else latents
-    )
-    labels = torch.tensor([0, 4, model.config.num_classes]) if labels is None else labels
+    usual_latents, _, usual_labels = batch(model)
+    latents, labels = usual_latents if latents is None else latents, usual_labels if labels is None else labels
+    timesteps = torch.tensor([1, 300, 500, 999])  # whatever the network's channels
     with torch.no_grad():
-        return model(latents, torch.tensor([1, 500, 999]), labels).prediction
+        return model(latents, timesteps, labels).prediction
 
 
 @pytest.mark.parametrize("preset", DENSE)
@@ -59,7 +52,7 @@ def test_any_number_of_experts_and_any_granularity_is_preserved(experts, top_k, 
 def test_granular_experts_are_chosen_together():
     upcycled = upcycle(dense(), UpcyclingConfig(num_experts=4, top_k=2, granularity=2))
     model = upcycled.build()
-    counts = model(torch.randn(2, 4, 8, 8), torch.tensor([1, 2]), torch.tensor([1, 2])).tokens_per_expert
+    counts = model(*batch(model)).tokens_per_expert
     assert torch.equal(counts[:, 0::2], counts[:, 1::2])
 
 
@@ -102,10 +95,10 @@ def test_upcycling_refuses_what_it_cannot_do():
 def test_widened_patch_embedding_averages_its_images(images):
     weights = dense()
     wide = adapt(weights, dataclasses.replace(weights.config, num_conditions=images - 1))
-    latents = torch.randn(3, 4, 4, 4)
+    latents = torch.randn(4, 4, 4, 4)
     torch.testing.assert_close(predict(wide, latents.repeat(1, images, 1, 1)), predict(weights, latents), atol=1e-5, rtol=1e-5)
-    separate = torch.randn(3, 4 * images, 4, 4)
-    mean = separate.view(3, images, 4, 4, 4).mean(1)
+    separate = torch.randn(4, 4 * images, 4, 4)
+    mean = separate.view(4, images, 4, 4, 4).mean(1)
     torch.testing.assert_close(predict(wide, separate), predict(weights, mean), atol=1e-5, rtol=1e-5)
 
 
@@ -127,7 +120,7 @@ def test_task_convolutions_start_equal_and_the_clip_projection_at_zero():
     )
     wide = adapt(weights, dataclasses.replace(weights.config, num_classes=1004, num_conditions=2))
     adapted = adapt(weights, target)
-    latents, labels = torch.randn(3, 12, 8, 4), torch.tensor([1000, 1003, 1001])
+    latents, labels = torch.randn(4, 12, 8, 4), torch.tensor([1000, 1003, 1001, 1002])
     torch.testing.assert_close(predict(adapted, latents, labels), predict(wide, latents, labels), atol=1e-5, rtol=1e-5)
     assert not adapted.state["clip_embedder.weight"].any()
     assert adapt(adapted, target).state.keys() == adapted.state.keys()
@@ -155,6 +148,10 @@ def test_other_differences_are_refused(fields, named):
     weights = dense()
     with pytest.raises(UserError, match=named):
         adapt(weights, dataclasses.replace(weights.config, **fields))
+
+
+def test_differences_of_experts_and_of_inputs_are_refused():
+    weights = dense()
     adapt(weights, dataclasses.replace(weights.config, top_k=1))  # means nothing without experts
     experts = upcycle(weights, UpcyclingConfig())
     with pytest.raises(UserError, match="top_k is 1"):
@@ -208,7 +205,7 @@ def test_redrawing_all_makes_experts_strangers_and_a_share_less_so():
 
 
 def test_distance_is_that_over_all_pairs():
-    model = build_model(ModelConfig(**SMALL, num_experts=5, shared_expert_width=8))
+    model = build_model(ModelConfig(**SIZES, num_experts=5, shared_expert_width=8))
     experts = [torch.cat([p[e].flatten() for p in model.blocks[1].moe.experts.parameters()]) for e in range(5)]
     pairs = torch.stack([(a - b).square().sum() for i, a in enumerate(experts) for b in experts[:i]])
     wanted = (pairs.mean() / torch.stack(experts).square().sum(1).mean()).sqrt()

@@ -8,13 +8,13 @@ from fake_cuda import CUDA, fake_cuda, fake_network, put_on_gpu
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
+from dpt.config.presets import preset_values
 from dpt.config.recipe import load_recipe
-from dpt.config.sections import DiffusionConfig
+from dpt.config.sections import DiffusionConfig, ModelConfig
 from dpt.data.codec import LatentScaling
 from dpt.diffusion import noise
 from dpt.diffusion.objective import DiffusionObjective
 from dpt.diffusion.samplers import guide, make_plan, sample
-from dpt.models.dit import resolve_config
 from dpt.training import step
 from dpt.training.step import LossModule, Preparation
 
@@ -59,7 +59,7 @@ def _arguments(network: Any, dtype: torch.dtype, side: int = 32, batch: int = 2)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_forward_pass_stays_on_the_gpu(name: str) -> None:
     preset, fields = FAMILIES[name]
-    config = resolve_config(preset, depth=2, **fields)
+    config = ModelConfig(**preset_values(preset) | {"depth": 2} | fields)
     with fake_cuda() as mode:
         network = fake_network(mode, config, torch.bfloat16)
         for side in (32, 64):
@@ -74,7 +74,7 @@ def test_other_types_too(name: str, dtype: torch.dtype) -> None:
     """Dense networks: grouped products are known to PyTorch's fake tensors in bf16 alone."""
     preset, fields = FAMILIES[name]
     with fake_cuda() as mode:
-        network = fake_network(mode, resolve_config(preset, depth=2, **fields), dtype)
+        network = fake_network(mode, ModelConfig(**preset_values(preset) | {"depth": 2} | fields), dtype)
         assert network(*_arguments(network, dtype)).prediction.device == CUDA
 
 
@@ -164,7 +164,7 @@ def test_samplers_stay_on_the_gpu(sampler: str) -> None:
     name, eta = (sampler, 0.0) if sampler != "ddim with noise" else ("ddim", 1.0)
     plan = make_plan(DiffusionConfig(), num_inference_steps=4, sampler=name, eta=eta)
     with fake_cuda() as mode:
-        network = fake_network(mode, resolve_config("S/2-8E2A", depth=2), torch.bfloat16)
+        network = fake_network(mode, ModelConfig(**preset_values("S/2-8E2A") | {"depth": 2}), torch.bfloat16)
         labels = torch.randint(0, 1000, (4,), device=CUDA)
 
         def predict(noisy: Tensor, timesteps: Tensor) -> Tensor:

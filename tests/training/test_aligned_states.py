@@ -23,10 +23,9 @@ from dpt.config.sections import (
 )
 from dpt.data.codec import LatentScaling
 from dpt.errors import UserError
-from dpt.models.alignment_costs import alignment_bytes, alignment_params
-from dpt.models.decoder_costs import recipe_macs
 from dpt.models.dit import DiT
 from dpt.models.memory import memory
+from dpt.models.recipe_costs import alignment_bytes, alignment_params, recipe_macs
 from dpt.training.alignment import feature_alignment_loss, self_alignment_loss
 from dpt.training.preflight import needs
 from dpt.training.step import Inputs, LossModule, Preparation

@@ -13,7 +13,7 @@ from dpt.config.sections import EvaluationConfig
 from dpt.data.codec import load_vae
 from dpt.errors import UserError
 from dpt.evaluation.prediction import Predictor
-from dpt.models.decoder_costs import recipe_macs
+from dpt.models.recipe_costs import recipe_macs
 from dpt.training.preflight import needs
 
 

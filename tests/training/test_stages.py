@@ -13,7 +13,7 @@ from dpt.config.sections import DiffusionConfig, ModelConfig, TrainingConfig
 from dpt.errors import UserError
 from dpt.models.exporting import export_weights
 from dpt.training.stages import open_stage
-from tests.models.test_pretrained import random_model
+from tests.models.networks import random_model
 
 LEARNT = DiffusionConfig(prediction_type="rectified_flow", time_convention="fraction")
 
