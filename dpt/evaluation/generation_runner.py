@@ -60,7 +60,11 @@ def score_generation(
                 f"{config.reference}: FD-DINOv2 needs all images of the reference; give those, or leave out --dinov2."
             )
         _check_counts(config, count, reference)
-        labels = [] if predictor is None else _labels(config, predictor.model.num_classes, cache_dir)
+        labels: list[int] = []
+        if predictor is not None:
+            classes = predictor.model.num_classes
+            shares = [1] * classes if config.labels == "balanced" else label_counts(config.reference, classes, cache_dir)
+            labels = spread_labels(config.num_images, shares)
     settings = _settings(config, evaluation, predictor, count, resolution, network, dinov2, reference)
     if predictor is not None:
         made_with = {"weights_sha256": weights_sha256(predictor), "labels": config.labels}
@@ -111,13 +115,6 @@ def _check_counts(config: GenerationConfig, count: int, reference: Reference) ->
             f"precision and recall need more than {config.neighbours} images of each kind; {count} generated and "
             f"{reference.manifold} real ones are given: more images, or fewer --neighbours."
         )
-
-
-def _labels(config: GenerationConfig, num_classes: int, cache_dir: str) -> list[int]:
-    """Classes of the images to generate."""
-    if config.labels == "balanced":
-        return spread_labels(config.num_images, [1.0] * num_classes)
-    return spread_labels(config.num_images, label_counts(config.reference, num_classes, cache_dir))
 
 
 def _settings(

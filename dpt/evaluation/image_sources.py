@@ -3,7 +3,7 @@
 import dataclasses
 import struct
 import zipfile
-from collections.abc import Sequence, Sized
+from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -44,6 +44,7 @@ class ImageSource:
         self.prepared = True
         """Whether the images are all of one size on purpose, as in an .npz or in shards."""
         there: Sized = ()
+        self._read: Callable[[Sequence[int]], list[np.ndarray]]
         if not isinstance(path, Path) or (path / MANIFEST_NAME).is_file():
             self.kind = "decoded latents"
             there = shards = _open_shards(str(path), cache_dir)
@@ -55,8 +56,8 @@ class ImageSource:
         elif path.suffix == ".npz" and path.is_file() and (array := _npz_array(path, "arr_0")) is not None:
             if array.ndim != 4 or array.dtype != np.uint8 or array.shape[3] != 3:
                 raise UserError(f"{path}: arr_0 is {array.dtype} {array.shape}; it must be uint8 [N, H, W, 3].")
-            there = array
-            self._read = lambda numbers: [np.asarray(array[number]) for number in numbers]
+            there = images = array
+            self._read = lambda numbers: [np.asarray(images[number]) for number in numbers]
         self._size = min(len(there), count or len(there))
         if not len(self):
             raise UserError(

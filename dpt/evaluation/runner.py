@@ -53,10 +53,10 @@ def evaluate(
         predictor = None
     elif predictor is None:
         predictor = Predictor(config.weights, config=config)
-    if predictor is not None and (settled := config.settled(predictor.diffusion)) != config:
-        distributed.log("These weights predict in one pass: dpt.evaluation.steps and ensemble are 1.")
-        config = settled
     if predictor is not None:
+        if (settled := config.settled(predictor.diffusion)) != config:
+            distributed.log("These weights predict in one pass: dpt.evaluation.steps and ensemble are 1.")
+            config = settled
         for one in sets:
             check_set(one, predictor)
     with distributed.shared_errors():
