@@ -27,7 +27,7 @@ from dpt.scores import name_of, say
 
 SUMMARY_VERSION = 1
 SCENES = "scenes"
-"""Folder of the scenes of reports, below the set's own (`dpt.evaluation.scenes`)."""
+"""Folder of the scenes of reports, below the set's own (`dpt.evaluation.pictures.write_scenes`)."""
 _SAMPLING = ("sampler", "eta", "step_power", "guidance_scale", "guidance_low", "guidance_high", "precision", "seed")
 
 
@@ -157,8 +157,7 @@ def _described(config: EvaluationConfig, predictor: Predictor | None) -> dict[st
 
 def _draw(one: EvaluationSet, scorer: Scorer, records: list[Record], count: int, folder: Path) -> None:
     """Pages of telling samples, and the scenes of reports; every rank predicts its share again, rank 0 puts all together."""
-    from dpt.evaluation.pictures import compare, write_page
-    from dpt.evaluation.scenes import write_scenes
+    from dpt.evaluation.pictures import compare, write_page, write_scenes
 
     picked = pick_samples(one, records, count)
     chosen = {r.index: r for rows in picked.values() for r in rows}
