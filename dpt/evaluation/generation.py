@@ -73,7 +73,7 @@ def collect_features(
     pooled.flush()
     spatial.flush()
     parts = distributed.gather_objects((pooled.total, spatial.total, scores, found))
-    moments, total_spatial = (combine_moments([part[kind] for part in parts]) for kind in (0, 1))
+    moments, total_spatial = combine_moments([part[0] for part in parts]), combine_moments([part[1] for part in parts])
     assert moments is not None
     total_scores = ScoreSums()
     chosen_features = np.empty((len(kept), moments.mean.size), dtype=np.float32)
