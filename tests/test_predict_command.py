@@ -1,5 +1,6 @@
 """`dpt predict` over folders: every format, resumed after a stop, shared by ranks, what cannot be read is named."""
 
+import dataclasses
 import os
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from dpt.config.sections import EvaluationConfig
 from dpt.errors import UserError
 from dpt.evaluation import Predictor, predicting
 from dpt.evaluation.frames import find_sources
-from dpt.evaluation.predicting import Job, predict_files
+from dpt.evaluation.predicting import predict_files
 from tests.evaluation.tiny import batch_sizes, make_model, stop_at
 from tests.gloo import run_ranks
 from tests.test_cli import export_tiny, refusal
@@ -116,35 +117,35 @@ def _predictor() -> Predictor:
 
 
 def test_ranks_share_the_files_and_give_the_same(pictures, tmp_path) -> None:
-    jobs = [Job(source=source) for source in find_sources([pictures])]
-    predict_files(_predictor(), jobs, tmp_path / "one")
-    ranks = run_ranks(2, lambda: [str(p) for p in predict_files(_predictor(), jobs, tmp_path / "two", settings=[1]).written])
+    sources = find_sources([pictures])
+    predict_files(_predictor(), sources, tmp_path / "one")
+    ranks = run_ranks(2, lambda: [str(p) for p in predict_files(_predictor(), sources, tmp_path / "two", settings=[1]).written])
     assert all(ranks)
     assert not set(ranks[0]) & set(ranks[1])
     names = {p.relative_to(tmp_path / "one") for p in (tmp_path / "one").rglob("*.npy")}
     assert len(names) == 5
     for name in names:
         assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
-    again = predict_files(_predictor(), jobs, tmp_path / "two", settings=[1])
+    again = predict_files(_predictor(), sources, tmp_path / "two", settings=[1])
     assert (again.skipped, again.written) == (5, [])
 
 
 def test_a_stop_keeps_what_is_written_and_memory_is_bounded(pictures, tmp_path, monkeypatch) -> None:
-    jobs = [Job(source=source) for source in find_sources([pictures])]
+    sources = find_sources([pictures])
     batches = batch_sizes(monkeypatch)
     stop_at(monkeypatch, predicting, 4)
     with pytest.raises(KeyboardInterrupt):
-        predict_files(_predictor(), jobs, tmp_path / "out", settings=[1])
+        predict_files(_predictor(), sources, tmp_path / "out", settings=[1])
     log = next((tmp_path / "out" / ".done").glob("*.jsonl"))
     with log.open("a") as file:  # and a line that the kill left torn
         file.write('[1.0, "four", [1], [')
-    done = predict_files(_predictor(), jobs, tmp_path / "out", settings=[1])
+    done = predict_files(_predictor(), sources, tmp_path / "out", settings=[1])
     assert done.skipped == 3
     assert len(list((tmp_path / "out").rglob("*.npy"))) == 5
     assert max(batches) <= 2
     # A picture that has changed since is predicted again.
     os.utime(pictures / "three.png", (1, 1))
-    assert predict_files(_predictor(), jobs, tmp_path / "out", settings=[1]).skipped == 4
+    assert predict_files(_predictor(), sources, tmp_path / "out", settings=[1]).skipped == 4
 
 
 def test_flow_of_pairs_in_two_folders(tmp_path) -> None:
@@ -156,8 +157,8 @@ def test_flow_of_pairs_in_two_folders(tmp_path) -> None:
     Image.fromarray(rng.integers(0, 255, (16, 32, 3), dtype=np.uint8)).save(tmp_path / "second" / "y.png")
     predictor = Predictor(make_model("flow"), config=EvaluationConfig(steps=[1]), device="cpu")
     sources = find_sources([tmp_path / "first"])
-    jobs = [Job(source=s, other=tmp_path / "second" / f"{s.name}.png") for s in sources]
-    done = predict_files(predictor, jobs, tmp_path / "out")
+    sources = [dataclasses.replace(s, other=tmp_path / "second" / f"{s.name}.png") for s in sources]
+    done = predict_files(predictor, sources, tmp_path / "out")
     assert [p.name for p in done.written] == ["x_flow.flo", "x_flow.png"]
     assert done.failed == [f"{tmp_path / 'first' / 'y.png'} is of 32 x 32 pixels, its second frame of 32 x 16."]
 

@@ -11,8 +11,8 @@ import os
 from dpt.commands.options import add_sampling_options, sampling_config
 from dpt.config.generation import GenerationConfig
 from dpt.config.numbers import COUNT, NATURAL
-from dpt.config.recipe import DptConfig, Recipe, section_from_dict
-from dpt.config.sections import DataConfig, TrackingConfig
+from dpt.config.recipe import COMMAND_LINE, DptConfig, Recipe, section_from_dict
+from dpt.config.sections import TrackingConfig
 from dpt.errors import UserError
 
 _STEPS, _GUIDANCE = 250, 1.0
@@ -65,17 +65,11 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _recipe(arguments: argparse.Namespace) -> Recipe:
     """The command line as a recipe, which is what MLflow keeps."""
-    source = "the command line"
-    generation = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(GenerationConfig)}
-    tracking = {"uri": arguments.uri, "experiment": arguments.experiment, "enabled": not arguments.no_tracking}
-    return Recipe(
-        deepspeed={},
-        dpt=DptConfig(
-            data=section_from_dict(DataConfig, {"cache_dir": arguments.cache_dir}, source, prefix="dpt.data"),
-            evaluation=sampling_config(
-                arguments, weights=arguments.weights, use_ema=not arguments.no_ema, output_dir=arguments.out
-            ),
-            generation=section_from_dict(GenerationConfig, generation, source, prefix="dpt.generation"),
-            tracking=section_from_dict(TrackingConfig, tracking, source, prefix="dpt.tracking"),
-        ),
-    )
+    sections = {
+        "data": {"cache_dir": arguments.cache_dir},
+        "generation": {field.name: getattr(arguments, field.name) for field in dataclasses.fields(GenerationConfig)},
+        "tracking": {"uri": arguments.uri, "experiment": arguments.experiment, "enabled": not arguments.no_tracking},
+    }
+    dpt = section_from_dict(DptConfig, sections, COMMAND_LINE, prefix="dpt")
+    evaluation = sampling_config(arguments, weights=arguments.weights, use_ema=not arguments.no_ema, output_dir=arguments.out)
+    return Recipe(deepspeed={}, dpt=dataclasses.replace(dpt, evaluation=evaluation))

@@ -32,30 +32,19 @@ def configure(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("objective", "overrides --scheduler, which overrides the file")
     add, flag = group.add_argument, argparse.BooleanOptionalAction
     add("--scheduler", type=Path, help="a diffusers scheduler folder, or its scheduler_config.json")
-    add("--objective", choices=("epsilon", "sample", "v_prediction", "rectified_flow"), help="what they predict")
+    objectives = ("epsilon", "sample", "v_prediction", "rectified_flow")
+    add("--objective", dest="prediction_type", choices=objectives, help="what they predict")
     schedules = ("linear", "scaled_linear", "squaredcos_cap_v2")
     add("--schedule", choices=schedules, help="noise schedule, with its usual betas")
     add("--beta-start", type=numeric(float, POSITIVE), help="first beta of a linear schedule")
     add("--beta-end", type=numeric(float, POSITIVE), help="last beta of a linear schedule")
-    add("--zero-terminal-snr", action=flag, help="betas rescaled so that the last timestep is pure noise")
+    rescaled = "betas rescaled so that the last timestep is pure noise"
+    add("--zero-terminal-snr", dest="rescale_betas_zero_snr", action=flag, help=rescaled)
     add("--set-alpha-to-one", action=flag, help="DDIM's last step ends at clean latents")
     add("--steps-offset", type=NATURAL, help='added to the timesteps of the spacing "leading"')
     add("--timestep-spacing", choices=("leading", "trailing", "linspace"), help="spacing of a sampler's timesteps")
     time = "timestep t as the network sees it: t, (t + 1) / T or t + 1 (default: fraction for DiT-MoE's rectified flow)"
     add("--time-convention", choices=("index", "fraction", "scaled_fraction"), help=time)
-
-
-_FIELDS = {
-    "objective": "prediction_type",
-    "beta_start": "beta_start",
-    "beta_end": "beta_end",
-    "zero_terminal_snr": "rescale_betas_zero_snr",
-    "set_alpha_to_one": "set_alpha_to_one",
-    "steps_offset": "steps_offset",
-    "timestep_spacing": "timestep_spacing",
-    "time_convention": "time_convention",
-}
-"""Options -> fields of DiffusionConfig."""
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -96,7 +85,8 @@ def run(arguments: argparse.Namespace) -> None:
 def _diffusion(arguments: argparse.Namespace, weights: Weights) -> dict[str, Any]:
     """The weights' "diffusion" section with the options over it; empty if neither tells what they predict."""
     known = weights.sections.get("diffusion")
-    options = {field: getattr(arguments, name) for name, field in _FIELDS.items() if getattr(arguments, name) is not None}
+    fields = {field.name for field in dataclasses.fields(DiffusionConfig)}
+    options = {name: value for name, value in vars(arguments).items() if name in fields and value is not None}
     if known is None and not options and not arguments.schedule:
         return {}
     if known is None and "prediction_type" not in options:

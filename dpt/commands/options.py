@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpt.config.numbers import COUNT, SAMPLER_STEPS, SHARE, WHOLE, numeric
-from dpt.config.recipe import section_from_dict
+from dpt.config.recipe import COMMAND_LINE, section_from_dict
 from dpt.config.sections import EvaluationConfig, ModelConfig, TrackingConfig
 from dpt.errors import UserError
 from dpt.tracking.read import RunRecord, load_runs, with_ancestors
@@ -98,4 +98,4 @@ def sampling_config(arguments: argparse.Namespace, **more: Any) -> EvaluationCon
     values = more | {name: getattr(arguments, name) for name in same}
     values |= {"steps": [arguments.steps], "ensemble": [getattr(arguments, "ensemble", 1)]}
     values |= {"guidance_scale": arguments.guidance, "guidance_low": low, "guidance_high": high}
-    return section_from_dict(EvaluationConfig, values, "the command line")
+    return section_from_dict(EvaluationConfig, values, COMMAND_LINE)

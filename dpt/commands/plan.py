@@ -9,7 +9,7 @@ from pathlib import Path
 from dpt.commands.options import add_run_options, selected_runs
 from dpt.config.numbers import COUNT, POSITIVE, Range, numeric
 from dpt.config.presets import preset_values
-from dpt.config.sections import ModelConfig, UpcyclingConfig
+from dpt.config.sections import UpcyclingConfig
 from dpt.errors import UserError
 from dpt.models.costs import num_params
 from dpt.scaling.compute import section
@@ -43,7 +43,8 @@ def run(arguments: argparse.Namespace) -> None:
     records, family = selected_runs(arguments)
     observations = observe(records, family, arguments.task, metric, dataset=arguments.dataset)
     surface = fit_surface(observations)
-    models = _models(observations, arguments.models)
+    models = list(dict.fromkeys(o.config for o in observations))
+    models += [dataclasses.replace(models[-1], **preset_values(name)) for name in arguments.models]
     upcycling = next((section(r, "upcycling", UpcyclingConfig) for r in family if r.stage == "upcycle"), UpcyclingConfig())
     limits = Limits(
         train_macs=arguments.budget, test_macs=arguments.test_macs_per_image, task=arguments.task, upcycling=upcycling
@@ -59,12 +60,6 @@ def run(arguments: argparse.Namespace) -> None:
             example = next(r for r in records if r.run_id == nearest)
             path = write_plan(one, example, family, arguments.out / name, experiment=experiment, seeds=arguments.seeds)
             print(f"Run the {name} plan with: dpt study {path}")
-
-
-def _models(observations: Sequence[Observation], presets: Sequence[str]) -> list[ModelConfig]:
-    """The observed models, and presets in the form of the last of them."""
-    models = list(dict.fromkeys(o.config for o in observations))
-    return models + [dataclasses.replace(models[-1], **preset_values(name)) for name in presets]
 
 
 def _learned(surface: Surface, observations: Sequence[Observation]) -> str:

@@ -17,7 +17,7 @@ from dpt.errors import UserError
 
 if TYPE_CHECKING:
     from dpt.evaluation.frames import Source
-    from dpt.evaluation.predicting import Embed, Job
+    from dpt.evaluation.predicting import Embed
     from dpt.evaluation.prediction import Predictor
 
 
@@ -67,7 +67,7 @@ def run(arguments: argparse.Namespace) -> None:
         as_frames=arguments.frames,
         out=arguments.out,
     )
-    jobs = _jobs(sources, arguments)
+    sources = _with_others(sources, arguments)
     distributed.set_environment()
     if int(os.environ["WORLD_SIZE"]) > 1:
         distributed.init()
@@ -85,13 +85,13 @@ def run(arguments: argparse.Namespace) -> None:
     for option, wanted in (("second", "flow"), ("mask", "amodal")):
         if getattr(arguments, option) and task != wanted:
             raise UserError(f"--{option} is for {wanted}, and {arguments.weights} predicts {task}; leave it out.")
-        if task == wanted and any(job.other is None and not job.source.is_video for job in jobs):
+        if task == wanted and any(source.other is None and not source.is_video for source in sources):
             raise UserError(f"{arguments.weights} predicts {task}: each picture needs its {_OTHERS[option]}; give --{option}.")
     settings = {name: value for name, value in vars(arguments).items() if name not in _NOT_SETTINGS}
     with distributed.shared_errors():
         done = predict_files(
             predictor,
-            jobs,
+            sources,
             arguments.out,
             task=task,
             outputs=outputs,
@@ -104,14 +104,14 @@ def run(arguments: argparse.Namespace) -> None:
     failed = [text for part in distributed.gather_objects(done.failed) for text in part]
     skipped = sum(distributed.gather_objects(done.skipped))
     if skipped:
-        distributed.log(f"{skipped} of {len(jobs)} were there already, with the same settings (--again predicts them anew).")
+        distributed.log(f"{skipped} of {len(sources)} were there already, with the same settings (--again predicts them anew).")
     if len(failed) > 1 and distributed.is_main():
         print("\n".join(failed), file=sys.stderr)
     distributed.shutdown()
     if len(failed) > 1:
-        raise UserError(f"{len(failed)} of {len(jobs)} could not be predicted, each named above; the others are written.")
+        raise UserError(f"{len(failed)} of {len(sources)} could not be predicted, each named above; the others are written.")
     if failed:
-        rest = f"; 1 of {len(jobs)} could not be predicted, the others are written." if len(jobs) > 1 else "."
+        rest = f"; 1 of {len(sources)} could not be predicted, the others are written." if len(sources) > 1 else "."
         raise UserError(failed[0].rstrip(".") + rest)
 
 
@@ -121,25 +121,23 @@ _NOT_SETTINGS = (*_FILES, "again", "batch_size", "device")
 """Options that a picture's results do not depend on (which files belong to it is kept beside them)."""
 
 
-def _jobs(sources: "list[Source]", arguments: argparse.Namespace) -> "list[Job]":
+def _with_others(sources: "list[Source]", arguments: argparse.Namespace) -> "list[Source]":
     """Each source with its second frame or mask."""
-    from dpt.evaluation.predicting import Job
-
     given, option = (arguments.second, "--second") if arguments.second else (arguments.mask, "--mask")
     if not given:
         if arguments.clip:
             raise UserError(
                 f"--clip embeds visible objects: give a --mask for each picture ({len(sources)} pictures, 0 masks)."
             )
-        return [Job(source=source) for source in sources]
+        return sources
     if any(source.is_video for source in sources):
         raise UserError(f"{option} is for pictures; a video's frames follow each other.")
     if len(given) == 1 and given[0].is_dir():
-        return [Job(source=source, other=_namesake(given[0], source, option)) for source in sources]
+        given = [_namesake(given[0], source, option) for source in sources]
     if len(given) != len(sources):
         what = _OTHERS[option.removeprefix("--")]
         raise UserError(f"{option}: each picture needs one {what}; {len(given)} were given for {len(sources)}.")
-    return [Job(source=source, other=other) for source, other in zip(sources, given, strict=True)]
+    return [dataclasses.replace(source, other=other) for source, other in zip(sources, given, strict=True)]
 
 
 def _namesake(folder: Path, source: "Source", option: str) -> Path:

@@ -4,7 +4,6 @@ Everything is batched and stays on the tensors' device. B inputs, N members.
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -122,22 +121,20 @@ def _sorted(values: Tensor) -> list[Tensor]:
 
 
 @lru_cache(maxsize=64)
-def _sorting_network(count: int) -> tuple[tuple[int, int], ...]:
+def _sorting_network(count: int) -> list[tuple[int, int]]:
     """Comparators that sort `count` items (Batcher's merge exchange: Knuth, TAOCP 3, 5.2.2, algorithm M)."""
-    return tuple(_merge_exchange(count))
-
-
-def _merge_exchange(count: int) -> Iterator[tuple[int, int]]:
+    comparators: list[tuple[int, int]] = []
     top = 1 << max(0, math.ceil(math.log2(max(1, count))) - 1)
     p = top
     while p > 0 and count > 1:
         q, r, d = top, 0, p
         while True:
-            yield from ((i, i + d) for i in range(count - d) if i & p == r)
+            comparators += [(i, i + d) for i in range(count - d) if i & p == r]
             if q == p:
                 break
             d, q, r = q - p, q // 2, p
         p //= 2
+    return comparators
 
 
 @torch.no_grad()
@@ -173,7 +170,7 @@ def _align_to_unit_range(maps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         merged = _sorted(flat * scale.float()[..., None] + shift.float()[..., None])[(members - 1) // 2]
         (low, lowest), (high, highest) = merged.min(1), merged.max(1)
         extent = (high - low).double().clamp(min=1e-12)
-        cost = _pair_distances(covariance, scale) / extent
+        cost = _distances(covariance, scale).triu(1).sum((1, 2)) / extent
         better = cost < best_cost
         best_cost = torch.where(better, cost, best_cost)
         best_scale = torch.where(better[:, None], scale / extent[:, None], best_scale)
@@ -196,16 +193,11 @@ def _moments(flat: Tensor) -> tuple[Tensor, Tensor]:
     return means, covariance / pixels
 
 
-def _squared_distances(covariance: Tensor, scale: Tensor) -> Tensor:
-    """Mean squared differences `[B, N, N]` of the scaled, centred maps."""
+def _distances(covariance: Tensor, scale: Tensor) -> Tensor:
+    """RMS differences `[B, N, N]` of the scaled, centred maps."""
     scaled = covariance * scale[:, :, None] * scale[:, None, :]
     power = scaled.diagonal(dim1=1, dim2=2)
-    return (power[:, :, None] + power[:, None, :] - 2.0 * scaled).clamp(min=0.0)
-
-
-def _pair_distances(covariance: Tensor, scale: Tensor) -> Tensor:
-    """Sum over pairs of RMS differences `[B]`."""
-    return _squared_distances(covariance, scale).sqrt().triu(1).sum((1, 2))
+    return (power[:, :, None] + power[:, None, :] - 2.0 * scaled).clamp(min=0.0).sqrt()
 
 
 def _balanced_scales(covariance: Tensor, condition: Tensor, iterations: int = 40) -> Tensor:
@@ -218,8 +210,7 @@ def _balanced_scales(covariance: Tensor, condition: Tensor, iterations: int = 40
     scale = torch.rsqrt(power.clamp(min=1e-12 * typical))
     scale = _met(condition, scale)
     for _ in range(iterations):
-        distances = _squared_distances(covariance, scale).sqrt()
-        weights = 1.0 / distances.clamp(min=1e-9 * typical.sqrt()[..., None])
+        weights = 1.0 / _distances(covariance, scale).clamp(min=1e-9 * typical.sqrt()[..., None])
         weights = weights - torch.diag_embed(weights.diagonal(dim1=1, dim2=2))
         weights = weights / weights.sum((1, 2), keepdim=True).clamp(min=1e-30)
         system = torch.diag_embed(weights.sum(2) * power) - weights * covariance

@@ -4,9 +4,10 @@ Their weights cannot be bundled. A file is read only if its hash is the document
 TorchScript and safetensors are read, so that nothing is unpickled.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,13 +43,15 @@ class Features:
     """`[B, K]` of classes, for the Inception Score; None: the network has none."""
 
 
-class FeatureNetwork(Protocol):
+class FeatureNetwork(ABC):
     """uint8 images `[B, 3, H, W]` -> `Features`. `name` and `sha256` say which network, `resize` how it resizes its input."""
 
-    name: str
-    sha256: str
     resize: str
 
+    def __init__(self, module: Any, name: str, sha256: str) -> None:
+        self.module, self.name, self.sha256, self.device = module, name, sha256, distributed.device()
+
+    @abstractmethod
     def __call__(self, images: Tensor) -> Features: ...
 
 
@@ -63,13 +66,12 @@ def load_features(path: str | Path = "", sha256: str = "") -> FeatureNetwork:
     if not file.is_file():
         raise UserError(f"there is no feature network {str(file)!r}; fetch the TorchScript file {INCEPTION_URL} to there.")
     _check_hash(file, sha256 or INCEPTION_SHA256, "--features-sha256")
-    device = distributed.device()
     try:
-        module = torch.jit.load(str(file), map_location=device).eval()
+        module = torch.jit.load(str(file), map_location=distributed.device()).eval()
     except RuntimeError as error:
         raise UserError(f"{file}: no TorchScript file ({str(error).splitlines()[0]}); fetch {INCEPTION_URL}.") from error
     kind = Inception if hasattr(module, "layers") and hasattr(module.layers, "mixed_6") else ScriptNetwork
-    return kind(module, file.name, sha256 or INCEPTION_SHA256, device)
+    return kind(module, file.name, sha256 or INCEPTION_SHA256)
 
 
 def _check_hash(file: Path, wanted: str, option: str) -> None:
@@ -80,7 +82,7 @@ def _check_hash(file: Path, wanted: str, option: str) -> None:
         )
 
 
-class Inception:
+class Inception(FeatureNetwork):
     """StyleGAN's TorchScript of Inception-v3, run layer by layer: one pass gives all features of ADM's evaluator.
 
     pooled: 2048 ("pool_3"); spatial: the first 7 channels of "mixed_6/conv", 17 x 17, channels last as in ADM's statistics;
@@ -90,8 +92,8 @@ class Inception:
 
     resize = "bilinear to 299 x 299 inside the network, as TensorFlow 1"
 
-    def __init__(self, module: Any, name: str, sha256: str, device: torch.device) -> None:
-        self.module, self.name, self.sha256, self.device = module, name, sha256, device
+    def __init__(self, module: Any, name: str, sha256: str) -> None:
+        super().__init__(module, name, sha256)
         self._check()
 
     @torch.no_grad()
@@ -128,19 +130,16 @@ def resize_as_tensorflow(images: Tensor, side: int) -> Tensor:
     return images
 
 
-class ScriptNetwork:
+class ScriptNetwork(FeatureNetwork):
     """A user's own TorchScript."""
 
     resize = "none outside the network"
 
-    def __init__(self, module: Any, name: str, sha256: str, device: torch.device) -> None:
-        self.module, self.name, self.sha256, self.device = module, name, sha256, device
-        names = [a.name for a in module.forward.schema.arguments]
-        self._arguments = {"return_features": True} if "return_features" in names else {}
-
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Features:
-        found = self.module(images.to(self.device), **self._arguments)
+        names = [a.name for a in self.module.forward.schema.arguments]
+        more = {"return_features": True} if "return_features" in names else {}
+        found = self.module(images.to(self.device), **more)
         parts = [p.float().cpu() if isinstance(p, Tensor) else p for p in (found if isinstance(found, tuple) else (found,))]
         if len(parts) not in (1, 3) or not all(isinstance(p, Tensor) and p.ndim == 2 for p in parts):
             raise UserError(
@@ -172,18 +171,13 @@ def load_dinov2(name: str = DINOV2, sha256: str = "") -> FeatureNetwork:
         raise UserError(
             f"--dinov2 {name}: the network cannot be loaded ({hub.one_line(error)}); give a folder, or {DINOV2}."
         ) from error
-    return Dinov2(model, name, sha256 or DINOV2_SHA256)
+    return Dinov2(model.eval().requires_grad_(False).to(distributed.device()), name, sha256 or DINOV2_SHA256)
 
 
-class Dinov2:
+class Dinov2(FeatureNetwork):
     """DINOv2's class token after the last norm, of pictures resized to 224 x 224 as in the code of Stein et al. (2023)."""
 
     resize = "bicubic to 224 x 224 by Pillow"
-
-    def __init__(self, model: Any, name: str, sha256: str) -> None:
-        self.name, self.sha256 = name, sha256
-        self.device = distributed.device()
-        self.model = model.eval().requires_grad_(False).to(self.device)
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Features:
@@ -191,4 +185,4 @@ class Dinov2:
         resized = np.stack([np.asarray(p.resize((224, 224), Image.Resampling.BICUBIC)) for p in pictures])
         values = torch.from_numpy(resized).to(self.device).permute(0, 3, 1, 2).float() / 255.0
         mean, std = (torch.tensor(v, device=self.device)[:, None, None] for v in (_MEAN, _STD))
-        return Features(pooled=self.model((values - mean) / std).last_hidden_state[:, 0].float().cpu())
+        return Features(pooled=self.module((values - mean) / std).last_hidden_state[:, 0].float().cpu())

@@ -31,6 +31,8 @@ class Source:
     """The picture, the video, or the frames' folder."""
     frames: tuple[Path, ...] = ()
     """The frames of a video that is given as pictures."""
+    other: Path | None = None
+    """Beside a picture, flow: the second frame; amodal: the visible mask."""
 
     @property
     def is_video(self) -> bool:

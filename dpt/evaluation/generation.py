@@ -24,30 +24,6 @@ from dpt.progress import Progress, progress
 _ROWS = 2048
 
 
-@dataclass(kw_only=True)
-class FeatureSet:
-    """A set's features in what the figures need of them."""
-
-    moments: Moments
-    spatial: Moments | None
-    scores: ScoreSums | None
-    manifold: np.ndarray
-    """float32 `[M, D]`: features of the images that precision and recall look at."""
-
-    def statistics(self, network: FeatureNetwork, resolution: int) -> Statistics:
-        """As a file keeps them."""
-        return Statistics(
-            mean=self.moments.mean,
-            covariance=self.moments.covariance,
-            spatial_mean=None if self.spatial is None else self.spatial.mean,
-            spatial_covariance=None if self.spatial is None else self.spatial.covariance,
-            manifold=self.manifold,
-            network=network.sha256,
-            count=self.moments.count,
-            resolution=resolution,
-        )
-
-
 @dataclass
 class _Sums:
     """Features of one kind on one rank, turned to moments a block at a time."""
@@ -68,7 +44,7 @@ class _Sums:
 
 def collect_features(
     source: ImageSource, network: FeatureNetwork, *, batch_size: int = 64, manifold_images: int = 0, title: str = "images"
-) -> FeatureSet:
+) -> Statistics:
     """Features of all images of a source, on every rank. Collective.
 
     Batches are those of `batch_size` images in order, whatever the number of ranks, and dealt to them whole: the figures differ
@@ -97,19 +73,22 @@ def collect_features(
     pooled.flush()
     spatial.flush()
     parts = distributed.gather_objects((pooled.total, spatial.total, scores, found))
-    moments = combine_moments([part[0] for part in parts])
+    moments, total_spatial = combine_moments([part[0] for part in parts]), combine_moments([part[1] for part in parts])
     assert moments is not None
     total_scores = ScoreSums()
-    manifold = np.empty((len(kept), moments.mean.size), dtype=np.float32)
+    chosen_features = np.empty((len(kept), moments.mean.size), dtype=np.float32)
     for part in parts:
         total_scores.merge(part[2])
         for numbers, rows in part[3]:
-            manifold[np.searchsorted(kept, numbers)] = rows
-    return FeatureSet(
-        moments=moments,
-        spatial=combine_moments([part[1] for part in parts]),
-        scores=total_scores if total_scores.sums else None,
-        manifold=manifold,
+            chosen_features[np.searchsorted(kept, numbers)] = rows
+    return Statistics(
+        pooled=(moments.mean, moments.covariance),
+        spatial=None if total_spatial is None else (total_spatial.mean, total_spatial.covariance),
+        features=chosen_features,
+        network=network.sha256,
+        count=count,
+        resolution=source.resolution,
+        inception_score=total_scores.score() if total_scores.sums else None,
     )
 
 
@@ -118,21 +97,18 @@ def spread(count: int, chosen: int) -> np.ndarray:
     return np.linspace(0, count - 1, chosen).round().astype(np.int64)
 
 
-def compare_features(generated: FeatureSet, reference: Statistics, *, neighbours: int = 3) -> dict[str, float]:
+def compare_features(generated: Statistics, reference: Statistics, *, neighbours: int = 3) -> dict[str, float]:
     """{"fid", "sfid", "inception_score", "precision", "recall"}, each where the features and the reference allow it.
 
     On every rank; collective.
     """
-    own = generated.moments
-    result = {"fid": frechet_distance(own.mean, own.covariance, reference.mean, reference.covariance)}
-    if generated.spatial is not None and reference.spatial_mean is not None and reference.spatial_covariance is not None:
-        result["sfid"] = frechet_distance(
-            generated.spatial.mean, generated.spatial.covariance, reference.spatial_mean, reference.spatial_covariance
-        )
-    if generated.scores is not None:
-        result["inception_score"] = generated.scores.score()
-    if reference.manifold is not None:
-        result["precision"], result["recall"] = precision_recall(reference.manifold, generated.manifold, neighbours)
+    result = {"fid": frechet_distance(*generated.pooled, *reference.pooled)}
+    if generated.spatial is not None and reference.spatial is not None:
+        result["sfid"] = frechet_distance(*generated.spatial, *reference.spatial)
+    if generated.inception_score is not None:
+        result["inception_score"] = generated.inception_score
+    if generated.features is not None and reference.features is not None:
+        result["precision"], result["recall"] = precision_recall(reference.features, generated.features, neighbours)
     return result
 
 
@@ -157,15 +133,13 @@ def write_samples(
     *,
     steps: int,
     guidance_channels: int = 0,
-    settings: dict[str, Any] | None = None,
 ) -> None:
     """Generated images, one a label, as FOLDER/NNNNNN.png; what is there is kept, so it can be interrupted. Collective.
 
     Batches of the config's size are the same for any number of ranks, and dealt to them whole: an image depends on the config's
-    seed, its number and its label, and not on who computes it. settings: all else that the images depend on, kept in
-    FOLDER/settings.json. UserError if the images there were made with other ones.
+    seed, its number and its label, and not on who computes it. `claim_folder` first, so that what is there is of the same
+    settings.
     """
-    claim_folder(folder, settings or {})
     size = predictor.config.batch_size
     batches = [range(start, min(start + size, len(labels))) for start in range(0, len(labels), size)]
     there = {path.name for path in folder.glob("*.png")}
@@ -191,7 +165,8 @@ def write_samples(
 
 
 def claim_folder(folder: Path, settings: dict[str, Any]) -> None:
-    """Keep the settings beside the images to come; UserError if those there are of other ones. Collective."""
+    """Keep all that the images to come depend on beside them, in FOLDER/settings.json. UserError if those there were made with
+    other settings. Collective."""
     file, settings = folder / "settings.json", json.loads(json.dumps(settings, default=str))
     with distributed.shared_errors():
         if not distributed.is_main():

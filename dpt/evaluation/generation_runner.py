@@ -60,17 +60,20 @@ def score_generation(
                 f"{config.reference}: FD-DINOv2 needs all images of the reference; give those, or leave out --dinov2."
             )
         _check_counts(config, count, reference)
-        labels = [] if predictor is None else _labels(config, predictor.model.num_classes, cache_dir)
+        labels: list[int] = []
+        if predictor is not None:
+            classes = predictor.model.num_classes
+            shares = [1] * classes if config.labels == "balanced" else label_counts(config.reference, classes, cache_dir)
+            labels = spread_labels(config.num_images, shares)
     settings = _settings(config, evaluation, predictor, count, resolution, network, dinov2, reference)
-    made_with: dict[str, Any] = {}
     if predictor is not None:
-        made_with = {**settings["sampling"], "weights_sha256": weights_sha256(predictor), "labels": config.labels}
-        claim_folder(output / "images", made_with)
+        made_with = {"weights_sha256": weights_sha256(predictor), "labels": config.labels}
+        claim_folder(output / "images", settings["sampling"] | made_with)
     begin()
     distributed.log(format_settings(settings))
     real, real_dinov2 = reference.statistics(network), None
     if dinov2 is not None and reference.source is not None:
-        real_dinov2 = collect_features(reference.source, dinov2, manifold_images=1, title="the reference (DINOv2)").moments
+        real_dinov2 = collect_features(reference.source, dinov2, manifold_images=1, title="the reference (DINOv2)").pooled
     if predictor is not None:
         write_samples(
             predictor,
@@ -78,14 +81,13 @@ def score_generation(
             labels,
             steps=evaluation.steps[-1],
             guidance_channels=config.guidance_channels,
-            settings=made_with,
         )
         images = ImageSource(output / "images", resolution, count=count)
     generated = collect_features(images, network, title="the images")
     metrics = compare_features(generated, real, neighbours=config.neighbours)
     if dinov2 is not None and real_dinov2 is not None:
-        own = collect_features(images, dinov2, manifold_images=1, title="the images (DINOv2)").moments
-        metrics["fd_dinov2"] = frechet_distance(own.mean, own.covariance, real_dinov2.mean, real_dinov2.covariance)
+        own = collect_features(images, dinov2, manifold_images=1, title="the images (DINOv2)").pooled
+        metrics["fd_dinov2"] = frechet_distance(*own, *real_dinov2)
     summary = {"version": SUMMARY_VERSION, "metrics": metrics, "settings": settings}
     if distributed.is_main():
         write_json(output / "fid.json", summary)
@@ -113,13 +115,6 @@ def _check_counts(config: GenerationConfig, count: int, reference: Reference) ->
             f"precision and recall need more than {config.neighbours} images of each kind; {count} generated and "
             f"{reference.manifold} real ones are given: more images, or fewer --neighbours."
         )
-
-
-def _labels(config: GenerationConfig, num_classes: int, cache_dir: str) -> list[int]:
-    """Classes of the images to generate."""
-    if config.labels == "balanced":
-        return spread_labels(config.num_images, [1.0] * num_classes)
-    return spread_labels(config.num_images, label_counts(config.reference, num_classes, cache_dir))
 
 
 def _settings(

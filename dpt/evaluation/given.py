@@ -12,25 +12,18 @@ from dpt.pictures import decode_mask, flo_bytes, read_flo
 SUFFIXES = {"depth": (".npy", ".png"), "flow": (".flo", ".npy"), "amodal": (".png", ".npy")}
 
 
-def find_prediction(folder: Path, key: str, task: str) -> Path:
-    """The file KEY.SUFFIX in `folder`; UserError if there is none."""
-    suffixes = SUFFIXES.get(task, (".npy",))
-    for suffix in suffixes:
-        path = folder / f"{key}{suffix}"
-        if path.is_file():
-            return path
-    raise UserError(f"{folder} has no prediction for {key}; name its file {key} with suffix {' or '.join(suffixes)}.")
-
-
 def read_prediction(folder: Path, key: str, task: str, size: tuple[int, int]) -> np.ndarray:
     """The prediction for a sample, brought to `size` (H, W): depth float32 `[H, W]` up to scale and shift; flow float32
     `[2, H, W]` in pixels; amodal bool `[H, W]`; registered tasks float32 `[C, H, W]`.
 
     Files: depth as .npy `[h, w]` or PNG of any bit depth; flow as .flo or .npy (`[2, h, w]` or `[h, w, 2]`) in pixels of its
-    own size; masks as PNG or .npy (`dpt.pictures.decode_mask`). UserError if one cannot be read or has another
-    shape.
+    own size; masks as PNG or .npy (`dpt.pictures.decode_mask`). UserError if there is none, or it cannot be read or has
+    another shape.
     """
-    path = find_prediction(folder, key, task)
+    suffixes = SUFFIXES.get(task, (".npy",))
+    path = next((file for suffix in suffixes if (file := folder / f"{key}{suffix}").is_file()), None)
+    if path is None:
+        raise UserError(f"{folder} has no prediction for {key}; name its file {key} with suffix {' or '.join(suffixes)}.")
     try:
         if task == "amodal":
             values = decode_mask(path)

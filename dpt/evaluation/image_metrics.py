@@ -4,7 +4,6 @@ import functools
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -74,33 +73,30 @@ def frechet_distance(mean_a: np.ndarray, covariance_a: np.ndarray, mean_b: np.nd
 
 
 class ScoreSums:
-    """What the Inception Score needs of class probabilities, for each split of `SPLIT` images by their numbers."""
+    """What the Inception Score needs of class probabilities."""
 
     def __init__(self) -> None:
-        self.sums: dict[int, list[Any]] = {}
-        """Split -> [images, sum of p log p, sum of p `[K]`]."""
+        self.sums: dict[int, np.ndarray] = {}
+        """By split of `SPLIT` images: their number, the sum of p log p and that of p, float64 `[2 + K]`."""
 
     def add(self, numbers: Sequence[int], probabilities: np.ndarray) -> None:
         """Add images by number, with their probabilities `[B, K]`."""
         values = torch.from_numpy(probabilities).double()
-        negative_entropy = torch.special.xlogy(values, values).sum(1).numpy()
-        for row, number in enumerate(numbers):
-            part = self.sums.setdefault(number // SPLIT, [0, 0.0, 0.0])
-            part[0] += 1
-            part[1] += float(negative_entropy[row])
-            part[2] = part[2] + values[row].numpy()
+        negative_entropy = torch.special.xlogy(values, values).sum(1, keepdim=True)
+        rows = torch.cat((torch.ones_like(negative_entropy), negative_entropy, values), dim=1).numpy()
+        for number, row in zip(numbers, rows, strict=True):
+            self.sums[number // SPLIT] = self.sums.get(number // SPLIT, 0.0) + row
 
     def merge(self, other: "ScoreSums") -> None:
         """Add another's images."""
-        for split, (count, entropy, total) in other.sums.items():
-            part = self.sums.setdefault(split, [0, 0.0, 0.0])
-            part[0], part[1], part[2] = part[0] + count, part[1] + entropy, part[2] + total
+        for split, row in other.sums.items():
+            self.sums[split] = self.sums.get(split, 0.0) + row
 
     def score(self) -> float:
         """Mean over splits of exp(mean KL(p(y|x) || p(y))) (Salimans et al. 2016, as ADM's evaluator splits)."""
         scores = []
-        for count, entropy, total in (self.sums[split] for split in sorted(self.sums)):
-            mean = torch.from_numpy(np.asarray(total)) / count
+        for _, (count, entropy, *total) in sorted(self.sums.items()):
+            mean = torch.tensor(total, dtype=torch.float64) / count
             scores.append(float(np.exp(entropy / count - torch.special.xlogy(mean, mean).sum().item())))
         return float(np.mean(scores))
 

@@ -3,8 +3,9 @@
 import dataclasses
 import struct
 import zipfile
-from collections.abc import Sequence, Sized
+from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from dpt.urls import is_url
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
-class ImageSource(Sequence[np.ndarray]):
+class ImageSource:
     """Images uint8 `[H, W, 3]` of a folder (by name, with subfolders), of `arr_0` in an .npz, or of shards, all square.
 
     One of another size is brought to `resolution` (0: the first one's short side) as ADM and DiT prepare ImageNet: its short
@@ -37,43 +38,35 @@ class ImageSource(Sequence[np.ndarray]):
     def __init__(
         self, path: str | Path, resolution: int = 0, *, count: int = 0, codec: Any = None, cache_dir: str = ""
     ) -> None:
-        self.path = Path(path)
+        path = Path(path) if not is_url(str(path)) else path
         self.kind = "pictures"
         """"pictures" or "decoded latents"."""
-        self._count = count
-        self._array: np.ndarray | None = None
-        self._files: list[Path] = []
-        self._shards: ShardFolder | None = None
-        if is_url(str(path)) or (self.path / MANIFEST_NAME).is_file():
+        self.prepared = True
+        """Whether the images are all of one size on purpose, as in an .npz or in shards."""
+        there: Sized = ()
+        self._read: Callable[[Sequence[int]], list[np.ndarray]]
+        if not isinstance(path, Path) or (path / MANIFEST_NAME).is_file():
             self.kind = "decoded latents"
-            self._shards = _open_shards(str(path), cache_dir)
-            self._codec = _shard_codec(self._shards, codec)
-        elif self.path.is_dir():
-            self._files = sorted(p for p in self.path.rglob("*") if p.suffix.lower() in SUFFIXES and p.name[0] != ".")
-        elif self.path.suffix == ".npz" and self.path.is_file():
-            self._array = _npz_array(self.path, "arr_0")
-            if self._array is not None and (
-                self._array.ndim != 4 or self._array.dtype != np.uint8 or self._array.shape[3] != 3
-            ):
-                raise UserError(f"{path}: arr_0 is {self._array.dtype} {self._array.shape}; it must be uint8 [N, H, W, 3].")
+            there = shards = _open_shards(str(path), cache_dir)
+            self._read = partial(_decode, shards, _shard_codec(shards, codec))
+        elif path.is_dir():
+            self.prepared = False
+            there = files = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.name[0] != ".")
+            self._read = lambda numbers: [read_picture(files[number]) for number in numbers]
+        elif path.suffix == ".npz" and path.is_file() and (array := _npz_array(path, "arr_0")) is not None:
+            if array.ndim != 4 or array.dtype != np.uint8 or array.shape[3] != 3:
+                raise UserError(f"{path}: arr_0 is {array.dtype} {array.shape}; it must be uint8 [N, H, W, 3].")
+            there = images = array
+            self._read = lambda numbers: [np.asarray(images[number]) for number in numbers]
+        self._size = min(len(there), count or len(there))
         if not len(self):
             raise UserError(
                 f"{path}: no images there; give a folder of pictures, an .npz with arr_0 uint8 [N, H, W, 3], or shards."
             )
         self.resolution = resolution or min(self._read([0])[0].shape[:2])
 
-    @property
-    def prepared(self) -> bool:
-        """Whether the images are all of one size on purpose, as in an .npz or in shards."""
-        return self._array is not None or self._shards is not None
-
     def __len__(self) -> int:
-        there: Sized = self._files if self._array is None else self._array
-        found = len(self._shards if self._shards is not None else there)
-        return min(found, self._count) if self._count else found
-
-    def __getitem__(self, number: Any) -> Any:
-        return self.batch([number])[0]
+        return self._size
 
     def batch(self, numbers: Sequence[int]) -> np.ndarray:
         """Images uint8 `[B, H, W, 3]` by their numbers."""
@@ -81,17 +74,15 @@ class ImageSource(Sequence[np.ndarray]):
         images = self._read(numbers)
         return np.stack([image if image.shape[:2] == side else centre_crop(image, self.resolution) for image in images])
 
-    def _read(self, numbers: Sequence[int]) -> list[np.ndarray]:
-        if self._shards is not None:
-            try:
-                moments = np.stack([self._shards[number]["latents"] for number in numbers])
-            except SampleError as error:
-                raise UserError(f"{error}; encode the set anew.") from error
-            decoded = self._codec.decode(mean_latents(torch.from_numpy(moments), self._codec.scaling))
-            return [image_to_uint8(image) for image in decoded.cpu().numpy()]
-        if self._array is not None:
-            return [np.asarray(self._array[number]) for number in numbers]
-        return [read_picture(self._files[number]) for number in numbers]
+
+def _decode(shards: ShardFolder, codec: Any, numbers: Sequence[int]) -> list[np.ndarray]:
+    """Images uint8 `[H, W, 3]` of latents in shards."""
+    try:
+        moments = np.stack([shards[number]["latents"] for number in numbers])
+    except SampleError as error:
+        raise UserError(f"{error}; encode the set anew.") from error
+    decoded = codec.decode(mean_latents(torch.from_numpy(moments), codec.scaling))
+    return [image_to_uint8(image) for image in decoded.cpu().numpy()]
 
 
 def _open_shards(path: str, cache_dir: str) -> ShardFolder:
@@ -157,26 +148,28 @@ def has_images(path: str | Path) -> bool:
     return _npz_array(Path(path), "arr_0") is not None
 
 
+Normal = tuple[np.ndarray, np.ndarray]
+"""Mean `[D]` and covariance `[D, D]` of features, float64."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Statistics:
-    """Moments of a reference's features, float64, as ADM's evaluator stores them, and what else a file of them may hold."""
+    """A set's features in what the figures need of them, and files keep."""
 
-    mean: np.ndarray
-    """`[D]`; `mu` in the file."""
-    covariance: np.ndarray
-    """`[D, D]`; `sigma`."""
-    spatial_mean: np.ndarray | None = None
-    """`[S]`, for sFID; `mu_s`."""
-    spatial_covariance: np.ndarray | None = None
-    """`[S, S]`; `sigma_s`."""
-    manifold: np.ndarray | None = None
-    """float32 `[M, D]`, features of single images for precision and recall; `features`, in files that dpt writes."""
+    pooled: Normal
+    """`mu` and `sigma` in a file, as ADM's evaluator calls them."""
+    spatial: Normal | None = None
+    """For sFID; `mu_s` and `sigma_s`."""
+    features: np.ndarray | None = None
+    """float32 `[M, D]`, of single images for precision and recall; in files that dpt writes."""
     network: str = ""
     """sha256 of the network, in files that dpt writes; empty: not known."""
     count: int = 0
     """Images; 0: not known."""
     resolution: int = 0
     """Side of the images in pixels; 0: not known."""
+    inception_score: float | None = None
+    """In no file."""
 
 
 def read_statistics(path: str | Path) -> Statistics | None:
@@ -184,29 +177,25 @@ def read_statistics(path: str | Path) -> Statistics | None:
     path = Path(path)
     if path.suffix != ".npz" or not path.is_file():
         return None
-    found = {n: _npz_array(path, n) for n in ("mu", "sigma", "mu_s", "sigma_s", "features", "network", "count", "resolution")}
-    if found["mu"] is None:
+    names = ("mu", "sigma", "mu_s", "sigma_s", "features", "network", "count", "resolution")
+    found = {name: array for name in names if (array := _npz_array(path, name)) is not None}
+    if "mu" not in found:
         return None
-    mean, covariance = _moments(path, found, "mu", "sigma")
-    spatial = _moments(path, found, "mu_s", "sigma_s") if found["mu_s"] is not None else (None, None)
-    manifold = found["features"]
-    if manifold is not None and (manifold.ndim != 2 or manifold.shape[1] != mean.size):
-        raise UserError(f"{path}: features is {list(manifold.shape)}, mu {list(mean.shape)}; give a file of one network.")
+    pooled, features = _normal(path, found, "mu", "sigma"), found.get("features")
+    if features is not None and (features.ndim != 2 or features.shape[1] != pooled[0].size):
+        raise UserError(f"{path}: features is {list(features.shape)}, mu {list(pooled[0].shape)}; give a file of one network.")
     return Statistics(
-        mean=mean,
-        covariance=covariance,
-        spatial_mean=spatial[0],
-        spatial_covariance=spatial[1],
-        manifold=None if manifold is None else np.array(manifold, dtype=np.float32),
-        network="" if found["network"] is None else str(found["network"]),
-        count=0 if found["count"] is None else int(found["count"]),
-        resolution=0 if found["resolution"] is None else int(found["resolution"]),
+        pooled=pooled,
+        spatial=_normal(path, found, "mu_s", "sigma_s") if "mu_s" in found else None,
+        features=None if features is None else np.array(features, dtype=np.float32),
+        network=str(found.get("network", "")),
+        count=int(found.get("count", 0)),
+        resolution=int(found.get("resolution", 0)),
     )
 
 
-def _moments(path: Path, found: dict[str, np.ndarray | None], mu: str, sigma: str) -> tuple[np.ndarray, np.ndarray]:
-    mean, covariance = found[mu], found[sigma]
-    assert mean is not None
+def _normal(path: Path, found: dict[str, np.ndarray], mu: str, sigma: str) -> Normal:
+    mean, covariance = found[mu], found.get(sigma)
     if covariance is None or mean.ndim != 1 or covariance.shape != (mean.size, mean.size):
         shape = None if covariance is None else list(covariance.shape)
         raise UserError(f"{path}: {mu} is {list(mean.shape)}, {sigma} {shape}; they must be [D] and [D, D].")
@@ -217,14 +206,10 @@ def _moments(path: Path, found: dict[str, np.ndarray | None], mu: str, sigma: st
 
 def write_statistics(path: str | Path, statistics: Statistics) -> None:
     """Write them as an .npz that `read_statistics` reads, and ADM's evaluator too where it asks for no images. Atomically."""
-    arrays = {
-        "mu": statistics.mean,
-        "sigma": statistics.covariance,
-        "mu_s": statistics.spatial_mean,
-        "sigma_s": statistics.spatial_covariance,
-        "features": statistics.manifold,
-        "network": statistics.network,
-        "count": statistics.count,
-        "resolution": statistics.resolution,
-    }
-    write_arrays(Path(path), {name: value for name, value in arrays.items() if value is not None})
+    arrays: dict[str, Any] = dict(zip(("mu", "sigma"), statistics.pooled, strict=True))
+    arrays |= {name: getattr(statistics, name) for name in ("network", "count", "resolution")}
+    if statistics.spatial is not None:
+        arrays |= zip(("mu_s", "sigma_s"), statistics.spatial, strict=True)
+    if statistics.features is not None:
+        arrays["features"] = statistics.features
+    write_arrays(Path(path), arrays)

@@ -1,21 +1,26 @@
-"""Predictions as pictures: colour maps of depth, flow and masks, and pages that compare them with the truth."""
+"""Predictions as pictures: colour maps of depth, flow and masks, and pages and scenes that compare them with the truth."""
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
+from PIL import Image
+from scipy.ndimage import binary_erosion
 
 from dpt import tasks
 from dpt.evaluation.protocols import Protocol, align_depth_to_truth, counted_pixels
+from dpt.evaluation.records import Record
 from dpt.scores import readable, round_ticks
 
 LONGEST = 640
 """Longest side of a panel, in pixels."""
 DEPTH_COLOURS, ERROR_COLOURS = "Spectral", "inferno"
+SCENES_VERSION = 1
 _RIGHT, _TOO_MUCH, _MISSING = (255, 255, 255), (255, 64, 64), (64, 96, 255)
 
 
@@ -101,9 +106,7 @@ def overlay_mask(image: np.ndarray, mask: np.ndarray, colour: tuple[int, int, in
     """The image uint8 `[H, W, 3]` with the mask bool `[H, W]` tinted, and outlined in white."""
     tinted = 0.45 * image + 0.55 * np.array(colour)
     shown = np.where(mask[..., None], tinted, image).astype(np.uint8)
-    padded = np.pad(mask, 1)
-    inner = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
-    shown[mask & ~inner] = 255
+    shown[mask & ~binary_erosion(mask)] = 255
     return shown
 
 
@@ -251,3 +254,32 @@ def _draw_scale(figure: Figure, scale: Scale, left: float, top: float, width: fl
         share = (tick - scale.low) / span
         label.set_horizontalalignment("left" if share < 0.03 else "right" if share > 0.97 else "center")
     axis.set_xlabel(scale.unit, fontsize=7, labelpad=1)
+
+
+def write_scenes(scenes: Sequence[tuple[Record, Row]], folder: Path, *, metric: str, about: dict[str, Any]) -> None:
+    """Write each panel of each scene, of one setting, to `folder` as a PNG of its own, scenes.json, which names them, and for
+    motions wheel.png, their legend; older ones are replaced.
+
+    `about` (the set's name, task, number of samples, whether it is synthetic) is kept in scenes.json.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("*.png"):
+        old.unlink()
+    listed = []
+    if any(p.scale is not None and p.scale.colours == "wheel" for _, row in scenes for p in row.panels.values()):
+        Image.fromarray(flow_wheel()).save(folder / "wheel.png", format="png")
+    for number, (record, row) in enumerate(scenes):
+        panels = {}
+        for name, panel in row.panels.items():
+            file = f"{number:02d}_{name}.png"
+            Image.fromarray(panel.picture).save(folder / file, format="png")
+            panels[name] = {
+                "file": file,
+                "title": panel.title,
+                "scale": asdict(panel.scale) if panel.scale is not None else None,
+            }
+        listed.append({"key": record.key, "value": record.metrics[metric], "panels": panels})
+    setting = scenes[0][0].setting
+    steps = {"steps": setting.steps, "ensemble": setting.ensemble} if setting.kind == "model" else {}
+    index = {"version": SCENES_VERSION, **about, "metric": metric, **steps, "scenes": listed}
+    (folder / "scenes.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")

@@ -26,15 +26,6 @@ Embed = Callable[[np.ndarray, np.ndarray], Tensor]
 """uint8 `[H, W, 3]`, mask bool `[H, W]` -> CLIP embedding `[D]`."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """One source, with what its task needs beside it."""
-
-    source: Source
-    other: Path | None = None
-    """flow: the second frame; amodal: the visible mask."""
-
-
 @dataclass(kw_only=True)
 class Progressed:
     """What a call of `predict_files` did on this rank."""
@@ -64,27 +55,27 @@ class DoneLog(JsonLines):
                 newest[name] = [when, *rest]
         return {name: [stamp, files] for name, (_, settings, stamp, files) in newest.items() if settings == self._settings}
 
-    def has(self, known: dict[str, list[Any]], job: Job) -> bool:
-        """Whether a job's results are there, by what `read` gave."""
-        stamp, files = known.get(job.source.name, (None, []))
-        return stamp == _stamp(job) and all((self._out / file).is_file() for file in files)
+    def has(self, known: dict[str, list[Any]], source: Source) -> bool:
+        """Whether a source's results are there, by what `read` gave."""
+        stamp, files = known.get(source.name, (None, []))
+        return stamp == _stamp(source) and all((self._out / file).is_file() for file in files)
 
-    def add(self, job: Job, files: Sequence[Path]) -> None:
-        """Keep that a job is done."""
+    def add(self, source: Source, files: Sequence[Path]) -> None:
+        """Keep that a source is done."""
         names = [str(file.relative_to(self._out)) for file in files]
-        self.append([time.time(), job.source.name, self._settings, _stamp(job), names])
+        self.append([time.time(), source.name, self._settings, _stamp(source), names])
 
 
-def _stamp(job: Job) -> list[Any]:
+def _stamp(source: Source) -> list[Any]:
     """What says that a source's files have not changed."""
-    files = [*(job.source.frames or (job.source.path,)), *((job.other,) if job.other else ())]
+    files = [*(source.frames or (source.path,)), *((source.other,) if source.other else ())]
     stats = [file.stat() for file in files]
     return [len(files), sum(s.st_size for s in stats), max(s.st_mtime_ns for s in stats)]
 
 
 def predict_files(
     predictor: Predictor,
-    jobs: Sequence[Job],
+    sources: Sequence[Source],
     out: Path,
     *,
     task: str = "",
@@ -95,29 +86,29 @@ def predict_files(
     again: bool = False,
     report: Callable[[Path], None] = lambda path: None,
 ) -> Progressed:
-    """Predict for every job and write OUT/NAME_*, see `write_outputs`; videos as in `dpt.evaluation.videos`.
+    """Predict for every source and write OUT/NAME_*, see `write_outputs`; videos as in `dpt.evaluation.videos`.
 
     At most two batches of pictures are in memory. Results appear one by one, each file whole; `report` gets its path. With
     `settings` (all that the results depend on beside their files) what an earlier call has written is not done again, unless
-    `again`. Ranks share the jobs: videos one by one, pictures in batches that are the same for any number of ranks. What cannot
-    be read is left out and named in the result; the rest is written. UserError if the network cannot predict at all.
+    `again`. Ranks share the sources: videos one by one, pictures in batches that are the same for any number of ranks. What
+    cannot be read is left out and named in the result; the rest is written. UserError if the network cannot predict at all.
     """
     task = predictor.check_task(task or predictor.task).name
     outputs = outputs or OutputConfig()
     outputs.for_task(task)
     log, done = DoneLog(out, settings), Progressed()
     known = distributed.broadcast_object(log.read() if distributed.is_main() else {}) if settings is not None else {}
-    batches, videos = _share(jobs, max(1, predictor.config.batch_size // predictor.config.ensemble[-1]))
+    batches, videos = _share(sources, max(1, predictor.config.batch_size // predictor.config.ensemble[-1]))
     here = sum(map(len, batches)) + len(videos)
     if not again:
-        batches = [[job for job in batch if not log.has(known, job)] for batch in batches]
-        videos = [job for job in videos if not log.has(known, job)]
+        batches = [[source for source in batch if not log.has(known, source)] for batch in batches]
+        videos = [source for source in videos if not log.has(known, source)]
     total = sum(map(len, batches)) + len(videos)
     done.skipped = here - total
     bar: Progress[int] = progress(total, f"predict {task}", "file")
 
-    def keep(job: Job, files: list[Path]) -> None:
-        log.add(job, files)
+    def keep(source: Source, files: list[Path]) -> None:
+        log.add(source, files)
         done.written += files
         for file in files:
             report(file)
@@ -131,39 +122,39 @@ def predict_files(
         for batch, read in _read_ahead([batch for batch in batches if batch], task):
             for problem in (r for r in read if isinstance(r, str)):
                 leave_out(problem)
-            sound = [(job, r) for job, r in zip(batch, read, strict=True) if not isinstance(r, str)]
-            for job, files in _predict_batch(predictor, sound, out, task, outputs, resolution, embed):
-                keep(job, files)
-        for job in videos:
-            made_with = None if again or settings is None else [settings, _stamp(job)]
+            sound = [(source, r) for source, r in zip(batch, read, strict=True) if not isinstance(r, str)]
+            for source, files in _predict_batch(predictor, sound, out, task, outputs, resolution, embed):
+                keep(source, files)
+        for source in videos:
+            made_with = None if again or settings is None else [settings, _stamp(source)]
             try:
                 files = predict_video(
-                    predictor, job.source, out, task=task, outputs=outputs, resolution=resolution, settings=made_with
+                    predictor, source, out, task=task, outputs=outputs, resolution=resolution, settings=made_with
                 )
-                keep(job, files)
+                keep(source, files)
             except UserError as error:
                 leave_out(str(error))
     return done
 
 
-def _share(jobs: Sequence[Job], size: int) -> tuple[list[list[Job]], list[Job]]:
+def _share(sources: Sequence[Source], size: int) -> tuple[list[list[Source]], list[Source]]:
     """This rank's pictures, in batches of `size`, and its videos."""
     rank, ranks = distributed.rank(), distributed.world_size()
-    videos = [job for job in jobs if job.source.is_video]
-    pictures = [job for job in jobs if not job.source.is_video]
+    videos = [source for source in sources if source.is_video]
+    pictures = [source for source in sources if not source.is_video]
     batches = [pictures[start : start + size] for start in range(0, len(pictures), size)]
     return batches[rank::ranks], videos[rank::ranks]
 
 
 def _predict_batch(
     predictor: Predictor,
-    batch: Sequence[tuple[Job, Any]],
+    batch: Sequence[tuple[Source, Any]],
     out: Path,
     task: str,
     outputs: OutputConfig,
     resolution: int,
     embed: Embed | None,
-) -> Iterator[tuple[Job, list[Path]]]:
+) -> Iterator[tuple[Source, list[Path]]]:
     """Predictions of pictures that are read, written one by one."""
     if not batch:
         return
@@ -177,15 +168,15 @@ def _predict_batch(
         task=task,
         others=None if others[0] is None else others,
         embeddings=embeddings,
-        keys=[job.source.name for job, _ in batch],
+        keys=[source.name for source, _ in batch],
         resolution=resolution,
     )
-    for (job, (image, _)), prediction in zip(batch, predictions, strict=True):
-        place = out / job.source.name
-        yield job, write_outputs(prediction, task, image, place.parent, place.name, config=outputs)
+    for (source, (image, _)), prediction in zip(batch, predictions, strict=True):
+        place = out / source.name
+        yield source, write_outputs(prediction, task, image, place.parent, place.name, config=outputs)
 
 
-def _read_ahead(batches: Sequence[Sequence[Job]], task: str) -> Iterator[tuple[Sequence[Job], list[Any]]]:
+def _read_ahead(batches: Sequence[Sequence[Source]], task: str) -> Iterator[tuple[Sequence[Source], list[Any]]]:
     """Batches with what was read for them, the next one read while one is worked on."""
     with ThreadPoolExecutor(1) as pool:
         waiting = [pool.submit(_read_batch, batches[0], task)] if batches else []
@@ -196,19 +187,19 @@ def _read_ahead(batches: Sequence[Sequence[Job]], task: str) -> Iterator[tuple[S
             yield batch, read
 
 
-def _read_batch(batch: Sequence[Job], task: str) -> list[Any]:
-    """For each job (image, other or None), or the sentence that says why it cannot be had."""
+def _read_batch(batch: Sequence[Source], task: str) -> list[Any]:
+    """For each source (image, other or None), or the sentence that says why it cannot be had."""
     found: list[Any] = []
-    for job in batch:
+    for source in batch:
         try:
-            image = read_picture(job.source.path)
+            image = read_picture(source.path)
             other = None
-            if job.other is not None:
-                other = read_picture(job.other) if task == "flow" else read_mask(job.other)
+            if source.other is not None:
+                other = read_picture(source.other) if task == "flow" else read_mask(source.other)
                 if other.shape[:2] != image.shape[:2]:
                     sizes = [f"{a.shape[1]} x {a.shape[0]}" for a in (image, other)]
                     what = "second frame" if task == "flow" else "mask"
-                    raise UserError(f"{job.source.path} is of {sizes[0]} pixels, its {what} of {sizes[1]}.")
+                    raise UserError(f"{source.path} is of {sizes[0]} pixels, its {what} of {sizes[1]}.")
             found.append((image, other))
         except UserError as error:
             found.append(str(error))

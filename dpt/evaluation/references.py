@@ -27,7 +27,7 @@ class Reference:
         self.stored: Statistics | None = read_statistics(config.reference)
         self.source: ImageSource | None = None
         found = 0
-        if self.stored is None or (self.stored.manifold is None and has_images(config.reference)):
+        if self.stored is None or (self.stored.features is None and has_images(config.reference)):
             self.source = ImageSource(config.reference, codec=codec, cache_dir=cache_dir)
             if self.stored is not None or self.source.prepared:
                 found = self.source.resolution
@@ -44,7 +44,7 @@ class Reference:
                 f"{config.reference}: a reference of {found} x {found} pixels, for images of {resolution} x {resolution}; give "
                 "one of their size."
             )
-        features = self.stored.manifold if self.stored is not None else None
+        features = self.stored.features if self.stored is not None else None
         here = len(self.source) if self.source is not None else 0 if features is None else len(features)
         self.manifold = min(here, config.manifold_images)
         self.kind = "statistics" if self.stored is not None else self.source.kind if self.source is not None else ""
@@ -55,15 +55,11 @@ class Reference:
         config, found = self._config, self.stored
         if self.source is not None:
             part = collect_features(self.source, network, manifold_images=config.manifold_images, title="the reference")
-            found = (
-                part.statistics(network, self._resolution)
-                if found is None
-                else dataclasses.replace(found, manifold=part.manifold)
-            )
+            found = part if found is None else dataclasses.replace(found, features=part.features)
         assert found is not None
-        if found.manifold is not None and len(found.manifold) > config.manifold_images:
-            rows = spread(len(found.manifold), config.manifold_images)
-            found = dataclasses.replace(found, manifold=found.manifold[rows])
+        if found.features is not None and len(found.features) > config.manifold_images:
+            rows = spread(len(found.features), config.manifold_images)
+            found = dataclasses.replace(found, features=found.features[rows])
         if config.save_reference and distributed.is_main():
             kept = dataclasses.replace(found, network=network.sha256, resolution=self._resolution)
             write_statistics(Path(config.save_reference), kept)

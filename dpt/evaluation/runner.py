@@ -27,7 +27,7 @@ from dpt.scores import name_of, say
 
 SUMMARY_VERSION = 1
 SCENES = "scenes"
-"""Folder of the scenes of reports, below the set's own (`dpt.evaluation.scenes`)."""
+"""Folder of the scenes of reports, below the set's own (`dpt.evaluation.pictures.write_scenes`)."""
 _SAMPLING = ("sampler", "eta", "step_power", "guidance_scale", "guidance_low", "guidance_high", "precision", "seed")
 
 
@@ -53,10 +53,10 @@ def evaluate(
         predictor = None
     elif predictor is None:
         predictor = Predictor(config.weights, config=config)
-    if predictor is not None and (settled := config.settled(predictor.diffusion)) != config:
-        distributed.log("These weights predict in one pass: dpt.evaluation.steps and ensemble are 1.")
-        config = settled
     if predictor is not None:
+        if (settled := config.settled(predictor.diffusion)) != config:
+            distributed.log("These weights predict in one pass: dpt.evaluation.steps and ensemble are 1.")
+            config = settled
         for one in sets:
             check_set(one, predictor)
     with distributed.shared_errors():
@@ -157,8 +157,7 @@ def _described(config: EvaluationConfig, predictor: Predictor | None) -> dict[st
 
 def _draw(one: EvaluationSet, scorer: Scorer, records: list[Record], count: int, folder: Path) -> None:
     """Pages of telling samples, and the scenes of reports; every rank predicts its share again, rank 0 puts all together."""
-    from dpt.evaluation.pictures import compare, write_page
-    from dpt.evaluation.scenes import Scene, write_scenes
+    from dpt.evaluation.pictures import compare, write_page, write_scenes
 
     picked = pick_samples(one, records, count)
     chosen = {r.index: r for rows in picked.values() for r in rows}
@@ -186,8 +185,7 @@ def _draw(one: EvaluationSet, scorer: Scorer, records: list[Record], count: int,
         which = "drawn by key, the same for every model" if title == SAME else f"{title} by {name_of(metric)}"
         page = [rows[r.index] for r in samples]
         write_page(page, folder / "pictures" / f"{one.name}_{title}.png", f"{what}: {which}")
-    scenes = [Scene(key=r.key, value=r.metrics[metric], row=rows[r.index]) for r in picked[SAME]]
-    write_scenes(scenes, folder / SCENES, setting=picked[SAME][0].setting, metric=metric, about=about)
+    write_scenes([(r, rows[r.index]) for r in picked[SAME]], folder / SCENES, metric=metric, about=about)
 
 
 def run_evaluation(recipe: Recipe, *, read: Callable[..., Weights] = read_weights) -> dict[str, Any]:

@@ -30,14 +30,12 @@ class Validator:
 
     def __init__(self, config: DptConfig, *, codes: Mapping[str, str], depth_prompt: str) -> None:
         given = config.validation
-        self._model = dataclasses.replace(config.model, capacity_factor=0.0)  # as `averaged_network` builds it
-        self._codec = load_vae(config.data.vae, latent_channels=config.model.in_channels)
         self._frame = LoadedModel(
             network=nn.Identity(),
-            model=self._model,
+            model=dataclasses.replace(config.model, capacity_factor=0.0),  # as `averaged_network` builds it
             diffusion=config.diffusion,
             task=config.task,
-            codec=self._codec,
+            codec=load_vae(config.data.vae, latent_channels=config.model.in_channels),
             codes={**target_codes.codes_of({}, ""), **codes},
             depth_prompt=depth_prompt or tasks.DEPTH_PROMPT,
         )

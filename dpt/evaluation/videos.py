@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, pairwise, repeat
 from pathlib import Path
 from typing import Any
 
@@ -93,11 +93,13 @@ def predict_video(
     if task == "amodal":
         raise UserError(f"{source.path}: whole objects need a mask for each picture; give pictures, not a video.")
     folder, name = out / source.name, Path(source.name).name
-    state = _State(out / ".done" / f"{source.name.replace('/', '__')}.npz", settings)
-    carried, start = state.read() if settings is not None else (Carried(), 0)
+    state = out / ".done" / f"{source.name.replace('/', '__')}.npz"
+    made_with = json.dumps(settings, sort_keys=True, default=str)
+    carried, start = _read_state(state, made_with) if settings is not None else (Carried(), 0)
     total = count_frames(source) - (task == "flow")
     size = max(1, predictor.config.batch_size // predictor.config.ensemble[-1])
-    steps = _pairs(iter_frames(source)) if task == "flow" else ((frame, None) for frame in iter_frames(source))
+    steps: Iterator[tuple[np.ndarray, np.ndarray | None]]
+    steps = pairwise(iter_frames(source)) if task == "flow" else zip(iter_frames(source), repeat(None))
     number = start
     files: list[Path] = [f for i in range(start) for f in sorted(folder.glob(f"{i:06d}_*"))]
     frames = islice(steps, start, None)
@@ -121,7 +123,9 @@ def predict_video(
                 files += write_outputs(prediction, task, image, folder, f"{number:06d}", config=outputs, limits=carried.limits)
                 number += 1
             if settings is not None:
-                state.write(carried, number)
+                depth = np.zeros((0, 0), np.float32) if carried.depth is None else carried.depth
+                kept = {"depth": depth, "limits": carried.limits, "number": number, "settings": made_with}
+                write_arrays(state, kept)
             bar.update(len(batch))
     if not number:
         raise UserError(f"{source.path}: the video has no {'pair of frames' if task == 'flow' else 'frame'}.")
@@ -130,42 +134,19 @@ def predict_video(
     if colours and (suffix == ".gif" or can_encode()):
         files.append(out / f"{source.name}_{task}{suffix}")
         write_atomically(files[-1], lambda path: write_video(path, colours, frame_rate(source), suffix))
-    state.remove()
+    state.unlink(missing_ok=True)
     return files
 
 
-def _pairs(frames: Iterator[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Each frame with the next."""
-    before: np.ndarray | None = None
-    for frame in frames:
-        if before is not None:
-            yield before, frame
-        before = frame
-
-
-class _State:
-    """How far a video is, as a file: the number of the next frame and what is carried to it."""
-
-    def __init__(self, path: Path, settings: Any) -> None:
-        self._path, self._settings = path, json.dumps(settings, sort_keys=True, default=str)
-
-    def read(self) -> tuple[Carried, int]:
-        """Where to resume: at the beginning if there is nothing, or it is of other settings."""
-        try:
-            with np.load(self._path, allow_pickle=False) as found:
-                if str(found["settings"]) != self._settings:
-                    return Carried(), 0
-                depth = found["depth"] if found["depth"].size else None
-                low, high = (float(v) for v in found["limits"])
-                return Carried(depth=depth, limits=(low, high)), int(found["number"])
-        except (OSError, ValueError, KeyError):
-            return Carried(), 0
-
-    def write(self, carried: Carried, number: int) -> None:
-        """Keep it."""
-        depth = np.zeros((0, 0), np.float32) if carried.depth is None else carried.depth
-        write_arrays(self._path, {"depth": depth, "limits": carried.limits, "number": number, "settings": self._settings})
-
-    def remove(self) -> None:
-        """The video is done."""
-        self._path.unlink(missing_ok=True)
+def _read_state(path: Path, settings: str) -> tuple[Carried, int]:
+    """What is carried to the next frame and its number, as a stop left them: the beginning if there is nothing, or it is of
+    other settings."""
+    try:
+        with np.load(path, allow_pickle=False) as found:
+            if str(found["settings"]) != settings:
+                return Carried(), 0
+            depth = found["depth"] if found["depth"].size else None
+            low, high = (float(v) for v in found["limits"])
+            return Carried(depth=depth, limits=(low, high)), int(found["number"])
+    except (OSError, ValueError, KeyError):
+        return Carried(), 0

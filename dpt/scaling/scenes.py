@@ -1,4 +1,4 @@
-"""The scenes that evaluations have kept (`dpt.evaluation.scenes`), the same for every model, and how a report shows them."""
+"""The scenes that evaluations have kept (`dpt.evaluation.pictures`), the same for every model, and how a report shows them."""
 
 import json
 from collections.abc import Sequence

@@ -116,6 +116,6 @@ def test_pictures_of_other_sizes_are_cropped_not_stretched(tmp_path):
     wide[:, 16:48] = 200  # the centre is what is left
     Image.fromarray(np.full((32, 32, 3), 9, np.uint8)).save(tmp_path / "0.png")
     Image.fromarray(wide).save(tmp_path / "1.png")
-    source = ImageSource(tmp_path)
-    assert source[1].shape == (32, 32, 3)
-    assert (source[1] == 200).all()
+    cropped = ImageSource(tmp_path).batch([1])
+    assert cropped.shape == (1, 32, 32, 3)
+    assert (cropped == 200).all()

@@ -166,7 +166,7 @@ def test_statistics_of_adms_evaluator_are_read_and_ours_are_kept(tmp_path, netwo
     refuse("precision and recall need more than 3 images of each kind; 41 generated and 2 real", arr_0=random_images(2, 0))
     kept = read_statistics(tmp_path / "kept" / "ours.npz")
     assert (kept.count, kept.resolution) == (30, 6)
-    refuse("made with the feature network aaaa", mu=kept.mean, sigma=kept.covariance, network=np.array("a" * 64))
+    refuse("made with the feature network aaaa", mu=kept.pooled[0], sigma=kept.pooled[1], network=np.array("a" * 64))
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="empty: no images there"):
         ImageSource(tmp_path / "empty")
@@ -186,7 +186,7 @@ def test_generated_images_do_not_depend_on_ranks_or_interruptions(tmp_path):
     labels = [i % 4 for i in range(10)]
 
     def write(name: str, **settings) -> None:
-        generation.write_samples(_predictor(**settings), tmp_path / name, labels, steps=2, settings={"seed": 0, "cfg": 1.5})
+        generation.write_samples(_predictor(**settings), tmp_path / name, labels, steps=2)
 
     write("one")
     run_ranks(2, lambda: write("two"))
@@ -207,15 +207,13 @@ def test_generated_images_do_not_depend_on_ranks_or_interruptions(tmp_path):
 
 
 def test_images_of_other_settings_are_not_taken_for_these(tmp_path):
-    def write(**settings) -> None:
-        generation.write_samples(_predictor(), tmp_path / "out", [0, 1], steps=1, settings=settings)
-
-    write(guidance_scale=1.5)
+    generation.claim_folder(tmp_path / "out", {"guidance_scale": 1.5})
+    generation.write_samples(_predictor(), tmp_path / "out", [0, 1], steps=1)
     with pytest.raises(UserError, match=r"made with guidance_scale 1\.5, not 4\.0"):
-        write(guidance_scale=4.0)
+        generation.claim_folder(tmp_path / "out", {"guidance_scale": 4.0})
     (tmp_path / "out" / "settings.json").unlink()
     with pytest.raises(UserError, match="nothing is known of"):
-        write(guidance_scale=1.5)
+        generation.claim_folder(tmp_path / "out", {"guidance_scale": 1.5})
 
 
 def test_scoring_weights_says_what_the_figures_depend_on(tmp_path, network):
@@ -252,7 +250,7 @@ def test_a_stored_reference_is_thinned_evenly(network, tmp_path):
     np.savez(tmp_path / "real.npz", random_images(9, 0, side=64))
     config = GenerationConfig(reference=str(tmp_path / "real.npz"), save_reference=str(tmp_path / "kept.npz"), **network)
     features = load_features(config.features, config.features_sha256)
-    whole = Reference(config, features, 64).statistics(features).manifold
+    whole = Reference(config, features, 64).statistics(features).features
     config = dataclasses.replace(config, reference=config.save_reference, save_reference="", manifold_images=3)
-    thinned = Reference(config, features, 64).statistics(features).manifold
+    thinned = Reference(config, features, 64).statistics(features).features
     np.testing.assert_array_equal(thinned, whole[[0, 4, 8]])

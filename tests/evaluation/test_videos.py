@@ -11,7 +11,7 @@ from dpt.errors import UserError
 from dpt.evaluation import Prediction, Predictor, videos
 from dpt.evaluation.frames import Source, find_sources, iter_frames
 from dpt.evaluation.outputs import OutputConfig
-from dpt.evaluation.predicting import Job, predict_files
+from dpt.evaluation.predicting import predict_files
 from dpt.evaluation.videos import Carried, align_to, predict_video
 from dpt.tasks import resize_smooth
 from tests.evaluation.tiny import batch_sizes, make_model, stop_at
@@ -157,7 +157,7 @@ def test_a_video_that_has_changed_begins_anew(tmp_path, monkeypatch):
     sources = find_sources([tmp_path / "v"], as_frames=True)
     numbers = stop_at(monkeypatch, videos, 3)
     with pytest.raises(KeyboardInterrupt):
-        predict_files(predictor, [Job(source=sources[0])], tmp_path / "out", settings=[1])
+        predict_files(predictor, sources[:1], tmp_path / "out", settings=[1])
     os.utime(tmp_path / "v" / "0.png", (2**31, 2**31))
-    predict_files(predictor, [Job(source=sources[0])], tmp_path / "out", settings=[1])
+    predict_files(predictor, sources[:1], tmp_path / "out", settings=[1])
     assert numbers[3:] == ["000000", "000001", "000002"]

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from dpt.config.numbers import AT_LEAST_1, NOT_NEGATIVE
-from dpt.config.sections.checking import check, check_fields
+from dpt.config.sections.checking import check, check_fields, check_interval
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,10 +31,7 @@ class SelfAlignmentConfig:
             f"{name}.student_block {self.student_block} and teacher_block {self.teacher_block} must obey "
             "1 <= student < teacher.",
         )
-        check(
-            0.0 <= self.offset_low <= self.offset_high <= 1.0,
-            f"{name}.offset_low {self.offset_low} and offset_high {self.offset_high} must obey 0 <= low <= high <= 1.",
-        )
+        check_interval(self, name, "offset")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ def check_fields(config: Any, section: str, allowed: Range, *names: str) -> None
         allowed.check(f"{section}.{name}", getattr(config, name))
 
 
-def check_guidance_interval(config: Any, section: str) -> None:
-    """UserError unless guidance acts in an interval of [0, 1]."""
-    low, high = config.guidance_low, config.guidance_high
-    check(0.0 <= low <= high <= 1.0, f"{section}.guidance_low {low} and guidance_high {high} must obey 0 <= low <= high <= 1.")
+def check_interval(config: Any, section: str, name: str) -> None:
+    """UserError unless the fields NAME_low and NAME_high are the ends of an interval in [0, 1]."""
+    low, high = getattr(config, f"{name}_low"), getattr(config, f"{name}_high")
+    check(0.0 <= low <= high <= 1.0, f"{section}.{name}_low {low} and {name}_high {high} must obey 0 <= low <= high <= 1.")

@@ -209,17 +209,6 @@ class TimestepEmbedder(nn.Module):
         return self.mlp(torch.cat([cosine, sine], dim=-1).to(next(self.mlp.parameters()).dtype))
 
 
-class LabelEmbedder(nn.Module):
-    """Labels [B] to [B, D]; the last row is the null label's."""
-
-    def __init__(self, num_classes: int, size: int) -> None:
-        super().__init__()
-        self.embedding_table = nn.Embedding(num_classes + 1, size)
-
-    def forward(self, labels: Tensor) -> Tensor:
-        return self.embedding_table(labels)
-
-
 class FinalLayer(nn.Module):
     """A modulated norm and a linear layer to patches: [B, T, D] to [B, T, p p C_out]."""
 
@@ -274,7 +263,8 @@ class DptTransformer2DModel(ModelMixin, ConfigMixin):
         }
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size, num_input_tasks)
         self.t_embedder = TimestepEmbedder(hidden_size, timestep_features)
-        self.y_embedder = LabelEmbedder(num_classes, hidden_size)
+        # The last row is the null label's.
+        self.y_embedder = nn.ModuleDict({"embedding_table": nn.Embedding(num_classes + 1, hidden_size)})
         self.blocks = nn.ModuleList(
             Block(hidden_size, num_heads, mlp_width, qk_norm, mlp_norm_eps, experts if num_experts else {})
             for _ in range(num_layers)
@@ -291,7 +281,7 @@ class DptTransformer2DModel(ModelMixin, ConfigMixin):
         first_task = self.config.num_classes - self.config.num_input_tasks
         x = self.x_embedder(latents.to(self.dtype), (labels - first_task).expand(len(latents)))
         x = x + positions(rows, columns, self.config.hidden_size, x.device).to(x.dtype)
-        conditioning = self.t_embedder(times) + self.y_embedder(labels)
+        conditioning = self.t_embedder(times) + self.y_embedder["embedding_table"](labels)
         for block in self.blocks:
             x = block(x, conditioning)
         x = self.final_layer(x, conditioning)

@@ -21,7 +21,7 @@ from diffusers.utils import BaseOutput
 from PIL import Image
 from torch import Tensor
 
-_GOLDEN, _MIX_1, _MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+_GOLDEN, _MIX_1, _MIX_2 = (np.uint64(n) for n in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 _DEPTH_SPREAD = 4.0
 _NO_SETTINGS = ("self", "__class__", "transformer", "scheduler", "vae")
 
@@ -251,34 +251,25 @@ def sharpen(scheduler: Any) -> None:
 # --- noise that belongs to a picture's key -------------------------------------------------------------------------------
 
 
-def _signed(value: int) -> int:
-    value &= (1 << 64) - 1
-    return value - (1 << 64) if value >= 1 << 63 else value
-
-
 def _digest(*parts: object) -> int:
     text = "".join(f"{len(str(part))}:{part}" for part in parts)
-    return _signed(int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little"))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
-def _shift_right(x: Tensor, bits: int) -> Tensor:
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def _mix(x: Tensor) -> Tensor:
-    """splitmix64's finaliser."""
-    x = (x ^ _shift_right(x, 30)) * _signed(_MIX_1)
-    x = (x ^ _shift_right(x, 27)) * _signed(_MIX_2)
-    return x ^ _shift_right(x, 31)
+def _mix(x: np.ndarray) -> np.ndarray:
+    """splitmix64's finaliser, of uint64."""
+    x = (x ^ (x >> np.uint64(30))) * _MIX_1
+    x = (x ^ (x >> np.uint64(27))) * _MIX_2
+    return x ^ (x >> np.uint64(31))
 
 
 def hashed_normal(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
     """Standard normal numbers float32 [N, *shape], each a hash of its seed and place (Box and Muller)."""
     count = math.prod(shape)
-    counter = torch.arange(1, (count + 1) // 2 + 1, dtype=torch.int64) * _signed(_GOLDEN)
-    bits = _mix(torch.tensor(seeds, dtype=torch.int64)[:, None] ^ _mix(counter)[None])
-    radius = torch.sqrt(-2.0 * torch.log((_shift_right(bits, 32).float() + 0.5) * 2.0**-32))
-    angle = (bits & 0xFFFFFFFF).float() * (2.0 * math.pi * 2.0**-32)
+    counter = np.arange(1, (count + 1) // 2 + 1, dtype=np.uint64) * _GOLDEN
+    bits = _mix(np.array(seeds, np.uint64)[:, None] ^ _mix(counter))
+    high, low = (torch.from_numpy(part.astype(np.float32)) for part in (bits >> np.uint64(32), bits & np.uint64(0xFFFFFFFF)))
+    radius, angle = torch.sqrt(-2.0 * torch.log((high + 0.5) * 2.0**-32)), low * (2.0 * math.pi * 2.0**-32)
     pairs = torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), dim=1).flatten(1)
     return pairs[:, :count].reshape(len(seeds), *shape)
 
