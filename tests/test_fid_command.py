@@ -7,34 +7,23 @@ from pathlib import Path
 
 import numpy as np
 
-from data_tools.encoding.shards import ShardWriter
 from dpt import cli
 from dpt.data.codec import load_vae
-from dpt.data.manifest import Manifest, MemberSpec, VAERecord, file_sha256, write_manifest
+from dpt.data.manifest import file_sha256
 from tests.evaluation.image_networks import Random, random_images, save_network
 from tests.publishing.small import LINEAGE, export_small
+from tests.shards import write_set
 from tests.test_cli import refusal
 
 
 def _shards(folder: Path, labels: list[int]) -> Path:
-    codec = load_vae()
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    with ShardWriter(folder / "000000.tar") as writer:
-        for number, label in enumerate(labels):
-            latents = rng.normal(0, 1 / codec.scaling_factor, (2, 4, 8, 8)).astype(np.float16)
-            members = {"label": np.int64(label), "latents": latents}
-            writer.add(f"{number:04d}", {n: np.asarray(v) for n, v in members.items()}, {})
-        record = writer.commit()
-    write_manifest(
-        folder,
-        Manifest(
-            dataset="tiny", split="train", task="class", resolution=64, num_samples=len(labels), shards=(record,),
-            members={"label": MemberSpec(dtype="int64", shape=()), "latents": MemberSpec(dtype="float16", shape=(2, 4, 8, 8))},
-            vae=VAERecord(name="embedded", sha256=codec.sha256, scaling_factor=codec.scaling_factor, latent_channels=4),
-        ),
-    )  # fmt: skip
-    return folder
+    codec, rng = load_vae(), np.random.default_rng(0)
+
+    def make(number: int) -> dict[str, np.ndarray]:
+        latents = rng.normal(0, 1 / codec.scaling_factor, (2, 4, 8, 8)).astype(np.float16)
+        return {"label": np.array(labels[number]), "latents": latents}
+
+    return write_set(folder, [len(labels)], make, resolution=64, vae=codec.record)
 
 
 def _weights(folder: Path, task: str = "class") -> Path:

@@ -9,6 +9,7 @@ import pytest
 
 from dpt import distributed
 from dpt.config.sections import EvaluationConfig
+from dpt.data.manifest import read_manifest, write_manifest
 from dpt.data.shards import ShardFolder
 from dpt.errors import UserError
 from dpt.evaluation import scoring
@@ -83,8 +84,7 @@ def test_ranks_do_not_change_a_figure(depth_set, tmp_path):
     _run(_config(tmp_path / "one", depth_set))
 
     def on_rank() -> int:
-        config = _config(tmp_path / "two", depth_set, pictures=1)
-        summary = evaluate(config, predictor=Predictor(make_model(), config=config, device="cpu"))
+        summary = _run(_config(tmp_path / "two", depth_set, pictures=1))
         assert distributed.world_size() == 2
         return summary["sets"]["synthetic_val"]["num_samples"]
 
@@ -134,9 +134,8 @@ def test_an_interrupted_run_goes_on(depth_set, tmp_path, monkeypatch):
 def test_saved_predictions_score_the_same_as_given_ones(task, tmp_path):
     folder = make_set(tmp_path / "set", task)
     summary = _run(_config(tmp_path / "out", folder, steps=[2], ensemble=[2], save_predictions=True), task)
-    given = _config(
-        tmp_path / "given", folder, predictions=str(tmp_path / "out" / "synthetic_val" / "predictions" / "s2_n2"), pictures=1
-    )
+    saved = tmp_path / "out" / "synthetic_val" / "predictions" / "s2_n2"
+    given = _config(tmp_path / "given", folder, predictions=str(saved), pictures=int(task == "flow"))
     again = evaluate(given)
     first, second = (s["sets"]["synthetic_val"]["results"][-1]["metrics"] for s in (summary, again))
     assert first == pytest.approx(second, rel=1e-5)
@@ -149,7 +148,7 @@ def test_saved_predictions_score_the_same_as_given_ones(task, tmp_path):
         expected = np.mean([mask[:, 1:].sum() / mask.sum() for mask in masks])
         assert one["code"]["iou"] == pytest.approx(expected)
         assert tracked_metrics(again)["eval/amodal/code_iou"] == one["code"]["iou"]
-    (Path(given.predictions) / f"scene_003{'.flo' if task == 'flow' else '.npy' if task == 'depth' else '.png'}").unlink()
+    next(saved.glob("scene_003.*")).unlink()
     with pytest.raises(UserError, match="scene_003"):
         evaluate(given)
 
@@ -169,27 +168,27 @@ def test_the_only_set_of_a_task_is_tracked_by_the_task_too(depth_set, tmp_path):
 
 
 def test_bad_input_is_refused(depth_set, tmp_path):
+    config = _config(tmp_path / "out", depth_set)
     for changes, words in (
         ({"data": []}, "data is empty"),
         ({"protocol": "kitti2"}, "unknown"),
         ({"protocol": "pix2gestalt"}, "amodal"),
     ):
         with pytest.raises(UserError, match=words):
-            _run(dataclasses.replace(_config(tmp_path / "out", depth_set), **changes))
+            _run(dataclasses.replace(config, **changes))
     with pytest.raises(UserError, match="weights is empty"):
-        evaluate(_config(tmp_path / "out", depth_set))
+        evaluate(config)
     with pytest.raises(UserError, match="cannot predict"):
-        _run(_config(tmp_path / "out", depth_set), task="flow")
-    manifest = depth_set / "manifest.json"
-    text = manifest.read_text()
-    manifest.write_text(text.replace('"pooling"', '"another"'))
-    with pytest.raises(UserError, match="another one"):
-        _run(_config(tmp_path / "out", depth_set))
-    value = json.loads(text)
-    del value["members"]["truth"]
-    manifest.write_text(json.dumps(value))
-    with pytest.raises(UserError, match="no truth"):
-        _run(_config(tmp_path / "out", depth_set))
+        _run(config, task="flow")
+    manifest = read_manifest(depth_set)
+    without = {name: spec for name, spec in manifest.members.items() if name != "truth"}
+    for changes, words in (
+        ({"vae": dataclasses.replace(manifest.vae, sha256="another")}, "another one"),
+        ({"members": without}, "no truth"),
+    ):
+        write_manifest(depth_set, dataclasses.replace(manifest, **changes))
+        with pytest.raises(UserError, match=words):
+            _run(config)
     assert not (tmp_path / "out").exists()
 
 
@@ -201,7 +200,6 @@ def test_shards_of_classes_are_not_asked_for_what_they_never_hold(monkeypatch):
 
 
 def test_picked_samples(depth_set):
-
     one = EvaluationSet(depth_set)
     setting = Setting(steps=1, ensemble=1)
     records = [
@@ -250,12 +248,9 @@ def test_the_visible_mask_is_the_baseline_of_amodal_sets(tmp_path):
     assert "(truth through the image code = the true picture of the whole object thresholded" in text
 
 
-def test_batches_are_filled():
-    assert samples_at_once(1, 16) == 16
-    assert samples_at_once(10, 16) == 3  # 30 of 32
-    assert samples_at_once(5, 16) == 3
-    assert samples_at_once(100, 16) == 1
-    assert samples_at_once(4, 16) == 4
+@pytest.mark.parametrize(("predictions", "samples"), [(1, 16), (10, 3), (5, 3), (100, 1), (4, 4)])
+def test_batches_of_16_are_filled(predictions, samples):
+    assert samples_at_once(predictions, 16) == samples
 
 
 def test_record_log_takes_whole_lines_only(tmp_path):
