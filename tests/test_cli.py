@@ -57,11 +57,6 @@ def test_presets_as_table_and_json(capsys):
     assert rows["a1"]["forward_macs_256px"] == pytest.approx(2.83e9, rel=0.01)
 
 
-@pytest.fixture(scope="module")
-def depth_weights(tmp_path_factory):
-    return export_tiny(tmp_path_factory.mktemp("weights"), "depth", num_conditions=1)
-
-
 def export_tiny(folder, task, name="", **fields):
     """A tiny untrained model, exported to the folder `name` (by default that of its task) with all that its use needs."""
     import dataclasses
@@ -76,21 +71,6 @@ def export_tiny(folder, task, name="", **fields):
     model = DiT(ModelConfig(hidden_size=32, depth=1, num_heads=2, input_size=8, num_classes=4, **fields))
     sections = {"task": task, "diffusion": dataclasses.asdict(DiffusionConfig()), "vae": {"name": "embedded"}}
     return export_weights(model, folder / (name or task), sections=sections)
-
-
-def test_predict_writes_depth_of_any_picture(depth_weights, tmp_path, capsys):
-    import numpy as np
-    from PIL import Image
-
-    picture = tmp_path / "scene.png"
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 70, 3), dtype=np.uint8)).save(picture)
-    arguments = ["predict", str(picture), "--weights", str(depth_weights), "--steps", "2", "--ensemble", "2"]
-    assert cli.main([*arguments, "--out", str(tmp_path / "out")]) == 0
-    assert np.load(tmp_path / "out" / "scene_depth.npy").shape == (50, 70)
-    assert "scene_depth_colour.png" in capsys.readouterr().out
-    broken = tmp_path / "broken.png"
-    broken.write_bytes(b"no picture")
-    assert f"{broken}: not a picture" in refusal(capsys, "predict", broken, "--weights", depth_weights)
 
 
 def test_sample_import_and_export_round(tmp_path, capsys):

@@ -74,8 +74,8 @@ def test_folders_in_every_format_and_what_cannot_be_read(pictures, tmp_path, cap
     assert "4 of 5 were there already" in printed
     assert cli.main([*command, "--steps", "2"]) == 0  # other settings: all anew
     assert len(capsys.readouterr().out.splitlines()) == 25
-    assert cli.main([*command, "--steps", "2", "--pattern", "a/*.png", "--again"]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == 5
+    assert cli.main([*command, "--ensemble", "2", "--pattern", "a/*.png", "--again"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 7  # uncertainty too
 
     for more, words in (
         (["--formats", "tga"], "--formats tga: unknown"),
@@ -174,21 +174,3 @@ def test_the_five_lines_of_python_run(page, pictures, tmp_path) -> None:
     exec(code, names)
     assert names["depth"].shape == (56, 40)
     assert names["depth"].dtype == np.float32
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        (["--mask", "a/one.png"], "--mask is for amodal"),
-        (["--second", "a/one.png"], "--second is for flow"),
-        (["--resolution", "-7"], "argument --resolution: '-7' is no whole number at least 0 and at most 8192"),
-        (["--steps", "0"], "argument --steps"),
-        (["--fov", "nan"], "argument --fov"),
-    ],
-)
-def test_options_of_other_tasks_and_numbers_out_of_range(options, words, pictures, tmp_path, capsys, monkeypatch) -> None:
-    monkeypatch.chdir(pictures)
-    weights = export_tiny(tmp_path, "depth", num_conditions=1)
-    command = ["predict", "a/one.png", "--weights", weights, "--steps", "1", "--out", tmp_path / "out"]
-    assert words in refusal(capsys, *command, *options)
-    assert not (tmp_path / "out").exists()

@@ -55,9 +55,9 @@ for folder in sys.argv[2:]:
     images = numpy.load(sys.argv[1])
     pictures = [images["wide"], Image.fromarray(images["tall"])]
     out = pipe(pictures, num_inference_steps=3, ensemble_size=2, seed=7, batch_size=2)
-    again = pipe(pictures[1], num_inference_steps=3, ensemble_size=2, generator=torch.Generator().manual_seed(0))
-    assert len(again.depth) == 1 and again.depth[0].shape == images["tall"].shape[:2]
     numpy.savez(Path(folder) / "found.npz", *out.depth, *out.uncertainty)
+again = pipe(pictures[1], num_inference_steps=1, generator=torch.Generator().manual_seed(0))
+assert len(again.depth) == 1 and again.depth[0].shape == images["tall"].shape[:2]
 """
 
 
