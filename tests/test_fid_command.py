@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from dpt import cli
+from dpt import cli, tracking
 from dpt.data.codec import load_vae
 from dpt.data.manifest import file_sha256
 from tests.evaluation.image_networks import Random, random_images, save_network
+from tests.evaluation.tiny import calls_of
 from tests.publishing.small import LINEAGE, export_small
 from tests.shards import write_set
 from tests.test_cli import refusal
@@ -59,11 +60,7 @@ def test_fid_of_weights_against_shards(tmp_path: Path, capsys, monkeypatch) -> N
     weights, shards = _weights(tmp_path), _shards(tmp_path / "shards", [0, 1, 1, 1, 3, 3])
     path, sha256 = save_network(Random(), tmp_path / "features.pt")
     network = ["--features", path, "--features-sha256", sha256]
-    started: list[dict] = []
-    import dpt.tracking
-
-    start = dpt.tracking.start_run
-    monkeypatch.setattr(dpt.tracking, "start_run", lambda *a, **k: (started.append(k), start(*a, **k))[1])
+    starts = calls_of(monkeypatch, tracking, "start_run")
     command = ["fid", str(weights), "--reference", str(shards), *network, "--num-images", "6", "--steps", "1"]
     command += ["--no-tracking", "--out", str(tmp_path / "out"), "--labels", "shares", "--guidance", "1.5"]
     assert cli.main(["--local_rank=0", *command]) == 0  # as the DeepSpeed launcher starts it
@@ -71,8 +68,7 @@ def test_fid_of_weights_against_shards(tmp_path: Path, capsys, monkeypatch) -> N
     figures = ("FID", "sFID", "Inception Score", "precision", "recall")
     for words in (*figures, "guidance_scale 1.5", "sampler ddpm", "decoded latents"):
         assert words in printed
-    assert started[0]["parents"] == [LINEAGE["run_id"]]
-    assert started[0]["stage"] == "evaluate"
+    assert (starts[0][1]["stage"], starts[0][1]["parents"]) == ("evaluate", [LINEAGE["run_id"]])
     summary = json.loads((tmp_path / "out" / "fid.json").read_text())
     assert summary["settings"]["reference"] == {"path": str(shards), "kind": "decoded latents", "num_images": 6}
     assert summary["settings"]["sampling"]["vae"] == "embedded"
@@ -85,10 +81,7 @@ def test_fid_of_weights_against_shards(tmp_path: Path, capsys, monkeypatch) -> N
         ([*command[:1], str(depth), *command[2:]], "only class-conditional weights generate images"),
         ([*command, "--guidance", "3"], "made with guidance_scale 1.5, not 3.0"),
         ([*command, "--reference", str(tmp_path / "fitting.npz")], "shares of the labels are taken from class shards"),
-        (
-            [*command, "--reference", str(tmp_path / "small.npz"), "--labels", "balanced"],
-            "32 x 32 pixels, for images of 64 x 64",
-        ),
+        ([*command, "--reference", str(tmp_path / "small.npz"), "--labels", "balanced"], "32 x 32 pixels, for images of 64"),
         ([*command, "--reference", str(tmp_path / "none")], "none: no images there"),
         ([*command, "--features-sha256", "0" * 64], "its sha256 is"),
         ([*command, "--num-images", "2"], "precision and recall need more than 3 images"),

@@ -10,6 +10,7 @@ from dpt import cli
 from dpt.clip import load_clip
 from dpt.evaluation.prediction import Predictor
 from dpt.tasks import visible_object
+from tests.evaluation.tiny import calls_of
 from tests.test_cli import export_tiny, refusal
 
 
@@ -21,17 +22,11 @@ def test_predict_embeds_the_visible_object(tmp_path: Path, clip: Path, capsys, m
     Image.fromarray(image).save(picture)
     Image.fromarray(mask).save(mask_file)
     weights = export_tiny(tmp_path, "amodal", num_conditions=2, clip_embedding_size=6)
-    given: list[torch.Tensor] = []
-    predict = Predictor.__call__
-    monkeypatch.setattr(
-        Predictor,
-        "__call__",
-        lambda self, images, **more: (given.append(more["embeddings"]), predict(self, images, **more))[1],
-    )
+    calls = calls_of(monkeypatch, Predictor, "__call__")
     command = ["predict", str(picture), "--weights", str(weights), "--steps", "1", "--out", str(tmp_path / "out")]
     assert cli.main([*command, "--mask", str(mask_file), "--clip", str(clip)]) == 0
     expected = load_clip(str(clip))([visible_object(image, mask > 0)])
-    torch.testing.assert_close(given[0], expected)
+    torch.testing.assert_close(calls[0][1]["embeddings"], expected)
     written = [Path(line) for line in capsys.readouterr().out.splitlines()]
     assert written
     assert all(path.is_file() and path.name.startswith("cup") for path in written)

@@ -13,7 +13,7 @@ from dpt.errors import UserError
 from dpt.evaluation import Predictor, predicting
 from dpt.evaluation.frames import find_sources
 from dpt.evaluation.predicting import Job, predict_files
-from tests.evaluation.tiny import batch_sizes, make_model, stop_at
+from tests.evaluation.tiny import calls_of, make_model, stop_at
 from tests.gloo import run_ranks
 from tests.test_cli import export_tiny, refusal
 
@@ -131,7 +131,7 @@ def test_ranks_share_the_files_and_give_the_same(pictures, tmp_path) -> None:
 
 def test_a_stop_keeps_what_is_written_and_memory_is_bounded(pictures, tmp_path, monkeypatch) -> None:
     jobs = [Job(source=source) for source in find_sources([pictures])]
-    batches = batch_sizes(monkeypatch)
+    calls = calls_of(monkeypatch, Predictor, "__call__")
     stop_at(monkeypatch, predicting, 4)
     with pytest.raises(KeyboardInterrupt):
         predict_files(_predictor(), jobs, tmp_path / "out", settings=[1])
@@ -141,7 +141,7 @@ def test_a_stop_keeps_what_is_written_and_memory_is_bounded(pictures, tmp_path, 
     done = predict_files(_predictor(), jobs, tmp_path / "out", settings=[1])
     assert done.skipped == 3
     assert len(list((tmp_path / "out").rglob("*.npy"))) == 5
-    assert max(batches) <= 2
+    assert max(len(images) for (_, images), _ in calls) <= 2
     # A picture that has changed since is predicted again.
     os.utime(pictures / "three.png", (1, 1))
     assert predict_files(_predictor(), jobs, tmp_path / "out", settings=[1]).skipped == 4

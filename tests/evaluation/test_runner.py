@@ -19,7 +19,7 @@ from dpt.evaluation.runner import evaluate
 from dpt.evaluation.scoring import samples_at_once
 from dpt.evaluation.sets import EvaluationSet
 from dpt.evaluation.summary import drawn_by_key, format_summary, pick_samples, tracked_metrics
-from tests.evaluation.tiny import make_model, make_set
+from tests.evaluation.tiny import calls_of, make_model, make_set
 from tests.gloo import run_ranks
 
 
@@ -111,23 +111,22 @@ def test_an_interrupted_run_goes_on(depth_set, tmp_path, monkeypatch):
     (part,) = (tmp_path / "out").glob("*/parts/*/*.jsonl")
     part.write_text(part.read_text() + '[[2, "scene_002", ["model", 1')  # a torn line
     assert not (tmp_path / "out" / "summary.json").exists()
-    predicted: list[str] = []
-    latents = Predictor.predict_latents
-    monkeypatch.setattr(
-        Predictor,
-        "predict_latents",
-        lambda self, c, keys, *a, **k: (predicted.extend(keys), latents(self, c, keys, *a, **k))[1],
-    )
+    calls = calls_of(monkeypatch, Predictor, "predict_latents")
+
+    def predicted() -> list[str]:
+        """The keys since it was asked last."""
+        keys = [key for (_, _, keys, *_), _ in calls for key in keys]
+        calls.clear()
+        return keys
+
     _run(config)
-    assert set(predicted) == {"scene_002", "scene_003", "scene_004"}
+    assert set(predicted()) == {"scene_002", "scene_003", "scene_004"}
     _assert_same(_rows(tmp_path / "out"), _rows(tmp_path / "whole"))
-    predicted.clear()
     _run(dataclasses.replace(config, steps=[1, 2, 3]))  # only what is new is predicted
-    assert len(predicted) == 5
+    assert len(predicted()) == 5
     assert len(_rows(tmp_path / "out")) == 5 * (2 + 6)
-    predicted.clear()
     _run(dataclasses.replace(config, seed=1))  # other noise: nothing can be taken over
-    assert len(predicted) == 10
+    assert len(predicted()) == 10
 
 
 @pytest.mark.parametrize("task", ["depth", "flow", "amodal"])

@@ -14,7 +14,6 @@ from dpt.config.sections import DiffusionConfig, ModelConfig
 from dpt.data.codec import LatentScaling
 from dpt.data.manifest import VAERecord
 from dpt.evaluation.loading import LoadedModel
-from dpt.evaluation.prediction import Predictor
 from dpt.models.dit import DiT
 from tests.shards import write_set
 
@@ -119,10 +118,13 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, module: ModuleType, number: int) ->
     return names
 
 
-def batch_sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many pictures predictors are called with, from now on."""
-    call, sizes = Predictor.__call__, []
-    monkeypatch.setattr(
-        Predictor, "__call__", lambda self, images, **more: (sizes.append(len(images)), call(self, images, **more))[1]
-    )
-    return sizes
+def calls_of(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """Arguments and options of the calls of `owner.name`, from now on."""
+    original, calls = getattr(owner, name), []
+
+    def noted(*arguments: Any, **options: Any) -> Any:
+        calls.append((arguments, options))
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(owner, name, noted)
+    return calls
