@@ -80,8 +80,8 @@ def test_a_task_of_ones_own_from_its_page(tmp_path: Path, monkeypatch: pytest.Mo
     predicted = np.load("predictions/0_normals.npy")
     np.testing.assert_allclose(np.linalg.norm(predicted, axis=0), 1.0, atol=1e-3)
     assert Image.open("predictions/0_normals.png").size == (64, 48)
-    (training,) = [run for run in load_runs("sqlite:///mlflow.db") if run.stage == "finetune"]
-    (evaluation,) = [run for run in load_runs("sqlite:///mlflow.db") if run.stage == "evaluate"]
+    training, evaluation = sorted(load_runs("sqlite:///mlflow.db"), key=lambda run: run.stage, reverse=True)
+    assert (training.stage, evaluation.stage) == ("finetune", "evaluate")
     assert evaluation.tags["mlflow.parentRunId"] == training.mlflow_run_id
     assert evaluation.metrics["eval/normals/angle"] == pytest.approx(figures["results"][0]["metrics"]["angle"])
 

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from data_tools.encode import main
+from data_tools.encoding.pipeline import BatchEncoder
 from data_tools.encoding.shards import ShardWriter
 from dpt import tasks
 from dpt.data.codec import load_vae
@@ -20,6 +21,7 @@ from dpt.data.manifest import read_manifest
 from dpt.data.shards import ShardFolder
 from dpt.data.stream import LatentStream
 from tests.data_tools.encode_runs import SIDE, arguments, contents, encode_alone
+from tests.gloo import run_ranks
 
 
 @pytest.fixture(scope="module")
@@ -103,19 +105,17 @@ def test_the_same_bytes_however_it_is_done(
 
 
 def test_bits_do_not_depend_on_the_number_of_threads() -> None:
-    """In a process of its own: the number of torch's threads is set for good."""
-    code = (
-        "import numpy as np, torch\n"
-        "from data_tools.encoding.pipeline import BatchEncoder\n"
-        "from dpt.data.codec import load_vae\n"
-        "images = list(np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), dtype=np.uint8))\n"
-        "found = []\n"
-        "for threads in (1, 3):\n"
-        "    torch.set_num_threads(threads)\n"
-        "    found.append(BatchEncoder(load_vae(), 4).encode(images).get())\n"
-        "assert found[0].shape[0] == 3 and (found[0] == found[1]).all()\n"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    images = list(np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), dtype=np.uint8))
+
+    def on_rank() -> bool:
+        """In a process of its own: the number of torch's threads is set for good."""
+        found = []
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            found.append(BatchEncoder(load_vae(), 4).encode(images).get())
+        return len(found[0]) == 3 and bool((found[0] == found[1]).all())
+
+    assert run_ranks(1, on_rank) == [True]
 
 
 def run_until_killed(steps: int, given: list[str]) -> int:

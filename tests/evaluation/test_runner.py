@@ -45,14 +45,21 @@ def _assert_same(rows: list[dict], others: list[dict]) -> None:
             assert a[name] == (pytest.approx(b[name], rel=1e-4, abs=1e-5) if isinstance(a[name], float) else b[name])
 
 
-def test_a_sweep_scores_every_sample_once_under_every_setting(depth_set, tmp_path):
-    summary = _run(_config(tmp_path / "out", depth_set, pictures=2))
-    rows = _rows(tmp_path / "out")
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
+    """The output folder and the summary of a sweep over a set like `depth_set`."""
+    folder = tmp_path_factory.mktemp("swept")
+    return folder / "out", _run(_config(folder / "out", make_set(folder / "depth_val"), pictures=2))
+
+
+def test_a_sweep_scores_every_sample_once_under_every_setting(swept):
+    out, summary = swept
+    rows = _rows(out)
     settings = [(r["kind"], r["steps"], r["ensemble"], r["index"]) for r in rows]
     swept = [("model", s, n) for s in (1, 3) for n in (1, 3)]
     assert settings == [(*s, i) for s in (("baseline", 0, 0), ("ceiling", 0, 0), *swept) for i in range(5)]
     one = summary["sets"]["synthetic_val"]
-    assert json.loads((tmp_path / "out" / "summary.json").read_text())["sets"]["synthetic_val"] == one
+    assert json.loads((out / "summary.json").read_text())["sets"]["synthetic_val"] == one
     assert (one["num_samples"], one["protocol"], one["protocol_version"]) == (5, "synthetic_depth", 1)
     assert [(r["steps"], r["ensemble"]) for r in one["results"]] == [s[1:] for s in swept]
     last = [r["abs_rel"] for r in rows if (r["steps"], r["ensemble"]) == (3, 3)]
@@ -60,42 +67,38 @@ def test_a_sweep_scores_every_sample_once_under_every_setting(depth_set, tmp_pat
     assert one["ceiling"]["abs_rel"] < 0.1 < one["baseline"]["abs_rel"]
     forward = summary["settings"]["forward_macs"]
     assert [r["macs_per_prediction"] for r in one["results"]] == [forward * s * n for _, s, n in swept]
-    pictures = sorted(p.name for p in (tmp_path / "out").glob("*/pictures/*.png"))
+    pictures = sorted(p.name for p in out.glob("*/pictures/*.png"))
     assert pictures == [f"synthetic_val_{which}.png" for which in ("best", "median", "same", "worst")]
 
 
-def test_baseline_is_the_best_constant(depth_set, tmp_path):
-    summary = _run(_config(tmp_path / "out", depth_set, steps=[1], ensemble=[1]))
+def test_baseline_is_the_best_constant(swept, depth_set):
     truths = [s["truth"] for s in map(ShardFolder(depth_set).__getitem__, range(5))]
     expected = np.mean([np.mean(np.abs(t[t > 0].mean() - t[t > 0]) / t[t > 0]) for t in truths])
-    assert summary["sets"]["synthetic_val"]["baseline"]["abs_rel"] == pytest.approx(expected, rel=1e-5)
+    assert swept[1]["sets"]["synthetic_val"]["baseline"]["abs_rel"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_batch_size_and_sweep_do_not_change_a_figure(depth_set, tmp_path):
-    _run(_config(tmp_path / "a", depth_set))
-    _run(_config(tmp_path / "b", depth_set, batch_size=64))
-    _assert_same(_rows(tmp_path / "a"), _rows(tmp_path / "b"))
-    _run(_config(tmp_path / "c", depth_set, steps=[3], ensemble=[3], batch_size=1))
-    alone = [r for r in _rows(tmp_path / "c") if r["kind"] == "model"]
-    _assert_same(alone, [r for r in _rows(tmp_path / "a") if (r["steps"], r["ensemble"]) == (3, 3)])
+def test_batch_size_and_sweep_do_not_change_a_figure(swept, depth_set, tmp_path):
+    rows = _rows(swept[0])
+    _run(_config(tmp_path / "whole", depth_set, batch_size=64))
+    _assert_same(rows, _rows(tmp_path / "whole"))
+    _run(_config(tmp_path / "alone", depth_set, steps=[3], ensemble=[3], batch_size=1))
+    alone = [r for r in _rows(tmp_path / "alone") if r["kind"] == "model"]
+    _assert_same(alone, [r for r in rows if (r["steps"], r["ensemble"]) == (3, 3)])
 
 
-def test_ranks_do_not_change_a_figure(depth_set, tmp_path):
-    _run(_config(tmp_path / "one", depth_set))
-
+def test_ranks_do_not_change_a_figure(swept, depth_set, tmp_path):
     def on_rank() -> int:
         summary = _run(_config(tmp_path / "two", depth_set, pictures=1))
         assert distributed.world_size() == 2
         return summary["sets"]["synthetic_val"]["num_samples"]
 
     assert run_ranks(2, on_rank) == [5, 5]
-    _assert_same(_rows(tmp_path / "one"), _rows(tmp_path / "two"))
+    _assert_same(_rows(swept[0]), _rows(tmp_path / "two"))
     lines = [len(p.read_text().splitlines()) for p in (tmp_path / "two").glob("*/parts/*/*.jsonl")]
     assert sorted(lines) == [2, 3]
 
 
-def test_an_interrupted_run_goes_on(depth_set, tmp_path, monkeypatch):
-    _run(_config(tmp_path / "whole", depth_set))
+def test_an_interrupted_run_goes_on(swept, depth_set, tmp_path, monkeypatch):
     config = _config(tmp_path / "out", depth_set)
     record, count = scoring.Scorer._record, iter(range(1000))
 
@@ -121,7 +124,7 @@ def test_an_interrupted_run_goes_on(depth_set, tmp_path, monkeypatch):
 
     _run(config)
     assert set(predicted()) == {"scene_002", "scene_003", "scene_004"}
-    _assert_same(_rows(tmp_path / "out"), _rows(tmp_path / "whole"))
+    _assert_same(_rows(tmp_path / "out"), _rows(swept[0]))
     _run(dataclasses.replace(config, steps=[1, 2, 3]))  # only what is new is predicted
     assert len(predicted()) == 5
     assert len(_rows(tmp_path / "out")) == 5 * (2 + 6)
@@ -160,10 +163,10 @@ def test_images_of_different_sizes_and_shapes_of_latents(tmp_path):
     assert one["ceiling"] is None
 
 
-def test_the_only_set_of_a_task_is_tracked_by_the_task_too(depth_set, tmp_path):
-    names = tracked_metrics(_run(_config(tmp_path / "single", depth_set, steps=[1], ensemble=[1])))
-    assert {"eval/depth/abs_rel", "eval/depth/abs_rel/s1_n1", "eval/depth/baseline_abs_rel"} <= set(names)
-    assert {"eval/depth/synthetic_val/abs_rel", "compute/forward_macs"} <= set(names)
+def test_the_only_set_of_a_task_is_tracked_by_the_task_too(swept):
+    names = set(tracked_metrics(swept[1]))
+    assert {"eval/depth/abs_rel", "eval/depth/abs_rel/s1_n1", "eval/depth/baseline_abs_rel"} <= names
+    assert {"eval/depth/synthetic_val/abs_rel", "compute/forward_macs"} <= names
 
 
 def test_bad_input_is_refused(depth_set, tmp_path):
