@@ -16,6 +16,7 @@ measures a trained network on true images instead, and how far the two ways' Abs
 import argparse
 import copy
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from torch import Tensor
 from benchmarks import harness, textbook
 from benchmarks.train_step import block_products, model_config
 from dpt import target_codes, tasks
-from dpt.config.sections import DiffusionConfig, EvaluationConfig, ModelConfig
+from dpt.config.sections import DiffusionConfig, EvaluationConfig
 from dpt.data.codec import VAECodec, load_vae
 from dpt.diffusion import noise as noises
 from dpt.evaluation.ensembling import align_depth, merge_depth
@@ -41,8 +42,9 @@ DIFFUSION = DiffusionConfig(prediction_type="v_prediction")
 SMALL = ((128, 6), (64, 4))
 
 
-def make_predictor(config: ModelConfig, codec: VAECodec, *, steps: int, ensemble: int, batch_size: int) -> Predictor:
-    """A predictor with random weights whose output depends on all of its inputs."""
+def make_predictor(case: str, codec: VAECodec, *, steps: int, ensemble: int, batch_size: int, **fields: Any) -> Predictor:
+    """A predictor of the shape of `case` (`model_config`), with random weights whose output depends on all of its inputs."""
+    config = model_config(case, **fields, num_conditions=2, num_classes=tasks.num_task_labels(TASK) + 10)
     torch.manual_seed(0)
     network = DiT(config)
     with torch.no_grad():
@@ -211,17 +213,16 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _of_random_networks(arguments: argparse.Namespace) -> list[harness.Row]:
     codec = load_vae(arguments.vae)
+    make = partial(make_predictor, arguments.preset, codec, steps=arguments.steps, ensemble=arguments.ensemble)
     side = arguments.resolution // codec.downsampling
-    large = {"depth": arguments.depth, "input_size": side}
-    predictor = _predictor(arguments, codec, large, arguments.batch_size)
+    predictor = make(batch_size=arguments.batch_size, depth=arguments.depth, input_size=side)
     images = pictures(arguments.images, arguments.resolution)
     results = evaluation(predictor, images, arguments.rounds)
     results += network("network", predictor, images, arguments.rounds)
     results += alignment(arguments.rounds, members=arguments.aligned, side=arguments.resolution)
     for width, blocks in SMALL:
-        small = {"hidden_size": width, "depth": blocks, "num_heads": 4, "input_size": 16}
-        case = f"small {width} x {blocks}"
-        results += network(case, _predictor(arguments, codec, small, 64), pictures(4, 128), arguments.rounds)
+        small = make(batch_size=64, hidden_size=width, depth=blocks, num_heads=4, input_size=16)
+        results += network(f"small {width} x {blocks}", small, pictures(4, 128), arguments.rounds)
     return results
 
 
@@ -230,11 +231,6 @@ def _of_a_trained_network(arguments: argparse.Namespace) -> list[harness.Row]:
     predictor, data = Predictor(arguments.weights, config=settings), EvaluationSet(arguments.shards)
     samples = [data[i] for i in range(min(arguments.images, len(data)))]
     return evaluation(predictor, [s.image for s in samples], arguments.rounds, [s.truth for s in samples])
-
-
-def _predictor(arguments: argparse.Namespace, codec: VAECodec, fields: dict[str, Any], batch_size: int) -> Predictor:
-    config = model_config(arguments.preset, **fields, num_conditions=2, num_classes=tasks.num_task_labels(TASK) + 10)
-    return make_predictor(config, codec, steps=arguments.steps, ensemble=arguments.ensemble, batch_size=batch_size)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ operators.
 import argparse
 import json
 import os
-import socket
 import sys
 import tempfile
 import time
@@ -175,13 +174,10 @@ def _beside_paper(
 
 def launch(ranks: int, arguments: argparse.Namespace, result: Path) -> list[harness.Row]:
     """Run the worker on so many ranks of this machine; without GPUs, as forks of a process that has loaded the libraries."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     words = [sys.executable, "-m", "benchmarks.scaling", "--worker", str(result)]
     for name in ("rounds", "batch", "depth", "hidden_size", "input_size"):
         words += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(distributed.free_port())}
     environment |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
     log, start = result.with_suffix(".log"), start_fresh
     if not torch.cuda.is_available():

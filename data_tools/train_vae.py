@@ -8,6 +8,7 @@ scikit-learn bundle, except the astronaut, which is for measuring, and from dead
 is a function of (seed, step), so a run that was stopped goes on from its last checkpoint as if it had not been.
 """
 
+import copy
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
@@ -156,11 +157,10 @@ def train(
 
     initial: the VAE (as for `load_vae`) to start from, of the same shape; none: random weights.
     """
-    vae, averaged = build_vae(config.seed), build_vae(config.seed)
+    vae = build_vae(config.seed)
     if initial:
-        state = load_vae(initial, latent_channels=4, downsampling=8).vae.state_dict()
-        vae.load_state_dict(state)
-        averaged.load_state_dict(state)
+        vae.load_state_dict(load_vae(initial, latent_channels=4, downsampling=8).vae.state_dict())
+    averaged = copy.deepcopy(vae)
     optimizers = _optimizers(vae, config)
     schedules: list[Any] = [torch.optim.lr_scheduler.LambdaLR(o, lambda step: _rate(step, config)) for o in optimizers]
     parts: dict[str, Any] = {"vae": vae, "averaged": averaged}

@@ -24,7 +24,7 @@ def chosen_for(changed: list[str]) -> list[str]:
     modules = {path.removesuffix(".py").replace("/", ".").removesuffix(".__init__") for path in changed if path.endswith(".py")}
     for test in (ROOT / "tests").rglob("test_*.py"):
         path = str(test.relative_to(ROOT))
-        if path in changed or any(_belongs(path, module) for module in modules & _imports(test)):
+        if path in changed or any(_belongs(path, module) for module in modules & imports_of(test)):
             chosen.add(path)
     if any(path.endswith((".md", ".json", ".yaml")) for path in changed):
         chosen |= {str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("test_docs*.py")}
@@ -37,7 +37,8 @@ def _belongs(test: str, module: str) -> bool:
     return test.startswith((f"tests/{parts[0]}/", f"tests/test_{parts[0]}"))
 
 
-def _imports(path: Path) -> set[str]:
+def imports_of(path: Path) -> set[str]:
+    """The modules that a file imports, and the names that it imports from them as `MODULE.NAME`."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):

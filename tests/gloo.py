@@ -20,6 +20,8 @@ import torch.distributed as dist
 
 from dpt import distributed
 
+RANKS_TIMEOUT_S = 300.0
+"""Of exchanges between ranks that begin as launched ones do."""
 _LIBRARIES = (
     "deepspeed.runtime.zero.muon.muon_optimizer",
     "diffusers.models.autoencoders.autoencoder_kl",
@@ -77,7 +79,7 @@ def _rank_main(
         if port is not None:
             torch.cuda.is_available = lambda: False
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu"}
-            distributed.init(timeout_s=300.0)
+            distributed.init(timeout_s=RANKS_TIMEOUT_S)
         else:
             dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
         torch.save(fn(*args), f"{folder}/unfinished-{rank}")

@@ -5,15 +5,15 @@ import random
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+import torch
 
 from dpt import distributed
+from dpt.config.recipe import load_recipe
 from dpt.cpu.settings import limit_spinning
 from dpt.errors import UserError
-
-ROOT = Path(__file__).resolve().parents[1]
+from tests.gloo import RANKS_TIMEOUT_S, run_ranks
 
 
 def test_without_init_there_is_one_rank():
@@ -23,11 +23,6 @@ def test_without_init_there_is_one_rank():
     assert distributed.broadcast_object({"k": 1}) == {"k": 1}
     distributed.barrier()
     distributed.shutdown()
-
-
-def test_import_loads_neither_torch_nor_deepspeed():
-    code = "import sys, dpt.distributed; assert not {'torch', 'deepspeed'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
 def test_environment_is_filled_only_where_absent(monkeypatch):
@@ -53,71 +48,47 @@ def test_waiting_threads_do_not_spin_for_long_unless_the_user_says_how(monkeypat
         assert os.environ.get("GOMP_SPINCOUNT") == expected
 
 
-def run_code(code: str, world_size: int = 2) -> list[str]:
-    """What each of the processes prints, which must all end well."""
-    port = str(distributed.free_port())
-    ranks = []
-    for rank in range(world_size):
-        environment = os.environ | {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(world_size),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-        }
-        ranks.append(
-            subprocess.Popen([sys.executable, "-c", code], env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-        )
-    outputs = [process.communicate(timeout=300)[0] for process in ranks]
-    assert [process.returncode for process in ranks] == [0] * world_size
-    return [output.strip() for output in outputs]
+def test_collectives_between_processes(capfd: pytest.CaptureFixture[str]) -> None:
+    def on_rank() -> None:
+        rank = distributed.rank()
+        assert distributed.world_size() == 2
+        assert distributed.all_reduce_sum({"b": rank, "a": 1.5}) == {"a": 3.0, "b": 1.0}
+        assert distributed.all_reduce_mean({"a": rank}) == {"a": 0.5}
+        assert distributed.gather_objects({"rank": rank}) == [{"rank": 0}, {"rank": 1}]
+        assert distributed.broadcast_object(rank, source=1) == 1
+        distributed.log(f"from rank {rank}")
 
-
-def test_collectives_between_processes():
-    code = """
-from dpt import distributed as d
-d.init(timeout_s=60)
-r = d.rank()
-assert d.world_size() == 2
-assert d.all_reduce_sum({"b": r, "a": 1.5}) == {"a": 3.0, "b": 1.0}
-assert d.all_reduce_mean({"a": r}) == {"a": 0.5}
-assert d.gather_objects({"rank": r}) == [{"rank": 0}, {"rank": 1}]
-assert d.broadcast_object(r, source=1) == 1
-d.log(f"from rank {r}")
-d.shutdown()
-"""
-    assert run_code(code) == ["from rank 0", ""]
+    run_ranks(2, on_rank, as_launched=True)
+    printed = capfd.readouterr().out
+    assert "from rank 0" in printed
+    assert "from rank 1" not in printed
 
 
 @pytest.mark.slow
 def test_the_time_limit_holds_for_every_group_that_training_makes():
     """DeepSpeed's for experts and for those who share them, and our own for signals, as well as the first one."""
-    code = """
-from dpt import distributed as d
-d.init(timeout_s=77)
-import torch
-from deepspeed.utils import groups
-from dpt.config.recipe import load_recipe
-from dpt.models.dit import DiT
-from dpt.training.control import Control
-from dpt.training.engine import Engine
-from dpt.training.step import LossModule
+    model = {"input_size": 4, "hidden_size": 32, "depth": 1, "num_heads": 2, "num_classes": 8, "num_experts": 4}
+    fields = {"train_batch_size": 4, "zero_optimization.stage": 1, "training.ep_size": 2}
+    recipe = load_recipe(None, fields | {f"model.{name}": value for name, value in model.items()})
 
-model = {"input_size": 4, "hidden_size": 32, "depth": 1, "num_heads": 2, "num_classes": 8, "num_experts": 4}
-fields = {"train_batch_size": 4, "zero_optimization.stage": 1, "training.ep_size": 2}
-recipe = load_recipe(None, fields | {f"model.{name}": value for name, value in model.items()})
-engine = Engine(recipe, LossModule(DiT(recipe.dpt.model, ep_size=2), recipe.dpt))
-control = Control()
-made = list(torch.distributed.distributed_c10d._world.pg_map)
-assert {groups._get_expert_parallel_group("ep_size_2"), groups._get_expert_data_parallel_group("ep_size_2")} <= set(made)
-seconds = {group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in made}
-print(len(made), seconds)
-d.shutdown()
-"""
-    for output in run_code(code):
-        number, seconds = output.splitlines()[-1].split(maxsplit=1)
-        assert int(number) >= 4
-        assert seconds == "{77.0}"
+    def on_rank() -> list[float]:
+        from deepspeed.utils import groups
+
+        from dpt.models.dit import DiT
+        from dpt.training.control import Control
+        from dpt.training.engine import Engine
+        from dpt.training.step import LossModule
+
+        Engine(recipe, LossModule(DiT(recipe.dpt.model, ep_size=2), recipe.dpt))
+        Control()
+        made = list(torch.distributed.distributed_c10d._world.pg_map)
+        named = {groups._get_expert_parallel_group("ep_size_2"), groups._get_expert_data_parallel_group("ep_size_2")}
+        assert named <= set(made)
+        return [one._get_backend(torch.device("cpu")).options._timeout.total_seconds() for one in made]
+
+    for seconds in run_ranks(2, on_rank, as_launched=True):
+        assert len(seconds) >= 4
+        assert set(seconds) == {RANKS_TIMEOUT_S}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="of glibc")

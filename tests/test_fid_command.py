@@ -7,34 +7,24 @@ from pathlib import Path
 
 import numpy as np
 
-from data_tools.encoding.shards import ShardWriter
-from dpt import cli
+from dpt import cli, tracking
 from dpt.data.codec import load_vae
-from dpt.data.manifest import Manifest, MemberSpec, VAERecord, file_sha256, write_manifest
+from dpt.data.manifest import file_sha256
 from tests.evaluation.image_networks import Random, random_images, save_network
+from tests.evaluation.tiny import calls_of
 from tests.publishing.small import LINEAGE, export_small
+from tests.shards import write_set
 from tests.test_cli import refusal
 
 
 def _shards(folder: Path, labels: list[int]) -> Path:
-    codec = load_vae()
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    with ShardWriter(folder / "000000.tar") as writer:
-        for number, label in enumerate(labels):
-            latents = rng.normal(0, 1 / codec.scaling_factor, (2, 4, 8, 8)).astype(np.float16)
-            members = {"label": np.int64(label), "latents": latents}
-            writer.add(f"{number:04d}", {n: np.asarray(v) for n, v in members.items()}, {})
-        record = writer.commit()
-    write_manifest(
-        folder,
-        Manifest(
-            dataset="tiny", split="train", task="class", resolution=64, num_samples=len(labels), shards=(record,),
-            members={"label": MemberSpec(dtype="int64", shape=()), "latents": MemberSpec(dtype="float16", shape=(2, 4, 8, 8))},
-            vae=VAERecord(name="embedded", sha256=codec.sha256, scaling_factor=codec.scaling_factor, latent_channels=4),
-        ),
-    )  # fmt: skip
-    return folder
+    codec, rng = load_vae(), np.random.default_rng(0)
+
+    def make(number: int) -> dict[str, np.ndarray]:
+        latents = rng.normal(0, 1 / codec.scaling_factor, (2, 4, 8, 8)).astype(np.float16)
+        return {"label": np.array(labels[number]), "latents": latents}
+
+    return write_set(folder, [len(labels)], make, resolution=64, vae=codec.record)
 
 
 def _weights(folder: Path, task: str = "class") -> Path:
@@ -70,11 +60,7 @@ def test_fid_of_weights_against_shards(tmp_path: Path, capsys, monkeypatch) -> N
     weights, shards = _weights(tmp_path), _shards(tmp_path / "shards", [0, 1, 1, 1, 3, 3])
     path, sha256 = save_network(Random(), tmp_path / "features.pt")
     network = ["--features", path, "--features-sha256", sha256]
-    started: list[dict] = []
-    import dpt.tracking
-
-    start = dpt.tracking.start_run
-    monkeypatch.setattr(dpt.tracking, "start_run", lambda *a, **k: (started.append(k), start(*a, **k))[1])
+    starts = calls_of(monkeypatch, tracking, "start_run")
     command = ["fid", str(weights), "--reference", str(shards), *network, "--num-images", "6", "--steps", "1"]
     command += ["--no-tracking", "--out", str(tmp_path / "out"), "--labels", "shares", "--guidance", "1.5"]
     assert cli.main(["--local_rank=0", *command]) == 0  # as the DeepSpeed launcher starts it
@@ -82,8 +68,7 @@ def test_fid_of_weights_against_shards(tmp_path: Path, capsys, monkeypatch) -> N
     figures = ("FID", "sFID", "Inception Score", "precision", "recall")
     for words in (*figures, "guidance_scale 1.5", "sampler ddpm", "decoded latents"):
         assert words in printed
-    assert started[0]["parents"] == [LINEAGE["run_id"]]
-    assert started[0]["stage"] == "evaluate"
+    assert (starts[0][1]["stage"], starts[0][1]["parents"]) == ("evaluate", [LINEAGE["run_id"]])
     summary = json.loads((tmp_path / "out" / "fid.json").read_text())
     assert summary["settings"]["reference"] == {"path": str(shards), "kind": "decoded latents", "num_images": 6}
     assert summary["settings"]["sampling"]["vae"] == "embedded"
@@ -96,10 +81,7 @@ def test_fid_of_weights_against_shards(tmp_path: Path, capsys, monkeypatch) -> N
         ([*command[:1], str(depth), *command[2:]], "only class-conditional weights generate images"),
         ([*command, "--guidance", "3"], "made with guidance_scale 1.5, not 3.0"),
         ([*command, "--reference", str(tmp_path / "fitting.npz")], "shares of the labels are taken from class shards"),
-        (
-            [*command, "--reference", str(tmp_path / "small.npz"), "--labels", "balanced"],
-            "32 x 32 pixels, for images of 64 x 64",
-        ),
+        ([*command, "--reference", str(tmp_path / "small.npz"), "--labels", "balanced"], "32 x 32 pixels, for images of 64"),
         ([*command, "--reference", str(tmp_path / "none")], "none: no images there"),
         ([*command, "--features-sha256", "0" * 64], "its sha256 is"),
         ([*command, "--num-images", "2"], "precision and recall need more than 3 images"),

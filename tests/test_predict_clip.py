@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 from PIL import Image
 
@@ -11,22 +10,11 @@ from dpt import cli
 from dpt.clip import load_clip
 from dpt.evaluation.prediction import Predictor
 from dpt.tasks import visible_object
+from tests.evaluation.tiny import calls_of
 from tests.test_cli import export_tiny, refusal
 
 
-@pytest.fixture
-def tower(tmp_path: Path) -> str:
-    """Folder of a tiny random CLIP image tower."""
-    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
-
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    model = CLIPVisionModelWithProjection(CLIPVisionConfig(**sizes, projection_dim=6, image_size=32, patch_size=16))
-    model.save_pretrained(tmp_path / "clip")
-    return str(tmp_path / "clip")
-
-
-def test_predict_embeds_the_visible_object(tmp_path: Path, tower: str, capsys, monkeypatch) -> None:
+def test_predict_embeds_the_visible_object(tmp_path: Path, clip: Path, capsys, monkeypatch) -> None:
     image = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
     mask = np.zeros((64, 64), np.uint8)
     mask[8:40, 16:48] = 255
@@ -34,17 +22,11 @@ def test_predict_embeds_the_visible_object(tmp_path: Path, tower: str, capsys, m
     Image.fromarray(image).save(picture)
     Image.fromarray(mask).save(mask_file)
     weights = export_tiny(tmp_path, "amodal", num_conditions=2, clip_embedding_size=6)
-    given: list[torch.Tensor] = []
-    predict = Predictor.__call__
-    monkeypatch.setattr(
-        Predictor,
-        "__call__",
-        lambda self, images, **more: (given.append(more["embeddings"]), predict(self, images, **more))[1],
-    )
+    calls = calls_of(monkeypatch, Predictor, "__call__")
     command = ["predict", str(picture), "--weights", str(weights), "--steps", "1", "--out", str(tmp_path / "out")]
-    assert cli.main([*command, "--mask", str(mask_file), "--clip", tower]) == 0
-    expected = load_clip(tower)([visible_object(image, mask > 0)])
-    torch.testing.assert_close(given[0], expected)
+    assert cli.main([*command, "--mask", str(mask_file), "--clip", str(clip)]) == 0
+    expected = load_clip(str(clip))([visible_object(image, mask > 0)])
+    torch.testing.assert_close(calls[0][1]["embeddings"], expected)
     written = [Path(line) for line in capsys.readouterr().out.splitlines()]
     assert written
     assert all(path.is_file() and path.name.startswith("cup") for path in written)
@@ -52,8 +34,8 @@ def test_predict_embeds_the_visible_object(tmp_path: Path, tower: str, capsys, m
     depth = export_tiny(tmp_path, "depth", num_conditions=1)
     for more, words in (
         (["--mask", str(mask_file)], "take a CLIP embedding of 6 numbers"),
-        (["--clip", tower], r"give a --mask for each picture (1 pictures, 0 masks)"),
-        (["--mask", str(mask_file), "--clip", tower, "--weights", str(depth)], "--mask is for amodal"),
+        (["--clip", str(clip)], r"give a --mask for each picture (1 pictures, 0 masks)"),
+        (["--mask", str(mask_file), "--clip", str(clip), "--weights", str(depth)], "--mask is for amodal"),
         (["--mask", str(mask_file), "--clip", str(tmp_path / "none")], "the image tower cannot be loaded"),
     ):
         assert words in refusal(capsys, *command, *more)

@@ -14,7 +14,7 @@ from dpt.errors import UserError
 from dpt.evaluation import Predictor, predicting
 from dpt.evaluation.frames import find_sources
 from dpt.evaluation.predicting import predict_files
-from tests.evaluation.tiny import batch_sizes, make_model, stop_at
+from tests.evaluation.tiny import calls_of, make_model, stop_at
 from tests.gloo import run_ranks
 from tests.test_cli import export_tiny, refusal
 
@@ -75,8 +75,8 @@ def test_folders_in_every_format_and_what_cannot_be_read(pictures, tmp_path, cap
     assert "4 of 5 were there already" in printed
     assert cli.main([*command, "--steps", "2"]) == 0  # other settings: all anew
     assert len(capsys.readouterr().out.splitlines()) == 25
-    assert cli.main([*command, "--steps", "2", "--pattern", "a/*.png", "--again"]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == 5
+    assert cli.main([*command, "--ensemble", "2", "--pattern", "a/*.png", "--again"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 7  # uncertainty too
 
     for more, words in (
         (["--formats", "tga"], "--formats tga: unknown"),
@@ -132,7 +132,7 @@ def test_ranks_share_the_files_and_give_the_same(pictures, tmp_path) -> None:
 
 def test_a_stop_keeps_what_is_written_and_memory_is_bounded(pictures, tmp_path, monkeypatch) -> None:
     sources = find_sources([pictures])
-    batches = batch_sizes(monkeypatch)
+    calls = calls_of(monkeypatch, Predictor, "__call__")
     stop_at(monkeypatch, predicting, 4)
     with pytest.raises(KeyboardInterrupt):
         predict_files(_predictor(), sources, tmp_path / "out", settings=[1])
@@ -142,7 +142,7 @@ def test_a_stop_keeps_what_is_written_and_memory_is_bounded(pictures, tmp_path, 
     done = predict_files(_predictor(), sources, tmp_path / "out", settings=[1])
     assert done.skipped == 3
     assert len(list((tmp_path / "out").rglob("*.npy"))) == 5
-    assert max(batches) <= 2
+    assert max(len(images) for (_, images), _ in calls) <= 2
     # A picture that has changed since is predicted again.
     os.utime(pictures / "three.png", (1, 1))
     assert predict_files(_predictor(), sources, tmp_path / "out", settings=[1]).skipped == 4
@@ -175,21 +175,3 @@ def test_the_five_lines_of_python_run(page, pictures, tmp_path) -> None:
     exec(code, names)
     assert names["depth"].shape == (56, 40)
     assert names["depth"].dtype == np.float32
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        (["--mask", "a/one.png"], "--mask is for amodal"),
-        (["--second", "a/one.png"], "--second is for flow"),
-        (["--resolution", "-7"], "argument --resolution: '-7' is no whole number at least 0 and at most 8192"),
-        (["--steps", "0"], "argument --steps"),
-        (["--fov", "nan"], "argument --fov"),
-    ],
-)
-def test_options_of_other_tasks_and_numbers_out_of_range(options, words, pictures, tmp_path, capsys, monkeypatch) -> None:
-    monkeypatch.chdir(pictures)
-    weights = export_tiny(tmp_path, "depth", num_conditions=1)
-    command = ["predict", "a/one.png", "--weights", weights, "--steps", "1", "--out", tmp_path / "out"]
-    assert words in refusal(capsys, *command, *options)
-    assert not (tmp_path / "out").exists()

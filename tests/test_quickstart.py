@@ -1,9 +1,8 @@
 """The quickstart: every step is a command that parses, and reads what an earlier one makes."""
 
-import importlib.util
 import itertools
+import runpy
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
@@ -15,23 +14,16 @@ from dpt.errors import UserError
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.fixture(scope="module")
-def quickstart() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("quickstart", ROOT / "launchers" / "quickstart.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+PIPELINE = runpy.run_path(str(ROOT / "launchers" / "quickstart.py"))["pipeline"]
 
 
 @pytest.mark.parametrize("out", ["runs/quickstart", "elsewhere/made"])
-def test_every_step_reads_what_an_earlier_one_makes(quickstart: ModuleType, out: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_step_reads_what_an_earlier_one_makes(out: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     made: list[Path] = []
     results: dict[Path, Path] = {}  # of folder
     scored = {}
-    for step in quickstart.pipeline(Path(out), 60, "sqlite:///x.db"):
+    for step in PIPELINE(Path(out), 60, "sqlite:///x.db"):
         words = step.command
         if "--ds_config" in words:
             launcher = Path(words[words.index("--ds_config") - 1]).stem
@@ -60,8 +52,8 @@ def test_every_step_reads_what_an_earlier_one_makes(quickstart: ModuleType, out:
     assert set(scored) == {"untrained", "depth", "upcycled"}
 
 
-def test_titles_and_folders_are_unlike(quickstart: ModuleType) -> None:
-    steps = quickstart.pipeline(Path("out"), 60, "sqlite:///x.db")
+def test_titles_and_folders_are_unlike() -> None:
+    steps = PIPELINE(Path("out"), 60, "sqlite:///x.db")
     for one, other in itertools.combinations(steps, 2):
         assert one.title != other.title
         assert one.folder != other.folder

@@ -85,15 +85,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("predict a.png --weights depth --device gpu", '--device "gpu": there is no such device here; choose one of cpu'),
         ("predict a.png --weights depth --device cuda:99", '--device "cuda:99": there is no such device here'),
         ("predict a.png --weights depth --device meta", '--device "meta": there is no such device here'),
-        (
-            "predict a.png --weights class",
-            "class: class-conditional weights predict nothing of pictures; draw images with dpt sample",
-        ),
-        (
-            "predict a.png --weights depth --task flow --second a.png",
-            "depth: a model trained for 'depth' cannot predict 'flow_x'",
-        ),
+        ("predict a.png --weights class", "class: class-conditional weights predict nothing of pictures; draw images with"),
+        ("predict a.png --weights depth --task flow --second a.png", "a model trained for 'depth' cannot predict 'flow_x'"),
         ("predict a.png --weights flow", "flow predicts flow: each picture needs its second frame; give --second."),
+        ("predict a.png --weights depth --mask a.png", "--mask is for amodal"),
+        ("predict a.png --weights depth --second a.png", "--second is for flow"),
+        ("predict a.png --weights depth --resolution -7", "--resolution: '-7' is no whole number at least 0 and at most 8192"),
+        ("predict a.png --weights depth --steps 0", "argument --steps"),
+        ("predict a.png --weights depth --fov nan", "argument --fov"),
         ("routing depth --data nowhere", "nowhere: there is no such shard folder"),
         ("sample --weights class --labels 0 --steps 1 --out file", "file: cannot be read or written"),
         ("export class file --diffusers", "file"),
@@ -104,8 +103,10 @@ def test_commands_refuse(
     line: str, words: str, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(place)
+    before = set(place.iterdir())
     message = refusal(capsys, *line.split()).strip()
     assert words in message
+    assert set(place.iterdir()) == before
     assert "\n" not in message.rpartition("file/s]\n")[2]  # behind the progress bar
 
 

@@ -3,15 +3,12 @@
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from benchmarks import checkpoint, encode, harness, loader, sample
 from benchmarks.gpu.training import kernel_seconds, speed
 from benchmarks.train_step import model_config
-from dpt import tasks
-from dpt.config.sections import ModelConfig
 from dpt.data.codec import load_vae
 from dpt.data.stream import LatentStream
 from dpt.models.costs import macs
@@ -52,10 +49,8 @@ def evaluation(rounds: int = 2) -> list[harness.Row]:
     cuda = torch.cuda.is_available()
     side, images, steps = (512, 4, 10) if cuda else (32, 1, 2)
     codec = load_vae("embedded")
-    fields: dict[str, Any] = {"num_conditions": 2, "num_classes": tasks.num_task_labels("depth") + 10}
-    fields |= {"input_size": side // codec.downsampling}
-    config: ModelConfig = model_config("XL/2" if cuda else "a1:1", **fields)
-    predictor = sample.make_predictor(config, codec, steps=steps, ensemble=5, batch_size=20)
+    settings = {"steps": steps, "ensemble": 5, "batch_size": 20, "input_size": side // codec.downsampling}
+    predictor = sample.make_predictor("XL/2" if cuda else "a1:1", codec, **settings)
     pictures = sample.pictures(images, side)
     timing = harness.interleave({harness.OURS: lambda: predictor(pictures)}, rounds)
     row = harness.rows(f"evaluation, {side} px, N=5, {steps} steps", timing)[0]

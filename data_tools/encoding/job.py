@@ -97,18 +97,16 @@ def run(job: EncodingJob, part: int = 0, num_parts: int = 1) -> Manifest | None:
     """
     keys = job.keys()
     records = Records(job.out)
-    settings = job.settings(keys)
-    if records.claim(settings):
-        return _finished(job, records)
-    size = job.samples_per_shard
-    shards = {number: keys[start : start + size] for number, start in enumerate(range(0, len(keys), size))}
-    missing = {number: inputs for number, inputs in shards.items() if number % num_parts == part and not records.done(number)}
-    try:
-        if missing:
-            _make_shards(job, records, missing, len(keys))
-    except UserError:
-        records.remove_if_unused()
-        raise
+    if not records.claim(job.settings(keys)):
+        size = job.samples_per_shard
+        shards = {number: keys[start : start + size] for number, start in enumerate(range(0, len(keys), size))}
+        missing = {n: inputs for n, inputs in shards.items() if n % num_parts == part and not records.done(n)}
+        try:
+            if missing:
+                _make_shards(job, records, missing, len(keys))
+        except UserError:
+            records.remove_if_unused()
+            raise
     return finish(job, missing_ok=True)
 
 

@@ -7,7 +7,8 @@ while one is encoded, and results come back and are written while the next ones 
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -101,22 +102,33 @@ class Pending:
         return self._host.numpy()
 
 
+Place = tuple[Pending, int]
+"""A batch on its way, and the number of a result in it."""
+
+
 @dataclass(kw_only=True)
 class Encoded:
-    """A sample and its results, as far as they have come."""
+    """A sample and the places of its results, as far as they are under way."""
 
     sample: Prepared
-    arrays: dict[str, NDArray[Any]]
-    moments: dict[str, list[NDArray[np.float16]]]
-    missing: int
-    """Results still to come."""
+    moments: dict[str, list[Place]]
     prompt: NDArray[np.float16] | None
     """Moments of the last condition, where it is the all-valid prompt."""
+    clip: list[Place] = field(default_factory=list)
+
+    def is_under_way(self) -> bool:
+        """Whether all results are."""
+        images = self.sample.images
+        whole = all(len(places) == len(images[name]) for name, places in self.moments.items())
+        return whole and len(self.clip) == (self.sample.visible is not None)
 
     def members(self) -> dict[str, NDArray[Any]]:
-        """All its members."""
-        members = dict(self.arrays)
-        for name, stack in self.moments.items():
+        """All its members, waited for."""
+        members = dict(self.sample.arrays)
+        for pending, number in self.clip:
+            members["clip"] = pending.get()[number]
+        for name, places in self.moments.items():
+            stack = [pending.get()[number] for pending, number in places]
             if name in ("cond_latents", "target_latents"):
                 prompt = [self.prompt] if self.prompt is not None and name == "cond_latents" else []
                 members[name] = np.stack([*stack, *prompt])
@@ -133,46 +145,43 @@ class SampleEncoder:
 
     def __init__(self, encoder: BatchEncoder, deliver: Callable[[Encoded], None]) -> None:
         self._encoder, self._deliver = encoder, deliver
-        self._images: list[tuple[Encoded, str, NDArray[Any]]] = []
-        self._pictures: list[tuple[Encoded, NDArray[np.uint8]]] = []
+        self._images: list[tuple[list[Place], NDArray[Any]]] = []
+        self._pictures: list[tuple[list[Place], NDArray[Any]]] = []
+        self._samples: deque[Encoded] = deque()
+        """Those whose results are not all under way, and what came after them."""
         self._thread = Workers(1, "write shards")
         self._calls: deque[Future[None]] = deque()
         """Those that the thread has not been seen to end."""
-        self._waiting: deque[Encoded | Callable[[], None]] = deque()
-        """Samples, and what is to be done after them, until their turn comes. The thread's own."""
         self._stopped = False
 
     def add(self, sample: Prepared) -> None:
         """Encode a sample, together with those before and after it."""
-        count = sum(map(len, sample.images.values())) + (sample.visible is not None)
         size = _size(next(iter(sample.images.values()))[0])
         encoded = Encoded(
             sample=sample,
-            arrays=dict(sample.arrays),
             moments={name: [] for name in sample.images},
-            missing=count,
             prompt=self._encoder.all_valid_prompt(size) if sample.all_valid_prompt else None,
         )
-        self._put(encoded)
+        self._samples.append(encoded)
         for name, images in sample.images.items():
             for image in images:
-                if self._images and _size(self._images[0][2]) != _size(image):
-                    self._encode()
-                self._images.append((encoded, name, image))
+                if self._images and _size(self._images[0][1]) != _size(image):
+                    self._start(self._images, self._encoder.encode)
+                self._images.append((encoded.moments[name], image))
                 if len(self._images) == self._encoder.batch_size:
-                    self._encode()
+                    self._start(self._images, self._encoder.encode)
         if sample.visible is not None:
-            self._pictures.append((encoded, sample.visible))
+            self._pictures.append((encoded.clip, sample.visible))
             if len(self._pictures) == self._encoder.batch_size:
-                self._embed()
+                self._start(self._pictures, self._encoder.embed)
 
     def end(self, action: Callable[[], None]) -> None:
         """Finish what has been added, and let the thread call `action` after it."""
         if self._images:
-            self._encode()
+            self._start(self._images, self._encoder.encode)
         if self._pictures:
-            self._embed()
-        self._put(action)
+            self._start(self._pictures, self._encoder.embed)
+        self._call(action)
 
     def close(self) -> None:
         """Wait until all is delivered."""
@@ -187,48 +196,29 @@ class SampleEncoder:
             call.exception()
         self._thread.close()
 
-    def _encode(self) -> None:
-        pending = self._encoder.encode([image for _, _, image in self._images])
-        self._put((pending, [(encoded, name) for encoded, name, _ in self._images]))
-        self._images = []
+    def _start(self, waiting: list[tuple[list[Place], NDArray[Any]]], compute: Callable[[list[Any]], Pending]) -> None:
+        """Let a batch be computed, and the thread take the samples that need nothing else."""
+        pending = compute([image for _, image in waiting])
+        for number, (places, _) in enumerate(waiting):
+            places.append((pending, number))
+        waiting.clear()
+        while self._samples and self._samples[0].is_under_way():
+            self._call(partial(self._deliver, self._samples.popleft()))
 
-    def _embed(self) -> None:
-        pending = self._encoder.embed([picture for _, picture in self._pictures])
-        self._put((pending, [(encoded, None) for encoded, _ in self._pictures]))
-        self._pictures = []
-
-    def _put(self, item: Any) -> None:
+    def _call(self, action: Callable[[], None]) -> None:
         while len(self._calls) >= _QUEUED or (self._calls and self._calls[0].done()):
             self._calls.popleft().result()
-        self._calls.append(self._thread.submit(self._take, item))
+        self._calls.append(self._thread.submit(self._run, action))
 
-    def _take(self, item: Any) -> None:
-        """Results, a sample or an action: deliver what has its turn now. Called by the thread."""
+    def _run(self, action: Callable[[], None]) -> None:
+        """Called by the thread."""
         if self._stopped:
             return
         try:
-            if isinstance(item, tuple):
-                _assign(*item)
-            else:
-                self._waiting.append(item)
-            while self._waiting and not (isinstance(self._waiting[0], Encoded) and self._waiting[0].missing):
-                ready = self._waiting.popleft()
-                if isinstance(ready, Encoded):
-                    self._deliver(ready)
-                else:
-                    ready()
+            action()
         except BaseException:
             self._stopped = True
             raise
-
-
-def _assign(pending: Pending, places: list[tuple[Encoded, str | None]]) -> None:
-    for value, (encoded, name) in zip(pending.get(), places, strict=True):
-        if name is None:
-            encoded.arrays["clip"] = value
-        else:
-            encoded.moments[name].append(value)
-        encoded.missing -= 1
 
 
 def _size(image: NDArray[Any]) -> tuple[int, int]:

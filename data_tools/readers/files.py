@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dpt.errors import UserError
-from dpt.pictures import decode_mask, decode_picture
+from dpt.pictures import decode_picture
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".webp")
 UNKNOWN_FLOW = 1e9
@@ -18,11 +18,6 @@ UNKNOWN_FLOW = 1e9
 def read_rgb(source: Path | bytes, *, upright: bool = True) -> NDArray[np.uint8]:
     """A picture file (or its bytes) as uint8 [H, W, 3]; `upright=False` where a truth lies on the stored pixels."""
     return decode_picture(source, upright=upright)
-
-
-def read_mask(path: Path) -> NDArray[np.bool_]:
-    """A mask's picture file as bool [H, W], on its stored pixels."""
-    return decode_mask(path, upright=False)
 
 
 def read_png16(path: Path, units_per_metre: float) -> NDArray[np.float32]:

@@ -2,10 +2,9 @@
 
 from pathlib import Path
 
-import numpy as np
-
 from data_tools.readers.base import Reader, Sample, check_split, reading, wrong_root
-from data_tools.readers.files import mask_image, read_lines, read_mask, read_rgb
+from data_tools.readers.files import mask_image, read_lines, read_rgb
+from dpt.pictures import decode_mask
 
 _SUFFIXES = {"occlusion": "occlusion", "whole": "whole", "whole_mask": "whole_mask", "visible_object_mask": "visible_mask"}
 """Folder: what its files' names end in."""
@@ -48,8 +47,8 @@ class Pix2Gestalt(Reader):
         with reading(key, paths["whole"]):
             whole = read_rgb(paths["whole"], upright=False)
         with reading(key, paths["visible_object_mask"]):
-            visible = read_mask(paths["visible_object_mask"])
+            visible = decode_mask(paths["visible_object_mask"], upright=False)
         with reading(key, paths["whole_mask"]):
-            mask = np.ascontiguousarray(read_mask(paths["whole_mask"]))
+            mask = decode_mask(paths["whole_mask"], upright=False)
             source = f"occlusion/{key}_occlusion.png"
             return Sample(key=key, images=(rgb, mask_image(visible)), mask=mask, whole=whole, meta={"source": source})

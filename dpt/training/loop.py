@@ -12,7 +12,6 @@ from dpt.errors import UserError
 from dpt.locking import held
 from dpt.models.expert_distance import expert_distances
 from dpt.models.moe import EarlierRouting
-from dpt.models.recipe_costs import step_macs
 from dpt.scores import with_unit
 from dpt.training.checkpoint import checkpoint_name
 from dpt.training.continuing import check_course

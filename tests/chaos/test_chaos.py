@@ -5,7 +5,6 @@ import http.server
 import random
 import shutil
 import signal
-import socket
 import sys
 import threading
 import time
@@ -17,6 +16,7 @@ import torch
 from chaos_runs import HOST, PATIENCE_S, Run
 from safetensors.torch import load_file
 
+from dpt import distributed
 from dpt.config.sections import TrackingConfig
 from dpt.tracking import start_run
 from dpt.tracking.run import _FINISH_SECONDS
@@ -154,9 +154,7 @@ class Faulty(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def faulty(request: pytest.FixtureRequest) -> Iterator[str]:
     """Address of a faulty server; "dead": of none."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = distributed.free_port()
     if request.param == "dead":
         yield f"http://127.0.0.1:{port}"
         return

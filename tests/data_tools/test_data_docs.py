@@ -1,20 +1,11 @@
-"""The commands, options and code of docs/data.md work."""
+"""The options and code of docs/data.md work (tests/test_docs_commands.py: its commands)."""
 
 import re
-import shlex
 from pathlib import Path
 
 from data_tools.encode import parser
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "data.md"
-
-
-def test_commands_on_the_page_parse() -> None:
-    text = PAGE.read_text(encoding="utf-8").replace("\\\n", " ")
-    commands = re.findall(r"python -m data_tools\.encode (--dataset .*)", text)
-    assert len(commands) == 3
-    for command in commands:
-        assert parser().parse_args(shlex.split(command)).resolution % 8 == 0
 
 
 def test_every_option_is_on_the_page_or_in_the_help() -> None:

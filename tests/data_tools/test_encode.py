@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from data_tools.encode import main
+from data_tools.encoding.pipeline import BatchEncoder
 from data_tools.encoding.shards import ShardWriter
 from dpt import tasks
 from dpt.data.codec import load_vae
@@ -20,6 +21,7 @@ from dpt.data.manifest import read_manifest
 from dpt.data.shards import ShardFolder
 from dpt.data.stream import LatentStream
 from tests.data_tools.encode_runs import SIDE, arguments, contents, encode_alone
+from tests.gloo import run_ranks
 
 
 @pytest.fixture(scope="module")
@@ -35,10 +37,20 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, pictures: Path, vae: str) -> Path:
+    """Their shards, made at once."""
+    out = tmp_path_factory.mktemp("shards") / "whole"
+    main(arguments(pictures, out, vae))
+    return out
+
+
 def test_class_images(pictures: Path, tmp_path: Path, vae: str) -> None:
     out = tmp_path / "out"
     main(arguments(pictures, out, vae, "--mirrored"))
     manifest = read_manifest(out)
+    settings = {"batch_size": 3, "dtype": "float32", "num_inputs": 11, "samples_per_shard": 4, "fit": "crop", "shuffle_seed": 0}
+    assert settings.items() <= manifest.encoding.items()
     assert (manifest.dataset, manifest.task, manifest.num_samples) == ("image_folder", "class", 11)
     assert [shard.num_samples for shard in manifest.shards] == [4, 4, 3]
     assert manifest.class_names == ("cat", "dog")
@@ -64,19 +76,18 @@ def test_class_images(pictures: Path, tmp_path: Path, vae: str) -> None:
     assert batch["latents_mirrored"].shape == (5, 2, 4, 4, 4)
 
 
-def test_a_limit_takes_the_first_of_the_order(pictures: Path, tmp_path: Path, vae: str, refused) -> None:
-    main(arguments(pictures, tmp_path / "all", vae))
+def test_a_limit_takes_the_first_of_the_order(whole: Path, pictures: Path, tmp_path: Path, vae: str, refused) -> None:
     main(arguments(pictures, tmp_path / "five", vae, "--limit", "5"))
-    keys = {name: [sample["key"] for sample in ShardFolder(tmp_path / name)] for name in ("all", "five")}
-    assert keys["five"] == keys["all"][:5]
-    assert "argument --limit: '0' is no whole number at least 1" in refused(
-        main, *arguments(pictures, tmp_path / "none", vae, "--limit", "0")
-    )
+    five, every = ([sample["key"] for sample in ShardFolder(folder)] for folder in (tmp_path / "five", whole))
+    assert five == every[:5]
+    said = refused(main, *arguments(pictures, tmp_path / "none", vae, "--limit", "0"))
+    assert "argument --limit: '0' is no whole number at least 1" in said
 
 
-def test_the_same_bytes_however_it_is_done(pictures: Path, tmp_path: Path, vae: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    main(arguments(pictures, tmp_path / "whole", vae))
-    expected = contents(tmp_path / "whole")
+def test_the_same_bytes_however_it_is_done(
+    whole: Path, pictures: Path, tmp_path: Path, vae: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = contents(whole)
     main(arguments(pictures, tmp_path / "ahead", vae, "--processes", "2"))
     assert contents(tmp_path / "ahead") == expected
     for part in (2, 0, 1):
@@ -88,25 +99,23 @@ def test_the_same_bytes_however_it_is_done(pictures: Path, tmp_path: Path, vae: 
         monkeypatch.setenv("WORLD_SIZE", "2")
         main(arguments(pictures, tmp_path / "ranks", vae))
     assert contents(tmp_path / "ranks") == expected
-    before = (tmp_path / "whole" / "000000.tar").stat().st_mtime_ns
-    main(arguments(pictures, tmp_path / "whole", vae))
-    assert (tmp_path / "whole" / "000000.tar").stat().st_mtime_ns == before
+    before = (whole / "000000.tar").stat().st_mtime_ns
+    main(arguments(pictures, whole, vae))
+    assert (whole / "000000.tar").stat().st_mtime_ns == before
 
 
 def test_bits_do_not_depend_on_the_number_of_threads() -> None:
-    """In a process of its own: the number of torch's threads is set for good."""
-    code = (
-        "import numpy as np, torch\n"
-        "from data_tools.encoding.pipeline import BatchEncoder\n"
-        "from dpt.data.codec import load_vae\n"
-        "images = list(np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), dtype=np.uint8))\n"
-        "found = []\n"
-        "for threads in (1, 3):\n"
-        "    torch.set_num_threads(threads)\n"
-        "    found.append(BatchEncoder(load_vae(), 4).encode(images).get())\n"
-        "assert found[0].shape[0] == 3 and (found[0] == found[1]).all()\n"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    images = list(np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), dtype=np.uint8))
+
+    def on_rank() -> bool:
+        """In a process of its own: the number of torch's threads is set for good."""
+        found = []
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            found.append(BatchEncoder(load_vae(), 4).encode(images).get())
+        return len(found[0]) == 3 and bool((found[0] == found[1]).all())
+
+    assert run_ranks(1, on_rank) == [True]
 
 
 def run_until_killed(steps: int, given: list[str]) -> int:
@@ -133,8 +142,7 @@ def run_until_killed(steps: int, given: list[str]) -> int:
     return os.waitstatus_to_exitcode(status)
 
 
-def test_killed_anywhere_and_started_again(pictures: Path, tmp_path: Path, vae: str) -> None:
-    main(arguments(pictures, tmp_path / "whole", vae))
+def test_killed_anywhere_and_started_again(whole: Path, pictures: Path, tmp_path: Path, vae: str) -> None:
     out, killed = tmp_path / "out", []
     for steps in (0, 1, 2, 3, 14, 9, 15, 13, 16, 17, 2, 18, 1, 15, 16, 3, 2, 1, 19, 20, 21, 100):
         status = run_until_killed(steps, arguments(pictures, out, vae))
@@ -144,12 +152,11 @@ def test_killed_anywhere_and_started_again(pictures: Path, tmp_path: Path, vae: 
         killed.append(sorted(path.name for path in out.iterdir()) if out.exists() else [])
     assert len(killed) >= 10
     assert len(set(map(tuple, killed))) >= 5
-    assert contents(out) == contents(tmp_path / "whole")
+    assert contents(out) == contents(whole)
 
 
 @pytest.mark.slow
-def test_two_processes_of_a_launcher(pictures: Path, tmp_path: Path, vae: str) -> None:
-    main(arguments(pictures, tmp_path / "whole", vae))
+def test_two_processes_of_a_launcher(whole: Path, pictures: Path, tmp_path: Path, vae: str) -> None:
     script = Path(__file__).resolve().parents[2] / "data_tools" / "encode.py"
     jobs = []
     for rank in range(2):  # as the deepspeed launcher starts it: as a file, with --local_rank
@@ -159,14 +166,14 @@ def test_two_processes_of_a_launcher(pictures: Path, tmp_path: Path, vae: str) -
     for job in jobs:
         _, errors = job.communicate(timeout=120)
         assert job.returncode == 0, errors.decode()
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert contents(tmp_path / "out") == contents(whole)
 
 
 def test_unreadable_inputs_are_listed(pictures: Path, tmp_path: Path, vae: str, capsys: pytest.CaptureFixture, refused) -> None:
     root = tmp_path / "root"
     (root / "cat").mkdir(parents=True)
     for path in pictures.rglob("*.png"):
-        (root / "cat" / path.name).write_bytes(path.read_bytes())
+        shutil.copy(path, root / "cat")
     (root / "cat" / "broken.png").write_bytes(b"not a picture")
     (root / "cat" / "cut.png").write_bytes((root / "cat" / "p.03.png").read_bytes()[:300])
     out = tmp_path / "out"
@@ -194,21 +201,22 @@ def test_nothing_half_written_is_left(tmp_path: Path, vae: str, refused) -> None
     assert "none of the 6 inputs" in found
 
 
-def test_refusals(pictures: Path, tmp_path: Path, vae: str, refused) -> None:
+def test_refusals(whole: Path, pictures: Path, tmp_path: Path, vae: str, refused) -> None:
     out = tmp_path / "out"
     assert "does not exist" in refused(main, *arguments(tmp_path / "none", out, vae))
-    assert "no multiple of 8" in refused(main, *arguments(pictures, out, vae, "--resolution", "33"))
-    assert "--shards '3/3'" in refused(main, *arguments(pictures, out, vae, "--shards", "3/3"))
-    assert "form I/N" in refused(main, *arguments(pictures, out, vae, "--shards", "1"))
-    assert "no option 'colour'" in refused(main, *arguments(pictures, out, vae, "--option", "colour=red"))
-    assert "--clip is for amodal" in refused(main, *arguments(pictures, out, vae, "--clip", "x"))
-    assert "--evaluation is for perception" in refused(main, *arguments(pictures, out, vae, "--evaluation"))
     assert "VAE" in refused(main, *arguments(pictures, out, str(tmp_path / "no_vae")))
-    assert "11 inputs" not in refused(main, *arguments(pictures, out, vae, "--finish"))
+    for options, words in (
+        (("--resolution", "33"), "no multiple of 8"),
+        (("--shards", "3/3"), "--shards '3/3'"),
+        (("--shards", "1"), "form I/N"),
+        (("--option", "colour=red"), "no option 'colour'"),
+        (("--clip", "x"), "--clip is for amodal"),
+        (("--evaluation",), "--evaluation is for perception"),
+        (("--finish",), "3 of 3 shards are missing"),
+    ):
+        assert words in refused(main, *arguments(pictures, out, vae, *options))
     assert not out.exists()
-    main(arguments(pictures, out, vae))
-    found = refused(main, *arguments(pictures, out, vae, "--mirrored"))
-    assert "mirrored False instead of True" in found
+    assert "mirrored False instead of True" in refused(main, *arguments(pictures, whole, vae, "--mirrored"))
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").touch()
     assert "holds something else" in refused(main, *arguments(pictures, tmp_path / "full", vae))
@@ -228,10 +236,3 @@ def test_a_job_in_the_way(pictures: Path, tmp_path: Path, vae: str, refused) -> 
     main(arguments(pictures, out, vae, "--shards", "0/2"))
     with ShardWriter(out / "000001.tar"):
         assert "another process is writing this shard" in refused(main, *arguments(pictures, out, vae))
-
-
-def test_settings_are_those_of_the_bytes(pictures: Path, tmp_path: Path, vae: str) -> None:
-    main(arguments(pictures, tmp_path / "out", vae))
-    settings = read_manifest(tmp_path / "out").encoding
-    expected = {"batch_size": 3, "dtype": "float32", "num_inputs": 11, "samples_per_shard": 4, "fit": "crop", "shuffle_seed": 0}
-    assert {name: settings[name] for name in expected} == expected

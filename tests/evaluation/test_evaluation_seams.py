@@ -14,7 +14,7 @@ from dpt.errors import UserError
 from dpt.evaluation.ensembling import merge_depth
 from dpt.evaluation.generation import ImageSource
 from dpt.evaluation.prediction import Predictor
-from dpt.evaluation.protocols import HIGHER_IS_BETTER, PROTOCOLS, average, score
+from dpt.evaluation.protocols import HIGHER_IS_BETTER, PROTOCOLS, LogFit, average, score
 from dpt.evaluation.runner import check_set, evaluate
 from dpt.evaluation.sets import EvaluationSet
 from dpt.scores import METRICS
@@ -26,7 +26,7 @@ def test_every_main_metric_is_an_average_and_a_column(protocol):
     shape = (2, 8, 8) if protocol.task == "flow" else (8, 8)
     truth = np.random.default_rng(0).uniform(1, 5, shape).astype(np.float32)
     truth = truth > 3 if protocol.task == "amodal" else truth
-    protocol = dataclasses.replace(protocol, crop=None)
+    protocol = dataclasses.replace(protocol, crop=None, log_fit=LogFit())
     figures = average([score(protocol, truth, truth)])
     assert protocol.main_metric in figures
     assert METRICS[protocol.main_metric].lower_is_better is not (protocol.main_metric in HIGHER_IS_BETTER)
@@ -83,7 +83,7 @@ def test_depth_is_decoded_as_the_weights_code_it_and_scored_as_depth(tmp_path):
     """The same network, told of another code, predicts other depth; what shards hold is decoded in their code, so that the
     ceiling is the code's and the VAE's, not the weights'; and records of another code are not taken up."""
     folders = {code: make_set(tmp_path / code, count=2, code=code) for code in target_codes.DEPTH_CODES}
-    config = EvaluationConfig(output_dir=str(tmp_path / "out"), steps=[1], ensemble=[1], pictures=1)
+    config = EvaluationConfig(output_dir=str(tmp_path / "out"), steps=[1], ensemble=[1], pictures=0)
     found, ceilings = {}, []
     for code in target_codes.DEPTH_CODES:
         model = dataclasses.replace(make_model(), codes={"depth": code, "flow": "log"})

@@ -1,34 +1,9 @@
-from pathlib import Path
-
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 
 from dpt.errors import UserError
 from dpt.evaluation.given import read_prediction, save_prediction
-from dpt.pictures import flo_bytes, read_flo
-
-CHAIRS = Path(__file__).resolve().parents[2] / ".." / "shared" / "data" / "flying_chairs" / "data"
-
-
-@settings(max_examples=20, deadline=None)
-@given(st.integers(1, 9), st.integers(1, 9), st.integers(0, 1000))
-def test_flo_round_trip(tmp_path_factory, height, width, seed):
-    path = tmp_path_factory.mktemp("flo") / "x.flo"
-    flow = np.random.default_rng(seed).normal(0, 30, (2, height, width)).astype(np.float32)
-    path.write_bytes(flo_bytes(flow))
-    assert (read_flo(path) == flow).all()
-
-
-@pytest.mark.skipif(not CHAIRS.exists(), reason="needs the real samples")
-def test_real_flo_files_are_rewritten_byte_for_byte(tmp_path):
-    for path in CHAIRS.glob("*.flo"):
-        flow = read_flo(path)
-        assert flow.shape == (2, 384, 512)
-        (tmp_path / "copy.flo").write_bytes(flo_bytes(flow))
-        assert (tmp_path / "copy.flo").read_bytes() == path.read_bytes()
 
 
 def test_depth_files(tmp_path):

@@ -9,6 +9,7 @@ import pytest
 
 from dpt import distributed
 from dpt.config.sections import EvaluationConfig
+from dpt.data.manifest import read_manifest, write_manifest
 from dpt.data.shards import ShardFolder
 from dpt.errors import UserError
 from dpt.evaluation import scoring
@@ -18,7 +19,7 @@ from dpt.evaluation.runner import evaluate
 from dpt.evaluation.scoring import samples_at_once
 from dpt.evaluation.sets import EvaluationSet
 from dpt.evaluation.summary import drawn_by_key, format_summary, pick_samples, tracked_metrics
-from tests.evaluation.tiny import make_model, make_set
+from tests.evaluation.tiny import calls_of, make_model, make_set
 from tests.gloo import run_ranks
 
 
@@ -44,14 +45,21 @@ def _assert_same(rows: list[dict], others: list[dict]) -> None:
             assert a[name] == (pytest.approx(b[name], rel=1e-4, abs=1e-5) if isinstance(a[name], float) else b[name])
 
 
-def test_a_sweep_scores_every_sample_once_under_every_setting(depth_set, tmp_path):
-    summary = _run(_config(tmp_path / "out", depth_set, pictures=2))
-    rows = _rows(tmp_path / "out")
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
+    """The output folder and the summary of a sweep over a set like `depth_set`."""
+    folder = tmp_path_factory.mktemp("swept")
+    return folder / "out", _run(_config(folder / "out", make_set(folder / "depth_val"), pictures=2))
+
+
+def test_a_sweep_scores_every_sample_once_under_every_setting(swept):
+    out, summary = swept
+    rows = _rows(out)
     settings = [(r["kind"], r["steps"], r["ensemble"], r["index"]) for r in rows]
     swept = [("model", s, n) for s in (1, 3) for n in (1, 3)]
     assert settings == [(*s, i) for s in (("baseline", 0, 0), ("ceiling", 0, 0), *swept) for i in range(5)]
     one = summary["sets"]["synthetic_val"]
-    assert json.loads((tmp_path / "out" / "summary.json").read_text())["sets"]["synthetic_val"] == one
+    assert json.loads((out / "summary.json").read_text())["sets"]["synthetic_val"] == one
     assert (one["num_samples"], one["protocol"], one["protocol_version"]) == (5, "synthetic_depth", 1)
     assert [(r["steps"], r["ensemble"]) for r in one["results"]] == [s[1:] for s in swept]
     last = [r["abs_rel"] for r in rows if (r["steps"], r["ensemble"]) == (3, 3)]
@@ -59,43 +67,38 @@ def test_a_sweep_scores_every_sample_once_under_every_setting(depth_set, tmp_pat
     assert one["ceiling"]["abs_rel"] < 0.1 < one["baseline"]["abs_rel"]
     forward = summary["settings"]["forward_macs"]
     assert [r["macs_per_prediction"] for r in one["results"]] == [forward * s * n for _, s, n in swept]
-    pictures = sorted(p.name for p in (tmp_path / "out").glob("*/pictures/*.png"))
+    pictures = sorted(p.name for p in out.glob("*/pictures/*.png"))
     assert pictures == [f"synthetic_val_{which}.png" for which in ("best", "median", "same", "worst")]
 
 
-def test_baseline_is_the_best_constant(depth_set, tmp_path):
-    summary = _run(_config(tmp_path / "out", depth_set, steps=[1], ensemble=[1]))
+def test_baseline_is_the_best_constant(swept, depth_set):
     truths = [s["truth"] for s in map(ShardFolder(depth_set).__getitem__, range(5))]
     expected = np.mean([np.mean(np.abs(t[t > 0].mean() - t[t > 0]) / t[t > 0]) for t in truths])
-    assert summary["sets"]["synthetic_val"]["baseline"]["abs_rel"] == pytest.approx(expected, rel=1e-5)
+    assert swept[1]["sets"]["synthetic_val"]["baseline"]["abs_rel"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_batch_size_and_sweep_do_not_change_a_figure(depth_set, tmp_path):
-    _run(_config(tmp_path / "a", depth_set))
-    _run(_config(tmp_path / "b", depth_set, batch_size=64))
-    _assert_same(_rows(tmp_path / "a"), _rows(tmp_path / "b"))
-    _run(_config(tmp_path / "c", depth_set, steps=[3], ensemble=[3], batch_size=1))
-    alone = [r for r in _rows(tmp_path / "c") if r["kind"] == "model"]
-    _assert_same(alone, [r for r in _rows(tmp_path / "a") if (r["steps"], r["ensemble"]) == (3, 3)])
+def test_batch_size_and_sweep_do_not_change_a_figure(swept, depth_set, tmp_path):
+    rows = _rows(swept[0])
+    _run(_config(tmp_path / "whole", depth_set, batch_size=64))
+    _assert_same(rows, _rows(tmp_path / "whole"))
+    _run(_config(tmp_path / "alone", depth_set, steps=[3], ensemble=[3], batch_size=1))
+    alone = [r for r in _rows(tmp_path / "alone") if r["kind"] == "model"]
+    _assert_same(alone, [r for r in rows if (r["steps"], r["ensemble"]) == (3, 3)])
 
 
-def test_ranks_do_not_change_a_figure(depth_set, tmp_path):
-    _run(_config(tmp_path / "one", depth_set))
-
+def test_ranks_do_not_change_a_figure(swept, depth_set, tmp_path):
     def on_rank() -> int:
-        config = _config(tmp_path / "two", depth_set, pictures=1)
-        summary = evaluate(config, predictor=Predictor(make_model(), config=config, device="cpu"))
+        summary = _run(_config(tmp_path / "two", depth_set, pictures=1))
         assert distributed.world_size() == 2
         return summary["sets"]["synthetic_val"]["num_samples"]
 
     assert run_ranks(2, on_rank) == [5, 5]
-    _assert_same(_rows(tmp_path / "one"), _rows(tmp_path / "two"))
+    _assert_same(_rows(swept[0]), _rows(tmp_path / "two"))
     lines = [len(p.read_text().splitlines()) for p in (tmp_path / "two").glob("*/parts/*/*.jsonl")]
     assert sorted(lines) == [2, 3]
 
 
-def test_an_interrupted_run_goes_on(depth_set, tmp_path, monkeypatch):
-    _run(_config(tmp_path / "whole", depth_set))
+def test_an_interrupted_run_goes_on(swept, depth_set, tmp_path, monkeypatch):
     config = _config(tmp_path / "out", depth_set)
     record, count = scoring.Scorer._record, iter(range(1000))
 
@@ -111,32 +114,30 @@ def test_an_interrupted_run_goes_on(depth_set, tmp_path, monkeypatch):
     (part,) = (tmp_path / "out").glob("*/parts/*/*.jsonl")
     part.write_text(part.read_text() + '[[2, "scene_002", ["model", 1')  # a torn line
     assert not (tmp_path / "out" / "summary.json").exists()
-    predicted: list[str] = []
-    latents = Predictor.predict_latents
-    monkeypatch.setattr(
-        Predictor,
-        "predict_latents",
-        lambda self, c, keys, *a, **k: (predicted.extend(keys), latents(self, c, keys, *a, **k))[1],
-    )
+    calls = calls_of(monkeypatch, Predictor, "predict_latents")
+
+    def predicted() -> list[str]:
+        """The keys since it was asked last."""
+        keys = [key for (_, _, keys, *_), _ in calls for key in keys]
+        calls.clear()
+        return keys
+
     _run(config)
-    assert set(predicted) == {"scene_002", "scene_003", "scene_004"}
-    _assert_same(_rows(tmp_path / "out"), _rows(tmp_path / "whole"))
-    predicted.clear()
+    assert set(predicted()) == {"scene_002", "scene_003", "scene_004"}
+    _assert_same(_rows(tmp_path / "out"), _rows(swept[0]))
     _run(dataclasses.replace(config, steps=[1, 2, 3]))  # only what is new is predicted
-    assert len(predicted) == 5
+    assert len(predicted()) == 5
     assert len(_rows(tmp_path / "out")) == 5 * (2 + 6)
-    predicted.clear()
     _run(dataclasses.replace(config, seed=1))  # other noise: nothing can be taken over
-    assert len(predicted) == 10
+    assert len(predicted()) == 10
 
 
 @pytest.mark.parametrize("task", ["depth", "flow", "amodal"])
 def test_saved_predictions_score_the_same_as_given_ones(task, tmp_path):
     folder = make_set(tmp_path / "set", task)
     summary = _run(_config(tmp_path / "out", folder, steps=[2], ensemble=[2], save_predictions=True), task)
-    given = _config(
-        tmp_path / "given", folder, predictions=str(tmp_path / "out" / "synthetic_val" / "predictions" / "s2_n2"), pictures=1
-    )
+    saved = tmp_path / "out" / "synthetic_val" / "predictions" / "s2_n2"
+    given = _config(tmp_path / "given", folder, predictions=str(saved), pictures=int(task == "flow"))
     again = evaluate(given)
     first, second = (s["sets"]["synthetic_val"]["results"][-1]["metrics"] for s in (summary, again))
     assert first == pytest.approx(second, rel=1e-5)
@@ -149,7 +150,7 @@ def test_saved_predictions_score_the_same_as_given_ones(task, tmp_path):
         expected = np.mean([mask[:, 1:].sum() / mask.sum() for mask in masks])
         assert one["code"]["iou"] == pytest.approx(expected)
         assert tracked_metrics(again)["eval/amodal/code_iou"] == one["code"]["iou"]
-    (Path(given.predictions) / f"scene_003{'.flo' if task == 'flow' else '.npy' if task == 'depth' else '.png'}").unlink()
+    next(saved.glob("scene_003.*")).unlink()
     with pytest.raises(UserError, match="scene_003"):
         evaluate(given)
 
@@ -162,34 +163,34 @@ def test_images_of_different_sizes_and_shapes_of_latents(tmp_path):
     assert one["ceiling"] is None
 
 
-def test_the_only_set_of_a_task_is_tracked_by_the_task_too(depth_set, tmp_path):
-    names = tracked_metrics(_run(_config(tmp_path / "single", depth_set, steps=[1], ensemble=[1])))
-    assert {"eval/depth/abs_rel", "eval/depth/abs_rel/s1_n1", "eval/depth/baseline_abs_rel"} <= set(names)
-    assert {"eval/depth/synthetic_val/abs_rel", "compute/forward_macs"} <= set(names)
+def test_the_only_set_of_a_task_is_tracked_by_the_task_too(swept):
+    names = set(tracked_metrics(swept[1]))
+    assert {"eval/depth/abs_rel", "eval/depth/abs_rel/s1_n1", "eval/depth/baseline_abs_rel"} <= names
+    assert {"eval/depth/synthetic_val/abs_rel", "compute/forward_macs"} <= names
 
 
 def test_bad_input_is_refused(depth_set, tmp_path):
+    config = _config(tmp_path / "out", depth_set)
     for changes, words in (
         ({"data": []}, "data is empty"),
         ({"protocol": "kitti2"}, "unknown"),
         ({"protocol": "pix2gestalt"}, "amodal"),
     ):
         with pytest.raises(UserError, match=words):
-            _run(dataclasses.replace(_config(tmp_path / "out", depth_set), **changes))
+            _run(dataclasses.replace(config, **changes))
     with pytest.raises(UserError, match="weights is empty"):
-        evaluate(_config(tmp_path / "out", depth_set))
+        evaluate(config)
     with pytest.raises(UserError, match="cannot predict"):
-        _run(_config(tmp_path / "out", depth_set), task="flow")
-    manifest = depth_set / "manifest.json"
-    text = manifest.read_text()
-    manifest.write_text(text.replace('"pooling"', '"another"'))
-    with pytest.raises(UserError, match="another one"):
-        _run(_config(tmp_path / "out", depth_set))
-    value = json.loads(text)
-    del value["members"]["truth"]
-    manifest.write_text(json.dumps(value))
-    with pytest.raises(UserError, match="no truth"):
-        _run(_config(tmp_path / "out", depth_set))
+        _run(config, task="flow")
+    manifest = read_manifest(depth_set)
+    without = {name: spec for name, spec in manifest.members.items() if name != "truth"}
+    for changes, words in (
+        ({"vae": dataclasses.replace(manifest.vae, sha256="another")}, "another one"),
+        ({"members": without}, "no truth"),
+    ):
+        write_manifest(depth_set, dataclasses.replace(manifest, **changes))
+        with pytest.raises(UserError, match=words):
+            _run(config)
     assert not (tmp_path / "out").exists()
 
 
@@ -201,7 +202,6 @@ def test_shards_of_classes_are_not_asked_for_what_they_never_hold(monkeypatch):
 
 
 def test_picked_samples(depth_set):
-
     one = EvaluationSet(depth_set)
     setting = Setting(steps=1, ensemble=1)
     records = [
@@ -250,12 +250,9 @@ def test_the_visible_mask_is_the_baseline_of_amodal_sets(tmp_path):
     assert "(truth through the image code = the true picture of the whole object thresholded" in text
 
 
-def test_batches_are_filled():
-    assert samples_at_once(1, 16) == 16
-    assert samples_at_once(10, 16) == 3  # 30 of 32
-    assert samples_at_once(5, 16) == 3
-    assert samples_at_once(100, 16) == 1
-    assert samples_at_once(4, 16) == 4
+@pytest.mark.parametrize(("predictions", "samples"), [(1, 16), (10, 3), (5, 3), (100, 1), (4, 4)])
+def test_batches_of_16_are_filled(predictions, samples):
+    assert samples_at_once(predictions, 16) == samples
 
 
 def test_record_log_takes_whole_lines_only(tmp_path):

@@ -14,7 +14,7 @@ from dpt.evaluation.outputs import OutputConfig
 from dpt.evaluation.predicting import predict_files
 from dpt.evaluation.videos import Carried, align_to, predict_video
 from dpt.tasks import resize_smooth
-from tests.evaluation.tiny import batch_sizes, make_model, stop_at
+from tests.evaluation.tiny import calls_of, make_model, stop_at
 
 
 def _scene(seed: int) -> np.ndarray:
@@ -79,9 +79,9 @@ def test_frames_start_from_the_same_noise_and_a_stopped_video_goes_on(tmp_path, 
     stop_at(monkeypatch, videos, 4)
     with pytest.raises(KeyboardInterrupt):
         predict_video(predictor, source, tmp_path / "two", **more)
-    seen = batch_sizes(monkeypatch)
+    calls = calls_of(monkeypatch, Predictor, "__call__")
     predict_video(predictor, source, tmp_path / "two", **more)
-    assert seen == [2, 1]  # not the first batch
+    assert [len(images) for (_, images), _ in calls] == [2, 1]  # not the first batch
     for a, b in zip(whole, depths("two"), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
 

@@ -9,14 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from data_tools.encoding.shards import ShardWriter
 from dpt import target_codes, tasks
 from dpt.config.sections import DiffusionConfig, ModelConfig
 from dpt.data.codec import LatentScaling
-from dpt.data.manifest import Manifest, MemberSpec, VAERecord, write_manifest
+from dpt.data.manifest import VAERecord
 from dpt.evaluation.loading import LoadedModel
-from dpt.evaluation.prediction import Predictor
 from dpt.models.dit import DiT
+from tests.shards import write_set
 
 
 class PoolingCodec:
@@ -74,52 +73,35 @@ def make_set(
     """An evaluation shard folder of random smooth scenes, encoded at 32 x 32."""
     codec = PoolingCodec()
     rng = np.random.default_rng(3)
-    folder.mkdir(parents=True)
-    with ShardWriter(folder / "000000.tar") as writer:
-        for number in range(count):
-            image = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
-            smooth = tasks.resize_smooth(rng.random((2, 4, 4)).astype(np.float32), size)
-            if task == "depth":
-                truth = (1.0 + 5.0 * smooth[0]).astype(np.float32)
-                truth[:2] = 0.0
-                targets = [target_codes.encode_depth(truth, code=code)[0]]
-            elif task == "flow":
-                truth = (20 * smooth - 10).astype(np.float32)
-                targets = list(target_codes.encode_flow(truth))
-            else:
-                truth = (smooth[0] > 0.5).astype(np.uint8)
-                targets = [target_codes.encode_amodal(np.full((*size, 3), 100, np.uint8), truth > 0)]
-            conditions = [tasks.image_to_float(image), tasks.all_valid_prompt(*size)]
 
-            def moments(pictures: list[np.ndarray]) -> np.ndarray:
-                resized = np.stack([tasks.resize_smooth(p, (32, 32)) for p in pictures])
-                return codec.encode(torch.from_numpy(resized)).numpy().astype(np.float16)
+    def moments(*pictures: np.ndarray) -> np.ndarray:
+        resized = np.stack([tasks.resize_smooth(p, (32, 32)) for p in pictures])
+        return codec.encode(torch.from_numpy(resized)).numpy().astype(np.float16)
 
-            members = {"cond_latents": moments(conditions), "image": image, "truth": truth}
-            if with_targets:
-                members["target_latents"] = moments(targets)
-            if task == "flow":
-                members["second"] = image[:, ::-1].copy()
-            if task == "amodal":  # a threshold that loses the first column
-                members["visible_mask"] = truth * (np.arange(size[1]) < size[1] // 2).astype(np.uint8)
-                members["code_mask"] = truth * (np.arange(size[1]) > 0).astype(np.uint8)
-            writer.add(f"scene_{number:03d}", members, {"width": size[1], "height": size[0]})
-        record = writer.commit()
-    specs = {name: MemberSpec(dtype=array.dtype.name, shape=array.shape) for name, array in members.items()}
-    vae = codec.record
-    manifest = Manifest(
-        dataset="synthetic",
-        split="val",
-        task=task,
-        resolution=32,
-        num_samples=count,
-        shards=(record,),
-        members=specs,
-        vae=vae,
-        encoding={} if code == target_codes.DEPTH_CODE else {"depth_code": code},
-    )
-    write_manifest(folder, manifest)
-    return folder
+    def make(number: int) -> dict[str, np.ndarray]:
+        image = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
+        smooth = tasks.resize_smooth(rng.random((2, 4, 4)).astype(np.float32), size)
+        members = {"cond_latents": moments(tasks.image_to_float(image), tasks.all_valid_prompt(*size)), "image": image}
+        if task == "depth":
+            truth = (1.0 + 5.0 * smooth[0]).astype(np.float32)
+            truth[:2] = 0.0
+            targets = [target_codes.encode_depth(truth, code=code)[0]]
+        elif task == "flow":
+            truth = (20 * smooth - 10).astype(np.float32)
+            targets = list(target_codes.encode_flow(truth))
+            members["second"] = image[:, ::-1].copy()
+        else:
+            truth = (smooth[0] > 0.5).astype(np.uint8)
+            targets = [target_codes.encode_amodal(np.full((*size, 3), 100, np.uint8), truth > 0)]
+            columns = np.arange(size[1])
+            members["visible_mask"] = truth * (columns < size[1] // 2).astype(np.uint8)
+            members["code_mask"] = truth * (columns > 0).astype(np.uint8)  # a threshold that loses the first column
+        return members | {"truth": truth} | ({"target_latents": moments(*targets)} if with_targets else {})
+
+    fields = {"dataset": "synthetic", "split": "val", "task": task, "vae": codec.record}
+    fields["encoding"] = {} if code == target_codes.DEPTH_CODE else {"depth_code": code}
+    meta = {"width": size[1], "height": size[0]}
+    return write_set(folder, [count], make, key="scene_{:03d}", meta=meta, **fields)
 
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, module: ModuleType, number: int) -> list[str]:
@@ -136,10 +118,13 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, module: ModuleType, number: int) ->
     return names
 
 
-def batch_sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many pictures predictors are called with, from now on."""
-    call, sizes = Predictor.__call__, []
-    monkeypatch.setattr(
-        Predictor, "__call__", lambda self, images, **more: (sizes.append(len(images)), call(self, images, **more))[1]
-    )
-    return sizes
+def calls_of(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """Arguments and options of the calls of `owner.name`, from now on."""
+    original, calls = getattr(owner, name), []
+
+    def noted(*arguments: Any, **options: Any) -> Any:
+        calls.append((arguments, options))
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(owner, name, noted)
+    return calls

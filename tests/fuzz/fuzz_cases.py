@@ -22,7 +22,7 @@ COMMANDS: list[list[str]] = [
         f"dpt report e {_STORE} --out report.html",
         f"dpt study study.yaml --dry-run {_STORE} --mfu 0.5",
         "dpt routing experts_weights --data class_shards more_class_shards --samples 2 --batch-size 2 --out routing",
-        "dpt experts experts_weights --out experts.svg",
+        f"dpt experts w32 {_STORE} --out experts.svg",
         "dpt export class_weights exported --diffusers",
         "dpt import class_weights imported --vae embedded --objective epsilon --fit aspect",
         "dpt sync runs --uri sqlite:///other.db",

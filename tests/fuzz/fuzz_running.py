@@ -6,7 +6,6 @@ import gc
 import importlib
 import os
 import runpy
-import shutil
 import signal
 import sys
 import time
@@ -115,9 +114,3 @@ def _run(line: list[str]) -> object:
         return importlib.import_module(_MODULES[program]).main(arguments)
     runpy.run_path(str(ROOT / "launchers" / f"{program}.py"), run_name="__main__")
     return 0
-
-
-def copied(assets: Path, folder: Path) -> Path:
-    """A folder of its own for a command."""
-    shutil.copytree(assets, folder)
-    return folder

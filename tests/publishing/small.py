@@ -4,6 +4,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from dpt import tasks
@@ -11,15 +12,18 @@ from dpt.config.sections import DiffusionConfig, ModelConfig
 from dpt.data.codec import load_vae
 from dpt.models.dit import DiT
 from dpt.models.exporting import export_weights
+from tests.data.test_codec import small_vae
 
-LINEAGE = {
-    "run_id": "f" * 32,
-    "parents": ["e" * 32],
-    "train_macs": 1.5e15,
-    "data_sha256": "d" * 64,
-    "samples_seen": 6400,
-    "step": 100,
-}
+LINEAGE = {"run_id": "f" * 32, "parents": ["e" * 32], "data_sha256": "d" * 64}
+LINEAGE |= {"train_macs": 1.5e15, "samples_seen": 6400, "step": 100}
+
+
+def statistics_vae(folder: Path, channels: int = 8, **changes: Any) -> Path:
+    """A VAE of 16 pixels a latent, a shift and statistics by channel."""
+    statistics = {"latents_mean": np.linspace(-1, 1, channels).tolist(), "latents_std": np.linspace(0.5, 2, channels).tolist()}
+    shape = {"block_out_channels": (8,) * 5, "latent_channels": channels, "scaling_factor": 0.5, "shift_factor": 0.25}
+    small_vae(**shape, **statistics, **changes).save_pretrained(folder)
+    return folder
 
 
 def random_state(config: ModelConfig, seed: int) -> dict[str, torch.Tensor]:
@@ -45,13 +49,8 @@ def export_small(
     values |= {"num_classes": 10 + tasks.num_task_labels(task)}
     record = load_vae(vae).record
     config = ModelConfig(**{**values, "in_channels": record.latent_channels, **model})
-    sections = {
-        "task": task,
-        "vae": asdict(record),
-        "lineage": LINEAGE,
-        "diffusion": vars(DiffusionConfig(**(diffusion or {}))),
-    }
-    sections |= {"fits": fits} if fits else {}
+    sections = {"task": task, "vae": asdict(record), "lineage": LINEAGE} | ({"fits": fits} if fits else {})
+    sections["diffusion"] = vars(DiffusionConfig(**(diffusion or {})))
     network = DiT(config)
     network.load_state_dict(random_state(config, 0))
     averaged = {n: t for n, t in random_state(config, 1).items() if t.is_floating_point()}

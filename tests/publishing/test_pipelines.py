@@ -20,8 +20,7 @@ from dpt.evaluation.prediction import Predictor
 from dpt.models.pretrained import import_weights, read_weights
 from dpt.publishing import pipelines
 from dpt.publishing.pipelines import write_pipeline
-from tests.data.test_codec import small_vae
-from tests.publishing.small import export_small
+from tests.publishing.small import export_small, statistics_vae
 
 NETWORKS = {
     "dense": {},
@@ -56,18 +55,10 @@ for folder in sys.argv[2:]:
     images = numpy.load(sys.argv[1])
     pictures = [images["wide"], Image.fromarray(images["tall"])]
     out = pipe(pictures, num_inference_steps=3, ensemble_size=2, seed=7, batch_size=2)
-    again = pipe(pictures[1], num_inference_steps=3, ensemble_size=2, generator=torch.Generator().manual_seed(0))
-    assert len(again.depth) == 1 and again.depth[0].shape == images["tall"].shape[:2]
     numpy.savez(Path(folder) / "found.npz", *out.depth, *out.uncertainty)
+again = pipe(pictures[1], num_inference_steps=1, generator=torch.Generator().manual_seed(0))
+assert len(again.depth) == 1 and again.depth[0].shape == images["tall"].shape[:2]
 """
-
-
-def statistics_vae(folder: Path, **changes: object) -> Path:
-    """A VAE of 16 pixels a latent, 8 channels, a shift and statistics by channel."""
-    statistics = {"latents_mean": np.linspace(-1, 1, 8).tolist(), "latents_std": np.linspace(0.5, 2, 8).tolist()}
-    shape = {"block_out_channels": (8,) * 5, "latent_channels": 8, "scaling_factor": 0.5, "shift_factor": 0.25}
-    small_vae(**{**shape, **statistics, **changes}).save_pretrained(folder)
-    return folder
 
 
 def without_dpt(code: str, cache: Path, *arguments: object) -> None:
@@ -183,9 +174,8 @@ def test_a_folder_names_no_place_of_this_machine_and_is_replaced_whole(tmp_path:
     folder = export_small(tmp_path / "weights")
     out = write(folder, tmp_path / "out", card="words\n", steps=20, ensemble=5)
     texts = {p.name: p.read_text() for p in out.rglob("*") if p.suffix in (".json", ".md", ".py")}
-    assert not [
-        name for name, text in texts.items() if str(tmp_path) in text or str(Path(pipelines.__file__).parents[2]) in text
-    ]
+    for place in (tmp_path, Path(pipelines.__file__).parents[2]):
+        assert not [name for name, text in texts.items() if str(place) in text]
     assert json.loads(texts["model_index.json"])["default_steps"] == 20
     assert json.loads(texts["model_index.json"])["default_ensemble_size"] == 5
     assert texts["README.md"] == "words\n"

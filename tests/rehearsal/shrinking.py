@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from data_tools.encoding.shards import ShardWriter
 from dpt.config.checks import batch_split
 from dpt.config.recipe import Recipe, load_recipe
 from dpt.config.sections import ModelConfig
-from dpt.data.manifest import Manifest, MemberSpec, VAERecord, write_manifest
+from dpt.data.manifest import VAERecord
 from dpt.models.dit import DiT
 from dpt.models.exporting import export_weights
 from dpt.models.weights import Weights
+from tests.shards import write_set
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "ds_configs").glob("*.json"))
@@ -138,27 +138,9 @@ def set_task(shards: str) -> str:
 def make_shards(folder: Path, task: str, *, side: int, vae: VAERecord, clip: int, classes: int) -> Path:
     """Four tiny shards with all members that such a set has. `clip`: width of its CLIP embeddings, 0 for none."""
     random = np.random.default_rng(0)
-    records = []
-    folder.mkdir(parents=True)
-    for shard in range(4):
-        with ShardWriter(folder / f"{shard:06d}.tar") as writer:
-            for number in range(6):
-                members = _sample(random, task, side, clip, classes)
-                writer.add(f"{shard}_{number}", members, {"width": 8 * side, "height": 8 * side})
-            records.append(writer.commit())
-    manifest = Manifest(
-        dataset=folder.name,
-        split="train",
-        task=task,
-        resolution=8 * side,
-        num_samples=24,
-        shards=tuple(records),
-        members={name: MemberSpec(dtype=value.dtype.name, shape=value.shape) for name, value in members.items()},
-        vae=vae,
-        class_names=tuple(f"class {number}" for number in range(classes)) if task == "class" else (),
-    )
-    write_manifest(folder, manifest)
-    return folder
+    fields = {"dataset": folder.name, "task": task, "resolution": 8 * side, "vae": vae}
+    fields["class_names"] = tuple(f"class {number}" for number in range(classes)) if task == "class" else ()
+    return write_set(folder, [6] * 4, lambda _: _sample(random, task, side, clip, classes), **fields)
 
 
 def _sample(random: np.random.Generator, task: str, side: int, clip: int, classes: int) -> dict[str, np.ndarray]:

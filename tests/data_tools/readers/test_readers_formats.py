@@ -1,9 +1,8 @@
-"""Single file formats: .flo, pictures, masks, run lengths, polygons, pickles, tars."""
+"""Single file formats: depth, run lengths, polygons, pickles, tars."""
 
 import io
 import os
 import pickle
-import struct
 import tarfile
 from collections import OrderedDict
 from pathlib import Path
@@ -17,12 +16,11 @@ from PIL import Image
 
 from data_tools.native.files import encode_rle
 from data_tools.readers import open_reader
-from data_tools.readers.files import mask_image, read_mask, read_png16, read_rgb
+from data_tools.readers.files import read_png16
 from data_tools.readers.rle import decode_polygons, decode_rle
 from data_tools.readers.tars import list_members
 from data_tools.readers.unpickle import load_plain_pickle
 from dpt.errors import UserError
-from dpt.pictures import decode_mask, decode_picture, read_flo
 
 MASKS = arrays(np.bool_, array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=20))
 
@@ -79,30 +77,6 @@ def test_a_polygon_of_two_points_is_refused() -> None:
         decode_polygons([0, 0, 5, 5], 10, 10)
 
 
-@settings(max_examples=50, deadline=None)
-@given(
-    flow=arrays(
-        np.float32, st.tuples(st.just(2), st.integers(1, 9), st.integers(1, 9)), elements=st.floats(-1e3, 1e3, width=32)
-    )
-)
-def test_flo_files_decode(tmp_path_factory: pytest.TempPathFactory, flow: np.ndarray) -> None:
-    path = tmp_path_factory.mktemp("flo") / "a.flo"
-    _, height, width = flow.shape
-    path.write_bytes(struct.pack("<fii", 202021.25, width, height) + flow.transpose(1, 2, 0).astype("<f4").tobytes())
-    np.testing.assert_array_equal(read_flo(path), flow)
-
-
-@pytest.mark.parametrize(
-    "content",
-    [b"", b"PIEH", struct.pack("<fii", 1.0, 1, 1) + bytes(8), struct.pack("<fii", 202021.25, 2, 2) + bytes(31),
-     struct.pack("<fii", 202021.25, -1, -1) + bytes(8)],
-)  # fmt: skip
-def test_broken_flo_files_are_refused(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "a.flo").write_bytes(content)
-    with pytest.raises(ValueError, match=r"flo"):
-        read_flo(tmp_path / "a.flo")
-
-
 def test_16_bit_depth_decodes_in_its_unit(tmp_path: Path) -> None:
     stored = np.array([[0, 1, 256], [1000, 40000, 65535]], np.uint16)
     Image.fromarray(stored).save(tmp_path / "depth.png")
@@ -115,42 +89,13 @@ def test_16_bit_depth_decodes_in_its_unit(tmp_path: Path) -> None:
         read_png16(tmp_path / "eight.png", 1000)
 
 
-@pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "CMYK", "1"])
-def test_pictures_of_all_modes_become_rgb(tmp_path: Path, mode: str) -> None:
-    path = tmp_path / ("a.tif" if mode == "CMYK" else "a.png")
-    Image.fromarray(np.full((4, 6, 3), 255, np.uint8)).convert(mode).save(path)
-    for source in (path, path.read_bytes()):
-        rgb = read_rgb(source)
-        assert rgb.dtype == np.uint8
-        np.testing.assert_array_equal(rgb, 255)
-        assert rgb.shape == (4, 6, 3)
-
-
-def test_masks_round_trip(tmp_path: Path) -> None:
-    mask = np.random.default_rng(0).random((5, 7)) > 0.5
-    Image.fromarray(mask_image(mask)[..., 0]).save(tmp_path / "mask.png")
-    np.testing.assert_array_equal(read_mask(tmp_path / "mask.png"), mask)
-
-
-def test_exif_orientation_is_honoured(tmp_path):
+def test_pictures_whose_truth_is_the_folder_are_turned_upright(tmp_path: Path) -> None:
     image = Image.fromarray(np.repeat(np.arange(0, 240, 20, dtype=np.uint8).reshape(3, 4)[..., None], 3, -1))
     exif = Image.Exif()
     exif[0x0112] = 6  # shown turned by 90 degrees clockwise
     image.save(tmp_path / "a.png", exif=exif)
-    stored = np.asarray(image)
-    np.testing.assert_array_equal(decode_picture(tmp_path / "a.png"), np.rot90(stored, -1))
-    np.testing.assert_array_equal(decode_picture(tmp_path / "a.png", upright=False), stored)
-    np.testing.assert_array_equal(open_reader("image_folder", tmp_path, "x").read("a").images[0], np.rot90(stored, -1))
-
-
-def test_deep_grey_and_masks_of_any_range(tmp_path):
-    deep = np.array([[0, 257 * 100], [65535, 257]], np.uint16)
-    Image.fromarray(deep).save(tmp_path / "d.png")
-    np.testing.assert_array_equal(decode_picture(tmp_path / "d.png")[..., 0], [[0, 100], [255, 1]])
-    wanted = np.array([[False, True], [True, False]])
-    for number, array in enumerate((wanted, wanted.astype(np.uint8), wanted * np.uint8(255), wanted * np.uint16(65535))):
-        Image.fromarray(array).save(tmp_path / f"{number}.png")
-        np.testing.assert_array_equal(decode_mask(tmp_path / f"{number}.png"), wanted)
+    found = open_reader("image_folder", tmp_path, "x").read("a").images[0]
+    np.testing.assert_array_equal(found, np.rot90(np.asarray(image), -1))
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
