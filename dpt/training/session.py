@@ -10,7 +10,7 @@ from dpt.config.checks import batch_split
 from dpt.config.recipe import DptConfig, Recipe
 from dpt.errors import UserError
 from dpt.models.costs import num_params
-from dpt.models.decoder_costs import step_macs
+from dpt.models.recipe_costs import step_macs
 from dpt.tracking import Run, start_run, watch_node
 from dpt.training.averages import first_spacing
 from dpt.training.continuing import check_data
