@@ -109,7 +109,7 @@ def test_predicting_from_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_training_on_own_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     load_libraries()  # and let the run keep its records: nothing here is about MLflow
-    monkeypatch.setattr("dpt.training.opening.start_run", lambda config, **run: start_run(replace(config, offline=True), **run))
+    monkeypatch.setattr("dpt.training.session.start_run", lambda config, **run: start_run(replace(config, offline=True), **run))
     monkeypatch.chdir(tmp_path)
     Path("in").mkdir()
     for number in range(4):

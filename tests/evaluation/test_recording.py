@@ -17,6 +17,7 @@ from tests.evaluation.tiny import make_model
 def test_an_evaluation_is_recorded_under_its_parent(depth_set, tmp_path, monkeypatch):
     class Recorder(tracking.Run):
         def __init__(self) -> None:
+            super().__init__()
             self.started, self.metrics, self.tags, self.files = {}, {}, {}, []
 
         def log_metrics(self, metrics, step):
