@@ -5,7 +5,7 @@
 
 It learns from the synthetic scenes (pictures, depth, flow, masks, objects on white), from the photos that scikit-image and
 scikit-learn bundle, except the astronaut, which is for measuring, and from dead leaves in those photos' colours. Every batch
-is a function of (seed, step), so a run that was stopped goes on from its last checkpoint as if it had not been.
+is a function of (seed, step), so a run that was stopped resumes from its last checkpoint as if it had not been.
 """
 
 import copy
@@ -153,7 +153,7 @@ def _rate(step: int, config: VAETraining) -> float:
 def train(
     config: VAETraining, images: dict[str, list[np.ndarray]], out: Path, *, initial: str = "", checkpoint_every: int = 250
 ) -> Any:
-    """Train, with a checkpoint in `out` now and then, from which a stopped run goes on. Returns the averaged VAE, in fp32.
+    """Train, with a checkpoint in `out` now and then, from which a stopped run resumes. Returns the averaged VAE, in fp32.
 
     initial: the VAE (as for `load_vae`) to start from, of the same shape; none: random weights.
     """
@@ -234,7 +234,7 @@ def report(out: Path, scenes: int, seed: int) -> tuple[dict[str, float], tuple[f
 def parser() -> Parser:
     parser = Parser(prog="python -m data_tools.train_vae", description=(__doc__ or "").splitlines()[0])
     where = parser.add_mutually_exclusive_group(required=True)
-    where.add_argument("--out", type=Path, help="folder for the VAE and its checkpoint; a run stopped there goes on")
+    where.add_argument("--out", type=Path, help="folder for the VAE and its checkpoint; a run stopped there resumes")
     where.add_argument("--evaluate", type=Path, metavar="DIR", help="measure the VAE in this folder, and train none")
     parser.add_argument(
         "--eval-scenes", type=numeric(int, AT_LEAST_1), default=64, help="unseen scenes to measure on (default: 64)"

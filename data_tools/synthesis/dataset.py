@@ -80,7 +80,7 @@ class SynthesisConfig:
 def synthesize(out: Path, config: SynthesisConfig, *, workers: int = 2) -> bool:
     """Write a data set to `out`; True when it was made, False when it was there already.
 
-    The set appears under its name only when it is complete; a stopped run goes on where it was, if its parameters are the same.
+    The set appears under its name only when it is complete; a stopped run resumes where it was, if its parameters are the same.
 
     Raises:
         UserError: `out` holds something else.

@@ -52,7 +52,7 @@ def start_run(
 
     `stage` is "pretrain", "finetune", "upcycle" or "evaluate"; `name` is used unless the recipe names the run. `params` is the
     resolved recipe: nested, recorded flat under the dotted names of the command line and whole as the artifact `recipe.json`.
-    `parents` are the run ids of the runs whose weights this one starts from. With `resume_run_id` the same run goes on, and
+    `parents` are the run ids of the runs whose weights this one starts from. With `resume_run_id` the same run is resumed, and
     only steps past `past_step` (the checkpoint's) and past what its spool already holds are recorded. Raises UserError for an
     unusable `config.uri`.
     """

@@ -21,7 +21,7 @@ GRACE_SECONDS = 10.0
 
 
 def serve(spool: Spool, *, system: SystemRecords | None = None) -> int:
-    """Send a spool while its run goes on, and the rest when it has ended (end of stdin); 0: all was sent, 3: some is left.
+    """Send a spool while its run lasts, and the rest when it has ended (end of stdin); 0: all was sent, 3: some is left.
 
     `system`: samples the node meanwhile.
     """

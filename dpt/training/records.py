@@ -227,7 +227,7 @@ def _peak_memory() -> int:
 
 
 def _cut_records(path: Path, step: int) -> None:
-    """Drop records past the step that the run goes on from: they will be written again."""
+    """Drop records past the step that the run resumes from: they will be written again."""
     if not path.exists():
         return
     kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step(line) <= step]

@@ -1,7 +1,7 @@
-"""Which checkpoint a run goes on from, at its start or in a rewind, and what it does not meet again.
+"""Which checkpoint a run resumes from, at its start or in a rewind, and what it does not meet again.
 
 A rewind goes back to the last checkpoint after losses that were not finite. Batches and noise are functions of a sample's
-position in the stream, so they would come again, and so would the failure. The stream therefore goes on behind the samples
+position in the stream, so they would come again, and so would the failure. The stream therefore continues behind the samples
 between the checkpoint and the failure (PaLM's authors did so by hand: Chowdhery et al. 2022, section 5.1), which checkpoints
 record.
 """
@@ -23,7 +23,7 @@ Found = tuple[Path, dict[str, Any]]
 
 
 def find_checkpoint(folder: Path, *, resume: bool) -> Found | None:
-    """The checkpoint that a starting run goes on from; None: it begins anew. Collective.
+    """The checkpoint that a starting run resumes from; None: it begins anew. Collective.
 
     UserError if none is whole, or if there are some and `resume` is false.
     """
@@ -68,7 +68,7 @@ class SkippedSamples:
 
 
 def position_of(state: Mapping[str, Any]) -> int:
-    """Position in the stream at which a checkpoint with this state goes on."""
+    """Position in the stream at which a checkpoint with this state resumes."""
     return state["samples_seen"] + SkippedSamples.of(state).count
 
 
@@ -112,7 +112,7 @@ def check_network(checkpoint: Path, state: Mapping[str, Any], recipe: Recipe, pa
 
 
 def remarks(checkpoint: Path, state: Mapping[str, Any], recipe: Recipe, data_sha256: str) -> list[str]:
-    """What to say when a run of `recipe` on such data goes on from a checkpoint: a sentence each."""
+    """What to say when a run of `recipe` on such data resumes from a checkpoint: a sentence each."""
     ranks = state["layout"]["world_size"]
     said = [f"Continuing from {checkpoint} (step {state['step']}, written on {ranks} rank{'s' * (ranks > 1)})."]
     skipped = SkippedSamples.of(state)

@@ -27,7 +27,7 @@ def save_class_samples(engine: Engine, config: DptConfig, vae: VAERecord, size: 
 
     Each rank draws its share, one picture at a time, so they are the same on any number of ranks; rank 0 saves them. `vae`: the
     one that made the shards, which `config.data.vae` must be; `size`: (h, w) of the latents. Returns whether there is a picture
-    (on rank 0); without the VAE there is none, and training goes on.
+    (on rank 0); without the VAE there is none, and training continues.
     """
     labels = class_labels(config)
     mine = list(enumerate(labels))[distributed.rank() :: distributed.world_size()]

@@ -31,7 +31,7 @@ from dpt.training.fragments import parameter_shapes
 class Writer(ABC):
     """States of a run in `folder`, complete or invisible: at most one is being written at a time; old ones are removed.
 
-    All methods but `busy` are collective. One that cannot be written is reported, and the run goes on.
+    All methods but `busy` are collective. One that cannot be written is reported, and the run continues.
     """
 
     noun: str
@@ -174,7 +174,7 @@ class Writer(ABC):
         kept = f"the newest is still {newest.name}" if newest else "there is none yet"
         print(
             f"The {self.noun} of step {step} was not written: {reason}. It needs {needed / 1e9:.3f} GB in {self.folder}, where "
-            f"{free / 1e9:.3f} GB are free; make room. Training goes on; {kept}.",
+            f"{free / 1e9:.3f} GB are free; make room. Training continues; {kept}.",
             flush=True,
         )
 
@@ -203,7 +203,7 @@ class SnapshotWriter(Writer):
 class Saver(Writer):
     """Checkpoints of a run in `folder`, and snapshots of its averages, if it takes any.
 
-    A snapshot is on the disk before any checkpoint that was begun after it: a run that goes on from there will not take it
+    A snapshot is on the disk before any checkpoint that was begun after it: a run that resumes from there will not take it
     again.
     """
 

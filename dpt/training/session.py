@@ -1,4 +1,4 @@
-"""What a run holds in each process: opened from a recipe and, if it goes on, a checkpoint; restored, rewound, saved, closed."""
+"""What a run holds in each process: opened from a recipe and, if it resumes, a checkpoint; restored, rewound, saved, closed."""
 
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from dpt.training.watchdog import Watchdog
 
 
 class Session:
-    """A run in progress. `found`: the checkpoint that it goes on from. All methods are collective."""
+    """A run in progress. `found`: the checkpoint that it resumes from. All methods are collective."""
 
     def __init__(
         self, recipe: Recipe, stage_name: str, found: Found | None, open_validator: OpenValidator | None = None

@@ -70,7 +70,7 @@ class Stage:
 def open_stage(recipe: Recipe, name: str, found: Found | None = None) -> Stage:
     """The stage `name` of a recipe, with its first weights read.
 
-    `found`: the checkpoint that the run goes on from; weights are then not read. UserError if the weights are missing, or do
+    `found`: the checkpoint that the run resumes from; weights are then not read. UserError if the weights are missing, or do
     not fit the recipe.
     """
     config = recipe.dpt

@@ -69,7 +69,7 @@ class Best:
 def export_averaged(engine: Engine, config: DptConfig, sections: Mapping[str, Any], out: Path) -> None:
     """Write the first average's weights (the plain ones, if the run keeps none) as the folder `out`. Collective.
 
-    A folder that cannot be written is reported, and the run goes on.
+    A folder that cannot be written is reported, and the run continues.
     """
     state: dict[str, Tensor] = {}
     kind = next(iter(engine.optimizer.ema_decays), "master")

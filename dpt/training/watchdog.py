@@ -87,7 +87,7 @@ class Watchdog:
             self._greeted.wait()  # rank 0 would never miss a rank that dies before it has said who it is
 
     def beat(self, step: int, phase: str) -> None:
-        """This rank is at `step` and begins `phase` (one of PHASES), or goes on with it."""
+        """This rank is at `step` and begins `phase` (one of PHASES), or continues it."""
         self._own.update(step, PHASES.index(phase), self._own.beats + 1)
 
     def fail(self, reason: str, exit_code: int) -> None:

@@ -55,7 +55,7 @@ def test_every_node_is_sampled_by_mlflows_own_monitors(uri, tmp_path, without_pr
     for node in spools:
         assert [step for step, _ in found.history(f"system/{node}/cpu_utilization_percentage")] == [0, 1]
         assert found.metrics[f"system/{node}/system_memory_usage_megabytes"] > 0
-    assert SystemRecords(spools["node_1"], every=0.0, node="node_1")._step == 2  # a resumed run goes on
+    assert SystemRecords(spools["node_1"], every=0.0, node="node_1")._step == 2  # a resumed run continues
 
 
 def test_data_sets_are_inputs_and_evaluations_lie_inside_their_training(uri, tmp_path, without_process):

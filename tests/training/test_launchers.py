@@ -192,7 +192,7 @@ def test_a_disk_that_fills_up_costs_checkpoints_but_not_the_run(recipe: Path) ->
     done = subprocess.run(["bash", "-c", limited], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600)
     assert done.returncode == 1, done.stdout
     assert "The checkpoint of step 6 was not written: rank 0: File too large. It needs 0.001 GB in" in done.stdout
-    assert "Training goes on; the newest is still step_00000004." in done.stdout
+    assert "Training continues; the newest is still step_00000004." in done.stdout
     assert "step 8/8 | loss " in done.stdout
     assert "the last checkpoint could not be written; make room and start the same command again" in done.stdout
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step_00000002", "step_00000004"]

@@ -185,7 +185,7 @@ HALF = {f"bf16_zero{stage}": zero(stage, BF16, MUON) for stage in range(3)}
 SLOW = {"dense_zero0", "experts_zero2", "bf16_zero0", "bf16_zero1"}
 """Left to `make test-all`."""
 LEGS = ((1, 3), (2, 6), (4, -1))
-"""Ranks of a run, and the step at which it goes on with others."""
+"""Ranks of a run, and the step at which it is resumed with others."""
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, which samples it leaves out, and what it says."""
+"""Which checkpoint a run resumes from, which samples it leaves out, and what it says."""
 
 import json
 from pathlib import Path

@@ -65,7 +65,7 @@ class ToyRun:
 
 
 def interrupted(name: str, fields: Mapping[str, Any], *stops: int, **more: Any) -> list[ToyRun]:
-    """A run that the signal stops after each of these steps, and that goes on to its end."""
+    """A run that the signal stops after each of these steps, and that is resumed to its end."""
     return [ToyRun(name=name, fields=fields, sigterm_at=step, **more) for step in (*stops, -1)]
 
 
