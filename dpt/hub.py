@@ -75,7 +75,7 @@ def local_path(place: str | Path, files: Sequence[str] = WEIGHT_FILES) -> Path:
 
 
 def resolve(place: str | Path, files: Sequence[str] = WEIGHT_FILES) -> tuple[Path, str]:
-    """`local_path`, and `place` with the commit that it stands for now (a path as it is)."""
+    """`local_path`, and `place` with the commit that it resolves to (a path as it is)."""
     if not is_hub_name(place):
         return Path(place), str(place)
     name = parse(place)
@@ -91,7 +91,7 @@ def resolve(place: str | Path, files: Sequence[str] = WEIGHT_FILES) -> tuple[Pat
 
 
 def pinned(place: str, files: Sequence[str] = WEIGHT_FILES) -> str:
-    """`place` with the commit that it stands for now, the same on all ranks, so that records say what was read. Collective.
+    """`place` with the commit that it resolves to, the same on all ranks, so that records say what was read. Collective.
 
     Rank 0 fetches what it names; the others then find it in the cache, or fetch that commit on their node.
     """

@@ -158,7 +158,10 @@ BAD = {
 
 
 def test_names_that_are_none_are_left_out(tmp_path):
-    imported(_public(_put(7, torch.zeros(2)))(tmp_path), tmp_path / "out", "--objective", "epsilon")
+    for name, change in {"plain": lambda state: None, "odd": _put(7, torch.zeros(2))}.items():
+        imported(_public(change)(tmp_path), tmp_path / name, "--objective", "epsilon")
+    plain, odd = (read_weights(tmp_path / name).state for name in ("plain", "odd"))
+    assert odd.keys() == plain.keys()
 
 
 @pytest.mark.parametrize("name", BAD)
