@@ -142,7 +142,8 @@ def write_samples(
     """
     size = predictor.config.batch_size
     batches = [range(start, min(start + size, len(labels))) for start in range(0, len(labels), size)]
-    there = {path.name for path in folder.glob("*.png")}
+    # Listed once: a rank that lists later would see what another has written by then, and deal the batches otherwise.
+    there = distributed.broadcast_object({path.name for path in folder.glob("*.png")} if distributed.is_main() else set())
     missing = [batch for batch in batches if any(f"{i:06d}.png" not in there for i in batch)]
     done = sum(f"{i:06d}.png" in there for i in range(len(labels)))
     if done:

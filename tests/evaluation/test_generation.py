@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import time
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from PIL import Image
 from scipy import linalg
 from torchmetrics.image.fid import _compute_fid
 
+from dpt import distributed
 from dpt.config.generation import GenerationConfig
 from dpt.config.sections import EvaluationConfig
 from dpt.errors import UserError
@@ -188,8 +190,13 @@ def test_generated_images_do_not_depend_on_ranks_or_interruptions(tmp_path):
     def write(name: str, **settings) -> None:
         generation.write_samples(_predictor(**settings), tmp_path / name, labels, steps=2)
 
+    def write_late() -> None:
+        # A rank that begins later must not take what the other has written by then for an earlier run's.
+        time.sleep(0.5 * distributed.rank())
+        write("two")
+
     write("one")
-    run_ranks(2, lambda: write("two"))
+    run_ranks(2, write_late)
     files = sorted(p.name for p in (tmp_path / "one").glob("*.png"))
     assert files == [f"{i:06d}.png" for i in range(10)]
     for name in files:
