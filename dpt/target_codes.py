@@ -121,7 +121,7 @@ def count_clipped_flow(flow: np.ndarray, code: str = FLOW_CODE) -> int:
 def decode_flow(image: Any, axis: int, extent: int, code: str = FLOW_CODE) -> Any:
     """Image `[..., 3, h, w]` of flow along `axis` (0: x, 1: y) -> flow component `[..., h, w]` in pixels. Arrays or tensors.
 
-    `extent`: width (x) or height (y), in pixels, of the image that the flow shall refer to: with the original's, the values
+    `extent`: width (x) or height (y), in pixels, of the image that the flow refers to: with the original's, the values
     are already those of the original, whatever the size of the map.
     """
     assert axis in (0, 1)
