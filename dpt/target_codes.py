@@ -76,12 +76,6 @@ def depth_code_slope(unit_depth: Any, code: str) -> Any:
     return unit_depth * 0.0 + 1.0
 
 
-def metric_depth(unit_depth: Any, constants: tuple[float, float]) -> Any:
-    """Undo `encode_depth`'s normalisation: depth in [0, 1] -> metres, with its (near, far)."""
-    near, far = constants
-    return near + unit_depth * (far - near)
-
-
 # --- optical flow -------------------------------------------------------------------------------------------------------
 
 FLOW_KNEE = 1.0 / 16.0

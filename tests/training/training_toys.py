@@ -16,7 +16,7 @@ from dpt.config.sections import ModelConfig
 from dpt.data.manifest import VAERecord
 from dpt.models.dit import DiT
 from dpt.training.checkpoint import newest_checkpoint
-from tests.shards import write_set
+from tests.shards import moments, write_set
 
 ROOT = Path(__file__).resolve().parents[2]
 CLASSES = 8
@@ -59,16 +59,12 @@ def write_shards(
 
 
 def _sample(random: np.random.Generator, task: str) -> dict[str, np.ndarray]:
-    def moments(*leading: int) -> np.ndarray:
-        mean = random.normal(size=(*leading, 1, 4, SIDE, SIDE))
-        return np.concatenate([mean, np.full_like(mean, -6.0)], axis=-4).astype(np.float16)
-
     if task == "class":
-        return {"label": np.array(random.integers(CLASSES), dtype=np.int64), "latents": moments()}
+        return {"label": np.array(random.integers(CLASSES), dtype=np.int64), "latents": moments(random, SIDE)}
     return {
         "valid": (random.random((SIDE, SIDE)) > 0.2).astype(np.uint8),
-        "cond_latents": moments(2),
-        "target_latents": moments(2 if task == "flow" else 1),
+        "cond_latents": moments(random, SIDE, 2),
+        "target_latents": moments(random, SIDE, 2 if task == "flow" else 1),
     }
 
 
