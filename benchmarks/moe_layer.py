@@ -22,7 +22,7 @@ TOP_K = 2
 
 
 def tokens(count: int, config: ModelConfig, *, hot: bool, dtype: torch.dtype) -> Tensor:
-    """Random tokens [1, count, D] whose first E channels say which two experts the router of `routed` shall choose."""
+    """Random tokens [1, count, D] whose first E channels say which two experts the router of `routed` chooses."""
     experts = config.num_experts
     x = torch.randn(1, count, config.hidden_size, device=harness.device())
     positions = torch.arange(count, device=x.device)

@@ -25,15 +25,17 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Self-attention with one matrix for queries, keys and values."""
 
-    def __init__(self, size: int, heads: int) -> None:
+    def __init__(self, size: int, heads: int, qk_norm: bool) -> None:
         super().__init__()
         self.heads = heads
         self.qkv, self.proj = nn.Linear(size, 3 * size), nn.Linear(size, size)
+        self.q_norm, self.k_norm = (nn.LayerNorm(size // heads, eps=1e-6) if qk_norm else nn.Identity() for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
         b, t, d = x.shape
         q, k, v = self.qkv(x).reshape(b, t, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, t, d))
+        y = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v)
+        return self.proj(y.transpose(1, 2).reshape(b, t, d))
 
 
 class Mlp(nn.Module):
@@ -88,6 +90,19 @@ class MoE(nn.Module):
         return y, len(self.experts) * (fractions * probs.mean(dim=0)).sum()
 
 
+class TaskEmbedding(nn.Module):
+    """A convolution for each task; the last labels are the tasks'."""
+
+    def __init__(self, tasks: int, first_label: int, *sizes: int) -> None:
+        super().__init__()
+        self.first_label = first_label
+        self.proj = nn.ModuleDict({f"conv_in_{task + 1}": nn.Conv2d(*sizes) for task in range(tasks)})
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        convolutions = list(self.proj.values())
+        return torch.stack([convolutions[label - self.first_label](one) for one, label in zip(x, labels.tolist(), strict=True)])
+
+
 class Block(nn.Module):
     """Attention and an MLP or experts, modulated and gated by the conditioning."""
 
@@ -95,7 +110,7 @@ class Block(nn.Module):
         super().__init__()
         size = config.hidden_size
         self.norm1, self.norm2 = (nn.LayerNorm(size, elementwise_affine=False, eps=1e-6) for _ in range(2))
-        self.attn = Attention(size, config.num_heads)
+        self.attn = Attention(size, config.num_heads, config.qk_norm)
         if config.num_experts:
             self.moe = MoE(config)
         else:
@@ -121,7 +136,12 @@ class DiT(nn.Module):
         size, self.patch = config.hidden_size, config.patch_size
         channels = config.in_channels * (1 + config.num_conditions)
         self.out_channels = config.in_channels * (2 if config.learn_sigma else 1)
-        self.x_embedder = nn.ModuleDict({"proj": nn.Conv2d(channels, size, self.patch, self.patch)})
+        patches = (channels, size, self.patch, self.patch)
+        self.tasks = config.patch_embed_tasks
+        if self.tasks:
+            self.x_embedder: nn.Module = TaskEmbedding(self.tasks, config.num_classes - self.tasks, *patches)
+        else:
+            self.x_embedder = nn.ModuleDict({"proj": nn.Conv2d(*patches)})
         self.t_embedder = nn.ModuleDict({"mlp": nn.Sequential(nn.Linear(256, size), nn.SiLU(), nn.Linear(size, size))})
         self.y_embedder = nn.ModuleDict({"embedding_table": nn.Embedding(config.num_classes + 1, size)})
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
@@ -136,7 +156,8 @@ class DiT(nn.Module):
         self.register_buffer("pos_embed", _positions(side, size), persistent=False)
 
     def forward(self, latents: Tensor, timesteps: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        x = self.x_embedder["proj"](latents).flatten(2).transpose(1, 2) + self.pos_embed
+        x = self.x_embedder(latents, labels) if self.tasks else self.x_embedder["proj"](latents)
+        x = x.flatten(2).transpose(1, 2) + self.pos_embed
         angles = timesteps[:, None].float() * torch.exp(-math.log(10000) * torch.arange(128, device=x.device) / 128)
         features = torch.cat([angles.cos(), angles.sin()], dim=1).to(x.dtype)
         c = self.t_embedder["mlp"](features) + self.y_embedder["embedding_table"](labels)

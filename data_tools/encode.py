@@ -51,21 +51,26 @@ def parser() -> Parser:
         default="stretch",
         help="perception: stretch to the square, crop its centre, pad, or keep the aspect (default: %(default)s)",
     )
-    add("--depth-code", choices=DEPTH_CODES, default=DEPTH_CODE, help="depth: of the targets (default: %(default)s)")
-    add("--flow-code", choices=FLOW_CODES, default=FLOW_CODE, help="flow: of the targets (default: %(default)s)")
+    add("--depth-code", choices=DEPTH_CODES, default=DEPTH_CODE, help="depth: how targets are coded (default: %(default)s)")
+    add("--flow-code", choices=FLOW_CODES, default=FLOW_CODE, help="flow: how targets are coded (default: %(default)s)")
     add("--clip", default="", metavar="FOLDER", help="amodal: keep CLIP embeddings of the visible object by this model")
     add(
         "--features",
         default="",
         metavar="normals|segments|FOLDER",
-        help="keep features for hidden states to be aligned with: exact ones of synthetic scenes, or FOLDER/KEY.npy, [C, h, w]",
+        help="keep features to align hidden states with: exact ones of synthetic scenes, or FOLDER/KEY.npy, [C, h, w]",
     )
     add("--samples-per-shard", type=count, help="inputs of a shard (default: class 1024, perception 256, evaluation 64)")
-    add("--limit", type=count, help="encode only so many inputs, the first in the order of the shards (default: all)")
+    add("--limit", type=count, help="encode only this many inputs, the first in the order of the shards (default: all)")
     order = "seed of the order of training samples; negative: the set's own order"
     add("--shuffle-seed", type=numeric(int), default=0, help=order)
     add("--batch-size", type=count, default=32, help="images encoded at once (default: %(default)s)")
-    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the VAE (auto: bfloat16 on GPUs)")
+    add(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="precision of the VAE (auto: bfloat16 on GPUs)",
+    )
     ahead = "processes that read ahead; 0: none (default: by the machine's cores)"
     add("--processes", type=numeric(int, NOT_NEGATIVE), help=ahead)
     add("--max-skipped-share", type=ratio, default=0.01, help="unreadable inputs allowed (default: %(default)s)")

@@ -34,7 +34,7 @@ def parser() -> Parser:
     parser = Parser(prog="python -m data_tools.inspect", description=__doc__)
     add = parser.add_argument
     add("shards", help="shard folder")
-    samples = "samples that the statistics are of (default: %(default)s)"
+    samples = "samples that the statistics cover (default: %(default)s)"
     add("--samples", type=numeric(int, AT_LEAST_1), default=256, help=samples)
     add("--picture", default="", help="file of the contact sheet (default: contact_sheet.png in the shard folder)")
     add("--rows", type=numeric(int, NOT_NEGATIVE), default=8, help="samples drawn; 0: no picture (default: %(default)s)")
@@ -116,7 +116,7 @@ def describe(manifest: Manifest, rows: dict[str, list[str]], seen: int) -> str:
         f"task {manifest.task}, {manifest.resolution} px",
         f"{len(manifest.shards)} shards, {gigabytes:.3g} GB; data {manifest.data_sha256[:12]}",
         f"VAE {vae.name} ({vae.sha256[:12]}), scaling factor {vae.scaling_factor:g}{_statistics(vae)}, {vae.latent_channels} "
-        f"channels, {vae.downsampling} px a side",
+        f"channels, {vae.downsampling} px per latent",
     ]
     if code := target_codes.target_code(manifest.task, manifest.encoding, manifest.dataset):
         lines.append(f"{manifest.task} code {code}")

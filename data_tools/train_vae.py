@@ -235,14 +235,12 @@ def parser() -> Parser:
     parser = Parser(prog="python -m data_tools.train_vae", description=(__doc__ or "").splitlines()[0])
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--out", type=Path, help="folder for the VAE and its checkpoint; a run stopped there resumes")
-    where.add_argument("--evaluate", type=Path, metavar="DIR", help="measure the VAE in this folder, and train none")
+    where.add_argument("--evaluate", type=Path, metavar="DIR", help="measure the VAE in this folder, without training")
     parser.add_argument(
         "--eval-scenes", type=numeric(int, AT_LEAST_1), default=64, help="unseen scenes to measure on (default: 64)"
     )
     parser.add_argument("--initial", default="", help="VAE to start from, of the same shape (default: random weights)")
-    parser.add_argument(
-        "--note", default="", help="what the model card must tell beside the command, such as changes on the way"
-    )
+    parser.add_argument("--note", default="", help="what the model card says beside the command, such as changes along the way")
     for entry in fields(VAETraining):
         flag, read = f"--{entry.name.replace('_', '-')}", numeric(type(entry.default), entry.metadata["range"])
         parser.add_argument(flag, type=read, default=entry.default, help=entry.metadata["help"])

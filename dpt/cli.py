@@ -76,7 +76,7 @@ def run(name: str, rest: Sequence[str]) -> int:
 
 
 def module_name(name: str) -> str:
-    """The module of a command ("import" is a word of Python, so its module is `import_`)."""
+    """The module of a command ("import" is a Python keyword, so its module is `import_`)."""
     return f"dpt.commands.{name}{'_' if keyword.iskeyword(name) else ''}"
 
 

@@ -1,4 +1,4 @@
-"""How pictures of any size come to the size that a network sees: the same in encoding, in training and in predicting.
+"""How pictures are resized for a network: the same in encoding, training and prediction.
 
 Shards name it (`fit` in the manifest's `encoding`), weights trained on them carry it (`fits` in `config.json`, by task), and
 whatever predicts follows the weights.
@@ -19,7 +19,7 @@ proportion, rounded to whole tokens."""
 
 @dataclass(frozen=True, kw_only=True)
 class Fit:
-    """How pictures are brought to a size. The defaults are for where nothing is known: the aspect kept, the network's size."""
+    """How pictures are resized. The defaults, for weights that record nothing, keep the aspect and take the network's size."""
 
     how: str = "aspect"
     """One of `FITS`."""

@@ -49,7 +49,8 @@ def _lock(folder: Path) -> int:
     except BlockingIOError as error:
         said = os.pread(descriptor, 1000, 0)
         os.close(descriptor)
-        raise UserError(f"{folder}: another run is using it ({_owner(said)}); wait for its end, or choose another.") from error
+        sentence = f"{folder}: another run is using it ({_owner(said)}); wait until it ends, or choose another folder."
+        raise UserError(sentence) from error
     except OSError:  # a file system without locks
         return descriptor
     with contextlib.suppress(OSError):  # who it is, for the message alone

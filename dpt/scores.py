@@ -1,4 +1,4 @@
-"""How metrics and other numbers are shown, wherever a person reads them. Needs nothing."""
+"""How metrics and other numbers are shown to people. Imports nothing."""
 
 import math
 from dataclasses import dataclass
@@ -37,7 +37,7 @@ METRICS: dict[str, Metric] = {
     "abs_rel_log_fit": Metric(title="AbsRel %, log fit ↓", scale=100, digits=2, words=_REL + _LOG),
     "delta1_log_fit": Metric(title="δ1 %, log fit ↑", scale=100, digits=1, lower_is_better=False, words=_DELTA + _LOG),
     "epe": Metric(title="EPE px ↓", scale=1, digits=3, words="mean distance between predicted and true motion"),
-    "epe_fit": Metric(title="EPE px, fitted ↓", scale=1, digits=3, words="the same after a scale and shift an axis"),
+    "epe_fit": Metric(title="EPE px, fitted ↓", scale=1, digits=3, words="the same after a scale and shift per axis"),
     "iou": Metric(title="mIoU % ↑", scale=100, digits=1, lower_is_better=False, words=_IOU),
     "iou_pooled": Metric(title="pooled IoU % ↑", scale=100, digits=1, lower_is_better=False, words="overlap of all pixels"),
     "fid": Metric(title="FID ↓", scale=1, digits=2, words="Fréchet distance to the reference images"),

@@ -76,12 +76,6 @@ def depth_code_slope(unit_depth: Any, code: str) -> Any:
     return unit_depth * 0.0 + 1.0
 
 
-def metric_depth(unit_depth: Any, constants: tuple[float, float]) -> Any:
-    """Undo `encode_depth`'s normalisation: depth in [0, 1] -> metres, with its (near, far)."""
-    near, far = constants
-    return near + unit_depth * (far - near)
-
-
 # --- optical flow -------------------------------------------------------------------------------------------------------
 
 FLOW_KNEE = 1.0 / 16.0
@@ -121,7 +115,7 @@ def count_clipped_flow(flow: np.ndarray, code: str = FLOW_CODE) -> int:
 def decode_flow(image: Any, axis: int, extent: int, code: str = FLOW_CODE) -> Any:
     """Image `[..., 3, h, w]` of flow along `axis` (0: x, 1: y) -> flow component `[..., h, w]` in pixels. Arrays or tensors.
 
-    `extent`: width (x) or height (y), in pixels, of the image that the flow shall refer to: with the original's, the values
+    `extent`: width (x) or height (y), in pixels, of the image that the flow refers to: with the original's, the values
     are already those of the original, whatever the size of the map.
     """
     assert axis in (0, 1)

@@ -1,4 +1,4 @@
-"""Threads that work off calls in order."""
+"""A queue of calls that threads run in order."""
 
 import queue
 import threading

@@ -1,4 +1,4 @@
-"""What a URL gives, copied into a file, with patience for sources that fail or stall."""
+"""Downloads into files, retried when a source fails or stalls."""
 
 import io
 import os

@@ -1,15 +1,22 @@
 """Prints the tests of what was changed since a commit (default: origin/main, or the last commit): `make check`.
 
-Those are the test files that were changed, those that import a changed module of their own room, and the house rules.
+Those are the house rules, the test files that were changed, and for every other changed file the tests nearest to it: those
+that import it, or else those that import what imports it, and so on; in the folder that mirrors its room, if any are there.
+Commands, launchers, pages and recipes, which nothing imports, are covered by the tests that name them.
 """
 
 import ast
+import functools
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 ALWAYS = ["tests/test_house.py"]
+FOLDERS = ("dpt", "data_tools", "launchers", "benchmarks", "examples", "tests")
+HOMES = {"cpu": "tests/models/", "commands": "tests/test_"}
+"""Where the tests of a room are, if not in the folder of its name."""
 
 
 def changed_since(base: str) -> list[str]:
@@ -20,27 +27,84 @@ def changed_since(base: str) -> list[str]:
 
 def chosen_for(changed: list[str]) -> list[str]:
     """The test files to run for changed files, relative to the root."""
-    chosen = set(ALWAYS)
-    modules = {path.removesuffix(".py").replace("/", ".").removesuffix(".__init__") for path in changed if path.endswith(".py")}
-    for test in (ROOT / "tests").rglob("test_*.py"):
-        path = str(test.relative_to(ROOT))
-        if path in changed or any(_belongs(path, module) for module in modules & imports_of(test)):
-            chosen.add(path)
-    if any(path.endswith((".md", ".json", ".yaml")) for path in changed):
-        chosen |= {str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("test_docs*.py")}
-    return sorted(chosen)
+    return sorted({*ALWAYS, *(test for path in changed for test in _tests_of(path))})
 
 
-def _belongs(test: str, module: str) -> bool:
-    """Whether a test is in the folder that mirrors the module's room; a room of one file has its tests in tests/ itself."""
-    parts = module.split(".")[1 if module.startswith("dpt.") else 0 :]
-    return test.startswith((f"tests/{parts[0]}/", f"tests/test_{parts[0]}"))
+def _tests_of(path: str) -> set[str]:
+    folder, name = path.rpartition("/")[::2]
+    if _is_test(path):
+        return {path}
+    if name == "conftest.py":
+        return {test for test in _files() if _is_test(test) and test.startswith(f"{folder}/")}
+    if not name.endswith(".py") or folder == "launchers":
+        return _naming(name, folder)
+    parts = path.removesuffix(".py").split("/")
+    room = parts[1] if parts[0] == "dpt" else parts[0]
+    found = _naming(path, name)
+    if room == "commands":
+        found |= {test for test in _naming(parts[-1].rstrip("_")) if "dpt.cli" in imports_of(ROOT / test)}
+    found |= _nearest(path, HOMES.get(room, (f"tests/{room}/", f"tests/test_{room}"))) or _nearest(path, "tests/")
+    return found or {test for test in _files() if _is_test(test) and test.startswith(f"tests/{room}/")}
+
+
+def _nearest(path: str, home: str | tuple[str, ...]) -> set[str]:
+    """The tests in `home` that import a module, or else those that import the modules that import it, and so on."""
+    seen, level = set(), {path}
+    while level:
+        seen |= level
+        importing = {file for imported in level for file in _importers()[imported]}
+        if tests := {file for file in importing if _is_test(file) and file.startswith(home)}:
+            return tests
+        level = {file for file in importing if not _is_test(file)} - seen
+    return set()
+
+
+def _naming(*names: str) -> set[str]:
+    """The tests in which one of these names is a string."""
+    wanted = {name for name in names if name}
+    return {test for test in _files() if _is_test(test) and wanted & _strings(test)}
+
+
+@functools.cache
+def _files() -> list[str]:
+    return [str(path.relative_to(ROOT)) for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")]
+
+
+@functools.cache
+def _importers() -> dict[str, set[str]]:
+    """File -> the files that import it. Tests find the modules beside them without their packages' names."""
+    paths = {}
+    for file in _files():
+        paths[file.removesuffix(".py").removesuffix("/__init__").replace("/", ".")] = file
+        if file.startswith("tests/"):
+            paths[Path(file).stem] = file
+    importers = defaultdict(set)
+    for file in _files():
+        for name in imports_of(ROOT / file) & paths.keys():
+            importers[paths[name]].add(file)
+        if file.startswith("dpt/commands/"):
+            importers[file].add("dpt/cli.py")  # imports them by their names
+    return importers
+
+
+@functools.cache
+def _strings(file: str) -> set[str]:
+    return {node.value for node in _nodes(ROOT / file) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+
+
+def _is_test(path: str) -> bool:
+    return path.startswith("tests/") and Path(path).name.startswith("test_")
+
+
+@functools.cache
+def _nodes(path: Path) -> list[ast.AST]:
+    return list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
 
 
 def imports_of(path: Path) -> set[str]:
     """The modules that a file imports, and the names that it imports from them as `MODULE.NAME`."""
     names = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in _nodes(path):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:

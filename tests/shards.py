@@ -41,3 +41,9 @@ def write_set(
     }
     write_manifest(folder, Manifest(**{**values, **fields}))
     return folder
+
+
+def moments(random: np.random.Generator, side: int, *leading: int) -> np.ndarray:
+    """Random posteriors float16 `[*leading, 2, 4, side, side]`: normal means, log-variances of -6."""
+    mean = random.normal(size=(*leading, 1, 4, side, side))
+    return np.concatenate([mean, np.full_like(mean, -6.0)], axis=-4).astype(np.float16)

@@ -93,7 +93,7 @@ def test_shards_say_what_made_them(road, capsys) -> None:
     assert manifest.members["target_latents"].shape == (1, 2, 32, 4, 4)
     assert manifest.members["valid"].shape == (4, 4)
     inspect.main([str(road.folder / "train"), "--rows", "1", "--picture", str(road.folder / "sheet.png")])
-    assert "scaling factor 0.5, shift factor 0.25, statistics by channel, 32 channels, 16 px a side" in capsys.readouterr().out
+    assert "factor 0.5, shift factor 0.25, statistics by channel, 32 channels, 16 px per latent" in capsys.readouterr().out
 
 
 def test_weights_know_it_and_are_scored_and_used_with_it(road) -> None:
@@ -123,7 +123,7 @@ def test_weights_know_it_and_are_scored_and_used_with_it(road) -> None:
     ("fields", "words"),
     [
         ({"model.in_channels": 4}, r"made latents of 32 channels, dpt\.model\.in_channels is 4"),
-        ({"model.input_size": 8}, r"latents of 4 x 4 \(64 px, 16 px a latent\), dpt\.model\.input_size is 8; set it to 4, or"),
+        ({"model.input_size": 8}, r"latents of 4 x 4 \(64 px, 16 px per latent\), dpt\.model\.input_size is 8; set it to 4"),
     ],
 )
 def test_recipes_that_do_not_fit_are_refused(road, fields, words) -> None:

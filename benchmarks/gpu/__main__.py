@@ -3,7 +3,7 @@
 python -m benchmarks.gpu [--parts dense moe ...] [--json FILE] [--markdown FILE] [--toy] [--without-quickstart]
 
 Each part runs in a process of its own: parity (experts, attention, bf16 losses), kernels (attention, grouped products),
-dense and moe (whole training steps, eager and compiled: images a second, MFU against the data sheet's peak, the share of the
+dense and moe (whole training steps, eager and compiled: images per second, MFU against the data sheet's peak, the share of the
 measured matrix peak, memory against the plan, the share of the time that the GPU works), sampling, evaluation, encoding,
 checkpoints, loading, quickstart. It needs torch 2.11 or newer and no MLflow. `--toy` runs the same in small on a CPU.
 """

@@ -91,7 +91,7 @@ def checkpoints() -> list[harness.Row]:
 
 
 def loading(demand: float | None) -> list[harness.Row]:
-    """The data loader's rate from shards in the page cache, beside what the training step takes (images a second)."""
+    """The data loader's rate from shards in the page cache, beside what the training step takes (images per second)."""
     with tempfile.TemporaryDirectory(prefix="dpt-loader-") as temporary:
         folder = Path(temporary)
         loader.write_shards(folder, 256 if torch.cuda.is_available() else 1)

@@ -1,4 +1,4 @@
-"""Whole training steps on one GPU: images a second, MFU, memory against the plan, and where the GPU waits for the host."""
+"""Whole training steps on one GPU: images per second, MFU, memory against the plan, and where the GPU waits for the host."""
 
 import gc
 import statistics

@@ -24,7 +24,7 @@ class Layout:
     resolution: int
     """Side of the encoded square images, pixels; with fit "aspect", their longer side."""
     downsampling: int = 8
-    """Pixels to one latent, along a side."""
+    """Pixels per latent, along a side."""
     mirrored: bool = False
     """Encode every sample mirrored too: a second member of a class sample, a second sample of a perception set."""
     evaluation: bool = False

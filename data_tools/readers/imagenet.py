@@ -38,9 +38,7 @@ class ImageNet(Reader):
         present = {class_name for class_name, _ in self._entries.values()}
         trained = _classes(self.root / "train") or present
         if not present <= trained:
-            raise UserError(
-                f"{self.root}: {split} has classes that train has not, such as {min(present - trained)!r}; add them."
-            )
+            raise UserError(f"{self.root}: {split} has classes that train lacks, such as {min(present - trained)!r}; add them.")
         self.class_names = tuple(sorted(trained))
         self._labels = {class_name: label for label, class_name in enumerate(self.class_names)}
 

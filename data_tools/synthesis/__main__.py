@@ -1,4 +1,4 @@
-"""`python -m data_tools.synthesis`: write a synthetic data set."""
+"""Write a data set of synthetic scenes, in the layouts of real ones."""
 
 import os
 import sys
@@ -16,13 +16,13 @@ def parser() -> Parser:
     parser = Parser(prog="python -m data_tools.synthesis", description=__doc__)
     add, count, size = parser.add_argument, numeric(int, AT_LEAST_1), numeric(int, Range(least=16, most=4096))
     add("--out", type=Path, required=True, help="folder to make; one folder a data set inside")
-    add("--scenes", type=count, default=2000, help="scenes in all splits together (default %(default)s)")
-    add("--size", type=size, default=128, help="width and height in pixels (default %(default)s)")
-    add("--seed", type=numeric(int, NOT_NEGATIVE), default=0, help="seed of all scenes (default %(default)s)")
-    add("--splits", default="train=0.9,val=0.1", help="shares of the splits (default %(default)s)")
-    add("--tasks", default=",".join(TASKS), help="layouts to write (default %(default)s)")
-    add("--variety", default="standard", choices=VARIETIES, help="how wide the ranges are that scenes are drawn from")
-    add("--workers", type=count, default=os.cpu_count() or 1, help="processes (default: one a core, %(default)s)")
+    add("--scenes", type=count, default=2000, help="scenes in all splits together (default: %(default)s)")
+    add("--size", type=size, default=128, help="width and height in pixels (default: %(default)s)")
+    add("--seed", type=numeric(int, NOT_NEGATIVE), default=0, help="seed of all scenes (default: %(default)s)")
+    add("--splits", default="train=0.9,val=0.1", help="shares of the splits (default: %(default)s)")
+    add("--tasks", default=",".join(TASKS), help="layouts to write (default: %(default)s)")
+    add("--variety", default="standard", choices=VARIETIES, help="how wide the ranges of the scenes' properties are")
+    add("--workers", type=count, default=os.cpu_count() or 1, help="processes (default: one per core, %(default)s)")
     return parser
 
 

@@ -1,7 +1,7 @@
 """A cost model of training on many GPUs: the fastest layout for each number of GPUs, its cost, and its recipe.
 
 Rates default to the data sheet of nodes of eight H100. Measure `--efficiency`, what one GPU reaches alone, with
-`python -m benchmarks.train_step`. The step is the paper's: what methods beyond it add (docs/methods.md) is not in.
+`python -m benchmarks.train_step`. The step is the paper's: methods beyond it (docs/methods.md) are not counted.
 """
 
 import argparse

@@ -30,7 +30,7 @@ def run(arguments: argparse.Namespace) -> None:
         print(f"{label}: {start:.3g} at step {first:.0f}, {end:.3g} at step {last:.0f}")
     figure = curves(series, "optimizer step", WORDS[METRIC])
     axes = figure.axes[0]
-    axes.set_ylim(0.0, 1.5)  # 0: copies, 1.41 (the root of 2): strangers
+    axes.set_ylim(0.0, 1.5)  # 0: copies, 1.41 (the root of 2): unrelated
     axes.axhline(2**0.5, color="#868e96", linewidth=1.0, linestyle=":")
     print(save(figure, arguments.out))
 

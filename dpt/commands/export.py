@@ -57,7 +57,7 @@ def run(arguments: argparse.Namespace) -> None:
         print(out)
         if arguments.ema_length is not None:
             residual = config["lineage"]["ema_residual"]
-            print(f"  averaged with the relative length {arguments.ema_length}, whose profile is met to {residual:.2%}")
+            print(f"  averaged with the relative length {arguments.ema_length}; its profile is matched to {residual:.2%}")
 
 
 def _write_pipeline(arguments: argparse.Namespace) -> None:
@@ -86,7 +86,7 @@ def _class_names(file: Path) -> list[str]:
         text = file.read_text(encoding="utf-8")
         names = json.loads(text) if file.suffix == ".json" else [line.strip() for line in text.splitlines() if line.strip()]
     except (OSError, ValueError) as error:
-        raise UserError(f"--class-names {file}: cannot be read ({error}); give a line a class, or a JSON list.") from error
+        raise UserError(f"--class-names {file}: cannot be read ({error}); give one line per class, or a JSON list.") from error
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise UserError(f"--class-names {file}: holds no list of texts; give a line a class, or a JSON list.")
+        raise UserError(f"--class-names {file}: holds no list of texts; give one line per class, or a JSON list.")
     return names

@@ -83,7 +83,7 @@ def describe(plan: Plan, surface: Surface, metric: str) -> str:
     config = plan.config
     experts = f", {config.num_experts} experts of which a token takes {config.top_k}" if config.num_experts else ""
     lines = [
-        f"Plan for {show_macs(plan.train_macs)}MACs of training and {show_macs(plan.test_macs)}MACs a prediction:",
+        f"Plan for {show_macs(plan.train_macs)}MACs of training and {show_macs(plan.test_macs)}MACs per prediction:",
         f"  model        hidden {config.hidden_size}, depth {config.depth}, heads {config.num_heads}, "
         f"{num_params(config).total / 1e6:.1f} M parameters, latents {config.input_size} x {config.input_size}{experts}",
         f"  pre-train    {f'{plan.pretrain_samples:.4g} samples' if plan.pretrain_samples else 'no, trained from scratch'}",

@@ -100,7 +100,7 @@ def _show(study: Study, peak_flops: float, mfu: float) -> None:
     )
     if absent := missing(study):
         print("To be made first:\n" + "\n".join(map(how_to_make, absent)) + "\n")
-    print(format_cells(["launch", "launcher", "MACs (evaluation: an image)", "device-hours", "state"], cells))
+    print(format_cells(["launch", "launcher", "MACs (evaluation: per image)", "device-hours", "state"], cells))
     commands = [shlex.join(command(launch)) for launch in study.launches if launch.name in unfinished]
     print("\n" + hide_passwords("\n".join(commands)))
 

@@ -14,10 +14,11 @@ def run_launcher(stage: str, description: str) -> None:
     """Run the command line as `stage` ("pretrain", "finetune" or "upcycle"); `description` heads its help."""
     with reported(stage):
         load_plugins()
-        run_stage(parse_command(stage, description, "training"), stage, open_validator=_open_validator)
+        run_stage(parse_command(stage, description, "training"), stage, open_validator=open_validator)
 
 
-def _open_validator(config: DptConfig, codes: Mapping[str, str], depth_prompt: str) -> Any:
+def open_validator(config: DptConfig, codes: Mapping[str, str], depth_prompt: str) -> Any:
+    """What scores networks for `dpt.validation`."""
     from dpt.evaluation.validation import Validator  # torch must not be loaded before the environment is set
 
     return Validator(config, codes=codes, depth_prompt=depth_prompt)

@@ -142,8 +142,8 @@ def _problems_of_gates(recipe: Recipe, experts: int) -> Iterator[str]:
             yield f"dpt.{name} is {json.dumps(value)}, but the model is dense; set it to {json.dumps(off)}."
     if model.router_gate == "sigmoid" and training.router_z_loss_weight:
         yield (
-            f"dpt.training.router_z_loss_weight is {training.router_z_loss_weight}; it is of a softmax's log-partition, which "
-            'router_gate "sigmoid" has not: set it to 0.'
+            f"dpt.training.router_z_loss_weight is {training.router_z_loss_weight}, but the z-loss is defined for "
+            'softmax gates only and dpt.model.router_gate is "sigmoid"; set it to 0.'
         )
     if training.expert_distance_every and experts == 1:
         yield "dpt.training.expert_distance_every is set, but a layer has one expert only; set it to 0."
@@ -167,7 +167,7 @@ def _problems_of_tasks(recipe: Recipe) -> Iterator[str]:
     classes = config.model.num_classes
     wrong = [label for label in config.sampling.labels if not 0 <= label < classes]
     if task == "class" and wrong:
-        yield f"dpt.sampling.labels has {wrong[0]}; dpt.model.num_classes is {classes}, so that labels are 0 to {classes - 1}."
+        yield f"dpt.sampling.labels has {wrong[0]}; dpt.model.num_classes is {classes}, so labels are 0 to {classes - 1}."
     if task == "class" and config.diffusion.one_step:
         yield 'dpt.diffusion.timesteps "last" is for perception; images of a class need several steps.'
     if weight and not config.diffusion.one_step:

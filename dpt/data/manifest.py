@@ -57,7 +57,7 @@ class VAERecord:
     latents_std: tuple[float, ...] = ()
     """By channel; empty: 1."""
     downsampling: int = 8
-    """Pixels to one latent, along a side."""
+    """Pixels per latent, along a side."""
 
     def __post_init__(self) -> None:
         for name in ("latents_mean", "latents_std"):

@@ -148,7 +148,7 @@ class RandomNumbers:
     """All random numbers of one training batch: functions of (seed, sample_index) alone.
 
     `sample_index`: int64 `[B]`, positions in the global stream; the numbers are on its device. `host_index`: the same in the
-    CPU's memory, if they are on a GPU that shall not be waited for.
+    CPU's memory, if they are on a GPU that must not be waited for.
     """
 
     def __init__(self, seed: int, sample_index: Tensor, *, host_index: Tensor | None = None) -> None:

@@ -55,7 +55,7 @@ class DiffusionObjective:
         return clean_latents(mean, noisy_latents, alpha, sigma, self.config.prediction_type)
 
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """What the network shall predict `[B, C, h, w]`."""
+        """What the network should predict `[B, C, h, w]`."""
         kind = self.config.prediction_type
         if kind == "epsilon":
             return noise

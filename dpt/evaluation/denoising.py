@@ -1,4 +1,4 @@
-"""A trained network as what it samples: target latents of condition latents, on its device and under the config's settings."""
+"""Sampling with a trained network: from condition latents to target latents, on its device, with the config's settings."""
 
 import dataclasses
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""Files that a stop leaves whole: renamed into their place, or lines of JSON of which only whole ones count."""
+"""Files that survive interruptions: written under another name and renamed, or JSON lines of which only complete ones count."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""The stage that scores class-conditional weights: generate, compare with real images, write down under which settings."""
+"""The stage that scores class-conditional weights: generate images, compare them with real ones, record scores and settings."""
 
 import hashlib
 from collections.abc import Callable

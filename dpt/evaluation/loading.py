@@ -36,7 +36,7 @@ class LoadedModel:
     depth_prompt: str = tasks.DEPTH_PROMPT
     """What depth's second condition showed in training: one of `tasks.DEPTH_PROMPTS`."""
     fits: Mapping[str, Fit] = dataclasses.field(default_factory=lambda: fits_of({}, ""))
-    """How pictures came to the size that it was trained at, by task."""
+    """How pictures were resized in training, by task."""
     lineage: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 

@@ -35,8 +35,8 @@ def open_predictor(
 
 
 class Recording(contextlib.ExitStack):
-    """The record of an evaluation in MLflow, which `begin` starts: once nothing can be refused any more, so that no run says
-    that it failed for want of good input."""
+    """The record of an evaluation in MLflow. `begin` starts it once all input has been checked, so that bad input leaves no
+    failed run."""
 
     run: Run
 

@@ -156,7 +156,7 @@ def _described(config: EvaluationConfig, predictor: Predictor | None) -> dict[st
 
 
 def _draw(one: EvaluationSet, scorer: Scorer, records: list[Record], count: int, folder: Path) -> None:
-    """Pages of telling samples, and the scenes of reports; every rank predicts its share again, rank 0 puts all together."""
+    """Pages of picked samples, and the scenes of reports; every rank predicts its share again, rank 0 puts all together."""
     from dpt.evaluation.pictures import compare, write_page, write_scenes
 
     picked = pick_samples(one, records, count)
@@ -182,7 +182,7 @@ def _draw(one: EvaluationSet, scorer: Scorer, records: list[Record], count: int,
     about = {"set": one.name, "task": one.task, "num_samples": len(one), "synthetic": one.manifest.synthetic}
     what = f"{one.name} ({len(one)} {'synthetic ' * one.manifest.synthetic}samples)"
     for title, samples in picked.items():
-        which = "drawn by key, the same for every model" if title == SAME else f"{title} by {name_of(metric)}"
+        which = "chosen by key, the same for every model" if title == SAME else f"{title} by {name_of(metric)}"
         page = [rows[r.index] for r in samples]
         write_page(page, folder / "pictures" / f"{one.name}_{title}.png", f"{what}: {which}")
     write_scenes([(r, rows[r.index]) for r in picked[SAME]], folder / SCENES, metric=metric, about=about)

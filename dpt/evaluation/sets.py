@@ -125,10 +125,9 @@ def open_sets(folders: list[str], *, protocol: str, max_samples: int, cache_dir:
 
 def check_set(one: EvaluationSet, predictor: Predictor) -> None:
     """UserError if the model cannot predict for the set: another task, other conditions, latents of another VAE, no CLIP
-    embeddings where it takes them, depth prompts made of the truth that it has not learnt with.
+    embeddings where it takes them, or depth prompts made from the truth where it was trained without.
 
-    What it has not learnt with but can be asked with is logged: the all-valid prompt, and pictures brought to their size in
-    another way.
+    What differs from its training but still works is logged: the all-valid prompt, and another fit of the pictures.
     """
     predictor.check_task(one.task)
     manifest, model = one.manifest, predictor.model

@@ -1,4 +1,4 @@
-"""From records to figures: means with what they are means of, telling samples, and the metrics that MLflow keeps."""
+"""From records to results: means and what they cover, samples worth showing, and the metrics that MLflow keeps."""
 
 import hashlib
 import itertools
@@ -15,7 +15,7 @@ SAME = "same"
 
 
 def summarize(one: EvaluationSet, records: Iterable[Record]) -> dict[str, Any]:
-    """A set's figures, with what they are figures of: N, the list's hash, the protocol's version."""
+    """A set's results, and what they cover: N, the list's hash, the protocol's version."""
     records = sorted(records, key=lambda r: (r.setting, r.index))
     by_setting = {s: list(group) for s, group in itertools.groupby(records, key=lambda r: r.setting)}
     figures = {s: average([r.metrics for r in rows]) for s, rows in by_setting.items()}
@@ -48,7 +48,7 @@ def summarize(one: EvaluationSet, records: Iterable[Record]) -> dict[str, Any]:
 
 
 def pick_samples(one: EvaluationSet, records: Iterable[Record], count: int) -> dict[str, list[Record]]:
-    """Records of the best, median and worst samples of the main (last) setting, and of `SAME`: `count` each, drawn by key."""
+    """Records of the best, median and worst samples of the main (last) setting, and of `SAME`: `count` each, chosen by key."""
     rows = [r for r in records if r.metrics]
     if not rows:
         return {}
@@ -56,11 +56,11 @@ def pick_samples(one: EvaluationSet, records: Iterable[Record], count: int) -> d
     metric, sign = one.protocol.main_metric, -1.0 if one.protocol.main_metric in HIGHER_IS_BETTER else 1.0
     ranked = sorted((r for r in rows if r.setting == last), key=lambda r: (sign * r.metrics[metric], r.index))
     middle = max(0, (len(ranked) - count) // 2)
-    by_key = drawn_by_key(ranked, count)
+    by_key = chosen_by_key(ranked, count)
     return {"best": ranked[:count], "median": ranked[middle : middle + count], "worst": ranked[::-1][:count], SAME: by_key}
 
 
-def drawn_by_key(records: Sequence[Record], count: int) -> list[Record]:
+def chosen_by_key(records: Sequence[Record], count: int) -> list[Record]:
     """`count` of the records (of one setting), chosen and ordered by the hashes of their keys: by no model, metric or order."""
     return sorted(records, key=lambda r: (hashlib.sha256(r.key.encode()).digest(), r.index))[:count]
 
@@ -93,7 +93,7 @@ def tracked_metrics(summary: dict[str, Any]) -> dict[str, float]:
 
 
 def protocol_line(summary: dict[str, Any]) -> str:
-    """One line a set: what its figures are figures of."""
+    """One line for each set: what its results cover."""
     return "; ".join(
         f"{name}: {one['protocol']} v{one['protocol_version']}, N={one['num_samples']}"
         f"{' (synthetic)' if one.get('synthetic') else ''}, list {one['list_sha256'][:12]}"

@@ -61,7 +61,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "norm_eps": (float, int),
     "timestep_features": (str,),
 }
-_ABSENT = (  # parts of Transformer2DModel, as which older DiT folders were written, that a DiT has not
+_ABSENT = (  # parts of Transformer2DModel (older DiT folders are of that class) that a DiT does not have
     *("cross_attention_dim", "num_vector_embeds", "use_linear_projection", "only_cross_attention"),
     *("double_self_attention", "caption_channels", "interpolation_scale", "use_additional_conditions"),
 )

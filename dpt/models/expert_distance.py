@@ -1,4 +1,4 @@
-"""How different a layer's experts are: what upcycled copies start without, and what training or redrawn units give them."""
+"""How different a layer's experts are: 0 for upcycled copies, until training or reinitialised units set them apart."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext

@@ -12,7 +12,7 @@ from dpt.errors import UserError
 from dpt.models.weights import Weights, check_state, expected_shapes
 
 _REDRAW_SEED = 1 << 32
-"""Keeps the numbers of redrawn units apart from those of routers and noise, which `seed` alone gives."""
+"""Keeps the random numbers of reinitialised units apart from those of routers and noise, which `seed` alone gives."""
 
 
 def upcycle(weights: Weights, upcycling: UpcyclingConfig, *, seed: int = 0) -> Weights:
@@ -24,7 +24,7 @@ def upcycle(weights: Weights, upcycling: UpcyclingConfig, *, seed: int = 0) -> W
     gets an m-th of the weight (virtual groups, He et al., "Upcycling Large Language Models into Mixture of Experts", 2024,
     section 4).
 
-    `reinit_share` draws that share of each expert's hidden units anew, each expert's own: their rows of the first layer,
+    `reinit_share` reinitialises that share of each expert's hidden units, each expert's own: their rows of the first layer,
     entries of its bias and columns of the second, normal with the mean and standard deviation of the values that they replace
     (Nakamura et al., "Drop-Upcycling", 2025, section 3). `noise_std`, times each tensor's standard deviation, is added to the
     copies. Both make experts different, at the price of exactness.

@@ -25,7 +25,7 @@ class VAESize:
     channels: int
     """Of the decoder's widest layer at the picture's full size."""
     downsampling: int
-    """Pixels to one latent, along a side."""
+    """Pixels per latent, along a side."""
 
 
 @dataclass(frozen=True, kw_only=True)

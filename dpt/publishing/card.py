@@ -166,7 +166,7 @@ def _result(row: Row) -> dict[str, Any]:
 
 
 def _network(model: ModelConfig) -> str:
-    kind = f"Mixture-of-Experts Diffusion Transformer ({model.num_experts} experts, {model.top_k} a token)"
+    kind = f"Mixture-of-Experts Diffusion Transformer ({model.num_experts} experts, {model.top_k} per token)"
     return f"A {kind if model.num_experts else 'Diffusion Transformer'} of width {model.hidden_size} and depth {model.depth}"
 
 

@@ -185,7 +185,7 @@ def _with_null_label(weights: Weights) -> Weights:
 
 def _write_depth(weights: Weights, folder: Path, diffusion: DiffusionConfig, source: str) -> dict[str, Any]:
     if weights.config.clip_embedding_size:
-        raise UserError(f"{source}: takes CLIP embeddings, which the depth pipeline has not; export a dpt folder.")
+        raise UserError(f"{source}: takes CLIP embeddings, which the depth pipeline does not support; export a dpt folder.")
     if diffusion.prediction_type == "rectified_flow" and diffusion.steps_offset:
         raise UserError(f"{source}: steps_offset {diffusion.steps_offset} on straight paths, which no pipeline walks.")
     config, state = standard(weights.config, weights.state)

@@ -1,4 +1,4 @@
-"""What a study has still to launch, with which commands, and as dependent jobs of SLURM (`running` runs it here)."""
+"""What a study still has to launch: the commands, or dependent SLURM jobs (`running` runs them on this machine)."""
 
 import functools
 import json

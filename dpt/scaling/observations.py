@@ -1,4 +1,4 @@
-"""What the runs of a study say of a model's error: its size, how it was trained and by which method, and its test time."""
+"""What a study's runs say about error: for each evaluation the model's size, training, method and test-time settings."""
 
 import json
 from collections.abc import Sequence

@@ -117,7 +117,7 @@ def _within(plans: list[Plan], limits: Limits) -> list[Plan]:
             f"the budget of {limits.train_macs:.3g} MACs is below the least that a plan takes, {least:.3g}; raise it."
         )
     raise UserError(
-        f"no observed setting predicts within {limits.test_macs:.3g} MACs an image; raise --test-macs-per-image, or evaluate "
+        f"no observed setting predicts within {limits.test_macs:.3g} MACs per image; raise --test-macs-per-image, or evaluate "
         "smaller models and fewer steps first."
     )
 

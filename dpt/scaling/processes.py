@@ -19,7 +19,7 @@ _LIBRARIES = [
     "dpt.training.run",
     "matplotlib.pyplot",
 ]
-"""What launchers load, at the latest with their engine, VAE and pictures: seconds each, longer than a short launch computes."""
+"""What launchers load before they work (engine, VAE, pictures): seconds each, longer than a short launch computes."""
 
 
 @dataclass(frozen=True, kw_only=True)

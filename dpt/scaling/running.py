@@ -85,7 +85,7 @@ def _join(studies: Sequence[Study]) -> list[_Job]:
 
 @dataclass(frozen=True, kw_only=True)
 class _Share:
-    """What one of the launches that run side by side has of this machine."""
+    """The part of this machine that one of several concurrent launches uses."""
 
     number: int
     devices: list[str] | None = None

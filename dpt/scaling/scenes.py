@@ -97,7 +97,7 @@ def headline_picture(shown: ShownScenes, mean: float) -> str:
     figures.append(shown.figure(scene, "prediction"))
     count = len(shown.index["scenes"])
     value = say(shown.index["metric"], scene["value"])
-    words = f"Scene {scene['key']}, {setting_words(shown.row)}, {value}: of the {count} drawn by key the nearest to the mean."
+    words = f"Scene {scene['key']}, {setting_words(shown.row)}, {value}: the nearest to the mean of the {count} chosen by key."
     caption = f'<p class="soft small">{escape(words)}</p>'
     return grid(figures, "trio") + shown.scale(scene, "truth") + caption
 

@@ -112,7 +112,7 @@ class Sender:
         return self._client
 
     def _start(self, record: dict[str, Any]) -> None:
-        """Make the run, or find the one that an earlier life of it has made."""
+        """Create the run in MLflow, or find it if an earlier process has created it."""
         self.state.uri = self._uri or record["uri"]
         client = self._connected()
         experiment = store.experiment_id(client, self.state.uri, record["experiment"])

@@ -1,4 +1,4 @@
-"""The reading side: runs as they stand in MLflow, with histories, artifacts and ancestors fetched when asked for."""
+"""Reading runs back from MLflow; histories, artifacts and ancestors are fetched on demand."""
 
 import json
 from collections.abc import Iterable

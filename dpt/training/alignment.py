@@ -86,7 +86,7 @@ class Teacher:
 
     @torch.no_grad()
     def refresh(self, engine: Engine) -> None:
-        """Take the average of now, in the compute type. Before the forward passes of a step; collective."""
+        """Take the current average, in the compute type. Before the forward passes of a step; collective."""
         if self.network is None:
             self.network = self._build(engine)
         state = next(name for name, decay in engine.optimizer.ema_decays.items() if decay == self.decay)

@@ -33,7 +33,7 @@ _FREE = frozenset(
         "training.output_dir",
         "training.steps",
         "training.ep_size",
-        "training.ema_decays",  # a new average begins as the weights of then, which is said
+        "training.ema_decays",  # a new average begins as the current weights, which is said
         "training.ema_snapshots",
         "training.ema_snapshot_every",
         "training.activation_checkpointing",

@@ -1,4 +1,4 @@
-"""Ranks that act together: the request to stop that a signal makes, and flags agreed on at every step."""
+"""Ranks that act together: flags agreed on at every step, and the request to stop that a signal makes."""
 
 import os
 import signal

@@ -27,9 +27,9 @@ class DataLoader:
     depth_prompt: str
     """What the second condition of all depth sets shows (`dpt.tasks.DEPTH_PROMPTS`); empty if the network is shown none."""
     fits: Mapping[str, Fit]
-    """How the pictures of all sets of a task came to their size, by task, of tasks whose sets say so."""
+    """How pictures were resized, by task, for tasks whose sets record it."""
     codes: Mapping[str, str]
-    """How the targets of all sets of a task are coded (`dpt.target_codes.TARGET_CODES`), by task, of tasks that have sets."""
+    """How targets are coded (`dpt.target_codes.TARGET_CODES`), by task, for tasks that have sets."""
 
     @property
     def vae(self) -> VAERecord:
@@ -196,7 +196,7 @@ def _check(config: DptConfig, name: str, manifest: Manifest) -> None:
     if max(main.shape[-2:]) != config.model.input_size:
         raise UserError(
             f'{name}: VAE "{manifest.vae.name}" made latents of {main.shape[-2]} x {main.shape[-1]} ({manifest.resolution} px, '
-            f"{manifest.vae.downsampling} px a latent), dpt.model.input_size is {config.model.input_size}; set it to "
+            f"{manifest.vae.downsampling} px per latent), dpt.model.input_size is {config.model.input_size}; set it to "
             f"{max(main.shape[-2:])}, or encode the set at {config.model.input_size * manifest.vae.downsampling} px."
         )
     if (

@@ -53,7 +53,7 @@ class Engine:
         with_muon = trains_with_muon(recipe.deepspeed.get("optimizer", {}))
         self.optimizer = (Muon if with_muon else AdamWEMA)(
             parameter_groups(module, recipe.dpt.model, options["weight_decay"], with_muon=with_muon),
-            options | {"lr": 0.0},  # `step` sets it; a rehearsal that some of DeepSpeed's optimizers do must change nothing
+            options | {"lr": 0.0},  # `step` sets it; some of DeepSpeed's optimizers rehearse a step, which must change nothing
             ema_decays=training.ema_decays,
             ema_warmup=training.ema_warmup,
             ema_lengths=training.ema_lengths,

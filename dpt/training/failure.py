@@ -16,7 +16,7 @@ class TrainingFailed(Exception):
 def failure_report(engine: Engine, output_dir: Path, step: int, loss: float, keys: list[str], rewound: bool) -> str:
     """Why steps up to `step` were not finite, as far as known; more of it in `output_dir`/failure.json. Collective.
 
-    `loss`: the last one; `keys`: this rank's samples in it; `rewound`: whether the run had gone back to a checkpoint before.
+    `loss`: the last one; `keys`: this rank's samples in it; `rewound`: whether the run has rewound before.
     """
     squares = {f.name: float(f.master().double().square().sum()) for f in fragments(engine.deepspeed) if f.owned}
     names = sorted({name for part in distributed.gather_objects(sorted(squares)) for name in part})
@@ -31,7 +31,7 @@ def failure_report(engine: Engine, output_dir: Path, step: int, loss: float, key
     path = output_dir / "failure.json"
     if distributed.is_main():
         path.write_text(json.dumps(report, indent=1), encoding="utf-8")
-    again = "also after going back to the last checkpoint" if rewound else "and there is no checkpoint to go back to"
+    again = "even after rewinding to the last checkpoint" if rewound else "and there is no checkpoint to rewind to"
     return (
         f"too many steps in a row up to step {step} were not finite (loss {loss}), {again}. Largest weight norms: "
         f"{', '.join(f'{name} {norms[name]:.3g}' for name in largest[:3])}. Sample keys and more: {path}"

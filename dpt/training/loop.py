@@ -150,7 +150,7 @@ class Trainer(Session):
         return {"experts/distance": float(expert_distances(self.engine.module.network, gathered).mean())}  # type: ignore[arg-type]
 
     def _agree_to_stop(self) -> bool:
-        """Whether any rank was asked to stop; concludes what all ranks have written."""
+        """Whether any rank was asked to stop; also completes the checkpoint that all ranks have written."""
         flags = self.control.agree(stop=bool(self.control.signal), busy=self.saver.busy)
         if self.saver.pending and not flags["busy"]:
             self.saver.finish()
@@ -204,7 +204,7 @@ class Trainer(Session):
             distributed.log(f"Class samples: {path}")
 
     def _leave(self) -> None:
-        """A signal asked for it: save and stop, to be continued by the same command."""
+        """A signal asked the run to stop: save, so that the same command can resume it."""
         self.save()
         if not self.saver.finish():
             raise TrainingFailed("the run was asked to stop, and its state could not be saved.")

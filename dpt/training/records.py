@@ -1,4 +1,4 @@
-"""What a run says of itself every few steps: one line on the console, one in `records.jsonl`, and metrics for MLflow."""
+"""A run's records, every few steps: one line on the console, one in `records.jsonl`, and metrics for MLflow."""
 
 import json
 import math

@@ -1,6 +1,6 @@
-"""Which checkpoint a run resumes from, at its start or in a rewind, and what it does not meet again.
+"""Which checkpoint a run resumes from, at its start or in a rewind, and which samples it skips from then on.
 
-A rewind goes back to the last checkpoint after losses that were not finite. Batches and noise are functions of a sample's
+A rewind restores the last checkpoint after losses that were not finite. Batches and noise are functions of a sample's
 position in the stream, so they would come again, and so would the failure. The stream therefore continues behind the samples
 between the checkpoint and the failure (PaLM's authors did so by hand: Chowdhery et al. 2022, section 5.1), which checkpoints
 record.
@@ -60,7 +60,7 @@ class SkippedSamples:
         return SkippedSamples(windows=(*self.windows, (first, end)))
 
     def begin_at(self, position: int) -> bool:
-        """Whether a window begins there: the run has gone back to the checkpoint of that position before."""
+        """Whether a window begins there: the run has rewound to the checkpoint of that position before."""
         return any(first == position for first, _ in self.windows)
 
     def __str__(self) -> str:
@@ -106,8 +106,8 @@ def check_network(checkpoint: Path, state: Mapping[str, Any], recipe: Recipe, pa
         before, now = source.get(name, 0), getattr(model, name)
         if before != now:
             raise UserError(
-                f"{checkpoint} was trained with dpt.model.{name} {before}, and it is {now} here, another function of the "
-                f"same weights; set it to {before}."
+                f"{checkpoint} was trained with dpt.model.{name} {before}; with {now} the same weights would be another "
+                f"function: set it to {before}."
             )
 
 
@@ -120,7 +120,7 @@ def remarks(checkpoint: Path, state: Mapping[str, Any], recipe: Recipe, data_sha
         said.append(f"Samples {skipped} of the stream stay skipped: they led to losses that were not finite.")
     kept = kept_averages(state)
     if new := [str(decay) for decay in recipe.dpt.training.ema_decays if decay > 0 and decay not in kept]:
-        said.append(f"It keeps no average of decay {', '.join(new)}, which therefore starts anew, as the weights of now.")
+        said.append(f"It keeps no average of decay {', '.join(new)}, which therefore starts again from the current weights.")
     before, now = flatten(state["recipe"]), flatten(recipe.to_dict())
     shared = sorted(before.keys() & now.keys())
     if changed := [f"{name} {before[name]} -> {now[name]}" for name in shared if before[name] != now[name]]:

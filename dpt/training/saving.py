@@ -62,7 +62,7 @@ class Writer(ABC):
         return self._thread is not None and self._thread.is_alive()
 
     def begin(self, engine: Engine, step: int, state: Mapping[str, Any]) -> None:
-        """Copy this rank's share and start to write it. `state`: what `state.json` shall say beside the engine's own."""
+        """Copy this rank's share and start to write it. `state`: what `state.json` says beside the engine's own."""
         if self._state:
             self.finish()
         optimizer = engine.optimizer
@@ -157,7 +157,7 @@ class Writer(ABC):
         """Whether one of the complete ones still is, now that the newest one is."""
 
     def forget_after(self, step: int) -> None:
-        """Remove those of later steps: the run has gone back and takes another course."""
+        """Remove those of later steps: the run has rewound and takes another course."""
         if distributed.is_main():
             self._forget_after(step)
         distributed.barrier()

@@ -118,7 +118,7 @@ class Session:
         self.saver.begin(self.engine, self.state.step, self.state.for_checkpoint(self.stage, self.sections()))
 
     def sections(self) -> dict[str, Any]:
-        """What weights of this moment say of themselves."""
+        """What the current weights say of themselves."""
         return self.state.for_weights(self.stage, self.data_loader, self.macs.training)
 
     def _restore(self, checkpoint: Path, state: dict[str, Any]) -> None:

@@ -43,13 +43,13 @@ class Stage:
 
     @property
     def codes(self) -> dict[str, str]:
-        """How the targets were coded that the first weights learnt, by task; those of tasks that they did not are left out."""
+        """How targets were coded when the first weights were trained, by task, for the tasks that they learnt."""
         learnt = [task for task in TARGET_CODES if self.sections.get("task") in (task, "generalist")]
         return {task: target_code(task, self.sections, self.source) for task in learnt}
 
     @property
     def fits(self) -> dict[str, Fit]:
-        """How the pictures came to their size that the first weights learnt with, by task, as far as they say."""
+        """How pictures were resized when the first weights were trained, by task, as far as they record it."""
         said = self.sections.get("fits") or {}
         return {task: fit for task, fit in fits_of(self.sections, self.source).items() if task in said}
 

@@ -71,7 +71,7 @@ class RunState:
         }
 
     def for_weights(self, stage: Stage, loader: DataLoader, macs: int) -> dict[str, Any]:
-        """What weights of this moment say of themselves. `macs`: of a sample's training."""
+        """What the current weights say of themselves. `macs`: of a sample's training."""
         task = stage.recipe.dpt.task
 
         def of_tasks(learnt: Mapping[str, T], shown: Mapping[str, T]) -> dict[str, T]:

@@ -244,7 +244,7 @@ class Preparation:
         return torch.where(flipped, batch["latents_mirrored"], batch["latents"])
 
     def _target(self, batch: Mapping[str, Any], draws: RandomNumbers) -> tuple[Tensor, Tensor]:
-        """One target's moments [B, 2, C, h, w], drawn evenly from its source's targets, and its label int64 [B]."""
+        """One target's moments [B, 2, C, h, w], each of its source's targets equally often, and its label int64 [B]."""
         counts, labels = self._targets
         source = batch["source"]
         choice = (draws.uniform("target") * counts[source]).long()

@@ -18,7 +18,7 @@ from dpt.evaluation.records import Record, RecordLog, Setting
 from dpt.evaluation.runner import evaluate
 from dpt.evaluation.scoring import samples_at_once
 from dpt.evaluation.sets import EvaluationSet
-from dpt.evaluation.summary import drawn_by_key, format_summary, pick_samples, tracked_metrics
+from dpt.evaluation.summary import chosen_by_key, format_summary, pick_samples, tracked_metrics
 from tests.evaluation.tiny import calls_of, make_model, make_set
 from tests.gloo import run_ranks
 
@@ -231,7 +231,7 @@ def test_reports_show_every_model_on_the_same_scenes(depth_set, tmp_path):
     assert keys_a == keys_b
     assert values_a != values_b
     shuffled = [Record(index=9 - i, key=k, setting=Setting(), metrics={}) for i, k in enumerate(sorted(keys_a))]
-    assert tuple(r.key for r in drawn_by_key(shuffled, 2)) == keys_a  # neither numbers nor order matter
+    assert tuple(r.key for r in chosen_by_key(shuffled, 2)) == keys_a  # neither numbers nor order matter
 
 
 def test_the_visible_mask_is_the_baseline_of_amodal_sets(tmp_path):

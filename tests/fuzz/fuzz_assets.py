@@ -11,7 +11,7 @@ from dpt.data.codec import load_vae
 from dpt.data.manifest import VAERecord
 from dpt.tracking import start_run
 from dpt.tracking.sender import sync
-from tests.shards import write_set
+from tests.shards import moments, write_set
 from tests.test_cli import export_tiny
 
 SIDE = 64
@@ -66,15 +66,11 @@ figures:
 def _shards(folder: Path, task: str, vae: VAERecord, *, evaluation: bool) -> None:
     random, side = np.random.default_rng(0), SIDE // 8
 
-    def moments(*leading: int) -> np.ndarray:
-        mean = random.normal(size=(*leading, 1, 4, side, side))
-        return np.concatenate([mean, np.full_like(mean, -6.0)], axis=-4).astype(np.float16)
-
     def make(number: int) -> dict[str, np.ndarray]:
         if task == "class":
-            return {"label": np.array(number, np.int64), "latents": moments()}
-        members = {"valid": np.ones((side, side), np.uint8), "cond_latents": moments(2)}
-        members["target_latents"] = moments(2 if task == "flow" else 1)
+            return {"label": np.array(number, np.int64), "latents": moments(random, side)}
+        members = {"valid": np.ones((side, side), np.uint8), "cond_latents": moments(random, side, 2)}
+        members["target_latents"] = moments(random, side, 2 if task == "flow" else 1)
         if evaluation:
             members["image"] = random.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
             members["truth"] = {

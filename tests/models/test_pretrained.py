@@ -41,7 +41,7 @@ def test_public_weights_compute_what_their_source_computes(tmp_path, kind):
     path, state = public_file(tmp_path, **PUBLIC[kind])
     model = import_weights(path, num_heads=4)
     with torch.no_grad():
-        ours, expected = model(*batch(model)).prediction, reference.dit(state, *batch(model), heads=4)
+        ours, (expected, _) = model(*batch(model)).prediction, reference.network(state, **SMALL | PUBLIC[kind])(*batch(model))
     torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
 
 

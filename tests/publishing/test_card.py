@@ -52,7 +52,7 @@ def test_a_card_without_mlflow_says_what_the_weights_know() -> None:
     assert front["library_name"] == "dpt"
     assert front["pipeline_tag"] == "depth-estimation"
     assert {"dpt", "mixture-of-experts", "depth-estimation"} <= set(front["tags"])
-    for words in ("# depth-moe", "8 experts, 2 a token", "| steps | 100 |", "| samples seen | 6,400 |", "1.5 P", "v_prediction",
+    for words in ("# depth-moe", "experts, 2 per token", "| steps | 100 |", "| samples seen | 6,400 |", "1.5 P", "v_prediction",
                   "f" * 32, 'Predictor("hub:lab/depth-moe")'):  # fmt: skip
         assert words in body, words
     assert "/somewhere" not in body

@@ -15,7 +15,7 @@ from dpt.data.manifest import VAERecord
 from dpt.models.dit import DiT
 from dpt.models.exporting import export_weights
 from dpt.models.weights import Weights
-from tests.shards import write_set
+from tests.shards import moments, write_set
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "ds_configs").glob("*.json"))
@@ -144,14 +144,14 @@ def make_shards(folder: Path, task: str, *, side: int, vae: VAERecord, clip: int
 
 
 def _sample(random: np.random.Generator, task: str, side: int, clip: int, classes: int) -> dict[str, np.ndarray]:
-    def moments(*leading: int) -> np.ndarray:
-        mean = random.normal(size=(*leading, 1, 4, side, side))
-        return np.concatenate([mean, np.full_like(mean, -6.0)], axis=-4).astype(np.float16)
-
     if task == "class":
         label = np.array(random.integers(classes), dtype=np.int64)
-        return {"label": label, "latents": moments(), "latents_mirrored": moments()}
+        return {"label": label, "latents": moments(random, side), "latents_mirrored": moments(random, side)}
     members = {"valid": (random.random((side, side)) > 0.2).astype(np.uint8)}
     if task == "amodal" and clip:
         members["clip"] = random.normal(size=clip).astype(np.float32)
-    return {**members, "cond_latents": moments(2), "target_latents": moments(2 if task == "flow" else 1)}
+    return {
+        **members,
+        "cond_latents": moments(random, side, 2),
+        "target_latents": moments(random, side, 2 if task == "flow" else 1),
+    }

@@ -99,7 +99,7 @@ def test_one_average_alone_is_a_mix() -> None:
     ("fields", "words"),
     [
         ({"training.ema_lengths": "0.3"}, r"ema_lengths \[0.3\]: every length must be in \(0, 0.28\]"),
-        ({"training.ema_lengths": "0.1,0.1"}, "and none there twice"),
+        ({"training.ema_lengths": "0.1,0.1"}, "without repeats"),
         ({"training.ema_snapshots": 1}, "ema_snapshots is 1; it must be at least 2"),
         ({"training.ema_snapshot_every": -1}, "ema_snapshot_every is -1; it must be at least 0"),
     ],

@@ -214,4 +214,4 @@ def test_a_continued_run_is_the_same_bit_for_bit(runs: Runs) -> None:
 
 
 def test_a_checkpoint_of_another_base_is_refused(runs: Runs) -> None:
-    assert "was trained with dpt.model.base_width 8, and it is 0 here" in runs.ended["changing"][1]
+    assert "was trained with dpt.model.base_width 8; with 0" in runs.ended["changing"][1]

@@ -42,7 +42,7 @@ def test_a_rewind_goes_before_the_steps_that_were_not_finite_and_once_to_each(
     assert rewind_target(tmp_path, SkippedSamples().plus(32, 64)) is None
     saver.forget_after(4)
     assert sorted(path.name for path in tmp_path.iterdir()) == [checkpoint_name(2), checkpoint_name(4)]
-    save(saver, 8, samples_seen=64, skipped_samples=[[32, 64]], skipped_in_a_row=0)  # progress: it may be gone back to
+    save(saver, 8, samples_seen=64, skipped_samples=[[32, 64]], skipped_in_a_row=0)  # progress: the run may rewind to it
     found = rewind_target(tmp_path, SkippedSamples().plus(32, 64))
     assert found is not None
     assert found[0].name == checkpoint_name(8)
@@ -88,7 +88,7 @@ def test_what_differs_from_the_checkpoint_is_said(tmp_path: Path) -> None:
     state = state_of(before, step=4, averages={"ema0": 0.9, "ema1": 0.5}, skipped_samples=[[32, 64]])
     assert remarks(tmp_path, state, now, "b")[1:] == [
         "Samples 32 to 63 of the stream stay skipped: they led to losses that were not finite.",
-        "It keeps no average of decay 0.7, which therefore starts anew, as the weights of now.",
+        "It keeps no average of decay 0.7, which therefore starts again from the current weights.",
         "Changed since then: dpt.training.ema_decays [0.9, 0.5] -> [0.5, 0.7, 0.0].",
         "The shards are not the ones of that checkpoint: the order of samples begins anew.",
     ]
@@ -98,9 +98,9 @@ def test_what_differs_from_the_checkpoint_is_said(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"model.base_width": 8}, "trained with dpt.model.base_head_size 64, and it is 32 here"),
-        ({"model.base_width": 16}, "trained with dpt.model.base_width 8, and it is 16 here"),
-        ({"model.base_width": 0}, "trained with dpt.model.base_width 8, and it is 0 here"),
+        ({"model.base_width": 8}, "trained with dpt.model.base_head_size 64; with 32 "),
+        ({"model.base_width": 16}, "trained with dpt.model.base_width 8; with 16 "),
+        ({"model.base_width": 0}, "trained with dpt.model.base_width 8; with 0 "),
         ({"optimizer.type": "Muon"}, "holds the states of AdamW, and optimizer.type is Muon"),
     ],
 )

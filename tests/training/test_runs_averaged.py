@@ -87,7 +87,7 @@ def test_a_run_cannot_begin_to_keep_them_halfway(runs: Runs) -> None:
 def test_the_command_writes_weights_that_say_their_length(runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     run = runs("zero3_kept")
     assert cli.main(["export", str(run), str(tmp_path / "out"), "--ema-length", "0.07"]) == 0
-    assert "averaged with the relative length 0.07, whose profile is met to" in capsys.readouterr().out
+    assert "averaged with the relative length 0.07; its profile is matched to" in capsys.readouterr().out
     lineage = read_config(tmp_path / "out")["lineage"]
     assert (lineage["ema_length"], lineage["step"]) == (0.07, STEPS)
     averages, residual = rebuild(runs.checkpoint("zero3_kept"), 0.07)

@@ -46,7 +46,7 @@ def test_steps_that_are_not_finite_are_skipped_on_all_ranks(runs: Runs, name: st
 
 
 def test_too_many_in_a_row_go_back_once_and_then_stop_with_a_report(runs: Runs) -> None:
-    said = "too many steps in a row up to step 9 were not finite (loss nan), also after going back to the last checkpoint"
+    said = "too many steps in a row up to step 9 were not finite (loss nan), even after rewinding to the last checkpoint"
     assert said in runs.ended["failing"][0]
     report = json.loads((runs("failing") / "failure.json").read_text())
     assert (report["step"], report["loss"]) == (9, "nan")

@@ -17,6 +17,7 @@ from torch import Tensor
 from training_toys import MOE, make_recipe, make_shards, records
 
 from dpt import distributed
+from dpt.commands.training import open_validator
 from dpt.config.recipe import load_recipe
 from dpt.errors import UserError
 from dpt.training.checkpoint import find_checkpoints, rank_file, read_state
@@ -153,7 +154,7 @@ class Runs:
             if run.damage:
                 damage_newest(output / "checkpoints")
             found = find_checkpoint(output / "checkpoints", resume=True)
-            trainer = Trainer(recipe, run.stage, found, _open_validator)
+            trainer = Trainer(recipe, run.stage, found, open_validator)
             trainer._agree_to_stop = _signalled(trainer, run)  # type: ignore[method-assign]
             trainer.prepare = _poisoned(trainer, run)  # type: ignore[assignment]
             tags = output / "tags.json"
@@ -163,12 +164,6 @@ class Runs:
         except (TrainingFailed, UserError) as error:
             return str(error)
         return "stopped" if trainer.state.step < trainer.training.steps else "finished"
-
-
-def _open_validator(config: Any, codes: Mapping[str, str], depth_prompt: str) -> Any:
-    from dpt.evaluation.validation import Validator
-
-    return Validator(config, codes=codes, depth_prompt=depth_prompt)
 
 
 def _is_last() -> bool:

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from data_tools.encoding.shards import ShardWriter
 from dpt import distributed
 from dpt.config.sections import ModelConfig
-from dpt.data.manifest import Manifest, MemberSpec, VAERecord, write_manifest
+from dpt.data.manifest import VAERecord
 from dpt.models.dit import DiT
 from dpt.training.checkpoint import newest_checkpoint
+from tests.shards import moments, write_set
 
 ROOT = Path(__file__).resolve().parents[2]
 CLASSES = 8
@@ -53,37 +53,18 @@ def write_shards(
     folder: Path, samples: Sequence[dict[str, np.ndarray]], task: str, *, shards: int = 1, vae: VAERecord = VAE, **more: Any
 ) -> Path:
     """A shard folder of these samples' members; `more` fields of its manifest."""
-    folder.mkdir(parents=True)
-    each, records = len(samples) // shards, []
-    for shard in range(shards):
-        with ShardWriter(folder / f"{shard:06d}.tar") as writer:
-            for number, members in enumerate(samples[shard * each :][:each]):
-                writer.add(f"{shard}_{number}", members, {"width": 8 * SIDE, "height": 8 * SIDE})
-            records.append(writer.commit())
-    manifest = Manifest(
-        task=task,
-        resolution=8 * SIDE,
-        num_samples=len(samples),
-        shards=tuple(records),
-        members={name: MemberSpec(dtype=value.dtype.name, shape=value.shape) for name, value in samples[0].items()},
-        vae=vae,
-        **{"dataset": "toy", "split": "train", "encoding": {}, **more},
-    )
-    write_manifest(folder, manifest)
-    return folder
+    fields = {"task": task, "resolution": 8 * SIDE, "vae": vae, "dataset": "toy", **more}
+    meta = {"width": 8 * SIDE, "height": 8 * SIDE}
+    return write_set(folder, [len(samples) // shards] * shards, samples.__getitem__, meta=meta, **fields)
 
 
 def _sample(random: np.random.Generator, task: str) -> dict[str, np.ndarray]:
-    def moments(*leading: int) -> np.ndarray:
-        mean = random.normal(size=(*leading, 1, 4, SIDE, SIDE))
-        return np.concatenate([mean, np.full_like(mean, -6.0)], axis=-4).astype(np.float16)
-
     if task == "class":
-        return {"label": np.array(random.integers(CLASSES), dtype=np.int64), "latents": moments()}
+        return {"label": np.array(random.integers(CLASSES), dtype=np.int64), "latents": moments(random, SIDE)}
     return {
         "valid": (random.random((SIDE, SIDE)) > 0.2).astype(np.uint8),
-        "cond_latents": moments(2),
-        "target_latents": moments(2 if task == "flow" else 1),
+        "cond_latents": moments(random, SIDE, 2),
+        "target_latents": moments(random, SIDE, 2 if task == "flow" else 1),
     }
 
 

@@ -33,7 +33,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         check(
             not self.weights or len(self.weights) == len(self.shards),
-            f"dpt.data.weights has {len(self.weights)} entries for {len(self.shards)} sets in dpt.data.shards; give one a set.",
+            f"dpt.data.weights has {len(self.weights)} entries for {len(self.shards)} sets in dpt.data.shards; give one for "
+            "each.",
         )
         check(all(w > 0 for w in self.weights), f"dpt.data.weights {self.weights}: every weight must be positive.")
         check_fields(self, "dpt.data", NOT_NEGATIVE, "num_workers", "max_bad_samples")

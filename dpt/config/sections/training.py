@@ -99,7 +99,7 @@ class TrainingConfig:
         check(
             all(0.0 < length <= LONGEST_EMA for length in self.ema_lengths)
             and len(set(self.ema_lengths)) == len(self.ema_lengths),
-            f"dpt.training.ema_lengths {self.ema_lengths}: every length must be in (0, {LONGEST_EMA}], and none there twice.",
+            f"dpt.training.ema_lengths {self.ema_lengths}: every length must be in (0, {LONGEST_EMA}], without repeats.",
         )
         check(
             self.lr_schedule == "constant" or self.lr_final > 0,
