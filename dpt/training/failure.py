@@ -1,5 +1,6 @@
 """The end of a run that cannot go on, with what is known of its cause."""
 
+import contextlib
 import json
 import math
 from pathlib import Path
@@ -30,7 +31,8 @@ def failure_report(engine: Engine, output_dir: Path, step: int, loss: float, key
     }
     path = output_dir / "failure.json"
     if distributed.is_main():
-        path.write_text(json.dumps(report, indent=1), encoding="utf-8")
+        with contextlib.suppress(OSError):  # on a full disk the sentence remains, which all ranks end with
+            path.write_text(json.dumps(report, indent=1), encoding="utf-8")
     again = "also after going back to the last checkpoint" if rewound else "and there is no checkpoint to go back to"
     return (
         f"too many steps in a row up to step {step} were not finite (loss {loss}), {again}. Largest weight norms: "
