@@ -1,5 +1,7 @@
 """What a study has still to launch, with which commands, and as dependent jobs of SLURM (`running` runs it here)."""
 
+import contextlib
+import fcntl
 import functools
 import json
 import subprocess
@@ -74,9 +76,12 @@ def _read_record(study: Study) -> dict[str, list[str]]:
 def record(study: Study, launch: Launch) -> None:
     study.output.mkdir(parents=True, exist_ok=True)
     path = study.output / _RECORD
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps({**_read_record(study), launch.name: identity(launch)}, indent=1), encoding="utf-8")
-    temporary.replace(path)
+    with path.with_suffix(".lock").open("w") as lock:  # studies that run side by side may share the folder
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps({**_read_record(study), launch.name: identity(launch)}, indent=1), encoding="utf-8")
+        temporary.replace(path)
 
 
 def submit(studies: Sequence[Study], options: Sequence[str], *, script: str, say: Callable[[str], None]) -> None:

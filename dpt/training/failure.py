@@ -31,7 +31,7 @@ def failure_report(engine: Engine, output_dir: Path, step: int, loss: float, key
     }
     path = output_dir / "failure.json"
     if distributed.is_main():
-        with contextlib.suppress(OSError):  # on a full disk the sentence remains, which all ranks end with
+        with contextlib.suppress(OSError):  # a full disk must not end rank 0 otherwise than the others
             path.write_text(json.dumps(report, indent=1), encoding="utf-8")
     again = "also after going back to the last checkpoint" if rewound else "and there is no checkpoint to go back to"
     return (

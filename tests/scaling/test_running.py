@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 import sys
+import threading
 import time
 
 import pytest
@@ -72,6 +73,23 @@ def test_only_what_is_missing_runs_and_changed_commands_are_refused(write_study,
     assert lines[0].startswith("[1/1] depth_w64_long")
     with pytest.raises(UserError, match="made by another command"):
         pending(write_study("training.steps: 50", "training.steps: 60"))
+
+
+def test_studies_that_share_a_folder_keep_each_others_records(write_study, monkeypatch):
+    study, read, others = write_study(), launching._read_record, []
+
+    def read_slowly(study):
+        found = read(study)
+        if not others:
+            others.append(threading.Thread(target=launching.record, args=(study, study.launches[1])))
+            others[0].start()
+            others[0].join(timeout=0.5)  # it has to wait
+        return found
+
+    monkeypatch.setattr(launching, "_read_record", read_slowly)
+    launching.record(study, study.launches[0])
+    others[0].join()
+    assert read(study).keys() == {launch.name for launch in study.launches[:2]}
 
 
 @pytest.mark.parametrize("jobs", [1, 3])
