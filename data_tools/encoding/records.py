@@ -122,7 +122,10 @@ class Records:
     def _join(self) -> bool:
         """Whether the settings are there, which are then locked: no job that fails removes them under another."""
         try:
-            self._held = self._settings.open("r+", encoding="utf-8")
+            try:
+                self._held = self._settings.open("r+", encoding="utf-8")  # some file systems lock no others
+            except PermissionError:  # another user's
+                self._held = self._settings.open(encoding="utf-8")
             with contextlib.suppress(OSError):  # a file system without locks, or a job that is about to remove them
                 fcntl.flock(self._held, fcntl.LOCK_SH | fcntl.LOCK_NB)
             return os.path.samestat(os.fstat(self._held.fileno()), self._settings.stat())

@@ -97,7 +97,9 @@ def predict_files(
     outputs = outputs or OutputConfig()
     outputs.for_task(task)
     log, done = DoneLog(out, settings), Progressed()
-    known = distributed.broadcast_object(log.read() if distributed.is_main() else {}) if settings is not None else {}
+    with distributed.shared_errors():
+        found = log.read() if settings is not None and distributed.is_main() else {}
+    known = distributed.broadcast_object(found)
     batches, videos = _share(sources, max(1, predictor.config.batch_size // predictor.config.ensemble[-1]))
     here = sum(map(len, batches)) + len(videos)
     if not again:

@@ -80,7 +80,9 @@ def _evaluate_set(one: EvaluationSet, config: EvaluationConfig, predictor: Predi
     scorer = Scorer(one, config, predictor, folder)
     wanted = scorer.settings()
     log = RecordLog(folder, _fingerprint(one, config, predictor))
-    done = distributed.broadcast_object(log.read() if distributed.is_main() else {})
+    with distributed.shared_errors():
+        found = log.read() if distributed.is_main() else {}
+    done = distributed.broadcast_object(found)
     missing = {i: frozenset(s for s in wanted if (i, s) not in done) for i in range(len(one))}
     mine = [i for i in missing if missing[i]][distributed.rank() :: distributed.world_size()]
     scored: list[Record] = []

@@ -32,7 +32,7 @@ def serve(spool: Spool, *, system: SystemRecords | None = None) -> int:
             time.sleep(min(pause, 2.0))
         elif select.select([sys.stdin], [], [], pause)[0]:
             give_up = time.monotonic() + GRACE_SECONDS
-            if not sender.finished and not spool.joins and not _is_over(spool, begun):
+            if not sender.finished and not spool.joins and not _is_over(spool, sender.state.offset, begun):
                 _mark_failed(spool)
         elif system is not None:
             _sample(system)
@@ -55,12 +55,12 @@ def _sample(system: SystemRecords) -> None:
         _log.warning("cannot sample the node: %s", error)
 
 
-def _is_over(spool: Spool, begun: int) -> bool:
-    """Whether the run has told its end since byte `begun`, or has been resumed: it is not for this sender any more then."""
+def _is_over(spool: Spool, unsent: int, begun: int) -> bool:
+    """Whether the run has told its end (behind byte `unsent`), or was resumed since byte `begun`: another sender's matter."""
+    if any(record["kind"] == "start" for record, _ in spool.read(begun)):
+        return True
     kind = ""
-    for record, _ in spool.read(begun):
-        if record["kind"] == "start":
-            return True
+    for record, _ in spool.read(unsent):
         kind = kind if record["kind"] == "metrics" else record["kind"]  # a sample of the node may follow the end
     return kind == "finish"
 

@@ -226,8 +226,9 @@ def test_a_run_that_has_been_resumed_is_not_marked_as_failed_by_the_sender_of_it
     assert serve(spool) == 0
     assert [record["kind"] for record, _ in spool.read()] == ["start", "start"]
     monkeypatch.setattr(select, "select", lambda *streams: streams)
-    assert serve(spool) == 0
-    assert [record["kind"] for record, _ in spool.read()] == ["start", "start", "finish"]
+    for _ in range(2):  # the second time it had ended before its sender began
+        assert serve(spool) == 0
+        assert [record["kind"] for record, _ in spool.read()] == ["start", "start", "finish"]
 
 
 def test_a_broken_cursor_starts_over(spool):
