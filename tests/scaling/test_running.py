@@ -125,11 +125,13 @@ def test_side_by_side_launches_overlap_and_wait_for_their_weights(write_study, l
 
 def test_devices_are_shared_out(write_study, launches, monkeypatch):
     launches["devices"] = 5
+    ports = iter([20001, 20001, 20002])
+    monkeypatch.setattr(running, "free_port", lambda: next(ports))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7,6,5,4,3")
     run_here([write_study()], jobs=2, say=quiet)
     assert {one["CUDA_VISIBLE_DEVICES"] for one in launches["seen"]()} == {"7,6", "5,4"}
-    assert set(launches["words"]) == {(2, 29600), (2, 29601)}
-    launches["devices"] = 1
+    assert set(launches["words"]) == {(2, 20001), (2, 20002)}  # free ones, apart
+    launches["devices"], ports = 1, iter([20001, 20002])
     with pytest.raises(UserError, match=r"--jobs 2: this machine has 1 devices"):
         run_here([], jobs=2, say=quiet)
     with pytest.raises(UserError, match=r"--jobs 0: it must be at least 1"):
