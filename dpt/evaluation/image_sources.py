@@ -31,7 +31,7 @@ class ImageSource:
 
     One of another size is brought to `resolution` (0: the first one's short side) as ADM and DiT prepare ImageNet: its short
     side resized, its centre cropped. Nothing is stretched. names: of a folder these files alone, as known to who wrote them: a
-    network's file system may not list at once what other nodes have written. Shards hold latents: their posterior means are
+    network file system may not list at once what other nodes have written. Shards hold latents: their posterior means are
     decoded by `codec` (default: the VAE that the shards name), which leaves the VAE's own loss out of a comparison with a
     model's images.
     """
