@@ -18,7 +18,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from dpt.cpu.settings import keep_freed_memory, limit_spinning, share_threads
-from dpt.errors import UserError
+from dpt.errors import UserError, file_problem
 
 if TYPE_CHECKING:
     import torch
@@ -239,12 +239,16 @@ def broadcast_object(value: T, source: int = 0) -> T:
 
 @contextlib.contextmanager
 def shared_errors() -> Iterator[None]:
-    """If a rank raises a UserError within, all ranks do, with its sentence: none is left waiting for it. Collective."""
+    """If a rank raises a UserError within, or an OSError about a file, all ranks raise a UserError with its sentence: none is
+    left waiting for it, and rank 0 says it. Collective."""
     problem = ""
     try:
         yield
     except UserError as error:
         problem = str(error)
+    except OSError as error:
+        if not (problem := file_problem(error)):
+            raise
     problems = [text for text in gather_objects(problem) if text]
     if problems:
         raise UserError(problems[0])

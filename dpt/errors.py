@@ -69,16 +69,17 @@ def file_problem(error: OSError) -> str:
 
 
 @contextmanager
-def reported(command: str) -> Iterator[None]:
+def reported(command: str, *, by_rank: bool = False) -> Iterator[None]:
     """Turn a UserError, or an OSError about a file, into one line on stderr and exit code 2.
 
     The one place where errors of files become sentences: commands open and write them as they are. A UserError is that of all
-    ranks, so rank 0 alone says it. An interrupt (Ctrl-C) ends with exit code 130, without a stack trace.
+    ranks, so rank 0 alone says it, unless ranks fail each for itself (`by_rank`). An interrupt (Ctrl-C) ends with exit code
+    130, without a stack trace.
     """
     try:
         yield
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
+        if by_rank or os.environ.get("RANK", "0") == "0":
             print(f"{command}: error: {hide_passwords(str(error))}", file=sys.stderr, flush=True)
         sys.exit(2)
     except OSError as error:

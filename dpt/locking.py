@@ -28,13 +28,13 @@ def held(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        if descriptor >= 0:
-            os.close(descriptor)
         if made:
             with contextlib.suppress(OSError):
                 if os.listdir(folder) == [_NAME]:  # a run that was refused leaves nothing behind
                     (folder / _NAME).unlink()
                     folder.rmdir()
+        if descriptor >= 0:  # not before: another run that took the lock would be left without its file
+            os.close(descriptor)
 
 
 def _lock(folder: Path) -> int:
@@ -53,6 +53,9 @@ def _lock(folder: Path) -> int:
         raise UserError(sentence) from error
     except OSError:  # a file system without locks
         return descriptor
+    if os.fstat(descriptor).st_nlink == 0:  # of a run that was refused, and has removed it meanwhile
+        os.close(descriptor)
+        return _lock(folder)
     with contextlib.suppress(OSError):  # who it is, for the message alone
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, json.dumps({"host": socket.gethostname(), "process": os.getpid()}).encode(), 0)

@@ -1,5 +1,6 @@
 """A folder is one run's at a time, whatever becomes of the others."""
 
+import fcntl
 import os
 import signal
 from pathlib import Path
@@ -40,3 +41,32 @@ def test_a_folder_that_cannot_be_is_one_sentence(tmp_path: Path) -> None:
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(UserError, match=r"file.*: cannot be read or written"), held(folder):
             pass
+
+
+def test_the_lock_of_a_run_that_was_refused_meanwhile_is_not_taken_for_the_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It removes its file, which another run may just have opened: a third one would find none."""
+    lock = fcntl.flock
+
+    def lock_late(descriptor: int, how: int) -> None:
+        monkeypatch.undo()
+        (tmp_path / ".running").unlink()
+        lock(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", lock_late)
+    with held(tmp_path), pytest.raises(UserError, match="another run is using it"), held(tmp_path):
+        pass
+
+
+def test_a_refused_run_keeps_its_lock_until_its_file_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed, close = list[bool](), os.close
+
+    def close_then_look(descriptor: int) -> None:
+        close(descriptor)
+        closed.append((tmp_path / "run").exists())
+
+    with held(tmp_path / "run"):
+        monkeypatch.setattr(os, "close", close_then_look)
+    monkeypatch.undo()
+    assert closed == [False]

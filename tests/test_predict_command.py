@@ -148,6 +148,18 @@ def test_a_stop_keeps_what_is_written_and_memory_is_bounded(pictures, tmp_path, 
     assert predict_files(_predictor(), sources, tmp_path / "out", settings=[1]).skipped == 4
 
 
+def test_a_picture_that_changes_while_it_is_predicted_is_predicted_again(pictures, tmp_path, monkeypatch) -> None:
+    sources, write = find_sources([pictures / "three.png"]), predicting.write_outputs
+
+    def write_late(*arguments, **options):
+        os.utime(pictures / "three.png", (1, 1))
+        return write(*arguments, **options)
+
+    monkeypatch.setattr(predicting, "write_outputs", write_late)
+    predict_files(_predictor(), sources, tmp_path / "out", settings=[1])
+    assert predict_files(_predictor(), sources, tmp_path / "out", settings=[1]).skipped == 0
+
+
 def test_flow_of_pairs_in_two_folders(tmp_path) -> None:
     rng = np.random.default_rng(0)
     for folder in ("first", "second"):

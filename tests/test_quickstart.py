@@ -93,7 +93,12 @@ def test_steps_run_side_by_side_and_only_what_changed_is_done_again(tmp_path: Pa
     run_steps(_steps(tmp_path, words, needs), tmp_path, 2)
     assert capsys.readouterr().out.count("done before") == 3
     words["a"] = "print('anew')"
+    (tmp_path / "kept").hardlink_to(tmp_path / "commands.json")
+    before = (tmp_path / "kept").read_text()
     run_steps(_steps(tmp_path, words, needs), tmp_path, 2)
+    assert (
+        (tmp_path / "kept").read_text() == before != (tmp_path / "commands.json").read_text()
+    )  # replaced, as a kill leaves it
     shown = capsys.readouterr().out
     assert shown.count("done before") == 1
     assert "1 | anew" in shown

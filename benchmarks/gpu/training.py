@@ -19,6 +19,7 @@ from dpt.training.preflight import needs
 GLOBAL_BATCH = 256
 MICRO_BATCHES = (256, 128, 64, 32, 16, 8)
 CASES = {"dense": ("XL/2",), "moe": ("S/2-8E2A", "L/2-8E2A", "L/2-8E2A:16", "L/2-8E2A:12", "L/2-8E2A:8")}
+TOO_LARGE = "skipped: it needs more memory than this GPU has free"
 TOY = {"dense": ("a1:1",), "moe": ("S/2-8E2A:1",)}
 
 
@@ -35,7 +36,7 @@ def measure(kind: str, *, cases: Sequence[str] = (), rounds: int = 5) -> list[ha
         precision, batch = ("bf16", GLOBAL_BATCH) if cuda else ("fp32", 4)
         micro = fitting_micro_batch(config, batch, precision) if cuda else 2
         if micro is None:
-            rows.append({"case": case, "what": "skipped: it needs more memory than this GPU has free"})
+            rows.append({"case": case, "what": TOO_LARGE})
             continue
         done.add(preset)
         ways = (False, True) if num_params(config).total < 1_000_000_000 else (True,)  # a large one takes a minute to build

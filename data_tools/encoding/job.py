@@ -18,7 +18,7 @@ from data_tools.encoding.records import Description, Records
 from data_tools.encoding.samples import Features, Layout
 from data_tools.encoding.shards import ShardWriter, shard_key
 from data_tools.readers import Reader
-from dpt.data.manifest import MANIFEST_NAME, Manifest, Skipped, read_manifest, write_manifest
+from dpt.data.manifest import Manifest, Skipped, read_manifest, write_manifest
 from dpt.data.order import permutation
 from dpt.errors import UserError
 from dpt.progress import Progress, progress
@@ -102,7 +102,7 @@ def run(job: EncodingJob, part: int = 0, num_parts: int = 1) -> Manifest | None:
         shards = {number: keys[start : start + size] for number, start in enumerate(range(0, len(keys), size))}
         missing = {n: inputs for n, inputs in shards.items() if n % num_parts == part and not records.done(n)}
         try:
-            if missing:
+            if missing and not records.finished:
                 _make_shards(job, records, missing, len(keys))
         except UserError:
             records.remove_if_unused()
@@ -121,7 +121,7 @@ def finish(job: EncodingJob, missing_ok: bool = False) -> Manifest | None:
     missing = [number for number in numbers if not records.done(number)]
     if missing:
         if missing_ok:  # with a manifest, another job was the last and has cleared up
-            return _finished(job, records) if (job.out / MANIFEST_NAME).exists() else None
+            return _finished(job, records) if records.finished else None
         records.remove_if_unused()
         raise UserError(
             f"{job.out}: {len(missing)} of {len(numbers)} shards are missing, {missing[0]:06d} for one; encode them first."

@@ -1,11 +1,15 @@
 """What a job leaves beside its shards until all are there: one record a shard, and the settings that all must share."""
 
+import contextlib
 import dataclasses
+import fcntl
 import json
+import os
 import shutil
+import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -72,26 +76,61 @@ class Records:
 
     def __init__(self, out: Path) -> None:
         self.out, self.folder = out, out / _FOLDER
+        self._settings = self.folder / "settings.json"
+        self._held: IO[str] | None = None
+        """The settings, locked together with the jobs beside this one."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether the set has its manifest. To be asked after records have been found missing: they go when it has come."""
+        return (self.out / MANIFEST_NAME).exists()
 
     def claim(self, settings: dict[str, Any]) -> bool:
-        """Make the folder, for shards of these settings. Returns whether it holds them all already.
+        """Make the folder, for shards of these settings, or join the jobs that have. Returns whether it holds them all already.
 
         UserError if it holds shards of other settings, or something else.
         """
-        path = self.folder / "settings.json"
         wanted = json.loads(json.dumps(settings))
-        if (self.out / MANIFEST_NAME).exists():
+        # In this order: other jobs make the settings before anything else, and remove them after the manifest has come.
+        begun = self._settings.exists()
+        other = self.out.exists() and (not self.out.is_dir() or any(p.name != _FOLDER for p in self.out.iterdir()))
+        if self.finished:
             self._compare(dict(read_manifest(self.out).encoding), wanted)
             return True
-        if path.exists():
-            self._compare(json.loads(path.read_text(encoding="utf-8")), wanted)
-            return False
-        if self.out.exists() and (not self.out.is_dir() or any(p for p in self.out.iterdir() if p.name != _FOLDER)):
+        if other and not begun and not self._settings.exists():
             raise UserError(f"{self.out} holds something else than an unfinished set of shards; choose another --out.")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(wanted, indent=1))
-        self._compare(json.loads(path.read_text(encoding="utf-8")), wanted)  # another job may have been first
+        while not self._join():
+            self._begin(json.dumps(wanted, indent=1))
+        assert self._held is not None
+        self._compare(json.load(self._held), wanted)
         return False
+
+    def _begin(self, text: str) -> None:
+        """Make the settings, unless another job is first."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        mine = self.folder / f".{uuid.uuid4().hex}.part"
+        with contextlib.suppress(FileNotFoundError):  # the folder was removed by a job that made nothing
+            mine.write_text(text, encoding="utf-8")
+            try:
+                os.link(mine, self._settings)
+            except FileExistsError:
+                pass
+            except OSError:  # a file system without links
+                mine.replace(self._settings)
+            mine.unlink(missing_ok=True)
+
+    def _join(self) -> bool:
+        """Whether the settings are there, which are then locked: no job that fails removes them under another."""
+        try:
+            try:
+                self._held = self._settings.open("r+", encoding="utf-8")  # some file systems lock no others
+            except PermissionError:  # another user's
+                self._held = self._settings.open(encoding="utf-8")
+            with contextlib.suppress(OSError):  # a file system without locks, or a job that is about to remove them
+                fcntl.flock(self._held, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return os.path.samestat(os.fstat(self._held.fileno()), self._settings.stat())
+        except FileNotFoundError:
+            return False
 
     def _compare(self, old: dict[str, Any], new: dict[str, Any]) -> None:
         if old != new:
@@ -114,7 +153,11 @@ class Records:
             "sums": {name: sums.tolist() for name, sums in description.sums.items()},
             "unread": description.unread,
         }
-        write_atomically(self._path(number), json.dumps(content))
+        try:
+            write_atomically(self._path(number), json.dumps(content))
+        except FileNotFoundError:
+            if not self.finished:  # else another job has made the same shard, and was the last
+                raise
 
     def read(self, number: int) -> tuple[ShardRecord | None, Description]:
         """The record of a finished shard."""
@@ -131,8 +174,15 @@ class Records:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def remove_if_unused(self) -> None:
-        """Leave no trace if no shard was finished."""
-        if self.folder.is_dir() and [path.name for path in self.folder.iterdir()] == ["settings.json"]:
+        """Leave no trace if no shard was finished, and no other job is at work."""
+        try:
+            if self._held is not None:
+                fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return
+        except OSError:
+            pass  # a file system without locks
+        if self.folder.is_dir() and [path.name for path in self.folder.iterdir()] == [self._settings.name]:
             self.remove()
-            if not any(self.out.iterdir()):
+            with contextlib.suppress(OSError):  # it holds something else, or another job's settings by now
                 self.out.rmdir()

@@ -53,13 +53,18 @@ class ShardWriter:
     def _open(self) -> BinaryIO:
         # A killed writer leaves its temporary file; the next one takes it over. The lock dies with its process.
         descriptor = os.open(self._temporary, os.O_RDWR | os.O_CREAT, 0o644)
+        taken = False
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(descriptor)
-            raise UserError(f"{self.path}: another process is writing this shard; give each job its own shards.") from error
+            # Another process may have given it the shard's name meanwhile: what is locked here is finished then.
+            taken = not os.path.samestat(os.fstat(descriptor), self._temporary.stat())
+        except (BlockingIOError, FileNotFoundError):
+            taken = True
         except OSError:
             pass  # a file system without locks
+        if taken:
+            os.close(descriptor)
+            raise UserError(f"{self.path}: another process is writing this shard; give each job its own shards.")
         os.ftruncate(descriptor, 0)
         return os.fdopen(descriptor, "wb", buffering=1 << 20)
 

@@ -78,7 +78,8 @@ def run(arguments: argparse.Namespace) -> None:
     from dpt.training.export import load_weights
 
     config, weights = sampling_config(arguments), hub.pinned(arguments.weights)
-    predictor = Predictor(weights, config=config, vae=arguments.vae, device=arguments.device, read=load_weights)
+    with distributed.shared_errors():
+        predictor = Predictor(weights, config=config, vae=arguments.vae, device=arguments.device, read=load_weights)
     if arguments.fit:
         predictor.fits = {task: dataclasses.replace(fit, how=arguments.fit) for task, fit in predictor.fits.items()}
     task = arguments.task or predictor.task

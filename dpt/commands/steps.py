@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from dpt.data.manifest import write_atomically
 from dpt.distributed import free_port
 from dpt.errors import UserError
 from dpt.scaling.processes import LaunchProcess, start_forked, start_fresh
@@ -48,7 +49,7 @@ def run_steps(steps: list[Step], out: Path, jobs: int) -> None:
         if not same:
             _remove(step.folder, out)
         begun[step.title] = identity
-        record.write_text(json.dumps(begun, indent=1))
+        write_atomically(record, json.dumps(begun, indent=1))
         print(f"\n{head}\n  $ {shlex.join(_shown(step.command))}", flush=True)
         return _start_shown(step, numbers[step.title], out / "logs", beside)
 

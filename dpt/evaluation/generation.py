@@ -126,6 +126,11 @@ def spread_labels(count: int, shares: Sequence[float]) -> list[int]:
     return np.searchsorted(ends / ends[-1], places, side="right").clip(max=classes - 1).tolist()
 
 
+def image_name(number: int) -> str:
+    """Of a generated image."""
+    return f"{number:06d}.png"
+
+
 def write_samples(
     predictor: Predictor,
     folder: Path,
@@ -144,8 +149,8 @@ def write_samples(
     batches = [range(start, min(start + size, len(labels))) for start in range(0, len(labels), size)]
     # Listed once: a rank that lists later would see what another has written by then, and deal the batches otherwise.
     there = distributed.broadcast_object({path.name for path in folder.glob("*.png")} if distributed.is_main() else set())
-    missing = [batch for batch in batches if any(f"{i:06d}.png" not in there for i in batch)]
-    done = sum(f"{i:06d}.png" in there for i in range(len(labels)))
+    missing = [batch for batch in batches if any(image_name(i) not in there for i in batch)]
+    done = sum(image_name(i) in there for i in range(len(labels)))
     if done:
         distributed.log(f"{folder} has {done} of {len(labels)} images.")
     mine = missing[distributed.rank() :: distributed.world_size()]
@@ -159,10 +164,9 @@ def write_samples(
                 guidance_channels=guidance_channels,
             )
             for i, image in zip(batch, images, strict=True):
-                if f"{i:06d}.png" not in there:
-                    write_atomically(folder / f"{i:06d}.png", partial(Image.fromarray(image).save, format="png"))
+                if image_name(i) not in there:
+                    write_atomically(folder / image_name(i), partial(Image.fromarray(image).save, format="png"))
             bar.update(len(batch))
-    distributed.barrier()
 
 
 def claim_folder(folder: Path, settings: dict[str, Any]) -> None:

@@ -13,13 +13,14 @@ from dpt.data.manifest import MANIFEST_NAME, file_sha256
 from dpt.errors import UserError
 from dpt.evaluation.feature_networks import FeatureNetwork, load_dinov2, load_features
 from dpt.evaluation.files import write_json
-from dpt.evaluation.generation import claim_folder, collect_features, compare_features, spread_labels, write_samples
+from dpt.evaluation.generation import claim_folder, collect_features, compare_features, image_name, spread_labels, write_samples
 from dpt.evaluation.image_metrics import frechet_distance
 from dpt.evaluation.image_sources import ImageSource, label_counts
 from dpt.evaluation.prediction import Predictor
 from dpt.evaluation.recording import Recording, open_predictor, shards_as_dataset
 from dpt.evaluation.references import Reference
 from dpt.evaluation.runner import sampling_settings, weights_sha256
+from dpt.locking import held
 from dpt.models.costs import macs
 from dpt.models.pretrained import read_weights
 from dpt.models.weights import Weights
@@ -66,32 +67,33 @@ def score_generation(
             shares = [1] * classes if config.labels == "balanced" else label_counts(config.reference, classes, cache_dir)
             labels = spread_labels(config.num_images, shares)
     settings = _settings(config, evaluation, predictor, count, resolution, network, dinov2, reference)
-    if predictor is not None:
-        made_with = {"weights_sha256": weights_sha256(predictor), "labels": config.labels}
-        claim_folder(output / "images", settings["sampling"] | made_with)
-    begin()
-    distributed.log(format_settings(settings))
-    real, real_dinov2 = reference.statistics(network), None
-    if dinov2 is not None and reference.source is not None:
-        real_dinov2 = collect_features(reference.source, dinov2, manifold_images=1, title="the reference (DINOv2)").pooled
-    if predictor is not None:
-        write_samples(
-            predictor,
-            output / "images",
-            labels,
-            steps=evaluation.steps[-1],
-            guidance_channels=config.guidance_channels,
-        )
-        images = ImageSource(output / "images", resolution, count=count)
-    generated = collect_features(images, network, title="the images")
-    metrics = compare_features(generated, real, neighbours=config.neighbours)
-    if dinov2 is not None and real_dinov2 is not None:
-        own = collect_features(images, dinov2, manifold_images=1, title="the images (DINOv2)").pooled
-        metrics["fd_dinov2"] = frechet_distance(*own, *real_dinov2)
-    summary = {"version": SUMMARY_VERSION, "metrics": metrics, "settings": settings}
-    if distributed.is_main():
-        write_json(output / "fid.json", summary)
-    distributed.barrier()
+    with held(output):
+        if predictor is not None:
+            made_with = {"weights_sha256": weights_sha256(predictor), "labels": config.labels}
+            claim_folder(output / "images", settings["sampling"] | made_with)
+        begin()
+        distributed.log(format_settings(settings))
+        real, real_dinov2 = reference.statistics(network), None
+        if dinov2 is not None and reference.source is not None:
+            real_dinov2 = collect_features(reference.source, dinov2, manifold_images=1, title="the reference (DINOv2)").pooled
+        if predictor is not None:
+            write_samples(
+                predictor,
+                output / "images",
+                labels,
+                steps=evaluation.steps[-1],
+                guidance_channels=config.guidance_channels,
+            )
+            images = ImageSource(output / "images", resolution, names=[image_name(i) for i in range(count)])
+        generated = collect_features(images, network, title="the images")
+        metrics = compare_features(generated, real, neighbours=config.neighbours)
+        if dinov2 is not None and real_dinov2 is not None:
+            own = collect_features(images, dinov2, manifold_images=1, title="the images (DINOv2)").pooled
+            metrics["fd_dinov2"] = frechet_distance(*own, *real_dinov2)
+        summary = {"version": SUMMARY_VERSION, "metrics": metrics, "settings": settings}
+        with distributed.shared_errors():
+            if distributed.is_main():
+                write_json(output / "fid.json", summary)
     return summary
 
 

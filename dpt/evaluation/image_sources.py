@@ -30,13 +30,14 @@ class ImageSource:
     """Images uint8 `[H, W, 3]` of a folder (by name, with subfolders), of `arr_0` in an .npz, or of shards, all square.
 
     One of another size is brought to `resolution` (0: the first one's short side) as ADM and DiT prepare ImageNet: its short
-    side resized, its centre cropped. Nothing is stretched. count: only the first ones; 0: all. Shards hold latents: their
-    posterior means are decoded by `codec` (default: the VAE that the shards name), which leaves the VAE's own loss out of a
-    comparison with a model's images.
+    side resized, its centre cropped. Nothing is stretched. names: of a folder these files alone, as known to who wrote them: a
+    network file system may not list at once what other nodes have written. Shards hold latents: their posterior means are
+    decoded by `codec` (default: the VAE that the shards name), which leaves the VAE's own loss out of a comparison with a
+    model's images.
     """
 
     def __init__(
-        self, path: str | Path, resolution: int = 0, *, count: int = 0, codec: Any = None, cache_dir: str = ""
+        self, path: str | Path, resolution: int = 0, *, names: Sequence[str] = (), codec: Any = None, cache_dir: str = ""
     ) -> None:
         path = Path(path) if not is_url(str(path)) else path
         self.kind = "pictures"
@@ -51,14 +52,15 @@ class ImageSource:
             self._read = partial(_decode, shards, _shard_codec(shards, codec))
         elif path.is_dir():
             self.prepared = False
-            there = files = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.name[0] != ".")
+            found = (p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.name[0] != ".")
+            there = files = [path / name for name in names] or sorted(found)
             self._read = lambda numbers: [read_picture(files[number]) for number in numbers]
         elif path.suffix == ".npz" and path.is_file() and (array := _npz_array(path, "arr_0")) is not None:
             if array.ndim != 4 or array.dtype != np.uint8 or array.shape[3] != 3:
                 raise UserError(f"{path}: arr_0 is {array.dtype} {array.shape}; it must be uint8 [N, H, W, 3].")
             there = images = array
             self._read = lambda numbers: [np.asarray(images[number]) for number in numbers]
-        self._size = min(len(there), count or len(there))
+        self._size = len(there)
         if not len(self):
             raise UserError(
                 f"{path}: no images there; give a folder of pictures, an .npz with arr_0 uint8 [N, H, W, 3], or shards."

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dpt import distributed
-from dpt.errors import UserError
+from dpt.errors import UserError, file_problem
 from dpt.evaluation.files import JsonLines, fingerprint
 from dpt.evaluation.frames import Source
 from dpt.evaluation.outputs import OutputConfig, write_outputs
@@ -60,10 +60,10 @@ class DoneLog(JsonLines):
         stamp, files = known.get(source.name, (None, []))
         return stamp == _stamp(source) and all((self._out / file).is_file() for file in files)
 
-    def add(self, source: Source, files: Sequence[Path]) -> None:
-        """Keep that a source is done."""
+    def add(self, source: Source, stamp: list[Any], files: Sequence[Path]) -> None:
+        """Keep that a source is done. `stamp`: from before it was read; it may have changed since."""
         names = [str(file.relative_to(self._out)) for file in files]
-        self.append([time.time(), source.name, self._settings, _stamp(source), names])
+        self.append([time.time(), source.name, self._settings, stamp, names])
 
 
 def _stamp(source: Source) -> list[Any]:
@@ -97,7 +97,9 @@ def predict_files(
     outputs = outputs or OutputConfig()
     outputs.for_task(task)
     log, done = DoneLog(out, settings), Progressed()
-    known = distributed.broadcast_object(log.read() if distributed.is_main() else {}) if settings is not None else {}
+    with distributed.shared_errors():
+        found = log.read() if settings is not None and distributed.is_main() else {}
+    known = distributed.broadcast_object(found)
     batches, videos = _share(sources, max(1, predictor.config.batch_size // predictor.config.ensemble[-1]))
     here = sum(map(len, batches)) + len(videos)
     if not again:
@@ -107,8 +109,8 @@ def predict_files(
     done.skipped = here - total
     bar: Progress[int] = progress(total, f"predict {task}", "file")
 
-    def keep(source: Source, files: list[Path]) -> None:
-        log.add(source, files)
+    def keep(source: Source, stamp: list[Any], files: list[Path]) -> None:
+        log.add(source, stamp, files)
         done.written += files
         for file in files:
             report(file)
@@ -123,15 +125,16 @@ def predict_files(
             for problem in (r for r in read if isinstance(r, str)):
                 leave_out(problem)
             sound = [(source, r) for source, r in zip(batch, read, strict=True) if not isinstance(r, str)]
-            for source, files in _predict_batch(predictor, sound, out, task, outputs, resolution, embed):
-                keep(source, files)
+            for source, stamp, files in _predict_batch(predictor, sound, out, task, outputs, resolution, embed):
+                keep(source, stamp, files)
         for source in videos:
-            made_with = None if again or settings is None else [settings, _stamp(source)]
+            stamp = _stamp(source)
+            made_with = None if again or settings is None else [settings, stamp]
             try:
                 files = predict_video(
                     predictor, source, out, task=task, outputs=outputs, resolution=resolution, settings=made_with
                 )
-                keep(source, files)
+                keep(source, stamp, files)
             except UserError as error:
                 leave_out(str(error))
     return done
@@ -154,12 +157,12 @@ def _predict_batch(
     outputs: OutputConfig,
     resolution: int,
     embed: Embed | None,
-) -> Iterator[tuple[Source, list[Path]]]:
-    """Predictions of pictures that are read, written one by one."""
+) -> Iterator[tuple[Source, list[Any], list[Path]]]:
+    """Predictions of pictures that are read, written one by one: each source, its stamp and its files."""
     if not batch:
         return
-    images = [image for _, (image, _) in batch]
-    others = [other for _, (_, other) in batch]
+    images = [image for _, (image, _, _) in batch]
+    others = [other for _, (_, other, _) in batch]
     embeddings = None
     if embed is not None:
         embeddings = torch.stack([embed(image, other) for image, other in zip(images, others, strict=True)])
@@ -171,9 +174,9 @@ def _predict_batch(
         keys=[source.name for source, _ in batch],
         resolution=resolution,
     )
-    for (source, (image, _)), prediction in zip(batch, predictions, strict=True):
+    for (source, (image, _, stamp)), prediction in zip(batch, predictions, strict=True):
         place = out / source.name
-        yield source, write_outputs(prediction, task, image, place.parent, place.name, config=outputs)
+        yield source, stamp, write_outputs(prediction, task, image, place.parent, place.name, config=outputs)
 
 
 def _read_ahead(batches: Sequence[Sequence[Source]], task: str) -> Iterator[tuple[Sequence[Source], list[Any]]]:
@@ -188,10 +191,11 @@ def _read_ahead(batches: Sequence[Sequence[Source]], task: str) -> Iterator[tupl
 
 
 def _read_batch(batch: Sequence[Source], task: str) -> list[Any]:
-    """For each source (image, other or None), or the sentence that says why it cannot be had."""
+    """For each source (image, other or None, stamp), or the sentence that says why it cannot be had."""
     found: list[Any] = []
     for source in batch:
         try:
+            stamp = _stamp(source)
             image = read_picture(source.path)
             other = None
             if source.other is not None:
@@ -200,7 +204,9 @@ def _read_batch(batch: Sequence[Source], task: str) -> list[Any]:
                     sizes = [f"{a.shape[1]} x {a.shape[0]}" for a in (image, other)]
                     what = "second frame" if task == "flow" else "mask"
                     raise UserError(f"{source.path} is of {sizes[0]} pixels, its {what} of {sizes[1]}.")
-            found.append((image, other))
+            found.append((image, other, stamp))
         except UserError as error:
             found.append(str(error))
+        except FileNotFoundError as error:  # removed since it was listed
+            found.append(file_problem(error))
     return found

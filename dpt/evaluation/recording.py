@@ -31,7 +31,8 @@ def open_predictor(
     if ready_made or not config.weights:
         return recipe, None
     vae = vae or (recipe.dpt.data.vae if recipe.dpt.data.vae != DataConfig().vae else "")
-    return recipe, Predictor(config.weights, config=config, vae=vae, read=read)
+    with distributed.shared_errors():
+        return recipe, Predictor(config.weights, config=config, vae=vae, read=read)
 
 
 class Recording(contextlib.ExitStack):

@@ -60,7 +60,8 @@ class Reference:
         if found.features is not None and len(found.features) > config.manifold_images:
             rows = spread(len(found.features), config.manifold_images)
             found = dataclasses.replace(found, features=found.features[rows])
-        if config.save_reference and distributed.is_main():
-            kept = dataclasses.replace(found, network=network.sha256, resolution=self._resolution)
-            write_statistics(Path(config.save_reference), kept)
+        with distributed.shared_errors():
+            if config.save_reference and distributed.is_main():
+                kept = dataclasses.replace(found, network=network.sha256, resolution=self._resolution)
+                write_statistics(Path(config.save_reference), kept)
         return found

@@ -1,5 +1,6 @@
 """The evaluator: every sample of every set predicted and scored once, on any number of ranks, under all settings of a sweep."""
 
+import contextlib
 import hashlib
 import itertools
 from collections.abc import Callable
@@ -48,18 +49,18 @@ def evaluate(
     """
     if not config.predictions and predictor is None and not config.weights:
         raise UserError("dpt.evaluation.weights is empty; name the weights to evaluate, or ready-made predictions.")
-    sets = open_sets(config.data, protocol=config.protocol, max_samples=config.max_samples, cache_dir=cache_dir)
-    if config.predictions:
-        predictor = None
-    elif predictor is None:
-        predictor = Predictor(config.weights, config=config)
-    if predictor is not None:
-        if (settled := config.settled(predictor.diffusion)) != config:
-            distributed.log("These weights predict in one pass: dpt.evaluation.steps and ensemble are 1.")
-            config = settled
-        for one in sets:
-            check_set(one, predictor)
     with distributed.shared_errors():
+        sets = open_sets(config.data, protocol=config.protocol, max_samples=config.max_samples, cache_dir=cache_dir)
+        if config.predictions:
+            predictor = None
+        elif predictor is None:
+            predictor = Predictor(config.weights, config=config)
+        if predictor is not None:
+            if (settled := config.settled(predictor.diffusion)) != config:
+                distributed.log("These weights predict in one pass: dpt.evaluation.steps and ensemble are 1.")
+                config = settled
+            for one in sets:
+                check_set(one, predictor)
         for one in sets:
             one.verify(distributed.rank(), distributed.world_size())
     summary: dict[str, Any] = {"version": SUMMARY_VERSION, "sets": {}, "settings": _described(config, predictor)}
@@ -67,9 +68,9 @@ def evaluate(
         begin(sets)
         for one in sets:
             summary["sets"][one.name] = _evaluate_set(one, config, predictor)
-        if distributed.is_main():
-            write_json(Path(config.output_dir) / "summary.json", summary)
-        distributed.barrier()
+        with distributed.shared_errors():
+            if distributed.is_main():
+                write_json(Path(config.output_dir) / "summary.json", summary)
     return summary
 
 
@@ -79,21 +80,23 @@ def _evaluate_set(one: EvaluationSet, config: EvaluationConfig, predictor: Predi
     scorer = Scorer(one, config, predictor, folder)
     wanted = scorer.settings()
     log = RecordLog(folder, _fingerprint(one, config, predictor))
-    done = distributed.broadcast_object(log.read() if distributed.is_main() else {})
+    with distributed.shared_errors():
+        found = log.read() if distributed.is_main() else {}
+    done = distributed.broadcast_object(found)
     missing = {i: frozenset(s for s in wanted if (i, s) not in done) for i in range(len(one))}
     mine = [i for i in missing if missing[i]][distributed.rank() :: distributed.world_size()]
     scored: list[Record] = []
-    with progress(mine, f"evaluate {one.name}", "sample") as bar:
+    with distributed.shared_errors(), contextlib.closing(log), progress(mine, f"evaluate {one.name}", "sample") as bar:
         for settings, group in itertools.groupby(mine, key=missing.__getitem__):
             for records in scorer.records(list(group), settings):
                 log.add(records)
                 scored += records
                 bar.update()
-    log.close()
     done |= {(r.index, r.setting): r for part in distributed.gather_objects(scored) for r in part}
     records = [done[i, s] for i in range(len(one)) for s in wanted]
-    if distributed.is_main():
-        write_parquet(records, folder / "samples.parquet")
+    with distributed.shared_errors():
+        if distributed.is_main():
+            write_parquet(records, folder / "samples.parquet")
     if config.pictures:
         _draw(one, scorer, records, config.pictures, folder)
     return summarize(one, records)
@@ -163,29 +166,32 @@ def _draw(one: EvaluationSet, scorer: Scorer, records: list[Record], count: int,
     chosen = {r.index: r for rows in picked.values() for r in rows}
     metric = one.protocol.main_metric
     drawn = {}
-    for index in sorted(chosen)[distributed.rank() :: distributed.world_size()]:
-        sample, record = one[index], chosen[index]
-        prediction = scorer.prediction(sample, record.setting)
-        drawn[index] = compare(
-            one.protocol,
-            f"{sample.key}: {say(metric, record.metrics[metric])}",
-            sample.image,
-            sample.truth,
-            prediction.value,
-            prediction.uncertainty,
-            second=sample.second,
-            visible=sample.visible_mask,
-        )
+    with distributed.shared_errors():
+        for index in sorted(chosen)[distributed.rank() :: distributed.world_size()]:
+            sample, record = one[index], chosen[index]
+            prediction = scorer.prediction(sample, record.setting)
+            drawn[index] = compare(
+                one.protocol,
+                f"{sample.key}: {say(metric, record.metrics[metric])}",
+                sample.image,
+                sample.truth,
+                prediction.value,
+                prediction.uncertainty,
+                second=sample.second,
+                visible=sample.visible_mask,
+            )
     rows = {index: row for part in distributed.gather_objects(drawn) for index, row in part.items()}
-    if not distributed.is_main() or not picked:
+    if not picked:
         return
     about = {"set": one.name, "task": one.task, "num_samples": len(one), "synthetic": one.manifest.synthetic}
     what = f"{one.name} ({len(one)} {'synthetic ' * one.manifest.synthetic}samples)"
-    for title, samples in picked.items():
-        which = "chosen by key, the same for every model" if title == SAME else f"{title} by {name_of(metric)}"
-        page = [rows[r.index] for r in samples]
-        write_page(page, folder / "pictures" / f"{one.name}_{title}.png", f"{what}: {which}")
-    write_scenes([(r, rows[r.index]) for r in picked[SAME]], folder / SCENES, metric=metric, about=about)
+    with distributed.shared_errors():
+        for title, samples in picked.items() if distributed.is_main() else ():
+            which = "chosen by key, the same for every model" if title == SAME else f"{title} by {name_of(metric)}"
+            page = [rows[r.index] for r in samples]
+            write_page(page, folder / "pictures" / f"{one.name}_{title}.png", f"{what}: {which}")
+        if distributed.is_main():
+            write_scenes([(r, rows[r.index]) for r in picked[SAME]], folder / SCENES, metric=metric, about=about)
 
 
 def run_evaluation(recipe: Recipe, *, read: Callable[..., Weights] = read_weights) -> dict[str, Any]:

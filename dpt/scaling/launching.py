@@ -1,11 +1,14 @@
 """What a study still has to launch: the commands, or dependent SLURM jobs (`running` runs them on this machine)."""
 
+import contextlib
+import fcntl
 import functools
 import json
 import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from dpt.data.manifest import write_atomically
 from dpt.errors import UserError
 from dpt.scaling.shard_sets import how_to_make
 from dpt.scaling.study import Launch, Study
@@ -74,9 +77,10 @@ def _read_record(study: Study) -> dict[str, list[str]]:
 def record(study: Study, launch: Launch) -> None:
     study.output.mkdir(parents=True, exist_ok=True)
     path = study.output / _RECORD
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps({**_read_record(study), launch.name: identity(launch)}, indent=1), encoding="utf-8")
-    temporary.replace(path)
+    with path.with_suffix(".lock").open("w") as lock:  # studies that run side by side may share the folder
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        write_atomically(path, json.dumps({**_read_record(study), launch.name: identity(launch)}, indent=1))
 
 
 def submit(studies: Sequence[Study], options: Sequence[str], *, script: str, say: Callable[[str], None]) -> None:
@@ -121,7 +125,7 @@ def _submit(study: Study, launches: Sequence[Launch], how: Sequence[str], say: C
         except (OSError, subprocess.CalledProcessError) as error:
             raise UserError(f"sbatch failed for {launch.name} ({getattr(error, 'stderr', '') or error}).") from error
         jobs[launch.name] = answer.strip().split(";")[0]
-        path.write_text(json.dumps(jobs, indent=1), encoding="utf-8")
+        write_atomically(path, json.dumps(jobs, indent=1))
         say(f"{launch.name}: job {jobs[launch.name]}")
 
 

@@ -7,13 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dpt.distributed import free_port
 from dpt.errors import UserError
 from dpt.scaling.launching import check_needs, command, count_devices, identity, pending, record
 from dpt.scaling.processes import LaunchProcess, start_forked, start_fresh
 from dpt.scaling.side_by_side import Running, run_side_by_side
 from dpt.scaling.study import Launch, Study
-
-_FIRST_PORT = 29600
 
 
 def run_here(studies: Sequence[Study], *, jobs: int = 1, fork: bool = False, say: Callable[[str], None]) -> None:
@@ -87,16 +86,15 @@ def _join(studies: Sequence[Study]) -> list[_Job]:
 class _Share:
     """The part of this machine that one of several concurrent launches uses."""
 
-    number: int
+    port: int
+    """Where the ranks of its launches meet: of no other launch, nor of another study on this machine."""
     devices: list[str] | None = None
     """CUDA devices; None: all, or there are none."""
     threads: int | None = None
     """CPU threads of each process; None: as the launcher chooses."""
 
     def command(self, launch: Launch) -> list[str]:
-        if self.devices is None:
-            return command(launch)
-        return command(launch, num_devices=len(self.devices), port=_FIRST_PORT + self.number)
+        return command(launch, num_devices=None if self.devices is None else len(self.devices), port=self.port)
 
     def environment(self) -> dict[str, str]:
         variables = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
@@ -111,8 +109,11 @@ def _shares(jobs: int) -> list[_Share]:
     """This machine in equal parts; UserError if it has fewer devices than that."""
     if jobs < 1:
         raise UserError(f"--jobs {jobs}: it must be at least 1.")
+    ports = set[int]()
+    while len(ports) < jobs:
+        ports.add(free_port())
     if jobs == 1:
-        return [_Share(number=0)]
+        return [_Share(port=ports.pop())]
     count = count_devices()
     if 0 < count < jobs:
         raise UserError(f"--jobs {jobs}: this machine has {count} devices, and every launch needs one of its own.")
@@ -121,5 +122,6 @@ def _shares(jobs: int) -> list[_Share]:
     each = count // jobs
     threads = max(1, (os.cpu_count() or 1) // jobs // max(1, each))
     return [
-        _Share(number=n, devices=devices[n * each : (n + 1) * each] if each else None, threads=threads) for n in range(jobs)
+        _Share(port=port, devices=devices[n * each : (n + 1) * each] if each else None, threads=threads)
+        for n, port in enumerate(ports)
     ]

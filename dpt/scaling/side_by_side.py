@@ -60,8 +60,10 @@ def run_side_by_side(
     and those that run beside it end first. Interrupted or terminated, it ends the processes.
     """
     waiting, running, failures, free = list(jobs), list[Running[J]](), list[str](), list(range(slots))
-    with _ending(running):
+    with _ending(running) as asked:
         while running or (waiting and not failures):
+            if asked.is_set():
+                raise SystemExit(128 + signal.SIGTERM)
             unmade = {job.result for job in waiting} | {one.job.result for one in running}
             ready = [job for job in waiting if not unmade.intersection(job.needs)]
             beside = min(slots, len(ready) + len(running))
@@ -82,16 +84,14 @@ def run_side_by_side(
 
 
 @contextlib.contextmanager
-def _ending(running: list[Running[J]]) -> Iterator[None]:
-    """Whatever ends the body, SIGTERM included, the processes of `running` end too."""
-
-    def leave(*_: object) -> None:
-        raise SystemExit(128 + signal.SIGTERM)
-
+def _ending(running: list[Running[J]]) -> Iterator[threading.Event]:
+    """Whatever ends the body, the processes of `running` end too. Gives what SIGTERM sets: if it ended the body at once, a
+    process that is just being started would be in no list."""
+    asked = threading.Event()
     in_main_thread = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, leave) if in_main_thread else None
+    before = signal.signal(signal.SIGTERM, lambda *_: asked.set()) if in_main_thread else None
     try:
-        yield
+        yield asked
     finally:
         for one in running:
             one.process.terminate()

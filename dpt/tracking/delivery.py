@@ -38,15 +38,15 @@ class Sender:
         self.state: SpoolState = spool.state
         self.finished = False
 
-    def send(self, *, wait: bool = True) -> bool:
-        """Send all that is behind the cursor; False if another process is sending and `wait` is False.
+    def send(self, *, wait: bool = True, again: bool = False) -> bool:
+        """Send all that is behind the cursor (`again`: all); False if another process is sending and `wait` is False.
 
         Raises what the store raises, with the cursor moved past what was sent.
         """
         with self._spool.locked(wait=wait) as mine:
             if not mine:
                 return False
-            self.state = self._spool.state
+            self.state = SpoolState() if again else self._spool.state
             try:
                 for group, offset in _groups(self._spool.read(self.state.offset)):
                     self._deliver(group)

@@ -25,14 +25,14 @@ def serve(spool: Spool, *, system: SystemRecords | None = None) -> int:
 
     `system`: samples the node meanwhile.
     """
-    sender = Sender(spool)
+    sender, begun = Sender(spool), spool.size
     pause, give_up = POLL_SECONDS, math.inf
     while True:
         if give_up < math.inf:
             time.sleep(min(pause, 2.0))
         elif select.select([sys.stdin], [], [], pause)[0]:
             give_up = time.monotonic() + GRACE_SECONDS
-            if not sender.finished and not spool.joins and not _ends_with_finish(spool, sender.state.offset):
+            if not sender.finished and not spool.joins and not _is_over(spool, sender.state.offset, begun):
                 _mark_failed(spool)
         elif system is not None:
             _sample(system)
@@ -55,9 +55,12 @@ def _sample(system: SystemRecords) -> None:
         _log.warning("cannot sample the node: %s", error)
 
 
-def _ends_with_finish(spool: Spool, offset: int) -> bool:
+def _is_over(spool: Spool, unsent: int, begun: int) -> bool:
+    """Whether the run has told its end (behind byte `unsent`), or was resumed since byte `begun`: another sender's matter."""
+    if any(record["kind"] == "start" for record, _ in spool.read(begun)):
+        return True
     kind = ""
-    for record, _ in spool.read(offset):
+    for record, _ in spool.read(unsent):
         kind = kind if record["kind"] == "metrics" else record["kind"]  # a sample of the node may follow the end
     return kind == "finish"
 
@@ -77,14 +80,12 @@ def sync(root: Path, *, uri: str = "", again: bool = False) -> list[tuple[Spool,
     outcomes: list[tuple[Spool, str]] = []
     target = store.absolute_uri(uri) if uri else ""
     for spool in Spool.find(root):
-        if again:
-            spool.write_state(SpoolState())
-        began = spool.state
+        began = SpoolState() if again else spool.state
         if target and began.offset and began.uri != hide_passwords(target):
             outcomes.append((spool, f"it was sent to {began.uri}; --again sends it to {hide_passwords(target)}, too"))
             continue
         try:
-            sent = Sender(spool, uri=target).send(wait=False)
+            sent = Sender(spool, uri=target).send(wait=False, again=again)
             outcomes.append((spool, "" if sent else "its own run is sending it"))
         except Exception as error:
             outcomes.append((spool, spool.state.error or hide_passwords(str(error))))

@@ -122,6 +122,11 @@ class Spool:
         os.replace(temporary, self._state_path)
 
     @property
+    def size(self) -> int:
+        """Bytes of records so far."""
+        return self.path.stat().st_size if self.path.exists() else 0
+
+    @property
     def unsent(self) -> int:
         """Number of records behind the cursor."""
         return sum(1 for _ in self.read(self.state.offset))

@@ -63,17 +63,18 @@ def restore(engine: Engine, checkpoint: Path, state: Mapping[str, Any]) -> None:
     sources |= {name: lengths[length] for name, length in optimizer.ema_lengths.items()}
     reader = CheckpointReader(checkpoint, state)
     optimizer.updates = state["engine"]["updates"]
-    for fragment in fragments(engine.deepspeed):
-        master = fragment.master()
-        reader.read_into(master, "master", fragment.name, fragment.offset)
-        optimizer.ensure_state(fragment.flat)["step"].fill_(optimizer.updates)
-        for name in optimizer.names_of(fragment.flat):
-            source = sources.get(name, name)
-            if source is None:
-                fragment.state(optimizer, name).copy_(master)
-            else:
-                reader.read_into(fragment.state(optimizer, name), source, fragment.name, fragment.offset)
-    for name, buffer in persistent_buffers(engine.module).items():
-        buffer.copy_(reader.buffer(name))
+    with distributed.shared_errors():
+        for fragment in fragments(engine.deepspeed):
+            master = fragment.master()
+            reader.read_into(master, "master", fragment.name, fragment.offset)
+            optimizer.ensure_state(fragment.flat)["step"].fill_(optimizer.updates)
+            for name in optimizer.names_of(fragment.flat):
+                source = sources.get(name, name)
+                if source is None:
+                    fragment.state(optimizer, name).copy_(master)
+                else:
+                    reader.read_into(fragment.state(optimizer, name), source, fragment.name, fragment.offset)
+        for name, buffer in persistent_buffers(engine.module).items():
+            buffer.copy_(reader.buffer(name))
     set_scaler_state(engine.loss_scaler, state["engine"]["loss_scaler"])
     refresh_weights(engine.deepspeed)

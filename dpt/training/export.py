@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dpt import distributed
 from dpt.config.recipe import DptConfig, section_from_dict
 from dpt.config.sections import ModelConfig
 from dpt.data.manifest import VAERecord
@@ -79,11 +80,16 @@ def rebuilt_weights(checkpoint: Path, length: float) -> Weights:
 
 
 def load_weights(path: str | Path, *, ema: bool) -> Weights:
-    """Weights to start from: of a checkpoint (or a run's folder of them), or of any format that `read_weights` knows."""
-    folder = Path(path)
-    if folder.is_dir() and not (folder / "config.json").is_file() and is_checkpoint(folder):
-        return checkpoint_weights(resolve_checkpoint(folder), ema=ema)
-    return read_weights(path, ema=ema)
+    """Weights to start from: of a checkpoint (or a run's folder of them), or of any format that `read_weights` knows.
+
+    Collective. Rank 0 chooses the checkpoint: a run in progress may have written another before a late rank looks.
+    """
+    folder, chosen = Path(path), None
+    with distributed.shared_errors():
+        if distributed.is_main() and folder.is_dir() and not (folder / "config.json").is_file() and is_checkpoint(folder):
+            chosen = resolve_checkpoint(folder)
+    chosen = distributed.broadcast_object(chosen)
+    return read_weights(path, ema=ema) if chosen is None else checkpoint_weights(chosen, ema=ema)
 
 
 def is_checkpoint(folder: Path) -> bool:

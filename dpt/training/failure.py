@@ -1,5 +1,6 @@
 """The end of a run that cannot go on, with what is known of its cause."""
 
+import contextlib
 import json
 import math
 from pathlib import Path
@@ -30,7 +31,8 @@ def failure_report(engine: Engine, output_dir: Path, step: int, loss: float, key
     }
     path = output_dir / "failure.json"
     if distributed.is_main():
-        path.write_text(json.dumps(report, indent=1), encoding="utf-8")
+        with contextlib.suppress(OSError):  # a full disk must not end rank 0 otherwise than the others
+            path.write_text(json.dumps(report, indent=1), encoding="utf-8")
     again = "even after rewinding to the last checkpoint" if rewound else "and there is no checkpoint to rewind to"
     return (
         f"too many steps in a row up to step {step} were not finite (loss {loss}), {again}. Largest weight norms: "

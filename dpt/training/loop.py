@@ -43,8 +43,9 @@ def train(recipe: Recipe, stage_name: str, open_validator: OpenValidator | None 
             Trainer(recipe, stage_name, found, open_validator).run()
             return
         weights = output_dir / WEIGHTS
-        if distributed.is_main() and exported_step(weights) != found[1]["step"]:
-            export(found[0], weights)
+        with distributed.shared_errors():
+            if distributed.is_main() and exported_step(weights) != found[1]["step"]:
+                export(found[0], weights)
         distributed.log(f"{found[0]} is of the last step already; weights: {weights}")
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dpt import distributed
 from dpt.config.checks import trains_with_muon
 from dpt.config.recipe import Recipe
 from dpt.errors import UserError
@@ -29,11 +30,12 @@ def find_checkpoint(folder: Path, *, resume: bool) -> Found | None:
     """
     if resume:
         return newest_checkpoint(folder)
-    if find_checkpoints(folder):
-        raise UserError(
-            f"{folder} holds checkpoints of an earlier run, and dpt.training.resume is false; set it to true, or choose "
-            "another dpt.training.output_dir."
-        )
+    with distributed.shared_errors():
+        if distributed.is_main() and find_checkpoints(folder):
+            raise UserError(
+                f"{folder} holds checkpoints of an earlier run, and dpt.training.resume is false; set it to true, or choose "
+                "another dpt.training.output_dir."
+            )
     return None
 
 

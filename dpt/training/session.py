@@ -97,6 +97,11 @@ class Session:
                 pin_memory=distributed.device().type == "cuda",
                 codes=self.stage.codes,
             )
+        hashes = distributed.gather_objects(self.data_loader.data_sha256)
+        if others := [rank for rank, sha256 in enumerate(hashes) if sha256 != hashes[0]]:
+            raise UserError(
+                f"dpt.data.shards: rank {others[0]} finds other shards there than rank 0 does; give all nodes the same."
+            )
         self.batches = iter(self.data_loader.stream)
 
     def _open_recorder(self) -> None:

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from benchmarks.__main__ import NAMES
-from benchmarks.gpu import parity
+from benchmarks.gpu import __main__ as acceptance
+from benchmarks.gpu import parity, pipeline, training
 from dpt.scaling.processes import start_forked
 from tests.gloo import run_script
 
@@ -160,6 +161,19 @@ def test_the_acceptance_of_a_gpu_runs_in_its_toy_form(tmp_path, parts):
     if "moe" in parts:
         assert {"images_per_s", "plan_gib", "dispatch_share"} <= next(row for row in rows if "8E2A" in row["case"]).keys()
     assert "| case | what |" in (tmp_path / "gpu.md").read_text()
+
+
+def test_a_part_that_does_not_fit_into_the_gpu_is_named_and_skipped(monkeypatch):
+    def too_large(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(pipeline, "sampling", too_large)
+    monkeypatch.setattr(training, "measure", too_large)
+    (row,) = acceptance.run_part("sampling", None)
+    assert (row["case"], row["what"]) == ("sampling", "skipped: it needs more memory than this GPU has free")
+    assert acceptance.failures([row]) == []
+    with pytest.raises(torch.OutOfMemoryError):  # the plan has said that it fits
+        acceptance.run_part("dense", None)
 
 
 def test_parity_of_the_acceptance_holds_and_can_fail(monkeypatch):

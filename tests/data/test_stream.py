@@ -64,7 +64,7 @@ def test_cursor_counts_what_was_handed_out(folder: Path) -> None:
     first = list(islice(found, 4))
     assert found.samples_seen == 5 + 4 * 2 * 2
     again = stream(folder, **options, start_sample=found.samples_seen)
-    for one, other in zip(islice(found, 2), again, strict=False):  # the same object goes on where it was
+    for one, other in zip(islice(found, 2), again, strict=False):  # the same object continues where it was
         assert one["key"] == other["key"]
     assert first[0]["sample_index"].tolist() == [6, 8]
 

@@ -1,5 +1,6 @@
 """Reading takes threads of the training process and nothing else, each rank its own share, and fetches ahead."""
 
+import gc
 import multiprocessing
 import os
 import resource
@@ -114,6 +115,7 @@ def _first_batch(source: str, hard: int, found: Path) -> None:
 def test_open_files_are_bounded(make_shards, tmp_path: Path, hard: int, expected: str) -> None:
     """64 lanes of shards behind URLs: the soft limit is raised, and if that is not enough the run says what to do."""
     source, found = f"pipe:cat {make_shards([2] * 80)}/{{000000..000079}}.tar", tmp_path / "found"
+    gc.collect()  # streams of earlier tests hold files until then, which a fork would hold too
     process = multiprocessing.get_context("fork").Process(target=_first_batch, args=(source, hard, found))
     process.start()
     process.join(120)

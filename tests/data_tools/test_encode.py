@@ -14,6 +14,7 @@ from PIL import Image
 
 from data_tools.encode import main
 from data_tools.encoding.pipeline import BatchEncoder
+from data_tools.encoding.records import Records
 from data_tools.encoding.shards import ShardWriter
 from dpt import tasks
 from dpt.data.codec import load_vae
@@ -220,6 +221,34 @@ def test_refusals(whole: Path, pictures: Path, tmp_path: Path, vae: str, refused
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").touch()
     assert "holds something else" in refused(main, *arguments(pictures, tmp_path / "full", vae))
+
+
+def test_a_rank_that_fails_says_why(tmp_path: Path, vae: str, refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks have shards of their own: no other one could say it."""
+    root = tmp_path / "root"
+    root.mkdir()
+    for number in range(6):
+        (root / f"{number}.png").write_bytes(b"no")
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert "1 of 6 inputs cannot be read" in refused(main, *arguments(root, tmp_path / "out", vae))
+
+
+def test_a_job_that_joins_as_the_last_one_ends_makes_nothing_again(
+    whole: Path, pictures: Path, tmp_path: Path, vae: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, done = tmp_path / "out", Records.done
+
+    def end_meanwhile(self: Records, number: int) -> bool:
+        if self.folder.exists():
+            shutil.copytree(whole, out, dirs_exist_ok=True)
+            self.remove()
+        return done(self, number)
+
+    monkeypatch.setattr(Records, "done", end_meanwhile)
+    monkeypatch.setattr(ShardWriter, "add", None)
+    main(arguments(pictures, out, vae))
+    assert contents(out) == contents(whole)
 
 
 def test_finish_writes_the_manifest_of_finished_shards(pictures: Path, tmp_path: Path, vae: str, refused) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from dpt.evaluation.generation_runner import score_generation
 from dpt.evaluation.image_metrics import Moments, ScoreSums, frechet_distance, precision_recall
 from dpt.evaluation.image_sources import ImageSource, read_statistics
 from dpt.evaluation.references import Reference
+from dpt.locking import held
 from tests.evaluation.image_networks import Random, random_images, save_network
 from tests.evaluation.tiny import make_model
 from tests.gloo import run_ranks
@@ -239,6 +241,25 @@ def test_scoring_weights_says_what_the_figures_depend_on(tmp_path, network):
     for ranks in run_ranks(2, lambda: score("ranks")):
         assert ranks["metrics"] == {name: pytest.approx(value, rel=1e-9) for name, value in alone["metrics"].items()}
     assert score("alone") == alone  # from the images there
+
+
+def test_images_are_scored_whether_they_are_listed_yet_or_not(tmp_path, network, monkeypatch):
+    """As on another node's network file system."""
+    np.savez(tmp_path / "real.npz", random_images(12, 1, side=32))
+    config = GenerationConfig(reference=str(tmp_path / "real.npz"), num_images=10, **network)
+    predictor, listed = _predictor(output_dir=str(tmp_path / "out")), Path.rglob
+    monkeypatch.setattr(Path, "rglob", lambda self, pattern: list(listed(self, pattern))[:4])
+    summary = score_generation(config, predictor.config, predictor)
+    monkeypatch.undo()
+    assert score_generation(config, predictor.config, predictor) == summary
+
+
+def test_a_folder_that_another_run_fills_is_refused(tmp_path, network):
+    np.savez(tmp_path / "real.npz", random_images(12, 1, side=32))
+    config = GenerationConfig(reference=str(tmp_path / "real.npz"), num_images=10, **network)
+    predictor = _predictor(output_dir=str(tmp_path / "out"))
+    with held(tmp_path / "out"), pytest.raises(UserError, match="another run is using it"):
+        score_generation(config, predictor.config, predictor)
 
 
 def test_networks_whose_features_are_not_numbers_are_refused(tmp_path):

@@ -13,6 +13,7 @@ from dpt.data.manifest import read_manifest, write_manifest
 from dpt.data.shards import ShardFolder
 from dpt.errors import UserError
 from dpt.evaluation import scoring
+from dpt.evaluation.given import save_prediction
 from dpt.evaluation.prediction import Predictor
 from dpt.evaluation.records import Record, RecordLog, Setting
 from dpt.evaluation.runner import evaluate
@@ -153,6 +154,23 @@ def test_saved_predictions_score_the_same_as_given_ones(task, tmp_path):
     next(saved.glob("scene_003.*")).unlink()
     with pytest.raises(UserError, match="scene_003"):
         evaluate(given)
+
+
+def test_what_one_rank_finds_wrong_ends_all_of_them(depth_set, tmp_path):
+    """Rank 0 says why, whoever found it; the others are not left waiting."""
+    saved = tmp_path / "saved"
+    for number in range(5):
+        save_prediction(saved, f"scene_{number:03d}", "depth", np.ones((4, 4)))
+    (saved / "scene_001.npy").write_bytes(b"no array")  # of rank 1's share
+
+    def on_rank() -> str:
+        with pytest.raises(UserError) as caught:
+            evaluate(_config(tmp_path / "out", depth_set, predictions=str(saved)))
+        return str(caught.value)
+
+    said = run_ranks(2, on_rank)
+    assert said[0] == said[1]
+    assert "scene_001.npy" in said[0]
 
 
 def test_images_of_different_sizes_and_shapes_of_latents(tmp_path):

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 import sys
+import threading
 import time
 
 import pytest
@@ -74,6 +75,23 @@ def test_only_what_is_missing_runs_and_changed_commands_are_refused(write_study,
         pending(write_study("training.steps: 50", "training.steps: 60"))
 
 
+def test_studies_that_share_a_folder_keep_each_others_records(write_study, monkeypatch):
+    study, read, others = write_study(), launching._read_record, []
+
+    def read_slowly(study):
+        found = read(study)
+        if not others:
+            others.append(threading.Thread(target=launching.record, args=(study, study.launches[1])))
+            others[0].start()
+            others[0].join(timeout=0.5)  # it has to wait
+        return found
+
+    monkeypatch.setattr(launching, "_read_record", read_slowly)
+    launching.record(study, study.launches[0])
+    others[0].join()
+    assert read(study).keys() == {launch.name for launch in study.launches[:2]}
+
+
 @pytest.mark.parametrize("jobs", [1, 3])
 def test_a_failure_is_said_and_the_rest_waits(write_study, launches, jobs):
     study = write_study()
@@ -107,11 +125,13 @@ def test_side_by_side_launches_overlap_and_wait_for_their_weights(write_study, l
 
 def test_devices_are_shared_out(write_study, launches, monkeypatch):
     launches["devices"] = 5
+    ports = iter([20001, 20001, 20002])
+    monkeypatch.setattr(running, "free_port", lambda: next(ports))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7,6,5,4,3")
     run_here([write_study()], jobs=2, say=quiet)
     assert {one["CUDA_VISIBLE_DEVICES"] for one in launches["seen"]()} == {"7,6", "5,4"}
-    assert set(launches["words"]) == {(2, 29600), (2, 29601)}
-    launches["devices"] = 1
+    assert set(launches["words"]) == {(2, 20001), (2, 20002)}  # free ones, apart
+    launches["devices"], ports = 1, iter([20001, 20002])
     with pytest.raises(UserError, match=r"--jobs 2: this machine has 1 devices"):
         run_here([], jobs=2, say=quiet)
     with pytest.raises(UserError, match=r"--jobs 0: it must be at least 1"):

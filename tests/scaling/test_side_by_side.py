@@ -36,3 +36,21 @@ def test_sigterm_ends_the_processes_too(tmp_path: Path) -> None:
     assert stop.value.code == 128 + signal.SIGTERM
     assert [process.exit_code() for process in started] == [-signal.SIGTERM] * 2
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_sigterm_while_a_process_is_being_started_ends_that_one_too(tmp_path: Path) -> None:
+    started: list[LaunchProcess] = []
+
+    def start(job: _Job, slot: int, beside: int) -> LaunchProcess:
+        started.append(
+            start_fresh([sys.executable, "-c", "import time; time.sleep(600)"], tmp_path / "log.txt", dict(os.environ))
+        )
+        os.kill(os.getpid(), signal.SIGTERM)
+        return started[-1]
+
+    try:
+        with pytest.raises(SystemExit):
+            run_side_by_side([_Job(tmp_path / "a")], slots=1, start=start, ended=lambda one: "")
+        assert started[0].exit_code() == -signal.SIGTERM
+    finally:
+        started[0].terminate()

@@ -95,7 +95,11 @@ def slurm_calls(monkeypatch, tmp_path):
 
 def test_slurm_jobs_wait_for_their_parents_and_are_not_submitted_twice(write_study, slurm_calls):
     study = write_study(uri="http://node1:5000")
+    study.output.mkdir(parents=True)
+    (study.output / "jobs.json").write_text("{}")
+    (study.output / "kept").hardlink_to(study.output / "jobs.json")
     submit([study], ["--gpus", "8"], script="launchers/slurm.sh", say=lambda text: None)
+    assert (study.output / "kept").read_text() == "{}"  # replaced as a whole: a kill leaves no torn file
     calls = slurm_calls.read_text().splitlines()
     assert len(calls) == 10
     assert "--dependency" not in calls[0]

@@ -1,12 +1,14 @@
 """The spool, and sending it to a store that fails, refuses and forgets (a client in memory, no MLflow server)."""
 
 import json
+import select
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from dpt.tracking.delivery import MAX_METRICS, Sender, _groups
+from dpt.tracking.sender import serve, sync
 from dpt.tracking.spool import Spool, SpoolState
 
 
@@ -199,6 +201,34 @@ def test_one_sender_at_a_time(spool, client):
     with spool.locked(wait=True):
         assert sender(spool, client).send(wait=False) is False
     assert client.calls == 0
+
+
+def test_a_spool_that_its_own_run_is_sending_is_not_begun_again(spool, client):
+    sender(spool, client).send()
+    before = spool.state
+    with spool.locked(wait=True):
+        ((_, reason),) = sync(spool.folder.parent, again=True)
+    assert reason == "its own run is sending it"
+    assert spool.state == before
+    assert before.offset
+
+
+def test_a_run_that_has_been_resumed_is_not_marked_as_failed_by_the_sender_of_its_earlier_life(spool, monkeypatch):
+    """A killed run's sender may still be busy when the run is resumed."""
+    begin = next(spool.read())[0]
+    monkeypatch.setattr(Sender, "send", lambda self: True)
+
+    def killed_and_resumed(*streams):
+        spool.append(begin)
+        return streams
+
+    monkeypatch.setattr(select, "select", killed_and_resumed)  # the end of stdin: the run has been killed
+    assert serve(spool) == 0
+    assert [record["kind"] for record, _ in spool.read()] == ["start", "start"]
+    monkeypatch.setattr(select, "select", lambda *streams: streams)
+    for _ in range(2):  # the second time it had ended before its sender began
+        assert serve(spool) == 0
+        assert [record["kind"] for record, _ in spool.read()] == ["start", "start", "finish"]
 
 
 def test_a_broken_cursor_starts_over(spool):

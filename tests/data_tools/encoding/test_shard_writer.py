@@ -1,5 +1,6 @@
 """Writing shards: safe keys, plain arrays, complete or not at all (`tests/data/test_reader.py` reads them)."""
 
+import fcntl
 import io
 import signal
 import subprocess
@@ -52,6 +53,20 @@ def test_an_exception_leaves_nothing(tmp_path: Path) -> None:
 def test_one_writer_at_a_time(tmp_path: Path) -> None:
     with ShardWriter(tmp_path / "0.tar"), pytest.raises(UserError, match="another process is writing this shard"):
         ShardWriter(tmp_path / "0.tar")
+
+
+def test_a_shard_that_is_finished_meanwhile_is_not_emptied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, lock = tmp_path / "000000.tar", fcntl.flock
+    (tmp_path / ".000000.tar.part").write_bytes(b"whole")
+
+    def lock_late(*arguments: int) -> None:
+        (tmp_path / ".000000.tar.part").replace(path)
+        lock(*arguments)
+
+    monkeypatch.setattr(fcntl, "flock", lock_late)
+    with pytest.raises(UserError, match="another process is writing this shard"):
+        ShardWriter(path)
+    assert path.read_bytes() == b"whole"
 
 
 def test_a_killed_writer_is_taken_over(tmp_path: Path) -> None:
