@@ -237,13 +237,19 @@ def broadcast_object(value: T, source: int = 0) -> T:
     return box[0]
 
 
+class _SharedError(UserError):
+    """All ranks raise it already."""
+
+
 @contextlib.contextmanager
 def shared_errors() -> Iterator[None]:
     """If a rank raises a UserError within, or an OSError about a file, all ranks raise a UserError with its sentence: none is
-    left waiting for it, and rank 0 says it. Collective."""
+    left waiting for it, and rank 0 says it. Collective; they may be nested, as one rank can fail before it gets to the inner."""
     problem = ""
     try:
         yield
+    except _SharedError:
+        raise
     except UserError as error:
         problem = str(error)
     except OSError as error:
@@ -251,7 +257,7 @@ def shared_errors() -> Iterator[None]:
             raise
     problems = [text for text in gather_objects(problem) if text]
     if problems:
-        raise UserError(problems[0])
+        raise _SharedError(problems[0])
 
 
 # --- messages -----------------------------------------------------------------------------------------------------------

@@ -65,6 +65,20 @@ def test_collectives_between_processes(capfd: pytest.CaptureFixture[str]) -> Non
 
 
 @pytest.mark.slow
+def test_a_rank_that_fails_before_an_inner_block_of_shared_errors_ends_all():
+    def work() -> str:
+        with pytest.raises(UserError) as caught, distributed.shared_errors():
+            if distributed.rank():
+                raise UserError("no such file on this node")
+            with distributed.shared_errors():
+                pass
+            raise AssertionError("rank 0 did not hear of it")
+        distributed.barrier()
+        return str(caught.value)
+
+    assert run_ranks(2, work, timeout_s=RANKS_TIMEOUT_S) == ["no such file on this node"] * 2
+
+
 def test_the_time_limit_holds_for_every_group_that_training_makes():
     """DeepSpeed's for experts and for those who share them, and our own for signals, as well as the first one."""
     model = {"input_size": 4, "hidden_size": 32, "depth": 1, "num_heads": 2, "num_classes": 8, "num_experts": 4}

@@ -71,6 +71,8 @@ def make_plan(
         raise UserError(
             "rectified flow has no stochastic sampler here; set dpt.evaluation.sampler to ddim (Euler) and eta to 0."
         )
+    if eta > 0 and sampler != "ddim":
+        raise UserError(f"dpt.evaluation.eta is {eta}, which is DDIM's alone; set it to 0, or dpt.evaluation.sampler to ddim.")
     if diffusion.one_step:
         if num_inference_steps != 1:
             raise UserError(f"these weights predict in one step; dpt.evaluation.steps is {num_inference_steps}: set it to 1.")

@@ -28,6 +28,8 @@ def adapt(weights: Weights, target: ModelConfig) -> Weights:
     may_differ = _ADAPTED | _FREE | (set() if source.num_experts or target.num_experts else _OF_EXPERTS)
     if source.patch_embed_tasks:
         may_differ.discard("patch_embed_tasks")
+    if not source.base_width and not target.base_width:  # it means nothing without muP
+        may_differ.add("base_head_size")
     for name in [f.name for f in dataclasses.fields(ModelConfig) if f.name not in may_differ]:
         old, new = getattr(source, name), getattr(target, name)
         if old != new:

@@ -30,14 +30,19 @@ def upcycle(weights: Weights, upcycling: UpcyclingConfig, *, seed: int = 0) -> W
     copies. Both make experts different, at the price of exactness.
 
     Routers start uniform in +-1 / sqrt(hidden_size), with muP over the root of its width ratio too; the same `seed` gives the
-    same routers, draws and noise. Raises UserError for a network that has experts already, or a granularity that does not
-    divide its MLPs' width.
+    same routers, draws and noise. Raises UserError for a network that has experts already, a shared expert asked for, or a
+    granularity that does not divide its MLPs' width.
     """
     dense, m = weights.config, upcycling.granularity
     if dense.num_experts:
         raise UserError(
             f"dpt.upcycling: the weights ({weights.source}) have {dense.num_experts} experts in each block already; "
             "give dense ones."
+        )
+    if dense.shared_expert_width:
+        raise UserError(
+            f"dpt.model.shared_expert_width is {dense.shared_expert_width}; a dense network has no shared expert to start "
+            "one from: set it to 0."
         )
     if dense.mlp_width % m:
         raise UserError(f"dpt.upcycling.granularity {m} does not divide the MLPs' width {dense.mlp_width}; choose a divisor.")

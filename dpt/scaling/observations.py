@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from dpt.config.recipe import DptConfig
+from dpt.config.checks import batch_split
+from dpt.config.recipe import DptConfig, Recipe
 from dpt.config.sections import (
     DataConfig,
     FeatureAlignmentConfig,
@@ -16,7 +17,7 @@ from dpt.config.sections import (
 )
 from dpt.errors import UserError
 from dpt.models import costs
-from dpt.models.recipe_costs import recipe_macs
+from dpt.models.recipe_costs import step_macs
 from dpt.scaling.compute import section
 from dpt.scaling.results import evaluation_rows
 from dpt.scores import METRICS
@@ -42,6 +43,8 @@ METHODS = {
 """Fields of a fine-tuning that make another method of it: what differs between runs is chosen among, like sampler steps. With
 their defaults, which older runs may not have recorded."""
 
+_BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+
 
 class Setting(NamedTuple):
     """How a model was fine-tuned, and what its predictions take."""
@@ -64,8 +67,10 @@ class Observation:
     """Value of every factor."""
     upcycled: bool
     setting: Setting
-    recipe: DptConfig
+    recipe: Recipe
     """The parts of the fine-tuning's recipe that cost (`added_macs`)."""
+    pretraining: Recipe | None
+    """The same of the pre-training's; None: there was none."""
     run_id: str
     """The trained run (several settings of one run are not independent)."""
     evaluation_id: str
@@ -98,6 +103,7 @@ def observe(
             continue
         fields = {name: line[0].params.get(name, default) for name, default in METHODS.items()}
         quantities = factor_values(config, samples["pretrain"], samples["finetune"] + samples["upcycle"])
+        before = next((r for r in line if r.stage == "pretrain"), None)
         for row in rows:
             if dataset in ("", row.dataset):
                 value = row.metrics[metric]
@@ -108,6 +114,7 @@ def observe(
                     upcycled=samples["upcycle"] > 0,
                     setting=Setting("", row.steps or 0, row.ensemble or 0),
                     recipe=_costing(line[0]),
+                    pretraining=_costing(before) if before else None,
                     run_id=line[0].run_id,
                     evaluation_id=record.run_id,
                 )
@@ -124,8 +131,8 @@ def observe(
     return named
 
 
-def _costing(record: RunRecord) -> DptConfig:
-    """The parts of a fine-tuning's recipe that make its samples dearer than the network alone."""
+def _costing(record: RunRecord) -> Recipe:
+    """The parts of a training's recipe that make its samples dearer than the network alone, or cheaper."""
     given = {name: record.params.get(f"training.{name}") for name in ("bypass_share", "bypass_first", "bypass_last")}
     bypass: dict[str, Any] = {name: json.loads(value) for name, value in given.items() if value is not None}
     training = TrainingConfig(
@@ -133,16 +140,21 @@ def _costing(record: RunRecord) -> DptConfig:
         self_alignment=section(record, "training.self_alignment", SelfAlignmentConfig) or SelfAlignmentConfig(),
         feature_alignment=section(record, "training.feature_alignment", FeatureAlignmentConfig) or FeatureAlignmentConfig(),
     )
-    return DptConfig(
+    dpt = DptConfig(
         pixel_loss=section(record, "pixel_loss", PixelLossConfig) or PixelLossConfig(),
         data=section(record, "data", DataConfig) or DataConfig(),
         training=training,
     )
+    optimizer = {"type": record.params.get("optimizer.type", "AdamW")}
+    parts = {name: json.loads(record.params[name]) for name in _BATCH if name in record.params}
+    batch = batch_split(Recipe(deepspeed=parts, dpt=dpt), int(record.tags.get("dpt.ranks", 1)))[0] if parts else 1
+    return Recipe(deepspeed={"optimizer": optimizer, "train_batch_size": batch}, dpt=dpt)
 
 
-def added_macs(recipe: DptConfig, config: ModelConfig) -> float:
-    """MACs that a recipe's methods add to each sample of a dense model's fine-tuning, or save (tokens that bypass blocks)."""
-    return float(recipe_macs(recipe, config).training - costs.macs(config).training)
+def added_macs(recipe: Recipe, config: ModelConfig) -> float:
+    """MACs that a recipe's methods add to each sample of a model's training (a share of Muon's products among them), or save
+    (tokens that bypass blocks)."""
+    return float(step_macs(recipe, config, recipe.deepspeed["train_batch_size"]).training - costs.macs(config).training)
 
 
 def factor_values(config: ModelConfig, pretrain_samples: float, finetune_samples: float) -> dict[str, float]:

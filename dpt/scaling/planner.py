@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from dpt.config.recipe import Recipe
 from dpt.config.sections import ModelConfig, UpcyclingConfig
 from dpt.errors import UserError
 from dpt.models import costs
@@ -130,18 +131,19 @@ def make_plan(
     A stage whose length the observations do not vary keeps the observed one: nothing is known of its effect. A share of 0 means
     training from scratch, where that was observed.
     """
-    per_sample = costs.macs(config).training
-    per_tuned = per_sample * (1 - upcycled_share) + costs.macs(limits.upcycling.apply(config)).training * upcycled_share
-    per_tuned += added_macs(surface.settings[setting], config)
-    pretrain = limits.train_macs * pretrain_share / per_sample
+    upcycled_config = limits.upcycling.apply(config)
+    per_pretrained = _sample_macs(surface.pretraining, config)
+    per_tuned = _sample_macs(surface.settings[setting], config) * (1 - upcycled_share)
+    per_tuned += _sample_macs(surface.settings[setting], upcycled_config) * upcycled_share
+    pretrain = limits.train_macs * pretrain_share / per_pretrained
     tuned = limits.train_macs * (1 - pretrain_share) / per_tuned
     if "pretrain" not in surface.factors:
         pretrain = surface.ranges["pretrain"][0]
-        tuned = max(0.0, limits.train_macs - pretrain * per_sample) / per_tuned
+        tuned = max(0.0, limits.train_macs - pretrain * per_pretrained) / per_tuned
     if "finetune" not in surface.factors:
         tuned = surface.ranges["finetune"][0]
         if "pretrain" in surface.factors and not (surface.scratch and pretrain_share == 0):
-            pretrain = max(0.0, limits.train_macs - tuned * per_tuned) / per_sample
+            pretrain = max(0.0, limits.train_macs - tuned * per_tuned) / per_pretrained
     upcycled = upcycled_share > 0
     expected = np.inf
     if tuned > 0 and (pretrain > 0 or surface.scratch or not surface.ranges["pretrain"][1]):
@@ -154,10 +156,15 @@ def make_plan(
         upcycle_samples=tuned * upcycled_share,
         upcycling=limits.upcycling,
         setting=setting,
-        train_macs=pretrain * per_sample + tuned * per_tuned,
+        train_macs=pretrain * per_pretrained + tuned * per_tuned,
         test_macs=_test_macs(config, upcycled, limits, setting),
         expected=expected,
     )
+
+
+def _sample_macs(recipe: Recipe | None, config: ModelConfig) -> float:
+    """MACs of training on a sample, with what the recipe's methods add."""
+    return costs.macs(config).training + (added_macs(recipe, config) if recipe else 0.0)
 
 
 def _test_macs(config: ModelConfig, upcycled: bool, limits: Limits, setting: Setting) -> float:

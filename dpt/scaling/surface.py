@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dpt.config.recipe import DptConfig
+from dpt.config.recipe import Recipe
 from dpt.errors import UserError
 from dpt.scaling.observations import FACTORS, Observation, Setting
 
@@ -30,8 +30,10 @@ class Surface:
     """Factors that the observations vary; the others have no say."""
     ranges: dict[str, tuple[float, float]]
     """Least and greatest observed value of every factor, in pre-training beside none at all."""
-    settings: dict[Setting, DptConfig]
+    settings: dict[Setting, Recipe]
     """Those observed, each with the parts of its method's recipe that cost (`added_macs`)."""
+    pretraining: Recipe | None
+    """The same of the newest model's pre-training; None: no model was pre-trained."""
     seen: set[tuple[str, int, bool]]
     """What was observed together: method, side of the latents (`input_size`), and whether upcycled."""
     usual_method: str
@@ -124,6 +126,7 @@ def fit_surface(observations: Sequence[Observation], *, samples: int = 100, seed
         factors=factors,
         ranges={f: (min(v, default=0.0), max(v, default=0.0)) for f, v in values.items()},
         settings={o.setting: o.recipe for o in observations},
+        pretraining=next((o.pretraining for o in reversed(observations) if o.pretraining), None),
         seen={(o.setting.method, o.config.input_size, o.upcycled) for o in observations},
         usual_method=Counter({o.run_id: o.setting.method for o in observations}.values()).most_common(1)[0][0],
         upcycling=len({o.upcycled for o in observations}) > 1,

@@ -33,7 +33,7 @@ _FREE = frozenset(
         "training.output_dir",
         "training.steps",
         "training.ep_size",
-        "training.ema_decays",  # a new average begins as the current weights, which is said
+        "training.ema_decays",  # a new average begins as the current weights, which is said; the one that teaches is compared
         "training.ema_snapshots",
         "training.ema_snapshot_every",
         "training.activation_checkpointing",
@@ -101,6 +101,9 @@ def _course(content: Mapping[str, Any], world_size: int, stage: str, like: Recip
         field = name.removeprefix("dpt.")
         if field.split(".")[0] in sections and field not in _FREE:
             course[name] = given.get(name, default)
+    if float(course["dpt.training.self_alignment.weight"]):  # by default the first average teaches, whichever that is
+        named = float(course["dpt.training.self_alignment.ema_decay"])
+        course["dpt.training.self_alignment.ema_decay"] = str(named or content["dpt"]["training"]["ema_decays"][0])
     if course["dpt.training.weights"]:
         course["dpt.training.weights"] = str(Path(course["dpt.training.weights"]).absolute())
     deepspeed = {key: value for key, value in content.items() if key != "dpt"}

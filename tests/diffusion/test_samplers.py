@@ -108,6 +108,12 @@ def test_euler_on_straight_paths():
         samplers.make_plan(config, num_inference_steps=5, sampler="euler")
 
 
+@pytest.mark.parametrize("sampler", ["ddpm", "dpmsolver++"])
+def test_other_samplers_have_no_eta(sampler):
+    with pytest.raises(UserError, match=r"dpt\.evaluation\.eta is 0\.5, which is DDIM's alone"):
+        samplers.make_plan(DiffusionConfig(), num_inference_steps=4, sampler=sampler, eta=0.5)
+
+
 @pytest.mark.parametrize(("sampler", "eta"), [("ddpm", 0.0), ("ddim", 1.0)])
 def test_stochastic_samples_do_not_depend_on_the_batch(sampler, eta):
     seeds = noise.key_seeds(0, ["a", "b"], [0, 0])

@@ -86,6 +86,9 @@ def test_upcycling_refuses_what_it_cannot_do():
         upcycle(upcycled, UpcyclingConfig())
     with pytest.raises(UserError, match="granularity 3"):
         upcycle(dense(), UpcyclingConfig(granularity=3))
+    shared = adapt(dense(), dataclasses.replace(dense().config, shared_expert_width=16))
+    with pytest.raises(UserError, match=r"shared_expert_width is 16; .* set it to 0"):
+        upcycle(shared, UpcyclingConfig())
 
 
 # --- adapting --------------------------------------------------------------------------------------------------------------
@@ -153,6 +156,7 @@ def test_other_differences_are_refused(fields, named):
 def test_differences_of_experts_and_of_inputs_are_refused():
     weights = dense()
     adapt(weights, dataclasses.replace(weights.config, top_k=1))  # means nothing without experts
+    adapt(weights, dataclasses.replace(weights.config, base_head_size=8))  # nor this without muP
     experts = upcycle(weights, UpcyclingConfig())
     with pytest.raises(UserError, match="top_k is 1"):
         adapt(experts, dataclasses.replace(experts.config, top_k=1))

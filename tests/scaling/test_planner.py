@@ -10,11 +10,14 @@ from made_study import WIDTHS, again, config, from_scratch, one_step, scaled, st
 
 from dpt import cli
 from dpt.commands import plan as command
+from dpt.config.recipe import DptConfig, Recipe
+from dpt.config.sections import TrainingConfig
 from dpt.errors import UserError
 from dpt.models import costs
+from dpt.models.recipe_costs import recipe_macs, step_macs
 from dpt.scaling.observations import Setting, added_macs, factor_values, observe
 from dpt.scaling.plan_files import write_plan
-from dpt.scaling.planner import Limits, best_plan, naive_plan
+from dpt.scaling.planner import Limits, best_plan, make_plan, naive_plan
 from dpt.scaling.surface import fit_surface
 
 MODELS = [config(w) for w in WIDTHS]
@@ -140,6 +143,7 @@ BYPASS = {f"training.bypass_{name}": text for name, text in (("share", "0.5"), (
         ({"pixel_loss.weight": "1.0"}, "pixel_loss.weight=1.0", 1, False),  # the decoder's
         (ALIGNED, "training.self_alignment.weight=0.2", 1, True),
         (BYPASS, "training.bypass_share=0.5", -1, True),  # tokens that bypass blocks save their compute
+        ({"optimizer.type": "Muon", "train_batch_size": "16"}, "optimizer.type=Muon", 1, True),
     ],
 )
 def test_a_plan_counts_what_a_method_adds(params, method, sign, grows, dense):
@@ -156,6 +160,21 @@ def test_a_plan_counts_what_a_method_adds(params, method, sign, grows, dense):
     per_sample = costs.macs(config(64)).training
     tuned = plan.finetune_samples * (per_sample + added[plan.setting.method])
     assert plan.pretrain_samples * per_sample + tuned == pytest.approx(1e12, rel=1e-6)
+
+
+def test_a_plan_counts_what_methods_add_to_pre_training_and_after_upcycling():
+    batch = {"train_micro_batch_size_per_gpu": "4", "gradient_accumulation_steps": "2"}
+    params = {"pretrain": {"optimizer.type": "Muon", **batch}, "finetune": BYPASS, "upcycle": BYPASS}
+    runs = [dataclasses.replace(run, params=run.params | params.get(run.stage, {}), tags={"dpt.ranks": "2"}) for run in study()]
+    surface = fitted(runs)
+    plan = make_plan(surface, config(64), Limits(train_macs=1e12), 0.5, 0.25, min(surface.settings))
+    muon = Recipe(deepspeed={"optimizer": {"type": "Muon"}}, dpt=DptConfig())
+    bypass = DptConfig(training=TrainingConfig(bypass_share=0.5, bypass_first=0, bypass_last=1))
+    dense, experts = config(64), plan.upcycling.apply(config(64))
+    spent = plan.pretrain_samples * step_macs(muon, dense, 16).training  # 4 x 2 micro-batches x 2 ranks
+    spent += plan.finetune_samples * recipe_macs(bypass, dense).training
+    spent += plan.upcycle_samples * recipe_macs(bypass, experts).training
+    assert spent == pytest.approx(1e12, rel=1e-6)
 
 
 @pytest.mark.parametrize(("gain", "pretrained"), [(0.8, False), (1.3, True)])

@@ -76,6 +76,20 @@ def test_fields_that_a_run_of_an_earlier_version_did_not_have_count_as_their_def
         check_course(Path("there"), state, load_recipe(path, {"training.bypass_share": 0.5}), "pretrain")
 
 
+def test_averages_may_change_but_not_the_one_that_teaches(path: Path) -> None:
+    own = {"training.self_alignment.weight": 0.2, "training.self_alignment.ema_decay": 0.0, "training.ema_decays": [0.9]}
+    state = state_of(load_recipe(path, own))
+    check_course(Path("there"), state, load_recipe(path, {**own, "training.ema_decays": [0.9, 0.5]}), "pretrain")
+    other = {**own, "training.ema_decays": [0.5, 0.9]}
+    with pytest.raises(UserError, match=r"self_alignment\.ema_decay 0\.9 -> 0\.5"):
+        check_course(Path("there"), state, load_recipe(path, other), "pretrain")
+    named = {**other, "training.self_alignment.ema_decay": 0.9}
+    check_course(Path("there"), state, load_recipe(path, named), "pretrain")
+    off = {"training.self_alignment.weight": 0.0}
+    plain = state_of(load_recipe(path, own | off))
+    check_course(Path("there"), plain, load_recipe(path, other | off), "pretrain")
+
+
 def test_shards_are_compared_by_their_contents(path: Path, tmp_path: Path) -> None:
     sha256 = read_manifest(make_shards(tmp_path / "moved")).data_sha256
     state = state_of(load_recipe(path), sha256)
