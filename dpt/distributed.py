@@ -244,7 +244,7 @@ class _SharedError(UserError):
 @contextlib.contextmanager
 def shared_errors() -> Iterator[None]:
     """If a rank raises a UserError within, or an OSError about a file, all ranks raise a UserError with its sentence: none is
-    left waiting for it, and rank 0 says it. Collective; they may be nested, as one rank can fail before it gets to the inner."""
+    left waiting for it, and rank 0 says it. Collective; blocks may be nested: a rank may fail before the inner one."""
     problem = ""
     try:
         yield

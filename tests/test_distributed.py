@@ -66,13 +66,17 @@ def test_collectives_between_processes(capfd: pytest.CaptureFixture[str]) -> Non
 
 @pytest.mark.slow
 def test_a_rank_that_fails_before_an_inner_block_of_shared_errors_ends_all():
-    def work() -> str:
-        with pytest.raises(UserError) as caught, distributed.shared_errors():
+    def fail() -> None:
+        with distributed.shared_errors():
             if distributed.rank():
                 raise UserError("no such file on this node")
             with distributed.shared_errors():
                 pass
             raise AssertionError("rank 0 did not hear of it")
+
+    def work() -> str:
+        with pytest.raises(UserError) as caught:
+            fail()
         distributed.barrier()
         return str(caught.value)
 
