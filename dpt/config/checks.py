@@ -31,6 +31,22 @@ def _problems(recipe: Recipe, world_size: int, model: ModelConfig) -> Iterator[s
     if all(recipe.deepspeed.get(name, {}).get("enabled", False) for name in ("bf16", "fp16")):
         yield "bf16.enabled and fp16.enabled are both true; enable one."
     yield from _problems_of_optimizers(recipe)
+    yield from _idle_fields(recipe)
+
+
+def _idle_fields(recipe: Recipe) -> Iterator[str]:
+    """Fields that do nothing because another one is not set: whoever wrote them expects otherwise."""
+    config = recipe.dpt
+    logit_normal = config.diffusion.timesteps == "logit_normal"
+    for name, default, needs, useful in (
+        ("diffusion.timestep_location", 0.0, 'diffusion.timesteps "logit_normal"', logit_normal),
+        ("diffusion.timestep_scale", 1.0, 'diffusion.timesteps "logit_normal"', logit_normal),
+        ("training.ema_snapshot_every", 0, "training.ema_lengths", bool(config.training.ema_lengths)),
+    ):
+        section, field = name.split(".")
+        value = getattr(getattr(config, section), field)
+        if value != default and not useful:
+            yield f"dpt.{name} is {value:g}, which does nothing without dpt.{needs}; set that, or {name} to {default:g}."
 
 
 def trains_with_muon(optimizer: Mapping[str, Any]) -> bool:
@@ -135,6 +151,7 @@ def _problems_of_gates(recipe: Recipe, experts: int) -> Iterator[str]:
     model, training = recipe.dpt.model, recipe.dpt.training
     for name, off, value in (
         ("model.router_gate", "softmax", model.router_gate),
+        ("model.shared_expert_width", 0, model.shared_expert_width),
         ("model.router_bias_balancing", False, model.router_bias_balancing),
         ("training.expert_distance_every", 0, training.expert_distance_every),
     ):
