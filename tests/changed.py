@@ -18,6 +18,9 @@ FOLDERS = ("dpt", "data_tools", "launchers", "benchmarks", "examples", "tests")
 HOMES = {"cpu": "tests/models/", "commands": "tests/test_"}
 """Where the tests of a room are, if not in the folder of its name."""
 
+_FEW = 3
+"""Of tests that import a module by way of others, enough."""
+
 
 def changed_since(base: str) -> list[str]:
     """Paths of the files that differ from a commit, new ones included."""
@@ -48,15 +51,17 @@ def _tests_of(path: str) -> set[str]:
 
 
 def _nearest(path: str, home: str | tuple[str, ...]) -> set[str]:
-    """The tests in `home` that import a module, or else those that import the modules that import it, and so on."""
-    seen, level = set(), {path}
-    while level:
-        seen |= level
+    """The tests in `home` that import a module, or else those that import the modules that import it, and so on until there
+    are a few."""
+    tests, seen, level = set[str](), set[str](), {path}
+    while level and len(tests) < _FEW:
         importing = {file for imported in level for file in _importers()[imported]}
-        if tests := {file for file in importing if _is_test(file) and file.startswith(home)}:
-            return tests
+        tests |= {file for file in importing if _is_test(file) and file.startswith(home)}
+        if tests and level == {path}:
+            break
+        seen |= level
         level = {file for file in importing if not _is_test(file)} - seen
-    return set()
+    return tests
 
 
 def _naming(*names: str) -> set[str]:

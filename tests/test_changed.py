@@ -22,7 +22,7 @@ def test_a_changed_test_and_changed_docs_run() -> None:
 @pytest.mark.parametrize(
     ("path", "test"),
     [
-        ("dpt/training/session.py", "tests/training/test_resume.py"),  # imported by a module that the test imports
+        ("dpt/training/state.py", "tests/training/test_resume.py"),  # imported by a module that the test imports
         ("dpt/pictures.py", "tests/test_picture_files.py"),  # no folder of its own
         ("dpt/commands/predict.py", "tests/test_predict_command.py"),  # imported by name
         ("data_tools/readers/kitti.py", "tests/data_tools/readers/test_readers_depth.py"),
