@@ -47,14 +47,21 @@ def model_config(case: str, **fields: Any) -> ModelConfig:
 
 
 def recipe(
-    config: ModelConfig, batch: int, precision: str, *, zero_stage: int = 1, accumulation: int = 1, **training: Any
+    config: ModelConfig,
+    batch: int,
+    precision: str,
+    *,
+    zero_stage: int = 1,
+    accumulation: int = 1,
+    attention: str = "auto",
+    **training: Any,
 ) -> Recipe:
     """A pre-training recipe, as the launchers take it."""
     deepspeed: dict[str, Any] = {"train_batch_size": batch, "gradient_accumulation_steps": accumulation}
     deepspeed["zero_optimization"] = {"stage": zero_stage}
     if precision == "bf16":
         deepspeed["bf16"] = {"enabled": True}
-    dpt = DptConfig(model=config)
+    dpt = DptConfig(model=config, attention_backend=attention)  # type: ignore[arg-type]
     settings: dict[str, Any] = {"output_dir": ""} | training
     return Recipe(deepspeed=deepspeed, dpt=dataclasses.replace(dpt, training=dataclasses.replace(dpt.training, **settings)))
 

@@ -4,10 +4,12 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import harness
 from dpt.models import grouped_mlp
+from dpt.models.attention import can_use, self_attention, use_backend
 
 ATTENTION = (128, 16, 256, 72)
 """Samples, heads, tokens and channels of a head: XL/2 at 256 px."""
@@ -38,8 +40,17 @@ def _attention(shape: tuple[int, int, int, int], rounds: int) -> list[harness.Ro
             qkv.grad = None
 
         actions[backend.name.removesuffix("_ATTENTION").lower()] = action
+    if can_use("triton"):
+        actions["cuDNN, our backward pass"] = lambda: _own_attention(qkv, seed)
     flops = 14.0 * samples * heads * tokens * tokens * size  # two products forward, five backward
     return _rates(f"attention {shape}, forward and backward", actions, flops, rounds)
+
+
+def _own_attention(qkv: Tensor, seed: Tensor) -> None:
+    use_backend("triton")
+    self_attention(qkv).backward(seed.transpose(1, 2))
+    qkv.grad = None
+    use_backend("auto")
 
 
 def _grouped(sizes: tuple[int, int, int, int], rounds: int) -> list[harness.Row]:

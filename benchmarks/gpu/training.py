@@ -12,6 +12,7 @@ from benchmarks import harness
 from benchmarks.train_step import Training, model_config, recipe
 from dpt.config.devices import data_sheet_peak
 from dpt.config.sections import ModelConfig
+from dpt.models.attention import can_use
 from dpt.models.costs import macs, num_params
 from dpt.models.experts import Dispatch
 from dpt.training.preflight import needs
@@ -39,9 +40,13 @@ def measure(kind: str, *, cases: Sequence[str] = (), rounds: int = 5) -> list[ha
             rows.append({"case": case, "what": TOO_LARGE})
             continue
         done.add(preset)
-        ways = (False, True) if num_params(config).total < 1_000_000_000 else (True,)  # a large one takes a minute to build
-        for compile in ways if cuda else (False,):
-            rows += _measure_one(case, config, batch, micro, precision, compile, rounds)
+        large = num_params(config).total >= 1_000_000_000  # takes a minute to build
+        if not large or not cuda:
+            rows += _measure_one(case, config, batch, micro, precision, False, rounds)
+        if cuda:
+            rows += _measure_one(case, config, batch, micro, precision, True, rounds)
+        if can_use("triton") and not large:
+            rows += _measure_one(case, config, batch, micro, precision, True, rounds, attention="triton")
     return rows
 
 
@@ -56,13 +61,14 @@ def fitting_micro_batch(config: ModelConfig, batch: int, precision: str) -> int 
 
 
 def _measure_one(
-    case: str, config: ModelConfig, batch: int, micro: int, precision: str, compile: bool, rounds: int
+    case: str, config: ModelConfig, batch: int, micro: int, precision: str, compile: bool, rounds: int, attention: str = "auto"
 ) -> list[harness.Row]:
-    training = Training(config, batch, precision, zero_stage=2, accumulation=batch // micro, compile=compile)
+    settings: dict[str, Any] = {"zero_stage": 2, "accumulation": batch // micro, "compile": compile}
+    training = Training(config, batch, precision, attention=attention, **settings)
     if torch.cuda.is_available():
         training.data = {name: value.pin_memory() for name, value in training.data.items()}
     flops = 2.0 * batch * macs(config).training
-    name = "compiled" if compile else "eager"
+    name = ("compiled" if compile else "eager") + (f", attention by {attention}" if attention != "auto" else "")
     label = f"{case}, {precision}, micro-batch {micro}"
     rows = [_row(label, name, training, flops, rounds)]
     rows[0]["plan_gib"] = needs(training.recipe, "pretrain", 1).memory.total / 2**30

@@ -43,7 +43,7 @@ class DptConfig:
     """Task: class (class-conditional images), depth, flow, amodal, generalist (all three), or one of your own."""
     hardware: str = ""
     """Hardware that the recipe is meant for, in words."""
-    attention_backend: Literal["auto", "sdpa", "flash2", "flash3", "flash4"] = "auto"
+    attention_backend: Literal["auto", "sdpa", "triton", "flash2", "flash3", "flash4"] = "auto"
     """Attention kernel on GPUs; naming one that is missing is an error. Weights do not depend on it."""
     model: ModelConfig = field(default_factory=ModelConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)

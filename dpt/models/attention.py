@@ -16,7 +16,12 @@ from dpt.errors import UserError
 from dpt.models import products
 from dpt.models.products import Linear
 
-Backend = Literal["sdpa", "flash2", "flash3", "flash4"]
+try:
+    from dpt.models import attention_backward
+except ImportError:  # no triton, which PyTorch's builds for GPUs bring along
+    attention_backward = None  # type: ignore[assignment]
+
+Backend = Literal["sdpa", "triton", "flash2", "flash3", "flash4"]
 
 _PACKAGES = {"flash2": "flash_attn", "flash3": "flash_attn_interface", "flash4": "flash_attn.cute"}
 _HALF = (torch.bfloat16, torch.float16)
@@ -28,10 +33,12 @@ _chosen: Backend = "sdpa"
 
 
 def use_backend(name: str) -> str:
-    """Set the process's attention kernel ("auto", "sdpa", "flash2", "flash3" or "flash4"); returns a line that says it.
+    """Set the process's attention kernel, "auto" or a `Backend`; returns a line that says it.
 
     "auto" is PyTorch's own kernels unless this machine's GPU has a newer FlashAttention installed for it: 4 on Blackwell
-    (compute capability 10), 3 on Hopper (9). FlashAttention 3 and 4 take the place of the flash kernel inside
+    (compute capability 10), 3 on Hopper (9). "triton" is PyTorch's but for the backward pass over short sequences on Hopper
+    (`dpt.models.attention_backward`); "auto" does not take it, as no whole step with it has been measured yet.
+    FlashAttention 3 and 4 take the place of the flash kernel inside
     scaled_dot_product_attention, for the whole process. Raises UserError if a named one cannot be used.
     """
     global _chosen
@@ -43,14 +50,26 @@ def use_backend(name: str) -> str:
         _chosen = name  # type: ignore[assignment]
     else:
         raise UserError(f'dpt.attention_backend "{name}" cannot be used ({reason}); install it or choose "sdpa".')
-    kernel = "PyTorch's scaled_dot_product_attention" if _chosen == "sdpa" else f"FlashAttention {_chosen[-1]} in bf16 and fp16"
+    kernel = "PyTorch's scaled_dot_product_attention"
+    if _chosen == "triton":
+        kernel += f", up to {attention_backward.MOST_TOKENS} tokens with our backward pass in 16 bits"
+    elif _chosen != "sdpa":
+        kernel = f"FlashAttention {_chosen[-1]} in bf16 and fp16"
     return f"Attention: {kernel}{' (chosen by auto)' if name == 'auto' else ''}."
+
+
+def can_use(name: str) -> bool:
+    """Whether the backend "triton", "flash2", "flash3" or "flash4" can be used here."""
+    return _missing(name) is None
 
 
 def _missing(name: str) -> str | None:
     """Why FlashAttention `name` cannot be used here, None if it can; 3 and 4 are switched on in passing."""
     if not torch.cuda.is_available():
         return "it needs a CUDA GPU"
+    if name == "triton":
+        hopper = torch.cuda.get_device_capability()[0] == 9
+        return None if attention_backward and hopper else "it needs the package triton and a Hopper GPU"
     try:
         if name == "flash2":
             importlib.import_module(_PACKAGES[name])
@@ -73,9 +92,18 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
 
         parts = (x.transpose(1, 2) for x in (q, k, v))
         return flash_attn_func(*parts, softmax_scale=scale).transpose(1, 2)
-    order = _ORDER if _chosen == "sdpa" else [SDPBackend.FLASH_ATTENTION]  # no silent fall back from a named kernel
+    order = _ORDER if _chosen in ("sdpa", "triton") else [SDPBackend.FLASH_ATTENTION]  # no silent fall back from a named kernel
     with sdpa_kernel(order, set_priority=True):
         return F.scaled_dot_product_attention(q, k, v, scale=scale)
+
+
+def self_attention(qkv: Tensor, scale: float | None = None) -> Tensor:
+    """`attention` of queries, keys and values that are one tensor [B, T, 3, heads, d]: [B, T, heads, d]."""
+    if _chosen == "triton" and qkv.is_cuda and qkv.dtype in _HALF and attention_backward.serves(qkv):
+        return attention_backward.attention(qkv, qkv.shape[-1] ** -0.5 if scale is None else scale)
+    # Unbound before they are transposed: the three gradients then come together in one pass.
+    q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
+    return attention(q, k, v, scale).transpose(1, 2)
 
 
 class Attention(nn.Module):
@@ -95,7 +123,9 @@ class Attention(nn.Module):
         self.proj = Linear(hidden_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        # Unbound before they are transposed: the three gradients then come together in one pass.
-        q, k, v = (part.transpose(1, 2) for part in self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2))
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
+        if isinstance(self.q_norm, nn.Identity):
+            return self.proj(self_attention(qkv, self.scale).flatten(2))
+        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
         out = attention(self.q_norm(q), self.k_norm(k), v, self.scale)
         return self.proj(out.transpose(1, 2).flatten(2))

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from dpt.config.presets import preset_values
 from dpt.config.sections import ModelConfig
 from dpt.errors import UserError
+from dpt.models import compiling
 from dpt.models.attention import Attention
 from dpt.models.layers import (
     FinalLayer,
@@ -158,10 +159,10 @@ class DiT(nn.Module):
         """Give back the outputs of these blocks, counted from 1, as `hidden`; none of them may be bypassed."""
         self.watched = frozenset(blocks)
 
-    def compile_blocks(self, **options: Any) -> None:
-        """Compile each block in place with torch.compile and its `options`; the dispatch to experts stays out of the graph."""
+    def compile_blocks(self, **arguments: Any) -> None:
+        """Compile each block in place with torch.compile and its `arguments`; without any, as `dpt.models.compiling` says."""
         for block in self.blocks:
-            block.compile(**options)
+            block.compile(**(arguments or {"options": compiling.options()}))
 
     def forward(
         self,

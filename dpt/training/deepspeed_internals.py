@@ -45,6 +45,54 @@ def grad_norm(optimizer: Any) -> float:
     return float(optimizer._global_grad_norm)
 
 
+def sum_gradients_directly(optimizer: Any) -> None:
+    """Let BF16_Optimizer add each gradient to its float32 sum in one pass; the first of a step takes the sum's place.
+
+    It would zero all sums, convert gradients to float32, and add those. And where experts are not spread over ranks, the norm
+    is that of its flat sums, in place of one product a parameter. `_update_hp_grad`, `clear_hp_grads`, `get_grads_for_norm`
+    and `get_grads_for_reduction` of `BF16_Optimizer` are replaced, its `fp32_groups_gradients`, `fp32_groups_gradients_flat`,
+    `fp32_groups_has_gradients` and `has_moe_layers` used.
+    """
+    if not hasattr(optimizer, "fp32_groups_has_gradients"):
+        return
+    sums, flags = optimizer.fp32_groups_gradients, optimizer.fp32_groups_has_gradients
+
+    def add(parameter: nn.Parameter, group: int, index: int, clear_lp_grads: bool) -> None:
+        if parameter.grad is None:
+            return
+        total = sums[group][index]
+        (total.add_ if flags[group][index] else total.copy_)(parameter.grad.view(total.shape))
+        flags[group][index] = True
+        if clear_lp_grads:
+            parameter.grad.zero_()
+
+    def forget() -> None:
+        for group in flags:
+            group[:] = [False] * len(group)
+
+    def complete() -> None:
+        """Zero the sums of parameters that the step's loss did not depend on."""
+        for group, totals in zip(flags, sums, strict=True):
+            for has_gradient, total in zip(group, totals, strict=True):
+                if not has_gradient:
+                    total.zero_()
+
+    def for_norm(for_clipping: bool = False) -> Any:
+        complete()
+        if optimizer.has_moe_layers:
+            return by_parameter(for_clipping=for_clipping)
+        flat = optimizer.fp32_groups_gradients_flat
+        return flat if for_clipping else (flat, {})
+
+    def for_reduction() -> Any:
+        complete()
+        return of_ranks()
+
+    by_parameter, of_ranks = optimizer.get_grads_for_norm, optimizer.get_grads_for_reduction
+    optimizer._update_hp_grad, optimizer.clear_hp_grads = add, forget
+    optimizer.get_grads_for_norm, optimizer.get_grads_for_reduction = for_norm, for_reduction
+
+
 # --- the loss scaler ----------------------------------------------------------------------------------------------------
 
 _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")

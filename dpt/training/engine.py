@@ -63,6 +63,7 @@ class Engine:
             self.deepspeed, *_ = deepspeed.initialize(model=module, optimizer=self.optimizer, config=config)
         if distributed.world_size() == 1 and not internals.reduces_gradients(self.deepspeed.optimizer):
             internals.keep_gradients(self.deepspeed)  # it would copy all gradients into buckets and back, for nobody
+        internals.sum_gradients_directly(self.deepspeed.optimizer)
         self.optimizer.state.clear()
         if isinstance(self.optimizer, Muon):
             self.optimizer.set_layout(fragments(self.deepspeed))
@@ -120,6 +121,7 @@ def deepspeed_config(recipe: Recipe, world_size: int, numel: int) -> dict[str, A
     zero.setdefault("reduce_bucket_size", min(REDUCE_BUCKET_SIZE, max(numel, 1)))
     if recipe.precision == "bf16":
         config["bf16"].setdefault("check_grad_overflow", True)
+        config["bf16"].setdefault("immediate_grad_update", True)  # into the float32 sums in the backward pass, freeing them
         if recipe.zero_stage > 0:  # gradients are summed over micro-batches and over ranks in fp32
             config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
             config.setdefault("communication_data_type", "fp32")

@@ -8,7 +8,7 @@ import torch
 from dpt.cpu import upcast
 from dpt.errors import UserError
 from dpt.models import attention as module
-from dpt.models.attention import attention, use_backend
+from dpt.models.attention import attention, self_attention, use_backend
 from tests.models.networks import VARIANTS, batch, gradients, random_model
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -46,7 +46,7 @@ def _back_to_auto():
 @pytest.mark.gpu
 @gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("backend", ["sdpa", "flash2", "flash3", "flash4"])
+@pytest.mark.parametrize("backend", ["sdpa", "triton", "flash2", "flash3", "flash4"])
 def test_gpu_backends_are_the_formula(backend, dtype):
     try:
         use_backend(backend)
@@ -62,6 +62,38 @@ def test_gpu_backends_are_the_formula(backend, dtype):
 
 @pytest.mark.gpu
 @gpu
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(("tokens", "size"), [(256, 72), (256, 64), (100, 72), (64, 80), (320, 72)])
+def test_the_backward_pass_in_triton_is_the_formula(tokens, size, compiled):
+    try:
+        use_backend("triton")
+    except UserError as error:
+        pytest.skip(str(error))
+    torch.manual_seed(0)
+    qkv = torch.randn(2, tokens, 3, 4, size, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    weights = torch.randn(2, tokens, 4, size, device="cuda")
+    function = torch.compile(self_attention) if compiled else self_attention
+
+    def expected(qkv):
+        q, k, v = (part.transpose(1, 2) for part in qkv.double().unbind(2))
+        return formula(q, k, v).transpose(1, 2)
+
+    ours, theirs = (with_gradients(f, [qkv], weights) for f in (function, expected))
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a.double() - b).norm() < 0.01 * b.norm()
+    again = with_gradients(function, [qkv], weights)
+    assert all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))
+
+
+def test_self_attention_is_attention_of_its_parts():
+    torch.manual_seed(0)
+    qkv = torch.randn(2, 10, 3, 4, 16)
+    expected = formula(*(part.transpose(1, 2) for part in qkv.unbind(2))).transpose(1, 2)
+    torch.testing.assert_close(self_attention(qkv), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.gpu
+@gpu
 def test_kernels_are_chosen_in_our_order():
     """cuDNN first in bf16, also inside a compiled graph."""
     q, k, v = (torch.randn(2, 4, 256, 72, device="cuda", dtype=torch.bfloat16) for _ in range(3))
@@ -73,7 +105,7 @@ def test_kernels_are_chosen_in_our_order():
         assert "cudnn" in " ".join(event.key for event in profiler.key_averages())
 
 
-@pytest.mark.parametrize("backend", ["flash2", "flash3", "flash4"])
+@pytest.mark.parametrize("backend", ["triton", "flash2", "flash3", "flash4"])
 def test_a_named_backend_that_is_missing_is_an_error(backend):
     if torch.cuda.is_available():
         pytest.skip("may be there on this machine")
@@ -86,12 +118,14 @@ def test_auto_says_its_choice():
     assert use_backend("auto").endswith("(chosen by auto).")
 
 
-@pytest.mark.parametrize("backend", ["flash2", "flash3", "flash4"])
-def test_a_flash_backend_leaves_fp32_and_cpus_to_sdpa(monkeypatch, backend):
+@pytest.mark.parametrize("backend", ["triton", "flash2", "flash3", "flash4"])
+def test_a_named_backend_leaves_fp32_and_cpus_to_sdpa(monkeypatch, backend):
     """Weights trained with FlashAttention are evaluated in fp32, or on a machine without it."""
     monkeypatch.setattr(module, "_chosen", backend)
     q, k, v = (torch.randn(2, 3, 10, 16) for _ in range(3))
     torch.testing.assert_close(attention(q, k, v), formula(q, k, v), atol=1e-5, rtol=1e-5)
+    qkv = torch.stack([q, k, v], dim=1).permute(0, 3, 1, 2, 4)
+    torch.testing.assert_close(self_attention(qkv).transpose(1, 2), formula(q, k, v), atol=1e-5, rtol=1e-5)
 
 
 slow = [pytest.mark.slow, pytest.mark.skipif(not shutil.which("g++"), reason="no compiler")]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from training_toys import ROOT, make_recipe
 
 from dpt.config.recipe import load_recipe
+from dpt.training import deepspeed_internals as internals
 from dpt.training.engine import Engine
 from dpt.training.fragments import fragments, refresh_weights
 
@@ -32,7 +33,11 @@ ASSUMED = {  # class -> attributes
     "DeepSpeedZeroOptimizer": [
         "bit16_groups", "single_partition_of_fp32_groups", "update_lp_params", "loss_scaler", "reduce_gradients", *_STEP,
     ],
-    "BF16_Optimizer": ["bf16_groups", "fp32_groups_flat_partition", "update_lp_params", *_STEP],
+    "BF16_Optimizer": [
+        "bf16_groups", "fp32_groups_flat_partition", "update_lp_params", "fp32_groups_gradients", "fp32_groups_gradients_flat",
+        "fp32_groups_has_gradients", "has_moe_layers", "_update_hp_grad", "clear_hp_grads", "get_grads_for_norm",
+        "get_grads_for_reduction", *_STEP,
+    ],
     "DeepSpeedZeroOptimizer_Stage3": [
         "grad_position", "get_param_id", "_get_param_partition_rank", "fp32_partitioned_groups_flat",
         "fp16_partitioned_groups_flat", "_unflatten_partitioned_parameters", "persistent_parameters", "loss_scaler",
@@ -56,6 +61,49 @@ class _Net(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor]:
         return (self.layer(x).float().square().mean(),)
+
+
+class _Fork(nn.Module):
+    """Two layers, of which every second forward pass uses one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Linear(5, 3) for _ in range(2))
+
+    def forward(self, x: Tensor, both: bool) -> tuple[Tensor]:
+        return (sum(layer(x) for layer in self.layers[: 1 + both]).float().square().mean(),)
+
+
+def _weights_and_norms(recipe_path: Path) -> list[tuple[Tensor, list[float]]]:
+    """After four steps of two micro-batches: summed as DeepSpeed does, and directly."""
+    results = []
+    for directly in (False, True):
+        fields = ENGINES["zero1 bf16"] | {"gradient_accumulation_steps": 2, "gradient_clipping": 0.0}
+        with pytest.MonkeyPatch.context() as patch:
+            if not directly:
+                fields = fields | {"bf16.immediate_grad_update": False}
+                patch.setattr(internals, "sum_gradients_directly", lambda optimizer: None)
+            engine = Engine(load_recipe(recipe_path, fields), _Fork())
+        norms = []
+        for both in ((True, True), (False, True), (False, False), (True, False)):
+            torch.manual_seed(sum(both))
+            for number, used in enumerate(both):
+                engine.accumulate(torch.randn(4, 5).to(engine.dtype), used)
+                if not number:
+                    engine.end_micro_batch()
+            norms.append(engine.step(1e-2).grad_norm)
+        results.append((torch.cat([f.master().flatten() for f in fragments(engine.deepspeed)]).clone(), norms))
+    return results
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_gradients_summed_directly_are_deepspeeds(tmp_path, ranks):
+    """Bit by bit, where a parameter has no gradient in some micro-batches or in none of a step's, too."""
+    for result in run_ranks(ranks, _weights_and_norms, make_recipe(tmp_path / "run.json", []), as_launched=True):
+        (weights, norms), (directly, direct_norms) = result
+        assert torch.equal(weights, directly)
+        assert direct_norms == pytest.approx(norms, rel=1e-6)
 
 
 def _look(recipe_path: Path) -> dict[str, Any]:
