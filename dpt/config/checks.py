@@ -42,6 +42,9 @@ def _idle_fields(recipe: Recipe) -> Iterator[str]:
         ("diffusion.timestep_location", 0.0, 'diffusion.timesteps "logit_normal"', logit_normal),
         ("diffusion.timestep_scale", 1.0, 'diffusion.timesteps "logit_normal"', logit_normal),
         ("training.ema_snapshot_every", 0, "training.ema_lengths", bool(config.training.ema_lengths)),
+        ("training.bypass_first", 2, "training.bypass_share", config.training.bypass_share > 0.0),
+        ("training.bypass_last", 4, "training.bypass_share", config.training.bypass_share > 0.0),
+        ("model.base_head_size", 64, "model.base_width", config.model.base_width > 0),
     ):
         section, field = name.split(".")
         value = getattr(getattr(config, section), field)

@@ -96,7 +96,7 @@ def memory(
     plan = Memory(
         weights=size * (share if zero_stage == 3 else held),
         master_weights=4 * optimizer if keeps_master else 0,
-        gradients=_gradient_bytes(precision, zero_stage, held, share),
+        gradients=_gradient_bytes(precision, zero_stage, held, share, offloaded=offload_optimizer),
         buckets=_bucket_bytes(precision, zero_stage, held),
         moments=8 * optimizer - (4 * math.ceil(optimizer * muon_params(config)[0] / count.total) if muon else 0),
         ema=4 * num_emas * optimizer,
@@ -107,11 +107,12 @@ def memory(
     return _offloaded(plan, zero_stage, size * share, optimizer=offload_optimizer, param=offload_param)
 
 
-def _gradient_bytes(precision: Precision, zero_stage: int, held: int, share: int) -> int:
-    """Of `held` parameters, `share` of them this rank's: bf16 ones are summed in fp32, in stage 1 beside themselves."""
+def _gradient_bytes(precision: Precision, zero_stage: int, held: int, share: int, *, offloaded: bool) -> int:
+    """Of `held` parameters, `share` of them this rank's. bf16 ones are summed in fp32: in stage 1 each one as soon as it is
+    there, but beside themselves where the optimizer is offloaded."""
     if precision != "bf16" or zero_stage == 0:
         return (4 if precision == "fp32" else 2) * (share if zero_stage >= 2 else held)
-    return 4 * share if zero_stage >= 2 else 6 * held
+    return 4 * share if zero_stage >= 2 else (6 if offloaded else 4) * held
 
 
 def _bucket_bytes(precision: Precision, zero_stage: int, held: int) -> int:

@@ -117,6 +117,11 @@ def _within(plans: list[Plan], limits: Limits) -> list[Plan]:
         raise UserError(
             f"the budget of {limits.train_macs:.3g} MACs is below the least that a plan takes, {least:.3g}; raise it."
         )
+    if math.isinf(limits.test_macs):
+        raise UserError(
+            "no model of the plan was observed as it would be trained: the runs have other sizes of latents, or are all upcycled "
+            "where it is not; train and evaluate some of its kind first."
+        )
     raise UserError(
         f"no observed setting predicts within {limits.test_macs:.3g} MACs per image; raise --test-macs-per-image, or evaluate "
         "smaller models and fewer steps first."

@@ -54,6 +54,8 @@ def test_options_name_what_they_may_be() -> None:
         ({"wall_clock_breakdown": 1}, "wall_clock_breakdown is 1; it must be true or false"),
         ({"dpt": {"training": {"timeout_s": math.inf}}}, "dpt.training.timeout_s is inf; it must be finite"),
         ({"dpt": {"sampling": {"guidance_scale": math.nan}}}, "dpt.sampling.guidance_scale is nan; it must be finite"),
+        ({"dpt": {"evaluation": {"guidance_low": 0.2}}}, "guidance_low 0.2 and guidance_high 1 do nothing while guidance_scale"),
+        ({"dpt": {"sampling": {"guidance_scale": 1.0, "guidance_high": 0.5}}}, "guidance_high 0.5 do nothing while guidance_sca"),
         ({"dpt": {"training": {"ema_decays": [math.nan]}}}, "dpt.training.ema_decays is nan; it must be finite"),
         ({"dpt": {"sampling": {"num_inference_steps": 0}}}, "dpt.sampling.num_inference_steps is 0"),
         ({"dpt": {"training": {"lr_final": -1.0}}}, "dpt.training.lr_final is -1.0"),

@@ -57,6 +57,12 @@ def test_models_of_another_task_are_no_observations():
     assert len(observed(generalist("finetune", "upcycle"))) == len(observed(runs))
 
 
+def test_runs_that_are_all_upcycled_are_no_ground_for_a_naive_plan():
+    surface = fitted(study(upcycle=(True,)))
+    with pytest.raises(UserError, match="no model of the plan was observed as it would be trained"):
+        naive_plan(surface, MODELS, Limits(train_macs=1e12))
+
+
 def test_the_surface_predicts_what_it_has_not_seen(surface):
     assert surface.factors == ["model", "pretrain", "finetune"]
     assert surface.ranges["model"] == tuple(float(costs.num_params(config(w)).total) for w in (min(WIDTHS), max(WIDTHS)))

@@ -22,3 +22,14 @@ def check_interval(config: Any, section: str, name: str) -> None:
     """UserError unless the fields NAME_low and NAME_high are the ends of an interval in [0, 1]."""
     low, high = getattr(config, f"{name}_low"), getattr(config, f"{name}_high")
     check(0.0 <= low <= high <= 1.0, f"{section}.{name}_low {low} and {name}_high {high} must obey 0 <= low <= high <= 1.")
+
+
+def check_guidance(config: Any, section: str) -> None:
+    """UserError unless guidance_low and guidance_high are the ends of an interval, and there is guidance for it to bound."""
+    check_interval(config, section, "guidance")
+    whole = (config.guidance_low, config.guidance_high) == (0.0, 1.0)
+    check(
+        whole or config.guidance_scale != 1.0,
+        f"{section}.guidance_low {config.guidance_low:g} and guidance_high {config.guidance_high:g} do nothing while "
+        f"guidance_scale is 1, without guidance; set guidance_scale, or them to 0 and 1.",
+    )

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from dpt.config.numbers import NOT_NEGATIVE, POSITIVE, SAMPLER_STEPS, Range
-from dpt.config.sections.checking import check, check_fields, check_interval
+from dpt.config.sections.checking import check, check_fields, check_guidance
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,6 +147,6 @@ class SamplingConfig:
     """Greatest noise level, as a share of the timesteps, at which guidance acts."""
 
     def __post_init__(self) -> None:
-        check_interval(self, "dpt.sampling", "guidance")
+        check_guidance(self, "dpt.sampling")
         check_fields(self, "dpt.sampling", NOT_NEGATIVE, "every", "guidance_channels")
         check_fields(self, "dpt.sampling", SAMPLER_STEPS, "num_inference_steps")

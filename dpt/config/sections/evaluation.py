@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from dpt.config.numbers import AT_LEAST_1, ENSEMBLE_SIZES, NOT_NEGATIVE, POSITIVE, SAMPLER_STEPS, SHARE
-from dpt.config.sections.checking import check, check_fields, check_interval
+from dpt.config.sections.checking import check, check_fields, check_guidance
 from dpt.config.sections.diffusion import DiffusionConfig
 
 
@@ -67,7 +67,7 @@ class EvaluationConfig:
                 len(values) > 0 and all(value in allowed for value in values),
                 f"dpt.evaluation.{name} {values}: each must be {allowed}.",
             )
-        check_interval(self, "dpt.evaluation", "guidance")
+        check_guidance(self, "dpt.evaluation")
         check_fields(self, "dpt.evaluation", SHARE, "eta")
         check_fields(self, "dpt.evaluation", POSITIVE, "step_power")
         check_fields(self, "dpt.evaluation", AT_LEAST_1, "batch_size")
