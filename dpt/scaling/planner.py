@@ -119,8 +119,8 @@ def _within(plans: list[Plan], limits: Limits) -> list[Plan]:
         )
     if math.isinf(limits.test_macs):
         raise UserError(
-            "no model of the plan was observed as it would be trained: the runs have other sizes of latents, or are all upcycled "
-            "where it is not; train and evaluate some of its kind first."
+            "no model of the plan was observed as it would be trained: the runs have latents of another size, or are all "
+            "upcycled; train and evaluate some of its kind first."
         )
     raise UserError(
         f"no observed setting predicts within {limits.test_macs:.3g} MACs per image; raise --test-macs-per-image, or evaluate "
