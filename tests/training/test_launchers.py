@@ -199,7 +199,7 @@ def test_a_disk_that_fills_up_costs_checkpoints_but_not_the_run(recipe: Path) ->
     done = _plain(*fields, "--steps", "8")
     assert done.returncode == 0, done.stderr
     assert "Continuing from" in done.stdout
-    assert "(step 4, written on 1 ranks)" in done.stdout
+    assert "(step 4, written on 1 rank)" in done.stdout
     assert [record["step"] for record in records(run)] == list(range(1, 9))
 
 
