@@ -1,4 +1,4 @@
-"""Weights taken to another input or other labels: more conditions, task labels, a convolution a task, a CLIP projection."""
+"""Adapt weights to another input or other labels: more conditions, task labels, one convolution per task, a CLIP projection."""
 
 import dataclasses
 
@@ -11,17 +11,17 @@ from dpt.models.weights import Weights, check_state
 
 _ADAPTED = {"num_conditions", "num_classes", "patch_embed_tasks", "clip_embedding_size", "router_bias_balancing"}
 _FREE = {"preset", "input_size", "class_dropout_prob", "capacity_factor"}
-"""Fields that no tensor depends on; positions are computed for every size."""
+"""Fields that no tensor depends on; positions are computed for any size."""
 _OF_EXPERTS = {"top_k", "expert_activation", "shared_expert_width", "normalize_top_k", "router_gate"}
-"""Fields that mean nothing without experts."""
+"""Fields that have no meaning without experts."""
 
 
 def adapt(weights: Weights, target: ModelConfig) -> Weights:
-    """`weights` as those of `DiT(target)`, for fine-tuning.
+    """Convert `weights` to those of `DiT(target)`, for fine-tuning.
 
     Conditions: the patch embedding is repeated for each image and divided by their number. Labels: each new one starts as the
     mean of its share of the old class rows (4 new ones on 1000 classes: rows 0-249, 250-499, 500-749, 750-999), the null
-    label's row stays the last. A convolution a task: all start as the one there was. CLIP projection: zero. UserError if
+    label's row stays last. One convolution per task: each starts as a copy of the original. CLIP projection: zero. UserError if
     another field differs.
     """
     source = weights.config
@@ -69,7 +69,7 @@ def _widen(state: dict[str, Tensor], source: ModelConfig, target: ModelConfig, w
 
 
 def _add_labels(state: dict[str, Tensor], source: ModelConfig, target: ModelConfig, weights: str) -> None:
-    """New label rows before the null label's."""
+    """Insert the new label rows before the null label's row."""
     new = target.num_classes - source.num_classes
     if new == 0:
         return

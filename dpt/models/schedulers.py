@@ -1,4 +1,4 @@
-"""diffusers' scheduler folders, read as a `DiffusionConfig`: what they say is taken over, or refused by name."""
+"""Read diffusers' scheduler folders as a `DiffusionConfig`: their settings are adopted, or refused by name."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,7 +23,7 @@ TAKEN = (
     *("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "prediction_type"),
     *("timestep_spacing", "steps_offset", "set_alpha_to_one", "rescale_betas_zero_snr"),
 )
-"""Fields of a `DiffusionConfig` that a scheduler's file says under the same names."""
+"""Fields of a `DiffusionConfig` that a scheduler's file has under the same names."""
 _IGNORED = (  # which change nothing in what is supported
     *("skip_prk_steps", "sample_max_value", "dynamic_thresholding_ratio", "clip_sample_range", "lower_order_final"),
     *("flow_shift", "base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len", "time_shift_type"),
@@ -74,13 +74,13 @@ def read_scheduler(path: str | Path) -> DiffusionConfig:
 
 
 def pipeline_scheduler(folder: Path) -> DiffusionConfig | None:
-    """That of the diffusers pipeline in `folder`; None if it has none."""
+    """The scheduler of the diffusers pipeline in `folder`; None if it has none."""
     file = folder / "scheduler" / SCHEDULER_FILE
     return read_scheduler(file) if file.is_file() else None
 
 
 def describe(values: Mapping[str, Any], source: str) -> str:
-    """One line of what a "diffusion" section says. UserError, naming `source`, for fields that dpt does not know."""
+    """Summarise a "diffusion" section in one line. UserError, naming `source`, for fields that dpt does not know."""
     config = section_from_dict(DiffusionConfig, values, source, prefix="diffusion")
     text = f"{config.prediction_type}, {config.num_train_timesteps} timesteps ({config.timestep_spacing})"
     if config.prediction_type == "rectified_flow":
