@@ -195,7 +195,7 @@ class CheckpointReader:
 
 
 def verify(checkpoint: Path) -> dict[str, Any]:
-    """Hash a checkpoint's files (each on one rank) and return its state. Collective; all ranks raise DamagedCheckpoint together."""
+    """Hash a checkpoint's files (each on one rank) and return its state. Collective; ranks raise DamagedCheckpoint together."""
     state: dict[str, Any] = {}
     problem = ""
     try:
