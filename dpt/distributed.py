@@ -36,7 +36,7 @@ def set_environment() -> None:
     Call it before torch is loaded (see `dpt.cpu.settings.limit_spinning`).
     """
     limit_spinning()
-    srun = os.environ if "SLURM_STEP_NUM_TASKS" in os.environ else {}  # which a batch script's own shell does not have
+    srun = os.environ if "SLURM_STEP_NUM_TASKS" in os.environ else {}  # not set in a batch script's own shell
     os.environ.setdefault("RANK", srun.get("SLURM_PROCID", "0"))
     os.environ.setdefault("LOCAL_RANK", srun.get("SLURM_LOCALID", "0"))
     os.environ.setdefault("WORLD_SIZE", srun.get("SLURM_STEP_NUM_TASKS", "1"))

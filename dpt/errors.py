@@ -61,7 +61,7 @@ def file_problem(error: OSError) -> str:
     reason = (error.strerror or str(error)).lower()
     if error.filename is None:
         return f"a file cannot be written ({reason}); make room."
-    which = error.filename2 or error.filename  # of a move, the place that it should have gone to
+    which = error.filename2 or error.filename  # for a move, the target
     name = os.fsdecode(which) if isinstance(which, bytes) else str(which)
     name = name if len(name) <= 200 else f"{name[:197]}..."
     fix = "make room" if error.errno in _DISKS else "check the path and the rights to it"

@@ -30,7 +30,7 @@ def held(folder: Path) -> Iterator[None]:
     finally:
         if made:
             with contextlib.suppress(OSError):
-                if os.listdir(folder) == [_NAME]:  # a run that was refused leaves nothing behind
+                if os.listdir(folder) == [_NAME]:  # a refused run leaves nothing behind
                     (folder / _NAME).unlink()
                     folder.rmdir()
         if descriptor >= 0:  # not earlier, or another run that took the lock would lose its file
@@ -53,10 +53,10 @@ def _lock(folder: Path) -> int:
         raise UserError(sentence) from error
     except OSError:  # a file system without locks
         return descriptor
-    if os.fstat(descriptor).st_nlink == 0:  # of a run that was refused, and has removed it meanwhile
+    if os.fstat(descriptor).st_nlink == 0:  # removed meanwhile by a refused run
         os.close(descriptor)
         return _lock(folder)
-    with contextlib.suppress(OSError):  # who it is, for the message alone
+    with contextlib.suppress(OSError):  # the owner, only for the message
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, json.dumps({"host": socket.gethostname(), "process": os.getpid()}).encode(), 0)
     return descriptor

@@ -37,7 +37,7 @@ class Workers:
                 future.set_result(action(*arguments))
             except BaseException as error:  # raised again where the result is asked for
                 future.set_exception(error)
-            del call, future, action, arguments  # else they live until the next call
+            del call, future, action, arguments  # else they would live until the next call
 
     def close(self) -> None:
         """End the threads once the calls so far are done, and wait for them."""

@@ -102,7 +102,7 @@ def fetch_file(url: str, size: int, patience: Patience, kept: Path | None = None
     file: Any = tempfile.NamedTemporaryFile(dir=folder, prefix=".dpt-", suffix=".part", delete=False)  # noqa: SIM115
     try:
         if kept is None:
-            os.unlink(file.name)  # it goes with the process, however that ends
+            os.unlink(file.name)  # the file is gone when the process ends, however that happens
         fetch(url, file, patience)
         if (found := os.fstat(file.fileno()).st_size) != size:
             raise OSError(f"{found} of {size} bytes came")

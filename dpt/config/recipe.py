@@ -190,7 +190,7 @@ def _build(cls: type, values: dict[str, Any], source: str, prefix: str) -> Any:
     nested = {n: _build(h, values.pop(n), source, f"{prefix}.{n}") for n, h in hints.items() if _is_section(h) and n in values}
     for name, value in values.items():
         wrong = UserError(f"{source}: {prefix}.{name} is {value!r}; it must be {type_in_words(hints[name])}.")
-        if value is None and type(None) not in get_args(hints[name]):  # which jsonargparse lets pass
+        if value is None and type(None) not in get_args(hints[name]):  # jsonargparse lets this pass
             raise wrong
         try:
             values[name] = _parser(hints[name]).parse_object({"value": value}, defaults=False)["value"]

@@ -90,7 +90,7 @@ class Rows:
         parts = [part for row in range(at, at + count) for part in (whole_memory[row * kept : (row + 1) * kept], rest)]
         whole = os.preadv(descriptor, parts, offset) // stride
         rows = self._memory[at : at + whole]
-        start = 8 * (int(self._checked[0]) - 16)  # of a tar's header, which begins with the sample's key
+        start = 8 * (int(self._checked[0]) - 16)  # start of a tar header, which begins with the sample's key
         names = rows[:, start : start + 100].tobytes().decode("latin1")
         self.keys[at : at + whole] = [names[i : i + 100].partition(".")[0] for i in range(0, len(names), 100)]
         sound = np.zeros(count, bool)
@@ -155,7 +155,7 @@ class ShardReader:
         probes = sorted({(whole - 1) * i // _PROBES for i in range(_PROBES + 1)} if whole else ())
         probe = Rows(members, members, 1, 1)
         sound = [probe.read(self._descriptor, row * stride, stride, 0, 1)[0] for row in probes]
-        share = 0.5 if size == record.bytes else 1.0  # of a tar as written, some may be damaged
+        share = 0.5 if size == record.bytes else 1.0  # in a tar of the recorded size, some may be damaged
         return stride if sound and np.mean(sound) >= share else 0
 
     def _walk(self, name: str) -> list[tuple[int, int]]:

@@ -250,7 +250,7 @@ class BatchReader:
             for name, spec in stream.specs.items()
         }
         for tensor in batch.values() if len(stream.sets) > 1 else ():
-            tensor.zero_()  # what a set lacks
+            tensor.zero_()  # for members that a set lacks
         damaged = {block for block in dict.fromkeys(blocks) if block.errors}
         for slot in [slot for slot, block in enumerate(blocks) if block in damaged]:
             blocks[slot], rows[slot] = self._readable(int(places.sets[slot]), int(places.shards[slot]), int(rows[slot]))

@@ -132,7 +132,7 @@ def _tables(config: DiffusionConfig) -> dict[str, np.ndarray]:
     beta = betas(config)
     previous = np.concatenate(([1.0], alpha[:-1] ** 2))
     posterior_variance = beta * (1.0 - previous) / sigma**2
-    posterior_variance[0] = posterior_variance[1]  # it is 0 there, and its logarithm is needed
+    posterior_variance[0] = posterior_variance[1]  # 0 there, but its logarithm is needed
     tables["log_beta"] = np.log(beta)
     tables["posterior_log_variance"] = np.log(posterior_variance)
     tables["posterior_clean"] = beta * np.sqrt(previous) / sigma**2

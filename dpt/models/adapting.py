@@ -28,7 +28,7 @@ def adapt(weights: Weights, target: ModelConfig) -> Weights:
     may_differ = _ADAPTED | _FREE | (set() if source.num_experts or target.num_experts else _OF_EXPERTS)
     if source.patch_embed_tasks:
         may_differ.discard("patch_embed_tasks")
-    if not source.base_width and not target.base_width:  # it means nothing without muP
+    if not source.base_width and not target.base_width:  # meaningless without muP
         may_differ.add("base_head_size")
     for name in [f.name for f in dataclasses.fields(ModelConfig) if f.name not in may_differ]:
         old, new = getattr(source, name), getattr(target, name)
@@ -36,7 +36,7 @@ def adapt(weights: Weights, target: ModelConfig) -> Weights:
             raise UserError(f"dpt.model.{name} is {new}, but the weights ({weights.source}) have {old}; set it to {old}.")
     state = dict(weights.state)
     _widen(state, source, target, weights.source)
-    if target.patch_embed_tasks and not source.patch_embed_tasks:  # one convolution a task, all equal
+    if target.patch_embed_tasks and not source.patch_embed_tasks:  # one convolution per task, all equal
         for kind in ("weight", "bias"):
             state[f"x_embedder.{kind}"] = torch.stack([state.pop(f"x_embedder.proj.{kind}")] * target.patch_embed_tasks)
     _add_labels(state, source, target, weights.source)

@@ -53,7 +53,7 @@ def _attention(c: int, head: int, kernels: tuple[int, ...]) -> Layer:
 def encoder(config: Mapping[str, Any]) -> Iterator[Layer]:
     """Layers of the encoder, of which only the parameters count."""
     widths, blocks = channels(config, "encoder"), _blocks(config, "encoder")
-    strided = config.get("downsample_block_type", "pixel_unshuffle") != "pixel_unshuffle"  # else pixels go to channels
+    strided = config.get("downsample_block_type", "pixel_unshuffle") != "pixel_unshuffle"  # else pixels become channels
 
     def halve(inside: int, outside: int) -> Layer:
         return conv(inside, outside if strided else outside // 4)
@@ -69,7 +69,7 @@ def encoder(config: Mapping[str, Any]) -> Iterator[Layer]:
 def decoder(config: Mapping[str, Any]) -> Iterator[tuple[int, Layer]]:
     """Layers of the decoder, each with how often the latents' sides have been doubled before it."""
     widths, blocks, latent = channels(config), _blocks(config, "decoder"), int(config.get("latent_channels", 32))
-    interpolated = config.get("upsample_block_type", "pixel_shuffle") == "interpolate"  # else channels go to pixels
+    interpolated = config.get("upsample_block_type", "pixel_shuffle") == "interpolate"  # else channels become pixels
     doublings = 0
     yield 0, conv(latent, widths[-1], kept=2 * latent, width=widths[-1])
     for level in reversed(range(len(blocks))):

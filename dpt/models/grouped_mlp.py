@@ -159,7 +159,7 @@ def _backward_grouped(grad: Tensor, x: Tensor, hidden: Tensor, w_in: Tensor, w_o
 
 def _product(x_NA: Tensor, w_EAB: Tensor, counts: Tensor) -> Tensor:
     """Rows of slice e times w[e]: [N, B]."""
-    if not x_NA.shape[0]:  # which the kernel does not take
+    if not x_NA.shape[0]:  # the kernel does not accept this
         return x_NA.new_empty(0, w_EAB.shape[2])
     return F.grouped_mm(x_NA, w_EAB, offs=counts.cumsum(0, dtype=torch.int32))
 

@@ -86,12 +86,12 @@ def memory(
     size = 4 if precision == "fp32" else 2
     count = num_params(config)
     count = replace(count, total=count.total + projector_params)
-    held = count.total - count.routed + count.routed // ep_size  # before ZeRO
+    held = count.total - count.routed + count.routed // ep_size  # before ZeRO partitioning
     share = math.ceil(count.total / ranks)
     optimizer = share if zero_stage >= 1 else held
     keeps_master = precision != "fp32" or zero_stage >= 1  # ZeRO's partitions are copies in any precision
     if precision == "bf16" and zero_stage == 2 and ranks == 1 and not offload_optimizer:
-        zero_stage = 1  # as the engine does: there is nothing to reduce
+        zero_stage = 1  # like the engine: nothing to reduce
     tokens = micro_batch_size * num_tokens(config, height, width)
     plan = Memory(
         weights=size * (share if zero_stage == 3 else held),
@@ -167,7 +167,7 @@ def _activation_bytes(config: ModelConfig, tokens: int, size: int, ep_size: int,
     kept, working = _kept_per_token(config, size), 7 * d * size  # 7: the final layer, and gradients on their way
     if config.num_experts:
         width, swiglu = config.top_k * config.mlp_width, int(is_swiglu(config))
-        expert_gradients = config.num_experts // ep_size * expert_params(config) * size  # of one block
+        expert_gradients = config.num_experts // ep_size * expert_params(config) * size  # one block's
         # In the experts' backward pass: gradient of the activation, the activation again, gradient of the first product; later
         # the last two beside the weights' gradients. The shared expert's backward pass is over by then.
         freed = (4 * config.shared_expert_width - 2 * d) * size

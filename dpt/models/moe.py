@@ -113,7 +113,7 @@ def within_capacity(routing: Routing, num_samples: int, num_experts: int, factor
     samples = torch.arange(tokens, device=experts_TK.device) // tokens_per_sample
     groups = (samples[:, None] * num_experts + experts_TK).flatten()
     order = weights_TK.flatten().argsort(descending=True, stable=True)
-    order = order[groups[order].argsort(stable=True)]  # by group, then by falling weight
+    order = order[groups[order].argsort(stable=True)]  # by group, then by decreasing weight
     sizes = torch.zeros(num_samples * num_experts, dtype=torch.int64, device=groups.device)
     sizes.index_add_(0, groups, torch.ones_like(groups))
     starts = sizes.cumsum(0) - sizes

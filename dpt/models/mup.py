@@ -45,7 +45,7 @@ def scale_initial_weights(parameters: Iterable[tuple[str, nn.Parameter]], config
     those of the patch embedding must not, and normal ones of a fixed deviation must."""
     for name, parameter in parameters:
         if _PATCHES.fullmatch(name):
-            inputs = parameter[0].numel() if parameter.dim() == 4 else parameter[0, 0].numel()  # of one task, of several
+            inputs = parameter[0].numel() if parameter.dim() == 4 else parameter[0, 0].numel()  # single task, several tasks
             parameter.mul_(((inputs + config.hidden_size) / (inputs + config.base_width)) ** 0.5)
         elif name == "t_embedder.mlp.2.weight" or _ROUTER.fullmatch(name):
             parameter.div_(config.width_ratio**0.5)

@@ -72,7 +72,7 @@ def read_weights(
     """
     path, place = hub.resolve(path)
     if not (path / CONFIG).is_file() and (path / "weights" / CONFIG).is_file():
-        path = path / "weights"  # of a run's folder
+        path = path / "weights"  # `path` is a run's folder
     ours = (path / WEIGHTS).is_file() and (path / CONFIG).is_file()
     pipeline = (path / "transformer").is_dir()
     if path.is_dir() and not (path / CONFIG).is_file() and not pipeline:
@@ -128,7 +128,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
     _check_sections({name: value for name, value in config.items() if name not in ("model", "export_id")}, file)
     if not isinstance(model, dict) or not model:
         raise UserError(f"{file}: model is {model!r}; it must be the object of the network's fields.")
-    model.pop("attention_backend", None)  # which older exports stored; any kernel reads any weights
+    model.pop("attention_backend", None)  # stored by older exports; any kernel reads any weights
     return config | {"model": section_from_dict(ModelConfig, model, str(file), prefix="model")}
 
 
@@ -205,7 +205,7 @@ def _read_public(path: Path, ema: bool, fields: Mapping[str, Any]) -> Weights:
             "depth_code": "linear",
             "flow_code": "linear_75",
             "depth_prompt": "ground_truth",
-            "fits": {"flow": {"fit": "stretch"}},  # whose training pairs were; the other tasks keep the aspect
+            "fits": {"flow": {"fit": "stretch"}},  # as its training pairs were; other tasks keep the aspect
             "diffusion": asdict(DiffusionConfig(beta_schedule="squaredcos_cap_v2")),
         }
     return Weights(

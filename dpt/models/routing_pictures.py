@@ -210,7 +210,7 @@ def _per_layer(values: FloatArray, y_label: str, rows: list[str]) -> "Figure":
 def _grid(values: FloatArray) -> "Figure":
     """Draw [L, E, h, w] as a map per expert and layer, all on one scale. One image: 24 x 48 axes would take minutes."""
     layers, experts, height, width = values.shape
-    tiled = np.full((layers, experts, height + 1, width + 1), np.nan)  # a gap behind and below each map
+    tiled = np.full((layers, experts, height + 1, width + 1), np.nan)  # a gap to the right of and below each map
     tiled[..., :height, :width] = values
     figure = _figure(0.8 * experts + 1.5, 0.8 * layers + 0.8)
     axes = figure.subplots()

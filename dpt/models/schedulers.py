@@ -11,7 +11,7 @@ from dpt.models.weight_files import read_json_object
 
 SCHEDULER_FILE = "scheduler_config.json"
 
-_CLASSES: dict[str, dict[str, Any]] = {  # each with its own defaults, where they differ from DiffusionConfig's
+_CLASSES: dict[str, dict[str, Any]] = {  # each with those of its defaults that differ from DiffusionConfig's
     "DDIMScheduler": {"timestep_spacing": "leading", "clip_sample": True},
     "DDPMScheduler": {"timestep_spacing": "leading", "clip_sample": True},
     "PNDMScheduler": {"timestep_spacing": "leading", "set_alpha_to_one": False},
@@ -24,7 +24,7 @@ TAKEN = (
     *("timestep_spacing", "steps_offset", "set_alpha_to_one", "rescale_betas_zero_snr"),
 )
 """Fields of a `DiffusionConfig` that a scheduler's file has under the same names."""
-_IGNORED = (  # which change nothing in what is supported
+_IGNORED = (  # no effect on the supported settings
     *("skip_prk_steps", "sample_max_value", "dynamic_thresholding_ratio", "clip_sample_range", "lower_order_final"),
     *("flow_shift", "base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len", "time_shift_type"),
 )

@@ -51,7 +51,7 @@ def upcycle(weights: Weights, upcycling: UpcyclingConfig, *, seed: int = 0) -> W
     generator = torch.Generator().manual_seed(seed)
     reinitialised = _Reinitialised(upcycling.reinit_share, config.num_experts, config.mlp_width, seed)
     state = {}
-    for name, shape in expected_shapes(config).items():  # a fixed order, so that the seed tells every number
+    for name, shape in expected_shapes(config).items():  # a fixed order, so that the seed determines every number
         if match := re.fullmatch(r"(blocks\.\d+)\.moe\.experts\.(fc[12])_(weight|bias)", name):
             mlp = weights.state[f"{match[1]}.mlp.{match[2]}.{match[3]}"]
             experts = _split(mlp, f"{match[2]}.{match[3]}", m).repeat(upcycling.num_experts, *(1 for _ in mlp.shape))
@@ -88,7 +88,7 @@ class _Reinitialised:
 
     def __call__(self, experts: Tensor, block: str, kind: str) -> Tensor:
         """Redraw units in the experts [E, ...] of one kind of tensor of a block."""
-        if not self._count or kind == "fc2.bias":  # which belongs to no hidden unit
+        if not self._count or kind == "fc2.bias":  # belongs to no hidden unit
             return experts
         if block not in self._chosen:
             ranks = torch.rand(self._shape, generator=self._generator).argsort(dim=1).argsort(dim=1)

@@ -145,7 +145,7 @@ class Run:
         """Start the process that sends the records to `uri` and samples this node (`node`) every `every` seconds (0: never)."""
         assert self._spool is not None
         with self._survives():
-            self._sender = subprocess.Popen(  # which gets a password in its environment, where records do not show it
+            self._sender = subprocess.Popen(  # gets a password in its environment, not in the records
                 [sys.executable, "-m", "dpt.tracking.sender", str(self._spool.path.absolute()), str(every), node],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,

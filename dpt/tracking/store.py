@@ -168,9 +168,9 @@ def write_model_card(folder: Path, weights: Path, run_id: str) -> None:
         "flow": TensorSpec(np.dtype("float32"), (-1, 2, -1, -1), "flow"),
         "amodal": TensorSpec(np.dtype("bool"), (-1, -1, -1), "mask"),
     }
-    output = outputs.get(task, TensorSpec(np.dtype("float32"), (-1, -1, -1, -1), task))  # of a registered task: [B, C, H, W]
+    output = outputs.get(task, TensorSpec(np.dtype("float32"), (-1, -1, -1, -1), task))  # registered task: [B, C, H, W]
     signature = None
-    if task != "generalist":  # which has several
+    if task != "generalist":  # a generalist has several outputs
         label = TensorSpec(np.dtype("int64"), (-1,), "label")
         inputs = [label] if task == "class" else [image, *second.get(task, [])]
         signature = ModelSignature(inputs=Schema(inputs), outputs=Schema([output]))

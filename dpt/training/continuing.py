@@ -23,7 +23,7 @@ _COURSE = ("task", "model", "diffusion", "pixel_loss", "data", "training")
 """Sections (and fields) of "dpt" whose fields determine the course, except these:"""
 _FREE = frozenset(
     {
-        "model.preset",  # a name of what the other fields say
+        "model.preset",  # only names what the other fields say
         "data.shards",  # compared by their contents
         "data.vae",  # compared with the shards
         "data.num_workers",
@@ -101,7 +101,7 @@ def _course(content: Mapping[str, Any], world_size: int, stage: str, like: Recip
         field = name.removeprefix("dpt.")
         if field.split(".")[0] in sections and field not in _FREE:
             course[name] = given.get(name, default)
-    if float(course["dpt.training.self_alignment.weight"]):  # by default the first average teaches, whichever that is
+    if float(course["dpt.training.self_alignment.weight"]):  # 0 stands for the first average, so compare the decay itself
         named = float(course["dpt.training.self_alignment.ema_decay"])
         course["dpt.training.self_alignment.ema_decay"] = str(named or content["dpt"]["training"]["ema_decays"][0])
     if course["dpt.training.weights"]:

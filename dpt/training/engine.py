@@ -62,7 +62,7 @@ class Engine:
         with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints memory tables
             self.deepspeed, *_ = deepspeed.initialize(model=module, optimizer=self.optimizer, config=config)
         if distributed.world_size() == 1 and not internals.reduces_gradients(self.deepspeed.optimizer):
-            internals.keep_gradients(self.deepspeed)  # it would copy all gradients into buckets and back, for nobody
+            internals.keep_gradients(self.deepspeed)  # it would needlessly copy all gradients into buckets and back
         internals.sum_gradients_directly(self.deepspeed.optimizer)
         self.optimizer.state.clear()
         if isinstance(self.optimizer, Muon):
@@ -138,7 +138,7 @@ def _let_deepspeed_check(config: dict[str, Any], source: str) -> None:
     from deepspeed.runtime.config import DeepSpeedConfig
 
     checked = {name: value for name, value in config.items() if name not in ("train_batch_size", "gradient_accumulation_steps")}
-    try:  # without those, which are divided rightly, and which it multiplies by the ranks that it knows of so far
+    try:  # without the batch split: already right, and DeepSpeed would multiply it by the ranks known so far
         with contextlib.redirect_stdout(io.StringIO()):
             DeepSpeedConfig(copy.deepcopy(checked))
     except Exception as error:  # pydantic's, assertions, and DeepSpeed's own, by the key

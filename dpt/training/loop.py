@@ -61,7 +61,7 @@ class Trainer(Session):
             raise
         except Exception as error:
             if not isinstance(error, UserError):
-                time.sleep(3.0)  # a lost connection is somebody else's failure, which the watchdog then names
+                time.sleep(3.0)  # a lost connection is another rank's failure, which the watchdog names
             self.watchdog.fail(str(error), 2 if isinstance(error, UserError) else 1)
             raise
 
@@ -129,7 +129,7 @@ class Trainer(Session):
         mean_loss = distributed.all_reduce_mean({"loss": float(losses.loss)})["loss"]
         scaler = self.engine.loss_scaler
         if scaler is not None and scaler.dynamic and math.isfinite(mean_loss):
-            return False  # fp16 looks for the largest loss scale that does not overflow: no fault
+            return False  # fp16's search for the largest loss scale without overflow: not a fault
         self.state.skipped_in_a_row += 1
         distributed.log(f"step {self.state.step}: loss or gradient not finite; the step is skipped on all ranks.")
         if self.state.skipped_in_a_row < self.training.max_skipped_steps:
@@ -218,7 +218,7 @@ class Trainer(Session):
         last = self.saver.folder / checkpoint_name(self.state.step)
         if self.saver.pending:
             self.saver.finish()
-        self.save()  # in place of one of the same name, which cannot be whole: the run would not have got here
+        self.save()  # replaces one of this name, which cannot be complete, or the run would not be here
         if not self.saver.finish():
             raise TrainingFailed("the last checkpoint could not be written; make room and start the same command again.")
         self._draw()

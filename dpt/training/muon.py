@@ -21,7 +21,7 @@ from dpt.training.fragments import Fragment
 from dpt.training.optimizer import AdamWEMA
 
 ITERATIONS = 5
-_A, _B, _C = 3.4445, -4.7750, 2.0315  # of Jordan et al.: singular values come to lie in 0.7 to 1.2
+_A, _B, _C = 3.4445, -4.7750, 2.0315  # Jordan et al.: singular values end up in 0.7 to 1.2
 _PARTS = (
     (re.compile(r"blocks\.\d+\.attn\.qkv\.weight"), 3),
     (re.compile(r"blocks\.\d+\.adaLN_modulation\.1\.weight"), 6),

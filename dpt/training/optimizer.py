@@ -89,7 +89,7 @@ class AdamWEMA(torch.optim.AdamW):
 
     def _new_shares(self) -> dict[str, float]:
         """The new weights' share in each average."""
-        number = self.updates + 1  # not asked of a state, which may be on a GPU
+        number = self.updates + 1  # not read from a state, which may be on a GPU
         longest = (1 + number) / (10 + number) if self.ema_warmup else 1.0
         shares = {name: 1.0 - min(decay, longest) for name, decay in self.ema_decays.items()}
         return shares | {name: new_share(power, number) for name, power in self._exponents.items()}
@@ -100,7 +100,7 @@ def optimizer_options(block: Mapping[str, Any]) -> dict[str, Any]:
     kind = "Muon" if trains_with_muon(block) else "AdamW"
     defaults = DEFAULTS | ({"momentum": 0.95} if kind == "Muon" else {})
     given = dict(block.get("params", {}))
-    for name in ("torch_adam", "adam_w_mode"):  # DeepSpeed's switches between implementations; there is one here
+    for name in ("torch_adam", "adam_w_mode"):  # DeepSpeed's choice of implementation; there is only one here
         given.pop(name, None)
     unknown = sorted(set(given) - set(defaults))
     if unknown:

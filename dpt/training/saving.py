@@ -114,7 +114,7 @@ class Writer(ABC):
         name = rank_file(distributed.rank())
         try:
             self._entry = {name: {**write_tensors(target / name, tensors), "fragments": placed}}
-        except Exception as error:  # whatever it was, the checkpoint must not be taken for a whole one
+        except Exception as error:  # whatever failed, the checkpoint must not pass for a complete one
             self._error = f"rank {distributed.rank()}: {getattr(error, 'strerror', None) or repr(error)}"
 
     def finish(self) -> bool:

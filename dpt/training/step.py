@@ -248,7 +248,7 @@ class Preparation:
         counts, labels = self._targets
         source = batch["source"]
         choice = (draws.uniform("target") * counts[source]).long()
-        moments = batch["target_latents"][torch.arange(len(choice), device=self.device), choice]  # of [B, M, 2, C, h, w]
+        moments = batch["target_latents"][torch.arange(len(choice), device=self.device), choice]  # from [B, M, 2, C, h, w]
         return moments, labels[source, choice]
 
     def _latents(self, moments: Tensor, draws: RandomNumbers) -> Tensor:

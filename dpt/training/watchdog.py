@@ -114,7 +114,7 @@ class Watchdog:
                             return None
                         reason = verdict.get("reason", f"rank 0 ({host}) died")
                         return self._stop(reason, verdict.get("code", 1))
-                self._tell_place(connection)  # which may have changed since the last interval began
+                self._tell_place(connection)  # may have changed since the last interval began
                 _send(connection, self._failure or {"left": True})
         except (OSError, ValueError):
             self._stop(f"rank 0 ({host}) died or is out of reach", 1)
