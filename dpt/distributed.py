@@ -161,7 +161,7 @@ def local_rank() -> int:
 
 
 def local_world_size() -> int:
-    """Number of processes on this node, as far as the launcher tells."""
+    """Number of processes on this node, as reported by the launcher."""
     names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WORLD_SIZE")
     return int(next((os.environ[name] for name in names if name in os.environ), "1"))
 

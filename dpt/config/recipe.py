@@ -222,7 +222,7 @@ _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: 
 
 
 def type_in_words(hint: Any) -> str:
-    """A field's type as people say it: "a whole number", "one of linear, log", "a list, each a text"."""
+    """A field's type in plain words: "a whole number", "one of linear, log", "a list, each a text"."""
     if get_origin(hint) is Literal:
         return f"one of {', '.join(map(str, get_args(hint)))}"
     if get_origin(hint) is list:

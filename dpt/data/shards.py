@@ -103,7 +103,7 @@ class ShardFolder:
 
     A sample is a dict: `key` (str), `meta` (dict) and numpy arrays, as documented. `cache_dir`: folder for shards
     fetched from URLs; without one, a shard is fetched whenever its samples follow another's. UserError if the folder or its
-    manifest is not whole; SampleError names a sample that cannot be read.
+    manifest is incomplete; SampleError names a sample that cannot be read.
     """
 
     def __init__(self, source: str | Path, *, cache_dir: str = "") -> None:

@@ -152,7 +152,7 @@ class DiT(nn.Module):
         self.activation_checkpointing = enabled
 
     def set_bypass(self, blocks: range) -> None:
-        """Send only the tokens that `forward` is told to keep through these blocks (TREAD, Krause et al. 2025)."""
+        """Send only the tokens that `forward` is asked to keep through these blocks (TREAD, Krause et al. 2025)."""
         self.bypassed = blocks
 
     def watch_blocks(self, blocks: Collection[int]) -> None:

@@ -49,8 +49,8 @@ def read_scheduler(path: str | Path) -> DiffusionConfig:
     """The objective that a diffusers scheduler folder, or its scheduler_config.json, describes.
 
     DDIM, DDPM, PNDM, Euler and DPM-Solver++ name a noise schedule, what is predicted and which timesteps are visited; flow
-    matching is rectified flow whose network is told t + 1. Which solver runs is a choice at test time. What a file does not say
-    is its class's default in diffusers. UserError names fields that are unknown, or set to what dpt does not do.
+    matching is rectified flow whose network takes t + 1. The solver is chosen at test time. What a file does not say
+    is its class's default in diffusers. UserError names fields that are unknown, or set to what dpt does not support.
     """
     file = Path(path) / SCHEDULER_FILE if Path(path).is_dir() else Path(path)
     given = read_json_object(file)

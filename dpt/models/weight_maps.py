@@ -70,7 +70,7 @@ def infer_public_config(state: Mapping[str, Tensor], **known: Any) -> ModelConfi
     """Infer the architecture of weights under DiT's names from keys and shapes; `known` fields win.
 
     Shapes show neither top_k (2 in all released models) nor the heads, which are those of the preset of the same width and
-    depth, or follow from a query norm; UserError if neither tells.
+    depth, or follow from a query norm; UserError if neither determines them.
     """
     convolutions = [state[key] for key in state if re.fullmatch(r"x_embedder\.proj\.(conv_in_\d+\.)?weight", key)]
     if not convolutions:

@@ -10,7 +10,7 @@ PREFIX = "system/"
 
 
 class SystemRecords:
-    """Appends the node's processor, memory, disk, network and GPU figures to a spool, every so many seconds.
+    """Appends the node's processor, memory, disk, network and GPU figures to a spool at a fixed interval.
 
     node: distinguishes nodes (`system/NODE/cpu_utilization_percentage`); empty for a run on one node, as MLflow names them.
     The figures go through the spool, like all records: an outage of the store loses none, and the training never waits.
