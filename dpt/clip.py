@@ -13,7 +13,7 @@ from dpt import hub
 from dpt.errors import UserError
 
 _MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-"""Colour statistics that all of OpenAI's CLIP models are trained with (Radford et al. 2021, released code)."""
+"""Colour statistics used in training all of OpenAI's CLIP models (Radford et al. 2021, released code)."""
 
 
 class ClipEncoder:
@@ -29,7 +29,7 @@ class ClipEncoder:
 
     @torch.no_grad()
     def __call__(self, pictures: Sequence[np.ndarray]) -> Tensor:
-        """uint8 [H, W, 3] each, objects on white -> embeddings float32 [B, D], as the model gives them (not of length 1)."""
+        """Embed uint8 [H, W, 3] pictures of objects on white -> float32 [B, D], as the model returns them (not normalised)."""
         device, dtype = self.model.device, self.model.dtype
         inputs = torch.cat([self._input(torch.from_numpy(picture).to(device)) for picture in pictures])
         return self.model(inputs.to(dtype)).image_embeds.float()
@@ -46,7 +46,7 @@ class ClipEncoder:
 
 
 def load_clip(name: str) -> ClipEncoder:
-    """The image tower in a folder of transformers' layout, or on the hub, on the CPU in fp32. Only safetensors are read."""
+    """Load the image tower from a folder in transformers' layout, or the hub, on the CPU in fp32. Only safetensors are read."""
     try:
         from transformers import CLIPVisionModelWithProjection
     except ImportError as error:

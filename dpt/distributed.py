@@ -1,4 +1,4 @@
-"""The ranks of a run: start and end, small reductions, messages from rank 0.
+"""The ranks of a run: startup and shutdown, small reductions, messages from rank 0.
 
 Works the same in one process that never started anything (rank 0 of 1), under `deepspeed`, `torchrun` and `srun`. Importing
 this module loads neither torch nor DeepSpeed.
@@ -31,12 +31,12 @@ _OPEN_FILES = 16384
 
 
 def set_environment() -> None:
-    """Set what `torch.distributed` reads and a launcher did not: SLURM's variables are used, else this is the only process.
+    """Set what `torch.distributed` reads and a launcher did not set: from SLURM's variables, else as the only process.
 
     Call it before torch is loaded (see `dpt.cpu.settings.limit_spinning`).
     """
     limit_spinning()
-    srun = os.environ if "SLURM_STEP_NUM_TASKS" in os.environ else {}  # which a batch script's own shell does not have
+    srun = os.environ if "SLURM_STEP_NUM_TASKS" in os.environ else {}  # not set in a batch script's own shell
     os.environ.setdefault("RANK", srun.get("SLURM_PROCID", "0"))
     os.environ.setdefault("LOCAL_RANK", srun.get("SLURM_LOCALID", "0"))
     os.environ.setdefault("WORLD_SIZE", srun.get("SLURM_STEP_NUM_TASKS", "1"))
@@ -48,7 +48,7 @@ def set_environment() -> None:
 
 
 def free_port() -> int:
-    """A port that nobody listens on, below those of outgoing connections, one of which could take it before it is used."""
+    """Find a free port below the outgoing connections' range, as one of those could take it before it is used."""
     for port in random.Random().sample(range(20000, 32768), 100):
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
@@ -57,9 +57,9 @@ def free_port() -> int:
 
 
 def set_device() -> None:
-    """Make this process's GPU the current one, where there are GPUs.
+    """Make this process's GPU the current one, if there are GPUs.
 
-    Call it before anything else asks CUDA for something (`torch.cuda.is_available` does not): whatever does opens a context of
+    Call it before anything else uses CUDA (`torch.cuda.is_available` does not): whatever does opens a context of
     some hundred MiB on the current GPU, which is the first one for all ranks until this is done, and for every thread anew.
     """
     import torch
@@ -69,7 +69,7 @@ def set_device() -> None:
 
 
 def init(timeout_s: float = 1800.0) -> None:
-    """Start `torch.distributed` through DeepSpeed, on NCCL with GPUs and on gloo without. Calling it again does nothing.
+    """Start `torch.distributed` through DeepSpeed, on NCCL with GPUs and gloo without. Calling it again does nothing.
 
     `timeout_s`: seconds after which a collective that some rank never joins becomes an error, in every group of processes.
     """
@@ -97,7 +97,7 @@ def init(timeout_s: float = 1800.0) -> None:
 
 
 def _set_default_timeout(timeout: timedelta) -> None:
-    """Give it to groups made without one, as DeepSpeed makes those of experts and of data parallelism."""
+    """Set the timeout of groups made without one, such as DeepSpeed's for experts and data parallelism."""
     from torch.distributed import distributed_c10d
 
     distributed_c10d.default_pg_timeout = timeout
@@ -105,7 +105,7 @@ def _set_default_timeout(timeout: timedelta) -> None:
 
 
 def raise_file_limit() -> int:
-    """Raise the soft limit of open files as far as it may be, at most to 16,384. Returns it."""
+    """Raise the soft limit of open files as far as allowed, to at most 16,384. Returns it."""
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     soft, hard = (sys.maxsize if limit == resource.RLIM_INFINITY else limit for limit in limits)
     if soft < min(hard, _OPEN_FILES):
@@ -116,7 +116,7 @@ def raise_file_limit() -> int:
 
 @contextlib.contextmanager
 def _unneeded(package: str) -> Iterator[None]:
-    """Let `package` seem absent: DeepSpeed's autotuner, which nobody calls, would load MLflow for seconds if it is there."""
+    """Make `package` appear absent: DeepSpeed's autotuner, which nobody calls, would spend seconds loading MLflow."""
     loaded = package in sys.modules
     if not loaded:
         sys.modules[package] = None  # type: ignore[assignment]
@@ -132,7 +132,7 @@ def _quiet() -> None:
 
 
 def shutdown() -> None:
-    """Leave together: without the barrier and the explicit end, gloo processes abort now and then at exit."""
+    """Shut down together: without the barrier and explicit end, gloo processes sometimes abort at exit."""
     if not _initialized():
         return
     import deepspeed
@@ -161,7 +161,7 @@ def local_rank() -> int:
 
 
 def local_world_size() -> int:
-    """Number of processes on this node, as far as the launcher says."""
+    """Number of processes on this node, as reported by the launcher."""
     names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WORLD_SIZE")
     return int(next((os.environ[name] for name in names if name in os.environ), "1"))
 
@@ -199,7 +199,7 @@ def barrier() -> None:
 
 
 def all_reduce_sum(values: Mapping[str, float]) -> dict[str, float]:
-    """Sums over ranks, by name; every rank gives the same names. One collective, in float64."""
+    """Sum over ranks, by name; every rank passes the same names. One collective, in float64."""
     if world_size() == 1:
         return {name: float(value) for name, value in values.items()}
     import torch
@@ -211,7 +211,7 @@ def all_reduce_sum(values: Mapping[str, float]) -> dict[str, float]:
 
 
 def all_reduce_mean(values: Mapping[str, float]) -> dict[str, float]:
-    """Means over ranks, by name; every rank gives the same names."""
+    """Average over ranks, by name; every rank passes the same names."""
     return {name: total / world_size() for name, total in all_reduce_sum(values).items()}
 
 
@@ -238,13 +238,13 @@ def broadcast_object(value: T, source: int = 0) -> T:
 
 
 class _SharedError(UserError):
-    """All ranks raise it already."""
+    """A UserError that all ranks already raise."""
 
 
 @contextlib.contextmanager
 def shared_errors() -> Iterator[None]:
-    """If a rank raises a UserError within, or an OSError about a file, all ranks raise a UserError with its sentence: none is
-    left waiting for it, and rank 0 says it. Collective; blocks may be nested: a rank may fail before the inner one."""
+    """Turn a rank's UserError, or OSError about a file, into a UserError with its sentence on all ranks, so that none is
+    left waiting, and rank 0 reports it. Collective; blocks may be nested: a rank may fail before the inner one."""
     problem = ""
     try:
         yield
@@ -264,6 +264,6 @@ def shared_errors() -> Iterator[None]:
 
 
 def log(message: str) -> None:
-    """Print one line, from rank 0 alone."""
+    """Print one line, on rank 0 only."""
     if is_main():
         print(message, flush=True)

@@ -1,4 +1,4 @@
-"""Bad input: the one exception that users are meant to see, and how a command ends on it."""
+"""Bad input: the one exception that users are meant to see, and how it ends a command."""
 
 import errno
 import os
@@ -9,11 +9,11 @@ from contextlib import contextmanager
 
 _PASSWORD = re.compile(r"(?<=://)([^/\s:@\"']*):([^/\s\"']+)@")
 HIDDEN = "***"
-"""What stands for a password in addresses that are written anywhere."""
+"""Replacement for passwords in addresses that are written anywhere."""
 
 
 def hide_passwords(text: str) -> str:
-    """The text with `HIDDEN` in place of the password of every address in it, such as http://USER:PASSWORD@HOST."""
+    """Replace the password in every address in the text, such as http://USER:PASSWORD@HOST, by `HIDDEN`."""
     return _PASSWORD.sub(rf"\1:{HIDDEN}@", text)
 
 
@@ -26,7 +26,7 @@ class UserError(ValueError):
 
 @contextmanager
 def naming(source: object) -> Iterator[None]:
-    """Put the file, folder or weights that a UserError is about before its sentence, unless it begins with them."""
+    """Prefix a UserError with the file, folder or weights that it is about, unless it begins with them."""
     try:
         yield
     except UserError as error:
@@ -51,17 +51,17 @@ _FILES = _DISKS | {
     errno.EBUSY,
     errno.EINVAL,
 }
-"""What goes wrong with files that users name: their paths, rights and disks."""
+"""Problems with files that users name: their paths, rights and disks."""
 
 
 def file_problem(error: OSError) -> str:
-    """What is wrong with a file or folder that a command reads or writes, in a sentence; empty for errors of other kinds."""
+    """Describe, in a sentence, a problem with a file or folder that a command uses; empty for errors of other kinds."""
     if error.errno not in _FILES or (error.filename is None and error.errno not in _DISKS):
         return ""
     reason = (error.strerror or str(error)).lower()
     if error.filename is None:
         return f"a file cannot be written ({reason}); make room."
-    which = error.filename2 or error.filename  # of a move, the place that it should have gone to
+    which = error.filename2 or error.filename  # for a move, the target
     name = os.fsdecode(which) if isinstance(which, bytes) else str(which)
     name = name if len(name) <= 200 else f"{name[:197]}..."
     fix = "make room" if error.errno in _DISKS else "check the path and the rights to it"
@@ -72,8 +72,8 @@ def file_problem(error: OSError) -> str:
 def reported(command: str, *, by_rank: bool = False) -> Iterator[None]:
     """Turn a UserError, or an OSError about a file, into one line on stderr and exit code 2.
 
-    The one place where errors of files become sentences: commands open and write them as they are. A UserError is that of all
-    ranks, so rank 0 alone says it, unless ranks fail each for itself (`by_rank`). An interrupt (Ctrl-C) ends with exit code
+    The one place where file errors become sentences: commands open and write files without checks. A UserError is that of all
+    ranks, so only rank 0 reports it, unless ranks fail independently (`by_rank`). An interrupt (Ctrl-C) ends with exit code
     130, without a stack trace.
     """
     try:

@@ -1,7 +1,7 @@
 """How pictures are resized for a network: the same in encoding, training and prediction.
 
-Shards name it (`fit` in the manifest's `encoding`), weights trained on them carry it (`fits` in `config.json`, by task), and
-whatever predicts follows the weights.
+Shards record it (`fit` in the manifest's `encoding`), weights trained on them carry it (`fits` in `config.json`, by task), and
+prediction follows the weights.
 """
 
 from collections.abc import Mapping
@@ -13,26 +13,26 @@ from dpt.tasks import TASKS, fit_size
 
 How = Literal["stretch", "crop", "pad", "aspect"]
 FITS: tuple[str, ...] = get_args(How)
-"""stretch: both sides to the square; crop: the square in the middle; pad: to the right and below; aspect: the sides in their
+"""stretch: both sides to the square; crop: the central square; pad: to the right and below; aspect: the sides in their
 proportion, rounded to whole tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fit:
-    """How pictures are resized. The defaults, for weights that record nothing, keep the aspect and take the network's size."""
+    """How pictures are resized. The defaults, for weights that record nothing, keep the aspect and use the network's size."""
 
     how: str = "aspect"
-    """One of `FITS`."""
+    """How to resize: one of `FITS`."""
     resolution: int = 0
-    """Side of the square in pixels, or the longer side with "aspect"; 0: the size that the network is meant for."""
+    """Side of the square in pixels, or the longer side with "aspect"; 0: the network's intended size."""
 
     @property
     def whole(self) -> str:
-        """How pictures are predicted for, which must be whole and have no margins: "stretch", or "aspect"."""
+        """The fit for prediction, where pictures must be whole and without margins: "stretch" or "aspect"."""
         return "stretch" if self.how == "stretch" else "aspect"
 
     def size(self, height: int, width: int, resolution: int, *, multiple: int) -> tuple[int, int]:
-        """(h, w) at which a picture is predicted for, in multiples of `multiple`; `resolution` as above."""
+        """(h, w) to predict a picture at, in multiples of `multiple`; `resolution` as above."""
         if self.whole == "stretch":
             return fit_size(1, 1, resolution, multiple=multiple)
         return fit_size(height, width, resolution, multiple=multiple)
@@ -42,7 +42,7 @@ class Fit:
 
 
 def read_fit(value: Any, source: str) -> Fit:
-    """A fit as config.json has it, `{"fit", "resolution"}`; UserError, naming `source`, if it is none."""
+    """Read a fit from config.json, `{"fit", "resolution"}`; UserError, naming `source`, if it is invalid."""
     try:
         fit = Fit(how=value["fit"], resolution=int(value.get("resolution", 0)))
     except (TypeError, KeyError, ValueError, AttributeError):
@@ -53,7 +53,7 @@ def read_fit(value: Any, source: str) -> Fit:
 
 
 def fits_of(said: Mapping[str, Any], source: str) -> dict[str, Fit]:
-    """The fit of each perception task that the sections of weights name ("fits"); the default for those that they do not."""
+    """The fit of each perception task that the weights' sections name ("fits"); the default for the others."""
     found = said.get("fits") or {}
     if not isinstance(found, Mapping):
         raise UserError(f"{source}: fits is {found!r}; it must be an object of tasks.")
@@ -61,5 +61,5 @@ def fits_of(said: Mapping[str, Any], source: str) -> dict[str, Fit]:
 
 
 def as_section(fits: Mapping[str, Fit]) -> dict[str, Any]:
-    """Fits as `fits_of` reads them."""
+    """Write fits in the form that `fits_of` reads."""
     return {task: {"fit": fit.how, "resolution": fit.resolution} for task, fit in fits.items()}

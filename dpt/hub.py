@@ -1,4 +1,4 @@
-"""Names of models on the Hugging Face Hub, `hub:owner/name[/path][@revision]`, as files in this machine's cache of it.
+"""Names of models on the Hugging Face Hub, `hub:owner/name[/path][@revision]`, as files in this machine's hub cache.
 
 The one place that turns such a name into a path: weights, VAEs and image towers are all opened through it. Downloads, the cache
 (HF_HOME), its locks between processes, and tokens are huggingface_hub's; with HF_HUB_OFFLINE=1 only the cache is read.
@@ -24,11 +24,11 @@ WEIGHT_FILES = (
     "transformer/*.json",
     "transformer/*.safetensors",
 )
-"""What weights are read from: our exports, and diffusers' models and pipelines."""
+"""Files of weights that are read: our exports, and diffusers' models and pipelines."""
 VAE_FILES = ("config.json", "diffusion_pytorch_model*.safetensors*")
 CLIP_FILES = ("config.json", "model*.safetensors*")
 _OLD_FILES = ("diffusion_pytorch_model*.bin*", "transformer/*.bin*")
-"""Pickled weights, taken only where there are no safetensors."""
+"""Pickled weights, used only where there are no safetensors."""
 
 _REPO = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
 _NAME = re.compile(rf"(?P<repo>{_REPO})(?P<path>(?:/[\w.=+-]+)*)(?:@(?P<revision>[\w./-]+))?", re.ASCII)
@@ -36,7 +36,7 @@ _NAME = re.compile(rf"(?P<repo>{_REPO})(?P<path>(?:/[\w.=+-]+)*)(?:@(?P<revision
 
 @dataclass(frozen=True, kw_only=True)
 class HubName:
-    """A model on the hub, or what lies below `path` in it, at a branch, tag or commit (empty: main)."""
+    """A model on the hub, or what is below `path` in it, at a branch, tag or commit (empty: main)."""
 
     repo: str
     path: str = ""
@@ -52,13 +52,13 @@ def is_hub_name(place: str | Path) -> bool:
 
 
 def with_prefix(place: str) -> str:
-    """`owner/name`, as the hub's own tools write it, with our prefix, unless there is a folder called so; others unchanged."""
+    """Prefix `owner/name`, as the hub's own tools write it, unless there is such a folder; others unchanged."""
     bare = re.fullmatch(_REPO, place, re.ASCII) and not Path(place).exists()
     return f"{PREFIX}{place}" if bare else place
 
 
 def parse(place: str | Path) -> HubName:
-    """The parts of `hub:owner/name[/path][@revision]`; UserError if it is not of that form."""
+    """Parse `hub:owner/name[/path][@revision]`; UserError for any other form."""
     found = _NAME.fullmatch(str(place).removeprefix(PREFIX))
     if not found or not is_hub_name(place) or ".." in str(place):
         raise UserError(f'"{place}" is no name on the hub; write hub:owner/name[/path][@revision].')
@@ -66,16 +66,16 @@ def parse(place: str | Path) -> HubName:
 
 
 def local_path(place: str | Path, files: Sequence[str] = WEIGHT_FILES) -> Path:
-    """A folder or file on this machine: `place` itself, or the cached copy of what it names on the hub, fetched if need be.
+    """A folder or file on this machine: `place` itself, or the cached copy of the hub's, fetched if necessary.
 
-    `files`: patterns of the files of a folder that are wanted. Any number of processes may ask at the same time. UserError, one
+    `files`: patterns of the wanted files in a folder. Any number of processes may call it at the same time. UserError, one
     sentence, if there is no such model, revision or file, or it cannot be reached and is not in the cache.
     """
     return resolve(place, files)[0]
 
 
 def resolve(place: str | Path, files: Sequence[str] = WEIGHT_FILES) -> tuple[Path, str]:
-    """`local_path`, and `place` with the commit that it resolves to (a path as it is)."""
+    """`local_path`, and `place` with its resolved commit (paths unchanged)."""
     if not is_hub_name(place):
         return Path(place), str(place)
     name = parse(place)
@@ -91,7 +91,7 @@ def resolve(place: str | Path, files: Sequence[str] = WEIGHT_FILES) -> tuple[Pat
 
 
 def pinned(place: str, files: Sequence[str] = WEIGHT_FILES) -> str:
-    """`place` with the commit that it resolves to, the same on all ranks, so that records say what was read. Collective.
+    """Resolve `place` to a commit, the same on all ranks, so that records show what was read. Collective.
 
     Rank 0 fetches what it names; the others then find it in the cache, or fetch that commit on their node.
     """
@@ -103,7 +103,7 @@ def pinned(place: str, files: Sequence[str] = WEIGHT_FILES) -> str:
 
 
 def _fetch(name: HubName, patterns: list[str]) -> Path:
-    """The cached snapshot of a model, with the files that fit the patterns."""
+    """The cached snapshot of a model, with the files that match the patterns."""
     from huggingface_hub import snapshot_download
 
     try:
@@ -113,7 +113,7 @@ def _fetch(name: HubName, patterns: list[str]) -> Path:
 
 
 def _reason(error: Exception, name: HubName) -> str:
-    """Why `name` cannot be fetched, and what to do about it."""
+    """The reason `name` cannot be fetched, and the remedy."""
     from huggingface_hub import constants, errors
 
     if isinstance(error, errors.GatedRepoError):
@@ -135,7 +135,7 @@ def _reason(error: Exception, name: HubName) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """An exception's text on one line, short, and without the token that requests to the hub carry."""
+    """An exception's text, shortened to one line, without the token that requests to the hub carry."""
     from huggingface_hub import get_token
 
     text = " ".join(str(error).split()) or type(error).__name__

@@ -1,4 +1,4 @@
-"""One run in a folder at a time: a second one would take the first one's files for its own."""
+"""Allow only one run in a folder at a time: a second one would take the first one's files for its own."""
 
 import contextlib
 import fcntl
@@ -16,9 +16,9 @@ _NAME = ".running"
 
 @contextlib.contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Hold `folder`, made if it is not there, while within. UserError, on all ranks, if another run holds it. Collective.
+    """Hold `folder`, created if missing, within the context. UserError, on all ranks, if another run holds it. Collective.
 
-    The lock goes with the process, however that ends. On file systems without locks nothing is held.
+    The lock ends with the process, however that ends. On file systems without locks nothing is held.
     """
     descriptor, made = -1, False
     with distributed.shared_errors():
@@ -30,15 +30,15 @@ def held(folder: Path) -> Iterator[None]:
     finally:
         if made:
             with contextlib.suppress(OSError):
-                if os.listdir(folder) == [_NAME]:  # a run that was refused leaves nothing behind
+                if os.listdir(folder) == [_NAME]:  # a refused run leaves nothing behind
                     (folder / _NAME).unlink()
                     folder.rmdir()
-        if descriptor >= 0:  # not before: another run that took the lock would be left without its file
+        if descriptor >= 0:  # not earlier, or another run that took the lock would lose its file
             os.close(descriptor)
 
 
 def _lock(folder: Path) -> int:
-    """An open file that holds the lock."""
+    """Open the lock file and lock it; returns its descriptor."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder / _NAME, os.O_RDWR | os.O_CREAT, 0o644)
@@ -53,10 +53,10 @@ def _lock(folder: Path) -> int:
         raise UserError(sentence) from error
     except OSError:  # a file system without locks
         return descriptor
-    if os.fstat(descriptor).st_nlink == 0:  # of a run that was refused, and has removed it meanwhile
+    if os.fstat(descriptor).st_nlink == 0:  # removed meanwhile by a refused run
         os.close(descriptor)
         return _lock(folder)
-    with contextlib.suppress(OSError):  # who it is, for the message alone
+    with contextlib.suppress(OSError):  # the owner, only for the message
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, json.dumps({"host": socket.gethostname(), "process": os.getpid()}).encode(), 0)
     return descriptor

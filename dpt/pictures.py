@@ -1,4 +1,4 @@
-"""Reading picture files: the one way to colours, to masks and to flow. Needs numpy and Pillow only."""
+"""Read picture files: the only way to colours, masks and flow. Needs numpy and Pillow only."""
 
 import io
 import struct
@@ -13,10 +13,10 @@ _FLO_MAGIC = 202021.25
 
 
 def decode_picture(source: Path | bytes, *, upright: bool = True) -> np.ndarray:
-    """A picture file (or its bytes) as uint8 `[H, W, 3]`: grey, palette, CMYK and alpha ones are converted, 16 bits become 8.
+    """Decode a picture file (or its bytes) to uint8 `[H, W, 3]`: grey, palette, CMYK and alpha are converted, 16 bits become 8.
 
-    upright: turned as its EXIF orientation says; False: the pixels as they are stored, which truths on the same grid belong to.
-    What Pillow raises (OSError, ...) if it does not decode.
+    upright: rotated by its EXIF orientation; False: the pixels as stored, which truths on the same grid match.
+    Raises Pillow's errors (OSError, ...) if it cannot be decoded.
     """
     with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
         turned = ImageOps.exif_transpose(image) if upright else image
@@ -29,9 +29,9 @@ def decode_picture(source: Path | bytes, *, upright: bool = True) -> np.ndarray:
 
 
 def decode_mask(source: Path | bytes, *, upright: bool = True) -> np.ndarray:
-    """A mask's file as bool `[H, W]`: a picture, or an .npy array of bool or numbers, `[H, W]` or with a last axis of channels.
+    """Decode a mask's file to bool `[H, W]`: a picture, or an .npy array of bool or numbers, `[H, W]` or with channels last.
 
-    True from the middle of its range up, which is 1, 255 or 65535, the least that its numbers fit in.
+    True from the middle of its range up: 1, 255 or 65535, the smallest that its numbers fit in.
     """
     if isinstance(source, Path) and source.suffix.lower() == ".npy":
         return _threshold(np.load(source, allow_pickle=False))
@@ -45,7 +45,7 @@ def decode_mask(source: Path | bytes, *, upright: bool = True) -> np.ndarray:
 
 
 def _threshold(values: np.ndarray) -> np.ndarray:
-    """Numbers or bool, `[H, W]` or `[H, W, C]` (of which the first channel counts), as bool `[H, W]`."""
+    """Convert numbers or bool, `[H, W]` or `[H, W, C]` (only the first channel counts), to bool `[H, W]`."""
     values = values[..., 0] if values.ndim == 3 else values
     if values.ndim != 2 or not values.size or values.dtype.kind not in "buif":
         raise ValueError(f"an array of shape {list(values.shape)} and type {values.dtype} is no mask")
@@ -54,12 +54,12 @@ def _threshold(values: np.ndarray) -> np.ndarray:
 
 
 def _is_deep(image: Image.Image) -> bool:
-    """Whether it is grey of 16 bits, which Pillow's own conversion to 8 bits clips."""
+    """Whether the image is 16-bit grey, which Pillow's own conversion to 8 bits clips."""
     return image.mode == "I" or image.mode.startswith("I;16")
 
 
 def read_picture(path: Path) -> np.ndarray:
-    """`decode_picture` of a file that a user names; UserError if it is none."""
+    """Decode a picture that a user names with `decode_picture`; UserError if it is not a picture."""
     try:
         return decode_picture(path)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
@@ -67,7 +67,7 @@ def read_picture(path: Path) -> np.ndarray:
 
 
 def read_mask(path: Path) -> np.ndarray:
-    """`decode_mask` of a file that a user names; UserError if it is none, or shows nothing."""
+    """Decode a mask that a user names with `decode_mask`; UserError if it is not one, or is empty."""
     try:
         mask = decode_mask(path)
     except (OSError, ValueError, EOFError, SyntaxError, Image.DecompressionBombError) as error:
@@ -78,7 +78,7 @@ def read_mask(path: Path) -> np.ndarray:
 
 
 def read_flo(path: Path) -> np.ndarray:
-    """A Middlebury .flo file as float32 `[2, H, W]` in pixels. ValueError: a wrong mark or length."""
+    """Read a Middlebury .flo file as float32 `[2, H, W]` in pixels. ValueError for a wrong mark or length."""
     content = path.read_bytes()
     if len(content) < 12:
         raise ValueError(f"{len(content)} bytes are too few for a .flo header")
@@ -92,6 +92,6 @@ def read_flo(path: Path) -> np.ndarray:
 
 
 def flo_bytes(flow: np.ndarray) -> bytes:
-    """float `[2, H, W]` in pixels as a Middlebury .flo file."""
+    """Encode float `[2, H, W]` in pixels as a Middlebury .flo file."""
     _, height, width = flow.shape
     return struct.pack("<fii", _FLO_MAGIC, width, height) + np.ascontiguousarray(np.moveaxis(flow, 0, -1), "<f4").tobytes()

@@ -1,4 +1,4 @@
-"""A user's own tasks, readers and protocols, known to every command: Python files named in the environment."""
+"""Users' own tasks, readers and protocols, available to every command: Python files named in the environment."""
 
 import importlib
 import importlib.util
@@ -12,10 +12,10 @@ VARIABLE = "DPT_PLUGINS"
 
 
 def load_plugins() -> None:
-    """Run the Python files (or import the modules) that `DPT_PLUGINS` names, separated by colons, each once in a process.
+    """Run the Python files (or import the modules) that `DPT_PLUGINS` names, separated by colons, each once per process.
 
     What they register (`dpt.tasks.register_task`, `dpt.evaluation.protocols.register_protocol`,
-    `data_tools.readers.register_reader`) is then there for the command. UserError if one is missing or fails.
+    `data_tools.readers.register_reader`) is then available to the command. UserError if one is missing or fails.
     """
     for name in filter(None, os.environ.get(VARIABLE, "").split(os.pathsep)):
         path = Path(name)

@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, a line now and then elsewhere."""
+"""Progress of long work: a bar on a terminal, an occasional line elsewhere."""
 
 import sys
 import time
@@ -10,11 +10,11 @@ from dpt.distributed import is_main
 T = TypeVar("T")
 
 LINE_INTERVAL_S = 10.0
-"""Seconds between lines when the output is no terminal."""
+"""Seconds between lines when the output is not a terminal."""
 
 
 class Progress(Generic[T]):
-    """A progress bar on a terminal, a line now and then elsewhere; both with rate and time left. Silent off rank 0.
+    """A progress bar on a terminal, an occasional line elsewhere; both with rate and time left. Silent off rank 0.
 
     Iterate over it, or call `update`; `close` prints the last state.
     """
@@ -32,7 +32,7 @@ class Progress(Generic[T]):
         self._lines = shown and not terminal
 
     def update(self, count: int = 1, text: str = "") -> None:
-        """`count` more are done; `text` is shown beside the count."""
+        """Add `count` done items; `text` is shown beside the count."""
         self._count += count
         self._text = text or self._text
         if self._bar is not None:
@@ -82,7 +82,7 @@ class Progress(Generic[T]):
 
 
 def say(line: object) -> None:
-    """Print a line to standard output at once; on a terminal above the bars, which it would break otherwise."""
+    """Print a line to standard output at once; on a terminal, above the bars, which it would otherwise break."""
     from tqdm import tqdm
 
     tqdm.write(str(line))
@@ -90,7 +90,7 @@ def say(line: object) -> None:
 
 
 def progress(items: Iterable[T] | int, desc: str, unit: str = "item", *, total: int | None = None) -> Progress[T]:
-    """Progress over `items`, or over a plain count to be advanced by `update`. `total`: for iterables without a length."""
+    """Show progress over `items`, or over a plain count advanced by `update`. `total`: for iterables without a length."""
     if isinstance(items, int):
         return Progress(None, items, desc, unit)
     if total is None and isinstance(items, Sized):

@@ -1,4 +1,4 @@
-"""How metrics and other numbers are shown to people. Imports nothing."""
+"""How metrics and other numbers are displayed. Imports nothing."""
 
 import math
 from dataclasses import dataclass
@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Metric:
-    """How a metric is shown: `value * scale` with `digits`, under `title`, which names the unit and an arrow to the better."""
+    """How a metric is shown: `value * scale` with `digits`, under `title`, which has the unit and an arrow to the better."""
 
     title: str
     scale: float
     digits: int
     lower_is_better: bool = True
     words: str = ""
-    """What it is, in words."""
+    """The metric's meaning, in words."""
 
     @property
     def name(self) -> str:
@@ -22,7 +22,7 @@ class Metric:
 
     @property
     def unit(self) -> str:
-        """The unit of a shown value: "%", "px" or ""."""
+        """Unit of the displayed value: "%", "px" or ""."""
         return next((unit for unit in ("%", "px") if f" {unit}" in self.title), "")
 
 
@@ -50,7 +50,7 @@ METRICS: dict[str, Metric] = {
 MAIN_METRIC = {"depth": "abs_rel", "flow": "epe", "amodal": "iou", "class": "fid"}
 
 BASELINES = {"depth": "best constant", "flow": "no motion", "amodal": "visible mask"}
-"""What a task's predictions must beat: the best without looking at the image; for amodal the mask that it is shown."""
+"""Baseline that a task's predictions must beat: the best without seeing the image; for amodal, its input mask."""
 CEILING = "truth through the VAE"
 CODE = "truth through the image code"
 EXPLANATIONS = {
@@ -63,18 +63,18 @@ EXPLANATIONS = {
 
 
 def show(metric: str, value: float | None) -> str:
-    """A metric's value as tables show it, without its unit; "–" for none."""
+    """A metric's value as shown in tables, without its unit; "–" for none."""
     shown = METRICS[metric]
     return "–" if value is None else f"{value * shown.scale:.{shown.digits}f}"
 
 
 def name_of(metric: str) -> str:
-    """What a metric is called; the metrics that tables do not show keep their own names."""
+    """A metric's display name; metrics that tables do not show keep their own names."""
     return METRICS[metric].name if metric in METRICS else metric
 
 
 def say(metric: str, value: float) -> str:
-    """A metric and its value in words, such as "AbsRel 5.90 %"; metrics that tables do not show as they are."""
+    """A metric and its value in words, such as "AbsRel 5.90 %"; metrics that tables do not show are not converted."""
     return f"{name_of(metric)} {with_unit(metric, value)}"
 
 
@@ -94,5 +94,5 @@ def round_ticks(low: float, high: float, most: int = 5) -> list[float]:
 
 
 def readable(value: float) -> str:
-    """A number of three digits that matter at most, without an exponent unless it is very small or large."""
+    """A number with at most three significant digits, without an exponent unless it is very small or large."""
     return f"{float(f'{value:.3g}'):.15g}"

@@ -1,6 +1,6 @@
-"""How the targets of tasks become images in [-1, 1] and back: the codes of depth, optical flow and whole objects.
+"""Convert targets of tasks to images in [-1, 1] and back: the codes of depth, optical flow and whole objects.
 
-Shared by the offline encoder and by the evaluator, so that what one writes the other reads. Needs numpy only; the decoders
+Shared by the offline encoder and the evaluator, so that one reads what the other writes. Needs numpy only; the decoders
 also take torch tensors (any device) and return tensors. Images are float32 `[3, H, W]` in [-1, 1] unless said otherwise.
 """
 
@@ -15,9 +15,9 @@ from dpt.tasks import image_to_float, visible_object
 # --- depth --------------------------------------------------------------------------------------------------------------
 
 DEPTH_CODE = "linear"
-"""How depth is coded by default: as in the paper."""
+"""The default depth code, as in the paper."""
 DEPTH_CODES = (DEPTH_CODE, "log", "disparity")
-"""linear: depth itself; log, disparity: finer where it is near (see `encode_depth`)."""
+"""linear: depth itself; log, disparity: finer at close range (see `encode_depth`)."""
 DEPTH_SPREAD = 4.0
 """Far over near of an image whose codes "log" and "disparity" are its depth's logarithm and inverse exactly: the median of the
 synthetic scenes (half of them lie between 3.6 and 4.5)."""
@@ -35,8 +35,8 @@ def encode_depth(
     Affine between the two quantiles over valid depth, clipped (Marigold, Ke et al. 2024, eq. 1), which makes u in [0, 1]; then
     `code`, one of `DEPTH_CODES`, with r = `DEPTH_SPREAD` and d = 1 + (r - 1) u: "linear" u, "log" log d / log r, "disparity"
     (1 - 1 / d) / (1 - 1 / r). Where far / near = r these are the logarithm and the inverse of depth between the quantiles.
-    Elsewhere too they come back as u exactly, which is depth up to scale and shift, as protocols score it; the logarithm itself
-    would need far / near to be decoded, which no prediction knows. Near is -1 in every code, and invalid pixels are. UserError
+    Elsewhere too they decode to u exactly, which is depth up to scale and shift, as protocols score it; the logarithm itself
+    would need far / near for decoding, which no prediction knows. Near and invalid pixels are -1 in every code. UserError
     if no pixel is valid.
     """
     valid = depth > 0 if valid is None else valid & (depth > 0)
@@ -53,7 +53,7 @@ def encode_depth(
 
 
 def decode_depth(image: Any, code: str = DEPTH_CODE) -> Any:
-    """Image `[..., 3, H, W]` -> affine-invariant depth `[..., H, W]` in [0, 1], whatever its `code`. Arrays or tensors."""
+    """Image `[..., 3, H, W]` -> affine-invariant depth `[..., H, W]` in [0, 1], for any `code`. Arrays or tensors."""
     return uncode_depth((image.mean(-3).clip(-1.0, 1.0) + 1.0) / 2.0, code)
 
 
@@ -67,7 +67,7 @@ def uncode_depth(values: Any, code: str) -> Any:
 
 
 def depth_code_slope(unit_depth: Any, code: str) -> Any:
-    """How fast coded depth rises with depth, both in [0, 1], at depth `unit_depth`. Numbers, arrays or tensors."""
+    """Slope of coded depth over depth, both in [0, 1], at depth `unit_depth`. Numbers, arrays or tensors."""
     growth = 1.0 + (DEPTH_SPREAD - 1.0) * unit_depth
     if code == "log":
         return (DEPTH_SPREAD - 1.0) / np.log(DEPTH_SPREAD) / growth
@@ -79,13 +79,13 @@ def depth_code_slope(unit_depth: Any, code: str) -> Any:
 # --- optical flow -------------------------------------------------------------------------------------------------------
 
 FLOW_KNEE = 1.0 / 16.0
-"""Motion, as a fraction of the image's side, below which the flow code is about linear and above which it is logarithmic."""
+"""Motion, as a fraction of the image's side, below which the flow code is roughly linear and above which it is logarithmic."""
 
 
 FLOW_CODE = "log"
-"""How flow is coded by default."""
+"""The default flow code."""
 FLOW_CODES = (FLOW_CODE, "linear_75")
-"""log: see `encode_flow`. linear_75: u / 75, v / 75 in pixels of FlyingChairs' 512 x 384 frames, as the released generalist."""
+"""log: see `encode_flow`. linear_75: u / 75, v / 75 in pixels of FlyingChairs' 512 x 384 frames (released generalist)."""
 _LINEAR_REACH = (75.0 / 512.0, 75.0 / 384.0)
 
 
@@ -106,7 +106,7 @@ def encode_flow(flow: np.ndarray, code: str = FLOW_CODE) -> np.ndarray:
 
 
 def count_clipped_flow(flow: np.ndarray, code: str = FLOW_CODE) -> int:
-    """Pixels of a flow `[2, H, W]` that the code clips: "log" those that move by more than the image's width or height."""
+    """Count pixels of a flow `[2, H, W]` that the code clips: "log" those moving by more than the image's width or height."""
     reach = _LINEAR_REACH if code == "linear_75" else (1.0, 1.0)
     limits = np.array([reach[0] * flow.shape[-1], reach[1] * flow.shape[-2]])[:, None, None]
     return int((np.abs(flow) > limits).any(axis=0).sum())
@@ -151,12 +151,12 @@ def decode_amodal(image: Any) -> Any:
 # --- codes --------------------------------------------------------------------------------------------------------------
 
 TARGET_CODES = {"depth": DEPTH_CODES, "flow": FLOW_CODES}
-"""How the targets of a task may be coded; the first is meant where nothing is said. Manifests (`encoding`) and weights
+"""Allowed codes of a task's targets; the first is the default. Manifests (`encoding`) and weights
 (`config.json`) name it `depth_code` and `flow_code`, and `data_tools.encode` takes it as `--depth-code` and `--flow-code`."""
 
 
 def target_code(task: str, said: Mapping[str, Any], source: str) -> str:
-    """The code of a task's targets that a manifest's `encoding` or the sections of weights name; empty for tasks without one.
+    """The code of a task's targets named by a manifest's `encoding` or the weights' sections; empty for tasks without one.
 
     UserError, naming `source`, if dpt does not know it.
     """

@@ -1,4 +1,4 @@
-"""A task: its conditions, targets and labels; and pictures as arrays, brought to the range and size that networks see.
+"""Tasks: their conditions, targets and labels; and pictures as arrays, brought to the networks' range and size.
 
 `dpt.target_codes` says how targets become images and back. Needs numpy and Pillow only. Images are float32 `[3, H, W]` in
 [-1, 1] unless said otherwise.
@@ -17,25 +17,25 @@ from dpt.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class TaskSpec:
-    """What a task reads and writes. A model with fewer condition inputs takes the first ones."""
+    """A task's inputs and outputs. A model with fewer condition inputs takes the first ones."""
 
     name: str
     conditions: tuple[str, ...]
     """Condition images, in the order of `cond_latents`."""
     targets: tuple[str, ...]
-    """Target images, in the order of `target_latents`; a prediction takes one pass for each, with the same seeds."""
+    """Target images, in the order of `target_latents`; prediction takes one pass for each, with the same seeds."""
     encode: Callable[[np.ndarray], np.ndarray] | None = None
-    """Of registered tasks: truth float32 `[C, H, W]`, 0 where unknown -> images `[M, 3, H, W]` in [-1, 1], one a target."""
+    """Registered tasks' encoder: truth float32 `[C, H, W]`, 0: unknown -> images `[M, 3, H, W]` in [-1, 1], one per target."""
     decode: Callable[[Any], Any] | None = None
-    """Of registered tasks: images `[..., M, 3, H, W]` -> values `[..., C, H, W]`, tensors."""
+    """Registered tasks' decoder: images `[..., M, 3, H, W]` -> values `[..., C, H, W]`, tensors."""
     finish: Callable[[np.ndarray], np.ndarray] | None = None
-    """Of registered tasks: merged and resized values float32 `[C, H, W]` -> the prediction; None: they are it."""
+    """Registered tasks' last step: merged and resized values float32 `[C, H, W]` -> the prediction; None: unchanged."""
     mirror: Callable[[np.ndarray], np.ndarray] | None = None
-    """Of registered tasks: a truth `[C, H, W]` -> that of the mirrored picture; None: sets of it cannot be encoded mirrored."""
+    """Registered tasks' mirroring: truth `[C, H, W]` -> the mirrored picture's; None: sets cannot be encoded mirrored."""
 
     @property
     def registered(self) -> bool:
-        """Whether it is a user's."""
+        """Whether the task is a user's."""
         return self.encode is not None
 
 
@@ -62,7 +62,7 @@ def register_task(spec: TaskSpec) -> None:
     """Add a dense task that predicts values `[C, H, W]` from one picture, for recipes, shards, evaluation and prediction.
 
     Beside it, `dpt.evaluation.protocols.register_protocol` says how it is scored and `data_tools.readers.register_reader` where
-    its data come from (docs/own_task.md). UserError if the name is taken, or the task is not such a one.
+    its data come from (docs/own_task.md). UserError if the name is taken, or the task is of another kind.
     """
     if spec.name in CONDITIONS:
         raise UserError(f"task {spec.name!r} is there already; choose another name.")
@@ -83,9 +83,9 @@ def task_spec(name: str) -> TaskSpec:
 
 
 def num_task_labels(trained_task: str) -> int:
-    """Label rows that a model trained for `trained_task` has beside its classes: they are its last ids before the null label.
+    """Number of label rows of a model trained for `trained_task` beside its classes: its last ids before the null label.
 
-    A specialist with one target has none: it is trained and asked with the null label.
+    A specialist with one target has none: it is trained and queried with the null label.
     """
     if trained_task not in _TASK_LABELS:
         raise UserError(f"task {trained_task!r} is unknown; choose one of {', '.join(_TASK_LABELS)}.")
@@ -93,7 +93,7 @@ def num_task_labels(trained_task: str) -> int:
 
 
 def label_id(target: str, *, trained_task: str, num_classes: int) -> int:
-    """Label under which a model trained for `trained_task` predicts `target`.
+    """The label under which a model trained for `trained_task` predicts `target`.
 
     `num_classes` counts the task labels too (`ModelConfig.num_classes`; the null label's id). A generalist on ImageNet's
     1000 classes has num_classes 1004: depth 1000, whole (amodal) 1001, flow_x 1002, flow_y 1003.
@@ -120,7 +120,7 @@ def image_to_uint8(image: np.ndarray) -> np.ndarray:
 
 
 def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """uint8 `[H, W, 3]` (or `[H, W]`) to `size` (h, w): bicubic, antialiased when it shrinks."""
+    """Resize uint8 `[H, W, 3]` (or `[H, W]`) to `size` (h, w): bicubic, antialiased when shrinking."""
     if image.shape[:2] == tuple(size):
         return image
     return np.asarray(Image.fromarray(image).resize((size[1], size[0]), Image.Resampling.BICUBIC))
@@ -141,7 +141,7 @@ def centre_crop(image: np.ndarray, resolution: int) -> np.ndarray:
 
 
 def resize_smooth(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """float `[..., H, W]` to `size` (h, w): bilinear, antialiased when it shrinks. For predictions; it mixes across edges."""
+    """Resize float `[..., H, W]` to `size` (h, w): bilinear, antialiased if smaller. For predictions; mixes across edges."""
     if values.shape[-2:] == tuple(size):
         return np.asarray(values, dtype=np.float32)
     planes = np.asarray(values, dtype=np.float32).reshape(-1, *values.shape[-2:])
@@ -150,7 +150,7 @@ def resize_smooth(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def resize_nearest(values: Any, size: tuple[int, int]) -> Any:
-    """Array or tensor `[..., H, W]` of any dtype to `size` (h, w), nearest pixel: mixes no values. For depth and masks."""
+    """Resize an array or tensor `[..., H, W]` of any dtype to `size` (h, w), nearest pixel: no mixing. For depth and masks."""
     height, width = values.shape[-2:]
     rows = ((np.arange(size[0]) + 0.5) * height / size[0]).astype(np.int64)
     cols = ((np.arange(size[1]) + 0.5) * width / size[1]).astype(np.int64)
@@ -158,7 +158,7 @@ def resize_nearest(values: Any, size: tuple[int, int]) -> Any:
 
 
 def resize_flow(flow: np.ndarray, size: tuple[int, int], *, smooth: bool = True) -> np.ndarray:
-    """Flow float `[..., 2, H, W]` in pixels to `size` (h, w), in pixels of that size: u scales with width, v with height."""
+    """Resize flow float `[..., 2, H, W]` in pixels to `size` (h, w), in its pixels: u scales with width, v with height."""
     height, width = flow.shape[-2:]
     resized = resize_smooth(flow, size) if smooth else resize_nearest(flow, size)
     return resized * np.array([size[1] / width, size[0] / height], dtype=np.float32)[:, None, None]
@@ -194,13 +194,13 @@ def all_valid_prompt(height: int, width: int) -> np.ndarray:
 
 
 DEPTH_PROMPT = "all_valid"
-"""What depth's second condition shows by default, and always in prediction."""
+"""The default of depth's second condition, always used in prediction."""
 DEPTH_PROMPTS = (DEPTH_PROMPT, "ground_truth")
-"""all_valid: `all_valid_prompt`. ground_truth: where the truth is known, as in the authors' released code."""
+"""all_valid: `all_valid_prompt`. ground_truth: the mask of known truth, as in the authors' released code."""
 
 
 def check_depth_prompt(prompt: str, source: str) -> str:
-    """`prompt` itself; UserError, naming `source`, if it is none."""
+    """Return `prompt` itself; UserError, naming `source`, if it is invalid."""
     if prompt not in DEPTH_PROMPTS:
         raise UserError(f"{source}: depth prompt {prompt!r} is unknown; it is one of {', '.join(DEPTH_PROMPTS)}.")
     return prompt

@@ -12,8 +12,8 @@ _CLOSING_S = 10.0
 
 
 class Workers:
-    """`count` threads that work off calls in order, or if it is 0 the caller's, at once. They do not keep the process alive
-    (as those of concurrent.futures do), so that a read that hangs cannot."""
+    """`count` threads that run calls in order; if 0, the calling thread runs them at once. They do not keep the process alive
+    (unlike those of concurrent.futures), so that a hanging read cannot."""
 
     def __init__(self, count: int, name: str) -> None:
         self._calls: queue.SimpleQueue[tuple[Future, Callable, tuple] | None] = queue.SimpleQueue()
@@ -22,7 +22,7 @@ class Workers:
             thread.start()
 
     def submit(self, action: Callable[..., T], *arguments: Any) -> Future[T]:
-        """What `action(*arguments)` will return or raise."""
+        """Schedule `action(*arguments)`; returns the future of its result or exception."""
         future: Future[T] = Future()
         self._calls.put((future, action, arguments))
         if not self._threads:
@@ -37,7 +37,7 @@ class Workers:
                 future.set_result(action(*arguments))
             except BaseException as error:  # raised again where the result is asked for
                 future.set_exception(error)
-            del call, future, action, arguments  # else they live until the next call
+            del call, future, action, arguments  # else they would live until the next call
 
     def close(self) -> None:
         """End the threads once the calls so far are done, and wait for them."""

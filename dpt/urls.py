@@ -1,4 +1,4 @@
-"""Downloads into files, retried when a source fails or stalls."""
+"""Downloads to files, retried when a source fails or stalls."""
 
 import io
 import os
@@ -20,12 +20,12 @@ _LOOK_EVERY_MS = 100
 
 
 class Stopped(Exception):
-    """The work was given up because nobody waits for it any more."""
+    """The work was abandoned because nobody waits for it any more."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Patience:
-    """How long a failing source is tried."""
+    """How long to retry a failing source."""
 
     retries: int = 3
     wait_s: float = 1.0
@@ -36,7 +36,7 @@ class Patience:
     """Once set, attempts and fetches end at once with `Stopped`."""
 
     def retry(self, action: Callable[[], T]) -> T:
-        """`action()`, tried again after a pause while it raises OSError; the last error is raised."""
+        """Call `action()`, retrying after a pause while it raises OSError; the last error is raised."""
         for attempt in range(self.retries + 1):
             if self.stop.is_set():
                 raise Stopped
@@ -55,9 +55,9 @@ def is_url(source: str) -> bool:
 
 
 def fetch(url: str, file: BinaryIO, patience: Patience) -> None:
-    """Copy what `url` gives into `file`. OSError if the source fails, or gives nothing for `stall_s` seconds.
+    """Copy the content of `url` into `file`. OSError if the source fails, or sends nothing for `stall_s` seconds.
 
-    URLs: `pipe:COMMAND` (its output), http(s), s3 (through `aws s3 cp`), gs, hf and what else `webdataset.gopen` knows.
+    URLs: `pipe:COMMAND` (its output), http(s), s3 (through `aws s3 cp`), gs, hf and others that `webdataset.gopen` supports.
     """
     from webdataset import gopen
 
@@ -80,7 +80,7 @@ def fetch(url: str, file: BinaryIO, patience: Patience) -> None:
 
 
 def fetch_text(url: str, patience: Patience) -> str:
-    """What `url` gives, tried again with patience. OSError if it cannot be had."""
+    """Return the text at `url`, with retries. OSError if it cannot be fetched."""
 
     def attempt() -> bytes:
         fetch(url, content := io.BytesIO(), patience)
@@ -90,9 +90,9 @@ def fetch_text(url: str, patience: Patience) -> str:
 
 
 def fetch_file(url: str, size: int, patience: Patience, kept: Path | None = None) -> BinaryIO:
-    """What `url` gives as an open file: `kept`, taken as it is if it is there, or an unnamed one.
+    """Fetch `url` and return an open file: `kept` (used as is if it exists) or an unnamed one.
 
-    OSError if it cannot be had, or is not of `size` bytes.
+    OSError if it cannot be fetched, or is not `size` bytes long.
     """
     if kept is not None:
         if kept.is_file() and kept.stat().st_size == size:
@@ -102,7 +102,7 @@ def fetch_file(url: str, size: int, patience: Patience, kept: Path | None = None
     file: Any = tempfile.NamedTemporaryFile(dir=folder, prefix=".dpt-", suffix=".part", delete=False)  # noqa: SIM115
     try:
         if kept is None:
-            os.unlink(file.name)  # it goes with the process, however that ends
+            os.unlink(file.name)  # the file is gone when the process ends, however that happens
         fetch(url, file, patience)
         if (found := os.fstat(file.fileno()).st_size) != size:
             raise OSError(f"{found} of {size} bytes came")

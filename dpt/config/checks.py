@@ -1,4 +1,4 @@
-"""What must hold between the sections of a recipe and the machine, checked before any work starts (no torch)."""
+"""Constraints between the sections of a recipe and the machine, checked before any work starts (no torch)."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -22,7 +22,7 @@ def check_recipe(recipe: Recipe, world_size: int, stage: str = "pretrain") -> No
 
 
 def _problems(recipe: Recipe, world_size: int, model: ModelConfig) -> Iterator[str]:
-    """A sentence for each thing that cannot work. `model`: what is trained."""
+    """Yield a sentence for each thing that cannot work. `model`: the trained architecture."""
     yield from _problems_of_gates(recipe, model.num_experts)
     yield from _problems_of_experts(recipe, world_size, model.num_experts)
     yield from _problems_of_tasks(recipe)
@@ -35,7 +35,7 @@ def _problems(recipe: Recipe, world_size: int, model: ModelConfig) -> Iterator[s
 
 
 def _idle_fields(recipe: Recipe) -> Iterator[str]:
-    """Fields that do nothing because another one is not set: whoever wrote them expects otherwise."""
+    """Yield fields that have no effect because another one is not set, contrary to the writer's expectation."""
     config = recipe.dpt
     logit_normal = config.diffusion.timesteps == "logit_normal"
     for name, default, needs, useful in (
@@ -73,9 +73,9 @@ def _problems_of_optimizers(recipe: Recipe) -> Iterator[str]:
 def batch_split(recipe: Recipe, world_size: int) -> tuple[int, int, int]:
     """(train_batch_size, micro-batch of a rank, accumulation steps) on `world_size` ranks; their product with the ranks fits.
 
-    `train_micro_batch_size_per_gpu` is the largest micro-batch allowed: taken is the largest one up to it that divides a rank's
-    share of the batch, unless `gradient_accumulation_steps` is given. Without `train_batch_size` it is that of DeepSpeed, the
-    product of the other two and the ranks. Raises UserError if nothing of the kind is possible.
+    `train_micro_batch_size_per_gpu` is the largest micro-batch allowed: the largest one up to it is used that divides a rank's
+    share of the batch, unless `gradient_accumulation_steps` is given. Without `train_batch_size` it is DeepSpeed's, the
+    product of the other two and the ranks. Raises UserError if there is no such split.
     """
     given = recipe.deepspeed
     for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
@@ -115,7 +115,7 @@ def batch_split(recipe: Recipe, world_size: int) -> tuple[int, int, int]:
 
 
 def split_note(recipe: Recipe, world_size: int) -> str:
-    """One line for the user where the micro-batch is not the one that the recipe names; else empty."""
+    """One line for the user if the micro-batch differs from the one in the recipe; else empty."""
     total, micro, accumulation = batch_split(recipe, world_size)
     limit = recipe.deepspeed.get("train_micro_batch_size_per_gpu", micro)
     if micro == limit:
@@ -150,7 +150,7 @@ def _problems_of_experts(recipe: Recipe, world_size: int, experts: int) -> Itera
 
 
 def _problems_of_gates(recipe: Recipe, experts: int) -> Iterator[str]:
-    """Fields that mean nothing without experts, or with one kind of gate."""
+    """Yield problems of fields that have no meaning without experts, or with one kind of gate."""
     model, training = recipe.dpt.model, recipe.dpt.training
     for name, off, value in (
         ("model.router_gate", "softmax", model.router_gate),
@@ -207,7 +207,7 @@ def _problems_of_bypassing(recipe: Recipe, depth: int) -> Iterator[str]:
 
 
 def _problems_of_alignment(recipe: Recipe, depth: int) -> Iterator[str]:
-    """What self-alignment and feature alignment need of the network, the averages and the data."""
+    """Yield what self-alignment and feature alignment lack in the network, the averages and the data."""
     training = recipe.dpt.training
     own, features = training.self_alignment, training.feature_alignment
     blocks = {

@@ -12,7 +12,7 @@ from dpt.errors import UserError
 
 
 def parse_command(prog: str, description: str, home: str, argv: Sequence[str] | None = None) -> Recipe:
-    """The recipe that a launcher's command line describes.
+    """Parse a launcher's command line into a recipe.
 
     Fields of the section `home` may be written without it (evaluate: `--steps 1,5`). `--local_rank`, which the DeepSpeed
     launcher appends, is accepted and ignored. `--help` prints every field and exits 0. Raises UserError.
@@ -67,7 +67,7 @@ def _is_number(text: str) -> bool:
 
 
 def sections_of(config: type, prefix: str = "") -> list[str]:
-    """The dotted names of the sections of a config, those within sections too."""
+    """The dotted names of the sections of a config, including nested ones."""
     names = []
     for name, hint in get_type_hints(config).items():
         if dataclasses.is_dataclass(hint):

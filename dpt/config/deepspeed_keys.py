@@ -1,4 +1,4 @@
-"""DeepSpeed's own keys of a recipe: which there are, and what they may be, as far as this package reads them itself."""
+"""DeepSpeed's own keys in a recipe: their names, and their values as far as this package reads them itself."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -20,13 +20,13 @@ _COUNTS = frozenset({"gradient_accumulation_steps", "train_batch_size", "train_m
 """Checked where the batch is split."""
 _OTHERS = frozenset({"communication_data_type", "seq_parallel_communication_data_type", "steps_per_print"})
 DEEPSPEED_KEYS = _OBJECTS | _SWITCHES | _COUNTS | _OTHERS | _NUMBERS.keys()
-"""Keys that a recipe may have beside "dpt"."""
+"""Keys allowed in a recipe beside "dpt"."""
 _BETA = Range(least=0, below=1)
 _OPTIMIZER = {"lr": POSITIVE, "eps": POSITIVE, "weight_decay": NOT_NEGATIVE, "momentum": _BETA}
 
 
 def check_keys(given: Mapping[str, Any], source: str) -> None:
-    """UserError, naming `source` and the key, for values that are of another kind or out of range."""
+    """Raise UserError, naming `source` and the key, for values of the wrong kind or out of range."""
     for name, value in given.items():
         if name in _OBJECTS and not isinstance(value, dict):
             raise UserError(f"{source}: {name} is {value!r}; it must be an object of DeepSpeed's fields.")

@@ -1,4 +1,4 @@
-"""What GPUs can do by their makers' data sheets."""
+"""GPUs' peak rates by their makers' data sheets."""
 
 _BF16_DENSE = {
     "H200": 989.4e12,
@@ -16,13 +16,13 @@ _BF16_DENSE = {
     "RTX 3090": 71e12,
 }
 _TF32_SHARE = 0.5
-"""TF32 runs at half of the rate of bf16 on all of these that have it."""
+"""TF32 runs at half the rate of bf16 on all of these that have it."""
 
 
 def data_sheet_peak(device_name: str, precision: str = "bf16") -> float | None:
-    """Dense FLOP/s of a GPU's matrix units by its data sheet (NVIDIA; no sparsity), None where it is not known.
+    """Dense FLOP/s of a GPU's matrix units by its data sheet (NVIDIA; no sparsity), None if unknown.
 
-    `device_name`: as `torch.cuda.get_device_name` gives it. `precision`: "bf16", "fp16" or "tf32".
+    `device_name`: as returned by `torch.cuda.get_device_name`. `precision`: "bf16", "fp16" or "tf32".
     """
     matches = [name for name in _BF16_DENSE if all(word in device_name for word in name.split())]
     if not matches:

@@ -1,4 +1,4 @@
-"""JSON that people write: its errors are said where the mistake is, not where the parser noticed it."""
+"""Parse JSON written by people: errors are reported where the mistake is, not where the parser noticed it."""
 
 import json
 from typing import Any
@@ -7,7 +7,7 @@ from dpt.errors import UserError
 
 
 def parse_object(text: str, source: str, what: str) -> dict[str, Any]:
-    """The JSON object in `text`; UserError, naming `source`, for broken JSON or another value than an object (`what` it is)."""
+    """Parse the JSON object in `text`; UserError, naming `source`, for broken JSON or anything but an object (`what` it is)."""
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
@@ -20,7 +20,7 @@ def parse_object(text: str, source: str, what: str) -> dict[str, Any]:
 
 
 def json_problem(text: str, error: json.JSONDecodeError) -> str:
-    """What is wrong and where, in words: a comma too few or too many belongs to the end of what stands before it."""
+    """The mistake and its place, in words: a comma too few or too many belongs to the end of what precedes it."""
     before = text[: error.pos].rstrip()
     place = _place(text, len(before) - 1 if before else 0)
     if not text.strip():

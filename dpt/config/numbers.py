@@ -1,4 +1,4 @@
-"""What numbers may be: one check for fields of recipes and for options of command lines."""
+"""Allowed ranges of numbers: one check for recipe fields and command-line options."""
 
 import argparse
 import math
@@ -10,7 +10,7 @@ from dpt.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Range:
-    """Finite numbers from `least` to `most`; `above` and `below` are not themselves among them. "inf" as `most` is."""
+    """Finite numbers from `least` to `most`, excluding the bounds `above` and `below`. "inf" is included if it is `most`."""
 
     least: float | None = None
     most: float | None = None
@@ -38,7 +38,7 @@ class Range:
         return " and ".join(parts) or "finite"
 
     def check(self, name: str, value: Any) -> None:
-        """UserError, naming the field, unless `value` is in the range."""
+        """Raise UserError, naming the field, unless `value` is in the range."""
         if value not in self:
             raise UserError(f"{name} is {value!r}; it must be {self}.")
 
@@ -54,7 +54,7 @@ ENSEMBLE_SIZES = Range(least=1, most=50)
 
 @dataclass(frozen=True)
 class Number:
-    """The `type` of an option of argparse: a text as a number in a range, which `Parser` shows in the option's help."""
+    """The `type` of an argparse option: text to a number in a range, which `Parser` shows in the option's help."""
 
     kind: type[int] | type[float]
     allowed: Range
@@ -74,7 +74,7 @@ class Number:
 
 
 def numeric(kind: type[Any], allowed: Range = FINITE) -> Number:
-    """The `type` of an option of argparse: a text as a number in a range."""
+    """The `type` of an argparse option: text to a number in a range."""
     return Number(kind, allowed)
 
 

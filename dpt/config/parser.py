@@ -1,4 +1,4 @@
-"""The parser of all command lines but those of launchers: what is wrong is said in one sentence, with exit code 2."""
+"""The parser of all command lines except launchers': mistakes are reported in one sentence, with exit code 2."""
 
 import argparse
 from typing import NoReturn
@@ -7,7 +7,7 @@ from dpt.config.numbers import Number
 
 
 class _Help(argparse.HelpFormatter):
-    """Help that says of every option what its own text leaves out: which numbers it takes, and its default."""
+    """Help that adds to every option's text the numbers it takes and its default."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         text = action.help
@@ -20,13 +20,13 @@ class _Help(argparse.HelpFormatter):
 
 
 def _plain(default: object) -> str:
-    """A default as it would be typed."""
+    """Show a default as it would be typed."""
     values = default if isinstance(default, list | tuple) else [default]
     return " ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in values).replace("%", "%%")
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's, without abbreviated options, and without the usage before an error; its help names ranges and defaults."""
+    """argparse's parser without abbreviated options or usage before an error; its help shows ranges and defaults."""
 
     def __init__(self, prog: str, description: str | None) -> None:
         super().__init__(prog=prog, description=description, allow_abbrev=False, formatter_class=_Help)

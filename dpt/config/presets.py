@@ -3,8 +3,8 @@
 Sizes: DiT (S, B, L, XL), Scaling Properties of Diffusion Models for Perceptual Tasks, Tables 1 and 2 (a1-a6), DiT-MoE (…E2A).
 MoE presets, trained from scratch, have SwiGLU experts of width 4 d without biases and one shared expert of width 2 d.
 
-"-E16" and "-E48": fine experts as DSMoE has them (Liu et al., "Efficient Training of Diffusion Mixture-of-Experts Models: A
-Practical Recipe", 2025): 16 of which a token takes 2, or 48 of which it takes 5, and a shared one about as wide; sigmoid gates,
+"-E16" and "-E48": fine experts as in DSMoE (Liu et al., "Efficient Training of Diffusion Mixture-of-Experts Models: A
+Practical Recipe", 2025): 16 of which a token uses 2, or 48 of which it uses 5, and a shared one about as wide; sigmoid gates,
 normalised, balanced by a bias. Theirs are in every second block; ours are in every block and narrower: the experts that a token
 passes through take exactly the MACs of the dense preset's MLP (L/2: 0.1% less), so that quality compares at equal compute.
 """

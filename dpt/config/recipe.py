@@ -73,15 +73,15 @@ class Recipe:
     dpt: DptConfig
     path: str = ""
     overridden: frozenset[str] = frozenset()
-    """Dotted names, without "dpt.", of the fields that the command line sets."""
+    """Dotted names, without "dpt.", of the fields set on the command line."""
 
     def source_of(self, sentence: str) -> str:
-        """Where a sentence puts the mistake: the command line if it names a field set there, else the file."""
+        """The source that a sentence blames: the command line if it names a field set there, else the file."""
         return _blamed(sentence, self.path, self.overridden)
 
     @contextlib.contextmanager
     def blamed(self) -> Iterator[None]:
-        """Say in a UserError about one of the recipe's fields where that was set: the file or the command line."""
+        """Add to a UserError about one of the recipe's fields where that was set: the file or the command line."""
         try:
             yield
         except UserError as error:
@@ -103,7 +103,7 @@ class Recipe:
 
     @property
     def precision(self) -> str:
-        """The compute type: "bf16", "fp16" or "fp32"."""
+        """The compute dtype: "bf16", "fp16" or "fp32"."""
         for name in ("bf16", "fp16"):
             if self.deepspeed.get(name, {}).get("enabled", False):
                 return name
@@ -111,7 +111,7 @@ class Recipe:
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
-    """The JSON object in `path`; UserError if it is missing, broken, or no object."""
+    """Read the JSON object in `path`; UserError if it is missing, broken, or not an object."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -139,7 +139,7 @@ def load_recipe(path: str | Path | None, overrides: Mapping[str, Any] | None = N
 
 
 def _blamed(sentence: str, source: str, overridden: Collection[str]) -> str:
-    """The command line, if the sentence names a field that is set there; else the source, or the command line without one."""
+    """The command line if the sentence names a field set there; else the source, or the command line without one."""
     said = (re.search(rf"(?<![\w.]){re.escape(name)}(?![\w.]*\w)", sentence.replace("dpt.", "")) for name in overridden)
     return COMMAND_LINE if not source or any(said) else source
 
@@ -171,7 +171,7 @@ def _load(path: str | Path | None, overrides: Mapping[str, Any], source: str) ->
 
 
 def section_from_dict(cls: type, values: Mapping[str, Any], source: str, *, prefix: str = "") -> Any:
-    """A section (e.g. ModelConfig) from a dict, such as one in an exported config.json.
+    """Build a section (e.g. ModelConfig) from a dict, such as one in an exported config.json.
 
     Raises UserError on unknown or ill-typed fields, named after `prefix` (default: the class).
     """
@@ -183,14 +183,14 @@ def section_from_dict(cls: type, values: Mapping[str, Any], source: str, *, pref
 
 
 def _build(cls: type, values: dict[str, Any], source: str, prefix: str) -> Any:
-    """`cls(**values)` with types checked by jsonargparse, nested sections included."""
+    """Build `cls(**values)` with types checked by jsonargparse, nested sections included."""
     from jsonargparse import ArgumentError
 
     hints = get_type_hints(cls)
     nested = {n: _build(h, values.pop(n), source, f"{prefix}.{n}") for n, h in hints.items() if _is_section(h) and n in values}
     for name, value in values.items():
         wrong = UserError(f"{source}: {prefix}.{name} is {value!r}; it must be {type_in_words(hints[name])}.")
-        if value is None and type(None) not in get_args(hints[name]):  # which jsonargparse lets pass
+        if value is None and type(None) not in get_args(hints[name]):  # jsonargparse lets this pass
             raise wrong
         try:
             values[name] = _parser(hints[name]).parse_object({"value": value}, defaults=False)["value"]
@@ -203,7 +203,7 @@ def _build(cls: type, values: dict[str, Any], source: str, prefix: str) -> Any:
 
 @cache
 def _parser(hint: Any) -> Any:
-    """Of a "value" of this type; made once, which takes longer than it parses."""
+    """The parser of a "value" of this type, made once, as that takes longer than parsing."""
     from jsonargparse import ArgumentParser
 
     parser = ArgumentParser(exit_on_error=False, default_env=False)
@@ -212,7 +212,7 @@ def _parser(hint: Any) -> Any:
 
 
 def _check_finite(name: str, value: Any) -> None:
-    """JSON as Python reads it has NaN and infinity, which no field takes."""
+    """Refuse NaN and infinity, which Python's JSON parser reads but no field takes."""
     for one in value if isinstance(value, list) else [value]:
         if isinstance(one, float):
             FINITE.check(name, one)
@@ -222,7 +222,7 @@ _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: 
 
 
 def type_in_words(hint: Any) -> str:
-    """A field's type as people say it: "a whole number", "one of linear, log", "a list, each a text"."""
+    """A field's type in plain words: "a whole number", "one of linear, log", "a list, each a text"."""
     if get_origin(hint) is Literal:
         return f"one of {', '.join(map(str, get_args(hint)))}"
     if get_origin(hint) is list:
@@ -278,7 +278,7 @@ def _json_or_text(text: str) -> Any:
 
 
 def _from_text(value: Any, hint: Any, name: str) -> Any:
-    """A command-line text as a value of the field's type: lists may be written "1,5,50"; anything but text is kept."""
+    """Convert a command-line text to the field's type: lists may be written "1,5,50"; non-text is kept."""
     if not isinstance(value, str) or hint is str:
         return value
     if _is_section(hint):

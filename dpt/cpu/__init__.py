@@ -1,1 +1,1 @@
-"""CPU tuning, all of it: the network and its training read as if it did not exist."""
+"""All CPU tuning, so that the network and its training need not mention it."""

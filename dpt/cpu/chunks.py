@@ -1,4 +1,4 @@
-"""How a loop over experts is cut, so that what lies between two products stays small in a CPU's memory."""
+"""Cut a loop over experts into chunks, so that what lies between two products stays small in a CPU's memory."""
 
 from collections.abc import Iterator
 
@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 _CHUNK = 1 << 22
-"""Numbers of a first product that a CPU works on at once: the arrays between the two products are never larger. Smaller chunks
+"""Numbers of a first product that a CPU works on at once: arrays between the two products are never larger. Smaller chunks
 are faster for one thread, but threads that share a machine with other work then wait for each other too often."""
 
 
 def expert_chunks(counts: list[int], width: int, x: Tensor) -> Iterator[tuple[int, slice, bool]]:
-    """Expert, rows and whether they are its first, of chunks of at most _CHUNK numbers on a CPU; at least one chunk an expert.
+    """Yield (expert, rows, whether they are its first) for chunks of at most _CHUNK numbers on a CPU, at least one per expert.
 
-    In less than float32 an expert's rows are one chunk: its weights' gradients are summed within one product, not rounded
+    Below float32 precision an expert's rows are one chunk: its weights' gradients are summed within one product, not rounded
     between.
     """
     rows = max(1, _CHUNK // width)

@@ -1,4 +1,4 @@
-"""GELU without its slow tanh, in chunks that stay in a CPU's cache.
+"""GELU without a slow tanh, in chunks that stay in a CPU's cache.
 
 The tanh approximation of GELU is x sigmoid(x (l + c x^2)), the same function: on CPUs tanh takes four times as long.
 """
@@ -16,7 +16,7 @@ _CHUNK = 1 << 19
 
 
 def serves(x: Tensor) -> bool:
-    """Whether x's GELU is to be computed here; the compiler fuses PyTorch's own."""
+    """Whether to compute x's GELU here; when compiling, the compiler fuses PyTorch's own."""
     known = x.dtype in (torch.float32, torch.bfloat16, torch.float16)
     return x.device.type == "cpu" and known and x.is_contiguous() and not torch.compiler.is_compiling()
 
@@ -33,7 +33,7 @@ def forward(hidden: Tensor) -> Tensor:
 
 
 def backward(grad: Tensor, hidden: Tensor, *, again: bool = False) -> tuple[Tensor, Tensor | None]:
-    """The gradient with respect to `hidden`; and, if it is asked for, GELU of `hidden` `again`."""
+    """The gradient with respect to `hidden` and, if `again`, GELU of `hidden`, recomputed."""
     d_hidden = torch.empty_like(hidden)
     active = torch.empty_like(hidden) if again else None
     for chunk, d_y, out, again_out in _chunks(hidden, grad.contiguous(), d_hidden, d_hidden if active is None else active):
@@ -54,5 +54,5 @@ def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 def _float_space(out: Tensor) -> Tensor:
-    """Where to compute in float32 what is then copied to `out`: there itself if it is of that type."""
+    """Float32 space for a result to be copied to `out`: `out` itself if it is float32."""
     return out if out.dtype == torch.float32 else torch.empty_like(out, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""Settings of a process that computes on a CPU: its threads and its memory allocator. Importing this loads no torch."""
+"""Settings of a process that computes on a CPU: its threads and memory allocator. Importing this loads no torch."""
 
 import contextlib
 import ctypes
@@ -6,16 +6,16 @@ import os
 
 
 def limit_spinning() -> None:
-    """CPU threads that wait for each other spin for microseconds only before they sleep. Takes effect before torch is loaded.
+    """Let CPU threads that wait for each other spin only for microseconds before sleeping. Takes effect before torch is loaded.
 
-    Spinning on, they are many times slower as soon as anything else runs on the machine; sleeping at once, by a quarter.
+    Longer spinning makes them many times slower once anything else runs on the machine; sleeping at once, a quarter slower.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 
 def share_threads(processes: int) -> None:
-    """Give this process an equal share of the machine's threads, where the environment does not set their number."""
+    """Give this process an equal share of the machine's threads, unless the environment sets their number."""
     import torch
 
     if "OMP_NUM_THREADS" not in os.environ:
@@ -23,7 +23,7 @@ def share_threads(processes: int) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Let the C library keep freed memory for the next step's tensors, where it is glibc.
+    """Let the C library, if it is glibc, keep freed memory for the next step's tensors.
 
     By default every large tensor's pages go back to the system and are cleared anew: a tenth of an MoE step's time on a CPU.
     """
@@ -34,6 +34,6 @@ def keep_freed_memory() -> None:
 
 
 def return_freed_memory() -> None:
-    """Give back once what `keep_freed_memory` kept, where the C library is glibc: after a model that is not needed any more."""
+    """Release, once, the memory that `keep_freed_memory` kept, if the C library is glibc: after a model no longer needed."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)

@@ -1,6 +1,6 @@
-"""Products of bf16 and fp16 numbers on processors that have no units for these, by upcasting.
+"""Products of bf16 and fp16 numbers, by upcasting, on processors without units for them.
 
-There PyTorch's own products of them are up to a hundred times slower than those of float32, so the numbers are converted,
+There PyTorch's own products are up to a hundred times slower than those of float32, so the numbers are converted,
 multiplied in float32 and the result rounded once: what units for bf16 compute too. Arrays that are kept for a backward pass
 stay in 16 bits.
 """
@@ -16,7 +16,7 @@ aten = torch.ops.aten
 
 
 def _lacks_units() -> frozenset[torch.dtype]:
-    """The types of 16 bits that this processor cannot multiply itself."""
+    """The 16-bit dtypes that this processor cannot multiply natively."""
     checks = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
     available = torch.backends.mkldnn.is_available()
     return frozenset(t for t, name in checks.items() if available and not getattr(torch.ops.mkldnn, name)())
@@ -31,7 +31,7 @@ def needs_upcast(x: Tensor) -> bool:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """As `F.linear`."""
+    """Like `F.linear`."""
     result: Tensor = _Linear.apply(x, weight, bias)
     return result
 
@@ -54,13 +54,13 @@ class _Linear(torch.autograd.Function):
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
-    """As `F.scaled_dot_product_attention`."""
+    """Like `F.scaled_dot_product_attention`."""
     result: Tensor = _Attention.apply(q, k, v, scale)
     return result
 
 
 class _Attention(torch.autograd.Function):
-    """A function of its own rather than hooks on what is saved, which would hide it from activation checkpointing."""
+    """A custom function rather than hooks on saved tensors, which would hide it from activation checkpointing."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:

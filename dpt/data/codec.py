@@ -16,20 +16,20 @@ from dpt.errors import UserError
 EMBEDDED = "embedded"
 EMBEDDED_FOLDER = Path(__file__).resolve().parents[1] / "assets" / "vae"
 KINDS = ("AutoencoderKL", "AutoencoderDC")
-"""Classes of diffusers that are read."""
+"""Supported diffusers classes."""
 _LEAST_LOGVAR = -30.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class LatentScaling:
-    """What networks see of a VAE's latents: (latents - shift) * scale. Numbers, or tensors `[C, 1, 1]` with one a channel."""
+    """Scaling of a VAE's latents for networks: (latents - shift) * scale. Numbers, or tensors `[C, 1, 1]`, one per channel."""
 
     scale: float | Tensor = 1.0
     shift: float | Tensor = 0.0
 
     @classmethod
     def of(cls, vae: VAERecord) -> "LatentScaling":
-        """By diffusers' conventions: scale is scaling_factor (over latents_std), shift is shift_factor (plus latents_mean)."""
+        """Scaling by diffusers' conventions: scale scaling_factor (/ latents_std), shift shift_factor (+ latents_mean)."""
         scale: float | Tensor = vae.scaling_factor
         shift: float | Tensor = vae.shift_factor
         if vae.latents_std:
@@ -44,18 +44,18 @@ class LatentScaling:
         return LatentScaling(scale=scale, shift=shift)
 
     def normalize(self, latents: Tensor) -> Tensor:
-        """The VAE's latents `[..., C, h, w]` -> what networks see, float32."""
+        """The VAE's latents `[..., C, h, w]` -> the networks' latents, float32."""
         scaling = self.to(latents.device)
         return (latents.float() - scaling.shift) * scaling.scale
 
     def restore(self, latents: Tensor) -> Tensor:
-        """What networks see, `[..., C, h, w]` -> the VAE's latents, float32."""
+        """The networks' latents `[..., C, h, w]` -> the VAE's latents, float32."""
         scaling = self.to(latents.device)
         return latents.float() / scaling.scale + scaling.shift
 
 
 def mean_latents(moments: Tensor, scaling: LatentScaling) -> Tensor:
-    """What the network sees in fine-tuning: the scaled posterior mean.
+    """The network's latents in fine-tuning: the scaled posterior mean.
 
     moments: [..., 2, C, h, w] (mean, log-variance), any float dtype. Returns float32 [..., C, h, w].
     """
@@ -63,7 +63,7 @@ def mean_latents(moments: Tensor, scaling: LatentScaling) -> Tensor:
 
 
 def sample_latents(moments: Tensor, scaling: LatentScaling, noise: Tensor) -> Tensor:
-    """What the network sees in pre-training: a scaled sample, of mean + exp(logvar / 2) * noise.
+    """The network's latents in pre-training: a scaled sample, mean + exp(logvar / 2) * noise.
 
     moments: [..., 2, C, h, w]; noise: [..., C, h, w], standard normal, drawn by the caller from its own seeds (Kingma and
     Welling, "Auto-Encoding Variational Bayes", 2014, section 2.4). Returns float32 [..., C, h, w].
@@ -75,7 +75,7 @@ def sample_latents(moments: Tensor, scaling: LatentScaling, noise: Tensor) -> Te
 class VAECodec:
     """A frozen diffusers autoencoder with the conventions of the shards: unscaled moments in, scaled latents out.
 
-    record: what manifests and weights say of it; its `name` (what the user asked for), `sha256`, `scaling_factor` (with
+    record: its description in manifests and weights; its `name` (what the user asked for), `sha256`, `scaling_factor` (with
     statistics by channel, only a part of `scaling`), `latent_channels` (C) and `downsampling` (H / h) are attributes here too.
     The hash is of the fp32 weights by name, the same for every file format, folder and device the VAE came from.
     """
@@ -89,7 +89,7 @@ class VAECodec:
         self.vae.to(memory_format=torch.channels_last)  # a fifth faster on CPUs, and what GPUs' kernels want
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "VAECodec":
-        """Move the weights, in place; results stay float32 whatever the dtype. Returns self."""
+        """Move the weights in place; results stay float32 whatever the dtype. Returns self."""
         torch.nn.Module.to(self.vae, device=device, dtype=dtype)  # diffusers' own `to` warns about nothing here
         if device is not None:
             self.scaling = self.scaling.to(device)
@@ -99,7 +99,7 @@ class VAECodec:
     def encode(self, images: Tensor) -> Tensor:
         """images: [B, 3, H, W] in [-1, 1], H and W multiples of `downsampling` -> moments: float32 [B, 2, C, h, w].
 
-        An autoencoder without a posterior (`AutoencoderDC`) has the least log-variance that diffusers knows, -30.
+        An autoencoder without a posterior (`AutoencoderDC`) has the lowest log-variance that diffusers uses, -30.
         """
         height, width = images.shape[-2:]
         if images.ndim != 4 or images.shape[1] != 3 or height % self.downsampling or width % self.downsampling:
@@ -120,7 +120,7 @@ class VAECodec:
         return self.decode_with_gradients(latents).clamp(-1, 1).contiguous()
 
     def decode_with_gradients(self, latents: Tensor) -> Tensor:
-        """As `decode`, but differentiable with respect to the latents, and not clamped: what is out of range is led back."""
+        """Like `decode`, but differentiable in the latents and not clamped, so that out-of-range values are pulled back."""
         if latents.ndim != 4 or latents.shape[1] != self.latent_channels:
             raise ValueError(f"latents have shape {list(latents.shape)}; the VAE takes [B, {self.latent_channels}, h, w].")
         unscaled = self.scaling.restore(latents.to(self.vae.device))
@@ -130,11 +130,11 @@ class VAECodec:
 def load_vae(name: str = EMBEDDED, *, latent_channels: int = 0, downsampling: int = 0) -> VAECodec:
     """Load "embedded", a folder in diffusers' layout, or a hub name such as "stabilityai/sd-vae-ft-ema", on the CPU in fp32.
 
-    Of the kinds `AutoencoderKL` and `AutoencoderDC`; only safetensors are read. Names on the hub may be bare or as in
-    `dpt.hub`; the codec's `name` then says the commit. latent_channels, downsampling: what is needed; 0: any.
+    Supports `AutoencoderKL` and `AutoencoderDC`; only safetensors are read. Names on the hub may be bare or as in
+    `dpt.hub`; the codec's `name` then states the commit. latent_channels, downsampling: required values; 0: any.
 
     Raises:
-        UserError: there is no such VAE, its files are broken, or it is another one than is needed.
+        UserError: there is no such VAE, its files are broken, or it is not as required.
     """
     import diffusers
 
@@ -180,7 +180,7 @@ def _check_config(config: dict[str, Any], source: str, latent_channels: int, dow
 
 
 def _record(config: Mapping[str, Any], name: str, sha256: str) -> VAERecord:
-    """What a diffusers config says, with its class's defaults; UserError if its statistics do not fit its channels."""
+    """The record for a diffusers config, with its class's defaults; UserError if its statistics do not match its channels."""
     deterministic = config.get("_class_name") == "AutoencoderDC" or "encoder_block_out_channels" in config
     channels = config.get("encoder_block_out_channels", (0,) * 6) if deterministic else config.get("block_out_channels", (64,))
     try:

@@ -1,4 +1,4 @@
-"""The manifest beside a folder of shards: what they hold, who made them, and whether several sets fit together."""
+"""The manifest beside a folder of shards: their contents, their origin, and whether several sets fit together."""
 
 import dataclasses
 import hashlib
@@ -20,12 +20,12 @@ TRAINING_MEMBERS = (
     "label", "valid", "clip", "features", "latents", "latents_mirrored", "cond_latents", "target_latents"
 )  # fmt: skip
 MEMBER_ORDER = (*TRAINING_MEMBERS, "image", "truth", "code_mask", "second", "visible_mask")
-"""Order of the arrays in a sample; `meta` follows. The last five are of evaluation sets only."""
+"""Order of the arrays in a sample; `meta` follows. The last five occur only in evaluation sets."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardRecord:
-    """One tar of the set."""
+    """One tar file of the set."""
 
     name: str
     num_samples: int
@@ -35,7 +35,7 @@ class ShardRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class MemberSpec:
-    """What a member of every sample is: numpy dtype name and shape; -1 for a side that differs between samples."""
+    """Numpy dtype name and shape of a member in every sample; -1 for a side that differs between samples."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -43,7 +43,7 @@ class MemberSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class VAERecord:
-    """The VAE that made the latents; `sha256` is the hash of its weights. What networks see of a latent of channel c is
+    """The VAE that made the latents; `sha256` is its weights' hash. Networks see a latent of channel c as
     (latent - shift_factor - latents_mean[c]) * scaling_factor / latents_std[c], with the names of diffusers' configs.
     """
 
@@ -53,11 +53,11 @@ class VAERecord:
     latent_channels: int
     shift_factor: float = 0.0
     latents_mean: tuple[float, ...] = ()
-    """By channel; empty: 0."""
+    """Mean per channel; empty: 0."""
     latents_std: tuple[float, ...] = ()
-    """By channel; empty: 1."""
+    """Standard deviation per channel; empty: 1."""
     downsampling: int = 8
-    """Pixels per latent, along a side."""
+    """Pixels per latent along a side."""
 
     def __post_init__(self) -> None:
         for name in ("latents_mean", "latents_std"):
@@ -69,8 +69,8 @@ class VAERecord:
             raise ValueError("scaling_factor and latents_std must be positive")
 
     def difference(self, said: Mapping[str, Any]) -> str:
-        """How the VAE that `said` describes (a record as a dictionary, or a part of one) differs from this one in its weights
-        or in what networks see of its latents, in words; empty if it does not."""
+        """How the VAE described by `said` (a record as a dictionary, or a part of one) differs from this one in its weights
+        or its networks' latents, in words; empty if it does not."""
         if said.get("sha256", self.sha256) != self.sha256:
             return f"sha256 {said['sha256'][:12]}, not {self.sha256[:12]}"
         if "scaling_factor" not in said:
@@ -92,7 +92,7 @@ def _shortened(value: Any) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Skipped:
-    """An input without a sample, and why."""
+    """An input without a sample, and the reason."""
 
     key: str
     reason: str
@@ -113,36 +113,36 @@ class Manifest:
     vae: VAERecord
     reader_version: str = ""
     filter: str = ""
-    """Which inputs of the split were left out on purpose, in words."""
+    """Which inputs of the split were left out on purpose."""
     mirrored: bool = False
     synthetic: bool = False
-    """The inputs are rendered scenes of ours in the set's layout, not the set itself; results say so."""
+    """Whether the inputs are our rendered scenes in the set's layout, not the set itself; results say so."""
     encoding: Mapping[str, Any] = field(default_factory=dict)
-    """The encoder's settings: all that the shards' bytes depend on, beside the inputs."""
+    """The encoder's settings: everything but the inputs that the shards' bytes depend on."""
     skipped: tuple[Skipped, ...] = ()
     """Inputs that could not be read."""
     num_skipped: int = 0
     excluded: tuple[Skipped, ...] = ()
-    """Inputs that the set's own filter left out."""
+    """Inputs that the set's own filter excluded."""
     class_names: tuple[str, ...] = ()
     """Name of each class id; empty where classes have none."""
     statistics: Mapping[str, Any] = field(default_factory=dict)
-    """Per member of latents: mean and standard deviation of the posterior mean, by latent channel."""
+    """Mean and standard deviation of the posterior mean per member of latents, by latent channel."""
 
     @property
     def fit(self) -> Fit | None:
-        """How pictures were brought to `resolution`; None if the encoder did not say."""
+        """How pictures were resized to `resolution`; None if the encoder did not record it."""
         how = self.encoding.get("fit")
         return Fit(how=how, resolution=self.resolution) if how in FITS else None
 
     @property
     def data_sha256(self) -> str:
-        """One hash for all samples: of the shards' hashes in order. What a run records as its data."""
+        """One hash over all samples: of the shards' hashes in order. Runs record it as their data."""
         return hashlib.sha256("\n".join(shard.sha256 for shard in self.shards).encode()).hexdigest()
 
     @property
     def profile(self) -> dict[str, Any]:
-        """What a run's record says of the set."""
+        """Summary of the set in a run's record."""
         return {
             "num_samples": self.num_samples,
             "task": self.task,
@@ -153,14 +153,14 @@ class Manifest:
 
 
 def data_sha256(manifests: Sequence[Manifest]) -> str:
-    """One hash for all samples of several sets in this order; of a single one, its own."""
+    """One hash over all samples of several sets in this order; for a single set, its own."""
     if len(manifests) == 1:
         return manifests[0].data_sha256
     return hashlib.sha256("\n".join(manifest.data_sha256 for manifest in manifests).encode()).hexdigest()
 
 
 def read_manifest(folder: str | Path) -> Manifest:
-    """The manifest in `folder`. UserError if the folder is missing or empty, or the manifest absent, broken or inconsistent."""
+    """Read the manifest in `folder`. UserError if the folder is missing or empty, or the manifest missing or invalid."""
     folder = Path(folder)
     path = folder / MANIFEST_NAME
     if not folder.is_dir():
@@ -173,7 +173,7 @@ def read_manifest(folder: str | Path) -> Manifest:
 
 
 def parse_manifest(text: str, name: str) -> Manifest:
-    """The manifest in the JSON `text`, called `name` in errors."""
+    """Parse the manifest in the JSON `text`, called `name` in errors."""
     value = parse_object(text, name, "a manifest")
     if value.get("format_version") != FORMAT_VERSION:
         raise UserError(
@@ -219,7 +219,7 @@ def _check_consistent(manifest: Manifest, name: str) -> None:
 
 
 def write_manifest(folder: str | Path, manifest: Manifest) -> Path:
-    """Write `folder`/manifest.json, complete or not at all. Returns its path."""
+    """Write `folder`/manifest.json atomically and return its path."""
     path = Path(folder) / MANIFEST_NAME
     _check_consistent(manifest, str(path))
     write_atomically(path, json.dumps(dataclasses.asdict(manifest), indent=1) + "\n")
@@ -240,7 +240,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def check_manifests(manifests: Mapping[str, Manifest]) -> None:
-    """UserError unless all sets, by the name of their source, have one resolution and latents of one VAE."""
+    """Raise UserError unless all sets, keyed by source name, have one resolution and latents of one VAE."""
     first_name, first = next(iter(manifests.items()))
     for name, manifest in manifests.items():
         if difference := first.vae.difference(dataclasses.asdict(manifest.vae)):
@@ -257,7 +257,7 @@ def choose_members(manifests: Mapping[str, Manifest], wanted: Collection[str] | 
     """The members of a batch from all sets: `wanted`, or all but the evaluation's.
 
     Sets may differ in which members they have and in the length of a member's first axis (number of targets): the batch has
-    the largest, filled up with zeros. UserError if they differ otherwise, or if no set has a wanted member.
+    the largest, padded with zeros. UserError if they differ otherwise, or if no set has a wanted member.
     """
     chosen = set(TRAINING_MEMBERS if wanted is None else wanted)
     first_name = next(iter(manifests))

@@ -1,8 +1,8 @@
-"""The order of the stream: which sample stands at which global position, as a pure function without state.
+"""The order of the stream: the sample at each global position, as a pure stateless function.
 
-An epoch lists every sample of a set once: the shards in a seeded order, of each shard its blocks of neighbouring samples in
-a seeded order, of each block its samples in a seeded order. (A block is what is read at once, about a megabyte.) The list
-is cut into lanes, and position p takes the next sample of lane p mod lanes: a batch mixes samples of as many places as
+An epoch lists every sample of a set once: the shards in a seeded order, each shard's blocks of neighbouring samples in
+a seeded order, and each block's samples in a seeded order. (A block, about a megabyte, is read at once.) The list
+is cut into lanes, and position p takes the next sample of lane p mod lanes: a batch mixes samples from as many places as
 there are lanes, and a lane reads one shard after the other. The number of lanes divides the global batch size, so a rank,
 which takes every `world_size`-th position, reads lanes of its own, in each set of a mixture.
 """
@@ -27,18 +27,18 @@ def num_lanes(global_batch_size: int) -> int:
 
 
 def _raw(count: int, *entropy: int) -> np.ndarray:
-    """`count` random uint64. A bit generator's raw output is fixed across numpy's versions, unlike `Generator.permutation`."""
+    """`count` random uint64. A bit generator's raw output is the same in all numpy versions, unlike `Generator.permutation`."""
     return np.random.PCG64(np.random.SeedSequence([value & (2**64 - 1) for value in entropy])).random_raw(count)
 
 
 def permutation(count: int, *entropy: int) -> np.ndarray:
-    """A permutation of 0..count-1 that follows from the integers `entropy`."""
+    """A permutation of 0..count-1 determined by the integers `entropy`."""
     return np.argsort(_raw(count, *entropy), kind="stable")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SetSize:
-    """What the order depends on: samples of each shard, and how many neighbouring samples are read at once."""
+    """The inputs of the order: samples of each shard, and how many neighbouring samples are read at once."""
 
     counts: tuple[int, ...]
     block: int
@@ -47,7 +47,7 @@ class SetSize:
 class SetOrder:
     """The order of one set within a mixture.
 
-    places: where in the mixture's period the set's samples stand, int64; None: everywhere (a set alone). period: its length.
+    places: positions of the set's samples in the mixture's period, int64; None: everywhere (a single set). period: its length.
     entropy: seed and number of the set.
     """
 
@@ -72,8 +72,8 @@ class SetOrder:
         return np.asarray(periods * in_period + in_rest)
 
     def _make_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The epoch's shards in order, where each begins in its list, and for each lane: where in the list its samples begin,
-        less how many it had before the epoch."""
+        """The epoch's shards in order, where each begins in its list, and for each lane where in the list its samples begin,
+        minus how many it had before the epoch."""
         shards = permutation(len(self._counts), *self._entropy, _SHARDS, epoch)
         before = self._passed(self._lanes, epoch * self.num_samples)
         own = self._passed(self._lanes, (epoch + 1) * self.num_samples) - before
@@ -104,9 +104,9 @@ class SetOrder:
 
 
 class MixtureOrder:
-    """The order of several sets mixed by weight; of one set, simply its own.
+    """The order of several sets mixed by weight; for one set, simply its own.
 
-    Positions come in periods, in which each set has a fixed number of samples at fixed places, spread evenly with random
+    Positions form periods, in which each set has a fixed number of samples at fixed places, spread evenly with random
     offsets, so that every batch is close to the weights. Without weights a period is one epoch of all sets: every sample once
     (beyond 4 million samples in all: nearly so).
 
@@ -128,7 +128,7 @@ class MixtureOrder:
         order = np.argsort((np.concatenate(numbers) + jitter) / np.repeat(self.shares, self.shares), kind="stable")
         self._set = np.repeat(np.arange(len(sizes)), self.shares)[order]
         self._number = np.concatenate(numbers)[order]
-        """For each place of the period: its set, and which sample of that set in the period it is, from 0 on."""
+        """At each place of the period: its set, and the index, from 0, of that set's sample in the period."""
         self.sets = [
             SetOrder(size, np.flatnonzero(self._set == number), self.period, lanes, seed, number)
             for number, size in enumerate(sizes)
@@ -149,7 +149,7 @@ class MixtureOrder:
 
 
 def _apportion(weights: Sequence[float], total: int) -> list[int]:
-    """Whole numbers that sum to `total`, as near to the weights as can be (largest remainders)."""
+    """Whole numbers that sum to `total`, as close to the weights as possible (largest remainders)."""
     exact = np.asarray(weights, np.float64) / np.sum(weights) * total
     shares = np.floor(exact).astype(np.int64)
     shares[np.argsort(shares - exact, kind="stable")[: total - int(shares.sum())]] += 1

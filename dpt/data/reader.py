@@ -1,8 +1,8 @@
-"""Reading shards: any sample of a tar by its number, and without parsing where all samples are laid out as our writer does.
+"""Read shards: any sample of a tar by its number, without parsing where all samples have our writer's layout.
 
-The manifest tells how long such a sample is, and where in it the arrays are: the shard is an array of rows. Neighbouring rows
-are read at once, and of their headers it is only compared whether they are what they must be. Other tars are walked once and
-read sample by sample. Reads, not memory maps: a file that shrinks is then an error that names the sample, not a dead process.
+The manifest gives the length of such a sample and the positions of its arrays: the shard is an array of rows. Neighbouring rows
+are read at once, and their headers are only compared with the expected ones. Other tars are walked once and
+read sample by sample. Reads, not memory maps: a file that shrinks is then an error naming the sample, not a dead process.
 """
 
 import io
@@ -22,7 +22,7 @@ import numpy as np
 from dpt.data.manifest import MEMBER_ORDER, MemberSpec, ShardRecord
 
 BLOCK = 512
-"""A tar's unit: headers are one block, members are padded to whole ones."""
+"""A tar's block size: headers take one block, members are padded to whole ones."""
 END = bytes(2 * BLOCK)
 _PROBES = 4
 
@@ -33,7 +33,7 @@ class SampleError(Exception):
 
 @lru_cache(maxsize=256)
 def npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
-    """The header of a version 1.0 .npy file in C order; `dtype`: numpy's name of it."""
+    """The header of a version 1.0 .npy file in C order; `dtype`: its numpy name."""
     buffer = io.BytesIO()
     descr = np.dtype(dtype).newbyteorder("<").str
     np.lib.format.write_array_header_1_0(buffer, {"descr": descr, "fortran_order": False, "shape": shape})
@@ -45,19 +45,19 @@ def _array_bytes(spec: MemberSpec) -> int:
 
 
 def _member_bytes(spec: MemberSpec) -> int:
-    """Of a tar's header and the .npy file, padded."""
+    """Bytes of a tar's header and the .npy file, padded."""
     return BLOCK + -(-(len(npy_header(spec.dtype, spec.shape)) + _array_bytes(spec)) // BLOCK) * BLOCK
 
 
 class Rows:
-    """Memory for `slots` blocks of `size` samples each; reused for ever, as fresh pages cost as much as filling them.
+    """Memory for `slots` blocks of `size` samples each; reused forever, as fresh pages cost as much as filling them.
 
-    A row is what a sample is in a tar, up to the end of the last of the `wanted` members; `members`: all that it has.
+    A row holds a tar's sample up to the end of its last `wanted` member; `members`: all members of a sample.
     """
 
     def __init__(self, members: Mapping[str, MemberSpec], wanted: Collection[str], size: int, slots: int) -> None:
         self.size, self.free = size, list(range(0, slots * size, size))[::-1]
-        """Rows of a block, and the first row of each unused slot."""
+        """Rows per block, and the first row of each unused slot."""
         self.keys = np.empty(slots * size, object)
         self.arrays: dict[str, np.ndarray] = {}
         """The wanted members, `[slots * size, ...]`."""
@@ -83,14 +83,14 @@ class Rows:
     def read(self, descriptor: int, offset: int, stride: int, at: int, count: int) -> np.ndarray:
         """Read `count` rows of a file, `stride` bytes each from byte `offset` on, into the rows from number `at` on.
 
-        Returns bool `[count]`: which came whole and have the headers that they must have.
+        Returns bool `[count]`: which are complete and have the expected headers.
         """
         kept = self._memory.shape[1]
         whole_memory, rest = self._memory.reshape(-1).data, memoryview(bytearray(stride - kept))
         parts = [part for row in range(at, at + count) for part in (whole_memory[row * kept : (row + 1) * kept], rest)]
         whole = os.preadv(descriptor, parts, offset) // stride
         rows = self._memory[at : at + whole]
-        start = 8 * (int(self._checked[0]) - 16)  # of a tar's header, which begins with the sample's key
+        start = 8 * (int(self._checked[0]) - 16)  # start of a tar header, which begins with the sample's key
         names = rows[:, start : start + 100].tobytes().decode("latin1")
         self.keys[at : at + whole] = [names[i : i + 100].partition(".")[0] for i in range(0, len(names), 100)]
         sound = np.zeros(count, bool)
@@ -98,7 +98,7 @@ class Rows:
         return sound
 
     def put(self, at: int, sample: Mapping[str, Any]) -> None:
-        """Put a parsed sample into row `at`. SampleError if a member of it is not what the manifest promises."""
+        """Put a parsed sample into row `at`. SampleError if one of its members contradicts the manifest."""
         for name, values in self.arrays.items():
             array = sample[name]
             if (array.dtype, array.shape) != (values.dtype, values.shape[1:]):
@@ -108,9 +108,9 @@ class Rows:
 
 
 class ShardReader:
-    """The samples of one tar, by number, for any number of threads. The file is closed with the last reference.
+    """The samples of one tar, by number, for any number of threads. The file closes with the last reference.
 
-    record, members: what the manifest promises; `name` is for errors. SampleError if it is no tar at all.
+    record, members: from the manifest; `name` is for errors. SampleError if it is not a tar at all.
     """
 
     def __init__(self, file: BinaryIO, name: str, record: ShardRecord, members: Mapping[str, MemberSpec]) -> None:
@@ -119,11 +119,11 @@ class ShardReader:
         """Close the file."""
         self._stride = self._row_bytes(record, members)
         self._spans = [] if self._stride else self._walk(name)
-        """Where the samples are, first byte and end, of a tar that is no array of rows."""
+        """Positions (first byte, end) of the samples in a tar that is not an array of rows."""
 
     def read(self, first: int, count: int, rows: Rows, at: int) -> dict[int, str]:
-        """Read `count` samples from number `first` on into `rows` from row `at` on: at once, and what is not as it should be
-        by parsing. Returns the unreadable ones, by number, and why. OSError if the file cannot be read."""
+        """Read `count` samples from number `first` on into `rows` from row `at` on: at once, and any unexpected ones
+        by parsing. Returns the reason for each unreadable one, by number. OSError if the file cannot be read."""
         sound, stride = np.zeros(count, bool), self._stride
         if stride:
             sound = rows.read(self._descriptor, first * stride, stride, at, count)
@@ -136,7 +136,7 @@ class ShardReader:
         return errors
 
     def sample(self, row: int, members: Sequence[str] | None = None) -> dict[str, Any]:
-        """One sample: `key`, its arrays and `meta` (dict); of the arrays only `members` if given. SampleError if damaged,
+        """Return one sample: `key`, its arrays (`members` only, if given) and `meta` (dict). SampleError if damaged,
         OSError if the file cannot be read."""
         start, end = self._spans[row] if row < len(self._spans) else (row * self._stride, (row + 1) * self._stride)
         content = os.pread(self._descriptor, end - start, start)
@@ -155,11 +155,11 @@ class ShardReader:
         probes = sorted({(whole - 1) * i // _PROBES for i in range(_PROBES + 1)} if whole else ())
         probe = Rows(members, members, 1, 1)
         sound = [probe.read(self._descriptor, row * stride, stride, 0, 1)[0] for row in probes]
-        share = 0.5 if size == record.bytes else 1.0  # of a tar as written, some may be damaged
+        share = 0.5 if size == record.bytes else 1.0  # in a tar of the recorded size, some may be damaged
         return stride if sound and np.mean(sound) >= share else 0
 
     def _walk(self, name: str) -> list[tuple[int, int]]:
-        """(first byte, end) of every complete sample of a tar whose samples differ."""
+        """(first byte, end) of every complete sample in a tar whose samples differ."""
         found: list[tuple[str, str, int, int]] = []
         size = os.fstat(self._descriptor).st_size
         try:
@@ -179,7 +179,7 @@ class ShardReader:
 
 
 def _split_name(name: str) -> tuple[str, str]:
-    """ "a/b.latents.npy" -> ("a/b", "latents.npy"): a key ends at the first dot of the last part (as in WebDataset)."""
+    """Split "a/b.latents.npy" into ("a/b", "latents.npy"): a key ends at the first dot of the last part (as in WebDataset)."""
     folder, slash, base = name.rpartition("/")
     key, _, rest = base.partition(".")
     return folder + slash + key, rest

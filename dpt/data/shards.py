@@ -1,4 +1,4 @@
-"""Shards of a source, opened (or fetched) and read by threads: in blocks of neighbouring samples for training, one by one for
+"""Shards of a source, opened (or fetched) and read by threads: in blocks of neighbouring samples for training, singly for
 evaluation."""
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ class ShardError(SampleError):
 
 
 class Shard:
-    """Shard `number` of a source, which one thread opens and others read. It is closed once nothing refers to it."""
+    """Shard `number` of a source, which one thread opens and others read. It is closed once nothing references it."""
 
     def __init__(
         self, source: ShardSet, number: int, openers: Workers, patience: Patience, cache_dir: str, *, verify: bool
@@ -35,7 +35,7 @@ class Shard:
         self._opened: Future[ShardReader] = self._open()
 
     def read(self, first: int, count: int, action: Callable[[ShardReader], T], *, patient: bool = True) -> T:
-        """`action(reader)`, which reads `count` samples from number `first` on; after an OSError again, on the file anew.
+        """Call `action(reader)`, which reads `count` samples from number `first` on; after an OSError, reopen and retry.
 
         SampleError if they cannot be read, ShardError if none can; any other failure becomes a UserError that names them.
         """
@@ -65,12 +65,12 @@ class Shard:
 
 
 class Block:
-    """Neighbouring samples of a shard, from number `first` on, that are being read into `rows`, from row `at` on."""
+    """Neighbouring samples of a shard, from number `first` on, being read into `rows`, from row `at` on."""
 
     def __init__(self, shard: Shard, first: int, rows: Rows, readers: Workers) -> None:
         self.first, self._shard, self._rows = first, shard, rows
         self.shard_lost = False
-        """Whether no sample of the shard can be read."""
+        """Whether the whole shard is unreadable."""
         self.at = rows.free.pop()
         self._errors: Future[dict[int, str]] = readers.submit(self._read, first, min(rows.size, shard.num_samples - first))
 
@@ -79,7 +79,7 @@ class Block:
 
     @property
     def errors(self) -> dict[int, str]:
-        """Once it is read: its unreadable samples, by number, and why. UserError if the thread failed for another reason."""
+        """The reason for each unreadable sample, by number, once read. UserError if the thread failed for another reason."""
         return self._errors.result()
 
     def _read(self, first: int, count: int, *, patient: bool = True) -> dict[int, str]:
@@ -101,9 +101,9 @@ class Block:
 class ShardFolder:
     """The samples of a shard folder (or another source, see `sources.resolve`) in order: `len(folder)`, `folder[i]`.
 
-    A sample is a dict: `key` (str), `meta` (dict) and numpy arrays, as documented. `cache_dir`: folder that keeps shards
-    fetched from URLs; without one a shard is fetched when a sample of it follows one of another. UserError if the folder or its
-    manifest is not whole; SampleError names a sample that cannot be read.
+    A sample is a dict: `key` (str), `meta` (dict) and numpy arrays, as documented. `cache_dir`: folder for shards
+    fetched from URLs; without one, a shard is fetched whenever its samples follow another's. UserError if the folder or its
+    manifest is incomplete; SampleError names a sample that cannot be read.
     """
 
     def __init__(self, source: str | Path, *, cache_dir: str = "") -> None:
@@ -133,7 +133,7 @@ class ShardFolder:
     def verify(self, first: int, count: int, part: int = 0, parts: int = 1) -> None:
         """Hash every `parts`-th of the local shards that hold `count` samples from number `first` on, from the `part`-th on.
 
-        UserError names one that is not as it was written. Those behind URLs are hashed whenever they are fetched.
+        UserError names one that has changed. Shards behind URLs are hashed whenever they are fetched.
         """
         shards = np.unique(np.searchsorted(self._starts, np.arange(first, first + count), "right") - 1).tolist()
         for number in shards[part::parts]:

@@ -1,4 +1,4 @@
-"""Where shards come from: folders, brace patterns and URLs, resolved through the manifest beside them; opened, or fetched."""
+"""Resolve sources of shards (folders, brace patterns and URLs) through the manifest beside them; open or fetch the shards."""
 
 import dataclasses
 import hashlib
@@ -15,24 +15,24 @@ from dpt.errors import UserError
 from dpt.urls import Patience, fetch_file, fetch_text, is_url
 
 _TAR = re.compile(r"(.*[/\s'\"]|)([^/\s'\"]+\.tar)(.*)", re.DOTALL)
-"""A shard's path, URL or command: what stands before its name, the name, and what follows."""
+"""A shard's path, URL or command: what precedes its name, the name, and what follows."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardSet:
-    """A resolved source: its manifest (of the shards chosen) and the path or URL of each shard."""
+    """A resolved source: its manifest (of the selected shards) and each shard's path or URL."""
 
     name: str
     manifest: Manifest
     urls: tuple[str, ...]
     verified: set[int] = field(default_factory=set, compare=False)
-    """Numbers of the shards that this process has found to be as they were written."""
+    """Numbers of the shards that this process has found unchanged."""
 
 
 def resolve(source: str, patience: Patience) -> ShardSet:
-    """The shards that `source` names: a folder, a brace pattern of tars, or a URL of either (`urls.fetch`).
+    """Resolve `source` to shards: a folder, a brace pattern of tars, or a URL of either (`urls.fetch`).
 
-    The manifest is read from beside the shards. UserError if something is missing.
+    The manifest is beside the shards. UserError if something is missing.
     """
     before, after = f"{source.rstrip('/') if is_url(source) else Path(source)}/", ""
     urls = list(braceexpand(source)) if ".tar" in source and not Path(source).is_dir() else []
@@ -68,10 +68,10 @@ def _choose(manifest: Manifest, names: list[str], source: str) -> Manifest:
 
 
 def open_shard(source: ShardSet, number: int, patience: Patience, cache_dir: str = "", *, verify: bool = False) -> ShardReader:
-    """Shard `number` of `source`; from a URL as a file in `cache_dir`, taken as it is if it is there, or an unnamed one.
+    """Open shard `number` of `source`; from a URL as a file in `cache_dir` (an existing one is used as is), or an unnamed one.
 
-    `verify`: compare its hash with the manifest's, if that has not been done. OSError if it cannot be opened or does not come
-    whole, SampleError if it is no tar, or not as it was written.
+    `verify`: compare its hash with the manifest's, unless already done. OSError if it cannot be opened or is not
+    complete, SampleError if it is not a tar, or has changed.
     """
     record, url = source.manifest.shards[number], source.urls[number]
     if is_url(url):

@@ -1,10 +1,10 @@
-"""The stream of training batches: its order follows from (shards, seed, global batch size), its only state is `samples_seen`.
+"""The stream of training batches: its order depends on (shards, seed, global batch size), its only state is `samples_seen`.
 
 `order.py` gives each global position its sample. An optimizer step takes the next `global_batch_size` positions; each of its
 micro-batches the next `micro_batch_size * world_size` of those; rank r every `world_size`-th of these, from the r-th on. So any
-number of ranks and any accumulation see the same batches, and the stream can be resumed at any position.
+number of ranks and any accumulation see the same batches, and the stream can resume at any position.
 
-One thread plans and fills batches. Others open (or fetch) the shards that it will need, and read their blocks ahead of it.
+One thread plans and fills batches. Others open (or fetch) the shards that it will need, and read their blocks ahead.
 """
 
 import atexit
@@ -33,18 +33,18 @@ log = logging.getLogger("dpt.data")
 
 Batch = dict[str, Any]
 Place = tuple[int, int, int]
-"""A sample: number of its set, of its shard, of its row."""
+"""A sample: the numbers of its set, shard and row."""
 
 _BLOCK_BYTES = 1 << 20
 _LARGEST_BLOCK = 64
 _LOCATED = 1024
 """Samples located at a time."""
 _OPENED_AHEAD = 65536
-"""The shards of so many of the stream's next samples are opened, or fetched."""
+"""How many of the stream's next samples have their shards opened, or fetched, ahead."""
 
 
 class Places(NamedTuple):
-    """What a batch is filled with: positions in the stream, sets, shards and rows of its samples, int64 `[B]` each."""
+    """Contents of a batch: positions in the stream, sets, shards and rows of its samples, int64 `[B]` each."""
 
     positions: np.ndarray
     sets: np.ndarray
@@ -56,10 +56,10 @@ class Places(NamedTuple):
 class LatentStream:
     """Endless micro-batches of this rank, from `start_sample` on.
 
-    A batch: the members as CPU tensors `[B, ...]` as stored (`latents`, `label`, ...; what a set of a mixture lacks is zeros),
+    A batch: the members as CPU tensors `[B, ...]` as stored (`latents`, `label`, ...; missing members of a set are zeros),
     `sample_index` int64 `[B]` (global position, the source of every per-sample seed), `source` int64 `[B]` (number of the set
-    in `sources`), `key` (list of str). `manifests`: that of each source, by name; `num_samples`: of all sets, an epoch;
-    `bad_samples`: the unreadable ones met so far, each with its reason.
+    in `sources`), `key` (list of str). `manifests`: of each source, by name; `num_samples`: of all sets, an epoch;
+    `bad_samples`: unreadable ones found so far, each with its reason.
 
     UserError if sources are missing, do not fit together, or the batch does not split.
     """
@@ -68,30 +68,30 @@ class LatentStream:
     """Shard folders, brace patterns or URLs (`sources.resolve`)."""
     _: KW_ONLY
     global_batch_size: int
-    """Samples of a step over all ranks."""
+    """Samples per step over all ranks."""
     seed: int = 0
     rank: int = 0
     world_size: int = 1
     micro_batch_size: int = 0
-    """Samples of one batch; 0: all of this rank's."""
+    """Samples per batch; 0: all of this rank's."""
     start_sample: int = 0
-    """`samples_seen` of the run to be continued, plus what its rewinds left out."""
+    """`samples_seen` of the run to continue, plus what its rewinds skipped."""
     num_workers: int = 0
-    """Threads that read, and as many that open or fetch shards (at least one); 0: the one that fills batches reads."""
+    """Reading threads, and as many that open or fetch shards (at least one); 0: the thread that fills batches reads."""
     weights: Sequence[float] = ()
     """Share of each source, empty for its number of samples."""
     members: Collection[str] | None = None
-    """What to read; None: all but evaluation's."""
+    """Members to read; None: all but those only for evaluation."""
     max_bad_samples: int = 0
-    """Unreadable samples of this rank that are replaced by a neighbour, with a warning, before a UserError."""
+    """Unreadable samples of this rank to replace by a neighbour, with a warning, before a UserError."""
     pin_memory: bool = False
     """Page-locked tensors."""
     prefetch: int = 4
     """Batches filled ahead, and as many more whose blocks are read ahead."""
     cache_dir: str = ""
-    """Folder that keeps shards fetched from URLs; empty: fetched anew when needed again."""
+    """Folder for shards fetched from URLs; empty: fetched anew when needed again."""
     verify: bool = False
-    """Hash shards ahead of their first use; one that is not as it was written counts as unreadable."""
+    """Hash shards before their first use; a changed one counts as unreadable."""
     patience: Patience = field(default_factory=Patience)
 
     def __post_init__(self) -> None:
@@ -122,7 +122,7 @@ class LatentStream:
 
     @property
     def samples_seen(self) -> int:
-        """Samples handed out so far by all ranks together, those before this run included: the stream's whole state."""
+        """Samples handed out so far by all ranks together, including those before this run: the stream's whole state."""
         return self.start_sample + self._handed * self.micro_batch_size * self.world_size
 
     def __iter__(self) -> Iterator[Batch]:
@@ -142,7 +142,7 @@ class LatentStream:
             reader.close()
 
     def _places(self, number: int) -> Iterator[Places]:
-        """What this rank's micro-batches are filled with, from `number` on, the run's first being 0."""
+        """Contents of this rank's micro-batches, from `number` on (0 is the run's first)."""
         size = self.micro_batch_size
         shape = (max(1, _LOCATED // size), size)
         while True:
@@ -153,16 +153,16 @@ class LatentStream:
 
 
 def set_size(manifest: Manifest) -> SetSize:
-    """What the stream's order depends on. A block is about a megabyte: long reads from disks, little memory."""
+    """The inputs of the stream's order. A block is about a megabyte: long reads from disks, little memory."""
     row_bytes = sum(shard.bytes for shard in manifest.shards) // manifest.num_samples
     block = max(1, min(_LARGEST_BLOCK, _BLOCK_BYTES // max(row_bytes, 1)))
     return SetSize(counts=tuple(shard.num_samples for shard in manifest.shards), block=block)
 
 
 class BatchReader:
-    """Fills batches of a stream. A lane of a set goes through its blocks one after the other, and keeps the one it is in.
+    """Fills batches of a stream. A lane of a set goes through its blocks in turn, and keeps the current one.
 
-    What reads is alive as long as it is referred to: a shard by its blocks, or from when a batch that needs it comes into
+    Readers live as long as they are referenced: a shard by its blocks, or from when a batch that needs it comes into
     view; a block by a batch to be filled, or a lane.
     """
 
@@ -177,12 +177,12 @@ class BatchReader:
         self._most_open = distributed.raise_file_limit() * 3 // 4  # shards; other files are open too
         self._shards: WeakValueDictionary[tuple[int, int], Shard] = WeakValueDictionary()
         self._blocks: WeakValueDictionary[Place, Block] = WeakValueDictionary()
-        """By the place of their first row."""
+        """Blocks keyed by the place of their first row."""
         self._kept: dict[int, Block] = {}
-        """The block that each lane of each set is in, and (below 0) the one that a set's last substitute was from."""
+        """The current block of each lane of each set and, below 0, that of a set's last substitute."""
 
     def _memory(self, number: int) -> Rows:
-        """For the blocks of a set that may be needed at once, and for those that threads let go of a moment later."""
+        """Memory for the blocks of a set that may be needed at once, and for those that threads release a moment later."""
         stream, size = self._stream, self._stream.sizes[number]
         # At worst one for each sample, for the substitutes of a batch, and for each lane.
         needed = (stream.prefetch + 2) * stream.micro_batch_size + self._lanes_of_set + 1
@@ -190,13 +190,13 @@ class BatchReader:
         return Rows(stream.sets[number].manifest.members, stream.specs, size.block, slots)
 
     def close(self) -> None:
-        """End the threads; fetches are given up."""
+        """End the threads; fetches are abandoned."""
         self._patience.stop.set()
         for workers in (self.filler, self._openers, self._readers):
             workers.close()
 
     def batches(self, places: Iterator[Places]) -> Iterator[Batch]:
-        """Batches filled with what is at `places`, each when the blocks of the next `prefetch` ones are being read."""
+        """Yield batches filled from `places`, each while the blocks of the next `prefetch` ones are being read."""
         begun: deque[tuple[Places, list[Block]]] = deque()
         for batch in self._opened(places):
             begun.append((batch, self._begin(batch)))
@@ -204,7 +204,7 @@ class BatchReader:
                 yield self._fill(*begun.popleft())
 
     def _opened(self, places: Iterator[Places]) -> Iterator[Places]:
-        """`places`, of each batch when the shards of all those after it are being opened that are to be opened ahead."""
+        """Yield `places`, each batch's once all shards to be opened ahead of it are being opened."""
         enough = min(self._most_open // 2, sum(len(source.urls) for source in self._stream.sets))
         ahead: deque[tuple[Places, list[Shard]]] = deque()
         for batch in places:
@@ -215,7 +215,7 @@ class BatchReader:
                 ahead.popleft()
 
     def _begin(self, batch: Places) -> list[Block]:
-        """Have the batch's blocks read: those of its samples `[B]`."""
+        """Start reading the batch's blocks; return those of its samples `[B]`."""
         firsts = batch.rows - batch.rows % self._block_sizes[batch.sets]
         places = list(zip(batch.sets.tolist(), batch.shards.tolist(), firsts.tolist(), strict=True))
         distinct = {place: self._block(place) for place in dict.fromkeys(places)}
@@ -250,7 +250,7 @@ class BatchReader:
             for name, spec in stream.specs.items()
         }
         for tensor in batch.values() if len(stream.sets) > 1 else ():
-            tensor.zero_()  # what a set lacks
+            tensor.zero_()  # for members that a set lacks
         damaged = {block for block in dict.fromkeys(blocks) if block.errors}
         for slot in [slot for slot, block in enumerate(blocks) if block in damaged]:
             blocks[slot], rows[slot] = self._readable(int(places.sets[slot]), int(places.shards[slot]), int(rows[slot]))
@@ -271,7 +271,7 @@ class BatchReader:
         return {**batch, "sample_index": index, "source": source, "key": keys.tolist()}
 
     def _readable(self, number: int, shard: int, row: int) -> tuple[Block, int]:
-        """The first sample from this one on that can be read: later rows, then later shards of its set. Block and row."""
+        """The block and row of the first readable sample from this one on: later rows, then later shards of its set."""
         source, stream = self._stream.sets[number], self._stream
         for _ in range(source.manifest.num_samples):
             block = self._block((number, shard, row - row % stream.sizes[number].block))

@@ -45,17 +45,17 @@ def _digest(*parts: object) -> int:
 
 
 def sample_seeds(seed: int, purpose: str, sample_index: Tensor) -> Tensor:
-    """Seeds int64 `[B]` of the samples int64 `[B]` of a run; each purpose ("noise", "timestep", ...) has its own."""
+    """Seeds int64 `[B]` for the samples int64 `[B]` of a run; each purpose ("noise", "timestep", ...) has its own."""
     return _mix(_mix(sample_index * _signed(_GOLDEN)) ^ _digest(seed, purpose))
 
 
 def key_seeds(seed: int, keys: Sequence[str], members: Sequence[int], *, purpose: str = "noise") -> Tensor:
-    """Seeds int64 `[B]` of evaluation: of sample `keys[i]`'s ensemble member `members[i]`."""
+    """Seeds int64 `[B]` for evaluation: of sample `keys[i]`'s ensemble member `members[i]`."""
     return torch.tensor([_digest(seed, purpose, k, m) for k, m in zip(keys, members, strict=True)], dtype=torch.int64)
 
 
 def derive(seeds: Tensor, number: int) -> Tensor:
-    """Further independent seeds `[B]` of the same samples, one set a `number` (a sampler's step, a level of noise)."""
+    """Further independent seeds `[B]` for the same samples, one set per `number` (a sampler's step, a noise level)."""
     return _mix(seeds ^ _digest("derive", number))
 
 
@@ -90,12 +90,12 @@ def _upsampling(coarse: int, fine: int, device: torch.device) -> Tensor:
 
 @lru_cache(maxsize=256)
 def _spread(coarse: int, fine: int) -> float:
-    """Mean variance, along one side, of white noise of unit variance that is enlarged."""
+    """Mean variance, along one side, of white noise of unit variance after enlarging."""
     return _upsampling(coarse, fine, torch.device("cpu")).square().sum(1).mean().item()
 
 
 def _level_ratios(host_seeds: Tensor, levels: int) -> list[list[float]]:
-    """Of each sample: the ratio r in [2, 4] of every level."""
+    """Each sample's ratio r in [2, 4] for every level."""
     return (2.0 + 2.0 * uniform(derive(host_seeds, 0), (levels,))).tolist()
 
 
@@ -107,8 +107,8 @@ def multires_noise(
     White noise counts twice; level i = 1, 2, ... adds white noise whose sides are 1 / r^i of the level before, bilinearly
     enlarged, times strength^i, down to one pixel; r is uniform in [2, 4] per level and sample. `strength`: `[B]` or a number in
     [0, 1); Marigold's is 0.9, times t / T when annealed. Divided by the expected deviation, not by the batch's, so that
-    samples do not depend on each other. `host_seeds`: the same seeds in the CPU's memory, which the sizes of the levels are
-    drawn from; without them a GPU is waited for.
+    samples do not depend on each other. `host_seeds`: the same seeds in CPU memory, from which the levels' sizes are
+    drawn; without them this waits for the GPU.
     """
     channels, height, width = shape
     levels = math.ceil(math.log2(max(2, min(height, width))))
@@ -133,7 +133,7 @@ def multires_noise(
 
 
 def initial_noise(kind: str, seeds: Tensor, shape: Sequence[int]) -> Tensor:
-    """What sampling starts from, float32 `[B, C, h, w]`, by `DiffusionConfig.initial_noise`; `seeds` int64 `[B]`.
+    """The initial latents for sampling, float32 `[B, C, h, w]`, by `DiffusionConfig.initial_noise`; `seeds` int64 `[B]`.
 
     "random": standard normal; "fixed": the same standard normal numbers for every sample, run and machine; "zero": zeros.
     """
@@ -147,8 +147,8 @@ def initial_noise(kind: str, seeds: Tensor, shape: Sequence[int]) -> Tensor:
 class RandomNumbers:
     """All random numbers of one training batch: functions of (seed, sample_index) alone.
 
-    `sample_index`: int64 `[B]`, positions in the global stream; the numbers are on its device. `host_index`: the same in the
-    CPU's memory, if they are on a GPU that must not be waited for.
+    `sample_index`: int64 `[B]`, positions in the global stream; the numbers are on its device. `host_index`: the same in
+    CPU memory, to avoid waiting for a GPU that holds them.
     """
 
     def __init__(self, seed: int, sample_index: Tensor, *, host_index: Tensor | None = None) -> None:
@@ -159,7 +159,7 @@ class RandomNumbers:
         return sample_seeds(self._seed, purpose, self._index)
 
     def timesteps(self, config: DiffusionConfig) -> Tensor:
-        """Timesteps int64 `[B]` in 0..T - 1, as `config.timesteps` says.
+        """Timesteps int64 `[B]` in 0..T - 1, distributed as `config.timesteps` says.
 
         "logit_normal": logit(t / T) is normal (Esser et al. 2024, "Scaling Rectified Flow Transformers", section 3.1).
         """
@@ -180,7 +180,7 @@ class RandomNumbers:
         return normal(self.seeds(purpose), shape)
 
     def noise(self, shape: Sequence[int], *, strength: Tensor | float = 0.0) -> Tensor:
-        """The forward process's noise float32 `[B, C, h, w]`: white, or multi-resolution of a `strength` (`[B]` or number)."""
+        """The forward process's noise, float32 `[B, C, h, w]`: white, or multi-resolution with `strength` (`[B]` or number)."""
         if isinstance(strength, Tensor) or strength > 0:
             known = None if self._host_index is None else sample_seeds(self._seed, "noise", self._host_index)
             return multires_noise(self.seeds("noise"), shape, strength, host_seeds=known)

@@ -13,7 +13,7 @@ from dpt.errors import UserError
 
 
 class DiffusionObjective:
-    """The forward process and the loss of a `DiffusionConfig`. Holds small tables only; works on the inputs' device."""
+    """The forward process and the loss of a `DiffusionConfig`. Holds only small tables; works on the inputs' device."""
 
     def __init__(self, config: DiffusionConfig) -> None:
         if config.prediction_type == "rectified_flow" and config.min_snr_gamma > 0:
@@ -41,7 +41,7 @@ class DiffusionObjective:
         return strength
 
     def network_time(self, timesteps: Tensor) -> Tensor:
-        """What the network is told of timesteps int64 `[B]` (`dpt.diffusion.schedules.network_time`)."""
+        """The network's time input for timesteps int64 `[B]` (`dpt.diffusion.schedules.network_time`)."""
         return network_time(self.config, timesteps)
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -49,13 +49,13 @@ class DiffusionObjective:
         return self._at("alpha", timesteps) * latents + self._at("sigma", timesteps) * noise
 
     def clean(self, prediction: Tensor, noisy_latents: Tensor, timesteps: Tensor) -> Tensor:
-        """The clean latents float32 `[B, C, h, w]` that a prediction `[B, C or 2 C, h, w]` stands for."""
+        """The clean latents float32 `[B, C, h, w]` implied by a prediction `[B, C or 2 C, h, w]`."""
         mean = prediction[:, : noisy_latents.shape[1]].float()
         alpha, sigma = self._at("alpha", timesteps), self._at("sigma", timesteps)
         return clean_latents(mean, noisy_latents, alpha, sigma, self.config.prediction_type)
 
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """What the network should predict `[B, C, h, w]`."""
+        """The network's regression target `[B, C, h, w]`."""
         kind = self.config.prediction_type
         if kind == "epsilon":
             return noise
@@ -99,7 +99,7 @@ class DiffusionObjective:
         return losses
 
     def _variance_bound(self, mean: Tensor, variance: Tensor, latents: Tensor, noisy: Tensor, timesteps: Tensor) -> Tensor:
-        """One term of the variational bound in bits per latent `[B, C, h, w]` (Nichol & Dhariwal 2021, eq. 4-6 and 15).
+        """A term of the variational bound in bits per latent `[B, C, h, w]` (Nichol & Dhariwal 2021, eq. 4-6 and 15).
 
         KL between the forward posterior and N(predicted mean, exp(log variance)); at t = 0 the negative log-likelihood of
         the clean latents under it, discretised to 1 / 255 (made for pixels; kept for latents, as in DiT).
@@ -132,7 +132,7 @@ def _tables(config: DiffusionConfig) -> dict[str, np.ndarray]:
     beta = betas(config)
     previous = np.concatenate(([1.0], alpha[:-1] ** 2))
     posterior_variance = beta * (1.0 - previous) / sigma**2
-    posterior_variance[0] = posterior_variance[1]  # it is 0 there, and its logarithm is needed
+    posterior_variance[0] = posterior_variance[1]  # 0 there, but its logarithm is needed
     tables["log_beta"] = np.log(beta)
     tables["posterior_log_variance"] = np.log(posterior_variance)
     tables["posterior_clean"] = beta * np.sqrt(previous) / sigma**2

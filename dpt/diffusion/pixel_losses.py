@@ -1,7 +1,7 @@
-"""Losses of decoded predictions: one-step networks are trained end to end through the frozen decoder.
+"""Losses of decoded predictions, with which one-step networks are trained end to end through the frozen decoder.
 
 Martin Garcia et al. 2024, "Fine-Tuning Image-Conditional Diffusion Models is Easier than You Think", section 4. Maps
-are float32 `[B, H, W]`, `valid` too (1 where a pixel counts); losses are one number a sample, `[B]`, 0 without a valid pixel.
+are float32 `[B, H, W]`, `valid` too (1 where a pixel counts); losses are one number per sample, `[B]`, 0 without a valid pixel.
 """
 
 import torch
@@ -9,11 +9,11 @@ from torch import Tensor
 from torch.nn import functional
 
 _LEAST_VARIANCE = 1e-3
-"""Of a predicted map in [-1, 1], below which the fit of its scale is damped: the gradient of a flat map stays finite."""
+"""Variance of a predicted map in [-1, 1] below which the fit of its scale is damped, so a flat map's gradient stays finite."""
 GRADIENT_SCALES = 4
-"""Each half as fine as the one before."""
+"""Number of scales, each half as fine as the one before."""
 MASK_SHARPNESS = 0.25
-"""Logits a grey level (0-255) of the threshold between object and white background."""
+"""Logits per grey level (0-255) from the threshold between object and white background."""
 
 
 def affine_residual(prediction: Tensor, truth: Tensor, valid: Tensor) -> Tensor:
@@ -37,9 +37,9 @@ def squared_error(residual: Tensor, valid: Tensor) -> Tensor:
 
 
 def gradient_error(residual: Tensor, valid: Tensor) -> Tensor:
-    """Mean absolute difference of neighbouring residuals, both ways, over scales `[B]`: edges that lie where they should.
+    """Mean absolute difference of neighbouring residuals in both directions, over scales `[B]`: penalises misplaced edges.
 
-    Li and Snavely 2018, "MegaDepth", eq. 3, on residuals in place of logarithms (as Ranftl et al. 2020, "MiDaS", eq. 11);
+    Li and Snavely 2018, "MegaDepth", eq. 3, on residuals instead of logarithms (as Ranftl et al. 2020, "MiDaS", eq. 11);
     mean over scales.
     """
     total = torch.zeros_like(residual[:, 0, 0])
@@ -55,7 +55,7 @@ def gradient_error(residual: Tensor, valid: Tensor) -> Tensor:
 
 
 def mask_cross_entropy(grey: Tensor, mask: Tensor, threshold: float, valid: Tensor) -> Tensor:
-    """Cross-entropy, nats a pixel, of the object's mask (1 inside) under a soft threshold of grey levels (0-255) `[B]`."""
+    """Cross-entropy, in nats per pixel, of the object's mask (1 inside) under a soft threshold of grey levels (0-255) `[B]`."""
     logits = (threshold - grey) * MASK_SHARPNESS
     return _mean(functional.binary_cross_entropy_with_logits(logits, mask, reduction="none"), valid)
 

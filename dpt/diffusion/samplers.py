@@ -1,4 +1,4 @@
-"""Samplers: DDIM, DDPM and DPM-Solver++ (2M), each as one table of coefficients, computed once in float64.
+"""Samplers: DDIM, DDPM and DPM-Solver++ (2M), each as a table of coefficients computed once in float64.
 
 Every step of these solvers is linear: next = c_noisy noisy + c_clean clean + c_previous previous_clean + std noise, where
 clean is the prediction turned into clean latents. So one loop runs them all, on variance-preserving paths and on straight
@@ -19,15 +19,15 @@ from dpt.diffusion.schedules import inference_timesteps, network_time, signal_an
 from dpt.errors import UserError
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
-"""(noisy latents `[B, C, h, w]`, what the network is told of the time `[B]`) -> prediction `[B, C or 2 C, h, w]`."""
+"""(noisy latents `[B, C, h, w]`, the network's time input `[B]`) -> prediction `[B, C or 2 C, h, w]`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One step of a sampler, from noise level (alpha, sigma) at `timestep` to the next."""
+    """A sampler's step, from noise level (alpha, sigma) at `timestep` to the next."""
 
     timestep: float
-    """In 0..T-1; a whole number but on straight paths of continuous time."""
+    """Timestep in 0..T-1; a whole number except on straight paths of continuous time."""
     alpha: float
     sigma: float
     c_noisy: float
@@ -37,7 +37,7 @@ class Step:
     log_variance_range: tuple[float, float] | None = None
     """Bounds between which a learned variance interpolates (DDPM)."""
     guided: bool = True
-    """Whether guidance, if there is any, acts at this step."""
+    """Whether guidance, if any, acts at this step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,9 +60,9 @@ def make_plan(
 ) -> Plan:
     """The steps of a sampler; fields as in `EvaluationConfig`. UserError for what cannot be sampled.
 
-    With step_power 1, timesteps and steps are those of diffusers' schedulers, whose DDIM steps by T // n whatever the spacing.
+    With step_power 1, timesteps and steps are those of diffusers' schedulers, whose DDIM steps by T // n for any spacing.
     guidance_interval: noise levels t / T at which guidance acts, ends included (Kynkaanniemi et al. 2024, eq. 4 and 5).
-    Rectified flow whose network is told a fraction of the path takes timesteps between the whole ones where they fall there.
+    Rectified flow whose network takes a fraction of the path as its time uses fractional timesteps where they fall.
     """
     if sampler not in ("ddim", "ddpm", "dpmsolver++"):
         raise UserError(f"dpt.evaluation.sampler {sampler!r} is unknown; choose ddim, ddpm or dpmsolver++.")
@@ -158,7 +158,7 @@ def _dpm_solver(levels: list[tuple[float, float, float, float]], number: int) ->
 def clean_latents(
     prediction: Tensor, noisy: Tensor, alpha: Tensor | float, sigma: Tensor | float, prediction_type: str
 ) -> Tensor:
-    """The clean latents that a prediction stands for; noisy = alpha clean + sigma noise.
+    """The clean latents implied by a prediction; noisy = alpha clean + sigma noise.
 
     v = alpha noise - sigma clean (Salimans & Ho 2022); rectified flow: velocity = noise - clean.
     """
@@ -177,10 +177,10 @@ def clean_latents(
 def sample(
     denoise: Denoise, noise: Tensor, plan: Plan, *, seeds: Tensor | None = None, unguided: Denoise | None = None
 ) -> Tensor:
-    """Clean latents float32 `[B, C, h, w]` from `noise` `[B, C, h, w]` (standard normal).
+    """Sample clean latents float32 `[B, C, h, w]` from `noise` `[B, C, h, w]` (standard normal).
 
-    `seeds` int64 `[B]`: of each sample's further noise, which stochastic samplers need; so results do not depend on the batch.
-    `unguided`: takes the place of `denoise` at steps outside the plan's interval of guidance.
+    `seeds` int64 `[B]`: for each sample's further noise in stochastic samplers, so that results do not depend on the batch.
+    `unguided`: replaces `denoise` at steps outside the plan's guidance interval.
     """
     noisy, previous = noise.float(), None
     channels = noise.shape[1]
@@ -215,8 +215,8 @@ def _deviation(step: Step, variance: Tensor) -> Tensor | float:
 def guide(predict: Denoise, *, scale: float, channels: int, guided_channels: int = 0) -> Denoise:
     """Classifier-free guidance (Ho & Salimans 2022) around `predict`, which gets batches of 2 B: conditional half first.
 
-    channels: C of the latents. guided_channels: first channels that are guided; 0: all C. Public DiT guides 3 of 4, which is an
-    accident: 1.5 on 3 channels acts about as 1.375 on 4. A variance output stays the conditional one.
+    channels: C of the latents. guided_channels: number of first channels to guide; 0: all C. Public DiT guides 3 of 4, an
+    accident: 1.5 on 3 channels acts about like 1.375 on 4. A variance output stays the conditional one.
     """
     guided = guided_channels or channels
 

@@ -27,7 +27,7 @@ def betas(config: DiffusionConfig) -> np.ndarray:
 
 
 def _zero_terminal_snr(beta: np.ndarray) -> np.ndarray:
-    """Betas whose alpha_t are shifted to 0 at the last timestep and scaled to what they were at the first."""
+    """Betas whose alpha_t are shifted to 0 at the last timestep and rescaled to their original value at the first."""
     alpha = np.sqrt(np.cumprod(1.0 - beta))
     alpha = (alpha - alpha[-1]) * (alpha[0] / (alpha[0] - alpha[-1]))
     return 1.0 - np.concatenate((alpha[:1] ** 2, (alpha[1:] / alpha[:-1]) ** 2))
@@ -54,7 +54,7 @@ def signal_and_noise(config: DiffusionConfig) -> tuple[np.ndarray, np.ndarray]:
 
 
 def network_time(config: DiffusionConfig, timesteps: Tensor) -> Tensor:
-    """What the network is told of `timesteps` `[B]` (0..T-1, whole or between): themselves, or float32 `[B]`, by convention."""
+    """The network's time input for `timesteps` `[B]` (0..T-1, whole or not): themselves, or float32 `[B]`, by convention."""
     if config.time_convention == "index":
         return timesteps
     if config.time_convention == "scaled_fraction":
@@ -75,9 +75,9 @@ def inference_timesteps(
     """Timesteps that a sampler visits, int64 (float64 if `continuous`), strictly decreasing (Lin et al. 2024, table 2).
 
     spacing: "leading" (multiples of T // n, up to one stride below T, plus `offset`), "trailing" (from T - 1 down), "linspace"
-    (T - 1 to 0). power: over 1 moves steps to low noise, under 1 to high noise: t -> (T - 1) (t / (T - 1))^power.
+    (T - 1 to 0). power: above 1 moves steps to low noise, below 1 to high noise: t -> (T - 1) (t / (T - 1))^power.
     extra_point: leave the last of n + 1 points to the end of the path, as multistep solvers do (leading, linspace).
-    continuous: leave out the rounding to whole timesteps. UserError if there are more steps than timesteps, or an offset leads
+    continuous: skip rounding to whole timesteps. UserError if there are more steps than timesteps, or an offset leads
     beyond the last one.
     """
     steps, total = num_inference_steps, num_train_timesteps

@@ -18,7 +18,7 @@ Kind = Literal["gelu", "swiglu"]
 
 
 def activate(hidden: Tensor, kind: Kind) -> Tensor:
-    """The activation, differentiable; it keeps `hidden` alone, where autograd would keep SwiGLU's factors too."""
+    """The activation, differentiable; keeps only `hidden` for the backward pass (autograd would keep SwiGLU's factors too)."""
     if torch.compiler.is_compiling():  # the compiler fuses better than we do
         return forward(hidden, kind)
     result: Tensor = _Activation.apply(hidden, kind)
@@ -40,7 +40,7 @@ class _Activation(torch.autograd.Function):
 
 
 def forward(hidden: Tensor, kind: Kind) -> Tensor:
-    """The activation; differentiable only while it is compiled."""
+    """The activation; differentiable only while compiled."""
     if kind == "gelu":
         return gelu.forward(hidden) if gelu.serves(hidden) else F.gelu(hidden, approximate="tanh")
     gate, up = hidden.chunk(2, dim=-1)
@@ -48,7 +48,7 @@ def forward(hidden: Tensor, kind: Kind) -> Tensor:
 
 
 def backward(grad: Tensor, hidden: Tensor, kind: Kind, *, again: bool = False) -> tuple[Tensor, Tensor | None]:
-    """The gradient with respect to `hidden`; and, if it is asked for, the activation of `hidden` `again`."""
+    """The gradient with respect to `hidden` and, if `again`, the activation of `hidden`, recomputed."""
     if kind == "gelu":
         if gelu.serves(hidden):
             return gelu.backward(grad, hidden, again=again)

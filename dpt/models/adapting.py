@@ -1,4 +1,4 @@
-"""Weights taken to another input or other labels: more conditions, task labels, a convolution a task, a CLIP projection."""
+"""Adapt weights to another input or other labels: more conditions, task labels, one convolution per task, a CLIP projection."""
 
 import dataclasses
 
@@ -11,24 +11,24 @@ from dpt.models.weights import Weights, check_state
 
 _ADAPTED = {"num_conditions", "num_classes", "patch_embed_tasks", "clip_embedding_size", "router_bias_balancing"}
 _FREE = {"preset", "input_size", "class_dropout_prob", "capacity_factor"}
-"""Fields that no tensor depends on; positions are computed for every size."""
+"""Fields that no tensor depends on; positions are computed for any size."""
 _OF_EXPERTS = {"top_k", "expert_activation", "shared_expert_width", "normalize_top_k", "router_gate"}
-"""Fields that mean nothing without experts."""
+"""Fields that have no meaning without experts."""
 
 
 def adapt(weights: Weights, target: ModelConfig) -> Weights:
-    """`weights` as those of `DiT(target)`, for fine-tuning.
+    """Convert `weights` to those of `DiT(target)`, for fine-tuning.
 
     Conditions: the patch embedding is repeated for each image and divided by their number. Labels: each new one starts as the
     mean of its share of the old class rows (4 new ones on 1000 classes: rows 0-249, 250-499, 500-749, 750-999), the null
-    label's row stays the last. A convolution a task: all start as the one there was. CLIP projection: zero. UserError if
+    label's row stays last. One convolution per task: each starts as a copy of the original. CLIP projection: zero. UserError if
     another field differs.
     """
     source = weights.config
     may_differ = _ADAPTED | _FREE | (set() if source.num_experts or target.num_experts else _OF_EXPERTS)
     if source.patch_embed_tasks:
         may_differ.discard("patch_embed_tasks")
-    if not source.base_width and not target.base_width:  # it means nothing without muP
+    if not source.base_width and not target.base_width:  # meaningless without muP
         may_differ.add("base_head_size")
     for name in [f.name for f in dataclasses.fields(ModelConfig) if f.name not in may_differ]:
         old, new = getattr(source, name), getattr(target, name)
@@ -36,7 +36,7 @@ def adapt(weights: Weights, target: ModelConfig) -> Weights:
             raise UserError(f"dpt.model.{name} is {new}, but the weights ({weights.source}) have {old}; set it to {old}.")
     state = dict(weights.state)
     _widen(state, source, target, weights.source)
-    if target.patch_embed_tasks and not source.patch_embed_tasks:  # one convolution a task, all equal
+    if target.patch_embed_tasks and not source.patch_embed_tasks:  # one convolution per task, all equal
         for kind in ("weight", "bias"):
             state[f"x_embedder.{kind}"] = torch.stack([state.pop(f"x_embedder.proj.{kind}")] * target.patch_embed_tasks)
     _add_labels(state, source, target, weights.source)
@@ -69,7 +69,7 @@ def _widen(state: dict[str, Tensor], source: ModelConfig, target: ModelConfig, w
 
 
 def _add_labels(state: dict[str, Tensor], source: ModelConfig, target: ModelConfig, weights: str) -> None:
-    """New label rows before the null label's."""
+    """Insert the new label rows before the null label's row."""
     new = target.num_classes - source.num_classes
     if new == 0:
         return

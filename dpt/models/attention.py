@@ -1,4 +1,4 @@
-"""Attention behind one function: PyTorch's scaled_dot_product_attention, or a FlashAttention release by name.
+"""Attention behind a single function: PyTorch's scaled_dot_product_attention, or a FlashAttention release by name.
 
 The kernel is a choice of the run, never of the architecture: `use_backend` sets it once for the process, and `attention` picks
 by dtype and device at each call, so weights trained with one kernel are read and evaluated with any other.
@@ -33,12 +33,12 @@ _chosen: Backend = "sdpa"
 
 
 def use_backend(name: str) -> str:
-    """Set the process's attention kernel, "auto" or a `Backend`; returns a line that says it.
+    """Set the process's attention kernel to "auto" or a `Backend`; return a line that reports it.
 
     "auto" is PyTorch's own kernels unless this machine's GPU has a newer FlashAttention installed for it: 4 on Blackwell
-    (compute capability 10), 3 on Hopper (9). "triton" is PyTorch's but for the backward pass over short sequences on Hopper
-    (`dpt.models.attention_backward`); "auto" does not take it, as no whole step with it has been measured yet.
-    FlashAttention 3 and 4 take the place of the flash kernel inside
+    (compute capability 10), 3 on Hopper (9). "triton" is PyTorch's except the backward pass over short sequences on Hopper
+    (`dpt.models.attention_backward`); "auto" does not choose it: no whole step with it has been measured yet.
+    FlashAttention 3 and 4 replace the flash kernel inside
     scaled_dot_product_attention, for the whole process. Raises UserError if a named one cannot be used.
     """
     global _chosen
@@ -64,7 +64,7 @@ def can_use(name: str) -> bool:
 
 
 def _missing(name: str) -> str | None:
-    """Why FlashAttention `name` cannot be used here, None if it can; 3 and 4 are switched on in passing."""
+    """The reason FlashAttention `name` cannot be used here, None if it can; switches 3 and 4 on as a side effect."""
     if not torch.cuda.is_available():
         return "it needs a CUDA GPU"
     if name == "triton":
@@ -98,7 +98,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
 
 
 def self_attention(qkv: Tensor, scale: float | None = None) -> Tensor:
-    """`attention` of queries, keys and values that are one tensor [B, T, 3, heads, d]: [B, T, heads, d]."""
+    """`attention` of queries, keys and values packed in one tensor [B, T, 3, heads, d]; returns [B, T, heads, d]."""
     if _chosen == "triton" and qkv.is_cuda and qkv.dtype in _HALF and attention_backward.serves(qkv):
         return attention_backward.attention(qkv, qkv.shape[-1] ** -0.5 if scale is None else scale)
     # Unbound before they are transposed: the three gradients then come together in one pass.
@@ -109,7 +109,7 @@ def self_attention(qkv: Tensor, scale: float | None = None) -> Tensor:
 class Attention(nn.Module):
     """Multi-head self-attention with biases and optional per-head LayerNorm of queries and keys: [B, T, D] -> [B, T, D].
 
-    `scale`: of the scores; None: 1 / sqrt(head size).
+    `scale` multiplies the scores; None: 1 / sqrt(head size).
     """
 
     def __init__(self, hidden_size: int, num_heads: int, *, qk_norm: bool = False, scale: float | None = None) -> None:

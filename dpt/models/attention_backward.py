@@ -1,4 +1,4 @@
-"""The backward pass of attention over short sequences on Hopper GPUs, in Triton: one gradient of queries, keys and values.
+"""Backward pass of attention over short sequences on Hopper GPUs, in Triton: one gradient for queries, keys and values.
 
 cuDNN's backward pass adds to the queries' gradient in float32, converts it, and leaves three gradients to be joined: at 256
 tokens and 72 channels a head that takes 1.3 times as long (docs/performance.md). Here one kernel makes the queries' gradient
@@ -20,13 +20,13 @@ aten = torch.ops.aten
 
 _LOG2E = 1.4426950408889634
 MOST_TOKENS = 256
-"""Longer sequences are left to cuDNN, whose speed rises with them."""
+"""Longer sequences are left to cuDNN, which gets faster with length."""
 TILES = {"queries": (64, 64, 4, 2), "keys": (64, 64, 4, 3)}
-"""Of each kernel: rows of queries, rows of keys, warps, stages."""
+"""Rows of queries, rows of keys, warps and stages of each kernel."""
 
 
 def serves(qkv: Tensor) -> bool:
-    """Whether the kernels are made for qkv [B, T, 3, H, d]."""
+    """Whether the kernels support qkv [B, T, 3, H, d]."""
     tokens, size = qkv.shape[1], qkv.shape[4]
     if tokens > MOST_TOKENS or not 64 <= size <= 80 or size % 8:
         return False

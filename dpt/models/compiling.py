@@ -7,7 +7,7 @@ LONGEST_ROW = 2048
 
 
 def options() -> dict[str, Any]:
-    """For torch.compile's own backend; applies to what is compiled from now on."""
+    """Options for torch.compile's own backend; they apply to whatever is compiled from now on."""
     from torch._inductor import config
 
     _set_choices()
@@ -17,7 +17,7 @@ def options() -> dict[str, Any]:
 
 
 def _set_choices() -> None:
-    """Extend the compiler's own choice, by the extension point that `InductorChoices` documents."""
+    """Extend the compiler's own choices through the extension point that `InductorChoices` documents."""
     from torch._inductor.choices import InductorChoices
     from torch._inductor.runtime.hints import ReductionHint
     from torch._inductor.virtualized import V

@@ -1,4 +1,4 @@
-"""What a network costs, from its config alone: parameters and multiply-accumulates. Pure Python, no torch.
+"""A network's costs, from its config alone: parameters and multiply-accumulates. Pure Python, no torch.
 
 One multiply-accumulate (MAC) is two floating-point operations; papers on Diffusion Transformers call MACs "Gflops". Counted are
 matrix products, convolutions and attention, as torch's FlopCounterMode does.
@@ -13,13 +13,13 @@ from dpt.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class ParamCount:
-    """Numbers of parameters; the fixed position table at input_size counts, as in the papers."""
+    """Parameter counts; the fixed position table at input_size is included, as in the papers."""
 
     total: int
     active: int
-    """Those that one token passes through: top_k of the routed experts."""
+    """Parameters that one token passes through: top_k of the routed experts."""
     routed: int
-    """Those of the routed experts, which expert parallelism divides."""
+    """Parameters of the routed experts, which expert parallelism divides."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,11 +30,11 @@ class Macs:
     training: int
     """Forward and backward pass, nothing computed twice."""
     attention_recompute: int
-    """What flash attention's backward pass computes again; FlopCounterMode counts `training` plus this."""
+    """MACs that flash attention's backward pass recomputes; FlopCounterMode counts `training` plus this."""
 
 
 def num_tokens(config: ModelConfig, height: int = 0, width: int = 0) -> int:
-    """Tokens of a latent image of height x width (0: input_size); UserError if patches do not divide it."""
+    """Number of tokens in a latent image of height x width (0: input_size); UserError if patches do not divide it."""
     height, width, p = height or config.input_size, width or config.input_size, config.patch_size
     if height % p or width % p:
         raise UserError(f"latents of {height} x {width} cannot be cut into patches: both sides must be multiples of {p}.")
@@ -73,31 +73,31 @@ def macs(config: ModelConfig, height: int = 0, width: int = 0) -> Macs:
 
 
 def hidden_macs(config: ModelConfig, height: int = 0, width: int = 0) -> int:
-    """Of one sample's forward pass up to what leaves the last block; latents as in `macs`."""
+    """MACs of one sample's forward pass up to the last block's output; latents as in `macs`."""
     t, second = num_tokens(config, height, width), config.hidden_size**2  # timesteps' second layer
     return _input_macs(config, t) + second + config.depth * _block_macs(config, t)
 
 
 def _input_macs(config: ModelConfig, tokens: int) -> int:
-    """Of the layers that take what the network is given: patches, timesteps' features, CLIP embeddings."""
+    """MACs of the input layers: patches, timestep features, CLIP embeddings."""
     d = config.hidden_size
     patches = tokens * _in_channels(config) * config.patch_size**2 * d
     return patches + TIMESTEP_FEATURES * d + config.clip_embedding_size * d
 
 
 def _block_macs(config: ModelConfig, tokens: int) -> int:
-    """Of one block's forward pass: adaLN, attention's products, its scores and their weighted sum, the MLP or experts."""
+    """MACs of one block's forward pass: adaLN, attention's products, scores and weighted sums, the MLP or experts."""
     d = config.hidden_size
     return 6 * d * d + 4 * tokens * d * d + 2 * tokens * tokens * d + tokens * _mlp_macs_per_token(config)
 
 
 def kept_tokens(tokens: int, share: float) -> int:
-    """How many of a sample's tokens go through the blocks that a `share` of them bypasses."""
+    """How many of a sample's tokens go through the blocks that a `share` of its tokens bypasses."""
     return max(1, round(tokens * (1.0 - share)))
 
 
 def with_bypass(whole: Macs, config: ModelConfig, share: float, blocks: int, height: int = 0, width: int = 0) -> Macs:
-    """MACs of one sample of which, in training, a share of the tokens bypasses so many blocks; `forward` stays."""
+    """MACs of one sample when a share of its tokens bypasses that many blocks in training; `forward` is unchanged."""
     t = num_tokens(config, height, width)
     kept = kept_tokens(t, share)
     saved = blocks * (_block_macs(config, t) - _block_macs(config, kept))
@@ -106,7 +106,7 @@ def with_bypass(whole: Macs, config: ModelConfig, share: float, blocks: int, hei
 
 
 def _muon_stacks(config: ModelConfig) -> list[tuple[int, int, int]]:
-    """The parameters of a block that Muon trains (`dpt.training.muon`): matrices in each, rows and columns."""
+    """Shapes of the parameters in a block that Muon trains (`dpt.training.muon`): matrices in each, rows and columns."""
     d, width, experts, shared = config.hidden_size, config.mlp_width, config.num_experts, config.shared_expert_width
     inputs = 2 if is_swiglu(config) else 1
     stacks = [(3, d, d), (1, d, d), (6, d, d), (inputs * max(experts, 1), width, d), (max(experts, 1), d, width)]
@@ -114,13 +114,13 @@ def _muon_stacks(config: ModelConfig) -> list[tuple[int, int, int]]:
 
 
 def muon_params(config: ModelConfig) -> tuple[int, int]:
-    """Numbers in all matrices that Muon trains, and in the largest parameter of them."""
+    """Number of elements in all matrices that Muon trains, and in the largest such parameter."""
     sizes = [math.prod(stack) for stack in _muon_stacks(config)]
     return config.depth * sum(sizes), max(sizes)
 
 
 def muon_macs(config: ModelConfig) -> int:
-    """MACs of making a step's updates orthogonal, in all: five iterations of three products (`dpt.training.muon`)."""
+    """Total MACs of orthogonalising a step's updates: five iterations of three products (`dpt.training.muon`)."""
 
     def matrix(rows: int, columns: int) -> int:
         short, long = sorted((rows, columns))

@@ -1,4 +1,4 @@
-"""What diffusers' `AutoencoderDC` costs (Chen et al. 2024, "Deep Compression Autoencoder"), layer by layer. Pure Python.
+"""Costs of diffusers' `AutoencoderDC` (Chen et al. 2024, "Deep Compression Autoencoder"), layer by layer. Pure Python.
 
 Its blocks are residual ones of two 3 x 3 convolutions, or of linear attention over several scales and a gated MLP.
 """
@@ -14,12 +14,12 @@ _LAYERS = {"encoder": (2, 2, 2, 3, 3, 3), "decoder": (3,) * 6}
 
 
 def channels(config: Mapping[str, Any], side: str = "decoder") -> tuple[int, ...]:
-    """Of each level of the "encoder" or the "decoder", from the pictures' size down."""
+    """Channels of each level of the "encoder" or the "decoder", from full picture size down."""
     return tuple(config.get(f"{side}_block_out_channels", _CHANNELS))
 
 
 def _blocks(config: Mapping[str, Any], side: str) -> list[list[Layer]]:
-    """Of each level, the same again and again."""
+    """The repeated block's layers at each level."""
     widths, head = channels(config, side), int(config.get("attention_head_dim", 32))
     kinds = config.get(f"{side}_block_types", "ResBlock")
     kinds = (kinds,) * len(widths) if isinstance(kinds, str) else kinds
@@ -31,7 +31,7 @@ def _blocks(config: Mapping[str, Any], side: str) -> list[list[Layer]]:
 
 
 def _residual(c: int) -> Layer:
-    """Kept are the inputs of both convolutions, of the activation and of the norm."""
+    """A residual block; keeps the inputs of both convolutions, of the activation and of the norm."""
     return Layer(params=18 * c * c + 3 * c, macs=18 * c * c, kept=4 * c, width=c)
 
 
@@ -51,9 +51,9 @@ def _attention(c: int, head: int, kernels: tuple[int, ...]) -> Layer:
 
 
 def encoder(config: Mapping[str, Any]) -> Iterator[Layer]:
-    """Layers of the encoder, of which the parameters alone count."""
+    """Layers of the encoder, of which only the parameters count."""
     widths, blocks = channels(config, "encoder"), _blocks(config, "encoder")
-    strided = config.get("downsample_block_type", "pixel_unshuffle") != "pixel_unshuffle"  # else pixels go to channels
+    strided = config.get("downsample_block_type", "pixel_unshuffle") != "pixel_unshuffle"  # else pixels become channels
 
     def halve(inside: int, outside: int) -> Layer:
         return conv(inside, outside if strided else outside // 4)
@@ -67,9 +67,9 @@ def encoder(config: Mapping[str, Any]) -> Iterator[Layer]:
 
 
 def decoder(config: Mapping[str, Any]) -> Iterator[tuple[int, Layer]]:
-    """Layers of the decoder, and how often the sides of the latents are doubled before each."""
+    """Layers of the decoder, each with how often the latents' sides have been doubled before it."""
     widths, blocks, latent = channels(config), _blocks(config, "decoder"), int(config.get("latent_channels", 32))
-    interpolated = config.get("upsample_block_type", "pixel_shuffle") == "interpolate"  # else channels go to pixels
+    interpolated = config.get("upsample_block_type", "pixel_shuffle") == "interpolate"  # else channels become pixels
     doublings = 0
     yield 0, conv(latent, widths[-1], kept=2 * latent, width=widths[-1])
     for level in reversed(range(len(blocks))):

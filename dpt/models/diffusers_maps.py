@@ -1,4 +1,4 @@
-"""Where each of our tensors is in diffusers' DiTTransformer2DModel, and the architectures as its config.json says them."""
+"""Maps from our tensors to those of diffusers' DiTTransformer2DModel, and architectures from and to its config.json."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -28,7 +28,7 @@ _INSIDE = {
 
 
 def diffusers_map(name: str, config: ModelConfig) -> Source:
-    """The map of diffusers' names; embedders are those of block 0 (`embedder_copies` names the others)."""
+    """The map to diffusers' names; embedders are those of block 0 (`embedder_copies` names the others)."""
     layer, kind = name.rsplit(".", 1)
     if layer in _OUTSIDE:
         return Source([[f"{_OUTSIDE[layer]}.{kind}"]])
@@ -68,7 +68,7 @@ _ABSENT = (  # parts of Transformer2DModel (older DiT folders are of that class)
 
 
 def config_from_diffusers(values: Mapping[str, Any]) -> ModelConfig:
-    """The architecture that a DiTTransformer2DModel's config.json describes; UserError for what ours cannot be."""
+    """The architecture that a DiTTransformer2DModel's config.json describes; UserError for what our model does not support."""
     fixed = {**_FIXED, "attention_type": "default"}
     for name, value in values.items():
         if name in fixed and value != fixed[name]:
@@ -99,7 +99,7 @@ def config_from_diffusers(values: Mapping[str, Any]) -> ModelConfig:
 
 
 def config_to_diffusers(config: ModelConfig) -> dict[str, Any]:
-    """config.json of the DiTTransformer2DModel with this architecture; UserError if it has none."""
+    """The config.json of the DiTTransformer2DModel with this architecture; UserError if there is none."""
     for name, expected in (("num_experts", 0), ("patch_embed_tasks", 0), ("clip_embedding_size", 0), ("qk_norm", False)):
         if getattr(config, name) != expected:
             raise UserError(f"dpt.model.{name} is {getattr(config, name)}; diffusers' DiTTransformer2DModel has no such part.")

@@ -35,7 +35,7 @@ from dpt.models.products import Linear
 
 
 class DiTOutput(NamedTuple):
-    """What the network returns. Losses are 0 and counts empty for a dense network."""
+    """The network's output. Losses are 0 and counts empty for a dense network."""
 
     prediction: Tensor
     """[B, C_out, h, w] in the latents' dtype; C_out = 2 C if learn_sigma: first C the prediction, then the variance values."""
@@ -50,9 +50,9 @@ class DiTOutput(NamedTuple):
     router_entropy: Tensor
     """float64 [L]: mean entropy of a token's router probabilities, in nats (0: certain, log E: even)."""
     dropped_share: Tensor
-    """float32 []: share of routed slots dropped for want of capacity."""
+    """float32 []: share of routed slots dropped for lack of capacity."""
     hidden: Mapping[int, Tensor] = MappingProxyType({})
-    """By number of the block, from 1 on: the outputs [B, T, D] that `watch_blocks` asked for."""
+    """Block outputs [B, T, D] that `watch_blocks` asked for, keyed by block number (from 1)."""
 
 
 class DiTBlock(nn.Module):
@@ -92,7 +92,7 @@ def _build_moe(config: ModelConfig, ep_size: int) -> MoE:
 
 
 class DiT(nn.Module):
-    """Noisy latents (and clean condition latents before them, on channels), timesteps and labels -> prediction.
+    """Noisy latents (preceded on the channel axis by clean condition latents), timesteps and labels -> prediction.
 
     A deterministic function, the same in train() and eval(): labels are dropped by the caller, who puts num_classes (the null
     label) in their place. `ep_size` ranks share the experts of each layer (it divides num_experts). If it is more than 1,
@@ -123,7 +123,7 @@ class DiT(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """DiT's initialisation: xavier-uniform linear layers, and zeros where a block or the network adds its result.
+        """Initialise as DiT does: xavier-uniform linear layers, and zeros where a block or the network adds its result.
 
         With `base_width`, each deviation is that of this width times what muP says (`dpt.models.mup`).
         """
@@ -152,15 +152,15 @@ class DiT(nn.Module):
         self.activation_checkpointing = enabled
 
     def set_bypass(self, blocks: range) -> None:
-        """Let only the tokens that `forward` is told to keep go through these blocks (TREAD, Krause et al. 2025)."""
+        """Send only the tokens that `forward` is asked to keep through these blocks (TREAD, Krause et al. 2025)."""
         self.bypassed = blocks
 
     def watch_blocks(self, blocks: Collection[int]) -> None:
-        """Give back the outputs of these blocks, counted from 1, as `hidden`; none of them may be bypassed."""
+        """Return the outputs of these blocks, counted from 1, as `hidden`; none of them may be bypassed."""
         self.watched = frozenset(blocks)
 
     def compile_blocks(self, **arguments: Any) -> None:
-        """Compile each block in place with torch.compile and its `arguments`; without any, as `dpt.models.compiling` says."""
+        """Compile each block in place with torch.compile and `arguments`; the defaults are those of `dpt.models.compiling`."""
         for block in self.blocks:
             block.compile(**(arguments or {"options": compiling.options()}))
 
@@ -178,11 +178,11 @@ class DiT(nn.Module):
 
         Samples that share their timestep and label may give both as [1]: the conditioning is then computed once.
         `embeddings` [B, clip_embedding_size]: CLIP image embeddings, zeros for samples without one; None is all zeros.
-        `task_labels` int64 [B] choose the input convolution if there is one a task (the last patch_embed_tasks labels); None:
+        `task_labels` int64 [B] choose the input convolution if there is one per task (the last patch_embed_tasks labels); None:
         `labels`, which must then hold no null label. `earlier`: sums of `tokens_per_expert` and `router_probs` over the step's
-        earlier micro-batches, which the balance loss takes in (`dpt.models.moe.summarize`). `kept` int64 [B, K]: the tokens of
+        earlier micro-batches, which the balance loss includes (`dpt.models.moe.summarize`). `kept` int64 [B, K]: the tokens of
         each sample that go through the blocks of `set_bypass`, while the others are carried around them; None: all. Raises
-        UserError if h or w is no multiple of patch_size or the channels are not the model's.
+        UserError if h or w is not a multiple of patch_size or the channels are not the model's.
         """
         x, conditioning = self._embed_all(noisy_latents, timesteps, labels, embeddings, task_labels)
         stats = []
@@ -217,7 +217,7 @@ class DiT(nn.Module):
         embeddings: Tensor | None = None,
         task_labels: Tensor | None = None,
     ) -> Tensor:
-        """What leaves the last block, [B, T, D], of inputs as `forward` takes them; no prediction is made of it."""
+        """Return the last block's output [B, T, D] for inputs as `forward` takes them, without making a prediction."""
         x, conditioning = self._embed_all(noisy_latents, timesteps, labels, embeddings, task_labels)
         for block in self.blocks:
             x, _ = block(x, conditioning)
@@ -226,7 +226,7 @@ class DiT(nn.Module):
     def _embed_all(
         self, noisy_latents: Tensor, timesteps: Tensor, labels: Tensor, embeddings: Tensor | None, task_labels: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """What the blocks take: tokens [B, T, D] and the conditioning [B or 1, D]."""
+        """Return the blocks' inputs: tokens [B, T, D] and the conditioning [B or 1, D]."""
         tasks = labels if task_labels is None else task_labels
         x = self._embed(noisy_latents, tasks.expand(len(noisy_latents)))
         conditioning = self.t_embedder(timesteps) + self.y_embedder(labels)
@@ -261,11 +261,11 @@ class DiT(nn.Module):
 
     @torch.no_grad()
     def update_router_bias(self, tokens_per_expert: Tensor) -> None:
-        """Loss-free balancing: each expert's routing bias one step towards the mean load, then all of a layer's alike, so that
-        their mean stays within half a step of zero: a common part chooses nobody, and would only grow.
+        """Loss-free balancing: move each expert's routing bias a step towards the mean load, then shift each layer's so that
+        their mean stays within half a step of zero: a common offset affects no choice and would only grow.
 
-        tokens_per_expert [L, E]: the whole batch's slots, summed over micro-batches; call once an optimizer step. Nothing
-        happens without `router_bias_balancing` (Wang et al., 2024, Algorithm 1).
+        tokens_per_expert [L, E]: the whole batch's slots, summed over micro-batches; call once per optimizer step. Does nothing
+        without `router_bias_balancing` (Wang et al., 2024, Algorithm 1).
         """
         for block, counts in zip(self.blocks, tokens_per_expert, strict=True):
             gate = block.moe.gate if block.moe is not None else None
@@ -276,7 +276,7 @@ class DiT(nn.Module):
 
 
 def build_model(model: str | ModelConfig, *, ep_size: int = 1, **overrides: Any) -> DiT:
-    """The network of a preset ("XL/2") or a config, any ModelConfig field overridden by name.
+    """Build the network of a preset ("XL/2") or a config, overriding any ModelConfig field by name.
 
     `build_model("XL/2", num_experts=8, top_k=2)` is the upcycled form: GELU experts, no shared one. UserError names an unknown
     preset or field.

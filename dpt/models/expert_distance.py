@@ -18,8 +18,8 @@ def expert_distances(model: DiT, gather: Gather = lambda _: nullcontext()) -> Te
     """Each layer's experts' root-mean-square distance over pairs, in units of their root-mean-square norm: float64 [L], CPU.
 
     All weights of an expert are one vector w. The distance is 0 for copies, and about sqrt(2) for independent ones. With m
-    the mean of the E experts, the sum over pairs of |w_i - w_j|^2 is E sum |w_i - m|^2: so no pair is formed, and
-    ranks that share the experts exchange one expert's sums and two numbers a layer. Collective among them. `gather`: a context
+    the mean of the E experts, the sum over pairs of |w_i - w_j|^2 is E sum |w_i - m|^2, so no pair is formed, and
+    ranks sharing the experts exchange one expert's sums and two numbers per layer. Collective among them. `gather`: a context
     in which parameters are whole (ZeRO 3). Dense models: an empty tensor.
     """
     layers = [block.moe for block in model.blocks if block.moe is not None]
@@ -29,7 +29,7 @@ def expert_distances(model: DiT, gather: Gather = lambda _: nullcontext()) -> Te
 
 
 def _distance(layer: MoE, gather: Gather) -> Tensor:
-    """float64 []."""
+    """The expert distance of one layer, float64 []."""
     group = getattr(layer, "ep_group", None)
     parameters, count = list(layer.experts.parameters()), layer.num_experts
     sums = torch.zeros(2, dtype=torch.float64, device=parameters[0].device)

@@ -1,7 +1,7 @@
-"""A layer's experts, and the moves of tokens to them and back.
+"""A layer's experts, and moving tokens to them and back.
 
 Shape legend: T tokens, K top-k, N routed slots (T K, fewer if some are dropped), D hidden_size, F expert width, E experts here.
-Rows of the slots' tensors are sorted by expert; `counts` [E] says how many rows each expert has, none included. The moves keep
+Rows of the slots' tensors are sorted by expert; `counts` [E] says how many rows each expert has, zeros included. The moves keep
 indices for their backward passes, and gather in both.
 """
 
@@ -55,7 +55,7 @@ class _Combine(torch.autograd.Function):
 
 
 def _sum_of_slots(rows_ND: Tensor, slots_TK: Tensor, weights_TK: Tensor | None) -> Tensor:
-    """Each token's sum over its slots' rows, weighted: [T, D]. Compiled, it is one kernel; on CPUs embedding_bag is."""
+    """Each token's weighted sum over its slots' rows, [T, D]. One kernel when compiled; embedding_bag on CPUs."""
     weights = None if weights_TK is None else weights_TK.to(rows_ND.dtype)
     if not rows_ND.is_cuda and not torch.compiler.is_compiling():
         return F.embedding_bag(slots_TK, rows_ND, mode="sum", per_sample_weights=weights)
@@ -64,7 +64,7 @@ def _sum_of_slots(rows_ND: Tensor, slots_TK: Tensor, weights_TK: Tensor | None) 
 
 
 class Dispatch:
-    """Where routed slots go: sorted by expert once, so that every expert's rows are one contiguous slice.
+    """Destinations of routed slots: sorted by expert once, so that every expert's rows are one contiguous slice.
 
     `permute` takes tokens [T, D] to slots [N, D]; `combine` takes the experts' results back, weighted. A slot that is not
     `kept` reaches no expert and adds nothing.
@@ -97,7 +97,7 @@ class Dispatch:
 
 
 class Experts(nn.Module):
-    """The experts held here, as stacked parameters, PyTorch's [out, in] orientation behind the expert axis.
+    """The experts held on this rank as stacked parameters, in PyTorch's [out, in] orientation behind the expert axis.
 
     "swiglu": gate_up_weight [E, 2 F, D] (gate first), down_weight [E, D, F]. "gelu": fc1_weight [E, F, D], fc1_bias [E, F],
     fc2_weight [E, D, F], fc2_bias [E, D].
@@ -117,7 +117,7 @@ class Experts(nn.Module):
             self.fc2_bias = nn.Parameter(torch.empty(num_experts, hidden_size))
 
     def reset_parameters(self, first_expert: int = 0) -> None:
-        """Xavier-uniform matrices, zero biases; each expert from a seed of its global id, so that ranks do not change it.
+        """Xavier-uniform matrices, zero biases; each expert is seeded by its global id, so ranks do not change it.
 
         `first_expert` is the global id of the first expert here. One draw of torch's generator seeds the layer.
         """
@@ -146,7 +146,7 @@ class Experts(nn.Module):
         return grouped_mlp(*self.cast(x_ND), counts_E, self.kind)
 
     def cast(self, x_ND: Tensor) -> tuple[Tensor, ExpertWeights]:
-        """Rows and weights in the type that they are multiplied in: autocast's, if it is on."""
+        """Rows and weights in the dtype they are multiplied in: autocast's, if it is on."""
         weights = self.weights
         device = x_ND.device.type
         if torch.is_autocast_enabled(device):

@@ -1,4 +1,4 @@
-"""Weights to files: our exports, and diffusers' folders."""
+"""Write weights to files: our exports, and diffusers' folders."""
 
 import json
 import logging
@@ -34,17 +34,17 @@ def export_weights(
     sections: Mapping[str, Any] | None = None,
     quiet: bool = False,
 ) -> Path:
-    """Write the folder `path`, complete or not at all; an export there is replaced. Tensors keep their dtypes.
+    """Write the folder `path` completely or not at all; an existing export there is replaced. Tensors keep their dtypes.
 
     `weights`: a network on one device, or Weights. `ema`: averaged weights under the same names.
 
-    "dpt": `weights.safetensors`, in which averaged weights are beside the plain ones, and `config.json`. `sections`: what it
+    "dpt": `weights.safetensors`, with averaged weights beside the plain ones, and `config.json`. `sections`: what it
     says beside "model" (diffusion, vae, task, lineage, as in docs/architecture.md), over what `weights` carries.
 
-    "diffusers": a DiTTransformer2DModel with the averaged weights, if they are given; UserError if diffusers has no such
+    "diffusers": a DiTTransformer2DModel with the averaged weights if given; UserError if diffusers has no such
     network (experts, task convolutions, CLIP projection, qk-norm). It computes the same at the network's input_size (at others
     diffusers squeezes the positions), unless timestep_features is "dit": diffusers' sines are at 10000^(-i/127), DiT's at
-    10000^(-i/128), and its config cannot say so. A warning then tells the line of code that fixes the loaded model, unless
+    10000^(-i/128), and its config cannot say so. A warning then gives the line of code that fixes the loaded model, unless
     `quiet`.
     """
     if isinstance(weights, DiT):
@@ -84,7 +84,7 @@ def _write_diffusers(config: ModelConfig, state: Mapping[str, Tensor], path: Pat
 def _write_folder(
     path: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], name: str, metadata: dict[str, str]
 ) -> Path:
-    """A folder of config.json and tensors, complete or not at all."""
+    """Write a folder of config.json and tensors, completely or not at all."""
     if path.exists() and not (path / CONFIG).is_file():
         raise UserError(f"{path}: exists and holds no weights; choose another folder.")
     with new_folder(path) as new:
@@ -99,7 +99,7 @@ def _write_folder(
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A folder beside `path` to write in, which takes its place at the end; it goes, and `path` stays, if anything fails."""
+    """Yield a folder beside `path` to write in. On success it replaces `path`; on failure it is removed and `path` stays."""
     path.parent.mkdir(parents=True, exist_ok=True)
     new, old = (path.with_name(f".{path.name}.{kind}-{os.getpid()}") for kind in ("new", "old"))
     shutil.rmtree(new, ignore_errors=True)

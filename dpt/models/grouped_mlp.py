@@ -1,7 +1,7 @@
 """Grouped MLP: the experts of a layer at once, each on its own contiguous rows, forward and backward.
 
 Shape legend: N rows, D hidden_size, F MLP width, H columns of the first product (2 F for SwiGLU), E experts. Rows are sorted by
-expert; `counts` [E] says how many each one has, none included. Saved for the backward pass are the input and the first product;
+expert; `counts` [E] says how many each has, zeros included. Saved for the backward pass are the input and the first product;
 the activation is recomputed.
 """
 
@@ -18,7 +18,7 @@ from dpt.models import activations
 from dpt.models.products import mm
 
 Rows = Callable[[Tensor], None]
-"""Is told the gradient of the rows as soon as it is there, before the weights' are computed."""
+"""Receives the rows' gradient as soon as it exists, before the weights' gradients are computed."""
 
 
 class ExpertWeights(NamedTuple):
@@ -31,13 +31,13 @@ class ExpertWeights(NamedTuple):
     w_out: Tensor
     """[E, D, F]."""
     b_out: Tensor | None
-    """[E, D]; there is one if there is a `b_in`."""
+    """[E, D]; present if `b_in` is."""
 
 
 def grouped_mlp(x_ND: Tensor, weights: ExpertWeights, counts: Tensor, kind: activations.Kind) -> Tensor:
     """Rows sorted by expert [N, D], rows of each int64 [E] -> [N, D], differentiable.
 
-    Grouped products where the device has a kernel for them (`has_grouped_products`): no host needs to know the counts, and
+    Uses grouped products where the device has a kernel for them (`has_grouped_products`): no host needs to know the counts, and
     torch.compile traces them. Elsewhere a loop over slices, which waits for the counts once, forward and backward together; on
     a CPU in chunks, so that only the first products of all rows are in memory at once.
     """
@@ -54,7 +54,7 @@ def forward_pass(x_ND: Tensor, weights: ExpertWeights, counts: Tensor, kind: act
 
 def backward_pass(grad: Tensor, x: Tensor, hidden: Tensor, w_in: Tensor, w_out: Tensor, counts: Tensor,
                   kind: activations.Kind, biased: bool, on_rows: Rows) -> ExpertWeights:  # fmt: skip
-    """Gradients of the weights; that of the rows goes to `on_rows`, so that it can travel while they are computed."""
+    """Return the weights' gradients; pass the rows' to `on_rows`, so that it can travel while these are computed."""
     if has_grouped_products(x):
         return _backward_grouped(grad, x, hidden, w_in, w_out, counts, kind, biased, on_rows)[1]
     sizes = counts.tolist()
@@ -83,7 +83,7 @@ def _slices(counts: list[int]) -> Iterator[slice]:
 
 
 def has_grouped_products(x: Tensor) -> bool:
-    """Whether `F.grouped_mm` has a kernel of its own for x: bf16 on Hopper and Blackwell; elsewhere it loops, waiting."""
+    """Whether `F.grouped_mm` has a kernel of its own for x: bf16 on Hopper and Blackwell; elsewhere it loops and waits."""
     return x.is_cuda and x.dtype == torch.bfloat16 and torch.cuda.get_device_capability(x.device)[0] in (9, 10)
 
 
@@ -98,7 +98,7 @@ def _apply_looped(x: Tensor, weights: ExpertWeights, counts: Tensor, kind: activ
 
 
 class _GroupedMlp(torch.autograd.Function):
-    """By grouped products if `counts` is a tensor, by the loop if it is a list."""
+    """Uses grouped products if `counts` is a tensor, the loop if it is a list."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, w_in: Tensor, b_in: Tensor | None, w_out: Tensor, b_out: Tensor | None,
@@ -159,13 +159,13 @@ def _backward_grouped(grad: Tensor, x: Tensor, hidden: Tensor, w_in: Tensor, w_o
 
 def _product(x_NA: Tensor, w_EAB: Tensor, counts: Tensor) -> Tensor:
     """Rows of slice e times w[e]: [N, B]."""
-    if not x_NA.shape[0]:  # which the kernel does not take
+    if not x_NA.shape[0]:  # the kernel does not accept this
         return x_NA.new_empty(0, w_EAB.shape[2])
     return F.grouped_mm(x_NA, w_EAB, offs=counts.cumsum(0, dtype=torch.int32))
 
 
 def _outer(y_NB: Tensor, x_NA: Tensor, counts: Tensor) -> Tensor:
-    """For each slice, the sum over its rows of y x^T: [E, B, A]; zero for an empty one, which the kernel may not write."""
+    """Sum of y x^T over each slice's rows, [E, B, A]; zero for an empty slice, which the kernel may leave unwritten."""
     if not x_NA.shape[0]:
         return x_NA.new_zeros(counts.shape[0], y_NB.shape[1], x_NA.shape[1])
     products = F.grouped_mm(y_NB.t(), x_NA, offs=counts.cumsum(0, dtype=torch.int32))
@@ -178,7 +178,7 @@ def _row_owners(counts: Tensor, num_rows: int) -> Tensor:
 
 
 def _sums(y_NB: Tensor, counts: Tensor) -> Tensor:
-    """For each slice, the sum of its rows [E, B]: a product with a one-hot matrix, so deterministic."""
+    """Sum of each slice's rows, [E, B]: a product with a one-hot matrix, so deterministic."""
     experts = torch.arange(counts.shape[0], device=counts.device)
     return (experts[:, None] == _row_owners(counts, y_NB.shape[0])).to(y_NB.dtype) @ y_NB
 
@@ -187,7 +187,7 @@ def _sums(y_NB: Tensor, counts: Tensor) -> Tensor:
 
 
 def _forward_looped(x: Tensor, weights: ExpertWeights, counts: list[int], kind: activations.Kind) -> tuple[Tensor, Tensor]:
-    """As `_forward_grouped`."""
+    """Like `_forward_grouped`, with the loop."""
     w_in, b_in, w_out, b_out = weights
     hidden, out = x.new_empty(x.shape[0], w_in.shape[1]), x.new_empty(x.shape[0], w_out.shape[1])
     for e, rows, _ in expert_chunks(counts, w_in.shape[1], x):
@@ -202,7 +202,7 @@ def _forward_looped(x: Tensor, weights: ExpertWeights, counts: list[int], kind: 
 
 def _backward_looped(grad: Tensor, x: Tensor, hidden: Tensor, w_in: Tensor, w_out: Tensor, counts: list[int],
                      kind: activations.Kind, biased: bool) -> tuple[Tensor, ExpertWeights]:  # fmt: skip
-    """As `_backward_grouped`."""
+    """Like `_backward_grouped`, with the loop."""
     d_x, d_w_in, d_w_out = torch.empty_like(x), torch.empty_like(w_in), torch.empty_like(w_out)
     d_b_in, d_b_out = w_in.new_zeros(w_in.shape[:2]), w_out.new_zeros(w_out.shape[:2])
     for e, rows, first in expert_chunks(counts, w_in.shape[1], x):

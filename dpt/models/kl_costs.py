@@ -1,4 +1,4 @@
-"""What diffusers' `AutoencoderKL` costs, layer by layer. Pure Python."""
+"""Costs of diffusers' `AutoencoderKL`, layer by layer. Pure Python."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -7,12 +7,12 @@ from dpt.models.vae_layers import Layer, conv
 
 
 def channels(config: Mapping[str, Any]) -> list[int]:
-    """Of each level, from the pictures' size down."""
+    """Channels of each level, from full picture size down."""
     return [int(c) for c in config.get("block_out_channels", (64,))]
 
 
 def encoder(config: Mapping[str, Any]) -> Iterator[Layer]:
-    """Layers of the encoder, of which the parameters alone count."""
+    """Layers of the encoder, of which only the parameters count."""
     widths, latent = channels(config), int(config.get("latent_channels", 4))
     yield conv(3, widths[0])
     for _, layer in _levels(widths, int(config.get("layers_per_block", 1))):
@@ -25,7 +25,7 @@ def encoder(config: Mapping[str, Any]) -> Iterator[Layer]:
 
 
 def decoder(config: Mapping[str, Any]) -> Iterator[tuple[int, Layer]]:
-    """Layers of the decoder, and how often the sides of the latents are doubled before each."""
+    """Layers of the decoder, each with how often the latents' sides have been doubled before it."""
     widths, latent = channels(config)[::-1], int(config.get("latent_channels", 4))
     if config.get("use_post_quant_conv", True):
         yield 0, conv(latent, latent, area=1)
@@ -47,7 +47,7 @@ def _middle(config: Mapping[str, Any]) -> Iterator[Layer]:
 
 
 def _levels(channels: list[int], layers: int) -> Iterator[tuple[int, Layer]]:
-    """Of channels in the order of the data's way: residual layers, and between levels a convolution that halves or doubles."""
+    """Layers of levels with these channels, in data order: residual ones, and a resampling convolution between levels."""
     before = channels[0]
     for level, width in enumerate(channels):
         for number in range(layers):

@@ -1,8 +1,8 @@
-"""The parts of a Diffusion Transformer block by block: embedders, MLPs, modulation and the final layer.
+"""Building blocks of a Diffusion Transformer: embedders, MLPs, modulation and the final layer.
 
 Shape legend: B samples, T tokens (h w / patch_size^2), D hidden_size, C channels, F MLP width, p patch_size.
 Attribute names are those of DiT (Peebles and Xie, "Scalable Diffusion Models with Transformers", 2023), so that public
-weights map simply.
+weights map easily.
 """
 
 import math
@@ -65,7 +65,7 @@ class PatchEmbed(nn.Module):
 
 
 class PatchEmbedRouter(nn.Module):
-    """A patch embedding with one convolution a task; each sample goes through the one of its task.
+    """A patch embedding with one convolution per task; each sample goes through that of its task.
 
     The convolutions are one stacked parameter from which each sample's weights are looked up, so every task's weights get a
     gradient (zero where the task is absent) in every step, on every rank, without a loop over masks.
@@ -78,7 +78,7 @@ class PatchEmbedRouter(nn.Module):
         self.bias = nn.Parameter(torch.empty(num_tasks, hidden_size))
 
     def reset_parameters(self) -> None:
-        """All tasks start equal, from one convolution's initialisation."""
+        """Initialise all tasks' convolutions to the same weights."""
         nn.init.xavier_uniform_(self.weight[0].view(self.weight.shape[1], -1))
         with torch.no_grad():
             self.weight.copy_(self.weight[:1].clone().expand_as(self.weight))
@@ -108,7 +108,7 @@ class TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(Linear(TIMESTEP_FEATURES, hidden_size), nn.SiLU(), Linear(hidden_size, hidden_size))
 
     def reset_parameters(self) -> None:
-        """Normal weights of deviation 0.02 (DiT), zero biases."""
+        """Normal weights of standard deviation 0.02 (DiT), zero biases."""
         for parameter in self.parameters():
             if parameter.dim() == 2:
                 nn.init.normal_(parameter, std=0.02)
@@ -128,7 +128,7 @@ class LabelEmbedder(nn.Module):
         self.embedding_table = nn.Embedding(num_classes + 1, hidden_size)
 
     def reset_parameters(self) -> None:
-        """Normal rows of deviation 0.02 (DiT)."""
+        """Normal rows of standard deviation 0.02 (DiT)."""
         nn.init.normal_(self.embedding_table.weight, std=0.02)
 
     def forward(self, labels: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Bytes on each rank in training, from the network's config and the layout. Pure Python, as `dpt.models.costs`."""
+"""Bytes on each rank in training, from the network's config and the layout. Pure Python, like `dpt.models.costs`."""
 
 import math
 from dataclasses import dataclass, fields, replace
@@ -13,41 +13,41 @@ from dpt.models.vae_costs import VAESize
 Precision = Literal["fp32", "bf16", "fp16"]
 
 REDUCE_BUCKET_SIZE = 100_000_000
-"""Our zero_optimization.reduce_bucket_size, in elements: several buckets a backward pass, so that they overlap with it."""
+"""Our zero_optimization.reduce_bucket_size, in elements: several buckets per backward pass, so that they overlap with it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Bytes on each rank in the course of training."""
+    """Bytes on each rank during training."""
 
     weights: int
-    """In the precision of the matrix products."""
+    """Weights in the precision of the matrix products."""
     master_weights: int
     """The optimizer's own float32 copy."""
     gradients: int
-    """In float32 where bf16 gradients are accumulated so, which our training engine sets for ZeRO 1 to 3."""
+    """Gradients, in float32 where bf16 gradients accumulate in it, as our training engine sets for ZeRO 1 to 3."""
     buckets: int
-    """DeepSpeed's buffer for exchanging gradients, of its default size (ZeRO 1 to 3)."""
+    """DeepSpeed's buffers for exchanging gradients, of default size (ZeRO 1 to 3)."""
     moments: int
-    """Adam's two, float32; one of those matrices that Muon trains."""
+    """Adam's two moments, float32; only one for matrices that Muon trains."""
     ema: int
     """Averaged weights, float32."""
     activations: int
-    """Kept for the backward pass, and its largest temporaries."""
+    """Activations kept for the backward pass, and its largest temporaries."""
     pictures: int = 0
-    """Drawing class pictures, as far as the activations, which are free by then, leave no room for it."""
+    """Memory for drawing class pictures beyond the activations' space, which is free by then."""
     orthogonal: int = 0
-    """What Muon makes updates in, as far as the activations leave no room for it."""
+    """Memory in which Muon makes updates, beyond the activations' space."""
     alignment: int = 0
-    """Aligned hidden states: the averaged network that teaches, and what projectors keep for the backward pass."""
+    """Aligned hidden states: the averaged teacher network, and what projectors keep for the backward pass."""
     decoder: int = 0
-    """A pixel loss: the VAE's weights, and what its decoder keeps for the backward pass."""
+    """Pixel loss: the VAE's weights, and what its decoder keeps for the backward pass."""
     host: int = 0
-    """In the host's memory, where offloading keeps it; not in `total`."""
+    """Host memory used by offloading; not in `total`."""
 
     @property
     def total(self) -> int:
-        """On the device."""
+        """Total on the device."""
         return sum(getattr(self, f.name) for f in fields(self)) - self.host
 
 
@@ -71,10 +71,10 @@ def memory(
 ) -> Memory:
     """Bytes on each of `ranks` when training with AdamW (or Muon) and DeepSpeed's ZeRO stage (0 to 3); latents as in `macs`.
 
-    ZeRO divides over all ranks: optimizer states (stage 1), gradients too (2), weights too (3); experts' ones over the ranks
+    ZeRO divides over all ranks: optimizer states (stage 1), gradients too (2), weights too (3); those of experts over the ranks
     that hold the same experts, which comes to the same. `offload_optimizer` (stages 1 to 3) and `offload_param` (stage 3) are
-    DeepSpeed's, to the CPU. `pictures`: of drawing class pictures (`picture_bytes`). `projector_params`:
-    trained beside the network's own (`dpt.models.recipe_costs`). UserError for what cannot be.
+    DeepSpeed's, to the CPU. `pictures`: bytes for drawing class pictures (`picture_bytes`). `projector_params`:
+    trained beside the network's own (`dpt.models.recipe_costs`). UserError for impossible settings.
     """
     for name, value in (("ranks", ranks), ("ep_size", ep_size), ("micro_batch_size", micro_batch_size)):
         if value < 1:
@@ -86,12 +86,12 @@ def memory(
     size = 4 if precision == "fp32" else 2
     count = num_params(config)
     count = replace(count, total=count.total + projector_params)
-    held = count.total - count.routed + count.routed // ep_size  # before ZeRO
+    held = count.total - count.routed + count.routed // ep_size  # before ZeRO partitioning
     share = math.ceil(count.total / ranks)
     optimizer = share if zero_stage >= 1 else held
     keeps_master = precision != "fp32" or zero_stage >= 1  # ZeRO's partitions are copies in any precision
     if precision == "bf16" and zero_stage == 2 and ranks == 1 and not offload_optimizer:
-        zero_stage = 1  # as the engine does: there is nothing to reduce
+        zero_stage = 1  # like the engine: nothing to reduce
     tokens = micro_batch_size * num_tokens(config, height, width)
     plan = Memory(
         weights=size * (share if zero_stage == 3 else held),
@@ -108,15 +108,16 @@ def memory(
 
 
 def _gradient_bytes(precision: Precision, zero_stage: int, held: int, share: int, *, offloaded: bool) -> int:
-    """Of `held` parameters, `share` of them this rank's. bf16 ones are summed in fp32: in stage 1 each one as soon as it is
-    there, but beside themselves where the optimizer is offloaded."""
+    """Bytes of gradients of `held` parameters, `share` of them this rank's. bf16 ones are summed in fp32: in stage 1 as soon as
+    each exists, but beside the bf16 ones where the optimizer is offloaded."""
     if precision != "bf16" or zero_stage == 0:
         return (4 if precision == "fp32" else 2) * (share if zero_stage >= 2 else held)
     return 4 * share if zero_stage >= 2 else (6 if offloaded else 4) * held
 
 
 def _bucket_bytes(precision: Precision, zero_stage: int, held: int) -> int:
-    """What gradients are reduced in: with bf16 in fp32, in stage 2 in two buckets, one filled while the other is under way."""
+    """Bytes of reduction buckets. bf16 gradients are reduced in fp32, in stage 2 in two buckets, one filled during the other's
+    reduction; in stage 3 in bf16."""
     if zero_stage == 0:
         return 0
     size = 2 if precision == "fp16" or (precision == "bf16" and zero_stage == 3) else 4
@@ -124,10 +125,10 @@ def _bucket_bytes(precision: Precision, zero_stage: int, held: int) -> int:
 
 
 def _offloaded(plan: Memory, zero_stage: int, share: int, *, optimizer: bool, param: bool) -> Memory:
-    """The plan with what DeepSpeed offloads in the host's memory.
+    """The plan with the parts that DeepSpeed offloads moved to host memory.
 
     `share`: bytes of a rank's part of the weights, of which the optimizer keeps a copy on the host (stages 1 and 2). The host
-    gets a rank's part of the gradients, in float32; before that stage 1 collects all of them on the device.
+    gets a rank's part of the gradients, in float32; stage 1 first collects all of them on the device.
     """
     if optimizer and zero_stage >= 1:
         part = plan.master_weights
@@ -149,7 +150,7 @@ def picture_bytes(
     height: int = 0,
     width: int = 0,
 ) -> int:
-    """Bytes for sampling while training, `images` at a time: class pictures (`dpt.training.sampling`), validation; as `macs`.
+    """Bytes for sampling while training, `images` at a time: class pictures (`dpt.training.sampling`), validation; like `macs`.
 
     A whole copy of the network, the VAE in float32, and the larger of a forward pass (of two latents if `guided`) and decoding.
     """
@@ -166,7 +167,7 @@ def _activation_bytes(config: ModelConfig, tokens: int, size: int, ep_size: int,
     kept, working = _kept_per_token(config, size), 7 * d * size  # 7: the final layer, and gradients on their way
     if config.num_experts:
         width, swiglu = config.top_k * config.mlp_width, int(is_swiglu(config))
-        expert_gradients = config.num_experts // ep_size * expert_params(config) * size  # of one block
+        expert_gradients = config.num_experts // ep_size * expert_params(config) * size  # one block's
         # In the experts' backward pass: gradient of the activation, the activation again, gradient of the first product; later
         # the last two beside the weights' gradients. The shared expert's backward pass is over by then.
         freed = (4 * config.shared_expert_width - 2 * d) * size
@@ -196,7 +197,7 @@ def _kept_per_token(config: ModelConfig, size: int) -> int:
 def preset_table(
     *, ranks: int = 1, ep_size: int = 1, zero_stage: int = 1, micro_batch_size: int = 32, precision: Precision = "bf16"
 ) -> list[dict[str, Any]]:
-    """Parameters, MACs at 256 and 512 px and bytes per rank (at 256 px) of every preset and upcycled form, one row each.
+    """One row for every preset and upcycled form: parameters, MACs at 256 and 512 px, and bytes per rank (at 256 px).
 
     `..._checkpointed` is with activation checkpointing. Dense networks are counted with ep_size 1.
     """

@@ -1,7 +1,7 @@
-"""A Mixture-of-Experts layer as three things: router, dispatch, experts.
+"""A Mixture-of-Experts layer in three parts: router, dispatch, experts.
 
 Shape legend: T tokens, D hidden_size, E experts, K top-k, N routed slots. Token-choice top-k routing (Shazeer et al.,
-"Outrageously Large Neural Networks", 2017), dropless unless a capacity is set; sources of the losses are at their functions.
+"Outrageously Large Neural Networks", 2017), dropless unless a capacity is set; the losses' sources are at their functions.
 """
 
 import math
@@ -21,11 +21,11 @@ BIAS_STEP = 1e-3
 """Step of the loss-free routing bias (Wang et al., "Auxiliary-Loss-Free Load Balancing", 2024, section 3: u = 0.001)."""
 
 _LEAST_GATE = 1e-20
-"""Least sum of gates that is divided by: sigmoids may all be 0."""
+"""Least sum of gates used as a divisor: sigmoids may all be 0."""
 
 
 class RouterStats(NamedTuple):
-    """What one layer's router did with this rank's tokens."""
+    """One layer's router statistics over this rank's tokens."""
 
     mean_probs: Tensor
     """Mean router probability of each expert, float32 [E], with gradient."""
@@ -37,7 +37,7 @@ class RouterStats(NamedTuple):
     counts: Tensor
     """Slots routed to each expert, int64 [E], dropped ones included."""
     dropped: Tensor
-    """Slots dropped for want of capacity, int64 []."""
+    """Slots dropped for lack of capacity, int64 []."""
 
 
 class Routing(NamedTuple):
@@ -48,18 +48,18 @@ class Routing(NamedTuple):
     experts_TK: Tensor
     """Chosen experts, int64, best first."""
     probs_TE: Tensor
-    """Softmax of the logits, or their sigmoids over the sum of these; float32."""
+    """Softmax of the logits, or their sigmoids divided by the sigmoids' sum; float32."""
     z_loss: Tensor
-    """As in RouterStats."""
+    """See RouterStats."""
     entropy: Tensor
-    """As in RouterStats."""
+    """See RouterStats."""
 
 
 class Router(nn.Module):
     """Router in float32: tokens [T, D] -> Routing.
 
     Gates are a softmax over the experts or, by `router_gate`, each expert's own sigmoid (DeepSeek-AI, "DeepSeek-V3", 2024,
-    section 2.1.2): then one expert's score does not sink where another's rises.
+    section 2.1.2): then one expert's score does not fall when another's rises.
     """
 
     bias_steps: Tensor | None
@@ -75,7 +75,7 @@ class Router(nn.Module):
         self.register_buffer("bias_steps", steps if config.router_bias_balancing else None)
 
     def reset_parameters(self) -> None:
-        """Uniform in +-1 / sqrt(D), as DiT-MoE's gate."""
+        """Uniform in +-1 / sqrt(D), like DiT-MoE's gate."""
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
 
     def forward(self, x_TD: Tensor) -> Routing:
@@ -101,9 +101,9 @@ class Router(nn.Module):
 
 
 def within_capacity(routing: Routing, num_samples: int, num_experts: int, factor: float) -> Tensor:
-    """Which slots an expert has room for, bool [T, K].
+    """The slots that their expert has room for, bool [T, K].
 
-    An expert takes at most ceil(factor T' K / E) of one sample's T' tokens, those that weigh most. The limit is per sample,
+    An expert takes at most ceil(factor T' K / E) of one sample's T' tokens, the heaviest ones. The limit is per sample,
     so a sample's result depends on nothing else in its batch.
     """
     weights_TK, experts_TK = routing.weights_TK.detach(), routing.experts_TK
@@ -113,7 +113,7 @@ def within_capacity(routing: Routing, num_samples: int, num_experts: int, factor
     samples = torch.arange(tokens, device=experts_TK.device) // tokens_per_sample
     groups = (samples[:, None] * num_experts + experts_TK).flatten()
     order = weights_TK.flatten().argsort(descending=True, stable=True)
-    order = order[groups[order].argsort(stable=True)]  # by group, then by falling weight
+    order = order[groups[order].argsort(stable=True)]  # by group, then by decreasing weight
     sizes = torch.zeros(num_samples * num_experts, dtype=torch.int64, device=groups.device)
     sizes.index_add_(0, groups, torch.ones_like(groups))
     starts = sizes.cumsum(0) - sizes
@@ -155,7 +155,7 @@ class MoE(nn.Module):
         return y_TD.view_as(x), RouterStats(routing.probs_TE.mean(dim=0), routing.z_loss, routing.entropy, counts_E, dropped)
 
     def _route(self, x_TD: Tensor, routing: Routing, kept_TK: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Tokens through their experts and back, and through the shared one [T, D]; slots that each expert has had [E]."""
+        """Results of the tokens' experts plus the shared one [T, D], and each expert's slots [E]."""
         dispatch = Dispatch(routing.experts_TK, self.num_experts, kept_TK)
         y_ND, shared_TD = self._run_experts(dispatch.permute(x_TD), dispatch.counts, x_TD)
         y_TD = dispatch.combine(y_ND, routing.weights_TK)
@@ -163,14 +163,14 @@ class MoE(nn.Module):
 
     @torch.compiler.disable
     def _route_within_capacity(self, x_TD: Tensor, routing: Routing, num_samples: int) -> tuple[Tensor, Tensor, Tensor]:
-        """`_route` where some slots are dropped, so that shapes depend on the routing; slots routed [E] and dropped []."""
+        """`_route` with dropped slots, so that shapes depend on the routing; returns slots routed [E] and dropped [] too."""
         y_TD, counts = self._route(x_TD, routing, within_capacity(routing, num_samples, self.num_experts, self.capacity_factor))
         slots = routing.experts_TK.flatten()
         routed = torch.zeros_like(counts).index_add_(0, slots, torch.ones_like(slots))
         return y_TD, routed, routed.sum() - counts.sum()
 
     def _run_experts(self, x_ND: Tensor, counts_E: Tensor, x_TD: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Slots sorted by expert [N, D] through the experts, tokens [T, D] through the shared one if there is one.
+        """Run slots sorted by expert [N, D] through the experts, and tokens [T, D] through the shared one if there is one.
 
         Expert parallelism overrides this: the shared expert works while slots travel.
         """
@@ -194,18 +194,18 @@ class RoutingSummary(NamedTuple):
 
 
 class EarlierRouting(NamedTuple):
-    """Sums, over a step's earlier micro-batches of equal size, of what `summarize` gave for each."""
+    """Sums of what `summarize` returned for a step's earlier micro-batches, all of equal size."""
 
     tokens_per_expert: Tensor
     router_probs: Tensor
 
     def plus(self, tokens_per_expert: Tensor, router_probs: Tensor) -> "EarlierRouting":
-        """With one more micro-batch."""
+        """Add one more micro-batch."""
         return EarlierRouting(self.tokens_per_expert + tokens_per_expert, self.router_probs + router_probs)
 
 
 def summarize(stats: list[RouterStats], earlier: EarlierRouting | None = None) -> RoutingSummary:
-    """The layers' router statistics as losses (float32 [], summed over layers), counts int64 [L, E], mean probabilities
+    """Turn the layers' router statistics into losses (float32 [], summed over layers), counts int64 [L, E], mean probabilities
     float64 [L, E], mean entropies of a token's probabilities float64 [L] (nats), and dropped share [].
 
     Balance loss of a layer: E f . P with f the fraction of slots routed to each expert and P the mean router probability
@@ -249,6 +249,6 @@ def summarize(stats: list[RouterStats], earlier: EarlierRouting | None = None) -
 
 
 def _balance(counts_LE: Tensor, probs_LE: Tensor) -> tuple[Tensor, Tensor]:
-    """Fractions of slots float64 [L, E]; balance loss [] times the number of micro-batches that `probs_LE` is summed over."""
+    """Fractions of slots, float64 [L, E], and the balance loss [] times the number of micro-batches summed in `probs_LE`."""
     fractions = counts_LE.double() / counts_LE.sum(dim=1, keepdim=True)
     return fractions, counts_LE.shape[1] * (fractions * probs_LE).sum()

@@ -22,7 +22,7 @@ _DEEPSPEED_EXPERTS = "deepspeed_moe.experts.deepspeed_experts."
 
 
 class _Exchange:
-    """One all-to-all of rows between the ranks of a group and, in the backward pass, that of their gradients."""
+    """One all-to-all of rows between the ranks of a group and, in the backward pass, of their gradients."""
 
     def __init__(self, send: list[int], receive: list[int], group: dist.ProcessGroup) -> None:
         """`send[r]` rows go to rank r of the group, in order; `receive[r]` come from it."""
@@ -32,7 +32,7 @@ class _Exchange:
         self._work: dist.Work | None = None
 
     def start(self, x: Tensor, *, back: bool = False) -> Tensor:
-        """Begin to send rows; where they will lie once `wait` has returned. `back`: gradients, the other way."""
+        """Start sending rows; return where they will lie once `wait` has returned. `back`: gradients, the other way."""
         send, receive = (self.receive, self.send) if back else (self.send, self.receive)
         self._sent = x.contiguous()
         self._out = x.new_empty(sum(receive), x.shape[1])
@@ -40,7 +40,7 @@ class _Exchange:
         return self._out
 
     def wait(self) -> Tensor:
-        """The rows that have come."""
+        """Return the rows received."""
         assert self._work is not None
         assert self._out is not None
         self._work.wait()
@@ -49,9 +49,9 @@ class _Exchange:
 
 
 class _Send(torch.autograd.Function):
-    """Begins an exchange of rows [N, D] -> [M, D], not there before `_Experts` has waited for them.
+    """Starts an exchange of rows [N, D] -> [M, D], which are not valid until `_Experts` has waited for them.
 
-    Its backward waits for the gradients that `_Experts` sent back; the gradient that it is handed says nothing.
+    Its backward waits for the gradients that `_Experts` sent back; the gradient passed to it is meaningless.
     """
 
     @staticmethod
@@ -66,7 +66,7 @@ class _Send(torch.autograd.Function):
 
 
 class _Experts(torch.autograd.Function):
-    """The experts on rows that `_Send` sent them: [M, D] -> [M, D], both in order of the ranks they come from.
+    """The experts on rows that `_Send` sent them: [M, D] -> [M, D], both ordered by the rank they come from.
 
     Backward sends the rows' gradients away before it computes the weights', which then overlap.
     """
@@ -96,7 +96,7 @@ class _Experts(torch.autograd.Function):
 
 
 class _Return(torch.autograd.Function):
-    """Rows [M, D] back to the ranks that they came from: [N, D]."""
+    """Sends rows [M, D] back to the ranks that they came from: [N, D]."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, exchange: _Exchange) -> Tensor:
@@ -112,7 +112,7 @@ class _Return(torch.autograd.Function):
 
 
 def _expert_major(counts_RE: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
-    """Order int64 [N] that sorts rows received by (rank, expert) into (expert, rank), and its inverse."""
+    """The order, int64 [N], that sorts rows received by (rank, expert) into (expert, rank), and its inverse."""
     ranks, experts = counts_RE.shape
     row_experts = torch.arange(experts, device=counts_RE.device).repeat(ranks)
     order = row_experts.repeat_interleave(counts_RE.flatten(), output_size=num_rows).argsort(stable=True)
@@ -124,7 +124,7 @@ class ParallelMoE(MoE, DeepSpeedMoE):
     """The MoE layer with num_experts / ep_size experts on each rank of an expert-parallel group.
 
     Same routing, results and initial weights as MoE on one device. In its state dict the experts have DeepSpeed's names
-    (`deepspeed_moe.experts.deepspeed_experts.<local id>.<parameter>`), one key an expert.
+    (`deepspeed_moe.experts.deepspeed_experts.<local id>.<parameter>`), one key per expert.
     """
 
     use_residual = False
@@ -153,7 +153,7 @@ class ParallelMoE(MoE, DeepSpeedMoE):
 
     @property
     def deepspeed_moe(self) -> "ParallelMoE":
-        """What DeepSpeed hands the expert-parallel group to."""
+        """The object that DeepSpeed sets the expert-parallel group on."""
         return self
 
     def _set_ep_group(self, group: dist.ProcessGroup) -> None:
@@ -161,7 +161,7 @@ class ParallelMoE(MoE, DeepSpeedMoE):
 
     @property
     def first_expert(self) -> int:
-        """Global id of the first expert here: ranks next to each other share a group, as DeepSpeed numbers them."""
+        """Global id of the first expert here: neighbouring ranks share a group, as DeepSpeed numbers them."""
         rank = dist.get_rank(self.ep_group) if self.ep_group is not None else dist.get_rank() % self.ep_size
         return rank * self.num_local_experts
 
@@ -185,7 +185,7 @@ class ParallelMoE(MoE, DeepSpeedMoE):
 
 
 def _split_experts(module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
-    """State-dict hook: stacked experts -> one key an expert, under DeepSpeed's names."""
+    """State-dict hook: stacked experts -> one key per expert, under DeepSpeed's names."""
     experts = f"{prefix}experts."
     for key in [k for k in state if k.startswith(experts)]:
         stacked = state.pop(key)

@@ -4,10 +4,10 @@ Yang et al., "Tensor Programs V: Tuning Large Neural Networks via Zero-Shot Hype
 Diffusion Transformers Zheng et al., "Scaling Diffusion Transformers Efficiently via muP", 2025. With m = hidden_size /
 base_width, relative to the standard parametrisation at base_width:
 
-| weights | deviation at the start | learning rate |
+| weights | initial deviation | learning rate |
 |---|---|---|
 | from a fixed number of inputs (patches, labels, sines of time, CLIP) and vectors | as there | as there |
-| from width to width (attention, MLPs, experts, adaLN, time's second layer) | / sqrt(m) | / m |
+| from width to width (attention, MLPs, experts, adaLN, the timestep MLP's second layer) | / sqrt(m) | / m |
 | routers: from width to the experts | / m | / m |
 | the final layer, whose products are divided by m | as there (zero) | as there |
 
@@ -30,31 +30,31 @@ _FROM_WIDTH = re.compile(
     r"|blocks\.\d+\.moe\.experts\.\w+_weight"
     r"|alignment\.(self\.\d|features\.0)\.weight"
 )
-"""Matrices that take the width to something, but the final layer's; those of training's projectors too."""
+"""Matrices whose input is the width, except the final layer's; including those of training's projectors."""
 _PATCHES = re.compile(r"x_embedder\.(proj\.)?weight")
 
 
 def rate_divisor(name: str, config: ModelConfig) -> float:
-    """By what the learning rate of a parameter is divided (and its weight decay multiplied: their product stays)."""
+    """Divisor of a parameter's learning rate; its weight decay is multiplied by it, so that their product stays."""
     return config.width_ratio if _FROM_WIDTH.fullmatch(name) else 1.0
 
 
 @torch.no_grad()
 def scale_initial_weights(parameters: Iterable[tuple[str, nn.Parameter]], config: ModelConfig) -> None:
-    """From DiT's initial weights to those of muP, in place. Xavier's deviations of hidden matrices fall with the width as they
-    are; those of the patch embedding must not, and normal ones of a fixed deviation must."""
+    """Scale DiT's initial weights to muP's, in place. Xavier's deviations of hidden matrices already fall with the width;
+    those of the patch embedding must not, and normal ones of a fixed deviation must."""
     for name, parameter in parameters:
         if _PATCHES.fullmatch(name):
-            inputs = parameter[0].numel() if parameter.dim() == 4 else parameter[0, 0].numel()  # of one task, of several
+            inputs = parameter[0].numel() if parameter.dim() == 4 else parameter[0, 0].numel()  # single task, several tasks
             parameter.mul_(((inputs + config.hidden_size) / (inputs + config.base_width)) ** 0.5)
         elif name == "t_embedder.mlp.2.weight" or _ROUTER.fullmatch(name):
             parameter.div_(config.width_ratio**0.5)
 
 
 def standard(config: ModelConfig, state: Mapping[str, Tensor]) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """The network in the standard parametrisation that computes the same: its config, and its tensors (dtypes kept).
+    """The equivalent network in the standard parametrisation: its config, and its tensors (dtypes kept).
 
-    The final layer's divisor goes into its weights, the scale of attention scores into the queries (or their norm).
+    The final layer's divisor is folded into its weights, the scale of attention scores into the queries (or their norm).
     """
     if not config.base_width:
         return config, dict(state)

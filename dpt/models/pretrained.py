@@ -1,4 +1,4 @@
-"""Weights from files: public checkpoints, diffusers' folders and our own exports, recognised by their keys."""
+"""Read weights from files: public checkpoints, diffusers' folders and our own exports, recognised by their keys."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -43,11 +43,11 @@ _SECTIONS = {
     "fits": dict,
     "lineage": dict,
 }
-"""What config.json may say beside the network."""
+"""Sections of config.json beside the network."""
 
 
 def import_weights(path: str | Path, *, ema: bool = True, dtype: torch.dtype = torch.float32, **fields: Any) -> DiT:
-    """The network whose weights are in `path` (see `read_weights`), on the CPU."""
+    """Return the network whose weights are in `path` (see `read_weights`), on the CPU."""
     return read_weights(path, ema=ema, dtype=dtype, **fields).build()
 
 
@@ -60,19 +60,19 @@ def read_weights(
     scheduler: DiffusionConfig | None = None,
     **fields: Any,
 ) -> Weights:
-    """Weights of any known format, as ours.
+    """Read weights of any known format, under our names.
 
     `path`: our export (a folder), the folder of a run that has exported, a diffusers folder (of a DiTTransformer2DModel, or of
     a pipeline with one), or a public `.pt` or `.safetensors` file: DiT, DiT-MoE with plain or flash-attention keys, or the
     generalist of "Scaling Properties of Diffusion Models for Perceptual Tasks"; or any of these on the hub
     (`hub:owner/name[/path][@revision]`, `dpt.hub`). `ema`: averaged weights if the file holds both kinds. `dtype`: of the
-    result. `variant`: of a diffusers folder's files, such as "fp16". `scheduler`: the objective, in place of what the file
-    tells. `fields`: of ModelConfig, where a public file's shapes do not tell (num_heads, top_k). Nothing is unpickled but
-    tensors. UserError if the format is unknown, or a tensor is missing, unknown, of a wrong shape, or not of finite numbers.
+    result. `variant`: of a diffusers folder's files, such as "fp16". `scheduler`: the objective, overriding what the file
+    says. `fields`: of ModelConfig, where a public file's shapes do not show them (num_heads, top_k). Nothing is unpickled but
+    tensors. UserError if the format is unknown, or a tensor is missing, unknown, of a wrong shape, or not finite.
     """
     path, place = hub.resolve(path)
     if not (path / CONFIG).is_file() and (path / "weights" / CONFIG).is_file():
-        path = path / "weights"  # of a run's folder
+        path = path / "weights"  # `path` is a run's folder
     ours = (path / WEIGHTS).is_file() and (path / CONFIG).is_file()
     pipeline = (path / "transformer").is_dir()
     if path.is_dir() and not (path / CONFIG).is_file() and not pipeline:
@@ -128,12 +128,12 @@ def read_config(path: str | Path) -> dict[str, Any]:
     _check_sections({name: value for name, value in config.items() if name not in ("model", "export_id")}, file)
     if not isinstance(model, dict) or not model:
         raise UserError(f"{file}: model is {model!r}; it must be the object of the network's fields.")
-    model.pop("attention_backend", None)  # which older exports stored; any kernel reads any weights
+    model.pop("attention_backend", None)  # stored by older exports; any kernel reads any weights
     return config | {"model": section_from_dict(ModelConfig, model, str(file), prefix="model")}
 
 
 def _check_sections(sections: dict[str, Any], file: Path) -> dict[str, Any]:
-    """`sections` themselves; UserError, naming `file`, if this version does not know all of them."""
+    """Return `sections` unchanged; UserError, naming `file`, if this version does not know all of them."""
     unknown = sorted(sections.keys() - _SECTIONS.keys())
     if unknown:
         raise UserError(f"{file}: this version of dpt does not know {', '.join(unknown)}; export the weights with it.")
@@ -164,7 +164,7 @@ def _read_diffusers(path: Path, variant: str) -> Weights:
 
 
 def _pipeline_vae(folder: Path, place: str) -> str:
-    """What a pipeline's own VAE is called: its folder, or on the hub the part of `place`; empty if there is none."""
+    """A pipeline's own VAE: its folder, or on the hub the part of `place`; empty if there is none."""
     if not (folder / PIPELINE_INDEX).is_file() or not (read_json_object(folder / PIPELINE_INDEX).get("vae") or [None])[-1]:
         return ""
     if not hub.is_hub_name(place):
@@ -175,7 +175,7 @@ def _pipeline_vae(folder: Path, place: str) -> str:
 
 
 def _read_depth_pipeline(path: Path, values: Mapping[str, Any]) -> Weights:
-    """The network of a pipeline that `dpt.publishing` wrote: our names, and a config that says what ours would."""
+    """The network of a pipeline that `dpt.publishing` wrote: our names, and a config as in our exports."""
     known = values.get("_dpt")
     if not isinstance(known, dict) or not isinstance(known.get("model"), dict) or not isinstance(known.get("sections"), dict):
         raise UserError(f"{path / CONFIG}: _dpt is {known!r}, not what dpt writes there; export the pipeline anew.")
@@ -205,7 +205,7 @@ def _read_public(path: Path, ema: bool, fields: Mapping[str, Any]) -> Weights:
             "depth_code": "linear",
             "flow_code": "linear_75",
             "depth_prompt": "ground_truth",
-            "fits": {"flow": {"fit": "stretch"}},  # whose training pairs were; the other tasks keep the aspect
+            "fits": {"flow": {"fit": "stretch"}},  # as its training pairs were; other tasks keep the aspect
             "diffusion": asdict(DiffusionConfig(beta_schedule="squaredcos_cap_v2")),
         }
     return Weights(
@@ -218,7 +218,7 @@ def _read_public(path: Path, ema: bool, fields: Mapping[str, Any]) -> Weights:
 
 
 def _select(loaded: dict[str, Any], ema: bool) -> tuple[dict[str, Tensor], bool]:
-    """The tensors of a checkpoint with "ema" and "model", or of a file of tensors alone; and whether they are averages."""
+    """The tensors of a checkpoint with "ema" and "model", or of a file of plain tensors; and whether they are averages."""
     averaged = ema and isinstance(loaded.get("ema"), Mapping)
     for name in ("ema", "model") if averaged else ("model", "module"):
         if isinstance(loaded.get(name), Mapping):
@@ -228,7 +228,7 @@ def _select(loaded: dict[str, Any], ema: bool) -> tuple[dict[str, Tensor], bool]
 
 
 def _check_positions(table: Tensor, config: ModelConfig, source: str) -> None:
-    """Our positions are computed: a stored table must be the same one."""
+    """Our positions are computed, so a stored table must equal them."""
     side = config.input_size // config.patch_size
     expected = position_table(side, side, config.hidden_size)[None]
     tolerance = 1e-5 if table.dtype == torch.float32 else 1e-2
@@ -237,7 +237,7 @@ def _check_positions(table: Tensor, config: ModelConfig, source: str) -> None:
 
 
 def _convert(state: dict[str, Tensor], config: ModelConfig, source: Map, path: str) -> dict[str, Tensor]:
-    """Tensors under our names; refuses, under theirs, what is missing, unknown or of a wrong shape."""
+    """The tensors under our names; UserError, using the source's names, for any missing, unknown or misshapen one."""
     sources = {name: source(name, config) for name in expected_shapes(config)}
     wanted = {n for s in sources.values() for n in s.names}
     refuse(path, missing=wanted - state.keys(), unknown=state.keys() - wanted)

@@ -1,4 +1,4 @@
-"""The network's matrix products: PyTorch's own, but for 16-bit numbers on CPUs that cannot multiply them (`dpt.cpu.upcast`)."""
+"""The network's matrix products: PyTorch's own, except in 16 bits on CPUs that cannot multiply them (`dpt.cpu.upcast`)."""
 
 import torch
 import torch.nn.functional as F
@@ -9,12 +9,12 @@ from dpt.cpu.upcast import needs_upcast
 
 
 def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """The type in which products of `dtype` are computed on a device: what its speed is to be measured in."""
+    """The dtype in which products of `dtype` are computed on a device, by which its speed should be measured."""
     return torch.float32 if needs_upcast(torch.empty(0, dtype=dtype, device=device)) else dtype
 
 
 class Linear(nn.Linear):
-    """nn.Linear, by `linear`."""
+    """nn.Linear through `linear`."""
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
@@ -26,7 +26,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def mm(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """a [N, A] times b [A, B] into out [N, B], not differentiable."""
+    """Write a [N, A] times b [A, B] into out [N, B]; not differentiable."""
     if needs_upcast(a):
         out.copy_(a.float() @ b.float())
     else:

@@ -1,6 +1,6 @@
-"""What a recipe's optional methods cost beside the network: pixel losses, bypasses, aligned hidden states, Muon.
+"""Costs of a recipe's optional methods beside the network: pixel losses, bypasses, aligned hidden states, Muon.
 
-From the recipe alone; pure Python, as `dpt.models.costs`.
+From the recipe alone; pure Python, like `dpt.models.costs`.
 """
 
 from collections.abc import Iterator
@@ -17,8 +17,8 @@ from dpt.models.vae_costs import decoder_costs, vae_config, vae_size
 def recipe_macs(config: DptConfig, model: ModelConfig, height: int = 0, width: int = 0) -> Macs:
     """MACs of one sample of `model` (the architecture trained) under a recipe, for latents of height x width (0: input_size).
 
-    A pixel loss decodes the truth and the prediction, and leads gradients back through the decoder; tokens that bypass blocks
-    save those; aligned hidden states take projectors and a teacher.
+    A pixel loss decodes the truth and the prediction, and backpropagates through the decoder; tokens that bypass blocks
+    save their MACs; aligned hidden states add projectors and a teacher.
     """
     network = macs(model, height, width)
     if share := config.training.bypass_share:
@@ -31,7 +31,7 @@ def recipe_macs(config: DptConfig, model: ModelConfig, height: int = 0, width: i
 
 
 def step_macs(recipe: Recipe, model: ModelConfig, batch: int, height: int = 0, width: int = 0) -> Macs:
-    """`recipe_macs` of a sample with its share of what the optimizer computes in a step of `batch` samples: Muon's products."""
+    """`recipe_macs` of a sample plus its share of what the optimizer computes in a step of `batch` samples: Muon's products."""
     sample = recipe_macs(recipe.dpt, model, height, width)
     if not trains_with_muon(recipe.deepspeed.get("optimizer", {})):
         return sample
@@ -39,7 +39,7 @@ def step_macs(recipe: Recipe, model: ModelConfig, batch: int, height: int = 0, w
 
 
 def decoder_bytes(config: DptConfig, *, micro_batch_size: int, size: int) -> int:
-    """Bytes of a pixel loss on a rank, in numbers of `size` bytes: the VAE's weights, and decoded predictions' activations, of
+    """Bytes of a pixel loss on a rank, in numbers of `size` bytes: the VAE's weights and the decoder's activations, of
     one image at a time with activation checkpointing."""
     if not config.pixel_loss.weight:
         return 0
@@ -63,7 +63,7 @@ def projector_widths(training: TrainingConfig, hidden_size: int) -> dict[str, li
 
 
 def teacher_model(training: TrainingConfig, model: ModelConfig) -> ModelConfig:
-    """The part of the network that is held as the teacher: up to its block. It drops no tokens."""
+    """The part of the network kept as the teacher: up to the block it teaches from. It drops no tokens."""
     return replace(model, depth=training.self_alignment.teacher_block, capacity_factor=0.0)
 
 
@@ -78,7 +78,7 @@ def _layers(training: TrainingConfig, model: ModelConfig) -> Iterator[tuple[int,
 
 
 def alignment_macs(training: TrainingConfig, model: ModelConfig, height: int = 0, width: int = 0) -> int:
-    """MACs that a sample of height x width latents (0: input_size) takes beside the network's own: the projectors forward and
+    """MACs that a sample of height x width latents (0: input_size) takes beyond the network's own: the projectors forward and
     backward, and the teacher's forward pass."""
     tokens = num_tokens(model, height, width)
     total = 3 * tokens * sum(inputs * outputs for inputs, outputs in _layers(training, model))
@@ -89,7 +89,7 @@ def alignment_macs(training: TrainingConfig, model: ModelConfig, height: int = 0
 
 def alignment_bytes(training: TrainingConfig, model: ModelConfig, *, micro_batch_size: int, size: int) -> int:
     """Bytes on a rank, in numbers of `size` bytes: the teacher (whole on each rank, all experts too), the hidden states that
-    it gave, and what the projectors and the losses keep for the backward pass."""
+    it returned, and what the projectors and the losses keep for the backward pass."""
     tokens, total = micro_batch_size * num_tokens(model), 0
     for widths in projector_widths(training, model.hidden_size).values():
         total += tokens * (2 * size * sum(widths[1:-1]) + (size + 8) * widths[-1])  # SiLU's input and output; float32 copies

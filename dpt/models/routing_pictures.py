@@ -1,4 +1,4 @@
-"""What the routers do: which experts get which tokens, by layer, timestep, class and patch position; as arrays and pictures."""
+"""Routing reports: which experts get which tokens, by layer, timestep, class and patch position; as arrays and pictures."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -45,7 +45,7 @@ class RoutingReport:
     """[L, h, w, E]."""
 
     def save(self, folder: str | Path) -> list[Path]:
-        """Write `routing.npz` with all arrays and one heat map a question; returns the files."""
+        """Write `routing.npz` with all arrays and one heat map per question; return the files."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         np.savez_compressed(folder / "routing.npz", **vars(self))
@@ -73,7 +73,7 @@ def trace_routing(
     """Run `model` on batches and report its routing.
 
     A batch holds the network's arguments by name (noisy_latents, timesteps, labels, ...); latents must be of one size.
-    Timesteps are sorted into equal bins of [0, num_train_timesteps); `network_time`: what the network is told of them, if not
+    Timesteps are sorted into equal bins of [0, num_train_timesteps); `network_time` gives the network's time input, if not
     the timesteps themselves. UserError if the model has no experts or there is no batch.
     """
     tally = RoutingTally(model, num_train_timesteps=num_train_timesteps, timestep_bins=timestep_bins)
@@ -85,10 +85,10 @@ def trace_routing(
 
 
 class RoutingTally:
-    """Counts of slots by layer, and by what else is asked, of the forward passes that it watches; kept on their device."""
+    """Counts of slots by layer and other keys over the forward passes it watches; kept on their device."""
 
     def __init__(self, model: DiT, *, num_train_timesteps: int = 1000, timestep_bins: int = 10) -> None:
-        """UserError if the model has no experts."""
+        """Raise UserError if the model has no experts."""
         self.layers = [block.moe for block in model.blocks if block.moe is not None]
         if not self.layers:
             raise UserError("the model has no experts, so there is no routing to show; give weights of a Mixture-of-Experts.")
@@ -105,9 +105,9 @@ class RoutingTally:
 
     @contextmanager
     def watch(self, timesteps: Tensor, labels: Tensor, size: tuple[int, ...]) -> Iterator[None]:
-        """Take in the forward pass in this context: its timesteps [B], labels [B], and (h, w) of its latents.
+        """Count the forward pass in this context: its timesteps [B], labels [B], and (h, w) of its latents.
 
-        A backward pass may follow in the context; what it computes again is not counted twice.
+        A backward pass may follow in the context; what it recomputes is not counted twice.
         """
         seen: dict[int, Routing] = {}
         try:
@@ -137,13 +137,13 @@ class RoutingTally:
             self.tokens[number] += len(routing.experts_TK)
 
     def all_reduce(self) -> None:
-        """Add up all ranks' counts. Collective."""
+        """Sum the counts of all ranks. Collective."""
         if self.by_position is not None and dist.is_initialized() and dist.get_world_size() > 1:
             for counts in (self.by_timestep, self.by_class, self.by_position, self.entropy, self.tokens):
                 dist.all_reduce(counts)
 
     def report(self) -> RoutingReport:
-        """What was counted; UserError if nothing was."""
+        """Report the counts; UserError if there are none."""
         if self.by_position is None:
             raise UserError("there is no batch to trace the routing of; give at least one sample.")
         by_timestep, by_class, by_position = (c.cpu().numpy() for c in (self.by_timestep, self.by_class, self.by_position))
@@ -189,7 +189,7 @@ def _heat_map(values: FloatArray, x_label: str, y_label: str, label: str) -> "Fi
 
 
 def _per_layer(values: FloatArray, y_label: str, rows: list[str]) -> "Figure":
-    """[L, rows, E]: a heat map a layer, all on one scale."""
+    """Draw [L, rows, E] as one heat map per layer, all on one scale."""
     columns = min(4, len(values))
     lines = -(-len(values) // columns)
     figure = _figure(3 * columns, 2.4 * lines)
@@ -208,9 +208,9 @@ def _per_layer(values: FloatArray, y_label: str, rows: list[str]) -> "Figure":
 
 
 def _grid(values: FloatArray) -> "Figure":
-    """[L, E, h, w]: a map an expert and layer, all on one scale. One image: 24 layers of 48 experts as axes take minutes."""
+    """Draw [L, E, h, w] as a map per expert and layer, all on one scale. One image: 24 x 48 axes would take minutes."""
     layers, experts, height, width = values.shape
-    tiled = np.full((layers, experts, height + 1, width + 1), np.nan)  # a gap behind and below each map
+    tiled = np.full((layers, experts, height + 1, width + 1), np.nan)  # a gap to the right of and below each map
     tiled[..., :height, :width] = values
     figure = _figure(0.8 * experts + 1.5, 0.8 * layers + 0.8)
     axes = figure.subplots()

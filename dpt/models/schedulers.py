@@ -1,4 +1,4 @@
-"""diffusers' scheduler folders, read as a `DiffusionConfig`: what they say is taken over, or refused by name."""
+"""Read diffusers' scheduler folders as a `DiffusionConfig`: their settings are adopted, or refused by name."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +11,7 @@ from dpt.models.weight_files import read_json_object
 
 SCHEDULER_FILE = "scheduler_config.json"
 
-_CLASSES: dict[str, dict[str, Any]] = {  # each with its own defaults, where they differ from DiffusionConfig's
+_CLASSES: dict[str, dict[str, Any]] = {  # each with those of its defaults that differ from DiffusionConfig's
     "DDIMScheduler": {"timestep_spacing": "leading", "clip_sample": True},
     "DDPMScheduler": {"timestep_spacing": "leading", "clip_sample": True},
     "PNDMScheduler": {"timestep_spacing": "leading", "set_alpha_to_one": False},
@@ -23,8 +23,8 @@ TAKEN = (
     *("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "prediction_type"),
     *("timestep_spacing", "steps_offset", "set_alpha_to_one", "rescale_betas_zero_snr"),
 )
-"""Fields of a `DiffusionConfig` that a scheduler's file says under the same names."""
-_IGNORED = (  # which change nothing in what is supported
+"""Fields of a `DiffusionConfig` that a scheduler's file has under the same names."""
+_IGNORED = (  # no effect on the supported settings
     *("skip_prk_steps", "sample_max_value", "dynamic_thresholding_ratio", "clip_sample_range", "lower_order_final"),
     *("flow_shift", "base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len", "time_shift_type"),
 )
@@ -49,8 +49,8 @@ def read_scheduler(path: str | Path) -> DiffusionConfig:
     """The objective that a diffusers scheduler folder, or its scheduler_config.json, describes.
 
     DDIM, DDPM, PNDM, Euler and DPM-Solver++ name a noise schedule, what is predicted and which timesteps are visited; flow
-    matching is rectified flow whose network is told t + 1. Which solver runs is a choice at test time. What a file does not say
-    is its class's default in diffusers. UserError names fields that are unknown, or set to what dpt does not do.
+    matching is rectified flow whose network takes t + 1. The solver is chosen at test time. What a file does not say
+    is its class's default in diffusers. UserError names fields that are unknown, or set to what dpt does not support.
     """
     file = Path(path) / SCHEDULER_FILE if Path(path).is_dir() else Path(path)
     given = read_json_object(file)
@@ -74,13 +74,13 @@ def read_scheduler(path: str | Path) -> DiffusionConfig:
 
 
 def pipeline_scheduler(folder: Path) -> DiffusionConfig | None:
-    """That of the diffusers pipeline in `folder`; None if it has none."""
+    """The scheduler of the diffusers pipeline in `folder`; None if it has none."""
     file = folder / "scheduler" / SCHEDULER_FILE
     return read_scheduler(file) if file.is_file() else None
 
 
 def describe(values: Mapping[str, Any], source: str) -> str:
-    """One line of what a "diffusion" section says. UserError, naming `source`, for fields that dpt does not know."""
+    """Summarise a "diffusion" section in one line. UserError, naming `source`, for fields that dpt does not know."""
     config = section_from_dict(DiffusionConfig, values, source, prefix="diffusion")
     text = f"{config.prediction_type}, {config.num_train_timesteps} timesteps ({config.timestep_spacing})"
     if config.prediction_type == "rectified_flow":

@@ -12,7 +12,7 @@ from dpt.errors import UserError
 from dpt.models.weights import Weights, check_state, expected_shapes
 
 _REDRAW_SEED = 1 << 32
-"""Keeps the random numbers of reinitialised units apart from those of routers and noise, which `seed` alone gives."""
+"""Keeps the random numbers of reinitialised units apart from those of routers and noise, which use `seed` alone."""
 
 
 def upcycle(weights: Weights, upcycling: UpcyclingConfig, *, seed: int = 0) -> Weights:
@@ -51,7 +51,7 @@ def upcycle(weights: Weights, upcycling: UpcyclingConfig, *, seed: int = 0) -> W
     generator = torch.Generator().manual_seed(seed)
     reinitialised = _Reinitialised(upcycling.reinit_share, config.num_experts, config.mlp_width, seed)
     state = {}
-    for name, shape in expected_shapes(config).items():  # a fixed order, so that the seed tells every number
+    for name, shape in expected_shapes(config).items():  # a fixed order, so that the seed determines every number
         if match := re.fullmatch(r"(blocks\.\d+)\.moe\.experts\.(fc[12])_(weight|bias)", name):
             mlp = weights.state[f"{match[1]}.mlp.{match[2]}.{match[3]}"]
             experts = _split(mlp, f"{match[2]}.{match[3]}", m).repeat(upcycling.num_experts, *(1 for _ in mlp.shape))
@@ -69,7 +69,7 @@ def upcycle(weights: Weights, upcycling: UpcyclingConfig, *, seed: int = 0) -> W
 
 
 def _split(tensor: Tensor, kind: str, m: int) -> Tensor:
-    """One MLP's tensor as m finer experts [m, ...], which together, each weighted by 1 / m, compute the same."""
+    """One MLP's tensor as m finer experts [m, ...]; each weighted by 1 / m, they compute the same together."""
     if kind == "fc2.weight":  # [D, F] -> [m, D, F / m]
         return m * torch.stack(tensor.chunk(m, dim=1))
     if kind == "fc2.bias":  # added by each, weighted by 1 / m
@@ -78,7 +78,7 @@ def _split(tensor: Tensor, kind: str, m: int) -> Tensor:
 
 
 class _Reinitialised:
-    """Draws a share of each expert's hidden units anew, the same ones in all tensors of a block. Its random numbers are its
+    """Redraws a share of each expert's hidden units, the same ones in all tensors of a block. Its random numbers are its
     own: they change neither routers nor noise."""
 
     def __init__(self, share: float, num_experts: int, width: int, seed: int) -> None:
@@ -87,8 +87,8 @@ class _Reinitialised:
         self._chosen: dict[str, Tensor] = {}
 
     def __call__(self, experts: Tensor, block: str, kind: str) -> Tensor:
-        """Experts [E, ...] of one kind of tensor of a block."""
-        if not self._count or kind == "fc2.bias":  # which belongs to no hidden unit
+        """Redraw units in the experts [E, ...] of one kind of tensor of a block."""
+        if not self._count or kind == "fc2.bias":  # belongs to no hidden unit
             return experts
         if block not in self._chosen:
             ranks = torch.rand(self._shape, generator=self._generator).argsort(dim=1).argsort(dim=1)

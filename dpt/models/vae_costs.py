@@ -1,4 +1,4 @@
-"""What a VAE costs, from its diffusers config alone: parameters, and decoding with or without gradients. Pure Python."""
+"""A VAE's costs, from its diffusers config alone: parameters, and decoding with or without gradients. Pure Python."""
 
 import json
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from dpt.errors import UserError
 from dpt.models import dc_costs, kl_costs
 
 STABLE_DIFFUSION: dict[str, Any] = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4}
-"""The VAE of Stable Diffusion 1 and 2, which VAEs whose config is not on this disk count as."""
+"""The VAE of Stable Diffusion 1 and 2, assumed for VAEs whose config is not on this disk."""
 
 _EMBEDDED = Path(__file__).resolve().parents[1] / "assets" / "vae"
 
@@ -21,19 +21,19 @@ class VAESize:
     """How large a VAE is."""
 
     params: int
-    """Of the encoder and the decoder."""
+    """Parameters of the encoder and the decoder."""
     channels: int
-    """Of the decoder's widest layer at the picture's full size."""
+    """Channels of the decoder's widest layer at the picture's full size."""
     downsampling: int
-    """Pixels per latent, along a side."""
+    """Pixels per latent along a side."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderCosts:
-    """Of decoding one image."""
+    """Costs of decoding one image."""
 
     macs: int
-    """Of a forward pass; the backward pass to the latents is as many, for the weights are frozen."""
+    """MACs of a forward pass; the backward pass to the latents takes as many, as the weights are frozen."""
     kept: int
     """Numbers that autograd keeps for the backward pass."""
     working: int
@@ -42,7 +42,7 @@ class DecoderCosts:
 
 def vae_config(name: str) -> Mapping[str, Any]:
     """The config of the VAE called `name` in a recipe: "embedded", a folder's, or of a hub name in the hub's cache; Stable
-    Diffusion's if it is on this disk nowhere."""
+    Diffusion's if it is nowhere on this disk."""
     path = _config_file(name)
     return STABLE_DIFFUSION if path is None else dict(json.loads(path.read_text(encoding="utf-8")))
 
@@ -63,7 +63,7 @@ def _config_file(name: str) -> Path | None:
 
 
 def vae_size(config: Mapping[str, Any]) -> VAESize:
-    """Of diffusers' `AutoencoderKL(**config)` or `AutoencoderDC(**config)`."""
+    """The size of diffusers' `AutoencoderKL(**config)` or `AutoencoderDC(**config)`."""
     kind = dc_costs if _is_dc(config) else kl_costs
     layers = [*kind.encoder(config), *(layer for _, layer in kind.decoder(config))]
     channels = kind.channels(config)

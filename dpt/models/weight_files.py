@@ -1,4 +1,4 @@
-"""Tensors and JSON objects out of files of others: safetensors, torch's pickles, and diffusers' folders, split or not."""
+"""Read tensors and JSON objects from others' files: safetensors, torch's pickles, and diffusers' folders, split or not."""
 
 import argparse
 import pickle
@@ -19,14 +19,14 @@ FORMAT_VERSION = 1
 WEIGHTS, CONFIG = "weights.safetensors", "config.json"
 """Files of our exports."""
 EMA = "ema."
-"""Before the names of averaged weights there."""
+"""Prefix of averaged weights' names in them."""
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model"
 PIPELINE_INDEX = "model_index.json"
-"""What tells a pipeline's folder, and names its parts."""
+"""The file that marks a pipeline's folder and names its parts."""
 
 
 def read_json_object(file: Path) -> dict[str, Any]:
-    """The JSON object in `file`; UserError if it is missing, broken, or no object."""
+    """The JSON object in `file`; UserError if it is missing, broken, or not an object."""
     try:
         text = file.read_text(encoding="utf-8")
     except OSError as error:
@@ -65,8 +65,8 @@ def read_tensors(file: Path) -> dict[str, Any]:
 def read_diffusers_tensors(folder: Path, variant: str = "") -> tuple[Path, dict[str, Tensor]]:
     """(The file, or the index of the parts, that was read; its tensors) of a diffusers model's folder.
 
-    `variant`: which of several kinds, such as "fp16"; empty: the plain files, or the only variant that is there. UserError if
-    there is none such, or a part is missing.
+    `variant`: which of several kinds, such as "fp16"; empty: the plain files, or the only variant present. UserError if
+    there is none, or a part is missing.
     """
     found = _weight_files(folder)
     if variant not in found:
@@ -92,7 +92,7 @@ def read_diffusers_tensors(folder: Path, variant: str = "") -> tuple[Path, dict[
 
 
 def _weight_files(folder: Path) -> dict[str, Path]:
-    """The file, or index, of each variant ("": the plain one); safetensors before pickles, one file before parts."""
+    """The file or index of each variant ("": the plain one); safetensors before pickles, one file before parts."""
     found: dict[str, Path] = {}
     for kind in ("safetensors", "bin"):
         for pattern in (rf"(?:\.(?P<variant>[\w-]+))?\.{kind}", rf"\.{kind}\.index(?:\.(?P<variant>[\w-]+))?\.json"):

@@ -1,4 +1,4 @@
-"""Where each of our tensors is in public weights: names, the order of parts, and the architecture told by shapes.
+"""Maps from our tensors to those in public weights: names, the order of parts, and the architecture inferred from shapes.
 
 Sources: the released models' key lists of facebookresearch/DiT, feizc/DiT-MoE (plain and flash-attention), and the generalist
 of "Scaling Properties of Diffusion Models for Perceptual Tasks".
@@ -20,7 +20,7 @@ from dpt.errors import UserError
 
 @dataclass(frozen=True)
 class Source:
-    """Where one of our tensors comes from: each group of names is concatenated, the groups are stacked if `stacked`."""
+    """The tensors that one of ours is made of: each group of names is concatenated, the groups are stacked if `stacked`."""
 
     groups: list[list[str]]
     stacked: bool = False
@@ -34,7 +34,7 @@ class Source:
         return torch.stack(parts) if self.stacked else parts[0]
 
     def split(self, tensor: Tensor) -> dict[str, Tensor]:
-        """The named parts, of equal size, of one of our tensors: the inverse of `join` where nothing is stacked."""
+        """Split one of our tensors into the named parts, of equal size: the inverse of `join` where nothing is stacked."""
         (names,) = self.groups
         if len(names) == 1:
             return {names[0]: tensor}
@@ -42,11 +42,11 @@ class Source:
 
 
 Map = Callable[[str, ModelConfig], Source]
-"""From the name of one of our tensors to where it is in theirs."""
+"""Maps the name of one of our tensors to its source in theirs."""
 
 
 def public_map(flash: bool) -> Map:
-    """The map of DiT's names; `flash`: as DiT-MoE's flash-attention variant writes the attention's."""
+    """The map to DiT's names; `flash`: DiT-MoE's flash-attention variant's names for the attention."""
 
     def source(name: str, config: ModelConfig) -> Source:
         if match := re.fullmatch(r"(blocks\.\d+\.moe\.experts)\.(.+)_(weight|bias)", name):
@@ -67,10 +67,10 @@ def public_map(flash: bool) -> Map:
 
 
 def infer_public_config(state: Mapping[str, Tensor], **known: Any) -> ModelConfig:
-    """The architecture of weights under DiT's names, told by keys and shapes; `known` fields win.
+    """Infer the architecture of weights under DiT's names from keys and shapes; `known` fields win.
 
-    Shapes tell neither top_k (2 in all released models) nor the heads, which are those of the preset of the same width and
-    depth, or follow from a query norm; UserError if neither tells.
+    Shapes show neither top_k (2 in all released models) nor the heads, which are those of the preset of the same width and
+    depth, or follow from a query norm; UserError if neither determines them.
     """
     convolutions = [state[key] for key in state if re.fullmatch(r"x_embedder\.proj\.(conv_in_\d+\.)?weight", key)]
     if not convolutions:
@@ -102,7 +102,7 @@ def infer_public_config(state: Mapping[str, Tensor], **known: Any) -> ModelConfi
 
 
 def named(config: ModelConfig) -> ModelConfig:
-    """The config with the name of its preset, or of the dense one that it was upcycled from; else "custom"."""
+    """The config under the name of its preset, or of the dense one it was upcycled from; else "custom"."""
     sizes = {size: getattr(config, size) for size in ("hidden_size", "depth", "num_heads", "patch_size")}
     num_experts = config.num_experts if config.shared_expert_width else 0
     for name, preset in PRESETS.items():
@@ -126,7 +126,7 @@ def _expert_fields(state: Mapping[str, Tensor], hidden_size: int) -> dict[str, A
 
 
 def infer_channels(total_in: int, out: int) -> dict[str, Any]:
-    """in_channels, num_conditions and learn_sigma from the channels in and out; latents of 4 channels if that fits."""
+    """Infer in_channels, num_conditions and learn_sigma from the channels in and out; latents of 4 channels if that fits."""
     for channels in (4, total_in):
         if total_in % channels == 0 and out in (channels, 2 * channels):
             return {"in_channels": channels, "num_conditions": total_in // channels - 1, "learn_sigma": out == 2 * channels}
@@ -156,7 +156,7 @@ def _check_rank(name: str, tensor: Tensor, rank: int) -> None:
 
 
 def _count(state: Mapping[str, Tensor], pattern: str) -> int:
-    """One more than the largest number that `pattern` finds at the start of a name."""
+    """The largest number that `pattern` finds at the start of a name, plus one."""
     numbers = [int(match[1]) for key in state if (match := re.match(pattern, key))]
     if not numbers:
         raise UserError("the weights resemble a DiT's, but have no blocks.")

@@ -1,4 +1,4 @@
-"""A network's weights with their architecture: what imports give, what upcycling and adapting take, what exports keep."""
+"""A network's weights and architecture: returned by imports, taken by upcycling and adapting, kept by exports."""
 
 import functools
 from collections.abc import Iterable, Mapping
@@ -13,7 +13,7 @@ from dpt.errors import UserError
 from dpt.models.dit import DiT
 
 _LISTED = 5
-"""Names that an error lists before it only counts."""
+"""Names that an error lists before it only counts the rest."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,14 +23,14 @@ class Weights:
     config: ModelConfig
     state: dict[str, Tensor]
     source: str = "our own"
-    """The format that they came in."""
+    """The format they were read from."""
     averaged: bool = False
     """Whether these are averaged (EMA) weights."""
     sections: dict[str, Any] = field(default_factory=dict)
-    """What else is known of them, as in an export's config.json: diffusion, vae, task, lineage."""
+    """Other sections of an export's config.json: diffusion, vae, task, lineage."""
 
     def build(self) -> DiT:
-        """The network with these weights, on one device; it shares the tensors."""
+        """Build the network with these weights, on one device; it shares the tensors."""
         check_state(self.config, self.state, self.source)
         with torch.device("meta"):
             model = DiT(self.config)
@@ -45,13 +45,13 @@ def expected_shapes(config: ModelConfig) -> dict[str, torch.Size]:
 
 @functools.lru_cache(maxsize=16)
 def _template(config: ModelConfig) -> dict[str, Tensor]:
-    """That state dict, on the meta device."""
+    """`DiT(config)`'s state dict on the meta device."""
     with torch.device("meta"):
         return DiT(config).state_dict()
 
 
 def check_state(config: ModelConfig, state: Mapping[str, Tensor], source: str) -> None:
-    """UserError listing what is missing, unknown, or of another shape than `DiT(config)` has."""
+    """Raise UserError listing what is missing, unknown, or shaped otherwise than in `DiT(config)`."""
     shapes = expected_shapes(config)
     wrong = (
         f"{name} is {list(state[name].shape)}, not {list(shape)}"
@@ -62,7 +62,7 @@ def check_state(config: ModelConfig, state: Mapping[str, Tensor], source: str) -
 
 
 def check_numbers(config: ModelConfig, state: Mapping[str, Tensor], source: str) -> None:
-    """UserError if a tensor is not of the kind of number that `DiT(config)` has there, or holds NaN or infinite values."""
+    """Raise UserError if a tensor's kind of number differs from `DiT(config)`'s, or it holds NaN or infinite values."""
     kinds = {name: tensor.is_floating_point() for name, tensor in _template(config).items()}
     wrong = sorted(
         f"{n} of {str(t.dtype).removeprefix('torch.')}" for n, t in state.items() if t.is_floating_point() != kinds[n]
@@ -80,7 +80,7 @@ def _is_finite(tensor: Tensor) -> bool:
 
 
 def refuse(source: str, *, missing: Iterable[str] = (), unknown: Iterable[str] = (), wrong: Iterable[str] = ()) -> None:
-    """UserError with all that does not fit, if there is anything."""
+    """Raise UserError listing everything that does not fit, if anything."""
     lists = {"missing": sorted(missing), "unknown": sorted(unknown), "wrong shape": sorted(wrong)}
     parts = [f"{title}: {_enumerate(names)}" for title, names in lists.items() if names]
     if parts:

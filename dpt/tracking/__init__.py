@@ -1,4 +1,4 @@
-"""MLflow, never in the way: records go to a local spool first, and a process beside the run sends them on."""
+"""MLflow, kept out of the way: records go to a local spool first, and a process beside the run sends them on."""
 
 from dpt.tracking.run import Run, start_run, watch_node
 

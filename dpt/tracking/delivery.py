@@ -1,6 +1,6 @@
 """Delivers the records of a spool to MLflow.
 
-A record may be sent again after a crash between sending and moving the cursor; that adds nothing, since MLflow drops a point
+A record may be sent again after a crash between sending and moving the cursor. That adds nothing: MLflow drops a point
 whose name, step, time and value it has, the run is looked up by its tag `dpt.run_id` before it is made, and tags, parameters
 and artifacts replace themselves.
 """
@@ -39,7 +39,7 @@ class Sender:
         self.finished = False
 
     def send(self, *, wait: bool = True, again: bool = False) -> bool:
-        """Send all that is behind the cursor (`again`: all); False if another process is sending and `wait` is False.
+        """Send everything after the cursor (`again`: all); return False if another process is sending and `wait` is False.
 
         Raises what the store raises, with the cursor moved past what was sent.
         """
@@ -63,7 +63,7 @@ class Sender:
         self._spool.write_state(self.state)
 
     def _deliver(self, group: list[dict[str, Any]]) -> None:
-        """Send a group; what the store refuses for good is split until only the bad value is left, and that is dropped."""
+        """Send a group; what the store permanently refuses is split until only the bad value is left, which is dropped."""
         try:
             self._deliver_whole(group)
         except Exception as error:
@@ -112,7 +112,7 @@ class Sender:
         return self._client
 
     def _start(self, record: dict[str, Any]) -> None:
-        """Create the run in MLflow, or find it if an earlier process has created it."""
+        """Create the run in MLflow, or find it if an earlier process created it."""
         self.state.uri = self._uri or record["uri"]
         client = self._connected()
         experiment = store.experiment_id(client, self.state.uri, record["experiment"])
@@ -132,7 +132,7 @@ class Sender:
         self.finished = False
 
     def _join(self, record: dict[str, Any]) -> None:
-        """The run that another node's sender makes; ConnectionError while it is not there."""
+        """Find the run that another node's sender creates; ConnectionError while it does not exist."""
         self.state.uri = self._uri or record["uri"]
         client = self._connected()
         experiment = client.get_experiment_by_name(record["experiment"])
@@ -142,7 +142,7 @@ class Sender:
         self.state.mlflow_run_id = run.info.run_id
 
     def _nesting(self, client: Any, experiment: str, record: dict[str, Any]) -> dict[str, str]:
-        """An evaluation is shown inside the run that it evaluates, in whatever experiment of the store that is."""
+        """Tags that show an evaluation inside the run that it evaluates, in any experiment of the store."""
         if record["stage"] != "evaluate" or not record["parents"]:
             return {}
         others = [e.experiment_id for e in client.search_experiments() if e.experiment_id != experiment]
@@ -152,7 +152,7 @@ class Sender:
         return {"mlflow.parentRunId": parent.info.run_id} if parent is not None else {}
 
     def _send_params(self, values: dict[str, str]) -> None:
-        """Parameters of MLflow never change: what a resumed run sets otherwise goes into tags `dpt.resumed.NAME`."""
+        """Send parameters. MLflow's never change, so a resumed run's differing values become tags `dpt.resumed.NAME`."""
         from mlflow.entities import Param
 
         client, run_id = self._connected(), self.state.mlflow_run_id
@@ -166,7 +166,7 @@ class Sender:
             client.log_batch(run_id, tags=changed[start : start + MAX_PARAMS])
 
     def _send_dataset(self, record: dict[str, Any]) -> None:
-        """A data set as an input of the run, as mlflow.data describes them."""
+        """Send a data set as an input of the run, in mlflow.data's format."""
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
         remote = "://" in record["source"]
@@ -193,7 +193,7 @@ class Sender:
             self._connected().log_artifact(self.state.mlflow_run_id, str(path), record["folder"] or None)
 
     def _register(self, record: dict[str, Any]) -> None:
-        """A model version whose source is a small MLmodel (signature, task, where the weights lie); the weights are not
+        """Register a model version whose source is a small MLmodel (signature, task, path of the weights); the weights are not
         copied."""
         from mlflow.exceptions import MlflowException
 
@@ -222,7 +222,7 @@ class Sender:
 
 
 def _groups(records: Iterator[tuple[dict[str, Any], int]]) -> Iterator[tuple[list[dict[str, Any]], int]]:
-    """Metrics records in a row together, up to the store's limit, others alone; with the offset behind each group."""
+    """Group consecutive metrics records, up to the store's limit, others alone; each with the offset after it."""
     group: list[dict[str, Any]] = []
     size = behind = 0
     for record, offset in records:
@@ -248,7 +248,7 @@ def _clip(tags: dict[str, str]) -> dict[str, str]:
 
 
 def _split(group: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """A group as smaller groups: of single records, or of single values of one record."""
+    """Split a group into smaller ones: of single records, or of single values of one record."""
     if len(group) > 1:
         return [[record] for record in group]
     values = group[0].get("values", {})

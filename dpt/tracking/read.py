@@ -1,4 +1,4 @@
-"""Reading runs back from MLflow; histories, artifacts and ancestors are fetched on demand."""
+"""Read runs back from MLflow; histories, artifacts and ancestors are fetched on demand."""
 
 import json
 from collections.abc import Iterable
@@ -30,15 +30,15 @@ class RunRecord:
     """Last value of every metric."""
     client: Any = field(repr=False, compare=False, default=None)
     url: str = ""
-    """The run's page on its server; empty for a store in a file, which has none."""
+    """The run's page on its server; empty for a store in a file."""
 
     @property
     def label(self) -> str:
-        """What the run is called in tables: the tag `dpt.label`, else its name."""
+        """The run's label in tables: the tag `dpt.label`, else its name."""
         return self.tags.get("dpt.label") or self.name or self.run_id[:8]
 
     def history(self, metric: str) -> list[tuple[int, float]]:
-        """(step, value) of a metric in the order of steps; the latest value where a step was recorded twice."""
+        """(step, value) of a metric in order of steps; the latest value where a step was recorded twice."""
         points = self.client.get_metric_history(self.mlflow_run_id, metric)
         by_step = {p.step: p.value for p in sorted(points, key=lambda p: p.timestamp)}
         return sorted(by_step.items())
@@ -51,7 +51,7 @@ class RunRecord:
         return sorted(found)
 
     def download(self, path: str, to: Path | None = None) -> Path:
-        """A local copy (or the file itself, for a local store) of an artifact."""
+        """A local copy of an artifact (or the file itself, for a local store)."""
         if to is not None:
             to.mkdir(parents=True, exist_ok=True)
         return Path(self.client.download_artifacts(self.mlflow_run_id, path, str(to) if to is not None else None))
@@ -66,10 +66,10 @@ class RunRecord:
 def load_runs(
     uri: str, experiment: str | None = None, run_ids: Iterable[str] | None = None, filter: str = ""
 ) -> list[RunRecord]:
-    """Runs of a store, oldest first: of an experiment (None: of all), or named by `run_ids` (ours, MLflow's, run names).
+    """Load a store's runs, oldest first: of an experiment (None: all), or named by `run_ids` (ours, MLflow's, run names).
 
     `filter` is a condition in MLflow's search language, e.g. "metrics.`train/loss` < 1". Raises UserError if the store, the
-    experiment or a named run is not there.
+    experiment or a named run does not exist.
     """
     uri = store.absolute_uri(uri)
     path = store.sqlite_path(uri)
@@ -152,7 +152,7 @@ def _named(records: list[RunRecord], wanted: list[str], uri: str) -> list[RunRec
 
 
 def ancestors(record: RunRecord, records: Iterable[RunRecord]) -> list[RunRecord]:
-    """The runs that `record` descends from, nearest first, each once; runs that are not in `records` are left out."""
+    """The runs that `record` descends from, nearest first, each once; runs not in `records` are omitted."""
     by_id = {r.run_id: r for r in records}
     found: list[RunRecord] = []
     queue = list(record.parents)
@@ -165,7 +165,7 @@ def ancestors(record: RunRecord, records: Iterable[RunRecord]) -> list[RunRecord
 
 
 def with_ancestors(records: list[RunRecord], uri: str) -> list[RunRecord]:
-    """`records` and the runs that they descend from, of whatever experiment; oldest first."""
+    """`records` and the runs that they descend from, in any experiment; oldest first."""
     known = {r.run_id: r for r in records}
     missing = {p for r in records for p in r.parents} - known.keys()
     while missing:

@@ -1,6 +1,6 @@
 """The training side of tracking: cheap appends to the spool; a child process (`dpt.tracking.sender`) talks to MLflow.
 
-A process rather than a thread: the training process never imports MLflow, shares no interpreter lock with it, and when it is
+A process rather than a thread: the training process never imports MLflow nor shares an interpreter lock with it; if it is
 killed, its records are still sent and the run is marked as failed.
 """
 
@@ -48,7 +48,7 @@ def start_run(
     resume_run_id: str | None = None,
     past_step: int = -1,
 ) -> "Run":
-    """Begin (or resume) the record of a run; a Run that records nothing when tracking is off or on ranks other than 0.
+    """Start (or resume) a run's record; returns a Run that records nothing if tracking is off or on ranks other than 0.
 
     `stage` is "pretrain", "finetune", "upcycle" or "evaluate"; `name` is used unless the recipe names the run. `params` is the
     resolved recipe: nested, recorded flat under the dotted names of the command line and whole as the artifact `recipe.json`.
@@ -81,9 +81,9 @@ def start_run(
 
 
 def watch_node(config: TrackingConfig, *, run_id: str, output_dir: Path) -> "Run":
-    """On nodes beside the run's first: sample this one for the run, from one of its ranks; elsewhere a Run that does nothing.
+    """Sample this node for the run, from one rank, if it is not the run's first; otherwise return a Run that does nothing.
 
-    `run_id`: ours, of the run that rank 0 has begun. Call `finish` when the training ends.
+    `run_id`: our id of the run that rank 0 has started. Call `finish` when the training ends.
     """
     local_rank, rank = (int(os.environ.get(name, "0")) for name in ("LOCAL_RANK", "RANK"))
     if not config.enabled or config.offline or not config.system_every or not run_id or local_rank or not rank:
@@ -96,14 +96,14 @@ def watch_node(config: TrackingConfig, *, run_id: str, output_dir: Path) -> "Run
 
 
 def _node() -> str:
-    """What this node is called among several; empty for a run on one node."""
+    """This node's name among several; empty for a run on one node."""
     local_ranks = distributed.local_world_size()
     several = local_ranks < int(os.environ.get("WORLD_SIZE", "1"))
     return f"node_{int(os.environ.get('RANK', '0')) // local_ranks}" if several else ""
 
 
 def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested objects as {"a.b": "text"}; lists and other values as JSON, texts as they are."""
+    """Flatten nested objects to {"a.b": "text"}; lists and other values as JSON, strings unchanged."""
     flat: dict[str, str] = {}
     for name, value in nested.items():
         if isinstance(value, Mapping) and value:
@@ -133,7 +133,7 @@ class Run:
             atexit.register(self._at_exit, os.getpid())
 
     def begin(self, recipe: Mapping[str, Any], **start: Any) -> None:
-        """Write the first records: that of the start, the parameters, and the recipe as an artifact."""
+        """Write the first records: the start, the parameters, and the recipe as an artifact."""
         self.record("start", **start)
         self.record("params", values=flatten({k: v for k, v in recipe.items() if k != "dpt"} | recipe.get("dpt", {})))
         with self._survives(), tempfile.TemporaryDirectory() as folder:
@@ -142,10 +142,10 @@ class Run:
             self.log_artifact(recipe_path)
 
     def start_sender(self, uri: str, every: float, node: str) -> None:
-        """Start the process that sends the records to `uri` and samples this node (`node`) every `every` seconds, if not 0."""
+        """Start the process that sends the records to `uri` and samples this node (`node`) every `every` seconds (0: never)."""
         assert self._spool is not None
         with self._survives():
-            self._sender = subprocess.Popen(  # which gets a password in its environment, where records do not show it
+            self._sender = subprocess.Popen(  # gets a password in its environment, not in the records
                 [sys.executable, "-m", "dpt.tracking.sender", str(self._spool.path.absolute()), str(every), node],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
@@ -155,7 +155,7 @@ class Run:
             )
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        """Record numbers at a step. The steps of one name only go up: what is not past the last one is left out."""
+        """Record numbers at a step. A name's steps only increase: others are dropped."""
         values = {}
         for key, value in metrics.items() if self._spool is not None else ():
             name = _UNFIT.sub("_", key)
@@ -171,13 +171,13 @@ class Run:
         self._keep(Path(path), "pictures", (name if step is None else f"{name}_{step:08d}") + suffix)
 
     def log_artifact(self, path: str | Path, folder: str = "") -> None:
-        """Keep a file or a folder as an artifact, below `folder`. Folders, and files over 32 MiB, must stay until then."""
+        """Keep a file or folder as an artifact, below `folder`. Folders, and files over 32 MiB, must stay until sent."""
         self._keep(Path(path), folder, Path(path).name)
 
     def register_model(self, path: str | Path, name: str, tags: Mapping[str, str] | None = None) -> None:
-        """Enter exported weights into the model registry as a version of `name`; their folder stays where it is.
+        """Register exported weights in the model registry as a version of `name`; their folder stays where it is.
 
-        `tags` say what should be seen there, such as the stage and the metrics.
+        `tags` are shown there, such as the stage and the metrics.
         """
         self.record("model", path=str(Path(path).absolute()), name=name, tags={k: str(v) for k, v in (tags or {}).items()})
 
@@ -185,7 +185,7 @@ class Run:
         self, name: str, *, digest: str, source: str, context: str, profile: Mapping[str, Any] | None = None
     ) -> None:
         """Record a data set as an input of the run. `source`: its folder or URL; `context`: "training" or "evaluation";
-        `profile`: what MLflow's page shows of it."""
+        `profile`: its summary on MLflow's page."""
         place = source if "://" in source else str(Path(source).absolute())
         self.record("dataset", name=name, digest=digest, source=place, context=context, profile=dict(profile or {}))
 
@@ -222,7 +222,7 @@ class Run:
         self.finish("KILLED" if killed else "FAILED" if kind is not None else "FINISHED")
 
     def _wait(self, sender: "subprocess.Popen[bytes]", spool: Spool) -> None:
-        """Until all is sent; not long where the store has failed, as the sender then ends by itself."""
+        """Wait until all is sent; not for long if the store has failed, as the sender then ends by itself."""
         begun, told = time.monotonic(), False
         while sender.poll() is None and (waited := time.monotonic() - begun) < _FINISH_SECONDS:
             if waited > _TOLD_SECONDS and not told and (unsent := spool.unsent):
@@ -238,7 +238,7 @@ class Run:
                 self.record("artifact", path=str(self._spool.keep_file(path, name)), folder=folder)
 
     def record(self, kind: str, **content: Any) -> None:
-        """Append a record to the spool; now and then, warn if they do not arrive."""
+        """Append a record to the spool; occasionally warn if records do not arrive."""
         if self._spool is None:
             return
         if self._finished:
@@ -254,7 +254,7 @@ class Run:
 
     @contextlib.contextmanager
     def _survives(self) -> Any:
-        """A full disk or a missing file costs a record, never the run; said once."""
+        """Let a full disk or a missing file cost a record, never the run; reported once."""
         try:
             yield
         except OSError as error:
@@ -268,7 +268,7 @@ class Run:
 
 
 def _provenance() -> dict[str, str]:
-    """Tags that say what code ran: command, versions, and the commit where the code is a checkout."""
+    """Tags that identify the code: command, versions, and the commit if the code is a checkout."""
     versions = {"python": ".".join(map(str, sys.version_info[:3]))}
     for package in ("torch", "deepspeed", "diffusers", "webdataset", "mlflow"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

@@ -1,4 +1,4 @@
-"""Sends spools to MLflow: the process beside a run (`python -m dpt.tracking.sender SPOOL`), and `dpt sync`."""
+"""Send spools to MLflow: the process beside a run (`python -m dpt.tracking.sender SPOOL`), and `dpt sync`."""
 
 import logging
 import math
@@ -21,7 +21,7 @@ GRACE_SECONDS = 10.0
 
 
 def serve(spool: Spool, *, system: SystemRecords | None = None) -> int:
-    """Send a spool while its run lasts, and the rest when it has ended (end of stdin); 0: all was sent, 3: some is left.
+    """Send a spool while its run lasts, and the rest once it has ended (end of stdin). Returns 0 if all was sent, 3 if not.
 
     `system`: samples the node meanwhile.
     """
@@ -56,7 +56,7 @@ def _sample(system: SystemRecords) -> None:
 
 
 def _is_over(spool: Spool, unsent: int, begun: int) -> bool:
-    """Whether the run has told its end (behind byte `unsent`), or was resumed since byte `begun`: another sender's matter."""
+    """Whether the run has ended (after byte `unsent`), or was resumed since byte `begun`, which another sender handles."""
     if any(record["kind"] == "start" for record, _ in spool.read(begun)):
         return True
     kind = ""
@@ -66,16 +66,16 @@ def _is_over(spool: Spool, unsent: int, begun: int) -> bool:
 
 
 def _mark_failed(spool: Spool) -> None:
-    """The run was killed before it could say so."""
+    """Mark the run as failed: it was killed before it could report its end."""
     spool.append({"kind": "finish", "time": int(time.time() * 1000), "run_id": spool.run_id, "status": "FAILED"})
     spool.close()
 
 
 def sync(root: Path, *, uri: str = "", again: bool = False) -> list[tuple[Spool, str]]:
-    """Send what is left of every run below `root`, parents first; gives each spool with "" or the reason why some is left.
+    """Send what is left of every run below `root`, parents first; return each spool with "" or the reason some is left.
 
-    `uri`: another store than the recorded one. `again`: from the first record on (for a store that has lost the runs). What
-    another store has begun to get is not sent to `uri` unless `again`, as its beginning would be missing there.
+    `uri`: a store other than the recorded one. `again`: from the first record on (for a store that has lost the runs). What
+    another store has begun to receive is not sent to `uri` unless `again`, as its beginning would be missing there.
     """
     outcomes: list[tuple[Spool, str]] = []
     target = store.absolute_uri(uri) if uri else ""
@@ -93,7 +93,7 @@ def sync(root: Path, *, uri: str = "", again: bool = False) -> list[tuple[Spool,
 
 
 def main() -> int:
-    """Entry of the process beside a run."""
+    """Entry point of the process beside a run."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a job's end reaches the run first; the sender ends with it
     spool, every, node = Spool.at(Path(sys.argv[1])), float(sys.argv[2]), sys.argv[3]
     logging.basicConfig(filename=spool.log, level=logging.WARNING, format="%(asctime)s %(message)s")

@@ -18,14 +18,14 @@ from typing import Any
 from dpt.errors import hide_passwords
 
 COPY_LIMIT = 32 * 2**20
-"""Files up to this many bytes are copied into the spool, larger ones (weights) are sent from where they lie."""
+"""Files up to this many bytes are copied into the spool; larger ones (weights) are sent from where they are."""
 
 _CHUNK_BYTES = 4 * 2**20
 
 
 @dataclass(kw_only=True)
 class SpoolState:
-    """How far the sending has come."""
+    """Progress of the sending."""
 
     offset: int = 0
     """Bytes of the records file that have been sent."""
@@ -34,13 +34,13 @@ class SpoolState:
     uri: str = ""
     """Store that the records went to."""
     error: str = ""
-    """Why the last attempt to send failed; empty: it did not."""
+    """Why the last attempt to send failed; empty if it did not."""
     rejected: int = 0
-    """Records that the store refused for good."""
+    """Records that the store permanently refused."""
 
 
 class Spool:
-    """The records of one run in `folder`, or those that another node than the run's first adds to it (`node`)."""
+    """The records of one run in `folder`, or those that a node other than the run's first adds to it (`node`)."""
 
     def __init__(self, folder: Path, run_id: str, node: str = "") -> None:
         self.folder = Path(folder)
@@ -65,7 +65,7 @@ class Spool:
         return sorted(spools, key=lambda spool: next((int(record.get("time", 0)) for record, _ in spool.read()), 0))
 
     def append(self, record: dict[str, Any]) -> None:
-        """Write one record, without passwords in addresses; raises OSError where the disk does."""
+        """Write one record, with passwords in addresses removed; raises OSError if the disk does."""
         if self._file < 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -85,7 +85,7 @@ class Spool:
             self._file = -1
 
     def read(self, offset: int = 0) -> Iterator[tuple[dict[str, Any], int]]:
-        """The whole records from byte `offset` on, each with the offset behind it; broken lines are passed over."""
+        """Yield the whole records from byte `offset` on, each with the offset after it; broken lines are skipped."""
         if not self.path.exists():
             return
         with self.path.open("rb") as file:
@@ -99,7 +99,7 @@ class Spool:
                     yield record, offset
 
     def last_steps(self) -> dict[str, int]:
-        """The greatest step recorded of every metric."""
+        """The highest step recorded of every metric."""
         steps: dict[str, int] = {}
         for record, _ in self.read():
             if record["kind"] == "metrics":
@@ -109,14 +109,14 @@ class Spool:
 
     @property
     def state(self) -> SpoolState:
-        """The cursor as it was last written."""
+        """The cursor as last written."""
         try:
             return SpoolState(**json.loads(self._state_path.read_text()))
         except (OSError, ValueError, TypeError):
             return SpoolState()
 
     def write_state(self, state: SpoolState) -> None:
-        """Replace the cursor at once or not at all."""
+        """Replace the cursor atomically."""
         temporary = self._state_path.with_suffix(".tmp")
         temporary.write_text(hide_passwords(json.dumps(asdict(state))))
         os.replace(temporary, self._state_path)
@@ -128,11 +128,11 @@ class Spool:
 
     @property
     def unsent(self) -> int:
-        """Number of records behind the cursor."""
+        """Number of records after the cursor."""
         return sum(1 for _ in self.read(self.state.offset))
 
     def keep_file(self, path: Path, name: str) -> Path:
-        """A copy named `name` that later changes cannot reach; the path itself for large files and folders."""
+        """Return a copy named `name` that later changes cannot reach; for large files and folders, the path itself."""
         if path.is_dir() or path.stat().st_size > COPY_LIMIT:
             return path.absolute()
         folder = self.folder / "files" / self.run_id
@@ -143,7 +143,7 @@ class Spool:
 
     @contextmanager
     def locked(self, *, wait: bool) -> Iterator[bool]:
-        """Hold the right to send; gives False if another process has it and `wait` is False."""
+        """Hold the right to send; yields False if another process has it and `wait` is False."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / f"{self.name}.lock").open("w") as lock:
             try:

@@ -1,4 +1,4 @@
-"""MLflow stores: addresses, clients that fail soon, and the experiment of a run."""
+"""MLflow stores: addresses, clients that fail fast, and the experiment of a run."""
 
 import contextlib
 import fcntl
@@ -15,7 +15,7 @@ from dpt.errors import HIDDEN, UserError, hide_passwords
 
 _SQLITE = "sqlite:///"
 SECRET = "DPT_TRACKING_URI"
-"""Variable with the whole address of a database whose password records do not hold."""
+"""Variable with the full address of a database whose password the records omit."""
 _PROBE_SECONDS = 3.0
 
 
@@ -23,7 +23,7 @@ def absolute_uri(uri: str) -> str:
     """`uri` with an SQLite path made absolute, so that it means the same from any working directory.
 
     Raises UserError for a plain folder or `file:` store, which MLflow no longer writes, and for a server's address with a user
-    or a password in it, which belong into the environment. A database's may have them: they are hidden wherever it is written.
+    or a password in it, which belong in the environment. A database's may have them: they are hidden wherever it is written.
     """
     if uri.startswith(("http://", "https://")) and "@" in urlsplit(uri).netloc:
         raise UserError(
@@ -46,7 +46,7 @@ def sqlite_path(uri: str) -> Path | None:
 
 
 def check_sqlite(uri: str) -> None:
-    """UserError if the file of an SQLite store cannot be opened (MLflow would try for minutes); nothing for a server."""
+    """Raise UserError if the file of an SQLite store cannot be opened (MLflow would retry for minutes); no-op for a server."""
     path = sqlite_path(uri)
     if path is None:
         return
@@ -63,7 +63,7 @@ def check_sqlite(uri: str) -> None:
 
 
 def out_of_reach(uri: str) -> str:
-    """Why nothing answers at a server's address within seconds; empty if something does, or it is not one of a web server."""
+    """Why nothing answers at a server's address within seconds; empty if something does, or it is no web server's address."""
     parts = urlsplit(uri)
     if parts.scheme not in ("http", "https"):
         return ""
@@ -76,7 +76,7 @@ def out_of_reach(uri: str) -> str:
 
 
 def with_password(uri: str) -> str:
-    """The address that records name, with the password that they hide from the variable `SECRET`; UserError without."""
+    """The recorded address with its hidden password restored from the variable `SECRET`; UserError without it."""
     if f":{HIDDEN}@" not in uri:
         return uri
     whole = os.environ.get(SECRET, "")
@@ -86,9 +86,9 @@ def with_password(uri: str) -> str:
 
 
 def connect(uri: str) -> Any:
-    """An `MlflowClient` that gives up on a silent server after seconds rather than minutes (our callers try again).
+    """Return an `MlflowClient` that gives up on a silent server after seconds, not minutes (our callers retry).
 
-    Raises UserError for an SQLite store that is none, and for a database whose driver is not installed.
+    Raises UserError for an invalid SQLite store, and for a database whose driver is not installed.
     """
     uri = with_password(uri)
     check_sqlite(uri)
@@ -110,7 +110,7 @@ def connect(uri: str) -> Any:
 
 @contextlib.contextmanager
 def _one_at_a_time(uri: str) -> Iterator[None]:
-    """For the file of an SQLite store, whose tables the first client makes: two that make them at once spoil each other's."""
+    """Lock an SQLite store's file, whose tables the first client makes: two at once would break each other's."""
     path = sqlite_path(uri)
     if path is None:
         yield
@@ -122,7 +122,7 @@ def _one_at_a_time(uri: str) -> Iterator[None]:
 
 
 def problem(error: Exception) -> str:
-    """What a store's error says, in one sentence without its server's pages."""
+    """A store's error in one sentence, without its server's pages."""
     status = error.get_http_status_code() if hasattr(error, "get_http_status_code") else 0
     if status == 401:
         known = bool(os.environ.get("MLFLOW_TRACKING_USERNAME") or os.environ.get("MLFLOW_TRACKING_TOKEN"))
@@ -134,7 +134,7 @@ def problem(error: Exception) -> str:
 
 
 def experiment_id(client: Any, uri: str, name: str) -> str:
-    """Id of the experiment, made if it is not there; artifacts of an SQLite store lie in `mlruns` beside the file."""
+    """Id of the experiment, created if missing; an SQLite store's artifacts are in `mlruns` beside the file."""
     experiment = client.get_experiment_by_name(name)
     if experiment is not None:
         return str(experiment.experiment_id)
@@ -150,7 +150,7 @@ def find_run(client: Any, experiment_ids: list[str], run_id: str) -> Any | None:
 
 
 def write_model_card(folder: Path, weights: Path, run_id: str) -> None:
-    """Write `folder/MLmodel` for exported weights: what goes in and out by their task, and where they lie."""
+    """Write `folder/MLmodel` for exported weights: their inputs and outputs by task, and their location."""
     import numpy as np
     from mlflow.models import Model, ModelSignature
     from mlflow.types import Schema, TensorSpec
@@ -168,9 +168,9 @@ def write_model_card(folder: Path, weights: Path, run_id: str) -> None:
         "flow": TensorSpec(np.dtype("float32"), (-1, 2, -1, -1), "flow"),
         "amodal": TensorSpec(np.dtype("bool"), (-1, -1, -1), "mask"),
     }
-    output = outputs.get(task, TensorSpec(np.dtype("float32"), (-1, -1, -1, -1), task))  # of a registered task: [B, C, H, W]
+    output = outputs.get(task, TensorSpec(np.dtype("float32"), (-1, -1, -1, -1), task))  # registered task: [B, C, H, W]
     signature = None
-    if task != "generalist":  # which has several
+    if task != "generalist":  # a generalist has several outputs
         label = TensorSpec(np.dtype("int64"), (-1,), "label")
         inputs = [label] if task == "class" else [image, *second.get(task, [])]
         signature = ModelSignature(inputs=Schema(inputs), outputs=Schema([output]))

@@ -1,4 +1,4 @@
-"""What a node is doing, sampled by MLflow's own monitors, for the process beside a run."""
+"""Sample a node's activity with MLflow's own monitors, for the process beside a run."""
 
 import contextlib
 import time
@@ -10,10 +10,10 @@ PREFIX = "system/"
 
 
 class SystemRecords:
-    """Appends the node's processor, memory, disk, network and GPU figures to a spool, every so many seconds.
+    """Appends the node's processor, memory, disk, network and GPU figures to a spool at a fixed interval.
 
-    node: what tells nodes apart (`system/NODE/cpu_utilization_percentage`); empty for a run on one node, as MLflow names them.
-    The figures go through the spool, as all records do: an outage of the store loses none, and the training waits for nothing.
+    node: distinguishes nodes (`system/NODE/cpu_utilization_percentage`); empty for a run on one node, as MLflow names them.
+    The figures go through the spool, like all records: an outage of the store loses none, and the training never waits.
     """
 
     def __init__(self, spool: Spool, *, every: float, node: str = "") -> None:
@@ -24,7 +24,7 @@ class SystemRecords:
         self._monitors: list[Any] = []
 
     def sample(self) -> bool:
-        """Take a sample if it is time; whether it was."""
+        """Take a sample if due; return whether it was."""
         if time.monotonic() < self._next:
             return False
         self._monitors = self._monitors or _monitors()
@@ -42,7 +42,7 @@ class SystemRecords:
 
 
 def _monitors() -> list[Any]:
-    """MLflow's monitors of what this node has."""
+    """MLflow's monitors for this node's hardware."""
     from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
     from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
     from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor

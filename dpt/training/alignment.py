@@ -1,4 +1,4 @@
-"""Hidden states aligned with those of the averaged network at less noise, or with features of the shards.
+"""Align hidden states with those of the averaged network at less noise, or with features of the shards.
 
 SRA: Jiang et al., "No Other Representation Component Is Needed: Diffusion Transformers Can Provide Representation Guidance by
 Themselves", 2025. REPA: Yu et al., "Representation Alignment for Generation", 2024; features with spatial structure: Singh et
@@ -20,13 +20,13 @@ from dpt.training.engine import Engine
 from dpt.training.fragments import copy_weights
 
 _BETA = 0.05
-"""Where SRA's smooth L1 loss goes over from squares to absolute values."""
+"""Error at which SRA's smooth L1 loss changes from squares to absolute values."""
 
 
 class Projectors(nn.ModuleDict):
-    """The projectors of a recipe ("self", "features"): trained and in checkpoints, but no part of exported weights.
+    """A recipe's projectors ("self", "features"): trained and in checkpoints, but not part of exported weights.
 
-    Their first weights follow from the recipe's seed alone: those of the network are drawn as without them.
+    Their initial weights follow from the recipe's seed alone and leave those of the network unchanged.
     """
 
     def __init__(self, config: DptConfig) -> None:
@@ -39,13 +39,13 @@ class Projectors(nn.ModuleDict):
             self.update({name: _projector(widths) for name, widths in shapes.items()})
 
     def project(self, name: str, hidden: Tensor) -> Tensor:
-        """Hidden states [B, T, D] -> [B, T, C], float32."""
+        """Project hidden states [B, T, D] -> [B, T, C], float32."""
         projected: Tensor = self[name](hidden)
         return projected.float()
 
 
 def _projector(widths: list[int]) -> nn.Sequential:
-    """Linear layers with SiLU between them, as both papers have it."""
+    """Linear layers with SiLU between them, as in both papers."""
     layers: list[nn.Module] = []
     for inputs, outputs in pairwise(widths):
         linear = Linear(inputs, outputs)
@@ -63,8 +63,8 @@ def self_alignment_loss(projected: Tensor, target: Tensor) -> Tensor:
 def feature_alignment_loss(projected: Tensor, features: Tensor, grid: tuple[int, int]) -> Tensor:
     """One minus the cosine between projected hidden states [B, T, C] and features [B, C, h, w], float32 [].
 
-    Features are averaged over the tokens' `grid` (rows, columns; T of them). A sample counts by the mean over its tokens whose
-    features are not all zero (unknown, or of a set without any), and with 0 where there are none.
+    Features are averaged over the tokens' `grid` (rows, columns; T of them). A sample's loss is the mean over its tokens whose
+    features are not all zero (unknown, or from a set without any); 0 if there are none.
     """
     target = F.adaptive_avg_pool2d(features.float(), grid).flatten(2).mT  # [B, T, C]
     known = (target != 0).any(dim=-1).float()
@@ -73,10 +73,10 @@ def feature_alignment_loss(projected: Tensor, features: Tensor, grid: tuple[int,
 
 
 class Teacher:
-    """The averaged network up to the teacher's block, whole on each rank, all experts too.
+    """The averaged network up to the teacher's block, whole on each rank, including all experts.
 
-    Not a module: DeepSpeed must neither train nor divide it. It is no state of its own either: `refresh` makes it anew of the
-    optimizer's average, so that what a run learns from does not depend on where it was stopped.
+    Not a module: DeepSpeed must neither train nor partition it. It has no state of its own: `refresh` rebuilds it from the
+    optimizer's average, so that a run's targets do not depend on where it was stopped.
     """
 
     def __init__(self, config: DptConfig) -> None:
@@ -86,7 +86,7 @@ class Teacher:
 
     @torch.no_grad()
     def refresh(self, engine: Engine) -> None:
-        """Take the current average, in the compute type. Before the forward passes of a step; collective."""
+        """Load the current average in the compute dtype. Call before a step's forward passes; collective."""
         if self.network is None:
             self.network = self._build(engine)
         state = next(name for name, decay in engine.optimizer.ema_decays.items() if decay == self.decay)
@@ -104,13 +104,13 @@ class Teacher:
     def __call__(
         self, network_input: Tensor, times: Tensor, labels: Tensor, embeddings: Tensor | None, task_labels: Tensor
     ) -> Tensor:
-        """What leaves its last block, [B, T, D], of inputs as the network takes them (`times`: as it is told of them)."""
+        """Return its last block's output [B, T, D] for the network's inputs (`times`: its time input)."""
         assert self.network is not None, "refresh comes first"
         return self.network.last_hidden(network_input, times, labels, embeddings, task_labels)
 
 
 def watched_blocks(config: DptConfig) -> Mapping[str, int]:
-    """The blocks whose outputs are aligned, by the projector's name."""
+    """The blocks whose outputs are aligned, keyed by projector name."""
     own, features = config.training.self_alignment, config.training.feature_alignment
     found = {"self": own.student_block if own.weight else 0, "features": features.block if features.weight else 0}
     return {name: block for name, block in found.items() if block}

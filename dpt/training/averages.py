@@ -1,4 +1,4 @@
-"""Power-function averages of the weights, and averages of any other length made of their snapshots after the fact.
+"""Power-function averages of the weights, and averages of any other length built from their snapshots after the fact.
 
 Karras et al., "Analyzing and Improving the Training Dynamics of Diffusion Models" (EDM2), 2024, section 3. After t updates
 the average of exponent g weighs the weights of update i by (i^(g+1) - (i-1)^(g+1)) / t^(g+1): its length grows with the run. A
@@ -19,16 +19,16 @@ class Profile(NamedTuple):
 
     exponent: float
     updates: int
-    """Updates made when it was taken."""
+    """Updates made when the average was taken."""
 
 
 class Mix(NamedTuple):
-    """Averages that together are nearest to another one."""
+    """A mixture of averages closest to another average."""
 
     shares: list[float]
-    """Of each average; their sum is 1."""
+    """Each average's share; they sum to 1."""
     residual: float
-    """Distance of the mixed profile from the wanted one, over the norm of that (L2)."""
+    """Distance of the mixed profile from the wanted one, relative to the latter's norm (L2)."""
 
 
 def exponent(length: float) -> float:
@@ -42,12 +42,12 @@ def exponent(length: float) -> float:
 
 
 def new_share(exponent: float, update: int) -> float:
-    """The share that the weights get in the average at an update (1 is the first): 1 - (1 - 1 / t)^(g + 1)."""
+    """The share of the new weights in the average at an update (1 is the first): 1 - (1 - 1 / t)^(g + 1)."""
     return 1.0 if update == 1 else -math.expm1((exponent + 1) * math.log1p(-1 / update))
 
 
 def mix(profiles: Sequence[Profile], wanted: Profile) -> Mix:
-    """The shares of averages with such `profiles` whose sum is nearest to `wanted`, which is not older than them.
+    """The shares of averages with such `profiles` whose sum is closest to `wanted`, which is not older than them.
 
     Least squares over the updates, or bins of them in long runs, among shares that sum to 1.
     """
@@ -61,12 +61,12 @@ def mix(profiles: Sequence[Profile], wanted: Profile) -> Mix:
 
 
 def _weights(profile: Profile, edges: np.ndarray) -> np.ndarray:
-    """What a profile gives to the updates between edges, exactly."""
+    """A profile's exact weight on the updates between edges."""
     return np.diff(np.clip(edges / profile.updates, 0.0, 1.0) ** (profile.exponent + 1))
 
 
 def first_spacing(steps: int, most: int) -> int:
-    """Steps between the snapshots of a run of `steps`, at most `most`: a power of two, so that longer runs share them."""
+    """Steps between snapshots in a run of `steps`, at most `most` of them: a power of two, so that longer runs share them."""
     return 1 << (max(1, -(-steps // most)) - 1).bit_length()
 
 

@@ -1,6 +1,6 @@
-"""The files of checkpoints: every rank's fragments of weights, moments and averages, under names that any layout understands.
+"""Checkpoint files: every rank's fragments of weights, moments and averages, under layout-independent names.
 
-`CHECKPOINTS/step_00000100/` holds one safetensors file a rank and `state.json`. A checkpoint is written as `step_00000100.tmp`
+`CHECKPOINTS/step_00000100/` holds one safetensors file per rank and `state.json`. It is written as `step_00000100.tmp`
 and renamed when everything is on the disk: it is complete or invisible. Nothing in it is a pickle. A run of any number of
 ranks, expert-parallel degree, ZeRO stage and precision reads the byte ranges that it needs.
 """
@@ -37,7 +37,7 @@ _DTYPES = {
 
 
 class DamagedCheckpoint(UserError):
-    """A checkpoint that is not as it was written; the text names the file."""
+    """A checkpoint that differs from what was written; the text names the file."""
 
 
 def checkpoint_name(step: int) -> str:
@@ -62,7 +62,7 @@ def find_checkpoints(folder: Path) -> list[Path]:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Write CPU tensors as safetensors, through to the disk; returns the file's "bytes" and "sha256".
+    """Write CPU tensors as safetensors, flushed to disk; return the file's "bytes" and "sha256".
 
     One pass, without a second copy in memory; the interpreter is free while it hashes and writes.
     """
@@ -90,7 +90,7 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 
 def write_state(folder: Path, state: Mapping[str, Any]) -> None:
-    """Write `state.json` with its own hash, through to the disk."""
+    """Write `state.json` with its own hash, flushed to disk."""
     content = {"sha256": _state_hash(state), **state}
     with (folder / STATE_NAME).open("w", encoding="utf-8") as file:
         json.dump(content, file)
@@ -100,7 +100,7 @@ def write_state(folder: Path, state: Mapping[str, Any]) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames and new names in `folder` survive a crash of the machine."""
+    """Make renames and new names in `folder` survive a machine crash."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -113,7 +113,7 @@ def _state_hash(state: Mapping[str, Any]) -> str:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """The content of `state.json`. DamagedCheckpoint if it is not what was written, UserError if it is of another version."""
+    """Read `state.json`. DamagedCheckpoint if it differs from what was written, UserError for another version."""
     path = checkpoint / STATE_NAME
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
@@ -130,7 +130,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def check_file(path: Path, entry: Mapping[str, Any]) -> None:
-    """DamagedCheckpoint unless the file has the size and hash that the state names."""
+    """Raise DamagedCheckpoint unless the file has the size and hash recorded in the state."""
     try:
         if path.stat().st_size != entry["bytes"]:
             raise DamagedCheckpoint(f"{path} is damaged ({path.stat().st_size} bytes instead of {entry['bytes']})")
@@ -156,7 +156,7 @@ def kept_lengths(state: Mapping[str, Any]) -> dict[float, str]:
 
 
 class CheckpointReader:
-    """Any range of any parameter's states, wherever the ranks that wrote a checkpoint left it."""
+    """Reads any range of any parameter's states, whichever ranks wrote it."""
 
     def __init__(self, checkpoint: Path, state: Mapping[str, Any]) -> None:
         self.checkpoint = checkpoint
@@ -195,7 +195,7 @@ class CheckpointReader:
 
 
 def verify(checkpoint: Path) -> dict[str, Any]:
-    """The checkpoint's state, its files hashed (each by one rank). Collective; all ranks raise DamagedCheckpoint together."""
+    """Hash a checkpoint's files (each on one rank) and return its state. Collective; ranks raise DamagedCheckpoint together."""
     state: dict[str, Any] = {}
     problem = ""
     try:
@@ -214,9 +214,9 @@ def verify(checkpoint: Path) -> dict[str, Any]:
 def newest_checkpoint(
     folder: Path, *, wanted: Callable[[Mapping[str, Any]], bool] = lambda state: True
 ) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint that is whole and whose state is `wanted`, and its state; None if there is none. Collective.
+    """The newest undamaged checkpoint whose state is `wanted`, and its state; None if there is none. Collective.
 
-    Damaged ones are passed over, and named. UserError if there are checkpoints, but none is whole.
+    Damaged ones are skipped and named. UserError if there are checkpoints but all are damaged.
     """
     found = distributed.broadcast_object([p.name for p in find_checkpoints(folder)])
     damage: list[str] = []

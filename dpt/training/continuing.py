@@ -1,7 +1,7 @@
-"""Whether a run may go on with the checkpoints in its output folder: those of another recipe are refused, field by field.
+"""Decide whether a run may continue from the checkpoints in its output folder: other recipes are refused, field by field.
 
-Most of a recipe decides the course of the training: the network, the objective, the data, the learning rate. Some of it does
-not, and may change whenever a run is continued: how many steps it takes, what it records and keeps, where it runs.
+Most of a recipe determines the course of training: the network, the objective, the data, the learning rate. Some of it does
+not, and may change when a run continues: how many steps it takes, what it records and keeps, where it runs.
 """
 
 from collections.abc import Mapping
@@ -20,10 +20,10 @@ from dpt.training.optimizer import optimizer_options
 from dpt.urls import Patience
 
 _COURSE = ("task", "model", "diffusion", "pixel_loss", "data", "training")
-"""Sections (and fields) of "dpt" whose fields decide the course, but for these:"""
+"""Sections (and fields) of "dpt" whose fields determine the course, except these:"""
 _FREE = frozenset(
     {
-        "model.preset",  # a name of what the other fields say
+        "model.preset",  # only names what the other fields say
         "data.shards",  # compared by their contents
         "data.vae",  # compared with the shards
         "data.num_workers",
@@ -54,7 +54,7 @@ _SHOWN = 6
 
 
 def check_course(checkpoint: Path, state: Mapping[str, Any], recipe: Recipe, stage: str) -> None:
-    """UserError if `recipe`, run as `stage`, would take another course than the run of a checkpoint with this state.
+    """Raise UserError if `recipe`, run as `stage`, would take another course than a checkpoint's run with this state.
 
     Nothing is refused if `dpt.training.resume_changed` is set. Shards with other names are compared by their hashes, if they
     can be read.
@@ -78,7 +78,7 @@ def check_course(checkpoint: Path, state: Mapping[str, Any], recipe: Recipe, sta
 
 
 def check_data(checkpoint: Path, state: Mapping[str, Any], recipe: Recipe, sha256: str) -> None:
-    """UserError if the shards, whose names have not changed, are not the ones that a checkpoint's run has seen."""
+    """Raise UserError if the shards, whose names are unchanged, are not those that a checkpoint's run has seen."""
     if state["sections"]["lineage"]["data_sha256"] != sha256 and not recipe.dpt.training.resume_changed:
         raise UserError(
             f"dpt.data.shards are not the ones that the run of {checkpoint} has seen; "
@@ -87,13 +87,13 @@ def check_data(checkpoint: Path, state: Mapping[str, Any], recipe: Recipe, sha25
 
 
 def _of(recipe: Recipe, stage: str) -> dict[str, str]:
-    """What decides the course of `recipe` as `stage`."""
+    """The fields that determine the course of `recipe` as `stage`."""
     trained = replace(recipe, dpt=replace(recipe.dpt, model=trained_model(recipe, stage)))
     return _course(trained.to_dict(), distributed.world_size(), stage, recipe)
 
 
 def _course(content: Mapping[str, Any], world_size: int, stage: str, like: Recipe) -> dict[str, str]:
-    """What decides the course of a resolved recipe, which an earlier version may have written, by its fields' names."""
+    """The fields, by name, that determine the course of a resolved recipe, possibly written by an earlier version."""
     defaults, given = flatten(replace(like, deepspeed={}, dpt=DptConfig()).to_dict()), flatten(content)
     sections = (*_COURSE, "upcycling") if stage == "upcycle" else _COURSE
     course = {"stage": stage}
@@ -101,7 +101,7 @@ def _course(content: Mapping[str, Any], world_size: int, stage: str, like: Recip
         field = name.removeprefix("dpt.")
         if field.split(".")[0] in sections and field not in _FREE:
             course[name] = given.get(name, default)
-    if float(course["dpt.training.self_alignment.weight"]):  # by default the first average teaches, whichever that is
+    if float(course["dpt.training.self_alignment.weight"]):  # 0 stands for the first average, so compare the decay itself
         named = float(course["dpt.training.self_alignment.ema_decay"])
         course["dpt.training.self_alignment.ema_decay"] = str(named or content["dpt"]["training"]["ema_decays"][0])
     if course["dpt.training.weights"]:
@@ -118,7 +118,7 @@ def _course(content: Mapping[str, Any], world_size: int, stage: str, like: Recip
 
 
 def _sha256(shards: list[str]) -> str:
-    """Of the shards with these names; empty if they cannot be read."""
+    """Hash of the shards with these names; empty if they cannot be read."""
     try:
         return data_sha256([resolve(source, Patience(retries=0)).manifest for source in shards])
     except UserError:

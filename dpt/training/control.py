@@ -1,4 +1,4 @@
-"""Ranks that act together: flags agreed on at every step, and the request to stop that a signal makes."""
+"""Make ranks act together: flags agreed on at every step, and stop requests from signals."""
 
 import os
 import signal
@@ -10,7 +10,7 @@ from dpt import distributed
 
 
 class Control:
-    """Flags summed over ranks on the CPU, and the request to stop after the current step that a signal makes (to any one rank).
+    """Flags summed over ranks on the CPU, and the request, by a signal to any one rank, to stop after the current step.
 
     It listens for signals until it is closed.
     """
@@ -19,12 +19,12 @@ class Control:
         alone = distributed.world_size() == 1
         self._group = None if alone else torch.distributed.new_group(backend="gloo")
         self.signal = ""
-        """Name of the signal that asked this rank to stop; empty: none."""
+        """Name of the signal that asked this rank to stop; empty if none."""
         signals = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
         self._previous = {number: signal.signal(number, self._handle) for number in signals}
 
     def close(self) -> None:
-        """Handle the signals as before."""
+        """Restore the previous signal handlers."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
@@ -35,7 +35,7 @@ class Control:
             os.write(2, b"Interrupted: the run is saved after this step and stops; a second Ctrl-C stops it at once.\n")
 
     def agree(self, **flags: float) -> dict[str, float]:
-        """Sums of the flags over ranks. Collective; every rank gives the same names."""
+        """Sum the flags over ranks. Collective; every rank passes the same names."""
         if self._group is None:
             return {name: float(value) for name, value in flags.items()}
         total = torch.tensor([float(flags[name]) for name in sorted(flags)], dtype=torch.float64)

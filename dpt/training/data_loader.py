@@ -1,4 +1,4 @@
-"""The data loader of a recipe: the stream of latents that it trains on, checked against the network."""
+"""A recipe's data loader: the stream of latents to train on, checked against the network."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,15 +17,15 @@ from dpt.tasks import DEPTH_PROMPT
 
 @dataclass(frozen=True, kw_only=True)
 class DataLoader:
-    """An open stream and what its manifests say."""
+    """An open stream and its manifests' contents."""
 
     stream: LatentStream
     manifests: list[Manifest]
-    """One a source, in the order of `dpt.data.shards`."""
+    """One manifest per source, in the order of `dpt.data.shards`."""
     latent_size: tuple[int, int]
     """(h, w)."""
     depth_prompt: str
-    """What the second condition of all depth sets shows (`dpt.tasks.DEPTH_PROMPTS`); empty if the network is shown none."""
+    """The image shown as the second condition by all depth sets (`dpt.tasks.DEPTH_PROMPTS`); empty if there is none."""
     fits: Mapping[str, Fit]
     """How pictures were resized, by task, for tasks whose sets record it."""
     codes: Mapping[str, str]
@@ -38,7 +38,7 @@ class DataLoader:
 
     @property
     def scaling(self) -> LatentScaling:
-        """What networks see of the latents."""
+        """The scaling from the VAE's latents to the network's inputs."""
         return LatentScaling.of(self.vae)
 
     @property
@@ -48,12 +48,12 @@ class DataLoader:
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """Of class shards, those of the first set."""
+        """Class names of the first set of class shards."""
         return self.manifests[0].class_names if self.tasks[0] == "class" else ()
 
     @property
     def data_sha256(self) -> str:
-        """One hash for all samples of all sources."""
+        """One hash over all samples of all sources."""
         return data_sha256(self.manifests)
 
 
@@ -66,7 +66,7 @@ def open_data_loader(
     pin_memory: bool,
     codes: Mapping[str, str] | None = None,
 ) -> DataLoader:
-    """This rank's stream from global position `start_sample` on. UserError if shards and network do not fit.
+    """Open this rank's stream from global position `start_sample` on. UserError if shards and network do not fit.
 
     codes: how the targets were coded that the initial weights learnt, by task, which the sets must share.
     """
@@ -113,7 +113,7 @@ def open_data_loader(
 
 
 def _shared_fits(manifests: Mapping[str, Manifest]) -> dict[str, Fit]:
-    """How the pictures of each perception task came to their size; UserError if sets of one task differ."""
+    """How each perception task's pictures were resized; UserError if sets of one task differ."""
     shared: dict[str, Fit] = {}
     for name, manifest in manifests.items():
         if manifest.task == "class" or manifest.fit is None:
@@ -128,7 +128,7 @@ def _shared_fits(manifests: Mapping[str, Manifest]) -> dict[str, Fit]:
 
 
 def _shared_codes(manifests: Mapping[str, Manifest], learnt: Mapping[str, str]) -> dict[str, str]:
-    """The code of each task's targets; UserError if sets of one task differ, or differ from what the weights learnt."""
+    """The code of each task's targets; UserError if sets of one task differ, or differ from the weights' training."""
     shared: dict[str, str] = {}
     for name, manifest in manifests.items():
         task = manifest.task
@@ -157,7 +157,7 @@ def _members(config: DptConfig, main: str) -> list[str]:
 
 
 def _check_features(config: DptConfig, manifests: Mapping[str, Manifest]) -> None:
-    """UserError unless all sets that hold features hold the same ones, of the recipe's channels. A set may have none."""
+    """Raise UserError unless all sets with features hold the same ones, of the recipe's channels. A set may have none."""
     wanted, first = config.training.feature_alignment.channels, ""
     for name, manifest in manifests.items():
         if "features" not in manifest.members:
@@ -183,7 +183,7 @@ def _vae_sha256(name: str, latent_channels: int) -> str:
 
 
 def _check(config: DptConfig, name: str, manifest: Manifest) -> None:
-    """UserError unless the shards are of the run's task and VAE and fit the network's inputs."""
+    """Raise UserError unless the shards are of the run's task and VAE and fit the network's inputs."""
     tasks = ("depth", "flow", "amodal") if config.task == "generalist" else (config.task,)
     if manifest.task not in tasks:
         raise UserError(f'{name}: the shards are for task "{manifest.task}", dpt.task is "{config.task}"; choose other shards.')

@@ -1,6 +1,6 @@
-"""What is relied on inside DeepSpeed beyond its documentation: each attribute in one function, which names its class.
+"""Undocumented DeepSpeed internals that we rely on: each attribute in one function, which names its class.
 
-Written against DeepSpeed 0.19; setup.py bounds the version, and tests/training/test_deepspeed_internals.py fails where another
+Written against DeepSpeed 0.19; setup.py bounds the version, and tests/training/test_deepspeed_internals.py fails if another
 one differs. Imports run downward only, so two files keep theirs:
 
 - dpt/models/moe_parallel.py passes its layer as a `deepspeed.moe.layer.MoE`. DeepSpeed reads `num_experts`, `ep_size`,
@@ -25,18 +25,18 @@ def keep_gradients(engine: Any) -> None:
 
 
 def reduces_gradients(optimizer: Any) -> bool:
-    """Whether gradients are reduced by the optimizer (these methods of the ZeRO optimizers), not in buckets by the engine."""
+    """Whether the optimizer reduces gradients (these methods of the ZeRO optimizers), not the engine in buckets."""
     return hasattr(optimizer, "reduce_gradients") or hasattr(optimizer, "overlapping_partition_gradients_reduce_epilogue")
 
 
 def drop_step(engine: Any) -> None:
-    """End a step without an update: `DeepSpeedEngine.micro_steps` counts what `step` would have."""
+    """End a step without an update: `DeepSpeedEngine.micro_steps` counts what `step` would have counted."""
     engine.zero_grad()
     engine.micro_steps += 1
 
 
 def overflowed(optimizer: Any) -> bool:
-    """Whether the last step was skipped for gradients that were not finite: `overflow` of all DeepSpeed's optimizers."""
+    """Whether the last step was skipped for non-finite gradients: `overflow` of all DeepSpeed's optimizers."""
     return bool(optimizer.overflow)
 
 
@@ -46,10 +46,10 @@ def grad_norm(optimizer: Any) -> float:
 
 
 def sum_gradients_directly(optimizer: Any) -> None:
-    """Let BF16_Optimizer add each gradient to its float32 sum in one pass; the first of a step takes the sum's place.
+    """Make BF16_Optimizer add each gradient to its float32 sum in one pass; a step's first gradient overwrites the sum.
 
-    It would zero all sums, convert gradients to float32, and add those. And where experts are not spread over ranks, the norm
-    is that of its flat sums, in place of one product a parameter. `_update_hp_grad`, `clear_hp_grads`, `get_grads_for_norm`
+    It would zero all sums, convert gradients to float32, and add those. Where experts are not spread over ranks, the norm
+    is that of its flat sums, instead of one product per parameter. `_update_hp_grad`, `clear_hp_grads`, `get_grads_for_norm`
     and `get_grads_for_reduction` of `BF16_Optimizer` are replaced, its `fp32_groups_gradients`, `fp32_groups_gradients_flat`,
     `fp32_groups_has_gradients` and `has_moe_layers` used.
     """
@@ -99,17 +99,17 @@ _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 def loss_scaler(optimizer: Any) -> Any:
-    """`loss_scaler` of the ZeRO optimizers (a `LossScalerBase`, which says whether it is `dynamic`); None for others."""
+    """`loss_scaler` of the ZeRO optimizers (a `LossScalerBase`, which tells whether it is `dynamic`); None for others."""
     return getattr(optimizer, "loss_scaler", None)
 
 
 def scaler_state(scaler: Any) -> dict[str, Any]:
-    """Where the search for a loss scale stands: plain attributes of `DynamicLossScaler`. Empty without such a search."""
+    """State of the search for a loss scale: plain attributes of `DynamicLossScaler`. Empty without such a search."""
     return {name: getattr(scaler, name) for name in _SCALER} if scaler is not None and scaler.dynamic else {}
 
 
 def set_scaler_state(scaler: Any, state: dict[str, Any]) -> None:
-    """Restore what `scaler_state` gave; nothing without a search."""
+    """Restore a `scaler_state`; does nothing without a search."""
     if scaler is not None and scaler.dynamic:
         for name, value in state.items():
             setattr(scaler, name, value)
@@ -119,7 +119,7 @@ def set_scaler_state(scaler: Any, state: dict[str, Any]) -> None:
 
 
 class Place(NamedTuple):
-    """A rank's part of a parameter: elements offset : offset + numel, mastered in flat[start : start + numel]."""
+    """A rank's part of a parameter: elements offset : offset + numel, whose masters are flat[start : start + numel]."""
 
     flat: Tensor
     start: int
@@ -128,13 +128,13 @@ class Place(NamedTuple):
 
 
 def whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
-    """Of a parameter that ZeRO 3 may have emptied: `ds_shape`."""
+    """Whole shape of a parameter that ZeRO 3 may have emptied: `ds_shape`."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 @contextlib.contextmanager
 def gathered(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """A context in which parameters are whole on every rank, where ZeRO stage 3 has divided them. Collective."""
+    """A context in which parameters that ZeRO stage 3 has partitioned are whole on every rank. Collective."""
     divided = [p for p in parameters if hasattr(p, "ds_id")]
     if not divided:
         yield
@@ -146,7 +146,7 @@ def gathered(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
 
 
 def flat_groups(optimizer: Any) -> list[tuple[list[nn.Parameter], Tensor]] | None:
-    """Of ZeRO 1 and 2: the groups of parameters, each with this rank's flat part of its masters; None for others.
+    """Groups of parameters in ZeRO 1 and 2, each with this rank's flat part of its masters; None for other stages.
 
     `DeepSpeedZeroOptimizer.bit16_groups` and `single_partition_of_fp32_groups`; `BF16_Optimizer.bf16_groups` and
     `fp32_groups_flat_partition`.
@@ -158,7 +158,7 @@ def flat_groups(optimizer: Any) -> list[tuple[list[nn.Parameter], Tensor]] | Non
 
 
 def place_in_group(parameter: nn.Parameter, flat: Tensor) -> Place | None:
-    """In the flat part of its group (`flat_groups`); None if it lies on other ranks.
+    """Place of a parameter in its group's flat part (`flat_groups`); None if it lies on other ranks.
 
     `_hp_mapping`, a `tensor_fragment` with the addresses `lp_fragment_address` in the parameter and `hp_fragment_address` in
     the flat tensor.
@@ -171,7 +171,7 @@ def place_in_group(parameter: nn.Parameter, flat: Tensor) -> Place | None:
 
 
 def place_in_partition(optimizer: Any, parameter: nn.Parameter) -> Place:
-    """Of ZeRO 3, whose last part of a parameter is padded: `numel` may be 0 or less.
+    """Place of a parameter in ZeRO 3, which pads its last part: `numel` may be 0 or less.
 
     `grad_position` by `get_param_id`, `_get_param_partition_rank` and `fp32_partitioned_groups_flat` of
     `DeepSpeedZeroOptimizer_Stage3`; the parameter's `ds_numel`.
@@ -183,7 +183,7 @@ def place_in_partition(optimizer: Any, parameter: nn.Parameter) -> Place:
 
 
 def master_copies(optimizer: Any) -> Iterator[tuple[nn.Parameter, Tensor]]:
-    """Of ZeRO 0 in bf16 or fp16: each parameter with its float32 copy. None in fp32, where parameters are their own masters.
+    """Each parameter and its float32 copy in ZeRO 0, bf16 or fp16. None in fp32, where parameters are their own masters.
 
     `fp16_groups` and `fp32_groups` of `FP16_UnfusedOptimizer`.
     """
@@ -196,12 +196,12 @@ def master_copies(optimizer: Any) -> Iterator[tuple[nn.Parameter, Tensor]]:
 
 
 def refresh_groups(optimizer: Any) -> None:
-    """Of ZeRO 1 and 2: `DeepSpeedZeroOptimizer.update_lp_params`, `BF16_Optimizer.update_lp_params`. Collective."""
+    """Refresh ZeRO 1 and 2: `DeepSpeedZeroOptimizer.update_lp_params`, `BF16_Optimizer.update_lp_params`. Collective."""
     optimizer.update_lp_params()
 
 
 def refresh_partitions(optimizer: Any) -> None:
-    """Of ZeRO 3. Collective.
+    """Refresh ZeRO 3. Collective.
 
     `DeepSpeedZeroOptimizer_Stage3.fp16_partitioned_groups_flat`, `fp32_partitioned_groups_flat`,
     `_unflatten_partitioned_parameters` and `persistent_parameters`: small ones that every rank keeps whole, whose `partition`

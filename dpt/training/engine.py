@@ -1,4 +1,4 @@
-"""DeepSpeed's engine for a recipe, with what differs between its optimizers made uniform."""
+"""DeepSpeed's engine for a recipe, hiding the differences between its optimizers."""
 
 import contextlib
 import copy
@@ -26,10 +26,10 @@ _PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.floa
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """What became of an optimizer step; the same on all ranks."""
+    """Result of an optimizer step, the same on all ranks."""
 
     applied: bool
-    """False: gradients were not finite, and nothing was changed."""
+    """False if gradients were not finite and nothing was changed."""
     grad_norm: float
     """Global norm of the averaged gradient before clipping; not finite if the step was skipped."""
 
@@ -38,7 +38,7 @@ class Engine:
     """A network under training: forward and backward passes, optimizer steps, and the states behind them."""
 
     def __init__(self, recipe: Recipe, module: nn.Module) -> None:
-        """Hand `module` (its forward returns the loss first) over to DeepSpeed. UserError for what DeepSpeed cannot do."""
+        """Hand `module` (its forward returns the loss first) to DeepSpeed. UserError for what DeepSpeed cannot do."""
         _check(recipe)
         self.recipe = recipe
         self.dtype = _PRECISIONS[recipe.precision]
@@ -62,7 +62,7 @@ class Engine:
         with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints memory tables
             self.deepspeed, *_ = deepspeed.initialize(model=module, optimizer=self.optimizer, config=config)
         if distributed.world_size() == 1 and not internals.reduces_gradients(self.deepspeed.optimizer):
-            internals.keep_gradients(self.deepspeed)  # it would copy all gradients into buckets and back, for nobody
+            internals.keep_gradients(self.deepspeed)  # it would needlessly copy all gradients into buckets and back
         internals.sum_gradients_directly(self.deepspeed.optimizer)
         self.optimizer.state.clear()
         if isinstance(self.optimizer, Muon):
@@ -71,13 +71,13 @@ class Engine:
         self.device: torch.device = self.deepspeed.device
 
     def accumulate(self, *inputs: Any) -> tuple[Tensor, ...]:
-        """Forward and backward pass of one micro-batch; returns what the module returns, detached."""
+        """Run the forward and backward pass of one micro-batch; return the module's outputs, detached."""
         outputs = self.deepspeed(*inputs)
         self.deepspeed.backward(outputs[0])
         return tuple(o.detach() if isinstance(o, Tensor) else o for o in outputs)
 
     def end_micro_batch(self) -> None:
-        """Tell DeepSpeed that a micro-batch which is not the step's last is done."""
+        """Tell DeepSpeed that a micro-batch other than the step's last is done."""
         assert not self.deepspeed.is_gradient_accumulation_boundary()
         self.deepspeed.step()
 
@@ -101,7 +101,7 @@ class Engine:
 
     @property
     def loss_scaler(self) -> Any:
-        """DeepSpeed's loss scaler (its plain attributes are its state), or None where there is none."""
+        """DeepSpeed's loss scaler (its plain attributes are its state), or None."""
         return internals.loss_scaler(self.deepspeed.optimizer)
 
 
@@ -134,11 +134,11 @@ def deepspeed_config(recipe: Recipe, world_size: int, numel: int) -> dict[str, A
 
 
 def _let_deepspeed_check(config: dict[str, Any], source: str) -> None:
-    """UserError, with DeepSpeed's reason, for values of its own keys that it does not take."""
+    """Raise UserError, with DeepSpeed's reason, for values of its own keys that it rejects."""
     from deepspeed.runtime.config import DeepSpeedConfig
 
     checked = {name: value for name, value in config.items() if name not in ("train_batch_size", "gradient_accumulation_steps")}
-    try:  # without those, which are divided rightly, and which it multiplies by the ranks that it knows of so far
+    try:  # without the batch split: already right, and DeepSpeed would multiply it by the ranks known so far
         with contextlib.redirect_stdout(io.StringIO()):
             DeepSpeedConfig(copy.deepcopy(checked))
     except Exception as error:  # pydantic's, assertions, and DeepSpeed's own, by the key
@@ -149,7 +149,7 @@ def _let_deepspeed_check(config: dict[str, Any], source: str) -> None:
 
 
 def _check(recipe: Recipe) -> None:
-    """What DeepSpeed would refuse late, or do wrong."""
+    """Refuse what DeepSpeed would refuse late or do wrong."""
     stage, ep_size, where = recipe.zero_stage, recipe.dpt.training.ep_size, recipe.path or "the command line"
     if "scheduler" in recipe.deepspeed:
         raise UserError(f'{where}: "scheduler" is not used; set dpt.training.lr_schedule, lr_final and warmup_steps instead.')

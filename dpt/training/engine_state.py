@@ -1,4 +1,4 @@
-"""An engine's state, copied out of it for a checkpoint and restored from one of any layout."""
+"""Copy an engine's state for a checkpoint, and restore it from a checkpoint of any layout."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -40,7 +40,7 @@ def _copy(tensor: Tensor) -> Tensor:
 
 
 def engine_state(engine: Engine) -> dict[str, Any]:
-    """What else the engine needs to go on exactly: the count of updates, and where the search for a loss scale stands."""
+    """The rest of the engine's state needed to continue exactly: the update count and the state of the loss-scale search."""
     return {"updates": engine.optimizer.updates, "loss_scaler": scaler_state(engine.loss_scaler)}
 
 
@@ -48,8 +48,8 @@ def engine_state(engine: Engine) -> dict[str, Any]:
 def restore(engine: Engine, checkpoint: Path, state: Mapping[str, Any]) -> None:
     """Set weights, moments, averages, buffers and counters from a verified checkpoint of any layout. Collective.
 
-    Averages are matched by decay; one that the checkpoint does not keep starts anew, as its weights. Power-function averages
-    are matched by length; UserError for one that it does not keep, since its profile reaches back to the run's start.
+    Averages are matched by decay; one that the checkpoint lacks starts as its weights. Power-function averages
+    are matched by length; UserError for one that it lacks, since its profile reaches back to the run's start.
     """
     optimizer = engine.optimizer
     kept, lengths = kept_averages(state), kept_lengths(state)

@@ -13,7 +13,7 @@ from dpt.training.step import Inputs
 
 
 class ExpertPictures:
-    """Watches the forward passes of the steps that are drawn; at all others it does nothing, nor where tokens bypass blocks:
+    """Watches the forward passes of steps that are drawn. Does nothing at other steps, nor where tokens bypass blocks:
     experts of different layers then see different ones."""
 
     def __init__(self, network: DiT, config: DptConfig, folder: Path) -> None:
@@ -21,14 +21,14 @@ class ExpertPictures:
         self.tally: RoutingTally | None = None
 
     def begin(self, drawn: bool) -> None:
-        """Before a step: count its routing if it is one that is drawn."""
+        """Start a step; its routing is counted if it is `drawn`."""
         self.tally = None
         if drawn and self.config.model.num_experts and not self.config.training.bypass_share:
             self.tally = RoutingTally(self.network, num_train_timesteps=self.config.diffusion.num_train_timesteps)
 
     @contextmanager
     def watch(self, inputs: Inputs) -> Iterator[None]:
-        """Around a micro-batch's forward and backward pass."""
+        """Watch a micro-batch's forward and backward pass."""
         if self.tally is None:
             yield
             return
@@ -36,7 +36,7 @@ class ExpertPictures:
             yield
 
     def draw(self, step: int, run: Run) -> None:
-        """Save what was counted as `STEP/*.png` and `STEP/routing.npz`, and send it with how even the loads are. Collective."""
+        """Save the counts as `STEP/*.png` and `STEP/routing.npz`, and send them with how even the loads are. Collective."""
         if self.tally is None:
             return
         tally, self.tally = self.tally, None

@@ -1,4 +1,4 @@
-"""Weights out of a checkpoint of any layout, read file by file; needs neither DeepSpeed nor the ranks that wrote it."""
+"""Read weights from a checkpoint of any layout, file by file; needs neither DeepSpeed nor the ranks that wrote it."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -38,8 +38,8 @@ def weights_sections(
     class_names: Sequence[str] = (),
     fits: Mapping[str, Fit] | None = None,
 ) -> dict[str, Any]:
-    """What `config.json` says of exported weights beside the network: the objective, VAE and task that they need, and, where
-    they learnt with these, how targets were coded and pictures brought to their size (`codes`, `fits`, by task), what depth's
+    """Sections of exported weights' `config.json` beside the network: objective, VAE and task, and, where training used
+    them, how targets were coded and pictures resized (`codes`, `fits`, by task), what depth's
     second condition showed, and the classes."""
     return {
         "diffusion": dataclasses.asdict(config.diffusion),
@@ -56,9 +56,9 @@ def weights_sections(
 def export(checkpoint: str | Path, out: str | Path, *, ema_decay: float | None = None, ema_length: float | None = None) -> Path:
     """Write a checkpoint's weights, plain and averaged, as the folder `out` that evaluation and the next stage load.
 
-    `checkpoint`: a `step_...` folder, or a folder of such (or of a run), whose newest is taken. `ema_decay`: the average to
+    `checkpoint`: a `step_...` folder, or a folder of these (or of a run), whose newest is used. `ema_decay`: the average to
     export, one of its `dpt.training.ema_decays`; None: the first. `ema_length`: instead an average of this relative length,
-    made of the run's snapshots (`dpt.training.rebuilding`). UserError if something is damaged, or there is no such average.
+    built from the run's snapshots (`dpt.training.rebuilding`). UserError if something is damaged or there is no such average.
     """
     folder = resolve_checkpoint(Path(checkpoint))
     if ema_length is not None:
@@ -71,7 +71,7 @@ def export(checkpoint: str | Path, out: str | Path, *, ema_decay: float | None =
 
 
 def rebuilt_weights(checkpoint: Path, length: float) -> Weights:
-    """A checkpoint's weights averaged with the relative length `length`; "lineage" says it, and how well it is met."""
+    """A checkpoint's weights averaged with the relative length `length`; "lineage" records it and the residual."""
     plain = checkpoint_weights(checkpoint, ema=False)
     averages, residual = rebuild(checkpoint, length)
     lineage = plain.sections["lineage"] | {"ema_length": length, "ema_residual": residual}
@@ -80,7 +80,7 @@ def rebuilt_weights(checkpoint: Path, length: float) -> Weights:
 
 
 def load_weights(path: str | Path, *, ema: bool) -> Weights:
-    """Weights to start from: of a checkpoint (or a run's folder of them), or of any format that `read_weights` knows.
+    """Load weights to start from: of a checkpoint (or a run's folder of them), or of any format that `read_weights` knows.
 
     Collective. Rank 0 chooses the checkpoint: a run in progress may have written another before a late rank looks.
     """
@@ -93,7 +93,7 @@ def load_weights(path: str | Path, *, ema: bool) -> Weights:
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Whether `folder` is a checkpoint, or holds some."""
+    """Whether `folder` is a checkpoint or holds checkpoints."""
     return (folder / STATE_NAME).is_file() or bool(find_checkpoints(folder) or find_checkpoints(folder / CHECKPOINTS))
 
 
@@ -108,7 +108,7 @@ def resolve_checkpoint(folder: Path) -> Path:
 
 
 def checkpoint_weights(checkpoint: Path, *, ema: bool, ema_decay: float | None = None, check: bool = True) -> Weights:
-    """All weights of a checkpoint, float32, experts stacked by global id. `check`: hash its files first.
+    """Load all weights of a checkpoint, float32, experts stacked by global id. `check`: hash its files first.
 
     `ema`: averaged ones, by the decay `ema_decay` (None: the first of `dpt.training.ema_decays`); plain ones if the run kept
     none. UserError as for `export`.

@@ -1,4 +1,4 @@
-"""The end of a run that cannot go on, with what is known of its cause."""
+"""End a run that cannot continue, reporting what is known of the cause."""
 
 import contextlib
 import json
@@ -11,13 +11,13 @@ from dpt.training.fragments import fragments
 
 
 class TrainingFailed(Exception):
-    """Training cannot go on, on all ranks; the text is the report."""
+    """Training cannot continue on any rank; the text is the report."""
 
 
 def failure_report(engine: Engine, output_dir: Path, step: int, loss: float, keys: list[str], rewound: bool) -> str:
-    """Why steps up to `step` were not finite, as far as known; more of it in `output_dir`/failure.json. Collective.
+    """Explain why steps up to `step` were not finite, as far as known; details go to `output_dir`/failure.json. Collective.
 
-    `loss`: the last one; `keys`: this rank's samples in it; `rewound`: whether the run has rewound before.
+    `loss`: the last one; `keys`: its samples on this rank; `rewound`: whether the run has rewound before.
     """
     squares = {f.name: float(f.master().double().square().sum()) for f in fragments(engine.deepspeed) if f.owned}
     names = sorted({name for part in distributed.gather_objects(sorted(squares)) for name in part})
@@ -41,5 +41,5 @@ def failure_report(engine: Engine, output_dir: Path, step: int, loss: float, key
 
 
 def _json(value: float) -> float | str:
-    """JSON has no NaN and no infinity."""
+    """The value as JSON, which has neither NaN nor infinity."""
     return value if math.isfinite(value) else str(value)

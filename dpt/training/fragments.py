@@ -1,4 +1,4 @@
-"""Where DeepSpeed keeps the float32 master weights and optimizer states, in terms of the model's own parameters.
+"""Locate DeepSpeed's float32 master weights and optimizer states in terms of the model's own parameters.
 
 Each of DeepSpeed's optimizers flattens and partitions in its own way. Here a rank's share of any of them is a list of
 fragments: runs of consecutive elements of a parameter that all layouts name and number alike. Experts count as slices of the
@@ -15,25 +15,25 @@ from torch import Tensor, nn
 from dpt.training import deepspeed_internals as internals
 
 PREFIX = "network."
-"""Of the names of the network's parameters inside the module that DeepSpeed trains (`dpt.training.step.LossModule`)."""
+"""Prefix of the network's parameter names inside the module that DeepSpeed trains (`dpt.training.step.LossModule`)."""
 BESIDE = "alignment."
-"""Of the names of parameters that are trained beside the network's (`dpt.training.alignment.Projectors`)."""
+"""Prefix of the names of parameters trained beside the network's (`dpt.training.alignment.Projectors`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fragment:
-    """Elements `offset : offset + numel` of the flattened parameter `name`, mastered in `flat[start : start + numel]`."""
+    """Elements `offset : offset + numel` of the flattened parameter `name`, whose masters are `flat[start : start + numel]`."""
 
     name: str
     shape: tuple[int, ...]
-    """Of the whole parameter, all experts included."""
+    """Shape of the whole parameter, all experts included."""
     offset: int
     numel: int
     flat: Tensor
     """The tensor that the optimizer updates, which is also the key of its state."""
     start: int
     owned: bool
-    """Whether this rank writes it; replicas of it on other ranks do not."""
+    """Whether this rank writes it; replicas on other ranks do not."""
 
     def master(self) -> Tensor:
         """The float32 weights, a view [numel]."""
@@ -48,7 +48,7 @@ class Fragment:
 
 
 def parameter_layout(module: nn.Module) -> dict[str, tuple[nn.Parameter, tuple[int, ...], int]]:
-    """By name: each trained parameter, the shape of the whole (all experts), and where the part held here begins in it."""
+    """Each trained parameter by name, with the shape of the whole (all experts) and where the part held here begins in it."""
     first_expert: dict[int, Any] = {
         id(p): (layer.first_expert, layer.num_experts)
         for layer in module.modules()
@@ -68,7 +68,7 @@ def parameter_layout(module: nn.Module) -> dict[str, tuple[nn.Parameter, tuple[i
 
 
 def of_network(name: str) -> bool:
-    """Whether the trained parameter `name` is one of the network's: what exported weights hold."""
+    """Whether the trained parameter `name` is one of the network's, which exported weights hold."""
     return not name.startswith(BESIDE)
 
 
@@ -96,7 +96,7 @@ def fragments(engine: Any) -> list[Fragment]:
 
 
 def _partitioned_groups(groups: list[tuple[list[nn.Parameter], Tensor]], layout: dict[str, Any]) -> Iterator[Fragment]:
-    """ZeRO 1 and 2 (and 1 with float32 accumulation): each group of parameters is one flat tensor, cut by rank."""
+    """Fragments of ZeRO 1 and 2 (and 1 with float32 accumulation): each group of parameters is one flat tensor, cut by rank."""
     flat_of = {id(p): flat for group, flat in groups for p in group}
     for name, (parameter, shape, first) in layout.items():
         place = internals.place_in_group(parameter, flat_of[id(parameter)])
@@ -105,7 +105,7 @@ def _partitioned_groups(groups: list[tuple[list[nn.Parameter], Tensor]], layout:
 
 
 def _partitioned_parameters(optimizer: Any, layout: dict[str, Any]) -> Iterator[Fragment]:
-    """ZeRO 3: each parameter is cut by rank, the last cut padded."""
+    """Fragments of ZeRO 3: each parameter is cut by rank, the last cut padded."""
     for name, (parameter, shape, _) in layout.items():
         place = internals.place_in_partition(optimizer, parameter)
         if place.numel > 0:
@@ -113,20 +113,20 @@ def _partitioned_parameters(optimizer: Any, layout: dict[str, Any]) -> Iterator[
 
 
 def _fragment(name: str, shape: tuple[int, ...], place: internals.Place, first: int) -> Fragment:
-    """`first`: where the part of the parameter that is held here begins in the whole."""
+    """Make a fragment. `first`: where the part of the parameter held here begins in the whole."""
     flat, start, offset, numel = place
     return Fragment(name=name, shape=shape, offset=first + offset, numel=numel, flat=flat, start=start, owned=True)
 
 
 def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
-    """The buffers that belong to the weights, which are the same on all ranks (experts' routing biases)."""
+    """The buffers that belong to the weights and are the same on all ranks (experts' routing biases)."""
     saved = module.state_dict().keys()
     return {name.removeprefix(PREFIX): buffer for name, buffer in module.named_buffers() if name in saved}
 
 
 @torch.no_grad()
 def refresh_weights(engine: Any) -> None:
-    """Make the weights that the network computes with those of the master copies. Collective."""
+    """Update the network's working weights from the master copies. Collective."""
     optimizer = engine.optimizer
     if engine.zero_optimization_stage() == 3:
         internals.refresh_partitions(optimizer)
@@ -146,7 +146,7 @@ def whole_weights(
     names: Collection[str] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Iterator[tuple[str, Tensor]]:
-    """The network's parameters by name (`names`: these alone), each one's weights (`state` "master") or optimizer state of its
+    """Yield the network's parameters by name (only `names`): each one's weights (`state` "master") or optimizer state in its
     shape ("ema0"), whole, as `dtype`.
 
     On every rank, on its device, one parameter at a time. Collective: all ranks go through all of them.
@@ -165,8 +165,8 @@ def whole_weights(
 
 
 def copy_weights(engine: Any, optimizer: Any, state: str, network: nn.Module) -> None:
-    """Give a whole network, or its first blocks, the weights `state` (as `whole_weights` takes it) and the buffers of the one
-    that is trained, in the type and on the device of its own. Collective."""
+    """Copy the weights `state` (see `whole_weights`) and the buffers of the trained network into a whole network, or its
+    first blocks, keeping the latter's dtype and device. Collective."""
     waiting = network.state_dict()  # shares the network's memory
     dtype = next(network.parameters()).dtype
     for name, whole in whole_weights(engine, optimizer, state, names=set(waiting), dtype=dtype):

@@ -1,4 +1,4 @@
-"""Which parameters share a learning rate: the optimizer's groups, as DeepSpeed partitions them."""
+"""Group parameters by learning rate: the optimizer's groups, as DeepSpeed partitions them."""
 
 from collections import defaultdict
 from typing import Any
@@ -14,8 +14,8 @@ from dpt.training.muon import matrices
 def parameter_groups(
     module: nn.Module, config: ModelConfig, weight_decay: float, *, with_muon: bool = False
 ) -> list[dict[str, Any]]:
-    """The trained parameters, by what their learning rate is divided by ("rate_divisor", muP) and whether Muon trains them
-    ("muon"); experts that are spread over ranks apart from the rest, as DeepSpeed needs them."""
+    """Group the trained parameters by the divisor of their learning rate ("rate_divisor", muP) and whether Muon trains them
+    ("muon"); experts spread over ranks are separate from the rest, as DeepSpeed requires."""
     parts: dict[tuple[float, bool], list[nn.Parameter]] = defaultdict(list)
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:

@@ -29,9 +29,9 @@ from dpt.training.validation import Best, OpenValidator, export_averaged
 
 
 def train(recipe: Recipe, stage_name: str, open_validator: OpenValidator | None = None) -> None:
-    """Run a stage: from its start, or its newest checkpoint, to exported weights. Raises UserError and TrainingFailed.
+    """Run a stage from its start, or its newest checkpoint, to exported weights. Raises UserError and TrainingFailed.
 
-    `open_validator`: makes what scores networks for `dpt.validation`.
+    `open_validator`: makes the scorer of networks for `dpt.validation`.
     """
     training, output_dir = recipe.dpt.training, Path(recipe.dpt.training.output_dir)
     with held(output_dir):
@@ -53,7 +53,7 @@ class Trainer(Session):
     """The course of a run, step by step."""
 
     def run(self) -> None:
-        """Train to the last step (or to a signal), checkpoint, and export. Raises TrainingFailed."""
+        """Train to the last step (or a signal), checkpoint, and export. Raises TrainingFailed."""
         try:
             self._train()
         except TrainingFailed:  # on all ranks together
@@ -61,7 +61,7 @@ class Trainer(Session):
             raise
         except Exception as error:
             if not isinstance(error, UserError):
-                time.sleep(3.0)  # a lost connection is somebody else's failure, which the watchdog then names
+                time.sleep(3.0)  # a lost connection is another rank's failure, which the watchdog names
             self.watchdog.fail(str(error), 2 if isinstance(error, UserError) else 1)
             raise
 
@@ -91,8 +91,8 @@ class Trainer(Session):
         return self._finish()
 
     def _accumulate(self) -> tuple[Losses, list[str]]:
-        """Forward and backward passes of a step's micro-batches: the last one's losses, but the mean `loss` and all tokens of
-        the step, and the samples' keys."""
+        """Run the forward and backward passes of a step's micro-batches; return the last one's losses, but with the mean `loss`
+        and all tokens of the step, and the samples' keys."""
         keys: list[str] = []
         loss: Any = 0.0
         earlier: EarlierRouting | None = None
@@ -129,7 +129,7 @@ class Trainer(Session):
         mean_loss = distributed.all_reduce_mean({"loss": float(losses.loss)})["loss"]
         scaler = self.engine.loss_scaler
         if scaler is not None and scaler.dynamic and math.isfinite(mean_loss):
-            return False  # fp16 looks for the largest loss scale that does not overflow: no fault
+            return False  # fp16's search for the largest loss scale without overflow: not a fault
         self.state.skipped_in_a_row += 1
         distributed.log(f"step {self.state.step}: loss or gradient not finite; the step is skipped on all ranks.")
         if self.state.skipped_in_a_row < self.training.max_skipped_steps:
@@ -144,21 +144,21 @@ class Trainer(Session):
         self.recorder.step_done(self.state.step, result, lr, **counts, skipped_samples=self.state.skipped_samples.count)
 
     def _expert_distance(self) -> dict[str, float]:
-        """How different experts are, mean over layers, at the steps where that is measured. Collective."""
+        """Mean expert distance over layers, at the steps where it is measured. Collective."""
         every = self.training.expert_distance_every
         if not every or (self.state.step % every and self.state.step != self.training.steps):
             return {}
         return {"experts/distance": float(expert_distances(self.engine.module.network, gathered).mean())}  # type: ignore[arg-type]
 
     def _agree_to_stop(self) -> bool:
-        """Whether any rank was asked to stop; also completes the checkpoint that all ranks have written."""
+        """Whether any rank was asked to stop; also completes a checkpoint that all ranks have written."""
         flags = self.control.agree(stop=bool(self.control.signal), busy=self.saver.busy)
         if self.saver.pending and not flags["busy"]:
             self.saver.finish()
         return flags["stop"] > 0
 
     def _validate(self) -> bool:
-        """Score the averaged weights, if it is time to; whether the run ends here for want of a better score."""
+        """Score the averaged weights if due; return whether the run ends here for lack of a better score."""
         every = self.config.validation.every
         if self.validator is None or (self.state.step % every and self.state.step < self.training.steps):
             return False
@@ -181,7 +181,7 @@ class Trainer(Session):
         return self.state.best.stopped
 
     def _save_and_draw(self) -> None:
-        """What is due after a step that is not the last one."""
+        """Save and draw whatever is due after any step but the last."""
         every, step = self.training.checkpoint_every, self.state.step
         if step == self.training.steps:
             return
@@ -195,7 +195,7 @@ class Trainer(Session):
         return step == self.training.steps or (every > 0 and step % every == 0)
 
     def _draw(self) -> None:
-        """Routing, if there are experts; class samples, while pre-training."""
+        """Draw routing, if there are experts, and class samples while pre-training."""
         self.expert_pictures.draw(self.state.step, self.tracking)
         if self.config.task != "class":
             return
@@ -205,7 +205,7 @@ class Trainer(Session):
             distributed.log(f"Class samples: {path}")
 
     def _leave(self) -> None:
-        """A signal asked the run to stop: save, so that the same command can resume it."""
+        """Save after a stop signal, so that the same command can resume the run."""
         self.save()
         if not self.saver.finish():
             raise TrainingFailed("the run was asked to stop, and its state could not be saved.")
@@ -214,11 +214,11 @@ class Trainer(Session):
         self.close("KILLED")
 
     def _finish(self) -> None:
-        """The last checkpoint, pictures and exported weights."""
+        """Write the last checkpoint, pictures and exported weights."""
         last = self.saver.folder / checkpoint_name(self.state.step)
         if self.saver.pending:
             self.saver.finish()
-        self.save()  # in place of one of the same name, which cannot be whole: the run would not have got here
+        self.save()  # replaces one of this name, which cannot be complete, or the run would not be here
         if not self.saver.finish():
             raise TrainingFailed("the last checkpoint could not be written; make room and start the same command again.")
         self._draw()

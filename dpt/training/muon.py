@@ -1,11 +1,11 @@
-"""Muon: momentum made orthogonal for the matrices of the blocks, AdamW for all else.
+"""Muon: orthogonalised momentum for the matrices of the blocks, AdamW for everything else.
 
 Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024; scaled so that updates are as large as AdamW's
 (root mean square 0.2 times the rate) by Liu et al., "Muon is Scalable for LLM Training", 2025, section 2.2. Matrices in one
-parameter (queries, keys, values; the six parts of adaLN; SwiGLU's gate and input; experts) are made orthogonal each by itself.
+parameter (queries, keys, values; the six parts of adaLN; SwiGLU's gate and input; experts) are orthogonalised separately.
 
-ZeRO 1 and 2 cut the parameters of a group into one run of numbers a rank. Most matrices lie within a rank's run, which makes
-them orthogonal alone; the few that a cut goes through are summed over ranks, one at a time, and each rank takes its part.
+ZeRO 1 and 2 cut a group's parameters into one run of numbers per rank. Most matrices lie within one rank's run, and that rank
+orthogonalises them alone; the few that a cut divides are summed over ranks, one at a time, and each rank takes its part.
 """
 
 import math
@@ -21,18 +21,18 @@ from dpt.training.fragments import Fragment
 from dpt.training.optimizer import AdamWEMA
 
 ITERATIONS = 5
-_A, _B, _C = 3.4445, -4.7750, 2.0315  # of Jordan et al.: singular values come to lie in 0.7 to 1.2
+_A, _B, _C = 3.4445, -4.7750, 2.0315  # Jordan et al.: singular values end up in 0.7 to 1.2
 _PARTS = (
     (re.compile(r"blocks\.\d+\.attn\.qkv\.weight"), 3),
     (re.compile(r"blocks\.\d+\.adaLN_modulation\.1\.weight"), 6),
     (re.compile(r"blocks\.\d+\.moe\.(shared\.gate_up\.|experts\.gate_up_)weight"), 2),
     (re.compile(r"blocks\.\d+\.(attn\.proj\.|mlp\.fc[12]\.|moe\.shared\.down\.|moe\.experts\.(down|fc1|fc2)_)weight"), 1),
 )
-"""Parameters that Muon trains, with the matrices in each (of one expert)."""
+"""Parameters that Muon trains, with the number of matrices in each (per expert)."""
 
 
 def matrices(name: str, shape: Sequence[int]) -> tuple[int, int, int] | None:
-    """The parameter as a stack of matrices: (how many, rows, columns); None if AdamW trains it."""
+    """View the parameter as a stack of matrices: (how many, rows, columns); None if AdamW trains it."""
     for pattern, parts in _PARTS:
         if pattern.fullmatch(name):
             *experts, rows, columns = shape
@@ -41,7 +41,7 @@ def matrices(name: str, shape: Sequence[int]) -> tuple[int, int, int] | None:
 
 
 def orthogonal(stack: Tensor) -> Tensor:
-    """The matrices [N, R, C] with their singular values brought near 1 by Newton and Schulz's iteration, in float32.
+    """Bring the singular values of the matrices [N, R, C] near 1 by Newton and Schulz's iteration; returns float32.
 
     Computed in bf16 on GPUs, in float32 elsewhere. A zero matrix stays zero.
     """
@@ -66,16 +66,16 @@ class Run(NamedTuple):
 
     @property
     def is_whole(self) -> bool:
-        """Whether all of the matrices is here."""
+        """Whether all elements of the matrices are here."""
         return self.high - self.low == len(self.matrices) * self.rows * self.columns
 
     def of(self, flat: Tensor) -> Tensor:
-        """These elements of the tensor that the fragment lies in, a view."""
+        """A view of these elements in the tensor that holds the fragment."""
         return flat.view(-1).narrow(0, self.fragment.start + self.low - self.fragment.offset, self.high - self.low)
 
 
 def runs(fragment: Fragment) -> Iterator[Run]:
-    """The matrices of a fragment: the whole ones together, one that a cut goes through by itself."""
+    """Split a fragment into runs: its whole matrices together, each matrix divided by a cut separately."""
     stack = matrices(fragment.name, fragment.shape)
     assert stack is not None
     _, rows, columns = stack
@@ -89,9 +89,9 @@ def runs(fragment: Fragment) -> Iterator[Run]:
 
 
 class Muon(AdamWEMA):
-    """Muon for the parameters of groups that say "muon", AdamW for the others, averages of all: states as `AdamWEMA` has them.
+    """Muon for the parameters of groups marked "muon", AdamW for the others, averages of all; states as in `AdamWEMA`.
 
-    The state of what Muon trains is `momentum` in place of the two moments. `set_layout` comes before the first step.
+    Parameters that Muon trains have `momentum` instead of the two moments. Call `set_layout` before the first step.
     """
 
     def __init__(self, params: Any, options: Mapping[str, Any], **averages: Any) -> None:
@@ -109,7 +109,7 @@ class Muon(AdamWEMA):
         return ["momentum"] if trained else super()._moments(param)
 
     def set_layout(self, fragments: Sequence[Fragment]) -> None:
-        """Tell it which fragments of the parameters this rank's tensors hold. Collective."""
+        """Set the parameters' fragments that this rank's tensors hold. Collective."""
         for group in self.param_groups:
             if group["muon"]:
                 tensors = {id(param) for param in group["params"]}
@@ -131,7 +131,7 @@ class Muon(AdamWEMA):
                 self._update_matrices(group)
 
     def _update_matrices(self, group: dict[str, Any]) -> None:
-        """All ranks together: those of cut matrices exchange them."""
+        """Update a group's matrices. Collective: ranks exchange the matrices that cuts divide."""
         for param in group["params"]:
             if param.grad is not None:
                 self.ensure_state(param)["momentum"].lerp_(param.grad, 1 - self.momentum)
@@ -150,17 +150,17 @@ class Muon(AdamWEMA):
                 _apply(part, update[part.low - first : part.high - first], group["lr"])
 
     def _direction(self, run: Run) -> Tensor:
-        """Nesterov's: the gradient taken towards its momentum."""
+        """Nesterov's direction: the gradient interpolated towards its momentum."""
         flat = run.fragment.flat
         assert flat.grad is not None
         return run.of(flat.grad.contiguous()).float().lerp(run.of(self.state[flat]["momentum"]), self.momentum)
 
 
 def _apply(run: Run, update: Tensor, lr: float) -> None:
-    """Take a step against `update`, whose numbers are about 1 / sqrt of the matrices' longer side, scaled to 0.2."""
+    """Step against `update`, whose elements are about 1 / sqrt of the matrices' longer side, scaled to 0.2."""
     run.of(run.fragment.flat.detach()).add_(update, alpha=-lr * 0.2 * math.sqrt(max(run.rows, run.columns)))
 
 
 def _key(group: Mapping[str, Any]) -> int:
-    """Of the group as DeepSpeed partitions it, also while it shows the optimizer one group at a time."""
+    """Identify the group as DeepSpeed partitions it, even while it shows the optimizer one group at a time."""
     return id(group["params"][0])

@@ -1,4 +1,4 @@
-"""AdamW that averages the weights as it goes, and the course of the learning rate."""
+"""AdamW with running averages of the weights, and the learning-rate schedule."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,7 +12,7 @@ from dpt.errors import UserError
 from dpt.training.averages import exponent, new_share
 
 DEFAULTS: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
-"""DiT's recipe (Peebles and Xie 2023, section 4), where "optimizer.params" is silent."""
+"""DiT's recipe (Peebles and Xie 2023, section 4), used where "optimizer.params" is silent."""
 
 
 class AdamWEMA(torch.optim.AdamW):
@@ -20,15 +20,15 @@ class AdamWEMA(torch.optim.AdamW):
 
     As states `ema0`, `ema1`, ... beside `exp_avg`, the averages are float32 whatever the compute type, and ZeRO shards them
     with the moments. They start as the initial weights: ema <- decay ema + (1 - decay) weights after every update.
-    Averages by power functions (`dpt.training.averages`) are the states `power0`, `power1`, ...: their first update makes them
+    Power-function averages (`dpt.training.averages`) are the states `power0`, `power1`, ...: their first update sets them to
     the weights.
 
     Args:
         params: Parameters or groups of them.
         options: `lr`, `betas`, `eps`, `weight_decay`.
-        ema_decays: One decay an average; averages of decay 0 are the weights themselves and are not stored.
+        ema_decays: One decay per average; averages of decay 0 are the weights themselves and are not stored.
         ema_warmup: Use decay min(d, (1 + n) / (10 + n)) at the n-th update.
-        ema_lengths: One relative length a power-function average.
+        ema_lengths: One relative length per power-function average.
     """
 
     def __init__(
@@ -46,14 +46,14 @@ class AdamWEMA(torch.optim.AdamW):
         self.ema_lengths = {f"power{index}": length for index, length in enumerate(ema_lengths)}
         self._exponents = {name: exponent(length) for name, length in self.ema_lengths.items()}
         self.updates = 0
-        """Updates made so far, which the caller counts; skipped steps do not."""
+        """Updates made so far, counted by the caller; skipped steps do not count."""
 
     def state_names(self) -> list[str]:
-        """Names of the states that have the shape of the parameters."""
+        """Names of the states that have the parameters' shape."""
         return ["exp_avg", "exp_avg_sq", *self._averages()]
 
     def names_of(self, param: torch.Tensor) -> list[str]:
-        """Names of those that `param` has."""
+        """Names of the states that `param` has."""
         return [*self._moments(param), *self._averages()]
 
     def _moments(self, param: torch.Tensor) -> list[str]:
@@ -74,7 +74,7 @@ class AdamWEMA(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One update of the current groups' parameters that have gradients. DeepSpeed calls it once for each group."""
+        """Update the current groups' parameters that have gradients. DeepSpeed calls it once per group."""
         params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         states = [self.ensure_state(p) for p in params]
         self._update()
@@ -84,23 +84,23 @@ class AdamWEMA(torch.optim.AdamW):
             torch._foreach_lerp_([state[name] for state in states], params, share)
 
     def _update(self) -> None:
-        """Update the current groups' parameters, whose states there are."""
+        """Update the current groups' parameters, whose states exist."""
         super().step()
 
     def _new_shares(self) -> dict[str, float]:
-        """The share that the new weights get in each average."""
-        number = self.updates + 1  # not asked of a state, which may be on a GPU
+        """The new weights' share in each average."""
+        number = self.updates + 1  # not read from a state, which may be on a GPU
         longest = (1 + number) / (10 + number) if self.ema_warmup else 1.0
         shares = {name: 1.0 - min(decay, longest) for name, decay in self.ema_decays.items()}
         return shares | {name: new_share(power, number) for name, power in self._exponents.items()}
 
 
 def optimizer_options(block: Mapping[str, Any]) -> dict[str, Any]:
-    """The options in DeepSpeed's "optimizer" object over the defaults; UserError for what its optimizer does not know."""
+    """The options in DeepSpeed's "optimizer" object over the defaults; UserError for unknown options."""
     kind = "Muon" if trains_with_muon(block) else "AdamW"
     defaults = DEFAULTS | ({"momentum": 0.95} if kind == "Muon" else {})
     given = dict(block.get("params", {}))
-    for name in ("torch_adam", "adam_w_mode"):  # DeepSpeed's switches between implementations; there is one here
+    for name in ("torch_adam", "adam_w_mode"):  # DeepSpeed's choice of implementation; there is only one here
         given.pop(name, None)
     unknown = sorted(set(given) - set(defaults))
     if unknown:

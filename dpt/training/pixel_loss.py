@@ -1,4 +1,4 @@
-"""The loss of decoded predictions, with gradients through the frozen decoder of the VAE."""
+"""The loss on decoded predictions, with gradients through the VAE's frozen decoder."""
 
 from collections.abc import Callable, Mapping
 
@@ -13,13 +13,13 @@ from dpt.diffusion import pixel_losses as losses
 
 
 class PixelLoss:
-    """What `dpt.pixel_loss` asks for. The truth is the decoded target latents: what a perfect prediction would decode to.
+    """The loss that `dpt.pixel_loss` configures. The truth is the decoded target latents: a perfect prediction's decoding.
 
-    Not a module: DeepSpeed must neither train nor divide the decoder's weights.
+    Not a module: DeepSpeed must neither train nor partition the decoder's weights.
     """
 
     def __init__(self, config: DptConfig, codec: VAECodec, *, codes: Mapping[str, str] | None = None) -> None:
-        """`codec`: on the training device, of the shards; `codes`: of their targets, by task (None: the default ones)."""
+        """`codec`: the shards' VAE, on the training device; `codes`: of their targets, by task (None: the defaults)."""
         self.config, self.codec, self.codes = config.pixel_loss, codec, {**target_codes.codes_of({}, ""), **(codes or {})}
         self.checkpointing = config.training.activation_checkpointing
         names = (config.task,) if config.task != "generalist" else ("depth", "flow", "amodal")
@@ -55,7 +55,7 @@ class PixelLoss:
         return self.codec.decode_with_gradients(latents)
 
     def _depth(self, prediction: Tensor, truth: Tensor, valid: Tensor) -> Tensor:
-        """Errors after the fit that evaluation makes too, of depth, and of edges; in units of the target's code, [-1, 1]."""
+        """Errors of depth and of edges after the fit that evaluation makes too, in units of the target's code, [-1, 1]."""
         code = self.codes["depth"]
         true = _depth_of(truth, code)
         residual = losses.affine_residual(2 * _depth_of(prediction, code) - 1, 2 * true - 1, valid)
@@ -64,7 +64,7 @@ class PixelLoss:
         return error(residual, valid) + self.config.gradient_weight * losses.gradient_error(residual, valid)
 
     def _flow(self, prediction: Tensor, truth: Tensor, valid: Tensor, *, axis: int) -> Tensor:
-        """End-point error of the component that the sample's target is, in pixels of the training image."""
+        """End-point error of the sample's target component, in pixels of the training image."""
         extent = prediction.shape[-1 - axis]
         found, true = (target_codes.decode_flow(image, axis, extent, self.codes["flow"]) for image in (prediction, truth))
         return losses.absolute_error(found - true, valid)
@@ -80,7 +80,7 @@ class PixelLoss:
 def _depth_of(image: Tensor, code: str) -> Tensor:
     """Image `[B, 3, H, W]` in a depth code -> depth `[B, H, W]`, in [0, 1] up to scale and shift.
 
-    Beyond the code's range it goes on along the tangent, so that gradients lead back.
+    Beyond the code's range it continues along the tangent, so that gradients lead back.
     """
     values = (image.mean(1) + 1.0) / 2.0
     inside = values.clamp(0.0, 1.0)
@@ -89,5 +89,5 @@ def _depth_of(image: Tensor, code: str) -> Tensor:
 
 
 def _enlarged(valid: Tensor, factor: int) -> Tensor:
-    """`[B, h, w]` of latents -> float32 `[B, H, W]` of pixels."""
+    """Enlarge a mask `[B, h, w]` of latents to float32 `[B, H, W]` of pixels."""
     return valid.float().repeat_interleave(factor, -2).repeat_interleave(factor, -1)

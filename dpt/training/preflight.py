@@ -1,4 +1,4 @@
-"""Before any work: can this recipe run on these ranks with this memory, and if not, which shipped recipe can?"""
+"""Check before any work whether a recipe can run on these ranks with this memory, and if not, which shipped recipe can."""
 
 import re
 import socket
@@ -16,29 +16,29 @@ from dpt.models.recipe_costs import alignment_bytes, alignment_params, decoder_b
 from dpt.models.vae_costs import vae_config, vae_size
 
 OVERHEAD_BYTES = 600 * 2**20
-"""What a training process holds beside its tensors: the interpreter, libraries, communication buffers."""
+"""Memory of a training process beside its tensors: the interpreter, libraries, communication buffers."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Needs:
-    """What a recipe asks of a machine."""
+    """A recipe's requirements on a machine."""
 
     memory: Memory
-    """Of a rank's tensors, by the cost model."""
+    """Memory of a rank's tensors, by the cost model."""
     ranks: int
-    """The ranks it is counted for: those given, or as many as expert parallelism needs."""
+    """The number of ranks assumed: those given, or as many as expert parallelism needs."""
     missing_shards: list[str]
     snapshots: int = 0
-    """Bytes that all snapshots of averages take on the disk, at most."""
+    """Maximum disk space, in bytes, of all snapshots of averages."""
 
     @property
     def bytes_per_rank(self) -> int:
-        """Of its tensors on the device and its process."""
+        """Bytes of a rank's device tensors and process."""
         return self.memory.total + OVERHEAD_BYTES
 
     @property
     def plan(self) -> str:
-        """What the memory of a rank goes to, in one line."""
+        """A rank's memory by purpose, in one line."""
         sizes = {field.name.replace("_", " "): getattr(self.memory, field.name) for field in fields(Memory)}
         host = sizes.pop("host")
         sizes["process"] = OVERHEAD_BYTES
@@ -51,12 +51,12 @@ class Needs:
 
 @dataclass(frozen=True, kw_only=True)
 class Available:
-    """Memory that one rank can have, in bytes."""
+    """Memory available to one rank, in bytes."""
 
     device: int
-    """Free on its GPU; without GPUs, its share of what is free on this machine."""
+    """Free memory on its GPU; without GPUs, its share of this machine's free memory."""
     host: int | None
-    """Its share of what is free on this machine beside its GPU; None without GPUs."""
+    """Its share of this machine's free memory beside its GPU; None without GPUs."""
 
 
 def needs(recipe: Recipe, stage: str, world_size: int) -> Needs:
@@ -101,7 +101,7 @@ def needs(recipe: Recipe, stage: str, world_size: int) -> Needs:
 
 
 def available() -> Available:
-    """Memory that one rank can have. Opens a CUDA context where there are GPUs, so `distributed.set_device` comes first."""
+    """Memory available to one rank. Opens a CUDA context where there are GPUs, so `distributed.set_device` comes first."""
     import psutil
     import torch
 
@@ -113,7 +113,7 @@ def available() -> Available:
 
 
 def check_ranks(recipe: Recipe, stage: str, world_size: int) -> Needs:
-    """What the recipe needs; a UserError if it cannot run as `stage` on `world_size` ranks, the same on all of them."""
+    """The recipe's requirements; UserError, the same on all ranks, if it cannot run as `stage` on `world_size` ranks."""
     check_recipe(recipe, max(world_size, recipe.dpt.training.ep_size), stage)
     required = needs(recipe, stage, world_size)
     if world_size < recipe.dpt.training.ep_size:
@@ -126,9 +126,9 @@ def check_ranks(recipe: Recipe, stage: str, world_size: int) -> Needs:
 
 
 def check_memory(recipe: Recipe, stage: str, required: Needs, free: Available) -> None:
-    """A UserError (with `dpt.training.check_memory` "warn": one line) if some rank has less free memory than it needs.
+    """Raise UserError (with `dpt.training.check_memory` "warn": print one line) if a rank has less free memory than it needs.
 
-    `free`: this rank's, from before it met the others. The message says what is needed, what is free and where, and which
+    `free`: this rank's, measured before it met the others. The message says what is needed, what is free and where, and which
     recipe fits instead. Collective.
     """
     problems = [text for text in distributed.gather_objects(_shortage(recipe, stage, required, free)) if text]
@@ -141,7 +141,7 @@ def check_memory(recipe: Recipe, stage: str, required: Needs, free: Available) -
 
 
 def _shortage(recipe: Recipe, stage: str, required: Needs, free: Available) -> str:
-    """What this rank lacks, in words; empty if nothing."""
+    """Describe what this rank lacks; empty if nothing."""
     ranks, rank = distributed.world_size(), distributed.rank()
     where = f"rank {rank} on {socket.gethostname()} has" if ranks > 1 else "here is 1 rank with"
     device, host = required.bytes_per_rank, required.memory.host
@@ -171,7 +171,7 @@ def _short(recipe: Recipe, required: Needs) -> str:
 
 
 def _advice(recipe: Recipe, stage: str, world_size: int, free: Available) -> str:
-    """The largest recipe beside this one that fits: same task, made for such a device and number of ranks."""
+    """The largest recipe other than this one that fits: same task, made for such a device and number of ranks."""
     fitting: list[tuple[int, str]] = []
     for path in sorted(Path(recipe.path).parent.glob("*.json")):
         try:

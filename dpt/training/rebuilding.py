@@ -1,4 +1,4 @@
-"""An average of any relative length, made of a run's snapshots after the fact; needs neither DeepSpeed nor ranks."""
+"""Build an average of any relative length from a run's snapshots after the fact; needs neither DeepSpeed nor ranks."""
 
 from pathlib import Path
 from typing import Any
@@ -14,15 +14,15 @@ from dpt.training.fragments import of_network
 from dpt.training.outputs import AVERAGES
 
 _WORST = 0.1
-"""Largest residual of a profile that is still called an average of that length."""
+"""Largest residual at which a profile still counts as an average of that length."""
 
 
 def rebuild(checkpoint: Path, length: float) -> tuple[dict[str, Tensor], float]:
     """The parameters of a whole checkpoint averaged with the relative length `length`, float32, and the profile's residual.
 
-    Made of its own power-function averages and the snapshots of its run (the folder beside the checkpoints') up to its step,
-    weighted as `dpt.training.averages.mix` says. Holds one parameter of two snapshots at a time. UserError if there are no such
-    averages, one is damaged, or they come no nearer than a tenth to that length.
+    Built from its own power-function averages and the snapshots of its run (the folder beside the checkpoints') up to its step,
+    weighted by `dpt.training.averages.mix`. Holds one parameter of two snapshots at a time. UserError if there are no such
+    averages, one is damaged, or their residual for that length is above a tenth.
     """
     if not 0.0 < length <= LONGEST_EMA:
         raise UserError(f"--ema-length {length} must be above 0 and at most {LONGEST_EMA}, as a share of the run.")
@@ -50,7 +50,7 @@ def rebuild(checkpoint: Path, length: float) -> tuple[dict[str, Tensor], float]:
 
 
 def _averages(checkpoint: Path) -> list[tuple[CheckpointReader, dict[str, Any]]]:
-    """The checkpoint and the snapshots before it, whole, each with its state."""
+    """The checkpoint and the snapshots before it, undamaged, each with its state."""
     state = read_state(checkpoint)
     if not kept_lengths(state) or not state["engine"]["updates"]:
         raise UserError(

@@ -31,11 +31,11 @@ _LOSSES = {
     "self_alignment_loss": "self_alignment",
     "feature_alignment_loss": "feature_alignment",
 }
-"""Of `Losses`, by the names of the records."""
+"""Fields of `Losses`, by record name."""
 
 
 def measure_peak_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.2) -> float:
-    """FLOP/s of this device's best large matrix product of numbers in `dtype`: what `perf/matrix_peak_share` is a share of.
+    """FLOP/s of this device's best large matrix product in `dtype`, the base of `perf/matrix_peak_share`.
 
     Measured, not taken from a data sheet; on a CPU by its threads' processor time, which other programs change less, and by all
     ranks at the same time, so each gets its part of the machine.
@@ -59,14 +59,14 @@ def measure_peak_flops(device: torch.device, dtype: torch.dtype, seconds: float 
 
 
 def data_sheet_flops(device: torch.device, precision: str) -> float | None:
-    """FLOP/s by the data sheet of a GPU that is known, what MFU is a share of; None on CPUs and in fp32."""
+    """FLOP/s by the data sheet of a known GPU, the base of MFU; None on CPUs and in fp32."""
     if device.type != "cuda" or precision == "fp32":
         return None
     return data_sheet_peak(torch.cuda.get_device_name(device), precision)
 
 
 class StepSums:
-    """Sums over the micro-batches since the last record; stays on the device until it is read."""
+    """Sums over the micro-batches since the last record; kept on the device until read."""
 
     def __init__(self) -> None:
         self.losses: Any = 0.0
@@ -75,19 +75,19 @@ class StepSums:
         self.micro_batches = 0
 
     def add(self, losses: Losses) -> None:
-        """Take in a micro-batch's losses."""
+        """Add a micro-batch's losses."""
         self.losses = self.losses + torch.stack([getattr(losses, name).float() for name in _LOSSES.values()])
         self.tokens_per_expert = self.tokens_per_expert + losses.tokens_per_expert
         self.router_entropy = self.router_entropy + losses.router_entropy
         self.micro_batches += 1
 
     def means(self) -> dict[str, float]:
-        """This rank's mean losses, by the names of the records."""
+        """This rank's mean losses, by record name."""
         values = (self.losses.double() / self.micro_batches).tolist()
         return {f"train/{name}": value for name, value in zip(_LOSSES, values, strict=True)}
 
     def experts(self) -> dict[str, float]:
-        """Least and greatest load of an expert in any layer, in units of the mean, and each layer's mean entropy of a token's
+        """Lowest and highest load of an expert in any layer, in units of the mean, and each layer's mean entropy of a token's
         router probabilities, over log E; empty for dense models."""
         if not self.tokens_per_expert.numel():
             return {}
@@ -102,7 +102,7 @@ class StepSums:
 
 
 class Recorder:
-    """Collects since the last record, and writes it out every `dpt.training.log_every` steps."""
+    """Collects metrics since the last record, and writes them every `dpt.training.log_every` steps."""
 
     def __init__(self, recipe: Recipe, engine: Engine, run: Run, macs: Macs, output_dir: Path, step: int) -> None:
         """`macs`: of one sample. `step`: steps already done."""
@@ -133,7 +133,7 @@ class Recorder:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave out time spent on something else than training (pictures, saving)."""
+        """Exclude time spent on something other than training (pictures, saving)."""
         begin = time.perf_counter()
         yield
         self.left_out += time.perf_counter() - begin
@@ -143,18 +143,18 @@ class Recorder:
         self.waited += seconds
 
     def note(self, metrics: Mapping[str, float]) -> None:
-        """Metrics of the step that ends with the next `step_done`; they are recorded whether the others are or not."""
+        """Note metrics of the step that ends with the next `step_done`; they are recorded whether or not the others are."""
         self.noted |= metrics
 
     def note_start(self, metrics: Mapping[str, float]) -> None:
-        """Metrics of the weights that training starts from, for MLflow."""
+        """Send metrics of the weights that training starts from to MLflow."""
         if metrics and distributed.is_main():
             self.run.log_metrics(dict(metrics), 0)
 
     def step_done(
         self, step: int, result: StepResult, lr: float, *, skipped_steps: int, samples_seen: int, skipped_samples: int
     ) -> None:
-        """After optimizer step number `step` (1 is the first): write a record if it is time. Collective."""
+        """Write a record if due after optimizer step number `step` (1 is the first). Collective."""
         self.done += 1
         noted, self.noted = self.noted, {}
         if step % self.every and step != self.steps and step != 1:
@@ -189,7 +189,7 @@ class Recorder:
         self._begin()
 
     def _keep(self, step: int, metrics: Mapping[str, float]) -> None:
-        """In MLflow and on disk."""
+        """Record in MLflow and on disk."""
         finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
         self.run.log_metrics(finite, step)
         try:
@@ -220,14 +220,14 @@ def _line(step: int, steps: int, m: Mapping[str, float], seconds_left: float) ->
 
 
 def _peak_memory() -> int:
-    """Bytes: the peak of this rank's GPU memory since the start, or of its process's memory."""
+    """Peak of this rank's GPU memory since the start, or of its process's memory, in bytes."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _cut_records(path: Path, step: int) -> None:
-    """Drop records past the step that the run resumes from: they will be written again."""
+    """Drop records past the step that the run resumes from, which will be written again."""
     if not path.exists():
         return
     kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step(line) <= step]

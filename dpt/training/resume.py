@@ -1,7 +1,7 @@
-"""Which checkpoint a run resumes from, at its start or in a rewind, and which samples it skips from then on.
+"""Choose the checkpoint that a run resumes from, at its start or in a rewind, and the samples it skips from then on.
 
-A rewind restores the last checkpoint after losses that were not finite. Batches and noise are functions of a sample's
-position in the stream, so they would come again, and so would the failure. The stream therefore continues behind the samples
+A rewind restores the last checkpoint after non-finite losses. Batches and noise are functions of a sample's
+position in the stream, so they would recur, and so would the failure. The stream therefore continues after the samples
 between the checkpoint and the failure (PaLM's authors did so by hand: Chowdhery et al. 2022, section 5.1), which checkpoints
 record.
 """
@@ -24,9 +24,9 @@ Found = tuple[Path, dict[str, Any]]
 
 
 def find_checkpoint(folder: Path, *, resume: bool) -> Found | None:
-    """The checkpoint that a starting run resumes from; None: it begins anew. Collective.
+    """The checkpoint that a starting run resumes from; None if it starts anew. Collective.
 
-    UserError if none is whole, or if there are some and `resume` is false.
+    UserError if all are damaged, or if there are some and `resume` is false.
     """
     if resume:
         return newest_checkpoint(folder)
@@ -41,13 +41,13 @@ def find_checkpoint(folder: Path, *, resume: bool) -> Found | None:
 
 @dataclass(frozen=True, kw_only=True)
 class SkippedSamples:
-    """Windows [first, end) of positions in the stream that rewinds passed over, in order and apart."""
+    """Windows [first, end) of stream positions that rewinds skipped, in order and disjoint."""
 
     windows: tuple[tuple[int, int], ...] = ()
 
     @classmethod
     def of(cls, state: Mapping[str, Any]) -> "SkippedSamples":
-        """Those of a checkpoint's state."""
+        """The skipped samples in a checkpoint's state."""
         return cls(windows=tuple((first, end) for first, end in state.get("skipped_samples", ())))
 
     @property
@@ -56,13 +56,13 @@ class SkippedSamples:
         return sum(end - first for first, end in self.windows)
 
     def plus(self, first: int, end: int) -> "SkippedSamples":
-        """With one more window, which lies behind all others."""
+        """Add one more window, which lies after all others."""
         assert first < end
         assert all(before <= first for _, before in self.windows)
         return SkippedSamples(windows=(*self.windows, (first, end)))
 
     def begin_at(self, position: int) -> bool:
-        """Whether a window begins there: the run has rewound to the checkpoint of that position before."""
+        """Whether a window begins at `position`, so the run has rewound to that position's checkpoint before."""
         return any(first == position for first, _ in self.windows)
 
     def __str__(self) -> str:
@@ -70,22 +70,22 @@ class SkippedSamples:
 
 
 def position_of(state: Mapping[str, Any]) -> int:
-    """Position in the stream at which a checkpoint with this state resumes."""
+    """Stream position at which a checkpoint with this state resumes."""
     return state["samples_seen"] + SkippedSamples.of(state).count
 
 
 def rewind_target(folder: Path, skipped: SkippedSamples) -> Found | None:
-    """The newest whole checkpoint from before the steps that were not finite; None if there is none. Collective.
+    """The newest undamaged checkpoint from before the non-finite steps; None if there is none. Collective.
 
-    One that was written between such steps holds the weights of now. None too if the run has gone back to that checkpoint
-    before, as `skipped` tells.
+    One written between such steps holds the current weights. Also None if the run has gone back to that checkpoint
+    before, according to `skipped`.
     """
     found = newest_checkpoint(folder, wanted=lambda state: not state.get("skipped_in_a_row", 0))
     return None if found is None or skipped.begin_at(position_of(found[1])) else found
 
 
 def check_network(checkpoint: Path, state: Mapping[str, Any], recipe: Recipe, parameters: Mapping[str, list[int]]) -> None:
-    """UserError unless a checkpoint with this state is of the network of `recipe`, which has such parameters."""
+    """Raise UserError unless a checkpoint with this state is of the network of `recipe`, which has such parameters."""
     written, wanted = ({n: p for n, p in shapes.items() if of_network(n)} for shapes in (state["parameters"], parameters))
     if written != wanted:
         raise UserError(
@@ -114,7 +114,7 @@ def check_network(checkpoint: Path, state: Mapping[str, Any], recipe: Recipe, pa
 
 
 def remarks(checkpoint: Path, state: Mapping[str, Any], recipe: Recipe, data_sha256: str) -> list[str]:
-    """What to say when a run of `recipe` on such data resumes from a checkpoint: a sentence each."""
+    """Remarks, a sentence each, for when a run of `recipe` on such data resumes from a checkpoint."""
     ranks = state["layout"]["world_size"]
     said = [f"Continuing from {checkpoint} (step {state['step']}, written on {ranks} rank{'s' * (ranks > 1)})."]
     skipped = SkippedSamples.of(state)

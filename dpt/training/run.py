@@ -1,4 +1,4 @@
-"""One command of training, from a recipe to exported weights: what the launchers call."""
+"""Run one training command, from a recipe to exported weights; the launchers call it."""
 
 import os
 import sys
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def run_stage(recipe: Recipe, stage: str, *, open_validator: "OpenValidator | None" = None) -> None:
     """Train `recipe` as `stage` ("pretrain", "finetune" or "upcycle"). UserError for bad input; exits 1 when training fails.
 
-    `open_validator`: makes what scores networks for `dpt.validation`.
+    `open_validator`: makes the scorer of networks for `dpt.validation`.
     """
     with recipe.blamed():
         distributed.set_environment()

@@ -1,4 +1,4 @@
-"""Pictures drawn while pre-training: one sample a class, with classifier-free guidance, in a grid."""
+"""Draw pictures while pre-training: one sample per class, with classifier-free guidance, in a grid."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -58,12 +58,12 @@ def save_class_samples(engine: Engine, config: DptConfig, vae: VAERecord, size: 
 
 
 def class_labels(config: DptConfig) -> list[int]:
-    """The class ids that are drawn."""
+    """The class ids to draw."""
     return config.sampling.labels or list(range(min(8, config.model.num_classes)))
 
 
 def load_codec(config: DptConfig, vae: VAERecord) -> VAECodec:
-    """The VAE `config.data.vae`, on the CPU in float32. UserError unless it is the one that made the shards."""
+    """Load the VAE `config.data.vae` on the CPU in float32. UserError unless it is the one that made the shards."""
     codec = load_vae(config.data.vae, latent_channels=config.model.in_channels)
     if difference := codec.record.difference(dataclasses.asdict(vae)):
         raise UserError(
@@ -74,9 +74,9 @@ def load_codec(config: DptConfig, vae: VAERecord) -> VAECodec:
 
 @torch.no_grad()
 def averaged_network(engine: Engine, config: DptConfig) -> DiT:
-    """The whole network with the averaged weights (the first decay's; without any, the weights), on the engine's device.
+    """The whole network with the averaged weights (first decay; the plain ones if there is none), on the engine's device.
 
-    In bf16 on GPUs, in float32 elsewhere. No token is dropped, so that a picture does not depend on its batch. Collective.
+    It is bf16 on GPUs, float32 elsewhere. No token is dropped, so that a picture does not depend on its batch. Collective.
     """
     dtype = torch.bfloat16 if engine.device.type == "cuda" else torch.float32
     with torch.device("meta"):
@@ -88,9 +88,9 @@ def averaged_network(engine: Engine, config: DptConfig) -> DiT:
 
 @torch.no_grad()
 def sample_classes(config: DptConfig, network: DiT, size: tuple[int, int], labels: Sequence[int]) -> Tensor:
-    """Latents float32 [B, C, h, w] of the classes `labels`, DDIM with guidance, on the network's device, in its precision.
+    """Sample float32 latents [B, C, h, w] of the classes `labels` by guided DDIM, on the network's device, in its precision.
 
-    The initial noise belongs to the class, so that pictures of different steps compare.
+    The initial noise depends on the class alone, so that pictures of different steps are comparable.
     """
     sampling = config.sampling
     parameter = next(network.parameters())
@@ -120,7 +120,7 @@ def sample_classes(config: DptConfig, network: DiT, size: tuple[int, int], label
 
 
 def _grid(images: list[np.ndarray]) -> np.ndarray:
-    """uint8 [H, W, 3] images in rows of four, missing ones white."""
+    """Arrange uint8 [H, W, 3] images in rows of four, with missing ones white."""
     columns = min(4, len(images))
     blank = np.full_like(images[0], 255)
     images = [*images, *[blank] * (-len(images) % columns)]

@@ -1,4 +1,4 @@
-"""Writing checkpoints beside the training: a copy is taken at once, the files are written in the background."""
+"""Write checkpoints alongside training: state is copied at once, files are written in the background."""
 
 import os
 import shutil
@@ -29,15 +29,15 @@ from dpt.training.fragments import parameter_shapes
 
 
 class Writer(ABC):
-    """States of a run in `folder`, complete or invisible: at most one is being written at a time; old ones are removed.
+    """Writes states of a run to `folder`, complete or invisible: at most one at a time; old ones are removed.
 
     All methods but `busy` are collective. One that cannot be written is reported, and the run continues.
     """
 
     noun: str
-    """What they are, for reports."""
+    """What the states are called in reports."""
     averages_only = False
-    """Whether power-function averages are all that is saved."""
+    """Whether only power-function averages are saved."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -53,7 +53,7 @@ class Writer(ABC):
 
     @property
     def pending(self) -> bool:
-        """Whether one has been begun and not concluded; the same on all ranks."""
+        """Whether a write has begun and not been concluded; the same on all ranks."""
         return bool(self._state)
 
     @property
@@ -62,7 +62,7 @@ class Writer(ABC):
         return self._thread is not None and self._thread.is_alive()
 
     def begin(self, engine: Engine, step: int, state: Mapping[str, Any]) -> None:
-        """Copy this rank's share and start to write it. `state`: what `state.json` says beside the engine's own."""
+        """Copy this rank's share and start writing it. `state`: the contents of `state.json` beyond the engine's own."""
         if self._state:
             self.finish()
         optimizer = engine.optimizer
@@ -97,7 +97,7 @@ class Writer(ABC):
 
     @staticmethod
     def _make_folder(target: Path, needed: int) -> str:
-        """Make the folder of `needed` bytes; why that cannot be, if so."""
+        """Make the folder for `needed` bytes; return the reason if that fails."""
         try:
             if shutil.disk_usage(target.parent).free < needed:
                 return "the disk is full"
@@ -114,11 +114,11 @@ class Writer(ABC):
         name = rank_file(distributed.rank())
         try:
             self._entry = {name: {**write_tensors(target / name, tensors), "fragments": placed}}
-        except Exception as error:  # whatever it was, the checkpoint must not be taken for a whole one
+        except Exception as error:  # whatever failed, the checkpoint must not pass for a complete one
             self._error = f"rank {distributed.rank()}: {getattr(error, 'strerror', None) or repr(error)}"
 
     def finish(self) -> bool:
-        """Wait until all ranks have written, then make it visible; False if it could not be written."""
+        """Wait until all ranks have written, then make the state visible; return False if it could not be written."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -139,7 +139,7 @@ class Writer(ABC):
         return not distributed.broadcast_object(bool(errors))
 
     def _commit(self) -> None:
-        """Write the state, rename the folder, then remove what is no longer kept: damaged ones of this step or later, too."""
+        """Write the state, rename the folder, then remove what is no longer kept, and damaged ones of this step or later."""
         target = self._target
         write_state(target, self._state)
         final = target.with_suffix("")
@@ -154,10 +154,10 @@ class Writer(ABC):
 
     @abstractmethod
     def _is_kept(self, old: Path) -> bool:
-        """Whether one of the complete ones still is, now that the newest one is."""
+        """Whether an older complete state is still kept now that the newest one exists."""
 
     def forget_after(self, step: int) -> None:
-        """Remove those of later steps: the run has rewound and takes another course."""
+        """Remove those of later steps, after a rewind to another course."""
         if distributed.is_main():
             self._forget_after(step)
         distributed.barrier()
@@ -180,7 +180,7 @@ class Writer(ABC):
 
 
 class SnapshotWriter(Writer):
-    """Snapshots of the power-function averages: at most `most`, the first ones `every` steps apart (`averages.spacing`)."""
+    """Writes snapshots of the power-function averages: at most `most`, initially `every` steps apart (`averages.spacing`)."""
 
     noun = "snapshot of averages"
     averages_only = True
@@ -190,7 +190,7 @@ class SnapshotWriter(Writer):
         self.every, self.most = every, most
 
     def is_due(self, step: int) -> bool:
-        """Whether one is to be taken after `step` optimizer steps."""
+        """Whether a snapshot is due after `step` optimizer steps."""
         return self._is_on_grid(step, step)
 
     def _is_on_grid(self, step: int, now: int) -> bool:
@@ -201,9 +201,9 @@ class SnapshotWriter(Writer):
 
 
 class Saver(Writer):
-    """Checkpoints of a run in `folder`, and snapshots of its averages, if it takes any.
+    """Writes checkpoints of a run to `folder`, and snapshots of its averages, if enabled.
 
-    A snapshot is on the disk before any checkpoint that was begun after it: a run that resumes from there will not take it
+    A snapshot is on disk before any checkpoint begun after it: a run that resumes from there will not take it
     again.
     """
 
@@ -222,7 +222,7 @@ class Saver(Writer):
         return super().busy or (self.snapshots is not None and self.snapshots.busy)
 
     def take_snapshot(self, engine: Engine, step: int) -> None:
-        """Begin to write one, if it is due after `step` steps and the weights have been updated."""
+        """Start writing a snapshot if one is due after `step` steps and the weights have been updated."""
         if self.snapshots is not None and engine.optimizer.updates and self.snapshots.is_due(step):
             self.snapshots.begin(engine, step, {})
 

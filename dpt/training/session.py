@@ -1,4 +1,4 @@
-"""What a run holds in each process: opened from a recipe and, if it resumes, a checkpoint; restored, rewound, saved, closed."""
+"""A run's state in each process: opened from a recipe and, if it resumes, a checkpoint; restored, rewound, saved, closed."""
 
 from pathlib import Path
 from typing import Any
@@ -86,7 +86,7 @@ class Session:
         self._open_recorder()
 
     def _open_data_loader(self) -> None:
-        """Begin to read at `position`."""
+        """Start reading at `position`."""
         total, micro, _ = batch_split(self.recipe, distributed.world_size())
         with distributed.shared_errors():
             self.data_loader = open_data_loader(
@@ -108,7 +108,7 @@ class Session:
         self.recorder = Recorder(self.recipe, self.engine, self.tracking, self.macs, self.output_dir, self.state.step)
 
     def announce(self) -> None:
-        """Say in one line what is about to be trained."""
+        """Announce in one line what is about to be trained."""
         ranks, params, engine = distributed.world_size(), num_params(self.config.model), self.engine
         distributed.log(
             f"{self.stage.name}: {self.config.task}, {params.total / 1e6:.2f}M parameters ({params.active / 1e6:.2f}M active), "
@@ -118,12 +118,12 @@ class Session:
         )
 
     def save(self) -> None:
-        """Begin to write a checkpoint."""
+        """Start writing a checkpoint."""
         self.watchdog.beat(self.state.step, "saving")
         self.saver.begin(self.engine, self.state.step, self.state.for_checkpoint(self.stage, self.sections()))
 
     def sections(self) -> dict[str, Any]:
-        """What the current weights say of themselves."""
+        """Sections of config.json for the current weights."""
         return self.state.for_weights(self.stage, self.data_loader, self.macs.training)
 
     def _restore(self, checkpoint: Path, state: dict[str, Any]) -> None:
@@ -135,7 +135,7 @@ class Session:
             distributed.log(sentence)
 
     def rewind(self, loss: float, keys: list[str]) -> None:
-        """After too many skipped steps in a row: rewind to a checkpoint, once to each, and go on behind what led here.
+        """Rewind to a checkpoint after too many skipped steps in a row, once to each, and continue after the failing samples.
 
         `loss` and `keys`: of the last step, and this rank's samples in it. TrainingFailed if there is no such checkpoint.
         """
@@ -159,7 +159,7 @@ class Session:
         self._open_recorder()
 
     def close(self, status: str) -> None:
-        """End in peace; MLflow's run gets `status`."""
+        """Close everything in order; MLflow's run gets `status`."""
         self.batches.close()  # type: ignore[attr-defined]
         self.watchdog.close()
         self.control.close()
@@ -168,7 +168,7 @@ class Session:
 
 
 def _open_pixel_loss(recipe: Recipe, loader: DataLoader) -> PixelLoss | None:
-    """With the decoder on the training device: in bf16 beside a network that is not in float32, on a GPU."""
+    """Open the loss with the decoder on the training device: in bf16 on a GPU unless the network is float32."""
     if not recipe.dpt.pixel_loss.weight:
         return None
     with distributed.shared_errors():
@@ -180,7 +180,7 @@ def _open_pixel_loss(recipe: Recipe, loader: DataLoader) -> PixelLoss | None:
 
 
 def _open_saver(config: DptConfig, output_dir: Path, step: int) -> Saver:
-    """Of checkpoints and snapshots; snapshots made after `step` belong to a course that this run leaves, and are removed."""
+    """Open the saver of checkpoints and snapshots; remove snapshots after `step`, which belong to a course this run leaves."""
     training, snapshots = config.training, None
     if training.ema_lengths:
         every = training.ema_snapshot_every or first_spacing(training.steps, training.ema_snapshots)
@@ -216,7 +216,7 @@ def _open_tracking(stage: Stage, loader: DataLoader, output_dir: Path, state: Ru
 
 
 def _tags(config: DptConfig, loader: DataLoader) -> dict[str, str]:
-    """What tells runs apart on MLflow's pages, beside their parameters."""
+    """Tags that distinguish runs on MLflow's pages, beyond their parameters."""
     model = config.model
     return {
         "dpt.data_sha256": loader.data_sha256,

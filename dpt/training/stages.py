@@ -1,4 +1,4 @@
-"""The stages of training: which network each one trains, and what its first weights come from. All else they share."""
+"""The stages of training: the network that each one trains, and the source of its initial weights. They share the rest."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -24,37 +24,37 @@ from dpt.training.resume import Found
 
 @dataclass(kw_only=True)
 class Stage:
-    """What a stage trains."""
+    """A stage's recipe, initial weights and their origin."""
 
     name: str
     """ "pretrain", "finetune" or "upcycle"."""
     recipe: Recipe
-    """With the architecture that is trained: upcycled in the stage "upcycle"."""
+    """The recipe with the trained architecture: upcycled in the stage "upcycle"."""
     start: Weights | None = None
-    """First weights, for that architecture; None: random ones, or those of a checkpoint."""
+    """Initial weights for that architecture; None: random ones, or a checkpoint's."""
     sections: Mapping[str, Any] = field(default_factory=dict)
-    """What the first weights, or the checkpoint's, say of themselves."""
+    """Config sections of the initial weights, or of the checkpoint's."""
     source: str = ""
-    """Where these are from."""
+    """Where the initial weights come from."""
     parents: list[str] = field(default_factory=list)
-    """Run ids of the runs whose weights the first ones are."""
+    """Ids of the runs that made the initial weights."""
     origin: str = ""
-    """The name on the hub, with its commit, that the first weights came from; empty: from this machine."""
+    """Hub name, with commit, of the initial weights; empty if they came from this machine."""
 
     @property
     def codes(self) -> dict[str, str]:
-        """How targets were coded when the first weights were trained, by task, for the tasks that they learnt."""
+        """How targets were coded when the initial weights were trained, by task, for the tasks that they learnt."""
         learnt = [task for task in TARGET_CODES if self.sections.get("task") in (task, "generalist")]
         return {task: target_code(task, self.sections, self.source) for task in learnt}
 
     @property
     def fits(self) -> dict[str, Fit]:
-        """How pictures were resized when the first weights were trained, by task, as far as they record it."""
+        """How pictures were resized when the initial weights were trained, by task, if recorded."""
         said = self.sections.get("fits") or {}
         return {task: fit for task, fit in fits_of(self.sections, self.source).items() if task in said}
 
     def build(self) -> DiT:
-        """The network with its first weights; with expert parallelism, this rank's experts."""
+        """Build the network with its initial weights; with expert parallelism, this rank's experts."""
         config = self.recipe.dpt
         distributed.log(use_backend(config.attention_backend))
         torch.manual_seed(config.training.seed)
@@ -68,7 +68,7 @@ class Stage:
 
 
 def open_stage(recipe: Recipe, name: str, found: Found | None = None) -> Stage:
-    """The stage `name` of a recipe, with its first weights read.
+    """Open the stage `name` of a recipe and read its initial weights.
 
     `found`: the checkpoint that the run resumes from; weights are then not read. UserError if the weights are missing, or do
     not fit the recipe.

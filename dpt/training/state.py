@@ -1,4 +1,4 @@
-"""Where a run stands, and what its checkpoints and weights say of it."""
+"""A run's progress, and the records of it in checkpoints and weights."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 @dataclass(kw_only=True)
 class RunState:
-    """The counters of a run, which its loop changes."""
+    """A run's counters, changed by its loop."""
 
     step: int = 0
     """Optimizer steps, skipped ones included."""
@@ -25,13 +25,13 @@ class RunState:
     """Steps whose loss or gradient was not finite."""
     skipped_in_a_row: int = 0
     skipped_samples: SkippedSamples = field(default_factory=SkippedSamples)
-    """Those that rewinds passed over; they were not seen."""
+    """Samples that rewinds passed over unseen."""
     best: Best = field(default_factory=Best)
     run_id: str = ""
 
     @classmethod
     def of(cls, state: Mapping[str, Any]) -> "RunState":
-        """That of a checkpoint's state."""
+        """The run state in a checkpoint's state."""
         return cls(
             step=state["step"],
             samples_seen=state["samples_seen"],
@@ -44,11 +44,11 @@ class RunState:
 
     @property
     def position(self) -> int:
-        """Of the next sample in the stream."""
+        """Stream position of the next sample."""
         return self.samples_seen + self.skipped_samples.count
 
     def for_checkpoint(self, stage: Stage, sections: Mapping[str, Any]) -> dict[str, Any]:
-        """What a checkpoint keeps beside the engine's states and its step. `sections`: what its weights say."""
+        """The checkpoint's state beyond the engine's states and its step. `sections`: those of its weights."""
         training = stage.recipe.dpt.training
         return {
             "stage": stage.name,
@@ -71,11 +71,11 @@ class RunState:
         }
 
     def for_weights(self, stage: Stage, loader: DataLoader, macs: int) -> dict[str, Any]:
-        """What the current weights say of themselves. `macs`: of a sample's training."""
+        """The lineage of the current weights. `macs`: per training sample."""
         task = stage.recipe.dpt.task
 
         def of_tasks(learnt: Mapping[str, T], shown: Mapping[str, T]) -> dict[str, T]:
-            """Of all tasks that the weights can predict: a generalist keeps what it is not shown now."""
+            """Entries for all tasks that the weights can predict: a generalist keeps those of tasks not shown now."""
             return {name: value for name, value in {**learnt, **shown}.items() if task in (name, "generalist")}
 
         lineage = {

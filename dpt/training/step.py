@@ -1,6 +1,6 @@
-"""One training step's mathematics: from a batch of the stream to what the network sees, and to the loss.
+"""One training step's mathematics: from a batch of the stream to the network's inputs and the loss.
 
-All random numbers belong to samples (`dpt.diffusion.noise`), so how a batch is split over ranks and micro-batches
+All random numbers belong to samples (`dpt.diffusion.noise`), so splitting a batch over ranks and micro-batches
 changes nothing.
 """
 
@@ -45,34 +45,34 @@ class Inputs(NamedTuple):
     valid: Tensor | None
     """uint8 [B, h, w], 1 where the loss counts; None: everywhere."""
     kept: Tensor | None = None
-    """int64 [B, K], in order: the tokens that go through the blocks that the others bypass; None: all tokens do."""
+    """int64 [B, K], in order: tokens that go through the blocks that the others bypass; None: all tokens."""
     teacher_input: Tensor | None = None
-    """As network_input, with latents of less noise, for self-alignment."""
+    """Like network_input, with less noisy latents, for self-alignment."""
     teacher_timesteps: Tensor | None = None
     """int64 [B], of the noise in teacher_input."""
     features: Tensor | None = None
-    """float16 [B, C, h, w], what hidden states are aligned with."""
+    """float16 [B, C, h, w]: the features that hidden states are aligned with."""
 
 
 class Losses(NamedTuple):
-    """What the training module returns: float32 scalars (means over the micro-batch), and the experts' loads."""
+    """The training module's outputs: float32 scalars (means over the micro-batch), and the experts' loads."""
 
     total: Tensor
-    """What is differentiated: loss + weighted balance, z and alignment losses."""
+    """The differentiated total: loss + weighted balance, z and alignment losses."""
     loss: Tensor
-    """What the network learns from: mse + vlb_weight vlb, or latent_weight mse + weight pixel."""
+    """The main loss: mse + vlb_weight vlb, or latent_weight mse + weight pixel."""
     mse: Tensor
     vlb: Tensor
     pixel: Tensor
-    """Loss of decoded predictions, unweighted; 0 without one."""
+    """Loss of decoded predictions, unweighted; 0 if there is none."""
     balance: Tensor
-    """Load-balancing loss summed over layers, unweighted, of all ranks' tokens: what this micro-batch adds to its mean."""
+    """Load-balancing loss summed over layers, unweighted, of all ranks' tokens: this micro-batch's contribution to its mean."""
     z: Tensor
     """Router z-loss summed over layers, unweighted, of all ranks' tokens."""
     self_alignment: Tensor
-    """Unweighted; 0 without it."""
+    """Unweighted; 0 if not used."""
     feature_alignment: Tensor
-    """Unweighted; 0 without it."""
+    """Unweighted; 0 if not used."""
     tokens_per_expert: Tensor
     """int64 [L, E], of all ranks' tokens."""
     router_probs: Tensor
@@ -83,8 +83,8 @@ class Losses(NamedTuple):
 
 
 class LossModule(nn.Module):
-    """The network with its objective: what DeepSpeed sees as the model. `forward` takes `Inputs`, one by one, and sums of the
-    step's earlier micro-batches' routing."""
+    """The network with its objective, DeepSpeed's model. `forward` takes the fields of `Inputs`, and sums of the routing in the
+    step's earlier micro-batches."""
 
     def __init__(self, network: DiT, config: DptConfig, pixel_loss: PixelLoss | None = None) -> None:
         super().__init__()
@@ -151,7 +151,7 @@ class LossModule(nn.Module):
     def _alignment(
         self, out: DiTOutput, taught: Tensor | None, features: Tensor | None, latents: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The losses of aligned hidden states, unweighted: with the teacher's, and with the features."""
+        """The unweighted alignment losses of hidden states: with the teacher's, and with the features."""
         own = to_features = latents.new_zeros(())
         if taught is not None:
             own = self_alignment_loss(self.alignment.project("self", out.hidden[self.aligned["self"]]), taught)
@@ -164,12 +164,12 @@ class LossModule(nn.Module):
 
 
 class Preparation:
-    """Turns what the stream yields into `Inputs`: posterior samples, flips, label drops, timesteps, noise, conditions."""
+    """Turns a stream's batches into `Inputs`: posterior samples, flips, label drops, timesteps, noise, conditions."""
 
     def __init__(
         self, config: DptConfig, *, tasks: Sequence[str], scaling: LatentScaling, device: torch.device, dtype: torch.dtype
     ) -> None:
-        """`tasks`: of each source of the stream. `scaling`: of the latents' VAE. `dtype`: the network's compute type."""
+        """`tasks`: one per source of the stream. `scaling`: of the latents' VAE. `dtype`: the network's compute dtype."""
         self.config = config
         self.objective = DiffusionObjective(config.diffusion)
         self.scaling, self.device, self.dtype = scaling.to(device), device, dtype
@@ -177,7 +177,7 @@ class Preparation:
             self._targets = _target_labels(config, tasks, device)
 
     def __call__(self, batch: Mapping[str, Any]) -> Inputs:
-        """UserError if a sample's label is beyond the network's classes."""
+        """Raise UserError if a sample's label is beyond the network's classes."""
         if self.config.task == "class":
             _check_labels(batch, self.config.model.num_classes)
         host_index = batch["sample_index"]
@@ -216,11 +216,11 @@ class Preparation:
         )
 
     def _joined(self, conditions: list[Tensor], noisy_latents: Tensor) -> Tensor:
-        """What the network takes."""
+        """The network's input."""
         return torch.cat([*conditions, noisy_latents], dim=1).to(self.dtype)
 
     def _easier(self, timesteps: Tensor, draws: RandomNumbers) -> Tensor | None:
-        """The teacher's timesteps: each sample's own random step towards less noise from the network's."""
+        """The teacher's timesteps: each sample's own random step towards less noise than the network's."""
         own = self.config.training.self_alignment
         if not own.weight:
             return None
@@ -228,7 +228,7 @@ class Preparation:
         return (timesteps - (share * self.config.diffusion.num_train_timesteps).round().long()).clamp(min=0)
 
     def _kept(self, size: Sequence[int], draws: RandomNumbers) -> Tensor | None:
-        """Each sample's own random choice of tokens, at any split of the batch."""
+        """Each sample's own random choice of tokens, however the batch is split."""
         share = self.config.training.bypass_share
         if not share:
             return None
@@ -237,7 +237,7 @@ class Preparation:
         return order[:, : kept_tokens(tokens, share)].sort(dim=1).values
 
     def _image(self, batch: Mapping[str, Any], draws: RandomNumbers) -> Tensor:
-        """The image's moments [B, 2, C, h, w], mirrored half of the time if asked for."""
+        """The image's moments [B, 2, C, h, w], mirrored half of the time if enabled."""
         if not self.config.data.horizontal_flip:
             return batch["latents"]
         flipped = (draws.uniform("flip") < 0.5)[:, None, None, None, None]
@@ -248,7 +248,7 @@ class Preparation:
         counts, labels = self._targets
         source = batch["source"]
         choice = (draws.uniform("target") * counts[source]).long()
-        moments = batch["target_latents"][torch.arange(len(choice), device=self.device), choice]  # of [B, M, 2, C, h, w]
+        moments = batch["target_latents"][torch.arange(len(choice), device=self.device), choice]  # from [B, M, 2, C, h, w]
         return moments, labels[source, choice]
 
     def _latents(self, moments: Tensor, draws: RandomNumbers) -> Tensor:
@@ -264,7 +264,7 @@ class Preparation:
 
 
 def _check_labels(batch: Mapping[str, Any], num_classes: int) -> None:
-    """Shards of other programs may not say their classes, so every batch is looked at, on the CPU."""
+    """Check every batch on the CPU, as shards of other programs may not state their classes."""
     worst = int(batch["label"].argmax())
     if batch["label"][worst] >= num_classes:
         raise UserError(
@@ -274,7 +274,7 @@ def _check_labels(batch: Mapping[str, Any], num_classes: int) -> None:
 
 
 def _target_labels(config: DptConfig, tasks: Sequence[str], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Of each source: the number of its targets, int64 [S], and their labels, int64 [S, most targets]."""
+    """Each source's number of targets, int64 [S], and their labels, int64 [S, most targets]."""
     names = [TASKS[task].targets for task in tasks]
     labels = torch.zeros(len(names), max(map(len, names)), dtype=torch.int64)
     for source, targets in enumerate(names):

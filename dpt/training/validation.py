@@ -1,4 +1,4 @@
-"""Validation while training: when, what is recorded of it, the best weights, and when a run has stopped getting better."""
+"""Validation during training: its schedule, records, the best weights, and early stopping."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -21,10 +21,10 @@ class Validator(Protocol):
     """Scores a network; `dpt.evaluation.validation.Validator` is one. All ranks call it together."""
 
     metric: str
-    """Name of what tells the best weights."""
+    """Name of the metric that selects the best weights."""
 
     def __call__(self, network: nn.Module, alive: Callable[[], None]) -> dict[str, float]:
-        """All figures by name, equal on all ranks; `alive` is to be called now and then."""
+        """Return all figures by name, equal on all ranks; call `alive` regularly."""
         ...
 
     def is_better(self, value: float, other: float) -> bool:
@@ -33,7 +33,7 @@ class Validator(Protocol):
 
 
 OpenValidator = Callable[[DptConfig, Mapping[str, str], str], Validator]
-"""Makes one of the recipe, how targets are coded by task, and what depth's second condition shows."""
+"""Makes a validator from the recipe, how targets are coded by task, and what depth's second condition shows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,23 +42,23 @@ class Best:
 
     step: int = 0
     value: float = math.nan
-    """Of the validator's metric; not a number before the first validation."""
+    """The validator's metric; NaN before the first validation."""
     misses: int = 0
-    """Validations since then."""
+    """Validations since the best one."""
     stopped: bool = False
-    """Whether the run has ended early for want of a better one."""
+    """Whether the run has stopped early for lack of a better one."""
 
     @classmethod
     def of(cls, state: Mapping[str, Any]) -> "Best":
-        """That of a checkpoint's state."""
+        """The best validation in a checkpoint's state."""
         return cls(**state.get("validation", {}))
 
     def as_state(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """The entry in a checkpoint's state."""
         return asdict(self)
 
     def after(self, step: int, value: float, validator: Validator, *, patience: int) -> "Best":
-        """The best one after another validation. One that is not a number is never the best."""
+        """The best validation after another one. NaN is never the best."""
         better = not math.isnan(value) and (math.isnan(self.value) or validator.is_better(value, self.value))
         if better:
             return Best(step=step, value=value)
@@ -67,7 +67,7 @@ class Best:
 
 
 def export_averaged(engine: Engine, config: DptConfig, sections: Mapping[str, Any], out: Path) -> None:
-    """Write the first average's weights (the plain ones, if the run keeps none) as the folder `out`. Collective.
+    """Write the first average's weights (the plain ones if the run keeps none) as the folder `out`. Collective.
 
     A folder that cannot be written is reported, and the run continues.
     """

@@ -1,10 +1,10 @@
 """A watchdog that names the rank that died or hangs, and stops the others.
 
-It needs no collective, which a hung rank would hang: every rank keeps a socket open to rank 0 and tells it where it is. A
-socket that closes is a death, seen at once; ranks that stay behind the others for too long hang.
+It uses no collectives, which a hung rank would block: every rank keeps a socket open to rank 0 and reports its progress. A
+closed socket is a death, seen at once; ranks that stay behind the others for too long hang.
 
-Rank 0 listens on the address at which the ranks meet, and on no other. It heeds connections that begin with the run's token
-alone: what strangers send, or do not send, is dropped.
+Rank 0 listens only on the address at which the ranks meet. It accepts only connections that begin with the run's token
+and drops all others.
 """
 
 import asyncio
@@ -24,21 +24,21 @@ from typing import Any
 from dpt import distributed
 
 _HELLO_S = 10.0
-"""Within which a connection must tell the token."""
+"""Seconds within which a connection must send the token."""
 _STRANGERS = 256
-"""Connections that may have not told it yet, at a time; more where there are many ranks."""
+"""Maximum connections at a time that have not sent it yet; more where there are many ranks."""
 _GREETINGS = 10
 _LONGEST_LINE = 1 << 16
 _GARBLED = (ValueError, TypeError, KeyError, AttributeError, RecursionError)
-"""What a line that is no message raises."""
+"""Exceptions raised by a line that is not a message."""
 
 PHASES = ("starting", "reading data", "computing", "updating weights", "recording", "validating", "saving")
-"""What a rank can be doing, in the order of a step."""
+"""A rank's possible phases, in the order of a step."""
 
 
 @dataclass
 class _Rank:
-    """What is known of a rank."""
+    """Rank 0's knowledge of a rank."""
 
     number: int
     host: str = "?"
@@ -46,7 +46,7 @@ class _Rank:
     phase: int = 0
     beats: int = 0
     changed: float = field(default_factory=time.monotonic)
-    """When it last made progress, on this process's clock."""
+    """Time of its last progress, on this process's clock."""
     left: bool = False
 
     def update(self, step: int, phase: int, beats: int) -> None:
@@ -65,8 +65,8 @@ class _Rank:
 class Watchdog:
     """Ends this process, with the reason on stderr of rank 0, when some rank dies, fails, or makes no progress for `timeout_s`.
 
-    `end`: what ends the process (it gets the reason and the exit code) in place of `os._exit`, since the main thread may hang
-    in a collective for ever. Creating it is collective.
+    `end`: ends the process (given the reason and the exit code) instead of `os._exit`, as the main thread may hang
+    in a collective forever. Creating it is collective.
     """
 
     def __init__(self, timeout_s: float, *, end: Callable[[str, int], None] | None = None, interval_s: float = 1.0) -> None:
@@ -87,16 +87,16 @@ class Watchdog:
             self._greeted.wait()  # rank 0 would never miss a rank that dies before it has said who it is
 
     def beat(self, step: int, phase: str) -> None:
-        """This rank is at `step` and begins `phase` (one of PHASES), or continues it."""
+        """Report that this rank is at `step` and begins `phase` (one of PHASES), or continues it."""
         self._own.update(step, PHASES.index(phase), self._own.beats + 1)
 
     def fail(self, reason: str, exit_code: int) -> None:
-        """This rank is about to end with an error: let the others know why."""
+        """Tell the others why this rank is about to end with an error."""
         self._failure = {"reason": reason, "code": exit_code}
         self._thread.join(timeout=5 + 5 * self.interval_s)
 
     def close(self) -> None:
-        """Leave in peace; all ranks do."""
+        """Shut down without a verdict; all ranks do so."""
         self._closing.set()
         self._thread.join(timeout=5 * self.interval_s)
 
@@ -114,7 +114,7 @@ class Watchdog:
                             return None
                         reason = verdict.get("reason", f"rank 0 ({host}) died")
                         return self._stop(reason, verdict.get("code", 1))
-                self._tell_place(connection)  # which may have changed since the last interval began
+                self._tell_place(connection)  # may have changed since the last interval began
                 _send(connection, self._failure or {"left": True})
         except (OSError, ValueError):
             self._stop(f"rank 0 ({host}) died or is out of reach", 1)
@@ -123,7 +123,7 @@ class Watchdog:
         return None
 
     def _greet(self, host: str, port: int) -> socket.socket:
-        """A connection that rank 0 has admitted; made again if it was dropped, as in a flood of strangers. OSError without."""
+        """Open a connection that rank 0 admits; retried if dropped, as in a flood of strangers. OSError if that fails."""
         for _ in range(_GREETINGS):
             connection = socket.create_connection((host, port), timeout=60)
             with contextlib.suppress(OSError, ValueError):
@@ -150,7 +150,7 @@ class Watchdog:
             self._stop(verdict["reason"], verdict["code"])
 
     async def _watch(self, listening: socket.socket) -> dict[str, Any]:
-        """{"reason", "code"} once a rank has failed, died, or hangs; {} once all have left."""
+        """Return {"reason", "code"} once a rank has failed, died, or hangs; {} once all have left."""
         ranks = [self._own, *(_Rank(number=number) for number in range(1, self._world_size))]
         peers = _Peers(self._token, ranks)
         server = await asyncio.start_server(peers.meet, sock=listening, limit=_LONGEST_LINE)
@@ -177,15 +177,15 @@ class _Peers:
         self.verdict: dict[str, Any] = {}
         """{"reason", "code"} of the first rank that failed or died."""
         self.news = asyncio.Event()
-        """A rank has left, or there is a verdict."""
+        """Set when a rank has left, or there is a verdict."""
         self._token, self._ranks = token, ranks
         self._writers: dict[int, asyncio.StreamWriter] = {}
-        """Of the ranks that have told the token."""
+        """Connections to the ranks that have sent the token."""
         self._strangers: list[Any] = []
-        """The tasks of connections that have not, in the order in which they came."""
+        """Tasks of connections that have not sent it, in order of arrival."""
 
     async def meet(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Serve a connection until it ends, or is dropped."""
+        """Serve a connection until it ends or is dropped."""
         if len(self._strangers) >= max(_STRANGERS, 2 * len(self._ranks)):
             self._strangers.pop(0).cancel()  # the one that has been silent longest
         task = asyncio.current_task()
@@ -208,7 +208,7 @@ class _Peers:
             self.news.set()
 
     def _admit(self, hello: Any, writer: asyncio.StreamWriter) -> _Rank | None:
-        """The rank whose connection this is, if it tells the token and that rank has none yet."""
+        """The rank of this connection, if it sent the token and that rank has no connection yet."""
         known = isinstance(hello["token"], str) and hmac.compare_digest(hello["token"].encode(), self._token.encode())
         number = int(hello["rank"])
         if not known or not 0 < number < len(self._ranks) or number in self._writers:
@@ -219,7 +219,7 @@ class _Peers:
         return self._ranks[number]
 
     async def _follow(self, rank: _Rank, reader: asyncio.StreamReader) -> None:
-        """Take in what a rank tells. ValueError for a line that is too long."""
+        """Process a rank's messages. ValueError for a line that is too long."""
         while line := await reader.readline():
             with contextlib.suppress(*_GARBLED):
                 message = json.loads(line)
@@ -235,14 +235,14 @@ class _Peers:
                     self.news.set()
 
     def tell(self, verdict: dict[str, Any]) -> None:
-        """Tell all ranks the verdict, or that rank 0 left."""
+        """Send all ranks the verdict, or that rank 0 left."""
         for writer in self._writers.values():
             writer.write(_line(verdict))
             writer.close()
 
 
 def _open_server(address: str) -> socket.socket:
-    """A server at a free port of the address at which the ranks meet; if that is none of ours, of all, which is said."""
+    """Open a server on a free port of the address where the ranks meet; if that is not ours, on all addresses, and say so."""
     places: list[Any] = []
     with contextlib.suppress(OSError):
         places = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM)
@@ -258,7 +258,7 @@ def _open_server(address: str) -> socket.socket:
 
 
 def _receive(connection: socket.socket) -> dict[str, Any]:
-    """A line from rank 0; {} if the connection has ended. TimeoutError if nothing comes."""
+    """Receive a line from rank 0; {} if the connection has ended. TimeoutError if nothing arrives."""
     text = b""
     while not text.endswith(b"\n"):
         data = connection.recv(65536)
@@ -277,7 +277,7 @@ def _line(message: dict[str, Any]) -> bytes:
 
 
 def _find_hang(ranks: list[_Rank], timeout_s: float) -> dict[str, Any]:
-    """{"reason", "code"} if the ranks that are furthest behind make no progress; the others only wait for them."""
+    """Return {"reason", "code"} if the ranks furthest behind make no progress; the others only wait for them."""
     present = [rank for rank in ranks if not rank.left]
     last = min((rank.step, rank.phase) for rank in present)
     behind = [rank for rank in present if (rank.step, rank.phase) == last]

@@ -1,6 +1,6 @@
 """The sections of a recipe's "dpt" object: typed, frozen, each field with its meaning, unit and default.
 
-Validation of single fields is here (`__post_init__`); what concerns several sections is in `recipe.py`.
+Single fields are validated here (`__post_init__`); checks across sections are in `checks.py`.
 """
 
 from dpt.config.sections.alignment import FeatureAlignmentConfig, SelfAlignmentConfig

@@ -17,9 +17,9 @@ class SelfAlignmentConfig:
     teacher_block: int = 20
     """Later block of the averaged network that it is aligned with; blocks after it are not computed (SRA: 20 of 28)."""
     offset_low: float = 0.0
-    """Least difference between the two noise levels, as a share of the timesteps."""
+    """Smallest difference between the two noise levels, as a share of the timesteps."""
     offset_high: float = 0.2
-    """Greatest difference between the noise levels, as a share of the timesteps; each sample's is random between the two."""
+    """Largest difference between the noise levels, as a share of the timesteps; each sample's is random between the two."""
     ema_decay: float = 0.0
     """Decay of the average used as teacher, one of training.ema_decays; 0: the first."""
 

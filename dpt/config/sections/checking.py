@@ -1,4 +1,4 @@
-"""How sections check their fields."""
+"""Field checks shared by the sections."""
 
 from typing import Any
 
@@ -7,25 +7,25 @@ from dpt.errors import UserError
 
 
 def check(ok: bool, sentence: str) -> None:
-    """UserError with the sentence unless `ok`."""
+    """Raise UserError with the sentence unless `ok`."""
     if not ok:
         raise UserError(sentence)
 
 
 def check_fields(config: Any, section: str, allowed: Range, *names: str) -> None:
-    """UserError, naming the field, unless each of these fields of a section's `config` is a number in the range."""
+    """Raise UserError, naming the field, unless each of these fields of a section's `config` is a number in the range."""
     for name in names:
         allowed.check(f"{section}.{name}", getattr(config, name))
 
 
 def check_interval(config: Any, section: str, name: str) -> None:
-    """UserError unless the fields NAME_low and NAME_high are the ends of an interval in [0, 1]."""
+    """Raise UserError unless the fields NAME_low and NAME_high bound an interval in [0, 1]."""
     low, high = getattr(config, f"{name}_low"), getattr(config, f"{name}_high")
     check(0.0 <= low <= high <= 1.0, f"{section}.{name}_low {low} and {name}_high {high} must obey 0 <= low <= high <= 1.")
 
 
 def check_guidance(config: Any, section: str) -> None:
-    """UserError unless guidance_low and guidance_high are the ends of an interval, and there is guidance for it to bound."""
+    """Raise UserError unless guidance_low and guidance_high bound an interval, and there is guidance for it to limit."""
     check_interval(config, section, "guidance")
     whole = (config.guidance_low, config.guidance_high) == (0.0, 1.0)
     check(

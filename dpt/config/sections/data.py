@@ -1,4 +1,4 @@
-"""The shards that are trained on."""
+"""The shards to train on."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -9,7 +9,7 @@ from dpt.config.sections.checking import check, check_fields
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Which shards are read, and how."""
+    """The shards to read, and how."""
 
     shards: list[str] = field(default_factory=list)
     """Shard folders, brace patterns ("x/{000000..000127}.tar") or URLs; several sets are mixed."""
@@ -24,7 +24,7 @@ class DataConfig:
     num_workers: int = 0
     """Threads per rank that read shards, and as many that fetch; 0: the thread that fills batches reads, another fetches."""
     cache_dir: str = ""
-    """Folder that keeps shards fetched from URLs (it grows to the size of the sets); empty: fetched anew every epoch."""
+    """Folder for shards fetched from URLs (it grows to the size of the sets); empty: fetched anew every epoch."""
     verify: bool = True
     """Compare each shard's hash with the manifest before its first use, so that flipped bits are reported, never trained on."""
     max_bad_samples: int = 0

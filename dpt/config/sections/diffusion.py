@@ -22,7 +22,7 @@ class DiffusionConfig:
     rescale_betas_zero_snr: bool = False
     """Rescale the betas so that the last timestep is pure noise (zero terminal SNR; not with epsilon)."""
     prediction_type: Literal["epsilon", "sample", "v_prediction", "rectified_flow"] = "epsilon"
-    """What the network predicts: the noise, the clean latents, v, or the velocity of a straight path."""
+    """Prediction target: the noise, the clean latents, v, or the velocity of a straight path."""
     time_convention: Literal["index", "fraction", "scaled_fraction"] = "index"
     """Timestep t in 0..T-1 as the network sees it: t, (t + 1) / T (DiT-MoE's rectified flow) or t + 1 (diffusers' flow)."""
     timestep_spacing: Literal["leading", "trailing", "linspace"] = "trailing"
@@ -42,7 +42,7 @@ class DiffusionConfig:
     timesteps: Literal["uniform", "logit_normal", "last"] = "uniform"
     """Distribution of training timesteps: uniform, mostly middle ones, or only the last, for prediction in one step."""
     timestep_location: float = 0.0
-    """Mean of logit(t / T) for "logit_normal"; above 0: more noise."""
+    """Mean of logit(t / T) for "logit_normal"; positive: more noise."""
     timestep_scale: float = 1.0
     """Standard deviation of logit(t / T) for "logit_normal"."""
     initial_noise: Literal["random", "fixed", "zero"] = "random"
@@ -67,7 +67,7 @@ class DiffusionConfig:
         self._check_one_step()
 
     def with_schedule(self, beta_schedule: str) -> "DiffusionConfig":
-        """This objective on another noise schedule, with the betas that belong to that one; on its own, unchanged.
+        """This objective with another noise schedule and its standard betas; unchanged for its own schedule.
 
         linear: 1e-4 to 2e-2 (Ho et al. 2020); scaled_linear: 8.5e-4 to 1.2e-2 (Stable Diffusion); squaredcos_cap_v2 has no
         range. UserError for rectified flow, which has no noise schedule.
@@ -142,9 +142,9 @@ class SamplingConfig:
     guidance_channels: int = 0
     """Latent channels that guidance acts on; 0: all (public DiT: 3 of 4)."""
     guidance_low: float = 0.0
-    """Least noise level, as a share of the timesteps, at which guidance acts."""
+    """Lowest noise level, as a share of the timesteps, at which guidance acts."""
     guidance_high: float = 1.0
-    """Greatest noise level, as a share of the timesteps, at which guidance acts."""
+    """Highest noise level, as a share of the timesteps, at which guidance acts."""
 
     def __post_init__(self) -> None:
         check_guidance(self, "dpt.sampling")

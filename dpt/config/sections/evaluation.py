@@ -10,7 +10,7 @@ from dpt.config.sections.diffusion import DiffusionConfig
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """What the evaluator predicts and scores. It sweeps over lists."""
+    """The evaluator's predictions and scores. Lists are swept over."""
 
     weights: str = ""
     """Weights to evaluate: an exported folder, a checkpoint (or a run's folder: its newest), public weights, or
@@ -36,13 +36,13 @@ class EvaluationConfig:
     timestep_spacing: Literal["", "leading", "trailing", "linspace"] = ""
     """Spacing of the sampler's timesteps; empty: that of the weights (dpt.diffusion.timestep_spacing)."""
     step_power: float = 1.0
-    """Over 1: more steps at low noise; under 1: more at high noise."""
+    """Distribution of steps; above 1: more at low noise; below 1: more at high noise."""
     guidance_scale: float = 1.0
     """Classifier-free guidance; 1: none."""
     guidance_low: float = 0.0
-    """Least noise level, as a share of the timesteps, at which guidance acts."""
+    """Lowest noise level, as a share of the timesteps, at which guidance acts."""
     guidance_high: float = 1.0
-    """Greatest noise level, as a share of the timesteps, at which guidance acts; steps outside the two cost one pass."""
+    """Highest noise level, as a share of the timesteps, at which guidance acts; steps outside the two cost one pass."""
     batch_size: int = 16
     """Predictions (samples x members) that a rank computes at once."""
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
@@ -74,8 +74,8 @@ class EvaluationConfig:
         check_fields(self, "dpt.evaluation", NOT_NEGATIVE, "max_samples", "pictures")
 
     def settled(self, diffusion: DiffusionConfig) -> "EvaluationConfig":
-        """These settings as weights trained for `diffusion` are used with them: a one-step network takes one step, whatever is
-        asked for, and one ensemble member where it starts from the same noise every time."""
+        """These settings adapted to weights trained for `diffusion`: a one-step network takes one step, whatever is
+        requested, and one ensemble member if it always starts from the same noise."""
         if not diffusion.one_step:
             return self
         return replace(self, steps=[1], ensemble=self.ensemble if diffusion.initial_noise == "random" else [1])
@@ -83,7 +83,7 @@ class EvaluationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ValidationConfig:
-    """Scores of evaluation sets during training, and what follows from them (perception only)."""
+    """Scores of evaluation sets during training, and what depends on them (perception only)."""
 
     every: int = 0
     """Steps between validations; 0: none. The last step is always validated."""

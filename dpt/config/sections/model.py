@@ -1,4 +1,4 @@
-"""The network, and what upcycling makes of it."""
+"""The network, and its upcycling."""
 
 import math
 from dataclasses import dataclass, replace
@@ -15,14 +15,14 @@ CONDITIONS: dict[str, tuple[int, int]] = {
     "amodal": (2, 2),
     "generalist": (2, 2),
 }
-"""Least and most condition latents (`model.num_conditions`) of each task; `dpt.tasks.register_task` adds to them."""
+"""Fewest and most condition latents (`model.num_conditions`) of each task; `dpt.tasks.register_task` adds to them."""
 TIMESTEP_FEATURES = 256
 """Width of the sinusoidal timestep features in DiT."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The network's architecture. A preset fills the sizes; any field beside it overrides the preset's."""
+    """The network's architecture. A preset fills the sizes; any field set beside it overrides the preset's."""
 
     preset: str = "S/2"
     """Named size that fills the fields below (`dpt presets` lists them)."""
@@ -71,7 +71,7 @@ class ModelConfig:
     normalize_top_k: bool = False
     """Rescale each token's top-k router weights to sum to 1."""
     capacity_factor: float = 0.0
-    """Most tokens per expert, as a multiple of the even share; further ones are dropped. 0: no limit."""
+    """Maximum tokens per expert, as a multiple of the even share; further ones are dropped. 0: no limit."""
     router_bias_balancing: bool = False
     """Balance experts by a routing bias, instead of or besides the balance loss."""
     base_width: int = 0
@@ -114,7 +114,7 @@ class ModelConfig:
 
     @property
     def attention_scale(self) -> float:
-        """What attention scores q.k are multiplied by."""
+        """The factor that multiplies attention scores q.k."""
         head_size = self.hidden_size // self.num_heads
         return math.sqrt(self.base_head_size) / head_size if self.base_width else 1.0 / math.sqrt(head_size)
 

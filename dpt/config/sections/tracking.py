@@ -8,7 +8,7 @@ from dpt.config.sections.checking import check, check_fields
 
 @dataclass(frozen=True, kw_only=True)
 class TrackingConfig:
-    """Where runs are recorded."""
+    """The MLflow record of runs."""
 
     enabled: bool = True
     """Record the run in MLflow."""
@@ -25,7 +25,7 @@ class TrackingConfig:
     system_every: float = 10.0
     """Seconds between readings of every node's CPU, memory, disks, network and GPUs (MLflow's names); 0: none."""
     registered_model: str = ""
-    """Model in MLflow's registry that the exported weights become a version of; empty: none."""
+    """Model in MLflow's registry to add the exported weights to as a version; empty: none."""
 
     def __post_init__(self) -> None:
         check(

@@ -1,4 +1,4 @@
-"""Training: its course, its layout, its outputs."""
+"""Training: its length, layout and outputs."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -8,7 +8,7 @@ from dpt.config.sections.alignment import FeatureAlignmentConfig, SelfAlignmentC
 from dpt.config.sections.checking import check, check_fields
 
 LONGEST_EMA = 0.28
-"""Relative lengths of power-function averages are below that of the plain mean of a run, 1 / sqrt(12)."""
+"""Relative lengths of power-function averages must be below that of the plain mean of a run, 1 / sqrt(12)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ class TrainingConfig:
     """Power-function averages kept (EDM2), by length relative to the run, such as [0.05, 0.1]: `dpt export --ema-length` makes
     an average of any length of their snapshots."""
     ema_snapshots: int = 32
-    """Most snapshots of these kept; beyond that, every second one is deleted."""
+    """Maximum snapshots kept; beyond that, every second one is deleted."""
     ema_snapshot_every: int = 0
     """Steps between the first snapshots; 0: the power of two above steps / ema_snapshots."""
     balance_loss_weight: float = 0.01
@@ -51,9 +51,9 @@ class TrainingConfig:
     bypass_share: float = 0.0
     """Share of each sample's tokens, chosen at random, that skip the middle blocks in training (TREAD); 0: none."""
     bypass_first: int = 2
-    """First blocks, which no token skips."""
+    """Number of first blocks, which no token skips."""
     bypass_last: int = 4
-    """Last blocks, which no token skips."""
+    """Number of last blocks, which no token skips."""
     self_alignment: SelfAlignmentConfig = field(default_factory=SelfAlignmentConfig)
     """Alignment of hidden states with those of the averaged network at less noise (SRA)."""
     feature_alignment: FeatureAlignmentConfig = field(default_factory=FeatureAlignmentConfig)
@@ -81,7 +81,7 @@ class TrainingConfig:
     timeout_s: float = 1800.0
     """Seconds without progress on a rank before all ranks stop."""
     check_memory: Literal["refuse", "warn"] = "refuse"
-    """What to do if the memory plan exceeds free memory: refuse to start, or warn and try."""
+    """Response when the memory plan exceeds free memory: refuse to start, or warn and try."""
 
     def __post_init__(self) -> None:
         weights, intervals = ("balance_loss_weight", "router_z_loss_weight"), ("checkpoint_every", "keep_every")
@@ -108,9 +108,9 @@ class TrainingConfig:
 
     @property
     def teaching_decay(self) -> float:
-        """Decay of the average that self-alignment learns from."""
+        """Decay of self-alignment's teacher average."""
         return self.self_alignment.ema_decay or self.ema_decays[0]
 
     def bypassed(self, depth: int) -> range:
-        """The blocks, out of `depth`, that tokens may skip; empty if none lie between the first and the last ones."""
+        """The blocks, out of `depth`, that tokens may skip; empty if none lie between the first and last ones."""
         return range(self.bypass_first, depth - self.bypass_last)
