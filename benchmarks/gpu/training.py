@@ -129,9 +129,16 @@ def kernel_seconds(action: Callable[[], object]) -> float:
     return _union(_intervals(profiler)) / 1e6
 
 
+def gaps(profiler: Any) -> float:
+    """Seconds between a profile's first kernel and its last in which none runs."""
+    intervals = list(_intervals(profiler))
+    span = max(end for _, end in intervals) - min(start for start, _ in intervals)
+    return (span - _union(iter(intervals))) / 1e6
+
+
 def _intervals(profiler: Any) -> Iterator[tuple[float, float]]:
     for event in profiler.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA:
+        if event.device_type == torch.autograd.DeviceType.CUDA and not event.name.startswith("Optimizer.step#"):
             yield event.time_range.start, event.time_range.end
 
 

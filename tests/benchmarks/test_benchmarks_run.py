@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ import torch
 from benchmarks.__main__ import NAMES
 from benchmarks.gpu import __main__ as acceptance
 from benchmarks.gpu import parity, pipeline, training
+from benchmarks.gpu.training import gaps
+from benchmarks.profile import kind_of
 from dpt.scaling.processes import start_forked
 from tests.gloo import run_script
 
@@ -112,6 +115,29 @@ def test_the_profile_adds_up(written):
     assert sum(row["share"] for row in kinds) == pytest.approx(1.0, abs=0.01)
     assert {"matrix products", "attention", "optimizer"} <= {row["what"] for row in kinds}
     assert sum(row["case"].endswith("kernels") for row in results) == 3
+
+
+@pytest.mark.parametrize(("kernel", "kind"), [  # as an H200 shows them
+    ("nvjet_sm90_tst_192x192_64x3_2x1_v_bz_coopB_NNN", "matrix products"),
+    ("cutlass::device_kernel<enable_3x_kernel_for_sm9x<cutlass::gemm::kernel::GemmUniversal>>", "matrix products"),
+    ("cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob_26_64x64x128_1x4x1_cga1x1x1_kernel0_0", "attention"),
+    ("void cudnn::fusion::compute_dot_do_o<true>(void const*, void const*, void*)", "attention"),
+    ("triton_red_fused_add_addcmul_native_layer_norm_split_unsqueeze_1", "compiled passes"),
+    ("void at::native::multi_tensor_apply_kernel<at::native::FusedOptimizerTensorListMetadata<4>>", "optimizer"),
+    ("void at::native::unrolled_elementwise_kernel<at::native::direct_copy_kernel_cuda(at::Tensor)>", "copies and zeros"),
+    ("void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<float>>", "elementwise"),
+])  # fmt: skip
+def test_kernels_of_a_gpu_are_sorted_by_kind(kernel, kind):
+    assert kind_of(kernel) == kind
+
+
+def test_gaps_are_when_no_kernel_runs():
+    def kernel(start, end, name="k", device=torch.autograd.DeviceType.CUDA):
+        return SimpleNamespace(name=name, device_type=device, time_range=SimpleNamespace(start=start, end=end))
+
+    events = [kernel(0, 10), kernel(5, 12), kernel(20, 30), kernel(0, 40, "Optimizer.step#AdamWEMA.step")]
+    events.append(kernel(0, 90, device=torch.autograd.DeviceType.CPU))
+    assert gaps(SimpleNamespace(events=lambda: events)) == pytest.approx(8e-6)
 
 
 def test_shards_are_read_and_written_at_a_share_of_a_bound(written):
