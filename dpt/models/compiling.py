@@ -12,6 +12,7 @@ def options() -> dict[str, Any]:
 
     _set_choices()
     # SwiGLU's gradient is two halves side by side: written in one pass over its inputs, not one for each half.
+    # torch 2.11 has the first limit alone, which does not reach two halves.
     limits = ("max_pointwise_cat_inputs", "max_complex_pointwise_cat_inputs")
     return {name: 1 for name in limits if hasattr(config, name)}
 
