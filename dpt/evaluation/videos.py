@@ -84,7 +84,7 @@ def predict_video(
     resolution: int = 0,
     settings: Any = None,
 ) -> list[Path]:
-    """Predict a video's frames and write OUT/NAME/NNNNNN_*, and the colour pictures as OUT/NAME_TASK.mp4 (.gif for an animation).
+    """Predict a video's frames and write OUT/NAME/NNNNNN_*, and colour pictures as OUT/NAME_TASK.mp4 (.gif for an animation).
 
     One batch of frames is in memory at a time. Depth: see `Carried`. Flow: from each frame to the next, so one frame fewer.
     Without the package av no .mp4 is written, only the pictures. With `settings`, a stopped video resumes after its last
