@@ -79,7 +79,7 @@ def _learned(surface: Surface, observations: Sequence[Observation]) -> str:
 
 
 def describe(plan: Plan, surface: Surface, metric: str) -> str:
-    """The plan in words."""
+    """Describe the plan in words."""
     config = plan.config
     experts = f", {config.num_experts} experts of which a token takes {config.top_k}" if config.num_experts else ""
     lines = [

@@ -114,7 +114,7 @@ class Denoiser:
         *,
         guidance_channels: int = 0,
     ) -> Tensor:
-        """Latents `[B, C, h, w]` from conditions `[B, K C, h, w]`, labels and seeds `[B]`."""
+        """Sample latents `[B, C, h, w]` from conditions `[B, K C, h, w]`, labels and seeds `[B]`."""
         config = self.config
         plan = self._plan(steps)
         guided = config.guidance_scale != 1.0
@@ -156,6 +156,6 @@ class Denoiser:
         return each * ensemble * len(tasks.task_spec(task).targets)
 
     def passes(self, steps: int) -> int:
-        """The network's forward passes for one latent image; guided steps take two."""
+        """Number of forward passes of the network for one latent image; guided steps take two."""
         doubled = self.config.guidance_scale != 1.0
         return sum(1 + (doubled and step.guided) for step in self._plan(steps).steps)

@@ -36,9 +36,9 @@ class Features:
     """Features of B images, float32, on the CPU."""
 
     pooled: Tensor
-    """`[B, D]`."""
+    """Pooled features `[B, D]`."""
     spatial: Tensor | None = None
-    """`[B, S]`, for sFID (Nash et al. 2021); None: the network has none."""
+    """Spatial features `[B, S]`, for sFID (Nash et al. 2021); None: the network has none."""
     probabilities: Tensor | None = None
     """Class probabilities `[B, K]`, for the Inception Score; None: the network has none."""
 
@@ -56,11 +56,11 @@ class FeatureNetwork(ABC):
 
 
 def load_features(path: str | Path = "", sha256: str = "") -> FeatureNetwork:
-    """The network in a TorchScript file, whose hash must be `sha256` (empty: that of StyleGAN's Inception-v3).
+    """Load the network in a TorchScript file, whose hash must be `sha256` (empty: that of StyleGAN's Inception-v3).
 
     path: empty: torch.hub's cache. StyleGAN's file, or one built like it, gives all features. Any other must turn uint8
     `[B, 3, H, W]` into `[B, D]`, or into a tuple of pooled features, spatial features and probabilities. UserError if the file
-    is missing (it says where to fetch it) or its hash differs.
+    is missing, saying where to fetch it, or if its hash differs.
     """
     file = Path(path) if str(path) else Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION
     if not file.is_file():
@@ -131,7 +131,7 @@ def resize_as_tensorflow(images: Tensor, side: int) -> Tensor:
 
 
 class ScriptNetwork(FeatureNetwork):
-    """A user's own TorchScript."""
+    """A user's own TorchScript network."""
 
     resize = "none outside the network"
 

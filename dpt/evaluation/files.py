@@ -36,12 +36,12 @@ def write_arrays(path: Path, arrays: dict[str, Any]) -> None:
 
 
 def fingerprint(settings: Any) -> str:
-    """16 hexadecimal digits that are equal for equal settings."""
+    """Hash settings to 16 hexadecimal digits, equal for equal settings."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 class JsonLines:
-    """Values as lines of JSON below `folder`, where every rank appends to a file of its own."""
+    """Values as lines of JSON below `folder`, where each rank appends to its own file."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder

@@ -116,7 +116,7 @@ def _unique(sources: list[Source]) -> list[Source]:
 
 
 def iter_frames(source: Source) -> Iterator[np.ndarray]:
-    """A video's frames uint8 `[H, W, 3]`, one at a time. UserError if it cannot be read, naming the frame."""
+    """Yield a video's frames uint8 `[H, W, 3]`, one at a time. UserError if it cannot be read, naming the frame."""
     if source.frames:
         yield from (read_picture(path) for path in source.frames)
     elif source.path.suffix.lower() in ANIMATIONS:

@@ -24,9 +24,9 @@ class Moments:
     count: int
     """Number of images; 0: unknown (a file that holds only the moments)."""
     mean: np.ndarray
-    """`[D]`."""
+    """Mean features `[D]`."""
     scatter: np.ndarray
-    """`[D, D]`: sum of the products of centred features."""
+    """Sum of the outer products of centred features, `[D, D]`."""
 
     @classmethod
     def of(cls, features: np.ndarray) -> "Moments":

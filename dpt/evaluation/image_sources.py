@@ -78,7 +78,7 @@ class ImageSource:
 
 
 def _decode(shards: ShardFolder, codec: Any, numbers: Sequence[int]) -> list[np.ndarray]:
-    """Images uint8 `[H, W, 3]` of latents in shards."""
+    """Decode latents in shards to images uint8 `[H, W, 3]`."""
     try:
         moments = np.stack([shards[number]["latents"] for number in numbers])
     except SampleError as error:
@@ -207,7 +207,7 @@ def _normal(path: Path, found: dict[str, np.ndarray], mu: str, sigma: str) -> No
 
 
 def write_statistics(path: str | Path, statistics: Statistics) -> None:
-    """Write an .npz, atomically, that `read_statistics` reads, as does ADM's evaluator where it needs no images."""
+    """Write an .npz, atomically, readable by `read_statistics` and, where it needs no images, by ADM's evaluator."""
     arrays: dict[str, Any] = dict(zip(("mu", "sigma"), statistics.pooled, strict=True))
     arrays |= {name: getattr(statistics, name) for name in ("network", "count", "resolution")}
     if statistics.spatial is not None:

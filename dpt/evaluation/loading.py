@@ -36,7 +36,7 @@ class LoadedModel:
     depth_prompt: str = tasks.DEPTH_PROMPT
     """Content of depth's second condition in training: one of `tasks.DEPTH_PROMPTS`."""
     fits: Mapping[str, Fit] = dataclasses.field(default_factory=lambda: fits_of({}, ""))
-    """How pictures were resized in training, by task."""
+    """Fit of pictures in training (how they were resized), by task."""
     lineage: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -89,7 +89,7 @@ def _read_diffusion(values: dict[str, Any], source: str) -> DiffusionConfig:
 
 
 def open_device(name: "torch.device | str") -> torch.device:
-    """The device of this name, such as "cpu" or "cuda:0"; UserError if there is none."""
+    """Open the named device, such as "cpu" or "cuda:0"; UserError if there is none."""
     try:
         device = torch.device(name)
         if torch.empty(0, device=device).is_meta:

@@ -23,7 +23,7 @@ from dpt.pictures import read_mask, read_picture
 from dpt.progress import Progress, progress
 
 Embed = Callable[[np.ndarray, np.ndarray], Tensor]
-"""uint8 `[H, W, 3]`, mask bool `[H, W]` -> CLIP embedding `[D]`."""
+"""Image uint8 `[H, W, 3]`, mask bool `[H, W]` -> CLIP embedding `[D]`."""
 
 
 @dataclass(kw_only=True)

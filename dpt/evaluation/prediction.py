@@ -69,7 +69,7 @@ class Predictor(Denoiser):
         return results
 
     def check_task(self, task: str) -> tasks.TaskSpec:
-        """The task's spec; UserError if the model was not trained for it, or takes another number of conditions."""
+        """The task's spec; UserError if the model was not trained for it or takes more conditions than it has."""
         if task == "generalist":
             raise UserError(f"{self.name}: a generalist predicts several tasks; name one with --task: depth, flow or amodal.")
         spec = tasks.task_spec(task)
@@ -87,7 +87,7 @@ class Predictor(Denoiser):
     def _encode_conditions(
         self, task: str, images: Sequence[np.ndarray], others: Sequence[np.ndarray] | None, resolution: int
     ) -> list[Tensor]:
-        """Scaled condition latents `[K, C, h, w]` of each image."""
+        """Encode each image's scaled condition latents `[K, C, h, w]`."""
         token = self.model.patch_size * self.codec.downsampling
         fit = self.fits[task]
         resolution = resolution or fit.resolution or self.model.input_size * self.codec.downsampling

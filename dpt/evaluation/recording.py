@@ -36,7 +36,7 @@ def open_predictor(
 
 
 class Recording(contextlib.ExitStack):
-    """The record of an evaluation in MLflow. `begin` starts it once all input has been checked, so that bad input leaves no
+    """MLflow record of an evaluation. `begin` starts it once all input has been checked, so that bad input leaves no
     failed run."""
 
     run: Run

@@ -24,7 +24,7 @@ class Sample:
     """One image to predict for and score."""
 
     index: int
-    """Its number in the set."""
+    """Index in the set."""
     key: str
     image: np.ndarray
     """uint8 `[H, W, 3]`."""

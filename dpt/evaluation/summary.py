@@ -93,7 +93,7 @@ def tracked_metrics(summary: dict[str, Any]) -> dict[str, float]:
 
 
 def protocol_line(summary: dict[str, Any]) -> str:
-    """What the results of each set cover, on one line."""
+    """Coverage of each set's results, on one line."""
     return "; ".join(
         f"{name}: {one['protocol']} v{one['protocol_version']}, N={one['num_samples']}"
         f"{' (synthetic)' if one.get('synthetic') else ''}, list {one['list_sha256'][:12]}"

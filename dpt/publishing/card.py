@@ -107,7 +107,7 @@ _CALLS = {
 
 
 def usage(form: Form, task: str, name: str, *, timestep_features: str = "dit") -> str:
-    """How to use the weights, in five lines of Python; timestep_features: the network's (`ModelConfig`)."""
+    """Example of using the weights, in five lines of Python; timestep_features: the network's (`ModelConfig`)."""
     if form == "dpt":
         place = hub.with_prefix(name)
         return f'from dpt.evaluation import Predictor\n\npredictor = Predictor("{place}")\n{_CALLS[task]}'

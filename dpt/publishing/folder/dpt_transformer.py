@@ -46,7 +46,7 @@ def adaln(size: int, parts: int) -> nn.Sequential:
 
 
 class PatchEmbed(nn.Module):
-    """Embed latents [B, C, h, w] as tokens [B, T, D]; with several tasks, each sample uses its task's convolution."""
+    """Patch embedding: latents [B, C, h, w] to tokens [B, T, D]; with several tasks, by each sample's own convolution."""
 
     def __init__(self, patch_size: int, channels: int, size: int, num_tasks: int) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ class Mlp(nn.Module):
 
 
 def swiglu(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """(silu(x W_gate) * x W_up) W_down."""
+    """Compute (silu(x W_gate) * x W_up) W_down."""
     gate, up = F.linear(x, gate_up).chunk(2, dim=-1)
     return F.linear(F.silu(gate) * up, down)
 
@@ -110,7 +110,7 @@ class SharedExpert(nn.Module):
 
 
 class Router(nn.Module):
-    """Route tokens [T, D]: weights float32 [T, K] and indices [T, K] of their experts; computed in float32."""
+    """Router: tokens [T, D] to weights float32 [T, K] and indices [T, K] of their experts; computed in float32."""
 
     def __init__(self, size: int, num_experts: int, top_k: int, gate: str, normalize: bool, biased: bool) -> None:
         super().__init__()
@@ -197,7 +197,7 @@ class Block(nn.Module):
 
 
 class TimestepEmbedder(nn.Module):
-    """Embed times [B] as [B, D]."""
+    """Timestep embedding: times [B] to [B, D]."""
 
     def __init__(self, size: int, features: str) -> None:
         super().__init__()
@@ -223,7 +223,7 @@ class FinalLayer(nn.Module):
 
 
 class DptTransformer2DModel(ModelMixin, ConfigMixin):
-    """Predict from clean condition latents followed by noisy latents, a time and a label; variance values may follow."""
+    """Diffusion Transformer: clean condition then noisy latents, a time and a label to a prediction (then variance values)."""
 
     _no_split_modules = ["Block"]  # noqa: RUF012
 

@@ -37,7 +37,7 @@ class DptDepthOutput(BaseOutput):
 
 
 class DptDepthPipeline(DiffusionPipeline):
-    """Denoise depth latents beside the picture's clean latents, decode them, and merge an ensemble.
+    """Pipeline that denoises depth latents beside the picture's clean ones, decodes them, and merges an ensemble.
 
     All settings but the three components come from `model_index.json`: what the network learnt, and the defaults.
     """
