@@ -79,7 +79,7 @@ def _best_trial(p: np.ndarray, g: np.ndarray, tolerance: float, random: np.rando
 
 
 def _refine_log(p: np.ndarray, log_truth: np.ndarray, scale: float, shift: float) -> tuple[float, float]:
-    """Scale and shift near the given ones that minimise the sum of (log(scale p + shift) - log_truth)^2; scale stays positive."""
+    """Refine scale and shift to minimise the sum of (log(scale p + shift) - log_truth)^2; scale stays positive."""
     mean = p.mean()
     p = p - mean  # makes shift and scale nearly independent
     fit = np.array([scale, shift + scale * mean])

@@ -87,7 +87,7 @@ def merge_depth(maps: Tensor, aggregation: str = "compile") -> tuple[Tensor, Ten
 
 def merge_flow(flows: Tensor, aggregation: str = "median") -> tuple[Tensor, Tensor]:
     """Flows `[B, N, 2, H, W]` in pixels (or any vectors) -> flow `[B, 2, H, W]` and its uncertainty `[B, H, W]`, in pixels: as
-    `merge_values`, with the length of its second vector."""
+    `merge_values`, taking the length of its second vector."""
     merged, uncertainty = merge_values(flows.float(), aggregation)
     return merged, torch.linalg.vector_norm(uncertainty, dim=1)
 

@@ -98,7 +98,7 @@ def score_generation(
 
 
 def _as_dataset(path: str, found: dict[str, Any], cache_dir: str) -> dict[str, Any]:
-    """A reference as an MLflow data set, identified by its hash, for a folder that of its file names and sizes."""
+    """A reference as an MLflow data set, identified by its hash (for a folder, of its file names and sizes)."""
     if is_url(path) or (Path(path) / MANIFEST_NAME).is_file():
         return shards_as_dataset(path, cache_dir)
     if Path(path).is_dir():

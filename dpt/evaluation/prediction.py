@@ -69,7 +69,7 @@ class Predictor(Denoiser):
         return results
 
     def check_task(self, task: str) -> tasks.TaskSpec:
-        """The task's spec; UserError if the model was not trained for it or takes more conditions than it has."""
+        """The task's spec; UserError if the model was not trained for it or takes more conditions than the task has."""
         if task == "generalist":
             raise UserError(f"{self.name}: a generalist predicts several tasks; name one with --task: depth, flow or amodal.")
         spec = tasks.task_spec(task)
