@@ -1,1 +1,1 @@
-"""The sub-commands of `dpt`, one a module; imported one at a time, so they may import what they need."""
+"""Subcommands of `dpt`, one per module; only the one in use is imported, so each may import what it needs."""

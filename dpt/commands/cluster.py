@@ -1,6 +1,6 @@
-"""A cost model of training on many GPUs: the fastest layout for each number of GPUs, its cost, and its recipe.
+"""Model the cost of training on many GPUs: the fastest layout for each number of GPUs, its cost, and its recipe.
 
-Rates default to the data sheet of nodes of eight H100. Measure `--efficiency`, what one GPU reaches alone, with
+Rates default to the data sheet of nodes of eight H100s. Measure `--efficiency`, that of a single GPU, with
 `python -m benchmarks.train_step`. The step is the paper's: methods beyond it (docs/methods.md) are not counted.
 """
 
@@ -30,7 +30,7 @@ _RATES = {
 }
 """Meaning of `Cluster`'s fields."""
 _RANGES = {"gpus_per_node": AT_LEAST_1, "efficiency": Range(above=0, most=1), "latency_s": NOT_NEGATIVE, "jitter": NOT_NEGATIVE}
-"""What they may be; the others are positive."""
+"""Allowed ranges of those fields; the others must be positive."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

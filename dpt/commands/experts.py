@@ -1,4 +1,4 @@
-"""Plot how far the experts of runs are apart over training steps, and print the first and last distance of each run."""
+"""Plot how far apart the experts of runs are over training steps, and print the first and last distance of each run."""
 
 import argparse
 from collections import Counter
@@ -36,8 +36,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def distance_series(records: Sequence[RunRecord]) -> dict[str, list[tuple[int, float]]]:
-    """(step, distance) of every run that has recorded it (`dpt.models.expert_distance`), by its label, with the run's id where
-    labels are the same. UserError if none has."""
+    """(step, distance) of every run that recorded it (`dpt.models.expert_distance`), keyed by run label, with the run's id if
+    labels repeat. UserError if none has."""
     found = [(record, history) for record in records if (history := record.history(METRIC))]
     if not found:
         raise UserError(

@@ -81,7 +81,7 @@ def _write_pipeline(arguments: argparse.Namespace) -> None:
 
 
 def _class_names(file: Path) -> list[str]:
-    """The names in a file: a JSON list, or a line each."""
+    """Read the names in a file: a JSON list, or one per line."""
     try:
         text = file.read_text(encoding="utf-8")
         names = json.loads(text) if file.suffix == ".json" else [line.strip() for line in text.splitlines() if line.strip()]

@@ -64,7 +64,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _recipe(arguments: argparse.Namespace) -> Recipe:
-    """The command line as a recipe, which is what MLflow keeps."""
+    """The command line as a recipe, the form that MLflow keeps."""
     sections = {
         "data": {"cache_dir": arguments.cache_dir},
         "generation": {field.name: getattr(arguments, field.name) for field in dataclasses.fields(GenerationConfig)},

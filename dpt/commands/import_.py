@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.vae:
         vae = load_vae(arguments.vae, latent_channels=weights.config.in_channels)
         sections["vae"] = dataclasses.asdict(vae.record)
-    elif own.get("name") and "sha256" not in own:  # a diffusers pipeline's
+    elif own.get("name") and "sha256" not in own:  # from a diffusers pipeline
         try:
             sections["vae"] = dataclasses.asdict(load_vae(own["name"], latent_channels=weights.config.in_channels).record)
         except UserError as error:
@@ -83,7 +83,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _diffusion(arguments: argparse.Namespace, weights: Weights) -> dict[str, Any]:
-    """The weights' "diffusion" section with the options over it; empty if neither tells what they predict."""
+    """The weights' "diffusion" section overridden by the options; empty if neither says what the weights predict."""
     known = weights.sections.get("diffusion")
     fields = {field.name for field in dataclasses.fields(DiffusionConfig)}
     options = {name: value for name, value in vars(arguments).items() if name in fields and value is not None}

@@ -1,4 +1,4 @@
-"""Options that several commands share."""
+"""Options shared by several commands."""
 
 import argparse
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
-    """Which runs: named ones, or those of an experiment, filtered."""
+    """Add options that select runs: named ones, or those of an experiment, filtered."""
     add = parser.add_argument
     add("runs", nargs="*", metavar="RUN", help="run ids (ours or MLflow's, or prefixes of them) or names")
     add("--experiment", help="all runs of this experiment")
@@ -25,7 +25,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
 
 
 def selected_runs(arguments: argparse.Namespace) -> tuple[list[RunRecord], list[RunRecord]]:
-    """(The chosen runs, those and all their ancestors); UserError if none is chosen."""
+    """Return (the chosen runs, those and all their ancestors); UserError if none is chosen."""
     if not arguments.runs and not arguments.experiment:
         raise UserError("no run is chosen; name runs, or an experiment with --experiment.")
     records = load_runs(arguments.uri, arguments.experiment, arguments.runs or None, arguments.filter)
@@ -37,7 +37,7 @@ def selected_runs(arguments: argparse.Namespace) -> tuple[list[RunRecord], list[
 def add_sampling_options(
     parser: argparse.ArgumentParser, *, steps: int, guidance: float, sampler: str = "ddim", on_ranks: bool = False
 ) -> None:
-    """Weights, and how the sampler goes. on_ranks: for a command with its own `weights`, whose ranks have a device each."""
+    """Add options for weights and sampling. on_ranks: for a command with its own `weights` whose ranks have a device each."""
     add = parser.add_argument
     if not on_ranks:
         add("--weights", required=True, help="exported, a checkpoint, public, or hub:owner/name[@revision]")
@@ -60,7 +60,7 @@ def add_sampling_options(
 
 
 def add_card_options(parser: argparse.ArgumentParser) -> None:
-    """What a model card says beside what the weights know."""
+    """Add options for what a model card says beyond what the weights know."""
     add = parser.add_argument_group("model card (README.md)").add_argument
     add("--license", default="", help="e.g. apache-2.0, as the hub names licences (default: unknown)")
     add("--name", default="", metavar="OWNER/NAME", help="the name in its example (default: the folder's name)")
@@ -71,7 +71,7 @@ def add_card_options(parser: argparse.ArgumentParser) -> None:
 def card_text(
     arguments: argparse.Namespace, model: ModelConfig, sections: Mapping[str, Any], *, form: "Form", name: str
 ) -> str:
-    """The card of weights with the options of `add_card_options`."""
+    """Text of the weights' model card, with the options of `add_card_options`."""
     from dpt.publishing.card import model_card, read_history
 
     history = None
@@ -86,13 +86,13 @@ def card_text(
 def write_card(
     arguments: argparse.Namespace, model: ModelConfig, sections: Mapping[str, Any], *, form: "Form", name: str, folder: Path
 ) -> None:
-    """Write `card_text` as README.md of a folder."""
+    """Write `card_text` as a folder's README.md."""
     text = card_text(arguments, model, sections, form=form, name=name)
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 
 def sampling_config(arguments: argparse.Namespace, **more: Any) -> EvaluationConfig:
-    """The options of `add_sampling_options` (and --ensemble) as the section that the predictor takes, with further fields."""
+    """Turn the options of `add_sampling_options` (and --ensemble), plus `more` fields, into the predictor's section."""
     low, high = arguments.guidance_interval
     same = ("sampler", "schedule", "timestep_spacing", "seed", "batch_size", "precision")
     values = more | {name: getattr(arguments, name) for name in same}

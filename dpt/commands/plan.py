@@ -1,4 +1,4 @@
-"""Plan a budget: the best split between model size, pre-training, fine-tuning, upcycling and test time, from a study's runs."""
+"""Plan a budget: the best split among model size, pre-training, fine-tuning, upcycling and test time, from a study's runs."""
 
 import argparse
 import dataclasses
@@ -63,7 +63,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _learned(surface: Surface, observations: Sequence[Observation]) -> str:
-    """What the observations say, and what they do not."""
+    """Summary of what the observations show, and what they do not."""
     models = len({o.run_id for o in observations})
     lines = [f"From {len(observations)} evaluations of {models} models (residual {surface.residual:.1%}):"]
     for name, (alpha, low, high) in surface.exponents().items():
@@ -79,7 +79,7 @@ def _learned(surface: Surface, observations: Sequence[Observation]) -> str:
 
 
 def describe(plan: Plan, surface: Surface, metric: str) -> str:
-    """The plan in words."""
+    """Describe the plan in words."""
     config = plan.config
     experts = f", {config.num_experts} experts of which a token takes {config.top_k}" if config.num_experts else ""
     lines = [

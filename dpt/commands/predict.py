@@ -1,4 +1,4 @@
-"""Predict depth, optical flow or whole-object masks of pictures, folders and videos with trained weights.
+"""Predict depth, optical flow or whole-object masks for pictures, folders and videos with trained weights.
 
 Repeat the command to continue after an interruption. On several GPUs: deepspeed --module dpt.cli predict ..., or
 torchrun -m dpt.cli predict ...
@@ -119,11 +119,11 @@ def run(arguments: argparse.Namespace) -> None:
 _OTHERS = {"second": "second frame", "mask": "visible mask"}
 _FILES = ("inputs", "second", "mask", "pattern", "no_recursive", "frames", "out", "weights")
 _NOT_SETTINGS = (*_FILES, "again", "batch_size", "device")
-"""Options that a picture's results do not depend on (which files belong to it is kept beside them)."""
+"""Options that a picture's results do not depend on (the files belonging to it are recorded separately)."""
 
 
 def _with_others(sources: "list[Source]", arguments: argparse.Namespace) -> "list[Source]":
-    """Each source with its second frame or mask."""
+    """Pair each source with its second frame or mask."""
     given, option = (arguments.second, "--second") if arguments.second else (arguments.mask, "--mask")
     if not given:
         if arguments.clip:
@@ -142,7 +142,7 @@ def _with_others(sources: "list[Source]", arguments: argparse.Namespace) -> "lis
 
 
 def _namesake(folder: Path, source: "Source", option: str) -> Path:
-    """The file of `folder` that is named as the source is, whatever its suffix."""
+    """The file in `folder` with the source's name, whatever its suffix."""
     from dpt.evaluation.frames import PICTURES
 
     for suffix in (source.path.suffix, *PICTURES):
@@ -152,7 +152,7 @@ def _namesake(folder: Path, source: "Source", option: str) -> Path:
 
 
 def _embedding(arguments: argparse.Namespace, predictor: "Predictor", task: str) -> "Embed | None":
-    """What embeds visible objects, if the command names an image tower."""
+    """Function that embeds visible objects, if the command names an image tower."""
     from dpt.clip import load_clip
     from dpt.tasks import visible_object
 

@@ -1,4 +1,4 @@
-"""Model sizes by name: parameters, multiply-accumulates, and bytes per rank when training."""
+"""List model sizes by name: parameters, multiply-accumulates, and bytes per rank when training."""
 
 import argparse
 import json

@@ -1,4 +1,4 @@
-"""Push weights with their model card to the Hugging Face Hub, from where `hub:owner/name` loads them.
+"""Push weights with their model card to the Hugging Face Hub, from which `hub:owner/name` loads them.
 
 The token comes from `hf auth login` or HF_TOKEN.
 """
@@ -27,7 +27,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     folder: Path = arguments.folder
     if not (folder / "config.json").is_file() and (folder / "weights" / "config.json").is_file():
-        folder = folder / "weights"  # of a run's folder
+        folder = folder / "weights"  # in a run's folder
     ours = (folder / "weights.safetensors").is_file() and (folder / "config.json").is_file()
     if not ours and not (folder / PIPELINE_INDEX).is_file():
         raise UserError(f"{folder}: neither exported weights nor a pipeline; write one with dpt export.")

@@ -1,4 +1,4 @@
-"""Write one static HTML page about an experiment: results, pictures, lineage, curves, recipes, versions."""
+"""Write a static HTML page about an experiment: results, pictures, lineage, curves, recipes, versions."""
 
 import argparse
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Commands that read each other's results, run side by side; what is done is skipped, what has changed is done again."""
+"""Run commands that read each other's results side by side; finished ones are skipped, changed ones are repeated."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ from dpt.scaling.side_by_side import Running, run_side_by_side
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One command, what it is for, the file that proves it finished, and the folder that holds all it makes."""
+    """One command, its title, the file that proves it finished, and the folder that holds everything it makes."""
 
     title: str
     command: list[str]
@@ -33,8 +33,8 @@ class Step:
 def run_steps(steps: list[Step], out: Path, jobs: int) -> None:
     """Run the unfinished steps, `jobs` at a time, each on its share of the CPU threads; their output is kept in `out`/logs.
 
-    A step waits for those whose results it reads. It is done again if its command, its recipe or what it reads has changed.
-    UserError if a step fails: no further step starts then, and those already running end first.
+    A step waits for those whose results it reads. It is repeated if its command, its recipe or its inputs have changed.
+    UserError if a step fails: no further step starts, and those already running finish first.
     """
     record = out / "commands.json"
     begun: dict[str, list[str]] = json.loads(record.read_text()) if record.exists() else {}
@@ -66,9 +66,9 @@ def run_steps(steps: list[Step], out: Path, jobs: int) -> None:
 
 
 def _start_shown(step: Step, number: int, logs: Path, beside: int) -> LaunchProcess:
-    """A step's process; every look at its exit code first prints its new output, each line after the step's number.
+    """Start a step's process; each check of its exit code first prints its new output, lines prefixed by the step's number.
 
-    `beside`: how many steps share the CPU threads.
+    `beside`: number of steps that share the CPU threads.
     """
     logs.mkdir(exist_ok=True)
     log, shown = logs / f"{number:02}.txt", 0
@@ -96,7 +96,7 @@ def _start_shown(step: Step, number: int, logs: Path, beside: int) -> LaunchProc
 
 
 def _identity(step: Step) -> list[str]:
-    """The command, and hashes of the recipes that it names."""
+    """The command and hashes of the recipes that it names."""
     recipes = [Path(word) for word in step.command if word.startswith("ds_configs/")]
     return [*step.command, *(hashlib.sha256(path.read_bytes()).hexdigest() for path in recipes)]
 
@@ -106,16 +106,16 @@ def _shown(command: list[str]) -> list[str]:
 
 
 def _on_free_port(command: list[str]) -> list[str]:
-    """With a free port for the ranks (DeepSpeed's launcher always takes 29500)."""
+    """Give the command a free port for its ranks (DeepSpeed's launcher always takes 29500)."""
     if command[0] != "deepspeed":
         return command
     return [command[0], "--master_port", str(free_port()), *command[1:]]
 
 
 def _environment(beside: int) -> dict[str, str]:
-    """This environment, with the interpreter's folder first, where its `deepspeed` is, and a share of the CPU threads."""
+    """This environment, with the interpreter's folder (and so its `deepspeed`) first and a share of the CPU threads."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    without_gpu = {} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"}  # else DeepSpeed's launcher looks for one
+    without_gpu = {} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"}  # otherwise DeepSpeed's launcher looks for one
     threads = {} if beside == 1 else {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // beside))}
     return {**without_gpu, **threads, **os.environ, "PATH": path}
 

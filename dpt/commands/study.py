@@ -1,4 +1,4 @@
-"""Run studies (grids of launches, from YAML files) and draw their figures. Repeating the command does only what is missing."""
+"""Run studies (grids of launches, from YAML files) and draw their figures. Repeat the command to do only what is missing."""
 
 import argparse
 import shlex
@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _rehearse(arguments: argparse.Namespace) -> None:
-    """Run the studies small, in a folder and a store of their own, up to figures and tables."""
+    """Run small versions of the studies, in their own folder and store, up to figures and tables."""
     for option in ("dry_run", "figures", "slurm"):
         if getattr(arguments, option):
             raise UserError(f"--rehearse runs everything, here; leave --{option.replace('_', '-')} out.")
@@ -81,7 +81,7 @@ def _say(text: str) -> None:
 
 
 def _show(study: Study, peak_flops: float, mfu: float) -> None:
-    """Every launch with what it costs, and the commands that are left to run."""
+    """Print every launch with its cost, and the commands left to run."""
     unfinished = {launch.name for launch in pending(study)}
     cells, training, scoring = [], 0.0, 0.0
     for launch in study.launches:
@@ -106,12 +106,12 @@ def _show(study: Study, peak_flops: float, mfu: float) -> None:
 
 
 def device_hours(macs: float, peak_flops: float, mfu: float) -> float:
-    """Hours of a device with this peak (FLOP/s) of which this share is reached."""
+    """Hours on a device with this peak (FLOP/s) at this utilisation."""
     return 2 * macs / (peak_flops * mfu) / 3600
 
 
 def _draw(study: Study, uri: str, *, watermark: str = "") -> list[str]:
-    """Every figure, from the newest run of each launch; returns a sentence for each that cannot be drawn."""
+    """Draw every figure from the newest run of each launch; return a sentence for each that cannot be drawn."""
     newest: dict[str, RunRecord] = {r.name: r for r in load_runs(uri, study.experiment)}
     family = with_ancestors(list(newest.values()), uri)
     problems = []

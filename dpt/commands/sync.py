@@ -1,4 +1,4 @@
-"""Send to MLflow the records that an outage of its server left in the folders of runs; none arrives twice."""
+"""Send MLflow the records that a server outage left in run folders; none arrives twice."""
 
 import argparse
 from pathlib import Path

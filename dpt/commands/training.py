@@ -1,4 +1,4 @@
-"""What the launchers of training do: a recipe from the command line, trained, with evaluation at hand for `dpt.validation`."""
+"""Entry point of the training launchers: train a recipe from the command line, with evaluation for `dpt.validation`."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -18,7 +18,7 @@ def run_launcher(stage: str, description: str) -> None:
 
 
 def open_validator(config: DptConfig, codes: Mapping[str, str], depth_prompt: str) -> Any:
-    """What scores networks for `dpt.validation`."""
+    """Open the validator that scores networks for `dpt.validation`."""
     from dpt.evaluation.validation import Validator  # torch must not be loaded before the environment is set
 
     return Validator(config, codes=codes, depth_prompt=depth_prompt)

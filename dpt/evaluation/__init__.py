@@ -1,4 +1,4 @@
-"""Prediction with a trained network, and its scores by each field's own protocol."""
+"""Prediction with a trained network, and scoring by each field's own protocol."""
 
 from dpt.evaluation.prediction import Prediction, Predictor
 

@@ -1,13 +1,13 @@
-"""Least-squares scale and shift between a prediction and the truth, which affine-invariant predictions are scored after."""
+"""Scale and shift fits that align affine-invariant predictions to the truth before they are scored."""
 
 import numpy as np
 
 
 def fit_affine(prediction: np.ndarray, truth: np.ndarray, valid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Scale and shift, float64 `[...]`, that minimise the sum of (scale prediction + shift - truth)^2 over valid pixels.
+    """Return scale and shift, float64 `[...]`, that minimise the sum of (scale prediction + shift - truth)^2 over valid pixels.
 
-    prediction, truth: float `[..., H, W]`; valid: bool of the same shape, at least one pixel true in each map. In double
-    precision and about the means. A constant prediction gets scale 0 and the truth's mean as shift.
+    prediction, truth: float `[..., H, W]`; valid: bool of the same shape, at least one pixel true in each map. Computed in
+    double precision on centred values. A constant prediction gets scale 0 and the truth's mean as shift.
     """
     leading = prediction.shape[:-2]
     scale, shift = np.empty(leading), np.empty(leading)
@@ -25,19 +25,19 @@ def fit_affine(prediction: np.ndarray, truth: np.ndarray, valid: np.ndarray) -> 
 
 
 MOST_TRIALS = 1000
-"""Pairs of pixels that a robust fit tries at most; it stops when a better one is to be expected with 1% at most."""
+"""Most pixel pairs that a robust fit tries; it stops early once the chance of a better one is at most 1%."""
 _TRIAL_PIXELS = 1 << 16
-"""Pixels that trials are judged on; the fit that they end in takes all."""
+"""Pixels that trials are judged on; the final fit uses all of them."""
 
 
 def fit_affine_log(prediction: np.ndarray, truth: np.ndarray) -> tuple[float, float]:
-    """Scale and shift of depth pixels `[n]` whose error is measured in log depth, and robustly; truth is positive.
+    """Fit scale and shift to depth pixels `[n]` robustly, with the error measured in log depth; truth is positive.
 
-    RANSAC (Fischler and Bolles 1981) as the protocol of Pixel-Perfect Depth (Xu et al. 2025) and Marigold V2 has it: a pixel is
-    an inlier if |log(scale prediction + shift) - log truth| is below the median absolute deviation of log truth; of the
+    RANSAC (Fischler and Bolles 1981) as in the protocol of Pixel-Perfect Depth (Xu et al. 2025) and Marigold V2: a pixel is an
+    inlier if |log(scale prediction + shift) - log truth| is below the median absolute deviation of log truth; of the
     pairs of pixels drawn, the one with the most inliers wins, and the sum of squared errors of its inliers is minimised.
-    There networks predict log depth up to scale and shift, so a line is fitted; here they predict depth up to them, so
-    the two are fitted through the logarithm (Gauss-Newton). The draws are the same every time. Without a pair of
+    Their networks predict log depth up to scale and shift, so they fit a line; ours predict depth up to scale and shift,
+    so both are fitted through the logarithm (Gauss-Newton). The draws are the same every time. If no pair gives a
     positive scale: scale 0, and the median of log truth.
     """
     p, g = prediction.astype(np.float64), truth.astype(np.float64)
@@ -54,13 +54,13 @@ def fit_affine_log(prediction: np.ndarray, truth: np.ndarray) -> tuple[float, fl
 
 
 def _inliers(p: np.ndarray, g: np.ndarray, scale: float, shift: float, tolerance: float) -> np.ndarray:
-    """Where log(scale p + shift) is within `tolerance` of log g; never where scale p + shift is not positive."""
+    """Mask of pixels where log(scale p + shift) is within `tolerance` of log g; False where scale p + shift is not positive."""
     ratio = (scale * p + shift) / g
     return np.asarray((ratio >= np.exp(-tolerance)) & (ratio <= np.exp(tolerance)))
 
 
 def _best_trial(p: np.ndarray, g: np.ndarray, tolerance: float, random: np.random.Generator) -> tuple[float, float] | None:
-    """Of lines through two pixels each, the one with the most inliers; the first of equals. None: no line rises."""
+    """The line through two pixels with the most inliers, the first among equals; None if no line rises."""
     best, most, needed = None, 0, float(MOST_TRIALS)
     pairs = random.integers(0, p.size, (MOST_TRIALS, 2))
     for trial, (i, j) in enumerate(pairs.tolist()):
@@ -79,9 +79,9 @@ def _best_trial(p: np.ndarray, g: np.ndarray, tolerance: float, random: np.rando
 
 
 def _refine_log(p: np.ndarray, log_truth: np.ndarray, scale: float, shift: float) -> tuple[float, float]:
-    """The scale and shift nearby that minimise the sum of (log(scale p + shift) - log_truth)^2; scale stays positive."""
+    """Refine scale and shift to minimise the sum of (log(scale p + shift) - log_truth)^2; scale stays positive."""
     mean = p.mean()
-    p = p - mean  # shift and scale are then about independent
+    p = p - mean  # makes shift and scale nearly independent
     fit = np.array([scale, shift + scale * mean])
 
     def residual(values: np.ndarray) -> np.ndarray | None:
@@ -109,7 +109,7 @@ def _refine_log(p: np.ndarray, log_truth: np.ndarray, scale: float, shift: float
 
 
 def _solve_normal(first: np.ndarray, second: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """The factors `[2]` of two columns `[n]` whose sum is nearest to the target; in sums, for threaded products are slower."""
+    """Least-squares factors `[2]` of two columns `[n]` for the target; uses sums because threaded products are slower."""
     a, b, c = (float(np.sum(x * y)) for x, y in ((first, first), (first, second), (second, second)))
     normal = np.array([[a, b], [b, c]])
     return np.asarray(np.linalg.lstsq(normal, [np.sum(first * target), np.sum(second * target)], rcond=None)[0])

@@ -21,7 +21,7 @@ from dpt.models.weights import Weights
 class Denoiser:
     """Samples latents with `weights`: an exported folder, public weights, or a `LoadedModel`.
 
-    `vae` and `read` as in `load_model`; without `device`, this rank's. Every field of `config` that concerns sampling holds.
+    `vae` and `read` as in `load_model`; `device` defaults to this rank's. Every sampling field of `config` applies.
     Results are float32 and depend on (seed, key, member, steps), not on how samples are batched. UserError for weights that
     cannot be used.
     """
@@ -42,7 +42,7 @@ class Denoiser:
         else:
             loaded = load_model(weights, vae=vae, use_ema=self.config.use_ema, read=read)
         self.name = "these weights" if isinstance(weights, LoadedModel) else str(weights)
-        """What messages call the weights."""
+        """Name of the weights in messages."""
         self.dtype = torch.bfloat16 if self.config.precision == "bf16" else torch.float32
         self.network = loaded.network.to(self.device, self.dtype).eval()
         self.model, self.task, self.codec, self.lineage = loaded.model, loaded.task, loaded.codec, loaded.lineage
@@ -68,7 +68,7 @@ class Denoiser:
 
         cond_latents: scaled `[S, K, C, h, w]`, K at least the model's num_conditions; embeddings: CLIP `[S, D]`. Samples,
         members and targets are batched together, `config.batch_size` at a time; a member's targets start from the same noise.
-        UserError, naming the sample, if what the network gives is not finite.
+        UserError, naming the sample, if the network's output is not finite.
         """
         targets = tasks.task_spec(task).targets
         labels = [tasks.label_id(t, trained_task=self.task, num_classes=self.model.num_classes) for t in targets]
@@ -114,7 +114,7 @@ class Denoiser:
         *,
         guidance_channels: int = 0,
     ) -> Tensor:
-        """Latents `[B, C, h, w]` from conditions `[B, K C, h, w]`, labels and seeds `[B]`."""
+        """Sample latents `[B, C, h, w]` from conditions `[B, K C, h, w]`, labels and seeds `[B]`."""
         config = self.config
         plan = self._plan(steps)
         guided = config.guidance_scale != 1.0
@@ -124,11 +124,11 @@ class Denoiser:
             labels = torch.cat((labels, torch.full_like(labels, self.model.num_classes)))
         if embeddings is not None:
             embeddings = embeddings.repeat(copies, 1).to(self.dtype)
-        if bool((labels == labels[0]).all()):  # as the timesteps are: one conditioning for all
+        if bool((labels == labels[0]).all()):  # like the timesteps: one conditioning for all
             labels = labels[:1]
 
         def predict(noisy: Tensor, timesteps: Tensor) -> Tensor:
-            count = len(noisy)  # the conditional half alone, where guidance does not act
+            count = len(noisy)  # only the conditional half where guidance is off
             inputs = torch.cat((conditions[:count], noisy), dim=1).to(self.dtype)
             told = None if embeddings is None else embeddings[:count]
             with float32_products(self.config.precision, self.device):
@@ -156,6 +156,6 @@ class Denoiser:
         return each * ensemble * len(tasks.task_spec(task).targets)
 
     def passes(self, steps: int) -> int:
-        """The network's forward passes for one latent image; guided steps take two."""
+        """Number of forward passes of the network for one latent image; guided steps take two."""
         doubled = self.config.guidance_scale != 1.0
         return sum(1 + (doubled and step.guided) for step in self._plan(steps).steps)

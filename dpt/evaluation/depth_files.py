@@ -1,4 +1,4 @@
-"""Depth in the files of other programs: OpenEXR and PLY point clouds, written without further libraries."""
+"""Depth in the file formats of other programs: OpenEXR and PLY point clouds, written without extra libraries."""
 
 import struct
 from pathlib import Path
@@ -7,9 +7,9 @@ import numpy as np
 
 
 def write_exr(path: Path, values: np.ndarray) -> None:
-    """Write float `[H, W]` as an OpenEXR file of one float32 channel "Y", uncompressed scan lines.
+    """Write float `[H, W]` as an OpenEXR file: one float32 channel "Y", uncompressed scan lines.
 
-    The format is that of "OpenEXR File Layout" (openexr.com): magic, version 2, attributes, a table of line offsets, lines.
+    The format follows "OpenEXR File Layout" (openexr.com): magic, version 2, attributes, a table of line offsets, lines.
     """
     height, width = values.shape
     window = struct.pack("<4i", 0, 0, width - 1, height - 1)
@@ -42,8 +42,8 @@ def write_exr(path: Path, values: np.ndarray) -> None:
 def point_cloud(depth: np.ndarray, focal: float) -> np.ndarray:
     """Points float32 `[H, W, 3]` of a depth map `[H, W]`, for a pinhole camera of `focal` length in pixels.
 
-    x to the right, y down, z = depth along the axis, which goes through the picture's middle; pixels are square. Depth and
-    points have the same unit.
+    x points right, y down, and z = depth along the axis, which passes through the picture's centre; pixels are square.
+    Depth and points share a unit.
     """
     height, width = depth.shape
     x = (np.arange(width) + 0.5 - 0.5 * width) / focal

@@ -1,6 +1,6 @@
-"""Several predictions of one input become one, with an uncertainty: pixelwise, or after affine alignment of depth maps.
+"""Merge several predictions of one input into one with an uncertainty: pixelwise, or after affine alignment of depth maps.
 
-Everything is batched and stays on the tensors' device. B inputs, N members.
+Everything is batched and stays on the tensors' device: B inputs, N members.
 """
 
 import math
@@ -15,7 +15,7 @@ from dpt import tasks
 from dpt.errors import UserError
 
 REGULARIZER = 0.02
-"""Weight of the term that keeps the merged map at [0, 1] (Marigold)."""
+"""Weight of the term that keeps the merged map in [0, 1] (Marigold)."""
 COMMON_SCALE_FLOOR = 1e-3
 """Smallest range that `align_depth` gives the merged map; 0 would be degenerate."""
 _CHUNK = 1 << 16
@@ -23,28 +23,28 @@ _CHUNK = 1 << 16
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """One image's result at its own size."""
+    """Result for one image, at its own size."""
 
     value: np.ndarray
     """depth: float32 `[H, W]`, up to scale and shift; flow: float32 `[2, H, W]` pixels; amodal: bool `[H, W]`; registered
     tasks: float32 `[C, H, W]`."""
     uncertainty: np.ndarray
-    """float32 `[H, W]`, 0 without an ensemble: depth and flow in the value's units, amodal as the share of dissenting votes."""
+    """float32 `[H, W]`, 0 without an ensemble: depth and flow in the value's units; amodal: share of dissenting votes."""
     whole: np.ndarray | None = None
     """amodal, from `Predictor.__call__`: uint8 `[H, W, 3]`, the completed object in colour, white outside `value`."""
 
 
 def whole_object(pictures: Tensor, mask: np.ndarray) -> np.ndarray:
-    """Members' pictures `[N, 3, h, w]` in [-1, 1] -> their median uint8 `[H, W, 3]` at the size of `mask`, white outside it."""
+    """Members' pictures `[N, 3, h, w]` in [-1, 1] -> their median, uint8 `[H, W, 3]` at `mask`'s size, white outside it."""
     middle = pictures.median(dim=0).values.cpu().numpy()
     picture = tasks.resize_image(tasks.image_to_uint8(middle), (mask.shape[0], mask.shape[1]))
     return tasks.visible_object(picture, mask)
 
 
 def merge_members(task: str, values: Tensor, size: tuple[int, int], aggregation: str) -> Prediction:
-    """Members' values `[N, ...]` of one sample, as `Predictor.decode` gives them -> their prediction at `size` (H, W), pixels.
+    """Members' values `[N, ...]` of one sample, from `Predictor.decode` -> their prediction at `size` (H, W) in pixels.
 
-    Members are merged at the network's resolution, then resized (of masks, the share of votes is resized and thresholded).
+    Members are merged at the network's resolution, then resized (for masks, the share of votes is resized and thresholded).
     """
     if task == "depth":
         merged, uncertainty = merge_depth(values[None], aggregation)
@@ -67,7 +67,7 @@ def merge_depth(maps: Tensor, aggregation: str = "compile") -> tuple[Tensor, Ten
     """Depth `[B, N, H, W]`, each up to scale and shift -> merged depth and its uncertainty, float32 `[B, H, W]` each.
 
     "compile": members are aligned (`align_depth`), the pixelwise median is taken and brought to [0, 1] (median compilation,
-    Ke et al. 2024, section 3.3). "median", "mean": pixelwise, as they are. Uncertainty: median absolute deviation from the
+    Ke et al. 2024, section 3.3). "median", "mean": pixelwise, unaligned. Uncertainty: median absolute deviation from the
     median (standard deviation for "mean"), in the merged map's units. UserError if a member is not finite everywhere.
     """
     maps = maps.float()
@@ -87,13 +87,13 @@ def merge_depth(maps: Tensor, aggregation: str = "compile") -> tuple[Tensor, Ten
 
 def merge_flow(flows: Tensor, aggregation: str = "median") -> tuple[Tensor, Tensor]:
     """Flows `[B, N, 2, H, W]` in pixels (or any vectors) -> flow `[B, 2, H, W]` and its uncertainty `[B, H, W]`, in pixels: as
-    `merge_values`, and the length of its second vector."""
+    `merge_values`, taking the length of its second vector."""
     merged, uncertainty = merge_values(flows.float(), aggregation)
     return merged, torch.linalg.vector_norm(uncertainty, dim=1)
 
 
 def merge_masks(masks: Tensor) -> tuple[Tensor, Tensor]:
-    """Masks bool `[B, N, H, W]` -> majority bool `[B, H, W]` (a tie is outside) and uncertainty: share of dissenting votes."""
+    """Masks bool `[B, N, H, W]` -> majority bool `[B, H, W]` (ties count as outside) and the share of dissenting votes."""
     share = masks.float().mean(1)
     return share > 0.5, torch.minimum(share, 1.0 - share)
 
@@ -107,13 +107,13 @@ def merge_values(values: Tensor, aggregation: str) -> tuple[Tensor, Tensor]:
 
 
 def _median(values: Tensor) -> Tensor:
-    """Median over dim 1; of an even number, the mean of the two in the middle."""
+    """Median over dim 1; for an even count, the mean of the two middle values."""
     ordered = _sorted(values)
     return (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
 
 
 def _sorted(values: Tensor) -> list[Tensor]:
-    """The slices along dim 1, sorted elementwise: whole-map comparisons are far faster than sorting short strided rows."""
+    """Slices along dim 1, sorted elementwise: whole-map comparisons are far faster than sorting short strided rows."""
     slices = list(values.unbind(1))
     for i, j in _sorting_network(len(slices)):
         slices[i], slices[j] = torch.minimum(slices[i], slices[j]), torch.maximum(slices[i], slices[j])
@@ -142,13 +142,14 @@ def align_depth(maps: Tensor) -> tuple[Tensor, Tensor]:
     """Scales and shifts, float64 `[B, N]`, that align the members of depth maps `[B, N, H, W]`.
 
     They minimise Marigold's objective: the sum over pairs of the RMS difference of scale_i map_i + shift_i, plus 0.02 times
-    |min| + |1 - max| of the merged (median) map. How it is solved:
-    - For given scales every RMS difference is least when all aligned means are equal: that fixes the shifts but for one.
-    - Then the squared differences need only the covariances of the maps, computed once. Their roots' sum is minimised over the
-      scales, under a linear condition that fixes the merged map's range, by iteratively reweighted least squares (Weiszfeld
-      1937): one N x N solve an iteration. The range is linearised at the merged map's extreme pixels; the best result is kept.
-    - In the range L of the merged map, what is left is linear: L pairs + 0.02 (1 - L). It is least at L = 1 if the pairs
-      disagree by less than 0.02 in sum, else as L goes to 0, where we stop at 1e-3. Merging undoes this common scale anyhow.
+    |min| + |1 - max| of the merged (median) map. Solution:
+    - For given scales every RMS difference is least when all aligned means are equal, which fixes all shifts but one.
+    - Then the squared differences need only the covariances of the maps, computed once. The sum of their roots is minimised
+      over the scales, under a linear condition that fixes the merged map's range, by iteratively reweighted least squares
+      (Weiszfeld 1937): one N x N solve per iteration. The range is linearised at the merged map's extreme pixels; the best
+      result is kept.
+    - The rest is linear in the merged map's range L: L pairs + 0.02 (1 - L). It is least at L = 1 if the pairs
+      disagree by less than 0.02 in sum, else as L goes to 0, where we stop at 1e-3. Merging undoes this common scale anyway.
     """
     cost, scale, shift = _align_to_unit_range(maps)
     extent = torch.where(cost <= REGULARIZER, 1.0, COMMON_SCALE_FLOOR).double()[:, None]

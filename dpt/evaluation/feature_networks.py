@@ -1,7 +1,7 @@
 """Networks that turn images into features: Inception-v3 as published FIDs use it, DINOv2, or a user's own.
 
-Their weights cannot be bundled. A file is read only if its hash is the documented one, or one that the user names; only
-TorchScript and safetensors are read, so that nothing is unpickled.
+Their weights cannot be bundled. A file is read only if its hash is the documented one or one that the user names; only
+TorchScript and safetensors are read, so nothing is unpickled.
 """
 
 from abc import ABC, abstractmethod
@@ -26,25 +26,25 @@ INCEPTION_SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e9
 DINOV2 = "facebook/dinov2-large"
 """The ViT-L/14 of FD-DINOv2 (Stein et al. 2023) on the hub."""
 DINOV2_SHA256 = "399fba97a95f22c36834418bc69373364a99af3a1153da1c0fb31db567c92e23"
-"""Of its model.safetensors, as the hub shows it."""
+"""sha256 of its model.safetensors, as shown on the hub."""
 _SIDE, _SPATIAL_CHANNELS = 299, 7
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Features:
-    """Of B images, float32 on the CPU."""
+    """Features of B images, float32, on the CPU."""
 
     pooled: Tensor
-    """`[B, D]`."""
+    """Pooled features `[B, D]`."""
     spatial: Tensor | None = None
-    """`[B, S]`, for sFID (Nash et al. 2021); None: the network has none."""
+    """Spatial features `[B, S]`, for sFID (Nash et al. 2021); None: the network has none."""
     probabilities: Tensor | None = None
-    """`[B, K]` of classes, for the Inception Score; None: the network has none."""
+    """Class probabilities `[B, K]`, for the Inception Score; None: the network has none."""
 
 
 class FeatureNetwork(ABC):
-    """uint8 images `[B, 3, H, W]` -> `Features`. `name` and `sha256` say which network, `resize` how it resizes its input."""
+    """uint8 images `[B, 3, H, W]` -> `Features`. `name` and `sha256` identify it; `resize`: how it resizes its input."""
 
     resize: str
 
@@ -56,11 +56,11 @@ class FeatureNetwork(ABC):
 
 
 def load_features(path: str | Path = "", sha256: str = "") -> FeatureNetwork:
-    """The network in a TorchScript file, whose hash must be `sha256` (empty: that of StyleGAN's Inception-v3).
+    """Load the network in a TorchScript file, whose hash must be `sha256` (empty: that of StyleGAN's Inception-v3).
 
-    path: empty: torch.hub's cache. StyleGAN's file, or one built as it is, gives all features. Any other one must turn uint8
-    `[B, 3, H, W]` into `[B, D]`, or into a tuple of pooled features, spatial features and probabilities. UserError if there is
-    none, with where to fetch it, or its hash is another one.
+    path: empty: torch.hub's cache. StyleGAN's file, or one built like it, gives all features. Any other must turn uint8
+    `[B, 3, H, W]` into `[B, D]`, or into a tuple of pooled features, spatial features and probabilities. UserError if the file
+    is missing, saying where to fetch it, or if its hash differs.
     """
     file = Path(path) if str(path) else Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION
     if not file.is_file():
@@ -86,8 +86,8 @@ class Inception(FeatureNetwork):
     """StyleGAN's TorchScript of Inception-v3, run layer by layer: one pass gives all features of ADM's evaluator.
 
     pooled: 2048 ("pool_3"); spatial: the first 7 channels of "mixed_6/conv", 17 x 17, channels last as in ADM's statistics;
-    probabilities: 1008, without the output's bias as in ADM. Images are resized inside to 299 x 299 as TensorFlow 1 does.
-    UserError if the layers one by one do not give what the whole network gives.
+    probabilities: 1008, without the output's bias as in ADM. Images are resized internally to 299 x 299 as TensorFlow 1 does.
+    UserError if the layers run one by one do not reproduce the whole network's output.
     """
 
     resize = "bilinear to 299 x 299 inside the network, as TensorFlow 1"
@@ -118,8 +118,8 @@ class Inception(FeatureNetwork):
 
 
 def resize_as_tensorflow(images: Tensor, side: int) -> Tensor:
-    """float `[B, C, H, W]` -> `[B, C, side, side]`, bilinear as TensorFlow 1 by default: pixel i is taken at i H / side, with
-    neither half-pixel centres nor antialiasing."""
+    """float `[B, C, H, W]` -> `[B, C, side, side]`, bilinear with TensorFlow 1's defaults: pixel i is sampled at i H / side,
+    without half-pixel centres or antialiasing."""
     for dim in (2, 3):
         length = images.shape[dim]
         place = torch.arange(side, device=images.device, dtype=torch.float64) * (length / side)
@@ -131,7 +131,7 @@ def resize_as_tensorflow(images: Tensor, side: int) -> Tensor:
 
 
 class ScriptNetwork(FeatureNetwork):
-    """A user's own TorchScript."""
+    """A user's own TorchScript network."""
 
     resize = "none outside the network"
 
@@ -150,10 +150,10 @@ class ScriptNetwork(FeatureNetwork):
 
 
 def load_dinov2(name: str = DINOV2, sha256: str = "") -> FeatureNetwork:
-    """DINOv2 in a folder of transformers' layout, or of a hub name (its cache first).
+    """Load DINOv2 from a folder in transformers' layout, or by hub name (its cache first).
 
-    Its model.safetensors must have the hash `sha256` (empty: that of facebook/dinov2-large). UserError if it cannot be had, or
-    is another one.
+    Its model.safetensors must have the hash `sha256` (empty: that of facebook/dinov2-large). UserError if it cannot be
+    loaded or its hash differs.
     """
     try:
         from transformers import Dinov2Model

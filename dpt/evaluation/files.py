@@ -1,4 +1,4 @@
-"""Files that survive interruptions: written under another name and renamed, or JSON lines of which only complete ones count."""
+"""Files that survive interruptions: written under another name then renamed, or JSON lines, counting only complete ones."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ from dpt import distributed
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make a file beside `path`, then put it in its place. Folders that are missing are made."""
+    """Let `write` make a file beside `path`, then move it into place. Missing folders are created."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.part")
     write(temporary)
@@ -20,13 +20,13 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON, atomically; what JSON does not know becomes text."""
+    """Write `value` as indented JSON, atomically; types unknown to JSON become text."""
     text = json.dumps(value, indent=2, default=str) + "\n"
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def write_arrays(path: Path, arrays: dict[str, Any]) -> None:
-    """Write arrays by name as an uncompressed .npz, atomically."""
+    """Write named arrays as an uncompressed .npz, atomically."""
 
     def save(temporary: Path) -> None:
         with temporary.open("wb") as file:
@@ -36,19 +36,19 @@ def write_arrays(path: Path, arrays: dict[str, Any]) -> None:
 
 
 def fingerprint(settings: Any) -> str:
-    """16 hexadecimal digits that are equal for equal settings."""
+    """Hash settings to 16 hexadecimal digits, equal for equal settings."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 class JsonLines:
-    """Values as lines of JSON below `folder`, where every rank appends to a file of its own."""
+    """Values as lines of JSON below `folder`, where each rank appends to its own file."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._file: IO[str] | None = None
 
     def values(self) -> Iterator[Any]:
-        """What all ranks of earlier runs have written, but for lines that a kill left torn."""
+        """Values that all ranks of earlier runs have written, skipping lines torn by a kill."""
         for path in sorted(self._folder.glob("*.jsonl")):
             for line in path.read_text(encoding="utf-8").split("\n"):
                 try:
@@ -63,7 +63,7 @@ class JsonLines:
             self._folder.mkdir(parents=True, exist_ok=True)
             self._file = (self._folder / f"{distributed.rank():05d}.jsonl").open("a", encoding="utf-8")
             if self._file.tell():
-                self._file.write("\n")  # what a kill left torn ends here
+                self._file.write("\n")  # ends a line torn by a kill
         self._file.write(json.dumps(value) + "\n")
         self._file.flush()
 

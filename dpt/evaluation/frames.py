@@ -1,4 +1,4 @@
-"""Pictures and videos that a user names: which there are, their frames one after the other, and videos written from frames."""
+"""Pictures and videos named by a user: finding them, reading their frames in order, and writing videos from frames."""
 
 import importlib.util
 from collections import Counter
@@ -26,13 +26,13 @@ class Source:
     """One thing to predict for: a picture, or a video as a file or as its frames' files."""
 
     name: str
-    """Where its results go below the output folder, without suffix; also what seeds its noise."""
+    """Path of its results below the output folder, without suffix; also seeds its noise."""
     path: Path
     """The picture, the video, or the frames' folder."""
     frames: tuple[Path, ...] = ()
-    """The frames of a video that is given as pictures."""
+    """Frames of a video given as pictures."""
     other: Path | None = None
-    """Beside a picture, flow: the second frame; amodal: the visible mask."""
+    """Input that accompanies a picture: the second frame for flow, the visible mask for amodal."""
 
     @property
     def is_video(self) -> bool:
@@ -55,12 +55,12 @@ def find_sources(
     as_frames: bool = False,
     out: Path | None = None,
 ) -> list[Source]:
-    """The pictures and videos that `inputs` name, in order: files as they are, folders by name.
+    """Find the pictures and videos that `inputs` name, in order: files as given, folders sorted by name.
 
-    patterns: which files of a folder are meant, such as "*.png" or "cam0/*.jpg", matched from the right; empty: all pictures
-    and videos. recursive: with subfolders. as_frames: the pictures of a folder are the frames of one video. A file's result is
-    named after it, a folder's after the paths within it. out: where results go; what lies there is none of a folder's
-    pictures. UserError for what is not there, for folders without any, and for a folder whose results would lie among them.
+    patterns: which files of a folder to take, such as "*.png" or "cam0/*.jpg", matched from the right; empty: all pictures
+    and videos. recursive: include subfolders. as_frames: a folder's pictures are the frames of one video. A file's result is
+    named after it, a folder's after the paths within it. out: where results go; files there are never taken as input.
+    UserError for missing inputs, for folders without pictures, and for a folder whose results would lie among its pictures.
     """
     found: list[Source] = []
     for path in inputs:
@@ -102,7 +102,7 @@ def _of_folder(folder: Path, patterns: Sequence[str], recursive: bool, as_frames
 
 
 def _unique(sources: list[Source]) -> list[Source]:
-    """The same with their names numbered where several are equal."""
+    """The same sources, with duplicate names numbered."""
     counts = Counter(source.name for source in sources)
     taken = {name for name, times in counts.items() if times == 1}
     result = []
@@ -116,7 +116,7 @@ def _unique(sources: list[Source]) -> list[Source]:
 
 
 def iter_frames(source: Source) -> Iterator[np.ndarray]:
-    """A video's frames uint8 `[H, W, 3]`, one at a time. UserError if it cannot be read, naming the frame."""
+    """Yield a video's frames uint8 `[H, W, 3]`, one at a time. UserError if it cannot be read, naming the frame."""
     if source.frames:
         yield from (read_picture(path) for path in source.frames)
     elif source.path.suffix.lower() in ANIMATIONS:
@@ -129,7 +129,7 @@ def iter_frames(source: Source) -> Iterator[np.ndarray]:
 
 
 def count_frames(source: Source) -> int:
-    """Number of frames, 0 if the file says neither it nor how long it lasts (then it is the rate times that, about)."""
+    """Number of frames; if not stored, about rate times duration; 0 if that is unknown too."""
     if source.frames:
         return len(source.frames)
     if source.path.suffix.lower() in ANIMATIONS:
@@ -141,7 +141,7 @@ def count_frames(source: Source) -> int:
 
 
 def frame_rate(source: Source) -> float:
-    """Frames per second; `FRAME_RATE` where nothing says it."""
+    """Frames per second; `FRAME_RATE` if unknown."""
     if source.frames:
         return FRAME_RATE
     if source.path.suffix.lower() in ANIMATIONS:
@@ -160,7 +160,7 @@ def _num_frames(path: Path) -> int:
 
 
 def can_encode() -> bool:
-    """Whether a library is installed that reads and writes video files."""
+    """Whether a library that reads and writes video files is installed."""
     return importlib.util.find_spec("av") is not None
 
 
@@ -182,7 +182,7 @@ def _open(path: Path) -> Any:
 
 
 def _decode(path: Path) -> Iterator[np.ndarray]:
-    """Frames, turned as the file's display matrix says (by quarter turns), as players do."""
+    """Frames, rotated in quarter turns by the file's display matrix, as players do."""
     with _open(path) as container:
         import av
 
@@ -197,7 +197,7 @@ def _decode(path: Path) -> Iterator[np.ndarray]:
 def write_video(path: Path, pictures: Sequence[Path], rate: float, kind: str = ".mp4") -> None:
     """Make the video `path` of picture files of one size: ".gif" by Pillow, ".mp4" (H.264) by the package av.
 
-    Sides are made even, as the codec wants them, by leaving out a last row or column.
+    Odd sides lose their last row or column, as the codec requires even ones.
     """
     if kind == ".gif":
         frames = (Image.open(p) for p in pictures[1:])

@@ -1,4 +1,4 @@
-"""Class-conditional images in numbers: FID, sFID, Inception Score, precision, recall and FD-DINOv2 against real images."""
+"""Metrics of class-conditional images: FID, sFID, Inception Score, precision, recall and FD-DINOv2 against real images."""
 
 import json
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ _ROWS = 2048
 
 @dataclass
 class _Sums:
-    """Features of one kind on one rank, turned to moments a block at a time."""
+    """Features of one kind on one rank, reduced to moments a block at a time."""
 
     total: Moments | None = None
     waiting: list[np.ndarray] = field(default_factory=list)
@@ -45,10 +45,10 @@ class _Sums:
 def collect_features(
     source: ImageSource, network: FeatureNetwork, *, batch_size: int = 64, manifold_images: int = 0, title: str = "images"
 ) -> Statistics:
-    """Features of all images of a source, on every rank. Collective.
+    """Collect the features of all images of a source, on every rank. Collective.
 
-    Batches are those of `batch_size` images in order, whatever the number of ranks, and dealt to them whole: the figures differ
-    by the rounding of sums alone. manifold_images: how many images are kept for precision and recall, evenly spaced; 0: all.
+    Batches hold `batch_size` images in order, whatever the number of ranks, and are dealt out whole: the figures differ only
+    by the rounding of sums. manifold_images: number of images kept for precision and recall, evenly spaced; 0: all.
     """
     count = len(source)
     kept = spread(count, min(manifold_images or count, count))
@@ -93,14 +93,14 @@ def collect_features(
 
 
 def spread(count: int, chosen: int) -> np.ndarray:
-    """Numbers int64 `[chosen]` of some of `count` images, evenly spaced, since sets are often ordered by class."""
+    """Indices int64 `[chosen]` into `count` images, evenly spaced because sets are often ordered by class."""
     return np.linspace(0, count - 1, chosen).round().astype(np.int64)
 
 
 def compare_features(generated: Statistics, reference: Statistics, *, neighbours: int = 3) -> dict[str, float]:
-    """{"fid", "sfid", "inception_score", "precision", "recall"}, each where the features and the reference allow it.
+    """Return {"fid", "sfid", "inception_score", "precision", "recall"}, each if the features and the reference allow it.
 
-    On every rank; collective.
+    Returned on every rank; collective.
     """
     result = {"fid": frechet_distance(*generated.pooled, *reference.pooled)}
     if generated.spatial is not None and reference.spatial is not None:
@@ -113,9 +113,9 @@ def compare_features(generated: Statistics, reference: Statistics, *, neighbours
 
 
 def spread_labels(count: int, shares: Sequence[float]) -> list[int]:
-    """Classes of `count` images by their shares; the first images are the same for any count.
+    """Assign classes to `count` images by their shares; the first images are the same for any count.
 
-    Every class has its share of each stretch of images to within a few: image i takes the class at the fractional part of
+    Every class gets its share of any run of images, to within a few: image i takes the class at the fractional part of
     i times the golden ratio, a sequence that fills [0, 1) evenly. Equal shares are dealt in turn.
     """
     classes = len(shares)
@@ -127,7 +127,7 @@ def spread_labels(count: int, shares: Sequence[float]) -> list[int]:
 
 
 def image_name(number: int) -> str:
-    """Of a generated image."""
+    """File name of a generated image."""
     return f"{number:06d}.png"
 
 
@@ -139,15 +139,15 @@ def write_samples(
     steps: int,
     guidance_channels: int = 0,
 ) -> None:
-    """Generated images, one a label, as FOLDER/NNNNNN.png; what is there is kept, so it can be interrupted. Collective.
+    """Generate one image per label as FOLDER/NNNNNN.png; existing ones are kept, so a stopped run resumes. Collective.
 
-    Batches of the config's size are the same for any number of ranks, and dealt to them whole: an image depends on the config's
-    seed, its number and its label, and not on who computes it. `claim_folder` first, so that what is there is of the same
-    settings.
+    Batches of the config's size are the same for any number of ranks and are dealt out whole: an image depends on the config's
+    seed, its number and its label, not on which rank computes it. Call `claim_folder` first, so that existing images have the
+    same settings.
     """
     size = predictor.config.batch_size
     batches = [range(start, min(start + size, len(labels))) for start in range(0, len(labels), size)]
-    # Listed once: a rank that lists later would see what another has written by then, and deal the batches otherwise.
+    # Listed once: a rank listing later would see files written meanwhile by others, and deal the batches differently.
     there = distributed.broadcast_object({path.name for path in folder.glob("*.png")} if distributed.is_main() else set())
     missing = [batch for batch in batches if any(image_name(i) not in there for i in batch)]
     done = sum(image_name(i) in there for i in range(len(labels)))
@@ -170,8 +170,8 @@ def write_samples(
 
 
 def claim_folder(folder: Path, settings: dict[str, Any]) -> None:
-    """Keep all that the images to come depend on beside them, in FOLDER/settings.json. UserError if those there were made with
-    other settings. Collective."""
+    """Record everything that the images depend on beside them, in FOLDER/settings.json. UserError if existing images were made
+    with other settings. Collective."""
     file, settings = folder / "settings.json", json.loads(json.dumps(settings, default=str))
     with distributed.shared_errors():
         if not distributed.is_main():

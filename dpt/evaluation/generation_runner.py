@@ -42,8 +42,8 @@ def score_generation(
     """Generate images with `predictor` (or take `config.images`) and compare them with `config.reference`. Collective.
 
     Writes OUT/images/NNNNNN.png, from which an interrupted run resumes, and OUT/fid.json, below `evaluation.output_dir`.
-    Returns what the file holds, {"version", "metrics", "settings"}, on every rank. All that can be checked is checked before
-    the first image is made, and then `begin` is called. UserError for bad input.
+    Returns the file's content, {"version", "metrics", "settings"}, on every rank. Everything that can be checked is checked
+    before the first image is made; then `begin` is called. UserError for bad input.
     """
     output = Path(evaluation.output_dir)
     with distributed.shared_errors():
@@ -98,7 +98,7 @@ def score_generation(
 
 
 def _as_dataset(path: str, found: dict[str, Any], cache_dir: str) -> dict[str, Any]:
-    """What MLflow keeps of a reference as a data set: its hash, and for a folder of pictures that of their names and sizes."""
+    """A reference as an MLflow data set, identified by its hash (for a folder, of its file names and sizes)."""
     if is_url(path) or (Path(path) / MANIFEST_NAME).is_file():
         return shards_as_dataset(path, cache_dir)
     if Path(path).is_dir():
@@ -111,7 +111,7 @@ def _as_dataset(path: str, found: dict[str, Any], cache_dir: str) -> dict[str, A
 
 
 def _check_counts(config: GenerationConfig, count: int, reference: Reference) -> None:
-    """UserError if there are too few images for precision and recall, before any is made."""
+    """Raise UserError if there are too few images for precision and recall, before any is made."""
     if reference.manifold and min(count, reference.manifold) <= config.neighbours:
         raise UserError(
             f"precision and recall need more than {config.neighbours} images of each kind; {count} generated and "
@@ -129,7 +129,7 @@ def _settings(
     dinov2: FeatureNetwork | None,
     reference: Reference,
 ) -> dict[str, Any]:
-    """All that the figures depend on."""
+    """All settings that the figures depend on."""
     features = [{"name": n.name, "sha256": n.sha256, "resize": n.resize} for n in (network, dinov2) if n is not None]
     settings: dict[str, Any] = {
         "num_images": count,
@@ -173,13 +173,13 @@ def format_settings(settings: dict[str, Any]) -> str:
 
 
 def format_metrics(summary: dict[str, Any]) -> str:
-    """The figures, a line each."""
+    """The figures as text, one per line."""
     titles = {"inception_score": "Inception Score"}
     return "\n".join(f"{titles.get(name, name_of(name)):16}{value:.4f}" for name, value in summary["metrics"].items())
 
 
 def run_generation(recipe: Recipe, *, vae: str = "", read: Callable[..., Weights] = read_weights) -> dict[str, Any]:
-    """`score_generation` of a recipe's `dpt.generation`, recorded in MLflow as a run nested in the one that trained the
+    """Run `score_generation` on a recipe's `dpt.generation`, recorded in MLflow as a run nested in the one that trained the
     weights; `vae` (empty: the recipe's) and `read` as in `dpt.evaluation.loading.load_model`."""
     config = recipe.dpt.generation
     if not config.reference:

@@ -1,4 +1,4 @@
-"""Ready-made predictions of any system, read from files named after the samples' keys, to be scored like our own."""
+"""Ready-made predictions from any system, read from files named by sample key and scored like our own."""
 
 from pathlib import Path
 
@@ -13,12 +13,11 @@ SUFFIXES = {"depth": (".npy", ".png"), "flow": (".flo", ".npy"), "amodal": (".pn
 
 
 def read_prediction(folder: Path, key: str, task: str, size: tuple[int, int]) -> np.ndarray:
-    """The prediction for a sample, brought to `size` (H, W): depth float32 `[H, W]` up to scale and shift; flow float32
+    """Read the prediction for a sample, resized to `size` (H, W): depth float32 `[H, W]` up to scale and shift; flow float32
     `[2, H, W]` in pixels; amodal bool `[H, W]`; registered tasks float32 `[C, H, W]`.
 
-    Files: depth as .npy `[h, w]` or PNG of any bit depth; flow as .flo or .npy (`[2, h, w]` or `[h, w, 2]`) in pixels of its
-    own size; masks as PNG or .npy (`dpt.pictures.decode_mask`). UserError if there is none, or it cannot be read or has
-    another shape.
+    Files: depth as .npy `[h, w]` or PNG of any bit depth; flow as .flo or .npy (`[2, h, w]` or `[h, w, 2]`) in pixels at its
+    own size; masks as PNG or .npy (`dpt.pictures.decode_mask`). UserError if it is missing, unreadable or of another shape.
     """
     suffixes = SUFFIXES.get(task, (".npy",))
     path = next((file for suffix in suffixes if (file := folder / f"{key}{suffix}").is_file()), None)
@@ -55,7 +54,7 @@ def _require(path: Path, ok: bool, what: str) -> None:
 
 
 def save_prediction(folder: Path, key: str, task: str, value: np.ndarray) -> None:
-    """Keep a prediction where `read_prediction` finds it: depth and registered tasks .npy, flow .flo, masks 8-bit PNG."""
+    """Save a prediction where `read_prediction` finds it: depth and registered tasks .npy, flow .flo, masks 8-bit PNG."""
     path = folder / key
     path.parent.mkdir(parents=True, exist_ok=True)
     if task == "depth" or tasks.task_spec(task).registered:

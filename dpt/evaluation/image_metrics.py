@@ -13,24 +13,24 @@ from dpt import distributed
 from dpt.errors import UserError
 
 SPLIT = 5000
-"""Images of one estimate of the Inception Score, as in ADM's evaluator."""
+"""Images per estimate of the Inception Score, as in ADM's evaluator."""
 _ROWS = 2048
 
 
 @dataclass(frozen=True, kw_only=True)
 class Moments:
-    """A set's features in two moments, float64. What is added up in parts comes out the same to rounding."""
+    """First two moments of a set's features, float64. Summing parts gives the same result up to rounding."""
 
     count: int
-    """Images; 0: not known (a file that holds only the moments)."""
+    """Number of images; 0: unknown (a file that holds only the moments)."""
     mean: np.ndarray
-    """`[D]`."""
+    """Mean features `[D]`."""
     scatter: np.ndarray
-    """`[D, D]`: sum of the products of centred features."""
+    """Sum of the outer products of centred features, `[D, D]`."""
 
     @classmethod
     def of(cls, features: np.ndarray) -> "Moments":
-        """Those of features `[N, D]`, N at least 1."""
+        """Moments of features `[N, D]`, N at least 1."""
         mean = features.mean(axis=0, dtype=np.float64)
         scatter = np.zeros((features.shape[1],) * 2)
         for start in range(0, len(features), _ROWS):
@@ -39,7 +39,7 @@ class Moments:
         return cls(count=len(features), mean=mean, scatter=scatter)
 
     def __add__(self, other: "Moments") -> "Moments":
-        """Those of both sets together (Chan, Golub and LeVeque 1979)."""
+        """Moments of both sets together (Chan, Golub and LeVeque 1979)."""
         count = self.count + other.count
         apart = other.mean - self.mean
         scatter = self.scatter + other.scatter + np.outer(apart, apart) * (self.count * other.count / count)
@@ -47,14 +47,14 @@ class Moments:
 
     @property
     def covariance(self) -> np.ndarray:
-        """The unbiased covariance `[D, D]`. UserError for a single image."""
+        """Unbiased covariance `[D, D]`. UserError for a single image."""
         if self.count < 2:
             raise UserError("a Frechet distance needs at least two images of each kind.")
         return self.scatter / (self.count - 1)
 
 
 def combine_moments(parts: Sequence[Moments | None]) -> Moments | None:
-    """Those of all parts together; None if there are none."""
+    """Moments of all parts together; None if there are none."""
     known = [part for part in parts if part is not None]
     return functools.reduce(operator.add, known) if known else None
 
@@ -73,11 +73,11 @@ def frechet_distance(mean_a: np.ndarray, covariance_a: np.ndarray, mean_b: np.nd
 
 
 class ScoreSums:
-    """What the Inception Score needs of class probabilities."""
+    """Sums of class probabilities that the Inception Score needs."""
 
     def __init__(self) -> None:
         self.sums: dict[int, np.ndarray] = {}
-        """By split of `SPLIT` images: their number, the sum of p log p and that of p, float64 `[2 + K]`."""
+        """Image count, sum of p log p and sum of p, float64 `[2 + K]`, keyed by split of `SPLIT` images."""
 
     def add(self, numbers: Sequence[int], probabilities: np.ndarray) -> None:
         """Add images by number, with their probabilities `[B, K]`."""
@@ -104,8 +104,8 @@ class ScoreSums:
 def precision_recall(real: np.ndarray, generated: np.ndarray, neighbours: int = 3) -> tuple[float, float]:
     """Precision and recall of features `[N, D]`, `[M, D]` (Kynkaanniemi et al. 2019), on every rank; the ranks share the work.
 
-    The share of generated features inside the balls around real ones that reach to their k-th nearest real neighbour, and the
-    other way round. Collective: every rank gives the same features.
+    Precision is the share of generated features inside the balls around real ones that reach to their k-th nearest real
+    neighbour; recall swaps the roles. Collective: every rank passes the same features.
     """
     if min(len(real), len(generated)) <= neighbours:
         raise UserError(
@@ -113,19 +113,19 @@ def precision_recall(real: np.ndarray, generated: np.ndarray, neighbours: int = 
             "real ones are given."
         )
     device = distributed.device()
-    centre = real.mean(axis=0)  # distances are taken from products, which lose digits far from zero
+    centre = real.mean(axis=0)  # distances are computed from products, which lose digits far from zero
     a, b = (torch.from_numpy(x - centre).to(device) for x in (real, generated))
     return _share_inside(b, a, _radii(a, neighbours)), _share_inside(a, b, _radii(b, neighbours))
 
 
 def _parts(points: Tensor) -> tuple[tuple[Tensor, ...], range]:
-    """`points` in blocks of rows, and the numbers of those that are this rank's."""
+    """Split `points` into blocks of rows; also return the indices of this rank's blocks."""
     blocks = points.split(_ROWS)
     return blocks, range(distributed.rank(), len(blocks), distributed.world_size())
 
 
 def _radii(points: Tensor, neighbours: int) -> Tensor:
-    """Distance `[N]` of each point to its k-th nearest other."""
+    """Distance `[N]` of each point to its k-th nearest neighbour."""
     blocks, mine = _parts(points)
     found = {i: torch.cdist(blocks[i], points).kthvalue(neighbours + 1, dim=1).values.cpu().numpy() for i in mine}
     all_found = {i: radii for part in distributed.gather_objects(found) for i, radii in part.items()}

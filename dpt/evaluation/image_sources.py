@@ -1,4 +1,4 @@
-"""Where images to be compared come from: a folder of pictures, an .npz, or shards of latents; and stored statistics."""
+"""Sources of images to compare: a folder of pictures, an .npz, or shards of latents; and stored statistics."""
 
 import dataclasses
 import struct
@@ -27,12 +27,12 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 class ImageSource:
-    """Images uint8 `[H, W, 3]` of a folder (by name, with subfolders), of `arr_0` in an .npz, or of shards, all square.
+    """Square images uint8 `[H, W, 3]` from a folder (sorted by name, with subfolders), `arr_0` in an .npz, or shards.
 
-    One of another size is brought to `resolution` (0: the first one's short side) as ADM and DiT prepare ImageNet: its short
-    side resized, its centre cropped. Nothing is stretched. names: of a folder these files alone, as known to who wrote them: a
-    network file system may not list at once what other nodes have written. Shards hold latents: their posterior means are
-    decoded by `codec` (default: the VAE that the shards name), which leaves the VAE's own loss out of a comparison with a
+    Images of other sizes are brought to `resolution` (0: the first one's short side) as ADM and DiT prepare ImageNet: resize
+    the short side, crop the centre. Nothing is stretched. names: only these files of a folder, given by whoever wrote them,
+    since a network file system may not list other nodes' files at once. Shards hold latents: their posterior means are
+    decoded by `codec` (default: the VAE that the shards name), which keeps the VAE's own loss out of a comparison with a
     model's images.
     """
 
@@ -43,7 +43,7 @@ class ImageSource:
         self.kind = "pictures"
         """"pictures" or "decoded latents"."""
         self.prepared = True
-        """Whether the images are all of one size on purpose, as in an .npz or in shards."""
+        """Whether all images are of one size by design, as in an .npz or in shards."""
         there: Sized = ()
         self._read: Callable[[Sequence[int]], list[np.ndarray]]
         if not isinstance(path, Path) or (path / MANIFEST_NAME).is_file():
@@ -78,7 +78,7 @@ class ImageSource:
 
 
 def _decode(shards: ShardFolder, codec: Any, numbers: Sequence[int]) -> list[np.ndarray]:
-    """Images uint8 `[H, W, 3]` of latents in shards."""
+    """Decode latents in shards to images uint8 `[H, W, 3]`."""
     try:
         moments = np.stack([shards[number]["latents"] for number in numbers])
     except SampleError as error:
@@ -95,7 +95,7 @@ def _open_shards(path: str, cache_dir: str) -> ShardFolder:
 
 
 def _shard_codec(shards: ShardFolder, codec: Any) -> Any:
-    """The VAE of the shards' latents: `codec` if it is that one. UserError if it cannot be had."""
+    """The VAE of the shards' latents: `codec` if it matches. UserError if it cannot be loaded or differs."""
     record = shards.manifest.vae
     if codec is None:
         codec = load_vae(record.name, latent_channels=record.latent_channels).to(distributed.device())
@@ -108,7 +108,7 @@ def _shard_codec(shards: ShardFolder, codec: Any) -> Any:
 
 
 def label_counts(path: str, num_classes: int, cache_dir: str = "") -> list[int]:
-    """How often each of `num_classes` labels is in class shards. UserError if there are others, or it is something else."""
+    """Count each of `num_classes` labels in class shards. UserError for other labels, or if `path` is no class shards."""
     if not is_url(path) and not (Path(path) / MANIFEST_NAME).is_file():
         raise UserError(f"{path}: shares of the labels are taken from class shards; give those as reference.")
     shards = _open_shards(path, cache_dir)
@@ -122,7 +122,7 @@ def label_counts(path: str, num_classes: int, cache_dir: str = "") -> list[int]:
 
 
 def _npz_array(path: Path, name: str) -> np.ndarray | None:
-    """An array of an .npz, None if it has none of that name: mapped from the disk where it is stored uncompressed."""
+    """An array of an .npz, memory-mapped if stored uncompressed; None if there is none of that name."""
     try:
         with zipfile.ZipFile(path) as archive:
             if f"{name}.npy" not in archive.namelist():
@@ -130,7 +130,7 @@ def _npz_array(path: Path, name: str) -> np.ndarray | None:
             info = archive.getinfo(f"{name}.npy")
             if info.compress_type == zipfile.ZIP_STORED:
                 with path.open("rb") as file:
-                    file.seek(info.header_offset + 26)  # a local header: two lengths, then a name and an extra field so long
+                    file.seek(info.header_offset + 26)  # local header: two lengths, then name and extra field
                     file.seek(sum(struct.unpack("<HH", file.read(4))), 1)
                     version = np.lib.format.read_magic(file)
                     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
@@ -156,26 +156,26 @@ Normal = tuple[np.ndarray, np.ndarray]
 
 @dataclass(frozen=True, kw_only=True)
 class Statistics:
-    """A set's features in what the figures need of them, and files keep."""
+    """Statistics of a set's features that the figures need and files keep."""
 
     pooled: Normal
-    """`mu` and `sigma` in a file, as ADM's evaluator calls them."""
+    """`mu` and `sigma` in a file, as in ADM's evaluator."""
     spatial: Normal | None = None
-    """For sFID; `mu_s` and `sigma_s`."""
+    """Statistics for sFID; `mu_s` and `sigma_s` in a file."""
     features: np.ndarray | None = None
-    """float32 `[M, D]`, of single images for precision and recall; in files that dpt writes."""
+    """Features of single images, float32 `[M, D]`, for precision and recall; only in files that dpt writes."""
     network: str = ""
-    """sha256 of the network, in files that dpt writes; empty: not known."""
+    """sha256 of the network, only in files that dpt writes; empty: unknown."""
     count: int = 0
-    """Images; 0: not known."""
+    """Number of images; 0: unknown."""
     resolution: int = 0
-    """Side of the images in pixels; 0: not known."""
+    """Side of the images in pixels; 0: unknown."""
     inception_score: float | None = None
-    """In no file."""
+    """Inception Score; never stored in a file."""
 
 
 def read_statistics(path: str | Path) -> Statistics | None:
-    """The statistics in an .npz; None if `path` is something else, or holds only images. UserError if they do not agree."""
+    """Read the statistics in an .npz; None if `path` is something else or holds only images. UserError if inconsistent."""
     path = Path(path)
     if path.suffix != ".npz" or not path.is_file():
         return None
@@ -207,7 +207,7 @@ def _normal(path: Path, found: dict[str, np.ndarray], mu: str, sigma: str) -> No
 
 
 def write_statistics(path: str | Path, statistics: Statistics) -> None:
-    """Write them as an .npz that `read_statistics` reads, and ADM's evaluator too where it asks for no images. Atomically."""
+    """Write an .npz, atomically, readable by `read_statistics` and, where it needs no images, by ADM's evaluator."""
     arrays: dict[str, Any] = dict(zip(("mu", "sigma"), statistics.pooled, strict=True))
     arrays |= {name: getattr(statistics, name) for name in ("network", "count", "resolution")}
     if statistics.spatial is not None:

@@ -1,4 +1,4 @@
-"""From stored weights to a network ready to predict, and the device that it does so on."""
+"""Load stored weights as a network ready to predict, and open the device that it runs on."""
 
 import contextlib
 import dataclasses
@@ -22,32 +22,32 @@ from dpt.models.weights import Weights
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedModel:
-    """A trained network and what it takes to use it."""
+    """A trained network and everything needed to use it."""
 
     network: nn.Module
     """`DiT`."""
     model: ModelConfig
     diffusion: DiffusionConfig
     task: str
-    """What it was trained for: one task, or "generalist"."""
+    """Task it was trained for, or "generalist"."""
     codec: VAECodec
     codes: Mapping[str, str] = dataclasses.field(default_factory=lambda: target_codes.codes_of({}, ""))
-    """How its targets are coded, by task (`target_codes.TARGET_CODES`)."""
+    """Code of its targets, by task (`target_codes.TARGET_CODES`)."""
     depth_prompt: str = tasks.DEPTH_PROMPT
-    """What depth's second condition showed in training: one of `tasks.DEPTH_PROMPTS`."""
+    """Content of depth's second condition in training: one of `tasks.DEPTH_PROMPTS`."""
     fits: Mapping[str, Fit] = dataclasses.field(default_factory=lambda: fits_of({}, ""))
-    """How pictures were resized in training, by task."""
+    """Fit of pictures in training (how they were resized), by task."""
     lineage: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def load_model(
     weights: str | Path, *, vae: str = "", use_ema: bool = True, read: Callable[..., Weights] = read_weights
 ) -> LoadedModel:
-    """The network in `weights`, its objective, task and VAE.
+    """Load the network in `weights`, with its objective, task and VAE.
 
-    vae: as in `dpt.data.codec.load_vae`; empty: the one that the weights name. read: what reads the weights, called with `ema`;
-    commands give `dpt.training.export.load_weights`, which reads checkpoints too. UserError if something is missing, is not
-    implemented, or is another VAE than that of training.
+    vae: as in `dpt.data.codec.load_vae`; empty: the one that the weights name. read: reader of the weights, called with `ema`;
+    commands pass `dpt.training.export.load_weights`, which also reads checkpoints. UserError if something is missing or not
+    implemented, or the VAE is not the one of training.
     """
     found = read(weights, ema=use_ema)
     sections = found.sections
@@ -62,7 +62,7 @@ def load_model(
     codec = load_vae(name, latent_channels=found.config.in_channels)
     if difference := codec.record.difference(record):
         raise UserError(f"{weights}: trained on latents of another VAE than {name!r} ({difference}); name the one of training.")
-    # Which tokens are dropped for want of capacity depends on the batch: predictions must not.
+    # Tokens dropped for lack of capacity depend on the batch; predictions must not.
     found = dataclasses.replace(found, config=dataclasses.replace(found.config, capacity_factor=0.0))
     return LoadedModel(
         network=found.build(),
@@ -78,7 +78,7 @@ def load_model(
 
 
 def _read_diffusion(values: dict[str, Any], source: str) -> DiffusionConfig:
-    """The objective that the weights were trained for; UserError for one that dpt does not know."""
+    """The objective that the weights were trained for; UserError if dpt does not know it."""
     hints = get_type_hints(DiffusionConfig)
     for name, value in values.items():
         choices = get_args(hints.get(name))
@@ -89,12 +89,12 @@ def _read_diffusion(values: dict[str, Any], source: str) -> DiffusionConfig:
 
 
 def open_device(name: "torch.device | str") -> torch.device:
-    """The device of this name, such as "cpu" or "cuda:0"; UserError if there is none."""
+    """Open the named device, such as "cpu" or "cuda:0"; UserError if there is none."""
     try:
         device = torch.device(name)
         if torch.empty(0, device=device).is_meta:
             raise RuntimeError("it holds no numbers")
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # of names, of builds without CUDA, of devices
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # bad names, builds without CUDA, missing devices
         known = ", ".join(["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))])
         raise UserError(f'--device "{name}": there is no such device here; choose one of {known}.') from error
     return device
@@ -102,7 +102,7 @@ def open_device(name: "torch.device | str") -> torch.device:
 
 @contextlib.contextmanager
 def float32_products(precision: str, device: torch.device) -> Iterator[None]:
-    """Let a GPU's float32 matrix products and convolutions be TF32 ("tf32") or not (else); a CPU's are not touched."""
+    """Run a GPU's float32 matrix products and convolutions in TF32 if `precision` is "tf32", else not; CPUs are unaffected."""
     if device.type != "cuda":
         yield
         return

@@ -1,4 +1,4 @@
-"""The metrics of depth, optical flow and amodal segmentation, each of one image; averaging is the protocol's."""
+"""Metrics of depth, optical flow and amodal segmentation for one image; protocols average them."""
 
 import numpy as np
 
@@ -35,6 +35,6 @@ def flow_metrics(prediction: np.ndarray, truth: np.ndarray) -> dict[str, float]:
 
 
 def mask_metrics(prediction: np.ndarray, truth: np.ndarray) -> dict[str, float]:
-    """Mask metrics over pixels bool `[n]`: iou (1 if both are empty), and the pixel counts that a pooled IoU sums."""
+    """Mask metrics over pixels bool `[n]`: iou (1 if both are empty), and the pixel counts summed by a pooled IoU."""
     intersection, union = int(np.sum(prediction & truth)), int(np.sum(prediction | truth))
     return {"iou": intersection / union if union else 1.0, "intersection": float(intersection), "union": float(union)}

@@ -1,4 +1,4 @@
-"""A prediction as the files that a user of `dpt predict` gets. Every file is whole or not there."""
+"""Output files of `dpt predict`. Every file is complete or absent."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -21,25 +21,25 @@ FORMATS = {
     "flow": ("flo", "colour"),
     "amodal": ("mask", "overlay", "whole"),
 }
-"""What a task's predictions can be written as."""
+"""Output formats of each task's predictions."""
 REGISTERED_FORMATS = ("npy", "colour")
-"""Of tasks that users have registered: the values, and the pictures that code them."""
+"""Formats of registered tasks: the values, and the pictures that code them."""
 DEFAULT_FORMATS = {"depth": ("npy", "png16", "colour")}
-"""What is written if nothing is asked for; of tasks that are not named here all."""
+"""Formats written by default; all formats for tasks not listed here."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OutputConfig:
-    """Which files are written, and what a point cloud needs that depth up to scale and shift does not say."""
+    """Files to write, and what a point cloud needs beyond depth up to scale and shift."""
 
     formats: tuple[str, ...] = ()
-    """Of `FORMATS`; empty: `DEFAULT_FORMATS`."""
+    """Formats to write, from `FORMATS`; empty: `DEFAULT_FORMATS`."""
     fov: float = 60.0
     """Horizontal field of view of the camera in degrees."""
     focal: float = 0.0
-    """Its focal length in pixels, in place of `fov`; 0: by `fov`."""
+    """Its focal length in pixels, instead of `fov`; 0: derived from `fov`."""
     near: float = 1.0
-    """Distance that a point cloud gives to the least depth; with `far`, what it gives to the greatest, in any unit."""
+    """Distance, in any unit, that a point cloud gives to the least depth; `far` is that of the greatest."""
     far: float = 5.0
 
     def __post_init__(self) -> None:
@@ -51,7 +51,7 @@ class OutputConfig:
             raise UserError(f"--depth-range is {self.near:g} {self.far:g}; it must obey 0 < NEAR < FAR.")
 
     def for_task(self, task: str) -> tuple[str, ...]:
-        """The formats for a task; UserError if it has not one of them."""
+        """The formats for a task; UserError if the task does not support one of them."""
         spec = task_spec(task)
         if task not in FORMATS and not spec.registered:
             raise UserError(f"weights for {task} predict nothing of pictures; draw images with dpt sample.")
@@ -72,15 +72,15 @@ def write_outputs(
     config: OutputConfig | None = None,
     limits: tuple[float, float] | None = None,
 ) -> list[Path]:
-    """Write FOLDER/NAME_*; the files in order.
+    """Write FOLDER/NAME_*; return the files in order.
 
-    depth: _depth.npy float32 (up to scale and shift), _depth.png 16 bits (least to greatest depth on 0 to 65535),
+    depth: _depth.npy float32 (up to scale and shift), _depth.png 16 bits (least to greatest depth as 0 to 65535),
     _depth_colour.png, _depth.exr (float32) and _depth.ply (points with the picture's colours; see `point_cloud`: least to
-    greatest depth on `config.near` to `config.far`). flow: _flow.flo in pixels, _flow.png on the colour wheel (full colour at
+    greatest depth as `config.near` to `config.far`). flow: _flow.flo in pixels, _flow.png on the colour wheel (full colour at
     the longest motion). amodal: _mask.png, _overlay.png, _whole.png (the completed object in colour, on white). Registered
     tasks: _TASK.npy, _TASK.png. With an ensemble also _uncertainty.npy and .png. image: the input
-    uint8 `[H, W, 3]`. limits: the depths, or (0, motion in pixels), that stand for the least and greatest, as the frames of a
-    video share them; default: the prediction's own.
+    uint8 `[H, W, 3]`. limits: least and greatest depth, or (0, motion in pixels), shared by the frames of a
+    video; default: the prediction's own.
     """
     config = config or OutputConfig()
     written: list[Path] = []

@@ -1,4 +1,4 @@
-"""Predictions as pictures: colour maps of depth, flow and masks, and pages and scenes that compare them with the truth."""
+"""Render predictions as pictures: colour maps of depth, flow and masks; pages and scenes that compare them with the truth."""
 
 import json
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ _RIGHT, _TOO_MUCH, _MISSING = (255, 255, 255), (255, 64, 64), (64, 96, 255)
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """What a panel's colours mean: values from `low` to `high` in `unit`; the colours "wheel": motions up to `high`."""
+    """Colour scale of a panel: values from `low` to `high` in `unit`; for the colours "wheel", motions up to `high`."""
 
     colours: str
     low: float
@@ -36,7 +36,7 @@ class Scale:
 
 @dataclass(frozen=True, kw_only=True)
 class Panel:
-    """One picture uint8 `[H, W, 3]`, what it is in words, and what its colours mean."""
+    """One picture uint8 `[H, W, 3]`, its title, and the scale of its colours."""
 
     picture: np.ndarray
     title: str
@@ -45,14 +45,14 @@ class Panel:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One sample in a page: its panels by what they are (input, second or visible, truth, prediction, error, uncertainty)."""
+    """One sample on a page: its panels keyed by role (input, second or visible, truth, prediction, error, uncertainty)."""
 
     caption: str
     panels: dict[str, Panel]
 
 
 def colour_depth(depth: np.ndarray, low: float, high: float, valid: np.ndarray | None = None) -> np.ndarray:
-    """Depth `[H, W]` -> uint8 `[H, W, 3]`: near red, far blue between `low` and `high`; black where invalid."""
+    """Depth `[H, W]` -> uint8 `[H, W, 3]`: red (near, `low`) to blue (far, `high`); black where invalid."""
     unit = np.clip((depth - low) / max(high - low, 1e-9), 0.0, 1.0)
     return _coloured(unit, DEPTH_COLOURS, valid)
 
@@ -103,7 +103,7 @@ def flow_wheel(side: int = 96) -> np.ndarray:
 
 
 def overlay_mask(image: np.ndarray, mask: np.ndarray, colour: tuple[int, int, int] = (40, 220, 120)) -> np.ndarray:
-    """The image uint8 `[H, W, 3]` with the mask bool `[H, W]` tinted, and outlined in white."""
+    """The image uint8 `[H, W, 3]` with the mask bool `[H, W]` tinted and outlined in white."""
     tinted = 0.45 * image + 0.55 * np.array(colour)
     shown = np.where(mask[..., None], tinted, image).astype(np.uint8)
     shown[mask & ~binary_erosion(mask)] = 255
@@ -121,7 +121,7 @@ def compare(
     second: np.ndarray | None = None,
     visible: np.ndarray | None = None,
 ) -> Row:
-    """Input, truth, prediction, error and uncertainty of one sample, all at the truth's size (at most `LONGEST`), as panels.
+    """Panels of one sample: input, truth, prediction, error and uncertainty, all at the truth's size (at most `LONGEST`).
 
     second: flow's second frame, uint8 `[H, W, 3]`. visible: amodal's visible mask, bool `[H, W]`. Arrays as in
     `dpt.evaluation.sets.Sample` and `Prediction`.
@@ -153,7 +153,7 @@ def compare(
 def _error_panel(
     error: np.ndarray, high: float, title: str, unit: str, valid: np.ndarray | None = None, *, factor: float = 1
 ) -> Panel:
-    """`colour_error` over its scale in `unit`, of which `factor` make 1."""
+    """Panel of `colour_error` with its scale in `unit`, `factor` of which equal 1."""
     scale = Scale(colours=ERROR_COLOURS, low=0.0, high=high * factor, unit=unit)
     return Panel(picture=colour_error(error, high, valid), title=title, scale=scale)
 
@@ -184,7 +184,7 @@ def _flow_panels(protocol: Protocol, truth: np.ndarray, prediction: np.ndarray) 
 
 
 def _registered_panels(protocol: Protocol, truth: np.ndarray, prediction: np.ndarray) -> dict[str, Panel]:
-    """Of a task that users have registered: the pictures that code its values."""
+    """Panels of a registered task: the pictures that code its values."""
     encode, valid = tasks.task_spec(protocol.task).encode, counted_pixels(protocol, truth)
     assert encode is not None, "registered tasks say how their values become pictures"
     error = np.linalg.norm(prediction - truth, axis=0)
@@ -207,7 +207,7 @@ def _mask_panels(shown: np.ndarray, truth: np.ndarray, prediction: np.ndarray) -
 
 
 def write_page(rows: Sequence[Row], path: Path, title: str) -> None:
-    """Rows of panels under one title, as one PNG: each row under its caption, each panel over the scale of its colours."""
+    """Write rows of panels under one title as a PNG: each row below its caption, each panel above its colour scale."""
     columns = max(len(row.panels) for row in rows)
     shape = next(iter(rows[0].panels.values())).picture.shape
     side = 2.6  # inches
@@ -234,7 +234,7 @@ def write_page(rows: Sequence[Row], path: Path, title: str) -> None:
 
 
 def _draw_scale(figure: Figure, scale: Scale, left: float, top: float, width: float, height: float, side: float) -> None:
-    """A panel's colour bar with its unit, or the wheel of motions, below `top` (shares of the figure)."""
+    """Draw a panel's colour bar with its unit, or the motion wheel, below `top` (shares of the figure)."""
     if scale.colours == "wheel":
         axis: Any = figure.add_axes((left, top - 0.5 / height, 0.45 / width, 0.45 / height))
         axis.imshow(flow_wheel())
@@ -250,17 +250,17 @@ def _draw_scale(figure: Figure, scale: Scale, left: float, top: float, width: fl
     axis.set_xticks(ticks := round_ticks(scale.low, scale.high), [readable(t) for t in ticks])
     axis.tick_params(labelsize=7, length=2, pad=2)
     span = max(scale.high - scale.low, 1e-9)
-    for label, tick in zip(axis.get_xticklabels(), ticks, strict=True):  # those at the ends keep off the neighbouring panels'
+    for label, tick in zip(axis.get_xticklabels(), ticks, strict=True):  # end labels must not touch the neighbouring panels'
         share = (tick - scale.low) / span
         label.set_horizontalalignment("left" if share < 0.03 else "right" if share > 0.97 else "center")
     axis.set_xlabel(scale.unit, fontsize=7, labelpad=1)
 
 
 def write_scenes(scenes: Sequence[tuple[Record, Row]], folder: Path, *, metric: str, about: dict[str, Any]) -> None:
-    """Write each panel of each scene, of one setting, to `folder` as a PNG of its own, scenes.json, which names them, and for
-    motions wheel.png, their legend; older ones are replaced.
+    """Write each panel of each scene, of one setting, to `folder` as its own PNG; scenes.json, which names them; and for
+    motions wheel.png, their legend. Older files are replaced.
 
-    `about` (the set's name, task, number of samples, whether it is synthetic) is kept in scenes.json.
+    `about` (the set's name, task, number of samples, whether it is synthetic) is stored in scenes.json.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("*.png"):

@@ -1,4 +1,4 @@
-"""Predictions for any number of files: a few in memory at a time, written as they come, resumed after a stop."""
+"""Predict for any number of files: a few in memory at a time, results written as they come, resumable after a stop."""
 
 import contextlib
 import time
@@ -23,24 +23,24 @@ from dpt.pictures import read_mask, read_picture
 from dpt.progress import Progress, progress
 
 Embed = Callable[[np.ndarray, np.ndarray], Tensor]
-"""uint8 `[H, W, 3]`, mask bool `[H, W]` -> CLIP embedding `[D]`."""
+"""Image uint8 `[H, W, 3]`, mask bool `[H, W]` -> CLIP embedding `[D]`."""
 
 
 @dataclass(kw_only=True)
 class Progressed:
-    """What a call of `predict_files` did on this rank."""
+    """Outcome of a `predict_files` call on this rank."""
 
     written: list[Path] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
-    """A sentence for each source that could not be predicted."""
+    """One sentence per source that could not be predicted."""
     skipped: int = 0
-    """Sources that were done already."""
+    """Number of sources that were already done."""
 
 
 class DoneLog(JsonLines):
-    """Which results are there, a line each, from which a stopped run resumes: below OUT/.done.
+    """Log of finished results below OUT/.done, one per line, from which a stopped run resumes.
 
-    A result counts if it was made with the same settings of the same file, and its files are still there.
+    A result counts if it was made with the same settings from the same file and its files still exist.
     """
 
     def __init__(self, out: Path, settings: Any) -> None:
@@ -48,7 +48,7 @@ class DoneLog(JsonLines):
         self._out, self._settings = out, fingerprint(settings)
 
     def read(self) -> dict[str, list[Any]]:
-        """Name -> [stamp, files] of the results with these settings, whatever ranks wrote them."""
+        """Read name -> [stamp, files] of the results with these settings, whichever ranks wrote them."""
         newest: dict[str, list[Any]] = {}
         for when, name, *rest in self.values():
             if name not in newest or newest[name][0] < when:
@@ -56,18 +56,18 @@ class DoneLog(JsonLines):
         return {name: [stamp, files] for name, (_, settings, stamp, files) in newest.items() if settings == self._settings}
 
     def has(self, known: dict[str, list[Any]], source: Source) -> bool:
-        """Whether a source's results are there, by what `read` gave."""
+        """Whether a source's results exist, according to `known` from `read`."""
         stamp, files = known.get(source.name, (None, []))
         return stamp == _stamp(source) and all((self._out / file).is_file() for file in files)
 
     def add(self, source: Source, stamp: list[Any], files: Sequence[Path]) -> None:
-        """Keep that a source is done. `stamp`: from before it was read; it may have changed since."""
+        """Record that a source is done. `stamp`: taken before it was read; the source may have changed since."""
         names = [str(file.relative_to(self._out)) for file in files]
         self.append([time.time(), source.name, self._settings, stamp, names])
 
 
 def _stamp(source: Source) -> list[Any]:
-    """What says that a source's files have not changed."""
+    """Stamp that tells whether a source's files have changed: their number, total size and newest time."""
     files = [*(source.frames or (source.path,)), *((source.other,) if source.other else ())]
     stats = [file.stat() for file in files]
     return [len(files), sum(s.st_size for s in stats), max(s.st_mtime_ns for s in stats)]
@@ -86,12 +86,12 @@ def predict_files(
     again: bool = False,
     report: Callable[[Path], None] = lambda path: None,
 ) -> Progressed:
-    """Predict for every source and write OUT/NAME_*, see `write_outputs`; videos as in `dpt.evaluation.videos`.
+    """Predict for every source and write OUT/NAME_* (see `write_outputs`; videos: `dpt.evaluation.videos`).
 
-    At most two batches of pictures are in memory. Results appear one by one, each file whole; `report` gets its path. With
-    `settings` (all that the results depend on beside their files) what an earlier call has written is not done again, unless
-    `again`. Ranks share the sources: videos one by one, pictures in batches that are the same for any number of ranks. What
-    cannot be read is left out and named in the result; the rest is written. UserError if the network cannot predict at all.
+    At most two batches of pictures are in memory. Results appear one by one, each file complete; `report` gets its path. With
+    `settings` (all that results depend on besides their files), results of earlier calls are not redone unless `again` is set.
+    Ranks share the sources: videos one by one, pictures in batches that are the same for any number of ranks. Unreadable
+    sources are skipped and named in the result. UserError if the network cannot predict at all.
     """
     task = predictor.check_task(task or predictor.task).name
     outputs = outputs or OutputConfig()
@@ -158,7 +158,7 @@ def _predict_batch(
     resolution: int,
     embed: Embed | None,
 ) -> Iterator[tuple[Source, list[Any], list[Path]]]:
-    """Predictions of pictures that are read, written one by one: each source, its stamp and its files."""
+    """Predict a batch of loaded pictures and write them one by one; yield each source, its stamp and its files."""
     if not batch:
         return
     images = [image for _, (image, _, _) in batch]
@@ -180,7 +180,7 @@ def _predict_batch(
 
 
 def _read_ahead(batches: Sequence[Sequence[Source]], task: str) -> Iterator[tuple[Sequence[Source], list[Any]]]:
-    """Batches with what was read for them, the next one read while one is worked on."""
+    """Yield batches with their loaded inputs, reading the next one while one is being processed."""
     with ThreadPoolExecutor(1) as pool:
         waiting = [pool.submit(_read_batch, batches[0], task)] if batches else []
         for number, batch in enumerate(batches):
@@ -191,7 +191,7 @@ def _read_ahead(batches: Sequence[Sequence[Source]], task: str) -> Iterator[tupl
 
 
 def _read_batch(batch: Sequence[Source], task: str) -> list[Any]:
-    """For each source (image, other or None, stamp), or the sentence that says why it cannot be had."""
+    """Read each source as (image, other or None, stamp), or a sentence that says why it cannot be read."""
     found: list[Any] = []
     for source in batch:
         try:

@@ -1,4 +1,4 @@
-"""Predictions with trained weights: images of any size in, depth, flow or amodal masks out, at the images' own size."""
+"""Predict with trained weights: images of any size in; depth, flow or amodal masks out, at the images' own size."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -31,13 +31,13 @@ class Predictor(Denoiser):
         ensemble: int | None = None,
         resolution: int = 0,
     ) -> list[Prediction]:
-        """Predictions for images uint8 `[H, W, 3]`, each at its own size.
+        """Predict for images uint8 `[H, W, 3]`, each at its own size.
 
-        task: empty, the model's own. others: for flow the second frames uint8 `[H, W, 3]`, for amodal the visible masks bool
+        task: empty: the model's own. others: for flow the second frames uint8 `[H, W, 3]`, for amodal the visible masks bool
         `[H, W]`. embeddings: CLIP image embeddings `[B, D]` of the visible objects, for models that take them. keys: names that
         seed the noise; default: positions. steps, ensemble: default: the config's last ones.
-        resolution: longest side shown to the network in pixels; 0: the one it was trained at. How pictures come to it is
-        what `fits` says of the task: stretched to the square, or in their proportion.
+        resolution: longest side shown to the network, in pixels; 0: the one it was trained at. The task's entry in `fits`
+        decides whether pictures are stretched to a square or keep their proportions.
         """
         spec = self.check_task(task or self.task)
         width = self.model.clip_embedding_size
@@ -69,7 +69,7 @@ class Predictor(Denoiser):
         return results
 
     def check_task(self, task: str) -> tasks.TaskSpec:
-        """The task's spec; UserError if the model was not trained for it, or takes another number of conditions."""
+        """The task's spec; UserError if the model was not trained for it or takes more conditions than the task has."""
         if task == "generalist":
             raise UserError(f"{self.name}: a generalist predicts several tasks; name one with --task: depth, flow or amodal.")
         spec = tasks.task_spec(task)
@@ -87,7 +87,7 @@ class Predictor(Denoiser):
     def _encode_conditions(
         self, task: str, images: Sequence[np.ndarray], others: Sequence[np.ndarray] | None, resolution: int
     ) -> list[Tensor]:
-        """Scaled condition latents `[K, C, h, w]` of each image."""
+        """Encode each image's scaled condition latents `[K, C, h, w]`."""
         token = self.model.patch_size * self.codec.downsampling
         fit = self.fits[task]
         resolution = resolution or fit.resolution or self.model.input_size * self.codec.downsampling
@@ -122,9 +122,9 @@ class Predictor(Denoiser):
         steps: int,
         embeddings: Tensor | None = None,
     ) -> list[Tensor]:
-        """Target images `[N, M, 3, H, W]` in [-1, 1] of each sample; those whose latents are of one size are batched together.
+        """Predict each sample's target images `[N, M, 3, H, W]` in [-1, 1]; latents of equal size are batched together.
 
-        cond_latents: scaled `[K, C, h, w]` each; all else as in `predict_latents`.
+        cond_latents: scaled `[K, C, h, w]` each; the rest as in `predict_latents`.
         """
         pictures: dict[int, Tensor] = {}
         for size in dict.fromkeys(c.shape[-2:] for c in cond_latents):
@@ -142,7 +142,7 @@ class Predictor(Denoiser):
 
     def decode(self, latents: Tensor, task: str, *, code: str = "") -> Tensor:
         """Target latents `[S, N, M, C, h, w]` -> values: depth `[S, N, H, W]` in [0, 1]; flow `[S, N, 2, H, W]` as fractions of
-        the image's width and height; amodal bool `[S, N, H, W]`; registered tasks `[S, N, C, H, W]`. `code`: of the targets;
+        the image's width and height; amodal bool `[S, N, H, W]`; registered tasks `[S, N, C, H, W]`. `code`: the targets' code;
         empty: the weights' own."""
         return self.picture_values(self.decode_pictures(latents), task, code=code)
 
@@ -153,7 +153,7 @@ class Predictor(Denoiser):
         return images.unflatten(0, latents.shape[:3])
 
     def picture_values(self, images: Tensor, task: str, *, code: str = "") -> Tensor:
-        """Target images `[S, N, M, 3, H, W]` -> values, as `decode` gives them."""
+        """Target images `[S, N, M, 3, H, W]` -> values, as `decode` returns them."""
         if task == "amodal":
             return target_codes.decode_amodal(images[:, :, 0])
         if (registered := tasks.task_spec(task).decode) is not None:
@@ -174,7 +174,7 @@ class Predictor(Denoiser):
         size: tuple[int, int] | None = None,
         guidance_channels: int = 0,
     ) -> list[np.ndarray]:
-        """Class-conditional images uint8 `[H, W, 3]`, one a label, with `config.guidance_scale`.
+        """Generate class-conditional images uint8 `[H, W, 3]`, one per label, with `config.guidance_scale`.
 
         keys: names that seed the noise; size: (h, w) of the latents; guidance_channels: as in `dpt.diffusion.samplers.guide`.
         """

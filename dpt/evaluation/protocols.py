@@ -1,4 +1,4 @@
-"""Evaluation protocols as data: what is valid, cropped, aligned, clipped and averaged, for each data set.
+"""Evaluation protocols as data: what is valid, cropped, aligned, clipped and averaged for each data set.
 
 Raise a protocol's version whenever a change here or in the metrics changes its figures: results carry it.
 """
@@ -19,59 +19,59 @@ from dpt.tasks import resize_nearest
 
 # Fractions (top, bottom, left, right) of the image inside which pixels count.
 _EIGEN_NYU = (45 / 480, 471 / 480, 41 / 640, 601 / 640)
-_EIGEN_KITTI = (0.3324324, 0.91351351, 0.0359477, 0.96405229)  # Eigen et al. 2014, of the 352 x 1216 crop
+_EIGEN_KITTI = (0.3324324, 0.91351351, 0.0359477, 0.96405229)  # Eigen et al. 2014, fractions of the 352 x 1216 crop
 
 
 @dataclass(frozen=True, kw_only=True)
 class LogFit:
-    """The second column of depth: after a robust fit in log depth (`fit_affine_log`), as Marigold V2 (Pavlovic et al. 2026).
+    """Depth's second column: a robust fit in log depth (`fit_affine_log`), as in Marigold V2 (Pavlovic et al. 2026).
 
-    Its pixels are those of its own range, inside the protocol's region and crop, at the truth's own size or at `size`; fitted
-    depth is clipped to 1 mm and the greatest true depth among them.
+    It counts pixels in its own range, inside the protocol's region and crop, at the truth's own size or at `size`; fitted
+    depth is clipped to between 1 mm and the greatest true depth among them.
     """
 
     valid_range: tuple[float, float] | None = None
-    """Pixels whose true depth in metres is strictly inside count; None: those of the protocol."""
+    """Range of true depth in metres, exclusive, in which pixels count; None: the protocol's."""
     size: tuple[int, int] | None = None
-    """Height and width that all is brought to (nearest) before it is scored; None: the truth's own."""
+    """Height and width that maps are resized to (nearest) before scoring; None: the truth's own."""
     steepest: float = math.inf
-    """Pixels where the true depth's Sobel derivatives, summed in magnitude, are above it do not count."""
+    """Limit on the summed magnitudes of the true depth's Sobel derivatives; pixels above it do not count."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
-    """How the predictions for a data set become figures."""
+    """Rules that turn the predictions for a data set into figures."""
 
     name: str
     task: str
     version: int = 1
     datasets: tuple[str, ...] = ()
-    """Names, as in manifests, of the data sets it is for (compared without case, spaces and punctuation)."""
+    """Data sets it applies to, named as in manifests (compared without case, spaces and punctuation)."""
     num_samples: int = 0
-    """Images in the published list; 0: not fixed."""
+    """Number of images in the published list; 0: not fixed."""
     valid_range: tuple[float, float] = (0.0, math.inf)
-    """Depth: pixels whose true depth in metres is strictly inside count."""
+    """Depth: range of true depth in metres, exclusive, in which pixels count."""
     clip: tuple[float, float] = (1e-6, math.inf)
-    """Depth: aligned predictions are clipped to it, in metres."""
+    """Depth: range in metres that aligned predictions are clipped to."""
     crop: tuple[float, float, float, float] | None = None
     """Fractions (top, bottom, left, right) inside which pixels count."""
     region: tuple[int, int] | None = None
-    """Height and width in pixels of the part, bottom centre, that alone counts and that `crop` is a fraction of; None: all."""
+    """Height and width in pixels of the bottom-centre part that counts and that `crop` is relative to; None: all."""
     align_longest: int = 0
-    """Depth: fit scale and shift on maps reduced (nearest) to this longest side; 0: at full size."""
+    """Depth: longest side that maps are reduced to (nearest) to fit scale and shift; 0: full size."""
     log_fit: LogFit = LogFit()
-    """Depth: the pixels of the second column."""
+    """Depth: rules of the second column."""
     main_metric: str = ""
     """The metric that ranks samples, and the first in tables."""
     metrics: Callable[[np.ndarray, np.ndarray], dict[str, float]] | None = None
-    """Of registered tasks: prediction and truth at the pixels that count, float32 `[C, N]` each -> the image's figures."""
+    """Registered tasks: prediction and truth at the pixels that count, float32 `[C, N]` each -> the image's figures."""
 
 
 HIGHER_IS_BETTER = {"delta1", "delta2", "delta3", "delta1_log_fit", "iou", "iou_pooled"}
 
 
 def _depth(name: str, num_samples: int, metres: tuple[float, float], datasets: tuple[str, ...] = (), **more: Any) -> Protocol:
-    """A protocol of depth, whose predictions are clipped to the valid range, in metres, if nothing else is said."""
+    """A depth protocol; predictions are clipped to the valid range, in metres, by default."""
     settings = {"valid_range": metres, "clip": metres, "datasets": datasets or (name,), "main_metric": "abs_rel"}
     return Protocol(name=name, task="depth", num_samples=num_samples, **(settings | more))
 
@@ -108,7 +108,7 @@ PROTOCOLS: dict[str, Protocol] = {
 
 
 def register_protocol(protocol: Protocol, *, higher_is_better: Collection[str] = ()) -> None:
-    """Add a protocol; `higher_is_better`: those of its metrics that rise. UserError if its name is taken."""
+    """Add a protocol; `higher_is_better`: its metrics for which higher is better. UserError if its name is taken."""
     if protocol.name in PROTOCOLS:
         raise UserError(f"protocol {protocol.name!r} is there already; choose another name.")
     PROTOCOLS[protocol.name] = protocol
@@ -116,9 +116,9 @@ def register_protocol(protocol: Protocol, *, higher_is_better: Collection[str] =
 
 
 def find_protocol(dataset: str, task: str, *, name: str = "") -> Protocol:
-    """The protocol called `name`, else that of the data set, else for synthetic sets the task's own.
+    """Find the protocol called `name`, else the data set's, else, for synthetic sets, the task's own.
 
-    UserError if there is none, or if it is another task's.
+    UserError if there is none, or if it belongs to another task.
     """
     if name:
         if name not in PROTOCOLS:
@@ -142,8 +142,8 @@ def _plain(name: str) -> str:
 
 
 def counted_pixels(protocol: Protocol, truth: np.ndarray) -> np.ndarray:
-    """Pixels bool `[H, W]` that count: valid truth inside the crop. truth: depth `[H, W]`, others `[C, H, W]`, masks
-    `[H, W]`."""
+    """Mask bool `[H, W]` of pixels that count: valid truth inside the crop. truth: depth and masks `[H, W]`, others
+    `[C, H, W]`."""
     height, width = truth.shape[-2:]
     if protocol.task == "depth":
         valid = np.isfinite(truth) & (truth > protocol.valid_range[0]) & (truth < protocol.valid_range[1])
@@ -155,7 +155,7 @@ def counted_pixels(protocol: Protocol, truth: np.ndarray) -> np.ndarray:
 
 
 def _counted_area(protocol: Protocol, height: int, width: int) -> np.ndarray:
-    """Pixels bool `[H, W]` inside the protocol's region and crop."""
+    """Mask bool `[H, W]` of pixels inside the protocol's region and crop."""
     rows, cols = protocol.region or (height, width)
     first_row, first_col = max(0, height - rows), max(0, (width - cols) // 2)
     rows, cols = min(rows, height), min(cols, width)
@@ -180,12 +180,11 @@ def align_depth_to_truth(protocol: Protocol, prediction: np.ndarray, truth: np.n
 
 
 def score(protocol: Protocol, prediction: np.ndarray, truth: np.ndarray) -> dict[str, float]:
-    """Metrics of one image, both at the truth's resolution; {} if no pixel counts.
+    """Score one image, prediction and truth at the truth's resolution; {} if no pixel counts.
 
-    depth: prediction up to scale and shift, float `[H, W]`; with "abs_rel_log_fit", "delta1_log_fit" after the fit of `LogFit`,
-    where it has pixels. flow: pixels `[2, H, W]`; with "epe_fit", "outliers_fit" after a
-    scale and shift per axis, as the authors' released code scores. amodal: bool `[H, W]`. Registered tasks: `[C, H, W]`.
-    UserError if it is not finite.
+    depth: prediction up to scale and shift, float `[H, W]`; adds "abs_rel_log_fit", "delta1_log_fit" after the fit of `LogFit`,
+    if it has pixels. flow: pixels `[2, H, W]`; adds "epe_fit", "outliers_fit" after a scale and shift per axis, as in the
+    authors' released code. amodal: bool `[H, W]`. Registered tasks: `[C, H, W]`. UserError if the prediction is not finite.
     """
     if prediction.shape != truth.shape:
         raise UserError(f"a prediction has shape {prediction.shape}, its truth {truth.shape}; resize it to the truth.")
@@ -208,7 +207,7 @@ def score(protocol: Protocol, prediction: np.ndarray, truth: np.ndarray) -> dict
 
 
 def _score_log_fit(protocol: Protocol, prediction: np.ndarray, truth: np.ndarray) -> dict[str, float]:
-    """Depth's second column; {} if it has no pixel."""
+    """Score depth's second column; {} if it has no pixels."""
     rule = protocol.log_fit
     within = replace(protocol, valid_range=rule.valid_range or protocol.valid_range)
     valid = counted_pixels(within, truth)
@@ -226,12 +225,12 @@ def _score_log_fit(protocol: Protocol, prediction: np.ndarray, truth: np.ndarray
 
 
 def is_better(metric: str, value: float, other: float) -> bool:
-    """Whether a metric's value is better than another one."""
+    """Whether a metric's value is better than another."""
     return value > other if metric in HIGHER_IS_BETTER else value < other
 
 
 def average(rows: list[dict[str, float]]) -> dict[str, float]:
-    """Means of each metric over the images that have it. For masks also "iou_pooled": intersections over unions, summed."""
+    """Mean of each metric over the images that have it; for masks also "iou_pooled", from summed intersections and unions."""
     scored = [row for row in rows if row]
     if not scored:
         return {}

@@ -1,4 +1,4 @@
-"""Evaluations as runs of MLflow, below the run that trained the weights."""
+"""Record evaluations as MLflow runs, below the run that trained the weights."""
 
 import contextlib
 from collections.abc import Callable
@@ -19,9 +19,9 @@ from dpt.tracking import Run
 def open_predictor(
     recipe: Recipe, *, ready_made: bool, vae: str = "", read: Callable[..., Weights]
 ) -> tuple[Recipe, Predictor | None]:
-    """The recipe, with its weights pinned to a commit, and what predicts with them: None if `ready_made` results are scored.
+    """Return the recipe, its weights pinned to a commit, and their predictor: None if `ready_made` results are scored.
 
-    `vae` (empty: the recipe's, unless that is the default; then the one that the weights name) and `read` as in
+    `vae` (empty: the recipe's, or, if that is the default, the one that the weights name) and `read` as in
     `dpt.evaluation.loading.load_model`.
     """
     config = recipe.dpt.evaluation
@@ -36,7 +36,7 @@ def open_predictor(
 
 
 class Recording(contextlib.ExitStack):
-    """The record of an evaluation in MLflow. `begin` starts it once all input has been checked, so that bad input leaves no
+    """MLflow record of an evaluation. `begin` starts it once all input has been checked, so that bad input leaves no
     failed run."""
 
     run: Run
@@ -46,8 +46,8 @@ class Recording(contextlib.ExitStack):
         self._recipe, self._predictor, self._name = recipe, predictor, name
 
     def begin(self, task: str) -> None:
-        """Start the run. Its parameters are the recipe's, with the task, network and objective of the weights, which are what
-        runs are found by."""
+        """Start the run. Its parameters are the recipe's, with the task, network and objective of the weights, by which runs
+        are found."""
         from dpt.tracking import start_run
 
         parent = ""
@@ -70,7 +70,7 @@ class Recording(contextlib.ExitStack):
 
 
 def shards_as_dataset(folder: str, cache_dir: str) -> dict[str, Any]:
-    """What `Run.log_dataset` takes for a shard folder that an evaluation reads."""
+    """Arguments of `Run.log_dataset` for a shard folder that an evaluation reads."""
     manifest = ShardFolder(folder, cache_dir=cache_dir).manifest
     return {
         "name": f"{manifest.dataset}/{manifest.split}",

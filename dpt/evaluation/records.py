@@ -1,4 +1,4 @@
-"""What an evaluation has scored so far: one JSON line a sample, from which an interrupted run resumes, and the final table."""
+"""Scores of an evaluation so far, one JSON line per sample, from which an interrupted run resumes, and the final table."""
 
 import hashlib
 from collections.abc import Iterable
@@ -11,10 +11,10 @@ from dpt.evaluation.files import JsonLines, fingerprint, write_atomically
 
 @dataclass(frozen=True, kw_only=True, order=True)
 class Setting:
-    """What was scored: the model at a number of steps and members, or a reference that needs no sampling.
+    """Setting that was scored: the model at a number of steps and members, or a reference that needs no sampling.
 
     kind: "model"; "baseline", what a prediction must beat (the best constant depth, no motion, the visible mask); "ceiling",
-    the truth through the task's image code and the VAE, which no model of these latents can be expected to pass; "code", the
+    the truth through the task's image code and the VAE, which no model of these latents can be expected to beat; "code", the
     same without the VAE, where the set has the picture (amodal: thresholding the true whole object); "given", a ready-made
     prediction.
     """
@@ -38,17 +38,17 @@ class Record:
 
 BASELINE, CEILING, CODE, GIVEN = (Setting(kind=kind) for kind in ("baseline", "ceiling", "code", "given"))
 REFERENCES = (BASELINE, CEILING, CODE)
-"""What models are compared with."""
+"""Settings that models are compared with."""
 
 
 class RecordLog(JsonLines):
-    """The records of one set under one fingerprint (everything but steps and ensemble that they depend on), a sample a line."""
+    """The records of one set under one fingerprint (all that they depend on except steps and ensemble), one sample per line."""
 
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
         super().__init__(folder / "parts" / fingerprint(settings))
 
     def read(self) -> dict[tuple[int, Setting], Record]:
-        """What earlier runs with the same fingerprint have scored, whatever their number of ranks, by sample and setting."""
+        """Read the scores of earlier runs with the same fingerprint, on any number of ranks, by sample and setting."""
         found: dict[tuple[int, Setting], Record] = {}
         for rows in self.values():
             for index, key, (kind, steps, ensemble), metrics, macs in rows:
@@ -57,7 +57,7 @@ class RecordLog(JsonLines):
         return found
 
     def add(self, records: Iterable[Record]) -> None:
-        """Keep one sample's records, together."""
+        """Append one sample's records, together."""
         settings = ((r, [r.setting.kind, r.setting.steps, r.setting.ensemble]) for r in records)
         self.append([[r.index, r.key, setting, r.metrics, r.macs] for r, setting in settings])
 
@@ -69,7 +69,7 @@ def list_sha256(records: Iterable[Record]) -> str:
 
 
 def write_parquet(records: Iterable[Record], path: Path) -> None:
-    """One row per sample and setting: index, key, kind, steps, ensemble, macs, and each metric (null where nothing counts)."""
+    """Write a row per sample and setting: index, key, kind, steps, ensemble, macs, each metric (null if nothing counts)."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

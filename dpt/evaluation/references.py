@@ -1,4 +1,4 @@
-"""What generated images are compared with: real images, or statistics of their features that were stored earlier."""
+"""References for generated images: real images, or statistics of their features stored earlier."""
 
 import dataclasses
 from pathlib import Path
@@ -15,8 +15,8 @@ from dpt.evaluation.image_sources import ImageSource, Statistics, has_images, re
 class Reference:
     """`config.reference`, opened and checked against the network and the images' `resolution`; nothing is computed yet.
 
-    stored: statistics in a file, None without. source: its images, of which a file with statistics may hold a part, as ADM's do
-    for precision and recall; None without. manifold: images that precision and recall will look at, 0 without. UserError for a
+    stored: statistics in a file, or None. source: its images, or None; a file with statistics may hold some of them, as ADM's
+    do for precision and recall. manifold: number of images that precision and recall will use, or 0. UserError for a
     reference of another size or network.
     """
 
@@ -51,7 +51,7 @@ class Reference:
         self.count = self.stored.count if self.stored is not None else here
 
     def statistics(self, network: FeatureNetwork) -> Statistics:
-        """The reference's statistics, on every rank, kept in a file where the config names one. Collective."""
+        """The reference's statistics, on every rank, also saved to a file if the config names one. Collective."""
         config, found = self._config, self.stored
         if self.source is not None:
             part = collect_features(self.source, network, manifold_images=config.manifold_images, title="the reference")

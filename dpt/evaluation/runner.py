@@ -1,4 +1,4 @@
-"""The evaluator: every sample of every set predicted and scored once, on any number of ranks, under all settings of a sweep."""
+"""The evaluator: predict and score each sample of each set once, on any number of ranks, under all settings of a sweep."""
 
 import contextlib
 import hashlib
@@ -28,7 +28,7 @@ from dpt.scores import name_of, say
 
 SUMMARY_VERSION = 1
 SCENES = "scenes"
-"""Folder of the scenes of reports, below the set's own (`dpt.evaluation.pictures.write_scenes`)."""
+"""Folder of report scenes, below the set's own (`dpt.evaluation.pictures.write_scenes`)."""
 _SAMPLING = ("sampler", "eta", "step_power", "guidance_scale", "guidance_low", "guidance_high", "precision", "seed")
 
 
@@ -41,11 +41,11 @@ def evaluate(
 ) -> dict[str, Any]:
     """Score `config.data` with `predictor` (default: from `config.weights`), or the ready-made `config.predictions`.
 
-    `cache_dir`: folder that keeps shards fetched from URLs. `begin` is called with the sets once nothing can be refused any
-    more, and before anything is scored.
+    `cache_dir`: folder that keeps shards fetched from URLs. `begin` is called with the sets once all input has passed
+    its checks, before anything is scored.
 
-    Writes, below `config.output_dir`: summary.json; and for each set SET/samples.parquet, SET/pictures/*.png and, while it
-    lasts, SET/parts, from which an interrupted run resumes. Returns the summary, on every rank. UserError for bad input.
+    Writes, below `config.output_dir`: summary.json; and for each set SET/samples.parquet, SET/pictures/*.png and, until
+    finished, SET/parts, from which an interrupted run resumes. Returns the summary, on every rank. UserError for bad input.
     """
     if not config.predictions and predictor is None and not config.weights:
         raise UserError("dpt.evaluation.weights is empty; name the weights to evaluate, or ready-made predictions.")
@@ -75,7 +75,7 @@ def evaluate(
 
 
 def _evaluate_set(one: EvaluationSet, config: EvaluationConfig, predictor: Predictor | None) -> dict[str, Any]:
-    """Score one set and write its files; its part of the summary, on every rank."""
+    """Score one set and write its files; return its part of the summary, on every rank."""
     folder = Path(config.output_dir) / one.name
     scorer = Scorer(one, config, predictor, folder)
     wanted = scorer.settings()
@@ -103,7 +103,7 @@ def _evaluate_set(one: EvaluationSet, config: EvaluationConfig, predictor: Predi
 
 
 def _fingerprint(one: EvaluationSet, config: EvaluationConfig, predictor: Predictor | None) -> dict[str, Any]:
-    """All that a record depends on beside its sample and setting. Equal ones may share records."""
+    """Everything that a record depends on besides its sample and setting. Runs with equal values may share records."""
     shared = {
         "data": one.manifest.data_sha256,
         "protocol": [one.protocol.name, one.protocol.version, repr(one.protocol.log_fit)],
@@ -116,7 +116,7 @@ def _fingerprint(one: EvaluationSet, config: EvaluationConfig, predictor: Predic
 
 
 def sampling_settings(config: EvaluationConfig, predictor: Predictor) -> dict[str, Any]:
-    """How predictions are sampled, but for the numbers of steps and members."""
+    """Sampling settings of predictions, except the numbers of steps and members."""
     sampling = {name: getattr(config, name) for name in _SAMPLING}
     return sampling | {
         "schedule": predictor.diffusion.beta_schedule,
@@ -125,7 +125,7 @@ def sampling_settings(config: EvaluationConfig, predictor: Predictor) -> dict[st
 
 
 def weights_sha256(predictor: Predictor) -> str:
-    """Hash of the network's weights by name and of what else decides its predictions."""
+    """Hash of the network's weights by name and of everything else that determines its predictions."""
     digest = hashlib.sha256(
         repr(
             (
@@ -145,7 +145,7 @@ def weights_sha256(predictor: Predictor) -> str:
 
 
 def _described(config: EvaluationConfig, predictor: Predictor | None) -> dict[str, Any]:
-    """How the predictions were made."""
+    """Description of how the predictions were made."""
     if predictor is None:
         return {"predictions": config.predictions}
     return {
@@ -159,7 +159,7 @@ def _described(config: EvaluationConfig, predictor: Predictor | None) -> dict[st
 
 
 def _draw(one: EvaluationSet, scorer: Scorer, records: list[Record], count: int, folder: Path) -> None:
-    """Pages of picked samples, and the scenes of reports; every rank predicts its share again, rank 0 puts all together."""
+    """Draw pages of picked samples and report scenes; every rank repredicts its share, rank 0 assembles them."""
     from dpt.evaluation.pictures import compare, write_page, write_scenes
 
     picked = pick_samples(one, records, count)
@@ -195,7 +195,7 @@ def _draw(one: EvaluationSet, scorer: Scorer, records: list[Record], count: int,
 
 
 def run_evaluation(recipe: Recipe, *, read: Callable[..., Weights] = read_weights) -> dict[str, Any]:
-    """`evaluate` a recipe's `dpt.evaluation`, recorded in MLflow under the run that trained the weights; `read` as in
+    """Run `evaluate` on a recipe's `dpt.evaluation`, recorded in MLflow under the run that trained the weights; `read` as in
     `dpt.evaluation.loading.load_model`."""
     recipe, predictor = open_predictor(recipe, ready_made=bool(recipe.dpt.evaluation.predictions), read=read)
     config, cache_dir = recipe.dpt.evaluation, recipe.dpt.data.cache_dir

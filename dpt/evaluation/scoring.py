@@ -1,4 +1,4 @@
-"""Predicting and scoring the samples of one set, a few at a time."""
+"""Predict and score the samples of one set, a few at a time."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,14 +20,14 @@ from dpt.tasks import task_spec
 class Scorer:
     """Scores the samples of one set with `predictor`; without one, the ready-made `config.predictions`.
 
-    folder: where predictions are kept if they are to be.
+    folder: where predictions are saved if requested.
     """
 
     def __init__(self, one: EvaluationSet, config: EvaluationConfig, predictor: Predictor | None, folder: Path) -> None:
         self._set, self._config, self._predictor, self._folder = one, config, predictor, folder
 
     def settings(self) -> list[Setting]:
-        """All that is scored."""
+        """All settings to score."""
         if self._predictor is None:
             return [BASELINE, *self._code(), GIVEN]
         steps, sizes = sorted(set(self._config.steps)), sorted(set(self._config.ensemble))
@@ -37,7 +37,7 @@ class Scorer:
         return [CODE] if "code_mask" in self._set.manifest.members else []
 
     def records(self, indices: Sequence[int], settings: frozenset[Setting]) -> Iterator[list[Record]]:
-        """Each sample's records under `settings`; as many samples are predicted together as fill batches."""
+        """Yield each sample's records under `settings`; enough samples are predicted together to fill batches."""
         members = max((s.ensemble for s in settings), default=0)
         passes = len(task_spec(self._set.task).targets)
         at_once = samples_at_once(max(1, members * passes), self._config.batch_size)
@@ -104,13 +104,13 @@ class Scorer:
         return Record(index=sample.index, key=sample.key, setting=setting, metrics=metrics, macs=macs)
 
     def _baseline(self, sample: Sample) -> np.ndarray | None:
-        """What a prediction must beat: constant depth (aligned like any other), no motion, the visible mask as it is."""
+        """Baseline to beat: constant depth (aligned like any other), no motion, the visible mask unchanged."""
         if self._set.task in ("depth", "flow"):
             return np.zeros(sample.truth.shape, dtype=np.float32)
         return sample.visible_mask if self._set.task == "amodal" else None
 
     def _ceiling(self, sample: Sample) -> np.ndarray | None:
-        """The encoded truth, decoded again: what the task's image code, the resolution and the VAE leave of it."""
+        """The encoded truth, decoded again: what survives the task's image code, the resolution and the VAE."""
         if self._predictor is None or sample.target_latents is None:
             return None
         latents = torch.from_numpy(sample.target_latents)[None, None].to(self._predictor.device)
@@ -119,6 +119,6 @@ class Scorer:
 
 
 def samples_at_once(predictions: int, batch_size: int) -> int:
-    """How many samples, of `predictions` each, fill batches best when taken together: at most four batches."""
+    """How many samples, with `predictions` each, fill batches best together: at most four batches."""
     options = range(1, max(1, 4 * batch_size // predictions) + 1)
     return max(options, key=lambda n: (n * predictions / (-(-n * predictions // batch_size) * batch_size), -n))

@@ -1,4 +1,4 @@
-"""Evaluation sets: shard folders with the images and truths at their own size beside the condition latents, and
+"""Evaluation sets: shard folders with images and truths at their own size beside the condition latents, and a check of
 whether a model can predict for them."""
 
 import dataclasses
@@ -24,7 +24,7 @@ class Sample:
     """One image to predict for and score."""
 
     index: int
-    """Its number in the set."""
+    """Index in the set."""
     key: str
     image: np.ndarray
     """uint8 `[H, W, 3]`."""
@@ -33,27 +33,27 @@ class Sample:
     cond_latents: np.ndarray
     """float32 `[K, C, h, w]`, scaled posterior means."""
     target_latents: np.ndarray | None
-    """float32 `[M, C, h, w]`, scaled posterior means of the encoded truth, where the set has them."""
+    """float32 `[M, C, h, w]`, scaled posterior means of the encoded truth, if the set has them."""
     embedding: np.ndarray | None
-    """float32 `[D]`, CLIP image embedding, where the set has it."""
+    """float32 `[D]`, CLIP image embedding, if the set has it."""
     code_mask: np.ndarray | None = None
-    """amodal: bool `[H, W]`, the mask that the true picture of the whole object decodes to, where the set has one."""
+    """amodal: bool `[H, W]`, mask decoded from the true picture of the whole object, if the set has one."""
 
     second: np.ndarray | None = None
-    """flow: uint8 `[H, W, 3]`, the second frame, where the set keeps it."""
+    """flow: uint8 `[H, W, 3]`, the second frame, if the set keeps it."""
     visible_mask: np.ndarray | None = None
-    """amodal: bool `[H, W]`, the mask that the network is shown, where the set keeps it at the truth's size."""
+    """amodal: bool `[H, W]`, mask shown to the network, if the set keeps it at the truth's size."""
 
     @property
     def size(self) -> tuple[int, int]:
-        """Height and width of the truth, which predictions are brought to."""
+        """Height and width of the truth, which predictions are resized to."""
         return self.truth.shape[-2], self.truth.shape[-1]
 
 
 class EvaluationSet:
     """An evaluation shard folder, or a URL of one, with its protocol; `cache_dir` as for `ShardFolder`.
 
-    UserError if it is no evaluation set, or has no protocol.
+    UserError if it is not an evaluation set or has no protocol.
     """
 
     def __init__(self, folder: str | Path, *, protocol: str = "", max_samples: int = 0, cache_dir: str = "") -> None:
@@ -106,12 +106,12 @@ class EvaluationSet:
         return mean_latents(torch.from_numpy(moments.astype(np.float32)), self._scaling).numpy()
 
     def verify(self, part: int = 0, parts: int = 1) -> None:
-        """Hash this part's share of the shards that are scored; UserError if one is not as it was written."""
+        """Hash this part's share of the shards that are scored; UserError if one has changed since it was written."""
         self._shards.verify(0, len(self), part, parts)
 
 
 def open_sets(folders: list[str], *, protocol: str, max_samples: int, cache_dir: str = "") -> list[EvaluationSet]:
-    """The sets in `folders`, with different names. UserError if there are none."""
+    """Open the sets in `folders`, with distinct names. UserError if there are none."""
     if not folders:
         raise UserError("dpt.evaluation.data is empty; name at least one evaluation shard folder.")
     sets = [EvaluationSet(folder, protocol=protocol, max_samples=max_samples, cache_dir=cache_dir) for folder in folders]
@@ -124,10 +124,10 @@ def open_sets(folders: list[str], *, protocol: str, max_samples: int, cache_dir:
 
 
 def check_set(one: EvaluationSet, predictor: Predictor) -> None:
-    """UserError if the model cannot predict for the set: another task, other conditions, latents of another VAE, no CLIP
-    embeddings where it takes them, or depth prompts made from the truth where it was trained without.
+    """Raise UserError if the model cannot predict for the set: another task, other conditions, latents of another VAE, no CLIP
+    embeddings though it takes them, or depth prompts made from the truth though it was trained without.
 
-    What differs from its training but still works is logged: the all-valid prompt, and another fit of the pictures.
+    Differences from its training that still work are logged: the all-valid prompt, and another fit of the pictures.
     """
     predictor.check_task(one.task)
     manifest, model = one.manifest, predictor.model

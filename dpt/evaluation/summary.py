@@ -1,4 +1,4 @@
-"""From records to results: means and what they cover, samples worth showing, and the metrics that MLflow keeps."""
+"""Turn records into results: means and what they cover, samples worth showing, and the metrics that MLflow keeps."""
 
 import hashlib
 import itertools
@@ -11,11 +11,11 @@ from dpt.evaluation.sets import EvaluationSet
 from dpt.scores import BASELINES, CEILING, CODE, EXPLANATIONS, METRICS, say
 
 SAME = "same"
-"""Samples that are the same for every model."""
+"""Key of the samples that are the same for every model."""
 
 
 def summarize(one: EvaluationSet, records: Iterable[Record]) -> dict[str, Any]:
-    """A set's results, and what they cover: N, the list's hash, the protocol's version."""
+    """Summarize a set's results and what they cover: N, the list's hash, the protocol's version."""
     records = sorted(records, key=lambda r: (r.setting, r.index))
     by_setting = {s: list(group) for s, group in itertools.groupby(records, key=lambda r: r.setting)}
     figures = {s: average([r.metrics for r in rows]) for s, rows in by_setting.items()}
@@ -48,7 +48,7 @@ def summarize(one: EvaluationSet, records: Iterable[Record]) -> dict[str, Any]:
 
 
 def pick_samples(one: EvaluationSet, records: Iterable[Record], count: int) -> dict[str, list[Record]]:
-    """Records of the best, median and worst samples of the main (last) setting, and of `SAME`: `count` each, chosen by key."""
+    """Pick `count` records each of the main (last) setting: the best, median and worst samples, and `SAME`, chosen by key."""
     rows = [r for r in records if r.metrics]
     if not rows:
         return {}
@@ -61,14 +61,14 @@ def pick_samples(one: EvaluationSet, records: Iterable[Record], count: int) -> d
 
 
 def chosen_by_key(records: Sequence[Record], count: int) -> list[Record]:
-    """`count` of the records (of one setting), chosen and ordered by the hashes of their keys: by no model, metric or order."""
+    """`count` of the records (of one setting), chosen and ordered by key hash, so independent of model, metric or order."""
     return sorted(records, key=lambda r: (hashlib.sha256(r.key.encode()).digest(), r.index))[:count]
 
 
 def tracked_metrics(summary: dict[str, Any]) -> dict[str, float]:
-    """The summary as MLflow metrics: eval/TASK/SET/METRIC of the main setting, with /sSTEPS_nENSEMBLE of every one.
+    """The summary as MLflow metrics: eval/TASK/SET/METRIC for the main setting, with /sSTEPS_nENSEMBLE for every setting.
 
-    The only set of its task is there as eval/TASK/METRIC too. "macs" among them is the mean over the set of a prediction's
+    The only set of a task also appears as eval/TASK/METRIC. The metric "macs" is the set's mean of a prediction's
     multiply-accumulates, from the latents' own sizes.
     """
     metrics: dict[str, float] = {}
@@ -79,7 +79,7 @@ def tracked_metrics(summary: dict[str, Any]) -> dict[str, float]:
             figures = result["metrics"]
             if result["macs_per_prediction"]:
                 figures = figures | {"macs": result["macs_per_prediction"]}
-            found |= figures  # the last one stays: the main setting
+            found |= figures  # the last one wins: the main setting
             if "steps" in result:
                 found |= {f"{m}/s{result['steps']}_n{result['ensemble']}": v for m, v in figures.items()}
         for reference in REFERENCES:
@@ -93,7 +93,7 @@ def tracked_metrics(summary: dict[str, Any]) -> dict[str, float]:
 
 
 def protocol_line(summary: dict[str, Any]) -> str:
-    """One line for each set: what its results cover."""
+    """Coverage of each set's results, on one line."""
     return "; ".join(
         f"{name}: {one['protocol']} v{one['protocol_version']}, N={one['num_samples']}"
         f"{' (synthetic)' if one.get('synthetic') else ''}, list {one['list_sha256'][:12]}"
@@ -102,8 +102,8 @@ def protocol_line(summary: dict[str, Any]) -> str:
 
 
 def format_summary(summary: dict[str, Any]) -> str:
-    """The summary as plain text: a line a setting with its figures in the tables' units, under a line a set that says what
-    they are figures of, and under these what the references are."""
+    """The summary as plain text: per set a line saying what its figures cover, then a line per setting with its figures in the
+    tables' units, then explanations of the references."""
     return "\n".join(_block(name, one) for name, one in summary["sets"].items())
 
 

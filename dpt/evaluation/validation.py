@@ -1,4 +1,4 @@
-"""Scores of evaluation sets while training: what launchers hand to the training loop, which knows no evaluation itself."""
+"""Score evaluation sets during training; launchers pass this to the training loop, which knows nothing of evaluation."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -24,15 +24,15 @@ from dpt.evaluation.sets import check_set, open_sets
 class Validator:
     """Scores a network under `config.validation`, on all ranks together; the figures do not depend on their number.
 
-    `codes` and `depth_prompt`: how the targets of training are coded, and what depth's second condition shows
-    (`dpt.training.data_loader`). UserError if the sets cannot be scored with such a network, or have no such metric.
+    `codes` and `depth_prompt`: the codes of the training targets, and the content of depth's second condition
+    (`dpt.training.data_loader`). UserError if the sets cannot be scored with such a network or lack the metric.
     """
 
     def __init__(self, config: DptConfig, *, codes: Mapping[str, str], depth_prompt: str) -> None:
         given = config.validation
         self._frame = LoadedModel(
             network=nn.Identity(),
-            model=dataclasses.replace(config.model, capacity_factor=0.0),  # as `averaged_network` builds it
+            model=dataclasses.replace(config.model, capacity_factor=0.0),  # as in `averaged_network`
             diffusion=config.diffusion,
             task=config.task,
             codec=load_vae(config.data.vae, latent_channels=config.model.in_channels),
@@ -51,7 +51,7 @@ class Validator:
             check_set(one, predictor)
         first = self._sets[0]
         self.metric = given.metric or f"{first.task}/{first.protocol.main_metric}"
-        """Name of what tells the best weights, as in what calls give."""
+        """Metric that selects the best weights, named as in the results of calls."""
         wanted = self.metric.rpartition("/")[0]
         if wanted not in self._places() and wanted:
             raise UserError(
@@ -59,11 +59,11 @@ class Validator:
             )
         truths = [(one.protocol, np.nan_to_num(one[0].truth, posinf=0.0)) for one in self._sets]
         metrics = [average([score(protocol, truth, truth)]) for protocol, truth in truths]
-        if all(metrics) and not self.metric.endswith("_log_fit"):  # a first truth may lack pixels that count there, or at all
+        if all(metrics) and not self.metric.endswith("_log_fit"):  # the first truth may lack pixels that count there, or any
             self._check_metric(self._named(metrics))
 
     def __call__(self, network: nn.Module, alive: Callable[[], None]) -> dict[str, float]:
-        """TASK/SET/METRIC of every set, and TASK/METRIC of the first one of its task. `alive` is called after each sample."""
+        """Return TASK/SET/METRIC for every set and TASK/METRIC for each task's first. `alive` is called after each sample."""
         predictor = self._predictor(network)
         setting = Setting(steps=self._config.steps[0], ensemble=self._config.ensemble[0])
         figures: list[dict[str, float]] = []
@@ -82,7 +82,7 @@ class Validator:
         return found
 
     def _named(self, figures: list[dict[str, float]]) -> dict[str, float]:
-        """Each set's figures under the names that calls give."""
+        """Each set's figures under the names that calls return."""
         found: dict[str, float] = {}
         for one, values in zip(self._sets, figures, strict=True):
             found |= {f"{one.task}/{one.name}/{name}": value for name, value in values.items()}
@@ -105,7 +105,7 @@ class Validator:
 
 
 def _sampling(config: DptConfig) -> EvaluationConfig:
-    """How validation samples: as evaluation does, at one setting, in the precision of the network that it is given."""
+    """Sampling settings of validation: evaluation's, at one setting, in the precision of the given network."""
     changes: dict[str, Any] = {"steps": [config.validation.steps], "ensemble": [config.validation.ensemble]}
     changes |= {"precision": "bf16" if distributed.device().type == "cuda" else "fp32", "save_predictions": False}
     return dataclasses.replace(config.evaluation, **changes).settled(config.diffusion)

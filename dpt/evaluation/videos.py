@@ -1,4 +1,4 @@
-"""Videos: every frame starts from the same noise, and depth, which is known up to scale and shift, is carried along."""
+"""Videos: every frame starts from the same noise, and depth, known up to scale and shift, is carried from frame to frame."""
 
 import json
 from collections.abc import Iterator
@@ -18,21 +18,21 @@ from dpt.evaluation.prediction import Predictor
 from dpt.progress import Progress, progress
 
 CUT = 0.5
-"""Correlation of two frames' depths below which the later one begins a new scene."""
+"""Correlation of two frames' depths below which the later frame begins a new scene."""
 _KEPT = 0.7
 
 
 @dataclass(kw_only=True)
 class Carried:
-    """What later frames of a video take from earlier ones."""
+    """State that later frames of a video take from earlier ones."""
 
     depth: np.ndarray | None = None
-    """float32 `[H, W]`, the last frame's, aligned; None at the beginning."""
+    """Aligned depth of the last frame, float32 `[H, W]`; None at the beginning."""
     limits: tuple[float, float] = (0.0, 1.0)
-    """What colours and 16-bit pictures go from and to: the scene's first frame's range and a quarter of it on both sides."""
+    """Range of colours and 16-bit pictures: that of the scene's first frame, widened by a quarter on both sides."""
 
     def align(self, prediction: Prediction) -> Prediction:
-        """The next frame's depth and uncertainty, scaled and shifted to the last one's (`align_to`); a cut starts afresh."""
+        """Scale and shift the next frame's depth and uncertainty to the last one's (`align_to`); a cut starts afresh."""
         value, uncertainty = prediction.value, prediction.uncertainty
         fit = align_to(value, self.depth) if self.depth is not None and self.depth.shape == value.shape else None
         if fit is not None:
@@ -47,12 +47,12 @@ class Carried:
 
 
 def align_to(depth: np.ndarray, reference: np.ndarray) -> tuple[float, float] | None:
-    """Scale and shift that give `depth` `[H, W]` the mean and spread of `reference`, over the pixels that agree best.
+    """Return scale and shift that give `depth` `[H, W]` the mean and spread of `reference`, over the pixels that agree best.
 
-    Means and standard deviations are matched rather than squares minimised: least squares shrinks the scale a little at every
-    frame, by the correlation, and a long video would fade. A first fit over all pixels chooses the 70% with the least
-    differences, so that what moves does not count; the second is over those. None, which is a cut, if the two do not correlate,
-    or a map is constant.
+    Means and standard deviations are matched instead of minimising squares: least squares shrinks the scale a little at every
+    frame, by the correlation, so a long video would fade. A first fit over all pixels selects the 70% with the smallest
+    differences, so that moving objects do not count; the second fit uses only those. None, meaning a cut, if the two do not
+    correlate or a map is constant.
     """
     a, b = depth.astype(np.float64).ravel(), reference.astype(np.float64).ravel()
     fit = _match(a, b)
@@ -84,11 +84,11 @@ def predict_video(
     resolution: int = 0,
     settings: Any = None,
 ) -> list[Path]:
-    """Predict a video's frames and write OUT/NAME/NNNNNN_*, and the colour pictures as OUT/NAME_TASK.mp4 (.gif for one).
+    """Predict a video's frames and write OUT/NAME/NNNNNN_*, and colour pictures as OUT/NAME_TASK.mp4 (.gif for an animation).
 
-    A batch of frames is in memory at a time. Depth: see `Carried`. Flow: from each frame to the next, so one frame less.
-    Without the package av there is no video of the results but the pictures alone. With `settings`, a stopped video resumes
-    after its last batch. UserError for amodal masks, which a video has none of, and for videos that cannot be read.
+    One batch of frames is in memory at a time. Depth: see `Carried`. Flow: from each frame to the next, so one frame fewer.
+    Without the package av no .mp4 is written, only the pictures. With `settings`, a stopped video resumes after its last
+    batch. UserError for amodal, as a video has no masks, and for videos that cannot be read.
     """
     if task == "amodal":
         raise UserError(f"{source.path}: whole objects need a mask for each picture; give pictures, not a video.")
@@ -139,8 +139,8 @@ def predict_video(
 
 
 def _read_state(path: Path, settings: str) -> tuple[Carried, int]:
-    """What is carried to the next frame and its number, as a stop left them: the beginning if there is nothing, or it is of
-    other settings."""
+    """The carried state and next frame number that a stop left; the beginning if there are none or the settings
+    differ."""
     try:
         with np.load(path, allow_pickle=False) as found:
             if str(found["settings"]) != settings:

@@ -1,1 +1,1 @@
-"""Weights to others: diffusers' pipeline folders, model cards, and the way to the Hugging Face Hub."""
+"""Publish weights: diffusers pipeline folders, model cards, and upload to the Hugging Face Hub."""

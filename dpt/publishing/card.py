@@ -1,6 +1,6 @@
-"""A model card (README.md): what weights are, what they were trained on, for how long, from what, and how well they do.
+"""Model cards (README.md): what the weights are, what they were trained on, for how long, from what, and how well they do.
 
-Facts come from the run in MLflow that trained them where it can be read, else from what the weights say of themselves.
+Facts come from the MLflow run that trained them if it can be read, else from the weights' own metadata.
 """
 
 import json
@@ -20,11 +20,11 @@ from dpt.scaling.results import METRICS, Row, results_table, setting_words, show
 from dpt.tracking.read import RunRecord, ancestors, load_runs, with_ancestors
 
 Form = Literal["dpt", "diffusers"]
-"""What lies beside the card: an exported folder of ours, or a pipeline of diffusers."""
+"""Kind of folder that holds the card: dpt's export, or a diffusers pipeline."""
 
 UNKNOWN_LICENSE = "unknown"
 _TAGS = {"depth": "depth-estimation", "flow": "optical-flow", "amodal": "image-segmentation", "class": "image-generation"}
-_PIPELINE_TAGS = {"depth": "depth-estimation", "amodal": "image-segmentation"}  # those that the hub knows
+_PIPELINE_TAGS = {"depth": "depth-estimation", "amodal": "image-segmentation"}  # tags known to the hub
 _TITLES = {
     "class": "class-conditional images",
     "depth": "depth of single pictures, up to scale and shift",
@@ -36,20 +36,20 @@ _TITLES = {
 
 @dataclass(frozen=True, kw_only=True)
 class History:
-    """What MLflow knows of weights."""
+    """History of weights as recorded in MLflow."""
 
     line: list[RunRecord]
-    """The run that trained them and those that it descends from, nearest first."""
+    """The run that trained them and its ancestors, nearest first."""
     total_macs: float
-    """Multiply-accumulates of all their training."""
+    """Total multiply-accumulates of their training."""
     rows: list[Row]
-    """Results of the evaluations of these weights."""
+    """Results of these weights' evaluations."""
 
 
 def read_history(uri: str, run: str) -> History:
-    """The training run `run` (ours, MLflow's id, or name) of the store, its ancestors and evaluations.
+    """Read the training run `run` (our id, MLflow's id, or name) from the store, its ancestors and evaluations.
 
-    UserError if the store or the run is not there, or the run trained nothing.
+    UserError if the store or the run does not exist, or the run trained nothing.
     """
     records = load_runs(uri, run_ids=[run])
     if len(records) != 1 or records[0].stage == "evaluate":
@@ -74,7 +74,7 @@ def model_card(
     license: str = "",
     history: History | None = None,
 ) -> str:
-    """Text of README.md for weights of this architecture, which say `sections` of themselves (docs/architecture.md).
+    """Text of README.md for weights of this architecture with metadata `sections` (docs/architecture.md).
 
     name: what the reader opens, such as "owner/name"; license: an identifier of the hub, such as "apache-2.0"; empty: unknown.
     """
@@ -107,7 +107,7 @@ _CALLS = {
 
 
 def usage(form: Form, task: str, name: str, *, timestep_features: str = "dit") -> str:
-    """How to use the weights, in five lines of Python; timestep_features: of the network (`ModelConfig`)."""
+    """Example of using the weights, in five lines of Python; timestep_features: the network's (`ModelConfig`)."""
     if form == "dpt":
         place = hub.with_prefix(name)
         return f'from dpt.evaluation import Predictor\n\npredictor = Predictor("{place}")\n{_CALLS[task]}'
@@ -133,7 +133,7 @@ def usage(form: Form, task: str, name: str, *, timestep_features: str = "dit") -
 def _front(
     model: ModelConfig, sections: Mapping[str, Any], form: Form, name: str, license: str, history: History | None
 ) -> dict[str, Any]:
-    """The card's metadata, as the hub reads them."""
+    """The card's metadata, as read by the hub."""
     task = sections.get("task", "class")
     tags = ["dpt", "diffusion", "diffusion-transformer", _TAGS.get(task, "depth-estimation")]
     front: dict[str, Any] = {
@@ -171,7 +171,7 @@ def _network(model: ModelConfig) -> str:
 
 
 def _training(model: ModelConfig, sections: Mapping[str, Any], history: History | None) -> list[list[str]]:
-    """What was trained, on what and for how long, a row each; what is not known is left out."""
+    """Rows that say what was trained, on what and for how long; unknown facts are left out."""
     lineage, vae = sections.get("lineage") or {}, sections.get("vae") or {}
     count = num_params(model)
     active = f" ({count.active / 1e6:,.0f} M active per token)" if model.num_experts else ""
@@ -198,7 +198,7 @@ def _training(model: ModelConfig, sections: Mapping[str, Any], history: History 
 
 
 def data_sets(record: RunRecord) -> list[str]:
-    """Names of a run's training sets: the last parts of their places, which may be of another machine."""
+    """Names of a run's training sets: the last parts of their paths, which may be on another machine."""
     try:
         places = json.loads(record.params.get("data.shards", "[]"))
     except ValueError:
@@ -208,7 +208,7 @@ def data_sets(record: RunRecord) -> list[str]:
 
 
 def _lineage(history: History) -> list[list[str]]:
-    """Rows of the runs that led here, the first one first."""
+    """Rows of the runs that led here, earliest first."""
     return [
         [
             record.name or record.run_id[:8],
@@ -237,7 +237,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _whole(value: Any) -> str:
-    """A count with thousands separated; empty if it is none."""
+    """A count with thousands separators; empty if it is not a number."""
     try:
         return f"{int(float(value)):,}"
     except (TypeError, ValueError):

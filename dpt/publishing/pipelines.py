@@ -1,4 +1,4 @@
-"""Weights as a folder that diffusers opens as a pipeline: DiTPipeline for dense class models, one of our own for depth."""
+"""Write weights as a folder that diffusers opens as a pipeline: DiTPipeline for dense class models, our own for depth."""
 
 import json
 import shutil
@@ -28,7 +28,7 @@ from dpt.target_codes import codes_of
 from dpt.tasks import label_id
 
 NULL_LABEL = 1000
-"""The label without a class in diffusers' DiTPipeline, whatever the number of classes."""
+"""Null (class-free) label in diffusers' DiTPipeline, whatever the number of classes."""
 _FILES = Path(__file__).parent / "folder"
 
 
@@ -44,14 +44,14 @@ def write_pipeline(
     ensemble: int = 1,
     card: str = "",
 ) -> Path:
-    """Write the folder `out`, complete or not at all; a pipeline there is replaced.
+    """Write the folder `out`, completely or not at all; an existing pipeline is replaced.
 
     Class weights become a DiTPipeline (with `pipeline.py` where the network's timestep frequencies are DiT's); depth weights,
-    of specialists and generalists, dense and with experts, a pipeline of files that need nothing of dpt. `source` names the
+    of specialists and generalists, dense or with experts, a pipeline of files that do not need dpt. `source` names the
     weights in errors. `vae`: as in `dpt.data.codec.load_vae`; empty: the one that the weights name. Depth's is copied if it is
-    from this machine or `include_vae`, else named by its commit. `class_names`: empty: those that the weights know; numbers
-    stand for missing ones. `steps`, `ensemble`: depth's defaults. `card`: text of README.md. UserError for what diffusers has
-    no pipeline for.
+    on this machine or `include_vae`, else named by its commit. `class_names`: empty: those stored in the weights; numbers
+    replace missing ones. `steps`, `ensemble`: depth's defaults. `card`: text of README.md. UserError for weights that diffusers
+    has no pipeline for.
     """
     if out.exists() and not (out / PIPELINE_INDEX).is_file():
         raise UserError(f"{out}: exists and holds no pipeline; choose another folder.")
@@ -82,7 +82,7 @@ def write_pipeline(
 
 
 def scheduler_config(diffusion: DiffusionConfig) -> dict[str, Any]:
-    """`scheduler_config.json` of what the network has learnt: DDIM's, or flow matching's for straight paths."""
+    """Content of `scheduler_config.json` for the network's objective: DDIM, or flow matching for straight paths."""
     if diffusion.prediction_type == "rectified_flow":
         kind, total = "FlowMatchEulerDiscreteScheduler", diffusion.num_train_timesteps
         return {"_class_name": kind, "num_train_timesteps": total, "shift": 1.0}
@@ -90,7 +90,7 @@ def scheduler_config(diffusion: DiffusionConfig) -> dict[str, Any]:
 
 
 def _codec(weights: Weights, vae: str, source: str) -> VAECodec:
-    """The VAE of the weights' latents. UserError if none is named, or it is another one than that of training."""
+    """The VAE of the weights' latents. UserError if none is named or it is not the one of training."""
     record = weights.sections.get("vae") or {}
     name = vae or record.get("name", "")
     if not name:
@@ -102,26 +102,26 @@ def _codec(weights: Weights, vae: str, source: str) -> VAECodec:
 
 
 def _name_vae(codec: VAECodec) -> dict[str, Any]:
-    """What the index says of a VAE that is on the hub: where."""
+    """Index entries of a VAE on the hub: its location."""
     name = hub.parse(codec.name)
     place = {"vae_name": name.repo, "vae_revision": name.revision, "vae_subfolder": name.path}
     return {"vae": [None, None], "vae_class": type(codec.vae).__name__, **place}
 
 
 def _write_vae(vae: Any, folder: Path) -> dict[str, Any]:
-    """Copy the VAE to FOLDER/vae; what the index says of it."""
+    """Copy the VAE to FOLDER/vae; return its index entries."""
     vae.to(memory_format=torch.contiguous_format).save_pretrained(folder / "vae")
     config = json.loads((folder / "vae" / "config.json").read_text(encoding="utf-8"))
-    config.pop("_name_or_path", None)  # a folder of this machine
+    config.pop("_name_or_path", None)  # a folder on this machine
     _write_json(folder / "vae" / "config.json", config)
     return {"vae": ["diffusers", config["_class_name"]]}
 
 
 def scaled_only(codec: VAECodec) -> Any:
-    """A VAE whose latents are those that networks see of `codec` over the scaling factor: DiTPipeline knows nothing else.
+    """Return a VAE whose latents are those networks see from `codec`, over the scaling factor: all DiTPipeline supports.
 
-    The shift and the statistics by channel become part of the 1 x 1 convolutions behind the encoder and before the decoder,
-    which are added where the VAE has none. A VAE without either is given back as it is.
+    The shift and per-channel statistics are folded into the 1 x 1 convolutions after the encoder and before the decoder,
+    which are added if the VAE has none. A VAE with neither shift nor statistics is returned unchanged.
     """
     scaling, record = codec.scaling, codec.record
     if not (record.shift_factor or record.latents_mean or record.latents_std):
@@ -138,7 +138,7 @@ def scaled_only(codec: VAECodec) -> Any:
         state.setdefault(f"{name}.bias", torch.zeros(size))
     behind, before = state["quant_conv.weight"].squeeze(), state["post_quant_conv.weight"].squeeze()
     gain = torch.cat([1 / std, torch.ones(channels)])
-    offset = torch.cat([-mean / std, -2 * std.log()])  # of the means, and of the log-variances
+    offset = torch.cat([-mean / std, -2 * std.log()])  # for the means and the log-variances
     state["quant_conv.weight"] = (gain[:, None] * behind)[:, :, None, None]
     state["quant_conv.bias"] = gain * state["quant_conv.bias"] + offset
     state["post_quant_conv.weight"] = (before * std)[:, :, None, None]
@@ -173,7 +173,7 @@ def _write_class(
 
 
 def _with_null_label(weights: Weights) -> Weights:
-    """The same network with its null label where DiTPipeline looks for it; labels between are the null label, too."""
+    """The same network with its null label where DiTPipeline expects it; labels in between are null labels too."""
     name, missing = "y_embedder.embedding_table.weight", NULL_LABEL - weights.config.num_classes
     table = weights.state[name]
     table = torch.cat([table, table[-1:].expand(missing, -1)])
@@ -207,9 +207,9 @@ def _write_depth(weights: Weights, folder: Path, diffusion: DiffusionConfig, sou
 
 
 def _write_network(config: ModelConfig, state: dict[str, Tensor], folder: Path, sections: dict[str, Any]) -> None:
-    """The network, its config, and the file that computes it: diffusers looks for a part's class in the part's folder.
+    """Write the network, its config, and its code: diffusers looks for a component's class in the component's folder.
 
-    What dpt knows of it stands in the config too, under a name that diffusers passes over, so that dpt reads such folders.
+    The config also holds dpt's metadata, under a name that diffusers ignores, so that dpt can read such folders.
     """
     folder.mkdir()
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
@@ -233,7 +233,7 @@ def _write_network(config: ModelConfig, state: dict[str, Tensor], folder: Path, 
 
 
 def _without_places(sections: dict[str, Any]) -> dict[str, Any]:
-    """The sections without the name of a VAE that is a folder of this machine."""
+    """The sections without the VAE's name if that is a folder on this machine."""
     vae = sections.get("vae") or {}
     public = vae.get("name") == EMBEDDED or hub.is_hub_name(hub.with_prefix(vae.get("name", "")))
     return sections if public else {**sections, "vae": {**vae, "name": ""}}

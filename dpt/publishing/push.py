@@ -1,4 +1,4 @@
-"""Folders of weights to the Hugging Face Hub, with huggingface_hub's own token, which is neither taken nor shown here."""
+"""Push weight folders to the Hugging Face Hub with huggingface_hub's own token, never accepted or shown here."""
 
 from pathlib import Path
 
@@ -9,9 +9,9 @@ _LEFT_OUT = (".*", "**/.*", "*.tmp", "**/__pycache__/*")
 
 
 def push_folder(folder: Path, name: str, *, private: bool = False, revision: str = "", message: str = "") -> str:
-    """Upload a folder's files as the model `owner/name` (with or without hub:), which is made if it is not there.
+    """Upload a folder's files as the model `owner/name` (with or without hub:), created if missing.
 
-    private: of a model that is made (one that is there keeps what it is). revision: branch, made if it is not there; empty:
+    private: for a newly created model (an existing one keeps its setting). revision: branch, created if missing; empty:
     main. Returns the commit's address. UserError, one sentence without the token, for whatever goes wrong.
     """
     place = hub.parse(name if hub.is_hub_name(name) else f"{hub.PREFIX}{name}")

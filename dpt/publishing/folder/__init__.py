@@ -1,1 +1,1 @@
-"""Files that are copied into exported folders as they are. They need torch, diffusers and numpy, and nothing of dpt."""
+"""Files copied unchanged into exported folders. They need torch, diffusers and numpy, but not dpt."""

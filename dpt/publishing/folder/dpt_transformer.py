@@ -1,6 +1,6 @@
-"""A Diffusion Transformer, dense or with Mixture-of-Experts blocks, for inference; it needs torch and diffusers only.
+"""A Diffusion Transformer, dense or with Mixture-of-Experts blocks, for inference; needs only torch and diffusers.
 
-Written by dpt beside the weights, whose tensors have the names of the modules here. B samples, T tokens, D width, C channels.
+Written by dpt beside the weights, whose tensors are named after the modules here. B samples, T tokens, D width, C channels.
 """
 
 import math
@@ -13,7 +13,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 _SINES = 128
-_BIAS_STEP = 1e-3  # of the routing bias, which is stored in whole steps
+_BIAS_STEP = 1e-3  # unit of the routing bias, which is stored in whole steps
 
 
 def sines(positions: Tensor, count: int, denominator: int) -> tuple[Tensor, Tensor]:
@@ -24,7 +24,7 @@ def sines(positions: Tensor, count: int, denominator: int) -> tuple[Tensor, Tens
 
 
 def positions(height: int, width: int, size: int, device: Any) -> Tensor:
-    """Sin-cos table float32 [height width, D]: half of the channels for the column, half for the row."""
+    """Sin-cos table, float32 [height width, D]: half the channels for the column, half for the row."""
 
     def axis(length: int) -> Tensor:
         return torch.cat(sines(torch.arange(length, dtype=torch.float64, device=device), size // 4, size // 4), dim=-1)
@@ -34,19 +34,19 @@ def positions(height: int, width: int, size: int, device: Any) -> Tensor:
 
 
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
-    """LayerNorm of x [B, T, D] without weights, times (1 + scale) plus shift, [B, D] or [1, D] for all samples."""
+    """LayerNorm of x [B, T, D] without weights, times (1 + scale) plus shift; both [B, D], or [1, D] for all samples."""
     if len(shift) == 1:
         return F.layer_norm(x, x.shape[-1:], 1 + scale[0], shift[0], eps)
     return torch.addcmul(shift[:, None], F.layer_norm(x, x.shape[-1:], eps=eps), 1 + scale[:, None])
 
 
 def adaln(size: int, parts: int) -> nn.Sequential:
-    """The conditioning vector [B, D] to shifts, scales and gates [B, parts D]."""
+    """Map the conditioning vector [B, D] to shifts, scales and gates [B, parts D]."""
     return nn.Sequential(nn.SiLU(), nn.Linear(size, parts * size))
 
 
 class PatchEmbed(nn.Module):
-    """Latents [B, C, h, w] to tokens [B, T, D]; with several tasks, each sample by the convolution of its own."""
+    """Patch embedding: latents [B, C, h, w] to tokens [B, T, D]; with several tasks, by each sample's own convolution."""
 
     def __init__(self, patch_size: int, channels: int, size: int, num_tasks: int) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class PatchEmbed(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention with biases, and a norm of queries and keys if asked for: [B, T, D] to [B, T, D]."""
+    """Self-attention with biases and optional query and key norms: [B, T, D] to [B, T, D]."""
 
     def __init__(self, size: int, num_heads: int, qk_norm: bool) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two layers with GELU between them."""
+    """Two linear layers with GELU between them."""
 
     def __init__(self, size: int, width: int) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ class Mlp(nn.Module):
 
 
 def swiglu(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """(silu(x W_gate) * x W_up) W_down."""
+    """Compute (silu(x W_gate) * x W_up) W_down."""
     gate, up = F.linear(x, gate_up).chunk(2, dim=-1)
     return F.linear(F.silu(gate) * up, down)
 
@@ -110,7 +110,7 @@ class SharedExpert(nn.Module):
 
 
 class Router(nn.Module):
-    """Tokens [T, D] to the weights float32 [T, K] and numbers [T, K] of their experts; computed in float32."""
+    """Router: tokens [T, D] to weights float32 [T, K] and indices [T, K] of their experts; computed in float32."""
 
     def __init__(self, size: int, num_experts: int, top_k: int, gate: str, normalize: bool, biased: bool) -> None:
         super().__init__()
@@ -155,7 +155,7 @@ class Experts(nn.Module):
 
 
 class MoE(nn.Module):
-    """Each token through its top-k experts, none dropped, and through the shared one if there is one."""
+    """Mixture of experts: each token passes through its top-k experts, none dropped, and any shared expert."""
 
     def __init__(self, size: int, width: int, num_experts: int, shared_width: int, activation: str, **router: Any) -> None:
         super().__init__()
@@ -197,7 +197,7 @@ class Block(nn.Module):
 
 
 class TimestepEmbedder(nn.Module):
-    """Times [B] to [B, D]."""
+    """Timestep embedding: times [B] to [B, D]."""
 
     def __init__(self, size: int, features: str) -> None:
         super().__init__()
@@ -223,7 +223,7 @@ class FinalLayer(nn.Module):
 
 
 class DptTransformer2DModel(ModelMixin, ConfigMixin):
-    """Noisy latents behind clean condition latents, a time and a label to a prediction (and, behind it, variance values)."""
+    """Diffusion Transformer: clean condition then noisy latents, a time and a label to a prediction (then variance values)."""
 
     _no_split_modules = ["Block"]  # noqa: RUF012
 
@@ -272,9 +272,9 @@ class DptTransformer2DModel(ModelMixin, ConfigMixin):
         self.final_layer = FinalLayer(hidden_size, patch_size, out_channels)
 
     def forward(self, latents: Tensor, times: Tensor, labels: Tensor) -> Tensor:
-        """latents [B, C_in, h, w], times [B] as the model was told in training, labels int64 [B] to [B, C_out, h, w].
+        """Map latents [B, C_in, h, w], times [B] in the convention of training and labels int64 [B] to [B, C_out, h, w].
 
-        Samples that share their time and label may give both as [1].
+        Samples that share their time and label may pass both as [1].
         """
         patch, (height, width) = self.config.patch_size, latents.shape[-2:]
         rows, columns = height // patch, width // patch

@@ -1,10 +1,10 @@
-"""Depth of single pictures by a Diffusion Transformer: a pipeline that needs torch, diffusers and numpy only.
+"""Depth of single pictures by a Diffusion Transformer: a pipeline that needs only torch, diffusers and numpy.
 
     pipe = DiffusionPipeline.from_pretrained(FOLDER, trust_remote_code=True)
     depth = pipe(Image.open("room.jpg")).depth[0]
 
-Written by dpt (`dpt export --to diffusers`), in one file, since diffusers fetches no further ones from the hub. Given the same
-seed, key, steps and ensemble it predicts what `dpt predict` does.
+Written by dpt (`dpt export --to diffusers`), as one file because diffusers fetches no others from the hub. Given the same
+seed, key, steps and ensemble, it predicts the same as `dpt predict`.
 """
 
 import hashlib
@@ -28,18 +28,18 @@ _NO_SETTINGS = ("self", "__class__", "transformer", "scheduler", "vae")
 
 @dataclass
 class DptDepthOutput(BaseOutput):
-    """Of each picture, at its own size, float32 [H, W]."""
+    """Results for each picture at its own size, float32 [H, W]."""
 
     depth: list[np.ndarray]
-    """From 0 (near) to 1 (far): depth up to scale and shift."""
+    """Depth up to scale and shift, from 0 (near) to 1 (far)."""
     uncertainty: list[np.ndarray]
     """Disagreement of the ensemble, in the depth's units; 0 without one."""
 
 
 class DptDepthPipeline(DiffusionPipeline):
-    """Clean latents of the picture beside noisy ones of its depth, denoised, decoded, and merged over an ensemble.
+    """Pipeline that denoises depth latents beside the picture's clean ones, decodes them, and merges an ensemble.
 
-    The settings beside the three parts come from `model_index.json`: what the network learnt, and what is done by default.
+    All settings but the three components come from `model_index.json`: what the network learnt, and the defaults.
     """
 
     model_cpu_offload_seq = "transformer->vae"
@@ -74,7 +74,7 @@ class DptDepthPipeline(DiffusionPipeline):
         if vae is None:
             where = {"revision": vae_revision or None, "subfolder": vae_subfolder or None}
             vae = getattr(diffusers, vae_class).from_pretrained(vae_name, **where)
-        vae.to(memory_format=torch.channels_last)  # a fifth faster on CPUs, and what GPUs' kernels want
+        vae.to(memory_format=torch.channels_last)  # a fifth faster on CPUs, and the layout GPU kernels want
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
         self.register_to_config(**settings)
 
@@ -91,10 +91,10 @@ class DptDepthPipeline(DiffusionPipeline):
         generator: torch.Generator | None = None,
         batch_size: int = 16,
     ) -> DptDepthOutput:
-        """Depth of pictures (PIL, or uint8 [H, W, 3]; one or a list), each at its own size.
+        """Predict depth of pictures (PIL, or uint8 [H, W, 3]; one or a list), each at its own size.
 
         num_inference_steps, ensemble_size: None: what model_index.json says. resolution: longest side shown to the network, in
-        pixels; 0: the one of training. seed, keys: choose the noise, picture by picture (keys: one text for each; None: its
+        pixels; 0: that of training. seed, keys: select each picture's noise (keys: one string per picture; None: its
         place in the list); generator: draws the noise instead. batch_size: members computed at once.
         """
         images = [_as_array(one) for one in (image if isinstance(image, list | tuple) else [image])]
@@ -120,7 +120,7 @@ class DptDepthPipeline(DiffusionPipeline):
         return output
 
     def _encode(self, picture: np.ndarray, resolution: int) -> Tensor:
-        """Clean condition latents [1, K C, h, w]: the picture, and the prompt that says "all pixels are valid"."""
+        """Clean condition latents [1, K C, h, w]: the picture, and the prompt for "all pixels are valid"."""
         factor = self.config.downsampling
         token = factor * self.transformer.config.patch_size
         longest = resolution or self.config.fit_resolution or self.transformer.config.sample_size * factor
@@ -136,7 +136,7 @@ class DptDepthPipeline(DiffusionPipeline):
         return ((mean.float() - shift) * scale).flatten(0, 1)[None]
 
     def _scaling(self) -> tuple[Any, Any]:
-        """What the network sees of the VAE's latents, (latents - shift) * scale: numbers, or tensors [C, 1, 1]."""
+        """Scale and shift, numbers or tensors [C, 1, 1]; the network sees (VAE latents - shift) * scale."""
         config = self.vae.config
         scale, shift = config.scaling_factor, getattr(config, "shift_factor", None) or 0.0
         if getattr(config, "latents_std", None):
@@ -146,7 +146,7 @@ class DptDepthPipeline(DiffusionPipeline):
         return scale, shift
 
     def _noise(self, size: Sequence[int], seed: int, key: str, members: int, generator: torch.Generator | None) -> Tensor:
-        """What denoising starts from, float32 [N, C, h, w]."""
+        """Start of denoising, float32 [N, C, h, w]."""
         shape = (self.vae.config.latent_channels, *size)
         if self.config.initial_noise == "zero":
             noise = torch.zeros(members, *shape)
@@ -186,7 +186,7 @@ class DptDepthPipeline(DiffusionPipeline):
         return noisy
 
     def _straight_timesteps(self, steps: int, total: int) -> list[float]:
-        """Timesteps in 0..T - 1 on straight paths; whole ones where the network is told their number."""
+        """Timesteps in 0..T - 1 on straight paths; whole ones if the network is given the index."""
         whole = np.round if self.config.time_convention == "index" else np.asarray
         if self.config.timestep_spacing == "linspace":
             return [float(t) for t in whole(np.linspace(0, total - 1, steps))[::-1]]
@@ -227,8 +227,8 @@ def _resize(values: np.ndarray, size: Sequence[int]) -> np.ndarray:
 
 
 def sharpen(scheduler: Any) -> None:
-    """Give DDIM its noise levels in float64: a product of a thousand float32 factors is 1e-5 off, and the first steps of a
-    network that predicts noise divide by small ones."""
+    """Give DDIM noise levels computed in float64: a product of a thousand float32 factors is 1e-5 off, and the first steps of
+    a network that predicts noise divide by small ones."""
     if not isinstance(scheduler, DDIMScheduler) or scheduler.config.trained_betas is not None:
         return
     config, steps = scheduler.config, scheduler.config.num_train_timesteps
@@ -257,14 +257,14 @@ def _digest(*parts: object) -> int:
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """splitmix64's finaliser, of uint64."""
+    """Apply splitmix64's finaliser to uint64."""
     x = (x ^ (x >> np.uint64(30))) * _MIX_1
     x = (x ^ (x >> np.uint64(27))) * _MIX_2
     return x ^ (x >> np.uint64(31))
 
 
 def hashed_normal(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
-    """Standard normal numbers float32 [N, *shape], each a hash of its seed and place (Box and Muller)."""
+    """Standard normal numbers float32 [N, *shape], each hashed from its seed and position (Box and Muller)."""
     count = math.prod(shape)
     counter = np.arange(1, (count + 1) // 2 + 1, dtype=np.uint64) * _GOLDEN
     bits = _mix(np.array(seeds, np.uint64)[:, None] ^ _mix(counter))
@@ -278,7 +278,7 @@ def hashed_normal(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
 
 
 def merge(maps: Tensor) -> tuple[Tensor, Tensor]:
-    """Depth maps [N, H, W], each up to scale and shift, to one in [0, 1] and its uncertainty, [H, W] each.
+    """Merge depth maps [N, H, W], each up to scale and shift, into one in [0, 1] and its uncertainty, [H, W] each.
 
     Median compilation (Ke et al. 2024): scales and shifts that bring the maps nearest to each other, then the median; the
     uncertainty is the median absolute deviation from it.
@@ -298,8 +298,8 @@ def _median(values: Tensor) -> Tensor:
 
 
 def align(maps: Tensor) -> tuple[Tensor, Tensor]:
-    """Scales and shifts float64 [N] of maps [N, H, W] that minimise the sum over pairs of their RMS differences, where the
-    merged map goes from 0 to 1: iteratively reweighted least squares on the maps' covariances, from each map's own range."""
+    """Scales and shifts float64 [N] of maps [N, H, W] that minimise the sum of pairwise RMS differences when the merged map
+    goes from 0 to 1: iteratively reweighted least squares on the maps' covariances, from each map's own range."""
     flat = maps.flatten(1)
     members = len(flat)
     means = flat.double().mean(1)

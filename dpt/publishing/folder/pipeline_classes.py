@@ -1,8 +1,8 @@
-"""diffusers' DiTPipeline with the timestep's frequencies that DiT and dpt train with; it needs diffusers only.
+"""diffusers' DiTPipeline with the timestep frequencies that DiT and dpt train with; needs only diffusers.
 
     pipe = DiffusionPipeline.from_pretrained(FOLDER, custom_pipeline="pipeline", trust_remote_code=True)
 
-Plain DiTPipeline has frequencies 10000^(-i / 127), these networks have learnt with 10000^(-i / 128), and no config says so.
+Plain DiTPipeline uses frequencies 10000^(-i / 127); these networks were trained with 10000^(-i / 128), which no config states.
 """
 
 from typing import Any
