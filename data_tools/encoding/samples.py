@@ -32,7 +32,7 @@ class Layout:
     prompt: Prompt = "all_valid"
     """Depth's second condition: an all-valid mask, the ground truth's (as the paper's released code), or none."""
     fit: How = "stretch"
-    """Fit of perception inputs to `resolution`: both sides stretched to the square, its centre cropped, the whole padded, or none
+    """Perception inputs' fit to `resolution`: both sides stretched to the square, its centre cropped, the whole padded, or none
     of these: the aspect kept, sides rounded to two latents (16 pixels behind an 8x VAE)."""
     depth_code: str = target_codes.DEPTH_CODE
     """How depth becomes images: one of `target_codes.DEPTH_CODES`."""
