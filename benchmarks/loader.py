@@ -111,7 +111,7 @@ def speed(folder: Path, rounds: int) -> list[harness.Row]:
 
 
 def measure(folder: Path, rounds: int) -> list[harness.Row]:
-    """Speed on one core, then waiting shares of a loop that computes for STEP_S a step."""
+    """Measure speed on one core, then the waiting shares of a loop that computes for STEP_S per step."""
     cores, threads = os.sched_getaffinity(0), torch.get_num_threads()
     torch.set_num_threads(1)
     os.sched_setaffinity(0, {min(cores)})

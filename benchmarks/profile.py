@@ -42,7 +42,7 @@ def kind_of(name: str) -> str:
 
 
 def measure(case: str, config: ModelConfig, *, batch: int, precision: str, kernels: int, **settings: Any) -> list[harness.Row]:
-    """Rows of kinds, then of the longest kernels: seconds and share of the whole. `settings`: as `train_step.Training` has."""
+    """Rows of kinds, then of the longest kernels: seconds and share of the total. `settings`: as of `train_step.Training`."""
     step = ours(config, batch, precision, **settings)
     cuda = torch.cuda.is_available()
     for _ in range(3 if cuda else 1):

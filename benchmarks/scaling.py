@@ -2,7 +2,7 @@
 
 python -m benchmarks.scaling [--ranks 1 2 4] [--batch 4] [--depth 4] [--hidden-size 128] [--json FILE]
 
-Every rank has one thread and `--batch` samples (weak scaling); on a CPU ranks exchange through gloo. `bound` is the same step on
+Every rank has one thread and `--batch` samples (weak scaling); on a CPU ranks talk over gloo. `bound` is the same step on
 the same ranks at the same time without any exchange. `predicted` adds to it the time that the model predicts for the step's
 traffic, at this machine's own rates, measured on the same ranks in the same run. Traffic is counted at torch.distributed's
 operators.
@@ -89,7 +89,7 @@ CASES = (
 
 
 def alone(config: ModelConfig, batch: int, ranks: int) -> Callable[[], None]:
-    """The step without exchange: the whole network, and an update of this rank's share of its parameters."""
+    """The step without exchanges: the whole network, and an update of this rank's share of its parameters."""
     network = DiT(config)
     inputs = random_batch(config, batch)
     latents = inputs["latents"][:, 0].float()

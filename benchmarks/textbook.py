@@ -1,6 +1,6 @@
 """Plain PyTorch as in textbooks, for comparison: a DiT, experts picked by boolean masks, one loop over all parameters.
 
-The networks have the public names of their parameters and compute the same functions as `dpt.models.DiT` with the same weights
+The networks use the public parameter names and compute the same functions as `dpt.models.DiT` with the same weights
 (tests check this), each in the most direct way that the papers' own code takes.
 """
 

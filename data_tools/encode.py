@@ -175,7 +175,7 @@ def encode(arguments: argparse.Namespace) -> None:
     job = build_job(arguments)
     from data_tools.encoding.job import finish, run
 
-    with reported("encode", by_rank=True):  # each has shards of its own
+    with reported("encode", by_rank=True):  # each rank has its own shards
         manifest = finish(job) if arguments.finish else run(job, part, num_parts)
     if manifest is None:
         print(f"{job.out}: this job's shards are done; the manifest follows when the others' are.")

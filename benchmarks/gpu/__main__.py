@@ -68,7 +68,7 @@ def quickstart() -> list[harness.Row]:
 
 
 def run_in_process(name: str, demand: float | None) -> list[harness.Row]:
-    """The rows of one part from a process of its own; a row that says why, if it fails or takes too long."""
+    """The rows of one part, run in its own process; a row with the reason if it fails or takes too long."""
     with tempfile.TemporaryDirectory(prefix="dpt-gpu-") as folder:
         result = Path(folder) / "rows.json"
         command = [sys.executable, "-m", "benchmarks.gpu", "--only", name, "--json", str(result)]

@@ -120,7 +120,7 @@ def finish(job: EncodingJob, missing_ok: bool = False) -> Manifest | None:
     numbers = range(-(-len(keys) // job.samples_per_shard))
     missing = [number for number in numbers if not records.done(number)]
     if missing:
-        if missing_ok:  # with a manifest, another job was the last and has cleared up
+        if missing_ok:  # if there is a manifest, another job finished last and cleaned up
             return _finished(job, records) if records.finished else None
         records.remove_if_unused()
         raise UserError(

@@ -109,7 +109,7 @@ class Records:
         """Make the settings, unless another job is first."""
         self.folder.mkdir(parents=True, exist_ok=True)
         mine = self.folder / f".{uuid.uuid4().hex}.part"
-        with contextlib.suppress(FileNotFoundError):  # the folder was removed by a job that made nothing
+        with contextlib.suppress(FileNotFoundError):  # a job that made nothing removed the folder
             mine.write_text(text, encoding="utf-8")
             try:
                 os.link(mine, self._settings)

@@ -88,7 +88,7 @@ def prepare(sample: Sample, layout: Layout, features: Features | None = None) ->
 
 
 def mirror(sample: Sample, task: str) -> Sample:
-    """The sample as seen in a mirror, under a key of its own."""
+    """The sample mirrored, under its own key."""
     mirrored_truth = tasks.task_spec(task).mirror
 
     def flipped(values: Any, axis: int = -1) -> Any:

@@ -99,7 +99,7 @@ def _regions(truth: SceneTruth, whole: Any) -> list[dict[str, Any]]:
 
 
 def _write_task(root: Path, task: str, truths: dict[str, list[SceneTruth]]) -> None:
-    """Scenes in the layout that `data_tools.synthesis` gives a task, whose folder bears the set's name as `root` does."""
+    """Scenes in the layout that `data_tools.synthesis` gives a task; its folder is named after the set, as `root` is."""
     members = [(split, truth) for split, truths_of_split in truths.items() for truth in truths_of_split]
     for number, (split, truth) in enumerate(members):
         write_scene(root.parent, (task,), split, number, truth)

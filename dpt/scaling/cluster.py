@@ -51,7 +51,7 @@ class Cluster:
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """How a step is laid out over ranks."""
+    """Layout of a step over ranks."""
 
     ranks: int
     micro_batch_size: int
@@ -218,7 +218,7 @@ def project(
     step = sum(parts.values())
     rate = layout.global_batch_size / step
     saved = (STATE_BYTES + 4 * (num_emas - 1)) * count
-    alone = cluster.peak_flops * cluster.efficiency / (2.0 * macs.training)  # samples a second
+    alone = cluster.peak_flops * cluster.efficiency / (2.0 * macs.training)  # samples per second
     return Projection(
         layout=layout,
         **parts,

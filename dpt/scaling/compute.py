@@ -54,7 +54,7 @@ def section(record: RunRecord, name: str, cls: type) -> Any:
 
 
 def model_config(record: RunRecord) -> ModelConfig | None:
-    """The architecture that a run trained (upcycled in the stage "upcycle"); None if its recipe names none that is valid."""
+    """The architecture that a run trained (upcycled in the stage "upcycle"); None if its recipe names no valid one."""
     try:
         config: ModelConfig | None = section(record, "model", ModelConfig)
         upcycling: UpcyclingConfig | None = section(record, "upcycling", UpcyclingConfig)

@@ -80,7 +80,7 @@ def fit_power_law(
 
     `runs` names the run of each point; empty: every point is a run. Points of a run are correlated, and which points a frontier
     holds is chance too: where a run has several points, or a frontier is chosen, confidence comes from `samples` fits to whole
-    runs drawn with replacement, the frontier chosen anew each time. Else, and where all points are of one run, it comes from a
+    runs drawn with replacement, with a new frontier each time. Otherwise, and where all points are of one run, it comes from a
     residual bootstrap (Efron 1979). Both are scaled by sqrt(n / (n - p)) and by Student's t over the normal quantile, as few
     runs or points require. With an offset there are a fifth as many fits. Raises UserError, in a sentence, if the points cannot
     support the fit.
