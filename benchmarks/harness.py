@@ -154,7 +154,7 @@ class MatrixProducts:
 
 
 class Stream:
-    """Adds one array to another: reads two, writes one, with nothing to compute: a measure of the machine's memory."""
+    """Adds one array to another: reads two, writes one, computes next to nothing. A measure of the machine's memory."""
 
     def __init__(self, numel: int) -> None:
         self.bytes = 12.0 * numel

@@ -53,7 +53,7 @@ class Exchanges(TorchDispatchMode):
         name = str(func)
         if name.startswith("c10d."):
             kind = next((k for word, k in KINDS.items() if word in name), "")
-            # Operators take their results' tensors first and what is sent second.
+            # The operators take their results' tensors first and what is sent second.
             place = 1 if kind in ("all_to_all", "reduce_scatter") else 0
             size = sum(t.numel() * t.element_size() for t in tree_leaves(args[place]) if isinstance(t, Tensor)) if kind else 0
             if size > SMALL_MESSAGE and _group_size(args) > 1:

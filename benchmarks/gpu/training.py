@@ -31,7 +31,7 @@ def measure(kind: str, *, cases: Sequence[str] = (), rounds: int = 5) -> list[ha
     done: set[str] = set()
     for case in cases or (CASES if cuda else TOY)[kind]:
         preset = case.partition(":")[0]
-        if preset in done:  # a smaller fallback, in case the larger one did not fit
+        if preset in done:  # only a smaller fallback, and the larger one did fit
             continue
         config = model_config(case) if cuda else model_config(case, input_size=8)
         precision, batch = ("bf16", GLOBAL_BATCH) if cuda else ("fp32", 4)

@@ -13,7 +13,7 @@ from dpt.errors import UserError
 
 SPLIT_TABLE = "metadata_images_split_scene_v1.csv"
 FOCAL, FOCAL_WIDTH = 886.81, 1024
-"""Focal length in pixels of pictures of this width, in pixels."""
+"""Focal length, and the picture width that it holds for, in pixels."""
 FARTHEST = 65.535
 """Greatest depth in metres that a 16-bit PNG in millimetres can hold."""
 MIN_DEPTH_RANGE, MIN_RGB_RANGE, MAX_INVALID = 0.5, 10, 0.03

@@ -80,7 +80,7 @@ class SynthesisConfig:
 def synthesize(out: Path, config: SynthesisConfig, *, workers: int = 2) -> bool:
     """Write a data set to `out`; returns True if it was made, False if it existed already.
 
-    The set appears under its name only when it is complete; a stopped run resumes there, if its parameters are the same.
+    The set appears under its name only once complete; a stopped run resumes where it stopped, if its parameters are the same.
 
     Raises:
         UserError: `out` holds something else.

@@ -25,7 +25,7 @@ _HYPERSIM_KEY = re.compile(r"ai_(\d{3})_(\d{3})/rgb_cam_00_fr(\d{4})")
 
 
 class SceneGeometry:
-    """Maps of the first frames of a synthetic set, by the keys of one of its layouts. UserError if `root` is not one."""
+    """Maps of the first frames of a synthetic set, by the keys of one of its layouts. UserError if `root` holds none."""
 
     def __init__(self, root: Path, dataset: str) -> None:
         path = root.resolve().parent / DESCRIPTION

@@ -77,7 +77,7 @@ class Findings:
 
 
 def find(records: Sequence[RunRecord], family: Sequence[RunRecord], spec: FigureSpec) -> Findings:
-    """Collect the points of a figure and fit its laws; UserError if there are none."""
+    """Collect the points of a figure and fit its laws; UserError if there are no points."""
     points = collect(records, family, spec)
     repeats = means(points, spec.over) if spec.over else []
     needed = shares(records, family, spec) if spec.reference else []

@@ -20,8 +20,8 @@ def run_here(studies: Sequence[Study], *, jobs: int = 1, fork: bool = False, say
 
     `fork`: launches on the CPU are forked from one process that has loaded the libraries, which saves each of them ten seconds.
 
-    A launch waits for the one that provides its weights; one that several studies share runs once. Its output goes to
-    `log.txt` in its folder. An interrupted one continues from its last checkpoint. UserError if one fails: no further one
+    A launch waits for the one that provides its weights; one that several studies share runs once. Each logs to `log.txt`
+    in its folder. An interrupted one continues from its last checkpoint. UserError if one fails: no further one
     starts then, and those still running finish first.
     """
     pending_jobs = _join(studies)

@@ -56,7 +56,7 @@ def run_side_by_side(
     """Run the jobs, `slots` at a time, each as soon as those whose results it needs have ended. Returns the failures.
 
     `start(job, slot, beside)` starts one that shares the machine with at most `beside` - 1 others; None: nothing to do.
-    `ended(running)` is called for each ended one, returns its failure in words, or "". After a failure no further job starts,
+    `ended(running)` takes each ended one, and returns its failure in words, or "". After a failure no further job starts,
     and those still running finish first. Interrupted or terminated, it ends the processes.
     """
     waiting, running, failures, free = list(jobs), list[Running[J]](), list[str](), list(range(slots))
