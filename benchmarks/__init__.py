@@ -1,4 +1,4 @@
-"""Speed, as shares of what the machine can do and beside baselines, all in one run."""
+"""Speed, as shares of what the machine can do and relative to baselines, all in one run."""
 
 from dpt.cpu.settings import limit_spinning
 

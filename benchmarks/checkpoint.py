@@ -1,10 +1,10 @@
-"""Saving and restoring a run's whole state, beside torch.save, DeepSpeed's own checkpoints, and bare copies.
+"""Saving and restoring a run's whole state, compared with torch.save, DeepSpeed's own checkpoints, and bare copies.
 
 python -m benchmarks.checkpoint [--preset S/2] [--folder FOLDER] [--json FILE]
 
-`pause`: how long training stands still (`bound`: the same bytes copied once in memory). `on disk`: until everything is through
-to the disk (`bound`: the same bytes written and synchronised, and nothing else). `restore`: `bound` reads the files once.
-Checkpoints hold weights, two moments and the average in fp32, 16 bytes a parameter; ours are hashed as they are written and
+`pause`: how long training stands still (`bound`: the same bytes copied once in memory). `on disk`: until everything has
+reached the disk (`bound`: the same bytes written and synchronised, and nothing else). `restore`: `bound` reads the files once.
+Checkpoints hold weights, two moments and the average in fp32, 16 bytes per parameter; ours are hashed as they are written and
 before they are read.
 """
 
@@ -24,7 +24,7 @@ from dpt.config.sections import ModelConfig
 
 
 class Run:
-    """A run that has made a step, and its ways to save and restore, in `folder`."""
+    """A run after one step, and its ways to save to and restore from `folder`."""
 
     def __init__(self, config: ModelConfig, folder: Path) -> None:
         from dpt.training.saving import Saver
@@ -63,7 +63,7 @@ class Run:
         self.pauses.setdefault(name, []).append(time.perf_counter() - begin)
 
     def state(self) -> dict[str, Any]:
-        """What a plain loop saves."""
+        """State that a plain loop saves."""
         return {"model": self.engine.module.state_dict(), "optimizer": self.engine.optimizer.state_dict()}
 
     # --- restoring ------------------------------------------------------------------------------------------------------
@@ -86,7 +86,7 @@ class Run:
 
 
 class Raw:
-    """So many bytes copied, written through to the disk, and read."""
+    """A number of bytes to copy, write through to the disk, and read."""
 
     def __init__(self, size: int, path: Path) -> None:
         self.path = path
@@ -110,7 +110,7 @@ class Raw:
 
 
 def measure(config: ModelConfig, folder: Path, rounds: int) -> list[harness.Row]:
-    """Saving all ways in turn, then restoring."""
+    """Measure all ways of saving in turn, then restoring."""
     run = Run(config, folder)
     run.save()
     size = sum(p.stat().st_size for p in (folder / "ours").rglob("*.safetensors"))

@@ -2,7 +2,7 @@
 
 python -m benchmarks.encode [--vae embedded] [--resolution 256] [--images 256] [--batch-size 16] [--json FILE]
 
-`bound` is the VAE on images that lie ready, before and after. On a CPU, reading images takes processor time from the VAE, and
+`bound` is the VAE on prepared images, before and after. On a CPU, reading images takes processor time from the VAE, and
 other programs may too: there the share in processor time, and `vae_at_work`, the VAE's share of the job's time, tell more.
 """
 
@@ -38,7 +38,7 @@ def clocks() -> np.ndarray:
 
 
 def bare(encoder: BatchEncoder, resolution: int, batches: int) -> np.ndarray:
-    """Wall and processor seconds per image of the VAE alone, its input lying ready on the device."""
+    """Wall and processor seconds per image of the VAE alone, its input already on the device."""
     images = torch.rand(encoder.batch_size, 3, resolution, resolution, device=encoder.device) * 2 - 1
     encoder.codec.encode(images).cpu()
     begin = clocks()
@@ -49,7 +49,7 @@ def bare(encoder: BatchEncoder, resolution: int, batches: int) -> np.ndarray:
 
 
 def measure(vae: str, resolution: int, images: int, batch_size: int) -> list[harness.Row]:
-    """The encoder between two measurements of the bare VAE."""
+    """Measure the encoder between two measurements of the bare VAE."""
     with tempfile.TemporaryDirectory(prefix="dpt-encode-") as temporary:
         root = Path(temporary) / "pictures"
         root.mkdir()
@@ -75,7 +75,7 @@ def measure(vae: str, resolution: int, images: int, batch_size: int) -> list[har
 
 
 def _time_vae(encoder: BatchEncoder) -> list[float]:
-    """Let the VAE note how long each of its calls takes."""
+    """Make the VAE record how long each of its calls takes."""
     original, times = encoder.codec.encode, []
 
     def timed(images: torch.Tensor) -> torch.Tensor:

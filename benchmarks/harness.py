@@ -1,6 +1,6 @@
-"""What the benchmarks share: interleaved timing, this machine's own ceilings, one table and JSON.
+"""Shared parts of the benchmarks: interleaved timing, this machine's own ceilings, one table and JSON.
 
-Everything that is compared is measured in turn (A B C A B C ...), so that a slow spell of the machine falls on all; shares and
+Everything that is compared is measured in turn (A B C A B C ...), so that a slow spell of the machine affects all; shares and
 speed-ups are medians over rounds of the ratio within a round.
 """
 
@@ -28,7 +28,7 @@ if not torch.cuda.is_available():
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BOUND = "bound"
-"""What cannot be beaten: the ceiling, timed like the rest."""
+"""The ceiling, which cannot be beaten, timed like the rest."""
 OURS = "ours"
 
 Row = dict[str, Any]
@@ -44,10 +44,10 @@ class Timing:
 
     wall: Sequence[float]
     processor: Sequence[float]
-    """Of all threads of this process, which other programs on the machine change less; on a GPU, the wall's."""
+    """Processor seconds of all threads of this process, less affected by other programs; on a GPU, wall seconds."""
 
     def scaled(self, factor: float) -> "Timing":
-        """For a measurement of a part (or of several repetitions)."""
+        """Scale the measurement of a part (or of several repetitions)."""
         return Timing(wall=[t * factor for t in self.wall], processor=[t * factor for t in self.processor])
 
 
@@ -91,8 +91,8 @@ def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> float:
 
 
 def rows(case: str, timings: Mapping[str, Timing], **figures: Mapping[str, float]) -> list[Row]:
-    """A row for each measurement: median and quartiles of the wall time, median processor time, what share of the `bound` it
-    reaches, how many times as long as `ours` it takes; and further `figures` by their name and the measurement's."""
+    """A row for each measurement: median and quartiles of the wall time, median processor time, share of the `bound` reached,
+    wall time as a multiple of `ours`; and further `figures` by their name and the measurement's."""
     result = []
     for name, timing in timings.items():
         row: Row = {"case": case, "what": name, "rounds": len(timing.wall)}
@@ -120,7 +120,7 @@ def _quartiles(values: Sequence[float]) -> tuple[float, float]:
 
 
 def linear_products(rows: int, inputs: int, outputs: int) -> list[tuple[str, int, int, int]]:
-    """A linear layer's products on so many rows, as (layout, m, k, n): forward, gradients of its input and of its weight.
+    """A linear layer's products on `rows` rows, as (layout, m, k, n): forward, gradients of its input and of its weight.
 
     The layouts are a linear layer's: "nt" multiplies by a transposed matrix, "tn" transposes the first.
     """
@@ -128,9 +128,9 @@ def linear_products(rows: int, inputs: int, outputs: int) -> list[tuple[str, int
 
 
 class MatrixProducts:
-    """The given products one after the other, into memory that lies ready: what this machine can do at these shapes.
+    """Runs the given products one after the other, into preallocated memory: what this machine can do at these shapes.
 
-    Of bf16 numbers on a processor without units for them, the products are those of fp32 numbers, which it multiplies faster.
+    On a processor without bf16 units, bf16 products are computed in fp32, which is faster there.
     """
 
     def __init__(self, products: Iterable[tuple[str, int, int, int]], dtype: torch.dtype) -> None:
@@ -154,7 +154,7 @@ class MatrixProducts:
 
 
 class Stream:
-    """Adds one array to another: reads two, writes one, with nothing to compute. The machine's memory at work."""
+    """Adds one array to another: reads two, writes one, computes next to nothing. A measure of the machine's memory."""
 
     def __init__(self, numel: int) -> None:
         self.bytes = 12.0 * numel
@@ -175,7 +175,7 @@ def matrix_rate(dtype: torch.dtype, size: int = 256, seconds: float = 0.3) -> fl
 
 
 def crawls(precision: str) -> str:
-    """Why plain PyTorch takes minutes in this precision on this machine; empty if it does not."""
+    """Reason why plain PyTorch takes minutes in this precision on this machine; empty if it does not."""
     rates = {name: matrix_rate(dtype) / 1e9 for name, dtype in DTYPES.items()}
     if rates[precision] >= 0.1 * rates["fp32"]:
         return ""
@@ -186,7 +186,7 @@ def crawls(precision: str) -> str:
 
 
 def ways_to_measure(precision: str, asked: Sequence[str] | None, ways: Sequence[str], own: Sequence[str]) -> Sequence[str]:
-    """The ways that were asked for; else all, or our `own` where the others would take minutes a step."""
+    """The ways asked for; otherwise all, or our `own` where the others would take minutes per step."""
     if asked is not None:
         return asked
     return own if crawls(precision) else ways
@@ -196,7 +196,7 @@ def ways_to_measure(precision: str, asked: Sequence[str] | None, ways: Sequence[
 
 
 def parser(doc: str | None, *, rounds: int = 5, **options: int | str) -> argparse.ArgumentParser:
-    """The options that all benchmarks have, and those of these names and defaults that need no explanation."""
+    """A parser for the options that all benchmarks have, and for self-explanatory `options` with these defaults."""
     result = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in options.items():
         flag = f"--{name.replace('_', '-')}"
@@ -207,7 +207,7 @@ def parser(doc: str | None, *, rounds: int = 5, **options: int | str) -> argpars
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
+    """Description of the machine that the figures were measured on."""
     name = platform.processor() or platform.machine()
     for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
         if line.startswith("model name"):

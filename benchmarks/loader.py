@@ -1,9 +1,9 @@
-"""How fast one core fills batches from shards in the page cache, beside reading the same tars and copying them once.
+"""How fast one core fills batches from shards in the page cache, compared with reading the same tars and copying them once.
 
 python -m benchmarks.loader [--megabytes 512] [--shards FOLDER] [--json FILE]
 
 Samples per second of processor time. `bound` reads whole tars into memory and copies them from there; in chunks that stay in
-the cache between the two, which no shuffled order can have, it is faster. `data_wait`: the share of a training loop's time in
+the cache between the two, which no shuffled order allows, it is faster. `data_wait`: the share of a training loop's time in
 which it waits for batches of 256, if its steps compute for 50 ms (5120 samples/s).
 """
 
@@ -49,9 +49,9 @@ def write_shards(folder: Path, megabytes: int) -> None:
 
 
 def read_and_copy(folder: Path, chunk: int | None = None) -> int:
-    """Read every tar into a buffer and copy it from there to another, whole or in chunks of so many bytes.
+    """Read every tar into a buffer and copy it from there to another, whole or in chunks of `chunk` bytes.
 
-    Chunks stay in the core's cache between the two, which no shuffled order can have. Returns the samples passed.
+    Chunks stay in the core's cache between the two, which no shuffled order allows. Returns the samples passed.
     """
     manifest = read_manifest(folder)
     size = chunk or max(shard.bytes for shard in manifest.shards)
@@ -69,7 +69,7 @@ def _buffers(size: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def rate(action: Callable[[], int]) -> float:
-    """Samples per second of processor time, which other programs on the core do not change."""
+    """Samples per second of processor time, which other programs on the core do not affect."""
     started = time.process_time()
     samples = action()
     return samples / (time.process_time() - started)
@@ -92,7 +92,7 @@ def wait_share(folder: Path, step_s: float, workers: int) -> float:
 
 
 def speed(folder: Path, rounds: int) -> list[harness.Row]:
-    """Samples per second, best of several rounds, in which all are measured in turn, on one core."""
+    """Samples per second on one core, the best of several rounds that measure all in turn."""
     batches = iter(LatentStream([str(folder)], global_batch_size=BATCH))
 
     def stream() -> int:
@@ -111,7 +111,7 @@ def speed(folder: Path, rounds: int) -> list[harness.Row]:
 
 
 def measure(folder: Path, rounds: int) -> list[harness.Row]:
-    """Speed on one core, then waiting shares of a loop that computes for STEP_S a step."""
+    """Measure speed on one core, then the waiting shares of a loop that computes for STEP_S per step."""
     cores, threads = os.sched_getaffinity(0), torch.get_num_threads()
     torch.set_num_threads(1)
     os.sched_setaffinity(0, {min(cores)})

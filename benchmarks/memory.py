@@ -14,7 +14,7 @@ from dpt.cpu.settings import return_freed_memory
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes of the tensors made under this mode that are alive (`now`), and the most that were at once (`peak`).
+    """Bytes of the tensors made under this mode that are alive (`now`), and their maximum at any time (`peak`).
 
     existing: tensors made before, whose views do not count either.
     """
@@ -41,9 +41,9 @@ class LiveBytes(TorchDispatchMode):
 
 
 def peak_bytes(build: Callable[[], Callable[[], object]]) -> float:
-    """The most bytes that tensors hold in the second call of what `build` makes, all that it made before included.
+    """Peak bytes held by tensors in the second call of what `build` makes, including all that it made before.
 
-    Counted at the tensors on a CPU, by the allocator on a GPU. The first call does not count: optimizers make states in it.
+    Counted at the tensors on a CPU, by the allocator on a GPU. The first call does not count: optimizers create states then.
     """
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -82,7 +82,7 @@ WAYS: dict[str, Callable[[ModelConfig], nn.Module]] = {harness.OURS: ours, "bool
 def measure(
     config: ModelConfig, *, count: int, precision: str, rounds: int, ways: Sequence[str] = tuple(WAYS)
 ) -> list[harness.Row]:
-    """These layers under both loads, in turn."""
+    """Measure these layers under both loads, in turn."""
     dtype, d, width = harness.DTYPES[precision], config.hidden_size, config.mlp_width
     slots = count * TOP_K // config.num_experts
     layers = [(slots, d, width), (slots, width, d)] * config.num_experts

@@ -1,10 +1,10 @@
-"""AdamW with EMA over a network's parameters: ours, beside a loop over the parameters and beside the memory's speed.
+"""AdamW with EMA over a network's parameters: ours, compared with a loop over the parameters and with the memory's speed.
 
 python -m benchmarks.optimizer_ema [--preset S/2] [--json FILE]
 
 `partition`: the parameters in one flat tensor, as ZeRO gives them to the optimizer. `bound` is the time in which this machine
 moves what an update cannot avoid: it reads weight, gradient, two moments and average, and writes all but the gradient, 36 bytes
-a parameter, at the speed of adding one array to another.
+per parameter, at the speed of adding one array to another.
 """
 
 from collections.abc import Callable, Sequence
@@ -48,7 +48,7 @@ def loop(parameters: nn.ParameterList) -> Callable[[], None]:
 
 
 def measure(preset: str, rounds: int) -> list[harness.Row]:
-    """Both ways, on the parameters as they are and flat, in turn."""
+    """Measure both ways, on the parameters as they are and flat, in turn."""
     results = []
     for case, flat in (("parameters", False), ("partition", True)):
         first, second = (with_gradients(preset, flat=flat) for _ in range(2))

@@ -1,9 +1,9 @@
-"""Where the time of a training step goes: shares by kind of work, and the kernels that take longest.
+"""Profile of a training step: time shares by kind of work, and the kernels that take longest.
 
 python -m benchmarks.profile [--cases S/2 S/2-8E2A] [--batch 16] [--micro-batches 1] [--compile] [--kernels 15] [--json FILE]
 
-By torch.profiler, of the step that `benchmarks.train_step` measures, after three that are not looked at. On a GPU these are the
-kernels' own times; "gaps" is when none runs between the first and the last.
+Uses torch.profiler on the step that `benchmarks.train_step` measures, after three that are not recorded. On a GPU these are the
+kernels' own times; "gaps" is the time that none runs between the first and the last.
 """
 
 import re
@@ -33,7 +33,7 @@ KINDS = {
     ),
     "communication": r"c10d|gloo|nccl",
 }
-"""The first whose pattern a kernel's name holds."""
+"""Kinds of work and their patterns; the first pattern found in a kernel's name counts."""
 
 
 def kind_of(name: str) -> str:
@@ -42,7 +42,7 @@ def kind_of(name: str) -> str:
 
 
 def measure(case: str, config: ModelConfig, *, batch: int, precision: str, kernels: int, **settings: Any) -> list[harness.Row]:
-    """Rows of kinds, then of the longest kernels: seconds and share of the whole. `settings`: as `train_step.Training` has."""
+    """Rows of kinds, then of the longest kernels: seconds and share of the total. `settings`: as of `train_step.Training`."""
     step = ours(config, batch, precision, **settings)
     cuda = torch.cuda.is_available()
     for _ in range(3 if cuda else 1):

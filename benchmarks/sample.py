@@ -1,4 +1,4 @@
-"""Evaluation with an ensemble, from images to merged depth, beside one image and one member at a time.
+"""Evaluation with an ensemble, from images to merged depth, compared with one image and one member at a time.
 
 python -m benchmarks.sample [--images 2] [--steps 4] [--ensemble 5] [--resolution 512] [--depth 2] [--json FILE]
 
@@ -10,7 +10,7 @@ rows of `small WIDTH x DEPTH` the same for small networks and 128 px; rows of `a
 
 python -m benchmarks.sample --weights runs/quickstart/depth/weights --shards runs/quickstart/shards/depth_val --images 12
 
-measures a trained network on true images instead, and how far the two ways' AbsRel are apart there.
+measures a trained network on real images instead, and how far apart the two ways' AbsRel are there.
 """
 
 import argparse
@@ -114,7 +114,7 @@ def pictures(count: int, side: int) -> list[np.ndarray]:
 def evaluation(
     predictor: Predictor, images: Sequence[np.ndarray], rounds: int, truths: Sequence[np.ndarray] | None = None
 ) -> list[harness.Row]:
-    """The whole way, and our parts of it."""
+    """Measure the whole pipeline, and our parts of it."""
     plain = OneAtATime(predictor)
     actions: dict[str, Callable[[], object]] = {harness.OURS: lambda: predictor(images), "one at a time": lambda: plain(images)}
     latents = predictor.predict_latents(*_inputs(predictor, images), task=TASK, steps=1)
@@ -138,9 +138,9 @@ def _inputs(predictor: Predictor, images: Sequence[np.ndarray]) -> tuple[Tensor,
 def differences(
     predictor: Predictor, plain: OneAtATime, images: Sequence[np.ndarray], truths: Sequence[np.ndarray] | None
 ) -> dict[str, float]:
-    """How far the two ways' AbsRel are apart, as shares: from the same members merged alike, and as each merges them.
+    """How far apart the two ways' AbsRel are, as shares: from the same members merged alike, and as each merges them.
 
-    Without truths (float32 [H, W] metres) they are made up: the members' own mean, as metres, with smooth noise upon it.
+    Without truths (float32 [H, W] metres) they are made up: the members' own mean, as metres, plus smooth noise.
     """
     random = np.random.default_rng(1)
     ours, members = predictor(images), [plain.members(image, str(i)) for i, image in enumerate(images)]
@@ -161,7 +161,7 @@ def differences(
 
 
 def alignment(rounds: int, *, members: int, side: int) -> list[harness.Row]:
-    """Scales and shifts of an ensemble's depth maps, which differ by them and by noise."""
+    """Measure the alignment of an ensemble's depth maps, which differ in scale and shift and by noise."""
     random = np.random.default_rng(0)
     truth = tasks.resize_smooth(random.normal(size=(16, 16)).astype(np.float32), (side, side))
     factors, noise = random.uniform(0.5, 1.5, (members, 1, 1)), random.normal(scale=0.05, size=(members, side, side))
@@ -175,7 +175,7 @@ def alignment(rounds: int, *, members: int, side: int) -> list[harness.Row]:
 
 
 def network(case: str, predictor: Predictor, images: Sequence[np.ndarray], rounds: int) -> list[harness.Row]:
-    """The sampler's part."""
+    """Measure the sampler's part."""
     plain, config = OneAtATime(predictor), predictor.config
     steps, count = config.steps[-1], config.ensemble[-1]
     conditions, keys, members = _inputs(predictor, images)

@@ -1,9 +1,9 @@
-"""A training step on 1, 2 and 4 ranks: time, what ranks exchange, and both beside the model on paper (`dpt.scaling.cluster`).
+"""A training step on 1, 2 and 4 ranks: time and exchanges, compared with the analytical model (`dpt.scaling.cluster`).
 
 python -m benchmarks.scaling [--ranks 1 2 4] [--batch 4] [--depth 4] [--hidden-size 128] [--json FILE]
 
-Every rank has one thread and `--batch` samples (weak scaling); on a CPU ranks talk through gloo. `bound` is the same step on
-the same ranks at the same time without any exchange. `predicted` adds to it the time that the model gives for the step's
+Every rank has one thread and `--batch` samples (weak scaling); on a CPU ranks talk over gloo. `bound` is the same step on
+the same ranks at the same time without any exchange. `predicted` adds to it the time that the model predicts for the step's
 traffic, at this machine's own rates, measured on the same ranks in the same run. Traffic is counted at torch.distributed's
 operators.
 """
@@ -35,11 +35,11 @@ from dpt.scaling.processes import start_forked, start_fresh
 from dpt.training.optimizer import DEFAULTS, AdamWEMA
 
 SMALL_MESSAGE = 1 << 14
-"""Bytes under which an exchange is statistics or counts, which the model on paper leaves out."""
+"""Bytes below which an exchange is statistics or counts, which the analytical model leaves out."""
 
 
 KINDS = {"allreduce": "all_reduce", "allgather": "all_gather", "reduce_scatter": "reduce_scatter", "alltoall": "all_to_all"}
-"""By a word in the operator's name."""
+"""Kinds of exchange by a word in the operator's name."""
 
 
 class Exchanges(TorchDispatchMode):
@@ -53,7 +53,7 @@ class Exchanges(TorchDispatchMode):
         name = str(func)
         if name.startswith("c10d."):
             kind = next((k for word, k in KINDS.items() if word in name), "")
-            # The operators take their results' tensors first, and all of them (all-gather, all-to-all) the rows sent second.
+            # The operators take their results' tensors first and what is sent second.
             place = 1 if kind in ("all_to_all", "reduce_scatter") else 0
             size = sum(t.numel() * t.element_size() for t in tree_leaves(args[place]) if isinstance(t, Tensor)) if kind else 0
             if size > SMALL_MESSAGE and _group_size(args) > 1:
@@ -62,13 +62,13 @@ class Exchanges(TorchDispatchMode):
 
 
 def _group_size(args: Sequence[Any]) -> int:
-    """Ranks that take part; DeepSpeed also calls groups of one."""
+    """Number of participating ranks; DeepSpeed also calls groups of one."""
     return next(torch.distributed.ProcessGroup.unbox(a).size() for a in args if isinstance(a, torch.ScriptObject))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """What is run on some ranks."""
+    """A configuration to run on some ranks."""
 
     name: str
     fields: dict[str, Any]
@@ -89,7 +89,7 @@ CASES = (
 
 
 def alone(config: ModelConfig, batch: int, ranks: int) -> Callable[[], None]:
-    """The step without exchange: the whole network, and an update of this rank's share of its parameters."""
+    """The step without exchanges: the whole network, and an update of this rank's share of its parameters."""
     network = DiT(config)
     inputs = random_batch(config, batch)
     latents = inputs["latents"][:, 0].float()
@@ -157,7 +157,7 @@ def worker(arguments: argparse.Namespace) -> None:
 def _beside_paper(
     config: ModelConfig, layout: Layout, payload: dict[str, float], rates: Cluster | None, compute: float
 ) -> dict[str, float]:
-    """Measured traffic and time over those that the model gives."""
+    """Measured traffic and time over those that the model predicts."""
     expected: dict[str, float] = {}
     exchanges = traffic(config, layout)
     for one in exchanges:
@@ -173,7 +173,7 @@ def _beside_paper(
 
 
 def launch(ranks: int, arguments: argparse.Namespace, result: Path) -> list[harness.Row]:
-    """Run the worker on so many ranks of this machine; without GPUs, as forks of a process that has loaded the libraries."""
+    """Run the worker on `ranks` ranks of this machine; without GPUs, as forks of a process that has loaded the libraries."""
     words = [sys.executable, "-m", "benchmarks.scaling", "--worker", str(result)]
     for name in ("rounds", "batch", "depth", "hidden_size", "input_size"):
         words += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))]
@@ -212,7 +212,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _add_efficiency(results: list[harness.Row]) -> None:
-    """Each row's samples a second over those of one rank times the ranks that have a core to themselves."""
+    """Each row's samples per second over those of one rank times the ranks that have a core to themselves."""
     first = {r["case"].split(",")[0]: r["samples_per_s"] for r in results if "samples_per_s" in r and ", 1 ranks" in r["case"]}
     for row in results:
         name, _, ranks = row["case"].partition(", ")

@@ -23,7 +23,7 @@ LIMITS = {"import dpt": 0.3, "dpt --help": 0.5, "first step": 15.0}
 
 
 def command(*words: str) -> Callable[[], None]:
-    """Runs a command of this interpreter to its end."""
+    """An action that runs a command of this interpreter to its end."""
     environment = os.environ | ({} if harness.torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"})
 
     def action() -> None:
@@ -49,7 +49,7 @@ def write_recipe(folder: Path, preset: str, batch: int) -> Path:
 
 
 def first_step(folder: Path, recipe: Path) -> Callable[[], None]:
-    """Runs the launcher until it reports its first step, then ends it."""
+    """An action that runs the launcher until it reports its first step, then ends it."""
 
     def action() -> None:
         words = [sys.executable, "launchers/pretrain.py", "--ds_config", str(recipe)]
@@ -69,7 +69,7 @@ def first_step(folder: Path, recipe: Path) -> Callable[[], None]:
 
 
 def measure(preset: str, batch: int, rounds: int) -> list[harness.Row]:
-    """All three, each with its bound in turn."""
+    """Measure all three, each in turn with its bound."""
     with tempfile.TemporaryDirectory(prefix="dpt-startup-", ignore_cleanup_errors=True) as temporary:
         folder = Path(temporary)
         recipe = write_recipe(folder, preset, batch)

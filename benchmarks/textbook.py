@@ -1,7 +1,7 @@
-"""Plain PyTorch as textbooks have it, to compare with: a DiT, experts picked by boolean masks, one loop over all parameters.
+"""Plain PyTorch as in textbooks, for comparison: a DiT, experts picked by boolean masks, one loop over all parameters.
 
-The networks have the public names of their parameters and compute the same functions as `dpt.models.DiT` with the same weights
-(the tests hold that), each in the most direct way that the papers' own code takes.
+The networks use the public parameter names and compute the same functions as `dpt.models.DiT` with the same weights
+(tests check this), each in the most direct way that the papers' own code takes.
 """
 
 import itertools
@@ -182,7 +182,7 @@ def _positions(side: int, size: int) -> Tensor:
 
 @torch.no_grad()
 def update_ema(averages: dict[str, Tensor], model: nn.Module, decay: float = 0.9999) -> None:
-    """One parameter after the other."""
+    """Update the averages, one parameter after the other."""
     for name, parameter in model.named_parameters():
         averages[name].mul_(decay).add_(parameter, alpha=1 - decay)
 
@@ -211,7 +211,7 @@ def median_compilation(maps: np.ndarray) -> np.ndarray:
 def align(maps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Scales and shifts [N] that align depth [N, H, W] of an ensemble, by numerical minimisation.
 
-    Minimised over each map's scale and shift is the sum over pairs of RMS differences plus 0.02 (|min| + |1 - max|) of the
+    Minimises, over each map's scale and shift, the sum over pairs of RMS differences plus 0.02 (|min| + |1 - max|) of the
     median, from every map scaled to [0, 1], in two iterations of BFGS (Ke et al. 2024, section 3.3, its code's settings).
     """
     count = len(maps)

@@ -1,4 +1,4 @@
-"""What records cost the training process, and how fast they reach MLflow, beside MLflow's own calls in the same run.
+"""Cost of records to the training process, and how fast they reach MLflow, beside MLflow's own calls in the same run.
 
 python -m benchmarks.tracking [--points 1000000] [--step-ms 100] [--json FILE]
 """
@@ -33,7 +33,7 @@ def open_run(folder: Path, name: str) -> Run:
 
 
 def per_record(log: Callable[[dict[str, float], int], object], count: int) -> dict[str, float]:
-    """Milliseconds of the caller for one record: median, 99th percentile, and processor time."""
+    """Caller's milliseconds per record: median, 99th percentile, and processor time."""
     walls = []
     processor = time.process_time()
     for step in range(count):
@@ -47,7 +47,7 @@ def per_record(log: Callable[[dict[str, float], int], object], count: int) -> di
 
 
 def mlflow_calls(folder: Path, count: int) -> dict[str, dict[str, float]]:
-    """MLflow's own log_metrics, waiting and not waiting, in this process."""
+    """Measure MLflow's own log_metrics, waiting and not waiting, in this process."""
     os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
     import mlflow
 
@@ -61,7 +61,7 @@ def mlflow_calls(folder: Path, count: int) -> dict[str, dict[str, float]]:
 
 
 def send_all(folder: Path, points: int) -> dict[str, float]:
-    """Send a spool of so many points to a fresh run: seconds, points a second, and processor seconds."""
+    """Send a spool of `points` points to a fresh run: seconds, points per second, and processor seconds."""
     spool = Spool(folder / "long" / "tracking", "long")
     uri = f"sqlite:///{folder}/mlflow.db"
     start = {"uri": uri, "experiment": "benchmark", "name": "long", "stage": "pretrain", "parents": [], "tags": {}}

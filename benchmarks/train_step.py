@@ -4,7 +4,7 @@ that it is made of.
 python -m benchmarks.train_step [--cases a1 S/2 S/2-8E2A L/2:1] [--batch 16] [--precisions fp32 bf16] [--ways ours textbook]
     [--compile] [--json FILE]
 
-A case is a preset, with `:DEPTH` for that many of its blocks alone. `ours` is what the launchers run: the posterior sample,
+A case is a preset, with `:DEPTH` for only that many of its blocks. `ours` is what the launchers run: the posterior sample,
 noise and timesteps of a batch, the network under DeepSpeed, AdamW with EMA; on one rank, so without ZeRO in fp32 (and with it
 for comparison: it copies gradients and weights once more), with ZeRO 1 in bf16. `bound` is the time that this machine takes for
 the step's multiply-accumulates at the speed of the network's own largest matrix products, each alone. Rows in
@@ -33,7 +33,7 @@ Step = Callable[[], object]
 MICRO = "ours in micro-batches"
 ZERO_1 = "ours, ZeRO 1"
 WAYS = (harness.OURS, "textbook", MICRO, ZERO_1, "diffusers")
-"""What is compared, as far as it exists for a case."""
+"""Ways to compare, as far as they exist for a case."""
 
 CPU_CASES = ("a1", "S/2", "S/2-8E2A", "L/2:1")
 GPU_CASES = (*CPU_CASES, "XL/2", "L/2-8E2A")
@@ -67,7 +67,7 @@ def recipe(
 
 
 def random_batch(config: ModelConfig, batch: int) -> dict[str, Any]:
-    """What the stream yields for class-conditional pre-training: moments, labels, positions in the stream."""
+    """A batch as the stream yields it for class-conditional pre-training: moments, labels, positions in the stream."""
     side = config.input_size
     moments = torch.randn(batch, 2, config.in_channels, side, side)
     moments[:, 1] -= 5.0
@@ -80,9 +80,9 @@ def random_batch(config: ModelConfig, batch: int) -> dict[str, Any]:
 
 
 class Training:
-    """What the launchers run, on a batch that lies ready: the network under its engine, in `accumulation` micro-batches a step.
+    """The step that the launchers run, on a prepared batch: the network under its engine, in `accumulation` micro-batches.
 
-    batch: samples of a step, of this rank.
+    batch: samples per step on this rank.
     """
 
     def __init__(
@@ -159,7 +159,7 @@ def _diffusers_network(config: ModelConfig) -> nn.Module:
 
 
 def block_products(config: ModelConfig, rows: int) -> list[tuple[str, int, int, int]]:
-    """The matrix products of one block on so many tokens, forward and backward; experts evenly loaded."""
+    """The matrix products of one block on `rows` tokens, forward and backward; experts evenly loaded."""
     d, width = config.hidden_size, config.mlp_width
     layers = [(rows, d, 3 * d), (rows, d, d)]
     if config.num_experts:
@@ -184,7 +184,7 @@ def measure(
     micro_batches: int = 4,
     compile: bool = False,
 ) -> list[harness.Row]:
-    """These ways of one case, in turn."""
+    """Measure these ways of one case, in turn."""
     builders: dict[str, Callable[[], Step]] = {
         harness.OURS: lambda: ours(config, batch, precision, compile=compile),
         "textbook": lambda: plain(config, batch, precision),
@@ -201,7 +201,7 @@ def measure(
     products = harness.MatrixProducts(block_products(config, tokens), harness.DTYPES[precision])
     flops = 2.0 * batch * macs(config).training
     actions: dict[str, Step] = {harness.BOUND: products, **{name: build() for name, build in builders.items()}}
-    timings = harness.interleave(actions, rounds, warmup=3)  # until the freed memory of all ways together has found its size
+    timings = harness.interleave(actions, rounds, warmup=3)  # until the allocator has settled for all ways together
     timings[harness.BOUND] = timings[harness.BOUND].scaled(flops / products.flops)
     results = harness.rows(f"{case} {precision}", timings, peak_bytes=peaks)
     for row in results:

@@ -1,13 +1,13 @@
-"""Encode a data set, as it was downloaded, into WebDataset shards of VAE latents.
+"""Encode a data set, as downloaded, into WebDataset shards of VAE latents.
 
-Can be killed and started again at any moment; any number of jobs (`--shards i/n`, or the ranks of a launcher) make the same
+Can be killed and restarted at any time; any number of jobs (`--shards i/n`, or the ranks of a launcher) make the same
 shards together, and the last of them writes the manifest.
 """
 
 import sys
 from pathlib import Path
 
-if not __package__:  # run as a file: beside it lies inspect.py, which must not hide Python's own module of that name
+if not __package__:  # run as a file: inspect.py beside it must not hide Python's own module of that name
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
@@ -92,7 +92,7 @@ def share(text: str) -> tuple[int, int]:
 
 
 def build_job(arguments: argparse.Namespace) -> "EncodingJob":
-    """The job that the command line describes. UserError if it cannot be."""
+    """The job that the command line describes. UserError if it is invalid."""
     if wrong := [option for option in arguments.option if "=" not in option]:
         raise UserError(f"--option {wrong[0]!r} is not of the form NAME=VALUE.")
     options = parse_options(arguments.dataset, dict(option.split("=", 1) for option in arguments.option))
@@ -175,7 +175,7 @@ def encode(arguments: argparse.Namespace) -> None:
     job = build_job(arguments)
     from data_tools.encoding.job import finish, run
 
-    with reported("encode", by_rank=True):  # each has shards of its own
+    with reported("encode", by_rank=True):  # each rank has its own shards
         manifest = finish(job) if arguments.finish else run(job, part, num_parts)
     if manifest is None:
         print(f"{job.out}: this job's shards are done; the manifest follows when the others' are.")

@@ -46,7 +46,7 @@ def parser() -> Parser:
 
 
 def verify(samples: ShardFolder, *, hashes: bool) -> list[str]:
-    """What is wrong with the shard files, one sentence each; an empty list if nothing is."""
+    """Faults of the shard files, one sentence each; an empty list if there are none."""
     problems = []
     listed = {shard.name for shard in samples.manifest.shards}
     for path in sorted(samples.folder.glob("*.tar")):
@@ -64,15 +64,15 @@ def verify(samples: ShardFolder, *, hashes: bool) -> list[str]:
 
 
 def spread(total: int, count: int) -> list[int]:
-    """`count` numbers evenly over 0..total-1 (all if there are not so many)."""
+    """`count` numbers evenly over 0..total-1 (all if there are fewer)."""
     count = min(count, total)
     return [round(i * (total - 1) / max(count - 1, 1)) for i in range(count)]
 
 
 def statistics(samples: ShardFolder, numbers: Sequence[int]) -> tuple[dict[str, list[str]], list[str]]:
-    """Rows of the members' table (by member: dtype, shape, mean, std, least, largest), and what is wrong with samples.
+    """Rows of the members' table (by member: dtype, shape, mean, std, least, largest), and faults of the samples.
 
-    Of moments, the figures are of the posterior means and, in a row of their own, of the log-variances.
+    For moments, the figures are those of the posterior means and, in a separate row, of the log-variances.
     """
     values: dict[str, list[NDArray[Any]]] = {}
     problems = []
@@ -108,7 +108,7 @@ def _fits(shape: Sequence[int], spec: Sequence[int]) -> bool:
 
 
 def describe(manifest: Manifest, rows: dict[str, list[str]], seen: int) -> str:
-    """All of it, for people."""
+    """Human-readable description of the folder."""
     gigabytes = sum(shard.bytes for shard in manifest.shards) / 1e9
     vae = manifest.vae
     lines = [
@@ -173,7 +173,7 @@ def contact_sheet(samples: ShardFolder, numbers: Sequence[int], codec: VAECodec)
 def _true_targets(task: str, sample: Mapping[str, Any], code: str) -> list[NDArray[np.uint8]]:
     """The truth of an evaluation sample as the pictures that its targets are encoded from, before the VAE; else none.
 
-    Of amodal sets that is the mask, whose object the target shows.
+    For amodal sets it is the mask of the object that the target shows.
     """
     if "truth" not in sample:
         return []

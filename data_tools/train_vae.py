@@ -5,7 +5,7 @@
 
 It learns from the synthetic scenes (pictures, depth, flow, masks, objects on white), from the photos that scikit-image and
 scikit-learn bundle, except the astronaut, which is for measuring, and from dead leaves in those photos' colours. Every batch
-is a function of (seed, step), so a run that was stopped resumes from its last checkpoint as if it had not been.
+is a function of (seed, step), so a stopped run resumes from its last checkpoint as if never stopped.
 """
 
 import copy
@@ -37,7 +37,7 @@ _LEAST_SQUARED = 1e-4
 
 
 def _setting(default: Any, allowed: Range, text: str) -> Any:
-    """A field of a number in a range, with its help."""
+    """A field for a number in a range, with its help."""
     return field(default=default, metadata={"help": text, "range": allowed})
 
 
@@ -153,7 +153,7 @@ def _rate(step: int, config: VAETraining) -> float:
 def train(
     config: VAETraining, images: dict[str, list[np.ndarray]], out: Path, *, initial: str = "", checkpoint_every: int = 250
 ) -> Any:
-    """Train, with a checkpoint in `out` now and then, from which a stopped run resumes. Returns the averaged VAE, in fp32.
+    """Train, with regular checkpoints in `out`, from which a stopped run resumes. Returns the averaged VAE, in fp32.
 
     initial: the VAE (as for `load_vae`) to start from, of the same shape; none: random weights.
     """
@@ -181,7 +181,7 @@ def train(
 
 
 def _backward(vae: Any, images: dict[str, list[np.ndarray]], step: int, config: VAETraining) -> tuple[float, float]:
-    """Gradients of the batch of `step`; its loss and KL divergence."""
+    """Compute the gradients of the batch of `step`; returns its loss and KL divergence."""
     count, side = config.batch_size, config.crop // 8
     batch = sample_batch(images, np.random.default_rng([config.seed, step]), count, config.crop)
     noise = torch.randn(count, 4, side, side, generator=torch.Generator().manual_seed(config.seed * 2**32 + step))
@@ -204,7 +204,7 @@ def _save_atomically(state: dict[str, Any], path: Path) -> None:
 
 
 def _resume(path: Path, config: VAETraining, parts: dict[str, Any]) -> int:
-    """Load the checkpoint, if there is one, into modules, optimizers and schedules; return the step to go on with."""
+    """Load the checkpoint, if there is one, into modules, optimizers and schedules; return the step to continue from."""
     if not path.is_file():
         return 0
     try:
@@ -260,7 +260,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def make_vae(config: VAETraining, out: Path, eval_scenes: int, *, initial: str = "", note: str = "") -> None:
-    """Train (or go on), save, measure and write the model card with its `note`, all in `out`."""
+    """Train (or resume), save, measure and write the model card with its `note`, all in `out`."""
     photos = {**bundled_photos(), "leaves": leaf_images(config.leaves, seed=config.seed)}
     synthetic = synthetic_images("train", config.scenes, seed=config.seed)
     images = {**photos, **synthetic}

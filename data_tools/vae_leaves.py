@@ -46,7 +46,7 @@ def noise_fields(rng: np.random.Generator) -> list[np.ndarray]:
 def _fill(
     rng: np.random.Generator, photos: Sequence[np.ndarray], noises: Sequence[np.ndarray], height: int, width: int
 ) -> np.ndarray:
-    """What a leaf is covered with: uint8 [height, width, 3]."""
+    """Surface of a leaf: uint8 [height, width, 3]."""
     photo = photos[int(rng.integers(len(photos)))]
     first, second = photo[rng.integers(photo.shape[0], size=2), rng.integers(photo.shape[1], size=2)].astype(np.float32)
     kind = rng.random()
@@ -64,7 +64,7 @@ def _fill(
 
 
 def _piece(rng: np.random.Generator, source: np.ndarray, height: int, width: int) -> np.ndarray:
-    """A piece of `source` at random, turned and repeated in mirror image where it is too small: float32 [height, width, 3]."""
+    """A random piece of `source`, turned and repeated in mirror image where it is too small: float32 [height, width, 3]."""
     source = np.rot90(source, int(rng.integers(4)))
     top, left = (int(rng.integers(max(1, have - want + 1))) for have, want in zip(source.shape, (height, width), strict=False))
     piece = source[top : top + height, left : left + width].astype(np.float32)

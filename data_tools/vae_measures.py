@@ -69,7 +69,7 @@ def measure(codec: VAECodec, scenes: int, *, seed: int = 0) -> dict[str, float]:
 
 
 def measure_speed(codec: VAECodec, *, batch: int = 16, repeats: int = 4) -> tuple[float, float]:
-    """Images of 128 x 128 px encoded and decoded per second, on the threads that torch has."""
+    """Images of 128 x 128 px encoded and decoded per second, with torch's threads."""
     images = torch.zeros(batch, 3, RESOLUTION, RESOLUTION)
     latents = mean_latents(codec.encode(images), codec.scaling)
     times = []

@@ -40,13 +40,13 @@ def python(*arguments: str) -> list[str]:
 
 
 def launch(launcher: str, recipe: str, *fields: str) -> list[str]:
-    """A launcher, one recipe, and the fields that differ; one process on the CPU needs no start-up time of DeepSpeed's own."""
+    """A launcher, one recipe, and the fields that differ; one process on the CPU skips DeepSpeed's own start-up."""
     start = ["deepspeed", "--quiet"] if torch.cuda.is_available() else python()
     return [*start, f"launchers/{launcher}.py", "--ds_config", f"ds_configs/{recipe}.json", *fields]
 
 
 def pipeline(out: Path, scenes: int, uri: str) -> list[Step]:
-    """The steps, in order. `uri`: of the MLflow store; empty: no tracking, and then no report."""
+    """The steps, in order. `uri`: the MLflow store; empty: no tracking, and so no report."""
     steps: list[Step] = []
     tracking = ["--tracking.uri", uri, "--tracking.experiment", EXPERIMENT] if uri else ["--tracking.enabled", "false"]
 
@@ -66,7 +66,7 @@ def pipeline(out: Path, scenes: int, uri: str) -> list[Step]:
         return ["--weights", f"{out}/{name}/weights"]
 
     def elsewhere(field: str, name: str) -> list[str]:
-        """The shards, where they are not those of the recipes."""
+        """Fields for the shards, where they are not the recipes' own."""
         return [] if out == Path(DEFAULT_OUT) else [field, f"{out}/shards/{name}"]
 
     def train(name: str, title: str, launcher: str, recipe: str, *options: str, after: str = "") -> None:

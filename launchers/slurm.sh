@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One task a GPU:  sbatch launchers/slurm.sh pretrain ds_configs/moe_l2.json [--field value ...]
+# One task per GPU:  sbatch launchers/slurm.sh pretrain ds_configs/moe_l2.json [--field value ...]
 # Set the resources for your cluster below or on sbatch's command line; see docs/cluster.md.
 #SBATCH --job-name=dpt
 #SBATCH --nodes=1

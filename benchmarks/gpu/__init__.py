@@ -1,1 +1,1 @@
-"""The acceptance of a GPU machine: parity, training, sampling and the parts around them (`python -m benchmarks.gpu`)."""
+"""Acceptance test of a GPU machine: parity, training, sampling and the parts around them (`python -m benchmarks.gpu`)."""

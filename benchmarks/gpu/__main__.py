@@ -1,11 +1,11 @@
-"""Accepts a machine with a GPU, within ten minutes: does it compute what the definitions say, and how fast.
+"""Accept a machine with a GPU, within ten minutes: does it compute what the definitions say, and how fast.
 
 python -m benchmarks.gpu [--parts dense moe ...] [--json FILE] [--markdown FILE] [--toy] [--without-quickstart]
 
 Each part runs in a process of its own: parity (experts, attention, bf16 losses), kernels (attention, grouped products),
 dense and moe (whole training steps, eager and compiled: images per second, MFU against the data sheet's peak, the share of the
-measured matrix peak, memory against the plan, the share of the time that the GPU works), sampling, evaluation, encoding,
-checkpoints, loading, quickstart. It needs torch 2.11 or newer and no MLflow. `--toy` runs the same in small on a CPU.
+measured matrix peak, memory against the plan, the share of the time that the GPU is busy), sampling, evaluation, encoding,
+checkpoints, loading, quickstart. It needs torch 2.11 or newer and no MLflow. `--toy` runs the same at toy size on a CPU.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from benchmarks import harness
 
 PARTS = ("parity", "kernels", "dense", "moe", "sampling", "evaluation", "encoding", "checkpoints", "loading", "quickstart")
 LIMIT_S = {"quickstart": 300.0, "moe": 240.0}
-"""Seconds that a part may take; 150 where nothing is said."""
+"""Seconds that a part may take; 150 by default."""
 
 
 def run_part(name: str, demand: float | None) -> list[harness.Row]:
@@ -47,13 +47,13 @@ def run_part(name: str, demand: float | None) -> list[harness.Row]:
     try:
         return parts[name]()
     except torch.OutOfMemoryError:
-        if name in training.CASES:  # what they need is planned: a plan that is wrong must not pass
+        if name in training.CASES:  # their memory is planned: a wrong plan must not pass
             raise
         return [{"case": name, "what": training.TOO_LARGE}]
 
 
 def quickstart() -> list[harness.Row]:
-    """The quickstart as it is shipped, into a temporary folder; its depth's AbsRel (five members) after pre-training."""
+    """Run the quickstart as shipped, into a temporary folder; its depth's AbsRel (five members) after pre-training."""
     with tempfile.TemporaryDirectory(prefix="dpt-quickstart-") as folder:
         begin = time.perf_counter()
         command = [sys.executable, "launchers/quickstart.py", "--out", folder]
@@ -68,7 +68,7 @@ def quickstart() -> list[harness.Row]:
 
 
 def run_in_process(name: str, demand: float | None) -> list[harness.Row]:
-    """The rows of one part from a process of its own; a row that says why, if it fails or takes too long."""
+    """The rows of one part, run in its own process; a row with the reason if it fails or takes too long."""
     with tempfile.TemporaryDirectory(prefix="dpt-gpu-") as folder:
         result = Path(folder) / "rows.json"
         command = [sys.executable, "-m", "benchmarks.gpu", "--only", name, "--json", str(result)]
@@ -108,7 +108,7 @@ def markdown(rows: Sequence[harness.Row], machine: dict[str, Any]) -> str:
 
 
 def failures(rows: Sequence[harness.Row]) -> list[str]:
-    """What did not pass, or did not run."""
+    """Checks that did not pass or did not run."""
     failed = [f"{row['case']}: {row['what']}" for row in rows if str(row["what"]).startswith("failed")]
     return failed + [
         f"{row['what']}: {row['difference']:.2g} > {row['limit']:.2g}" for row in rows if not row.get("passed", True)
@@ -131,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.only:
         arguments.json.write_text(json.dumps(run_part(arguments.only, arguments.demand)))
         sys.stdout.flush()
-        os._exit(0)  # NCCL's and compilers' threads have nothing left to say
+        os._exit(0)  # do not wait for threads of NCCL and compilers
     if not torch.cuda.is_available() and not arguments.toy:
         print("benchmarks.gpu: there is no CUDA GPU here; --toy runs the same parts in small on the CPU.", file=sys.stderr)
         sys.exit(2)

@@ -1,4 +1,4 @@
-"""The kernels that a step is made of: attention by each of PyTorch's backends, grouped products, even and uneven."""
+"""The kernels that a step is made of: attention with each of PyTorch's backends, grouped products, even and uneven."""
 
 from collections.abc import Callable
 
@@ -12,7 +12,7 @@ from dpt.models import grouped_mlp
 from dpt.models.attention import can_use, self_attention, use_backend
 
 ATTENTION = (128, 16, 256, 72)
-"""Samples, heads, tokens and channels of a head: XL/2 at 256 px."""
+"""Samples, heads, tokens and channels per head: XL/2 at 256 px."""
 GROUPED = (8, 65536, 1024, 8192)
 """Experts, rows, hidden size and columns of the first product: L/2-8E2A, micro-batch 128."""
 

@@ -1,4 +1,4 @@
-"""Does the GPU compute what the definition says: experts, attention, and a training run's losses."""
+"""Check that the GPU computes what the definitions say: experts, attention, and a training run's losses."""
 
 import math
 
@@ -31,7 +31,7 @@ def _row(what: str, difference: float, limit: float) -> harness.Row:
 
 
 def _apart(ours: Tensor, reference: Tensor) -> float:
-    """|ours - reference| / |reference|, infinite where something is not finite."""
+    """|ours - reference| / |reference|, infinite if anything is not finite."""
     error = (ours.detach().double() - reference.detach().double()).norm() / reference.detach().double().norm()
     return float(error) if bool(error.isfinite()) else math.inf
 

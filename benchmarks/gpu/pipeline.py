@@ -1,4 +1,4 @@
-"""What surrounds the training step on a GPU: sampling, evaluation, encoding, checkpoints, the data loader."""
+"""The parts around the training step on a GPU: sampling, evaluation, encoding, checkpoints, the data loader."""
 
 import tempfile
 import time
@@ -15,7 +15,7 @@ from dpt.models.costs import macs
 
 
 def sampling(rounds: int = 3) -> list[harness.Row]:
-    """A sampler's steps of the class-conditional network: latents a second, and the share of the time that the GPU works."""
+    """Sampler steps of the class-conditional network: latents per second, and the share of the time that the GPU is busy."""
     from dpt.models.dit import DiT
 
     cuda = torch.cuda.is_available()

@@ -25,13 +25,13 @@ TOY = {"dense": ("a1:1",), "moe": ("S/2-8E2A:1",)}
 
 
 def measure(kind: str, *, cases: Sequence[str] = (), rounds: int = 5) -> list[harness.Row]:
-    """Rows of the dense or the MoE cases that fit, eager and compiled; of MoE ones also with all tokens on two experts."""
+    """Rows of the dense or the MoE cases that fit, eager and compiled; MoE ones also with all tokens on two experts."""
     cuda = torch.cuda.is_available()
     rows: list[harness.Row] = []
     done: set[str] = set()
     for case in cases or (CASES if cuda else TOY)[kind]:
         preset = case.partition(":")[0]
-        if preset in done:  # a smaller one of those that are there in case the larger does not fit
+        if preset in done:  # only a smaller fallback, and the larger one did fit
             continue
         config = model_config(case) if cuda else model_config(case, input_size=8)
         precision, batch = ("bf16", GLOBAL_BATCH) if cuda else ("fp32", 4)
@@ -86,7 +86,7 @@ def _measure_one(
 
 
 def release(training: Training) -> None:
-    """Let go of the GPU's memory."""
+    """Release the GPU's memory."""
     training.engine.deepspeed.destroy()
     del training.engine, training.network
     gc.collect()
@@ -110,7 +110,7 @@ def _row(case: str, what: str, training: Training, flops: float, rounds: int) ->
 
 
 def speed(flops: float, images: int, seconds: float) -> harness.Row:
-    """Images a second, MFU against the data sheet's peak where it is known, and the share of the measured matrix peak."""
+    """Images per second, MFU against the data sheet's peak where it is known, and the share of the measured matrix peak."""
     row: harness.Row = {"images_per_s": images / seconds}
     if torch.cuda.is_available():
         peak = data_sheet_peak(torch.cuda.get_device_name())
@@ -120,7 +120,7 @@ def speed(flops: float, images: int, seconds: float) -> harness.Row:
 
 
 def kernel_seconds(action: Callable[[], object]) -> float:
-    """Seconds in which some kernel runs on the GPU during one call: its wall time less the gaps."""
+    """Seconds in which a kernel runs on the GPU during one call: its wall time less the gaps."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
@@ -130,7 +130,7 @@ def kernel_seconds(action: Callable[[], object]) -> float:
 
 
 def gaps(profiler: Any) -> float:
-    """Seconds between a profile's first kernel and its last in which none runs."""
+    """Seconds without a running kernel between a profile's first kernel and its last."""
     intervals = list(_intervals(profiler))
     span = max(end for _, end in intervals) - min(start for start, _ in intervals)
     return (span - _union(iter(intervals))) / 1e6

@@ -41,7 +41,7 @@ class FolderFeatures:
     """`FOLDER/KEY.npy` of each sample (`KEY_mirrored.npy` of its mirror image), all of one shape [C, h, w]."""
 
     def __init__(self, folder: Path, reader: Reader) -> None:
-        """UserError if the folder holds none of the reader's samples."""
+        """Open the folder. UserError if it holds none of the reader's samples."""
         self._folder, self.name = folder, folder.resolve().name
         keys = reader.keys()
         first = next((key for key in keys if self._path(key).is_file()), None)
@@ -75,7 +75,7 @@ class FolderFeatures:
 
 
 def open_features(text: str, reader: Reader, root: Path, layout: Layout) -> Features:
-    """What `--features` names for the set of `reader` in `root`. UserError if there is no such thing."""
+    """The features that `--features` names for the set of `reader` in `root`. UserError if they do not exist."""
     if text in get_args(Kind):
         kind: Kind = "normals" if text == "normals" else "segments"
         return SceneFeatures(kind, SceneGeometry(root, reader.name), layout)
@@ -85,5 +85,5 @@ def open_features(text: str, reader: Reader, root: Path, layout: Layout) -> Feat
 
 
 def _frame(height: int, width: int, layout: Layout) -> Frame:
-    """How maps come to the size that is encoded; class images are cropped."""
+    """The frame that brings maps to the encoded size; class images are cropped."""
     return Frame(height, width, dataclasses.replace(layout, fit="crop") if layout.task == "class" else layout)

@@ -1,7 +1,7 @@
 """The encoding job: shards of a fixed list of keys, each written once by whoever gets to it, and the manifest of them all.
 
-Shard i is made of keys [i * S, (i + 1) * S). Beside the tars lies a record of each finished one; a shard without is made anew,
-so a job may be killed at any moment. Batches never cross shards: the bytes do not depend on who made what.
+Shard i is made of keys [i * S, (i + 1) * S). Each finished tar has a record beside it; a shard without one is made again,
+so a job may be killed at any time. Batches never cross shards: the bytes do not depend on who made what.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ from dpt.target_codes import DEPTH_CODE
 
 @dataclass(frozen=True, kw_only=True)
 class EncodingJob:
-    """What is encoded, and where to."""
+    """An encoding job: what it encodes, how, and where to."""
 
     reader: Reader
     encoder: BatchEncoder
@@ -35,21 +35,21 @@ class EncodingJob:
     split: str
     out: Path
     options: Mapping[str, Any] = field(default_factory=dict)
-    """The reader's own options that are not its defaults (`data_tools.readers.changed_options`)."""
+    """The reader's own options that differ from its defaults (`data_tools.readers.changed_options`)."""
     samples_per_shard: int = 1024
-    """Inputs of one shard (fewer samples if some cannot be read, twice as many if perception samples are mirrored too)."""
+    """Inputs per shard (fewer samples if some cannot be read, twice as many if perception samples are mirrored too)."""
     limit: int | None = None
     """Inputs to encode, the first in the order of the shards; None: all."""
     shuffle_seed: int | None = 0
     """Seed of the samples' order in the shards; None: the set's own order."""
     features: Features | None = None
-    """What is kept of each sample for hidden states to be aligned with (`dpt.training.feature_alignment`)."""
+    """Features kept of each sample, for aligning hidden states (`dpt.training.feature_alignment`)."""
     processes: int = 0
-    """Processes that read and prepare ahead of the VAE; 0: this one."""
+    """Processes that read and prepare ahead of the VAE; 0: this one does."""
     synthetic: bool = False
-    """The inputs are rendered scenes of ours."""
+    """Whether the inputs are our rendered scenes."""
     max_skipped_share: float = 0.01
-    """Unreadable inputs, as a share of all, above which the job fails."""
+    """Share of unreadable inputs above which the job fails."""
 
     def keys(self) -> list[str]:
         """The inputs in the order of the shards. UserError if there are none."""
@@ -61,9 +61,9 @@ class EncodingJob:
         return keys[: self.limit]
 
     def settings(self, keys: Sequence[str]) -> dict[str, Any]:
-        """All that the shards' bytes depend on: what jobs that share a folder must share too."""
+        """Everything that the shards' bytes depend on, which jobs that share a folder must share too."""
         codec, clip, layout = self.encoder.codec, self.encoder.clip, self.layout
-        # Linear depth is not recorded, as it was before there were other codes: jobs go on.
+        # Linear depth is not recorded, as before other codes existed, so that older jobs can resume.
         coded_depth = layout.task == "depth" and layout.depth_code != DEPTH_CODE
         found = self.features
         return {
@@ -91,7 +91,7 @@ class EncodingJob:
 
 
 def run(job: EncodingJob, part: int = 0, num_parts: int = 1) -> Manifest | None:
-    """Make every `num_parts`-th shard from the `part`-th on that is not there yet; the manifest, if now all are.
+    """Make every `num_parts`-th shard from the `part`-th on unless it exists; returns the manifest once all exist.
 
     UserError: nothing to encode, a folder of other shards, or more unreadable inputs than `max_skipped_share`.
     """
@@ -111,7 +111,7 @@ def run(job: EncodingJob, part: int = 0, num_parts: int = 1) -> Manifest | None:
 
 
 def finish(job: EncodingJob, missing_ok: bool = False) -> Manifest | None:
-    """The manifest out of the records of all shards; None if some are missing and that is `missing_ok`, else UserError."""
+    """Write the manifest from the records of all shards; if some are missing, None with `missing_ok`, else UserError."""
     keys = job.keys()
     records = Records(job.out)
     settings = job.settings(keys)
@@ -120,7 +120,7 @@ def finish(job: EncodingJob, missing_ok: bool = False) -> Manifest | None:
     numbers = range(-(-len(keys) // job.samples_per_shard))
     missing = [number for number in numbers if not records.done(number)]
     if missing:
-        if missing_ok:  # with a manifest, another job was the last and has cleared up
+        if missing_ok:  # if there is a manifest, another job finished last and cleaned up
             return _finished(job, records) if records.finished else None
         records.remove_if_unused()
         raise UserError(
@@ -187,7 +187,7 @@ def _check_unreadable(job: EncodingJob, unreadable: int, total: int, last: Unrea
 
 
 class _Writer:
-    """Writes encoded samples into the shard that was begun; called by the encoder's thread."""
+    """Writes encoded samples into the current shard; called by the encoder's thread."""
 
     def __init__(self, job: EncodingJob, records: Records, bar: Progress[Any] | None) -> None:
         self._job, self._records, self._bar = job, records, bar

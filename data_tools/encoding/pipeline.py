@@ -1,7 +1,7 @@
-"""The VAE at work: images of many samples in batches of one size, results written by a thread of its own.
+"""Run the VAE on images of many samples in batches of one size; a separate thread writes the results.
 
-Nothing waits for anything longer than it must: samples are read ahead by processes, the next batch is on its way to the device
-while one is encoded, and results come back and are written while the next ones are made.
+The stages overlap: samples are read ahead by processes, the next batch is on its way to the device while one is encoded,
+and results come back and are written while the next ones are made.
 """
 
 from collections import deque
@@ -28,9 +28,9 @@ _QUEUED = 8
 class BatchEncoder:
     """A VAE (and an image tower) on its device, fed batches of exactly `batch_size` images.
 
-    Results are the same whatever is encoded together. On a GPU batches of one size, padded with zeros where a shard ends, keep
+    Results do not depend on what is encoded together. On a GPU batches of one size, padded with zeros where a shard ends, keep
     its kernels the same. On a CPU every image is encoded by one thread, as many at once as torch has threads: sums that several
-    threads share would come out in another order with another number of them.
+    threads share would depend on their number.
     """
 
     def __init__(self, codec: VAECodec, batch_size: int, clip: ClipEncoder | None = None) -> None:
@@ -49,13 +49,13 @@ class BatchEncoder:
         return Pending(self.codec.encode(self._upload(images, self.batch_size))[: len(images)].half())
 
     def _each(self, action: Callable[[Any], Tensor], items: Sequence[Any]) -> list[Tensor]:
-        """`action` of each item, by one thread each."""
+        """Apply `action` to each item, one thread per item."""
         if self._threads is None:  # not before the processes that read ahead have been forked
             self._threads = ThreadPoolExecutor(torch.get_num_threads(), initializer=torch.set_num_threads, initargs=(1,))
         return list(self._threads.map(action, items))
 
     def _upload(self, images: Sequence[NDArray[Any]], size: int) -> Tensor:
-        """The images on the device, float32 `[size, 3, H, W]` in [-1, 1]. As uint8 on the way if all are."""
+        """The images on the device, float32 `[size, 3, H, W]` in [-1, 1]. Uploaded as uint8 if all are."""
         as_bytes = all(image.dtype == np.uint8 for image in images)
         if not as_bytes:
             images = [image if image.dtype == np.float32 else tasks.image_to_float(image) for image in images]
@@ -96,19 +96,19 @@ class Pending:
             self._host = value
 
     def get(self) -> NDArray[Any]:
-        """The result, waited for."""
+        """Wait for the result and return it."""
         if self._event is not None:
             self._event.synchronize()
         return self._host.numpy()
 
 
 Place = tuple[Pending, int]
-"""A batch on its way, and the number of a result in it."""
+"""A batch on its way, and the index of a result in it."""
 
 
 @dataclass(kw_only=True)
 class Encoded:
-    """A sample and the places of its results, as far as they are under way."""
+    """A sample and the places of those of its results that are under way."""
 
     sample: Prepared
     moments: dict[str, list[Place]]
@@ -117,13 +117,13 @@ class Encoded:
     clip: list[Place] = field(default_factory=list)
 
     def is_under_way(self) -> bool:
-        """Whether all results are."""
+        """Whether all its results are under way."""
         images = self.sample.images
         whole = all(len(places) == len(images[name]) for name, places in self.moments.items())
         return whole and len(self.clip) == (self.sample.visible is not None)
 
     def members(self) -> dict[str, NDArray[Any]]:
-        """All its members, waited for."""
+        """Wait for all its members and return them."""
         members = dict(self.sample.arrays)
         for pending, number in self.clip:
             members["clip"] = pending.get()[number]
@@ -138,9 +138,9 @@ class Encoded:
 
 
 class SampleEncoder:
-    """Takes samples, gives them encoded and in order to `deliver`, which a thread of its own calls.
+    """Encodes samples and passes them in order to `deliver`, which a separate thread calls.
 
-    What that thread raises is raised by a later call here; it does nothing any more then.
+    An exception in that thread is raised by a later call here; the thread then does nothing more.
     """
 
     def __init__(self, encoder: BatchEncoder, deliver: Callable[[Encoded], None]) -> None:
@@ -148,10 +148,10 @@ class SampleEncoder:
         self._images: list[tuple[list[Place], NDArray[Any]]] = []
         self._pictures: list[tuple[list[Place], NDArray[Any]]] = []
         self._samples: deque[Encoded] = deque()
-        """Those whose results are not all under way, and what came after them."""
+        """Samples whose results are not all under way, and all that came after them."""
         self._thread = Workers(1, "write shards")
         self._calls: deque[Future[None]] = deque()
-        """Those that the thread has not been seen to end."""
+        """Calls not yet known to have ended in the thread."""
         self._stopped = False
 
     def add(self, sample: Prepared) -> None:
@@ -197,7 +197,7 @@ class SampleEncoder:
         self._thread.close()
 
     def _start(self, waiting: list[tuple[list[Place], NDArray[Any]]], compute: Callable[[list[Any]], Pending]) -> None:
-        """Let a batch be computed, and the thread take the samples that need nothing else."""
+        """Start computing a batch, and hand the thread the samples that need nothing else."""
         pending = compute([image for _, image in waiting])
         for number, (places, _) in enumerate(waiting):
             places.append((pending, number))
@@ -211,7 +211,7 @@ class SampleEncoder:
         self._calls.append(self._thread.submit(self._run, action))
 
     def _run(self, action: Callable[[], None]) -> None:
-        """Called by the thread."""
+        """Run `action` in the thread, unless stopped; stop if it fails."""
         if self._stopped:
             return
         try:

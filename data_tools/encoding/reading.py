@@ -57,9 +57,9 @@ def _converted(sample: Prepared, convert: Any) -> Prepared:
 def read_ahead(
     reader: Reader, layout: Layout, keys: Sequence[str], processes: int, ahead: int, features: Features | None = None
 ) -> Generator[list[Prepared] | Unread]:
-    """For each key in order, its samples (two where mirrored) or why it has none.
+    """Yield each key's samples (two where mirrored) in order, or why it has none.
 
-    Read by `processes`, which together are about `ahead` keys ahead; 0: read here, when asked.
+    `processes` processes read about `ahead` keys ahead between them; 0: read here, on demand.
     """
     if processes == 0:
         dataset = _Keys(reader, layout, keys, shared=False, features=features)

@@ -1,4 +1,4 @@
-"""What a job leaves beside its shards until all are there: one record a shard, and the settings that all must share."""
+"""Records that a job keeps beside its shards until all exist: one per shard, and the settings that all must share."""
 
 import contextlib
 import dataclasses
@@ -22,15 +22,15 @@ _FOLDER = ".records"
 
 @dataclass(kw_only=True)
 class Description:
-    """What is in a shard, or in several: members with their shapes, sums over latents, inputs without a sample."""
+    """Contents of one or more shards: members with their shapes, sums over latents, inputs without a sample."""
 
     members: dict[str, MemberSpec] = field(default_factory=dict)
     sums: dict[str, NDArray[np.float64]] = field(default_factory=dict)
-    """Of the posterior means of each member of latents, by channel: count, sum, sum of squares; `[3, C]`."""
+    """Count, sum and sum of squares of the posterior means of each member of latents, by channel: `[3, C]`."""
     unread: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, arrays: dict[str, NDArray[Any]]) -> None:
-        """Take in the arrays of one sample."""
+        """Add the arrays of one sample."""
         for name, array in arrays.items():
             self._add_member(name, MemberSpec(dtype=array.dtype.name, shape=array.shape))
             if "latents" in name:
@@ -40,7 +40,7 @@ class Description:
                 self._add_sums(name, part)
 
     def merge(self, other: "Description") -> None:
-        """Take in another shard's."""
+        """Add another shard's."""
         for name, spec in other.members.items():
             self._add_member(name, spec)
         for name, sums in other.sums.items():
@@ -78,20 +78,20 @@ class Records:
         self.out, self.folder = out, out / _FOLDER
         self._settings = self.folder / "settings.json"
         self._held: IO[str] | None = None
-        """The settings, locked together with the jobs beside this one."""
+        """The settings file, under a lock shared with concurrent jobs."""
 
     @property
     def finished(self) -> bool:
-        """Whether the set has its manifest. To be asked after records have been found missing: they go when it has come."""
+        """Whether the set has its manifest. Ask after finding records missing: they are removed once it exists."""
         return (self.out / MANIFEST_NAME).exists()
 
     def claim(self, settings: dict[str, Any]) -> bool:
-        """Make the folder, for shards of these settings, or join the jobs that have. Returns whether it holds them all already.
+        """Make the folder for shards of these settings, or join the jobs that have. Returns whether all shards exist already.
 
         UserError if it holds shards of other settings, or something else.
         """
         wanted = json.loads(json.dumps(settings))
-        # In this order: other jobs make the settings before anything else, and remove them after the manifest has come.
+        # In this order: other jobs make the settings before anything else, and remove them once the manifest exists.
         begun = self._settings.exists()
         other = self.out.exists() and (not self.out.is_dir() or any(p.name != _FOLDER for p in self.out.iterdir()))
         if self.finished:
@@ -109,7 +109,7 @@ class Records:
         """Make the settings, unless another job is first."""
         self.folder.mkdir(parents=True, exist_ok=True)
         mine = self.folder / f".{uuid.uuid4().hex}.part"
-        with contextlib.suppress(FileNotFoundError):  # the folder was removed by a job that made nothing
+        with contextlib.suppress(FileNotFoundError):  # a job that made nothing removed the folder
             mine.write_text(text, encoding="utf-8")
             try:
                 os.link(mine, self._settings)
@@ -120,10 +120,10 @@ class Records:
             mine.unlink(missing_ok=True)
 
     def _join(self) -> bool:
-        """Whether the settings are there, which are then locked: no job that fails removes them under another."""
+        """Lock the settings, so that no failing job removes them under another; returns whether they exist."""
         try:
             try:
-                self._held = self._settings.open("r+", encoding="utf-8")  # some file systems lock no others
+                self._held = self._settings.open("r+", encoding="utf-8")  # some file systems lock only writable files
             except PermissionError:  # another user's
                 self._held = self._settings.open(encoding="utf-8")
             with contextlib.suppress(OSError):  # a file system without locks, or a job that is about to remove them
@@ -142,11 +142,11 @@ class Records:
         return self.folder / f"{number:06d}.json"
 
     def done(self, number: int) -> bool:
-        """Whether shard `number` is finished (it may hold no samples, then there is no tar)."""
+        """Whether shard `number` is finished (there is no tar if it holds no samples)."""
         return self._path(number).exists()
 
     def write(self, number: int, shard: ShardRecord | None, description: Description) -> None:
-        """Note that shard `number` is finished."""
+        """Record that shard `number` is finished."""
         content = {
             "shard": None if shard is None else dataclasses.asdict(shard),
             "members": {name: dataclasses.asdict(spec) for name, spec in description.members.items()},

@@ -28,12 +28,12 @@ class Layout:
     mirrored: bool = False
     """Encode every sample mirrored too: a second member of a class sample, a second sample of a perception set."""
     evaluation: bool = False
-    """Keep the input and the truth at their own size."""
+    """Keep the input and the truth at their original size."""
     prompt: Prompt = "all_valid"
     """Depth's second condition: an all-valid mask, the ground truth's (as the paper's released code), or none."""
     fit: How = "stretch"
-    """Perception inputs to `resolution`: both sides stretched to the square, its centre cropped, the whole padded, or none of
-    these: the aspect kept, sides rounded to two latents (16 pixels behind an 8x VAE)."""
+    """Perception inputs' fit to `resolution`: both sides stretched to the square, its centre cropped, the whole padded, or none
+    of these: the aspect kept, sides rounded to two latents (16 pixels behind an 8x VAE)."""
     depth_code: str = target_codes.DEPTH_CODE
     """How depth becomes images: one of `target_codes.DEPTH_CODES`."""
     flow_code: str = target_codes.FLOW_CODE
@@ -58,7 +58,7 @@ class Prepared:
 
 
 class Features(Protocol):
-    """Where the features of samples come from (`data_tools.encoding.features`)."""
+    """Source of the features of samples (`data_tools.encoding.features`)."""
 
     name: str
     channels: int
@@ -66,13 +66,13 @@ class Features(Protocol):
     """Rows and columns of a sample's features."""
 
     def __call__(self, key: str, layout: Layout, *, mirrored: bool) -> NDArray[np.float16]:
-        """Of the sample `key`, or of its mirror image: float16 `[channels, *grid]`. ReadError if there are none."""
+        """Features of the sample `key`, or of its mirror image: float16 `[channels, *grid]`. ReadError if there are none."""
         ...
 
 
 def prepare(sample: Sample, layout: Layout, features: Features | None = None) -> list[Prepared]:
-    """A sample (and its mirror image, if asked for) resized, with its truth as target images, and features if there are to be
-    any. ReadError if it has none."""
+    """A sample (and its mirror image, if asked for) resized, with its truth as target images, and its `features` if given.
+    ReadError if it has none of those."""
     if layout.task == "class":
         found = [_prepare_class(sample, layout)]
     else:
@@ -88,7 +88,7 @@ def prepare(sample: Sample, layout: Layout, features: Features | None = None) ->
 
 
 def mirror(sample: Sample, task: str) -> Sample:
-    """The sample as seen in a mirror, under a key of its own."""
+    """The sample mirrored, under its own key."""
     mirrored_truth = tasks.task_spec(task).mirror
 
     def flipped(values: Any, axis: int = -1) -> Any:
@@ -184,7 +184,7 @@ def _prepare_perception(sample: Sample, layout: Layout) -> Prepared:
 
 
 class Frame:
-    """How maps of one size come to the size that is encoded."""
+    """Brings maps of one size to the encoded size."""
 
     def __init__(self, height: int, width: int, layout: Layout) -> None:
         side = layout.resolution
@@ -210,15 +210,15 @@ class Frame:
         return np.pad(values, [(0, 0)] * (values.ndim - 2) + [(0, rows), (0, cols)], constant_values=fill)
 
     def image(self, image: NDArray[np.uint8], fill: int = 0) -> NDArray[np.uint8]:
-        """uint8 [H, W, 3], resized smoothly."""
+        """An image uint8 [H, W, 3], resized smoothly."""
         part = np.moveaxis(self._part(np.moveaxis(image, -1, 0)), 0, -1)
         resized = tasks.resize_image(np.ascontiguousarray(part), self.size)
         return np.ascontiguousarray(np.moveaxis(self._padded(np.moveaxis(resized, -1, 0), fill), 0, -1))
 
     def nearest(self, values: NDArray[Any]) -> NDArray[Any]:
-        """[..., H, W], no values mixed; 0 where padded."""
+        """Maps [..., H, W], resized without mixing values; 0 where padded."""
         return self._padded(tasks.resize_nearest(self._part(values), self.size), 0)
 
     def flow(self, flow: NDArray[np.float32], smooth: bool) -> NDArray[np.float32]:
-        """[2, H, W], in pixels of the new size; 0 where padded."""
+        """Flow [2, H, W], in pixels of the new size; 0 where padded."""
         return self._padded(tasks.resize_flow(self._part(flow), self.size, smooth=smooth), 0)

@@ -56,7 +56,7 @@ class ShardWriter:
         taken = False
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Another process may have given it the shard's name meanwhile: what is locked here is finished then.
+            # Another process may have given it the shard's name meanwhile: then what is locked here is finished.
             taken = not os.path.samestat(os.fstat(descriptor), self._temporary.stat())
         except (BlockingIOError, FileNotFoundError):
             taken = True
@@ -69,7 +69,7 @@ class ShardWriter:
         return os.fdopen(descriptor, "wb", buffering=1 << 20)
 
     def add(self, key: str, members: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> None:
-        """Append one sample. `key` as by `shard_key`; `members`: arrays of the documented names and dtypes."""
+        """Append one sample. `key`: from `shard_key`; `members`: arrays of the documented names and dtypes."""
         assert set(members) <= set(MEMBER_ORDER), f"unknown members {set(members) - set(MEMBER_ORDER)}"
         for name in MEMBER_ORDER:
             if name in members:

@@ -18,7 +18,7 @@ _UNKNOWN = (slice(0, 1), slice(0, 20))
 
 
 def hypersim(root: Path, samples: int, seed: int) -> None:
-    """The owners' HDF5 frames, a scene a split, and their split table."""
+    """The owners' HDF5 frames, one scene per split, and their split table."""
     rows = ["scene_name,camera_name,frame_id,included_in_public_release,exclude_reason,split_partition_name"]
     entity = np.ones((HEIGHT, WIDTH), np.int32)
     entity[_UNKNOWN] = -1
@@ -34,7 +34,7 @@ def hypersim(root: Path, samples: int, seed: int) -> None:
 def hypersim_frame(
     scene: Path, frame: int, color: NDArray[np.floating], distance: NDArray[np.floating], entity: NDArray[np.integer]
 ) -> None:
-    """One raw frame: linear colours [H, W, 3], distances to the camera's centre [H, W] in metres, ids of things [H, W]."""
+    """One raw frame: linear colours [H, W, 3], distances to the camera's centre [H, W] in metres, object ids [H, W]."""
     geometry = scene / "images" / f"scene_{_CAMERA}_geometry_hdf5"
     save_hdf5(
         scene / "images" / f"scene_{_CAMERA}_final_hdf5" / f"frame.{frame:04d}.color.hdf5", dataset=color.astype(np.float16)

@@ -33,7 +33,7 @@ def imagenet(root: Path, samples: int, seed: int) -> None:
 
 
 def image_folder(root: Path, samples: int, seed: int) -> None:
-    """Pictures in a folder a class, without splits."""
+    """Pictures in one folder per class, without splits."""
     for number, truth in enumerate(scenes(seed, "train", samples)):
         save(root / truth.class_name / f"{number}.png", truth.image)
 
@@ -71,7 +71,7 @@ def mp3d_amodal(root: Path, samples: int, seed: int) -> None:
 
 
 def amodal_annotations(names: list[str], regions: list[list[dict[str, Any]]]) -> dict[str, Any]:
-    """COCO-A's structure: a picture's file name and its regions each, ids counted from 42."""
+    """COCO-A's structure: each picture's file name and regions, ids counted from 42."""
     ids = range(42, 42 + len(names))
     images = [{"id": id_, "file_name": name, "height": HEIGHT, "width": WIDTH} for id_, name in zip(ids, names, strict=True)]
     annotations = [{"image_id": id_, "regions": each} for id_, each in zip(ids, regions, strict=True)]
@@ -88,7 +88,7 @@ def outline(mask: NDArray[np.bool_]) -> list[float]:
 
 
 def _regions(truth: SceneTruth, whole: Any) -> list[dict[str, Any]]:
-    """The hidden object, an object that nothing hides, and a thing without shape."""
+    """The hidden object, an object that nothing hides, and stuff (a wall)."""
     corner = [0.0, 0.0, 9.0, 0.0, 9.0, 9.0, 0.0, 9.0]
     visible = encode_rle(truth.visible_mask)
     return [
@@ -99,7 +99,7 @@ def _regions(truth: SceneTruth, whole: Any) -> list[dict[str, Any]]:
 
 
 def _write_task(root: Path, task: str, truths: dict[str, list[SceneTruth]]) -> None:
-    """Scenes in the layout that `data_tools.synthesis` gives a task, whose folder bears the set's name as `root` does."""
+    """Scenes in the layout that `data_tools.synthesis` gives a task; its folder is named after the set, as `root` is."""
     members = [(split, truth) for split, truths_of_split in truths.items() for truth in truths_of_split]
     for number, (split, truth) in enumerate(members):
         write_scene(root.parent, (task,), split, number, truth)

@@ -11,13 +11,13 @@ from data_tools.synthesis.generation import make_scene
 from data_tools.synthesis.rendering import SceneTruth, render
 
 WIDTH, HEIGHT = 64, 48
-"""Of every picture but pix2gestalt's, which are square."""
+"""Size of every picture except pix2gestalt's, which are square."""
 _LEAST_SEEN = 12
-"""Pixels of the hidden object that a picture shows at least."""
+"""Least number of the hidden object's pixels that a picture shows."""
 
 
 def scenes(seed: int, split: str, count: int) -> list[SceneTruth]:
-    """Scenes of WIDTH x HEIGHT pixels, in each of which a partly hidden object is seen."""
+    """Scenes of WIDTH x HEIGHT pixels, each showing a partly hidden object."""
     shown = (_cut(truth) for truth in square_scenes(seed, split))
     return list(itertools.islice((truth for truth in shown if truth.visible_mask.sum() >= _LEAST_SEEN), count))
 

@@ -1,4 +1,4 @@
-"""Every set that can be read, written tiny in its native layout."""
+"""Write a tiny version of every set that can be read, in its native layout."""
 
 import os
 import shutil
@@ -23,17 +23,17 @@ WRITERS: dict[str, Callable[[Path, int, int], None]] = {
     "pix2gestalt": pictures.pix2gestalt,
     "scannet": depth.scannet,
 }
-"""Data set, as readers call it: what writes it, called with its root (a folder of that name), the samples of each split and
+"""Writer of each data set, by its reader's name; called with its root (a folder of that name), the samples of each split and
 the seed."""
 
 
 def write_sets(out: Path, names: Sequence[str] = (), *, samples: int = 4, seed: int = 0) -> list[Path]:
     """Write sets (all, if none is named), each to the folder of its name in `out`; returns those folders.
 
-    The same arguments write the same samples. A set appears under its name when it is complete.
+    The same arguments write the same samples. A set appears under its name once it is complete.
 
     Raises:
-        UserError: an unknown set, a negative seed, or a folder that holds something already.
+        UserError: an unknown set, a negative seed, or a folder that already holds something.
     """
     names = list(dict.fromkeys(names)) or list(WRITERS)
     for name in names:
@@ -49,5 +49,5 @@ def write_sets(out: Path, names: Sequence[str] = (), *, samples: int = 4, seed: 
         WRITERS[name](partial / name, samples, seed)
         os.replace(partial / name, root)
     partial.rmdir()
-    (out / SYNTHESIS).write_text('{"generator": "data_tools.native"}\n', encoding="utf-8")  # what encoded shards say
+    (out / SYNTHESIS).write_text('{"generator": "data_tools.native"}\n', encoding="utf-8")  # recorded in encoded shards
     return roots

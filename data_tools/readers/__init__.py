@@ -1,4 +1,4 @@
-"""Readers of the data sets, each as its owners publish it. A further set is one file and one line here (docs/readers.md)."""
+"""Readers of the data sets, each as its owners publish it. Adding a set takes one file and one line here (docs/readers.md)."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -48,11 +48,11 @@ READERS: dict[str, Callable[..., Reader]] = {
     "pix2gestalt": Pix2Gestalt,
     "scannet": ScanNet,
 }
-"""Data set: what opens it, called with root, split and the set's own options by name."""
+"""Opener of each data set, called with root, split and the set's own options by name."""
 
 
 def register_reader(name: str, opener: Callable[..., Reader]) -> None:
-    """Add a data set: `opener(root, split, **options)` gives its reader. UserError if the name is taken."""
+    """Add a data set: `opener(root, split, **options)` returns its reader. UserError if the name is taken."""
     if name in READERS:
         raise UserError(f"data set {name!r} is there already; choose another name.")
     READERS[name] = opener
@@ -69,10 +69,10 @@ def open_reader(name: str, root: Path | str, split: str, **options: Any) -> Read
 
 
 def parse_options(name: str, texts: Mapping[str, str]) -> dict[str, Any]:
-    """Options of the reader `name` from text, each of the type that the reader's signature gives it.
+    """Options of the reader `name` from text, each converted to its type in the reader's signature.
 
     Raises:
-        UserError: an unknown set or option, or text that is no value of its type.
+        UserError: an unknown set or option, or text that is not a value of its type.
     """
     _check_options(name, texts)
     opener = READERS[name]

@@ -1,4 +1,4 @@
-"""What a reader of a data set is, and what it delivers."""
+"""The interface of data set readers, and the samples that they deliver."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -12,20 +12,20 @@ from numpy.typing import NDArray
 from dpt.errors import UserError
 
 Task = Literal["class", "depth", "flow", "amodal"] | str
-"""The last: one that `dpt.tasks.register_task` has added."""
+"""A built-in task, or the name of one that `dpt.tasks.register_task` has added."""
 
 
 SYNTHESIS = "synthesis.json"
-"""The file that tells rendered scenes of ours from the set whose layout they have: in its root, or beside the root."""
+"""File that distinguishes our rendered scenes from the set whose layout they have: in the root, or beside it."""
 
 
 def is_synthetic(root: Path) -> bool:
-    """Whether `root` holds rendered scenes of ours."""
+    """Whether `root` holds our rendered scenes."""
     return any((folder / SYNTHESIS).is_file() for folder in (root, root.absolute().parent))
 
 
 class ReadError(Exception):
-    """One sample that cannot be read: skipped, listed and counted, not the end of a job."""
+    """One sample that cannot be read: skipped, listed and counted, without ending the job."""
 
     def __init__(self, key: str, path: Path, reason: str) -> None:
         super().__init__(key, path, reason)
@@ -36,7 +36,7 @@ class ReadError(Exception):
 
 
 class Excluded(ReadError):
-    """A sound sample that the data set's own filter leaves out (it says nothing against the files)."""
+    """A sound sample that the data set's own filter leaves out (nothing is wrong with its files)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +66,7 @@ class Sample:
     whole: NDArray[np.uint8] | None = None
     """uint8 [H, W, 3], the whole object on white, where the set has one."""
     meta: dict[str, Any] = field(default_factory=dict)
-    """"source": path within the set, and what else the set tells (JSON types)."""
+    """"source": path within the set, and whatever else the set provides (JSON types)."""
 
     def __post_init__(self) -> None:
         size = self.images[0].shape[:2]
@@ -89,9 +89,9 @@ class Reader(Protocol):
     name: str
     task: Task
     version: int = 1
-    """Counts up whenever the same files would give other samples."""
+    """Incremented whenever the same files would give different samples."""
     class_names: tuple[str, ...] = ()
-    """By label, for task "class"; empty otherwise, and where a set does not name its classes."""
+    """Class names by label, for task "class"; empty otherwise, and where a set does not name its classes."""
 
     def keys(self) -> list[str]:
         """All samples, in an order that depends on nothing but the set."""
@@ -108,7 +108,7 @@ class Reader(Protocol):
 
 @contextmanager
 def reading(key: str, path: Path) -> Iterator[None]:
-    """Turn what goes wrong while reading `path` into a ReadError of sample `key`."""
+    """Turn any exception while reading `path` into a ReadError of sample `key`."""
     try:
         yield
     except ReadError:
@@ -126,7 +126,7 @@ def check_split(name: str, split: str, known: tuple[str, ...]) -> None:
 
 
 def first_existing(paths: Iterable[Path]) -> Path | None:
-    """The first file or folder that is there."""
+    """The first file or folder that exists."""
     return next((path for path in paths if path.exists()), None)
 
 

@@ -9,7 +9,7 @@ from data_tools.readers.listed import Entry, ListedDepth
 
 
 class DIODE(ListedDepth):
-    """Also without a list: every `X.png` beside an `X_depth.npy`, indoors and outdoors."""
+    """Works without a list too: every `X.png` beside an `X_depth.npy`, indoors and outdoors."""
 
     name = "diode"
     splits = ("val", "test", "train")

@@ -9,7 +9,7 @@ from data_tools.readers.listed import Entry, ListedDepth
 
 
 class ETH3D(ListedDepth):
-    """Also without a list: every picture of `dslr_jpg` beside its file of `dslr_depth`, as the archives unpack."""
+    """Works without a list too: every picture of `dslr_jpg` beside its file of `dslr_depth`, as the archives unpack."""
 
     name = "eth3d"
     splits = ("test", "val", "train")

@@ -40,7 +40,7 @@ def mask_image(mask: NDArray[np.bool_]) -> NDArray[np.uint8]:
 def known_depth(
     depth: NDArray[np.float32], valid: NDArray[np.bool_] | np.bool_ = np.True_
 ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """Depth [H, W] with 0 where it is unknown, and where it is known: where it is `valid`, finite and positive."""
+    """Depth [H, W], 0 where unknown, and the mask of where it is known: `valid`, finite and positive."""
     known = valid & np.isfinite(depth) & (depth > 0)
     return np.where(known, depth, np.float32(0)), known
 
@@ -49,7 +49,7 @@ def read_lines(path: Path) -> list[str]:
     """The non-empty lines of a text file.
 
     Raises:
-        UserError: it is missing or no text.
+        UserError: it is missing or not text.
     """
     try:
         return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
@@ -58,6 +58,6 @@ def read_lines(path: Path) -> list[str]:
 
 
 def find_images(folder: Path) -> list[Path]:
-    """All picture files under a folder, sorted by path; by name alone, for a million files are slow to ask one by one."""
+    """All picture files under a folder, sorted by path; by name alone, as checking a million files one by one is slow."""
     places = ((Path(place), names) for place, _, names in os.walk(folder, followlinks=True))
     return sorted(place / name for place, names in places for name in names if name.lower().endswith(IMAGE_SUFFIXES))

@@ -13,9 +13,9 @@ from dpt.errors import UserError
 
 SPLIT_TABLE = "metadata_images_split_scene_v1.csv"
 FOCAL, FOCAL_WIDTH = 886.81, 1024
-"""Focal length in pixels of the pictures of this width."""
+"""Focal length, and the picture width that it holds for, in pixels."""
 FARTHEST = 65.535
-"""Metres that a 16-bit PNG in millimetres can hold."""
+"""Greatest depth in metres that a 16-bit PNG in millimetres can hold."""
 MIN_DEPTH_RANGE, MIN_RGB_RANGE, MAX_INVALID = 0.5, 10, 0.03
 _SPLITS = ("train", "val", "test")
 
@@ -36,7 +36,7 @@ class HypersimPNG(ListedDepth):
 
 
 class HypersimHDF5(Reader):
-    """Raw frames: distance made depth, colours tone-mapped, and frames that teach nothing left out.
+    """Raw frames: distance converted to depth, colours tone-mapped, and uninformative frames left out.
 
     Args:
         root: folder that holds the scenes (ai_VVV_NNN/) and the split table.
@@ -89,7 +89,7 @@ class HypersimHDF5(Reader):
 
     @staticmethod
     def _dullness(rgb: NDArray[np.uint8], depth: NDArray[np.float32], rendered: NDArray[np.bool_]) -> str:
-        """Why a frame is left out; empty: it is not. Depth's range counts invalid pixels as 0."""
+        """Reason for leaving a frame out; empty: none. Depth's range counts invalid pixels as 0."""
         if float(np.ptp(depth)) < MIN_DEPTH_RANGE:
             return f"depth spans {np.ptp(depth):.2f} m, less than {MIN_DEPTH_RANGE}"
         if int(rgb.max()) - int(rgb.min()) < MIN_RGB_RANGE:

@@ -17,13 +17,13 @@ LAYOUT = (
     "LOC_val_solution.csv or the devkit, ILSVRC/Data/CLS-LOC/SPLIT, data/SPLIT-*.parquet, or WebDataset tars *SPLIT*.tar"
 )
 Entry = tuple[str, Path | TarMember]
-"""Class, and where the picture is."""
+"""Class and location of a picture."""
 
 
 class ImageNet(Reader):
     """Pictures whose class is the folder or the tar they are in, or (official val) comes from a list.
 
-    Labels number the sorted class names: those of `train` where it is there, so that splits agree.
+    Labels number the sorted class names: those of `train` where it exists, so that splits agree.
     """
 
     name = "imagenet"
@@ -57,7 +57,7 @@ class ImageNet(Reader):
 class ImageNetWebDataset(Reader):
     """Tars of KEY.jpg (or .jpeg, .png) beside KEY.cls, a label in digits.
 
-    class_names.txt in the root, if it is there, gives the names in label order.
+    class_names.txt in the root, if it exists, gives the names in label order.
     """
 
     name = "imagenet"

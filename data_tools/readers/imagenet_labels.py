@@ -14,7 +14,7 @@ def validation_classes(root: Path) -> dict[str, str]:
     """Picture (ILSVRC2012_val_NNNNNNNN) -> WordNet id, from Kaggle's list or the development kit in the root.
 
     Raises:
-        UserError: neither is there, or it does not read.
+        UserError: neither exists, or it cannot be read.
     """
     if (root / SOLUTION).is_file():
         with (root / SOLUTION).open(newline="", encoding="utf-8") as file:

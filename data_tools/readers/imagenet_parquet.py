@@ -21,7 +21,7 @@ def parquet_files(root: Path, split: str) -> list[Path]:
 
 
 class ImageNetParquet(Reader):
-    """Keys name a file and a row. The row group that holds a sample is read whole and kept until another one is asked for."""
+    """Keys name a file and a row. The row group that holds a sample is read whole and kept until another is needed."""
 
     name = "imagenet"
     task = "class"
@@ -60,7 +60,7 @@ class ImageNetParquet(Reader):
 
 
 def labelled(key: str, picture: bytes, label: int, class_names: tuple[str, ...], source: str) -> Sample:
-    """A picture file with its label. ValueError if it does not decode, or is of none of the classes that have names."""
+    """A picture file with its label. ValueError if it does not decode, or its label is not among the named classes."""
     if label < 0 or (class_names and label >= len(class_names)):
         raise ValueError(f"label {label} is none of the {len(class_names)} classes")
     class_name = class_names[label] if class_names else None
@@ -68,7 +68,7 @@ def labelled(key: str, picture: bytes, label: int, class_names: tuple[str, ...],
 
 
 def _class_names(schema: pa.Schema) -> tuple[str, ...]:
-    """The label's names that `datasets` keeps in the file's metadata; empty if it has none."""
+    """The label names that `datasets` keeps in the file's metadata; empty if it has none."""
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
         return tuple(str(name) for name in features["label"]["names"])

@@ -1,4 +1,4 @@
-"""Depth sets whose samples a text file lists, `RGB DEPTH ...` a line with paths relative to the set (as Marigold's)."""
+"""Depth sets with samples listed in a text file, one `RGB DEPTH ...` per line, paths relative to the set (as Marigold's)."""
 
 from pathlib import Path
 
@@ -10,11 +10,11 @@ from data_tools.readers.files import known_depth, read_lines, read_png16, read_r
 from dpt.errors import UserError
 
 Entry = tuple[str, ...]
-"""Paths of one sample relative to the set: picture, depth, and what else its line names."""
+"""Paths of one sample relative to the set: picture, depth, and whatever else its line names."""
 
 
 class ListedDepth(Reader):
-    """Base of such readers: a subclass names its set and where things are, and decodes depth unless it is a 16-bit PNG.
+    """Base class of such readers: a subclass names its set and where things are, and decodes depth unless it is a 16-bit PNG.
 
     Args:
         root: folder of the set.
@@ -25,13 +25,13 @@ class ListedDepth(Reader):
     task = "depth"
     splits: tuple[str, ...] = ("test", "val")
     lists: tuple[str, ...] = ()
-    """Where the list may be under the root; {split} is filled in."""
+    """Paths under the root where the list may be; {split} is filled in."""
     folders: tuple[str, ...] = ("",)
     """Folders under the root to which paths may be relative; {split} is filled in."""
     layout: str
-    """What the root should hold, for the error message."""
+    """Expected contents of the root, for the error message."""
     units_per_metre: float = 1000.0
-    """Of 16-bit PNG depth."""
+    """Units per metre of 16-bit PNG depth."""
 
     def __init__(self, root: Path | str, split: str, *, filename_list: str = "") -> None:
         check_split(self.name, split, self.splits)
@@ -59,7 +59,7 @@ class ListedDepth(Reader):
             return Sample(key=key, images=(self.match(rgb, depth),), depth=depth, valid=valid, meta={"source": entry[0]})
 
     def walk(self) -> list[Entry]:
-        """Entries found without a list; sets that cannot do without say so."""
+        """Entries found without a list; UserError for sets that need one."""
         raise wrong_root(self.name, self.root, self.layout)
 
     def decode(self, path: Path, entry: Entry, rgb: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
@@ -68,7 +68,7 @@ class ListedDepth(Reader):
         return depth, np.ones(depth.shape, np.bool_)
 
     def match(self, rgb: NDArray[np.uint8], depth: NDArray[np.float32]) -> NDArray[np.uint8]:
-        """The picture at the depth map's size, where a set stores them at two."""
+        """The picture at the depth map's size, where a set stores the two at different sizes."""
         return rgb
 
     def locate(self, relative: str) -> Path:

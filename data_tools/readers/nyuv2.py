@@ -51,7 +51,7 @@ class NYUv2Mat(Reader):
 
 
 def open_nyuv2(root: Path | str, split: str, *, filename_list: str = "") -> Reader:
-    """The .mat files if they are there, otherwise the extracted pictures."""
+    """The .mat files if they exist, otherwise the extracted pictures."""
     if not filename_list and (Path(root) / LABELED).is_file() and (Path(root) / SPLITS).is_file():
         return NYUv2Mat(root, split)
     return NYUv2PNG(root, split, filename_list=filename_list)

@@ -7,15 +7,15 @@ from data_tools.readers.files import mask_image, read_lines, read_rgb
 from dpt.pictures import decode_mask
 
 _SUFFIXES = {"occlusion": "occlusion", "whole": "whole", "whole_mask": "whole_mask", "visible_object_mask": "visible_mask"}
-"""Folder: what its files' names end in."""
+"""Suffix of the file names in each folder."""
 
 
 class Pix2Gestalt(Reader):
     """occlusion/X_occlusion.png, whole/X_whole.png, whole_mask/X_whole_mask.png, visible_object_mask/X_visible_mask.png.
 
     Args:
-        root: the folder of the four.
-        split: the names in SPLIT.txt in the root, if it is there; otherwise val is the last hundredth in the order of file
+        root: the folder that holds the four.
+        split: the names in SPLIT.txt in the root, if it exists; otherwise val is the last hundredth in the order of file
             names, train the rest.
     """
 

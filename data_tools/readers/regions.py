@@ -14,7 +14,7 @@ from dpt.errors import UserError
 
 
 class AmodalRegions(Reader):
-    """One sample for each object (`isStuff` false) that something hides partly (it has a `visible_mask`).
+    """One sample for each object (`isStuff` false) that is partly hidden (it has a `visible_mask`).
 
     Args:
         root: folder of the set.
@@ -53,7 +53,7 @@ class AmodalRegions(Reader):
         """The annotation file's content.
 
         Raises:
-            UserError: it does not load.
+            UserError: it cannot be loaded.
         """
 
     def keys(self) -> list[str]:
@@ -84,7 +84,7 @@ class AmodalRegions(Reader):
 
     @staticmethod
     def _index(content: Any, occluded_only: bool) -> dict[str, tuple[str, dict[str, Any]]]:
-        """Key -> picture's file name and region. Annotations name their image by id; where they do not, the order tells."""
+        """Key -> picture's file name and region. Annotations name their image by id or, without one, by their order."""
         by_id = {image["id"]: image for image in content["images"] if "id" in image}
         regions: dict[str, tuple[str, dict[str, Any]]] = {}
         for number, annotation in enumerate(content["annotations"]):

@@ -1,6 +1,6 @@
-"""COCO's two ways to write a mask: run lengths and polygons.
+"""COCO's two mask encodings: run lengths and polygons.
 
-Our own: pycocotools is a compiled package, of which these two functions would be used.
+Implemented here because pycocotools is a compiled package, of which only these two functions would be used.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ def decode_rle(rle: dict[str, Any]) -> NDArray[np.bool_]:
     `counts` are run lengths down the columns, beginning with zeros: a list of numbers, or COCO's compressed text.
 
     Raises:
-        ValueError: runs that do not fill the mask, or no run-length code.
+        ValueError: runs that do not fill the mask, or an invalid run-length code.
     """
     height, width = (int(side) for side in rle["size"])
     counts = rle["counts"]
@@ -33,7 +33,7 @@ def decode_rle(rle: dict[str, Any]) -> NDArray[np.bool_]:
 def _decompress(text: bytes) -> list[int]:
     """COCO's text code: numbers in groups of 5 bits, low first, at character 48 up, 32 marking more to come.
 
-    From the third number on, each is the difference to the one two before it.
+    From the third number on, each is the difference from the one two before it.
     """
     numbers: list[int] = []
     value, shift = 0, 0

@@ -1,6 +1,6 @@
-"""Samples inside tar files, read at their place without unpacking.
+"""Samples inside tar files, read in place without unpacking.
 
-Our own: webdataset reads tars from their beginning; a reader wants a member by its key, in any order, in tars within tars.
+Implemented here because webdataset reads tars from the start; a reader needs members by key, in any order, in nested tars.
 """
 
 import tarfile
@@ -21,7 +21,7 @@ class TarMember:
     size: int
 
     def read(self) -> bytes:
-        """Its bytes.
+        """Return its bytes.
 
         Raises:
             ValueError: the tar ends before the member does.
@@ -35,10 +35,10 @@ class TarMember:
 
 
 def list_members(tar: Path) -> Iterator[TarMember]:
-    """The regular files of a plain tar, in its order; those of tars in it are listed instead of them.
+    """The regular files of a plain tar, in its order; nested tars are replaced by their own files.
 
     Raises:
-        UserError: it is no plain tar.
+        UserError: it is not a plain tar.
     """
     try:
         with tarfile.open(tar, "r:") as outer:

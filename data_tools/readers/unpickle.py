@@ -1,6 +1,6 @@
 """Opening pickles of plain data without running what they ask for.
 
-Our own: torch's loader that refuses code reads the files of torch.save only.
+Implemented here because torch's loader that refuses code only reads files of torch.save.
 """
 
 import io
@@ -16,7 +16,7 @@ def load_plain_pickle(path: Path) -> Any:
     """Load a pickle of numbers, text, bytes, lists, tuples, sets, dicts and numpy arrays.
 
     Raises:
-        pickle.UnpicklingError: it names anything else; nothing of it has been called then.
+        pickle.UnpicklingError: it names anything else, none of which has been called by then.
     """
     return _PlainUnpickler(io.BytesIO(path.read_bytes())).load()
 
@@ -30,14 +30,14 @@ class _PlainUnpickler(pickle.Unpickler):
 
 
 def _latin1(text: str, encoding: str) -> bytes:
-    """How old protocols write bytes: _codecs.encode(text, "latin1")."""
+    """Bytes as old protocols write them: _codecs.encode(text, "latin1")."""
     if encoding != "latin1":
         raise pickle.UnpicklingError(f"the pickle asks for the codec {encoding!r}; it was not loaded")
     return text.encode("latin1")
 
 
 def _array(subtype: type, shape: tuple[int, ...], typecode: bytes) -> np.ndarray[Any, Any]:
-    """What numpy's own reconstruction makes: an empty array, filled by the pickle's state."""
+    """Equivalent of numpy's own reconstruction: an empty array, filled by the pickle's state."""
     if subtype is not np.ndarray:
         raise pickle.UnpicklingError(f"the pickle asks for an array of type {subtype!r}; it was not loaded")
     return np.ndarray(shape, np.dtype(typecode.decode("ascii")))

@@ -21,13 +21,13 @@ from data_tools.synthesis.shapes import CLASS_NAMES
 from dpt.errors import UserError
 
 GENERATOR_VERSION = 1
-"""Counts up whenever the same parameters would give other files."""
+"""Incremented whenever the same parameters would give different files."""
 _WRITTEN = "written.txt"
-"""The numbers of the scenes that are on the disk, while a set is made."""
+"""File with the numbers of the scenes already on disk, while a set is being made."""
 _WORKER_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",  # each process keeps to one core
     "OPENBLAS_NUM_THREADS": "1",
-    "MALLOC_MMAP_THRESHOLD_": str(2**28),  # glibc keeps freed arrays: no thousand page faults a scene, a quarter of its time
+    "MALLOC_MMAP_THRESHOLD_": str(2**28),  # glibc keeps freed arrays, saving 1000 page faults per scene, 1/4 of its time
     "MALLOC_TRIM_THRESHOLD_": str(2**28),
 }
 
@@ -67,7 +67,7 @@ class SynthesisConfig:
         return {names[0]: self.scenes - sum(later.values()), **later}
 
     def description(self) -> dict[str, Any]:
-        """What synthesis.json states."""
+        """Contents of synthesis.json."""
         return {
             "generator_version": GENERATOR_VERSION,
             **asdict(self),
@@ -78,9 +78,9 @@ class SynthesisConfig:
 
 
 def synthesize(out: Path, config: SynthesisConfig, *, workers: int = 2) -> bool:
-    """Write a data set to `out`; True when it was made, False when it was there already.
+    """Write a data set to `out`; returns True if it was made, False if it existed already.
 
-    The set appears under its name only when it is complete; a stopped run resumes where it was, if its parameters are the same.
+    The set appears under its name only once complete; a stopped run resumes where it stopped, if its parameters are the same.
 
     Raises:
         UserError: `out` holds something else.
@@ -150,7 +150,7 @@ def _write_all(root: Path, config: SynthesisConfig, workers: int, written: set[i
 
 @contextmanager
 def _several(workers: int) -> Iterator[Callable[..., Iterable[int]]]:
-    """`map`, by so many processes and in any order if they are more than one."""
+    """`map` over `workers` processes, in any order if there are several."""
     if workers <= 1:
         yield map
         return
@@ -162,7 +162,7 @@ def _several(workers: int) -> Iterator[Callable[..., Iterable[int]]]:
 
 @contextmanager
 def _worker_environment() -> Iterator[None]:
-    """What processes started inside inherit."""
+    """Set the environment that processes started inside inherit."""
     before = dict(os.environ)
     os.environ |= _WORKER_ENVIRONMENT | before
     try:

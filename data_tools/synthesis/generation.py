@@ -1,4 +1,4 @@
-"""How a scene follows from (seed, split, index), within ranges that a variety names."""
+"""Generate a scene from (seed, split, index), within the ranges of a variety."""
 
 import math
 from dataclasses import dataclass
@@ -19,18 +19,18 @@ class Variety:
     """The ranges that a scene is drawn from; lengths in metres, angles in radians unless said otherwise."""
 
     room_side: Range = (2.8, 4.2)
-    """From the camera to a side wall."""
+    """Distance from the camera to a side wall."""
     room_length: Range = (6.0, 10.5)
     room_yaw: float = 0.35
     camera_height: Range = (1.35, 1.75)
     camera_yaw: float = 0.06
     camera_pitch: Range = (0.17, 0.29)
     field_of_view: Range = (60.0, 60.0)
-    """Degrees."""
+    """Field of view in degrees."""
     more_bodies: tuple[int, int] = (1, 5)
-    """Tried beside the two that every scene has; the last number is left out."""
+    """Bodies tried besides the two that every scene has; the upper end is excluded."""
     body_saturation: tuple[Range, Range] = ((0.55, 0.95), (0.25, 0.9))
-    """Of the two colours of a body."""
+    """Saturation of the two colours of a body."""
     body_value: tuple[Range, Range] = ((0.35, 0.85), (0.3, 0.85))
     body_wavelength: Range = (0.3, 0.7)
     floor_saturation: Range = (0.1, 0.5)
@@ -38,7 +38,7 @@ class Variety:
     wall_saturation: Range = (0.08, 0.35)
     wall_value: Range = (0.6, 0.88)
     surface_wavelength: tuple[Range, Range] = ((0.9, 1.5), (0.9, 1.8))
-    """Of the floor's texture and of the walls'."""
+    """Wavelengths of the floor's texture and of the walls'."""
 
 
 VARIETIES: dict[str, Variety] = {
@@ -62,10 +62,10 @@ VARIETIES: dict[str, Variety] = {
         surface_wavelength=((0.4, 2.5), (0.4, 3.0)),
     ),
 }
-"""By name: what all figures of the documentation use, and one that holds it and much else, for pre-training."""
+"""Varieties by name: the one behind all figures of the documentation, and a wider one that contains it, for pre-training."""
 
 _CHECK_SIZE = 32
-"""Side in pixels of the picture by which it is checked what is seen of the bodies."""
+"""Side in pixels of the picture that checks how much of the bodies is visible."""
 _ATTEMPTS = 200
 _BODY_AXES: tuple[Vector, ...] = ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0))
 _FLOOR_AXES: tuple[Vector, ...] = ((1.0, 0.0, 0.0), (0.0, 0.0, 1.0))

@@ -1,6 +1,6 @@
-"""Exact normals and segments of the scenes of a synthetic data set, traced anew when they are asked for.
+"""Exact normals and segments of the scenes of a synthetic data set, traced again on demand.
 
-Scenes follow from (seed, split, index), so the files of a set need not hold what can be computed of them.
+Scenes follow from (seed, split, index), so the files of a set need not hold what can be computed from them.
 """
 
 import json
@@ -20,12 +20,12 @@ from data_tools.synthesis.tracing import CEILING, FLOOR, ROOM, Hits, pixel_centr
 from dpt.errors import UserError
 
 SEGMENTS = ("floor", "ceiling", "wall", *CLASS_NAMES)
-"""What a pixel may show, in the order of the channels."""
+"""Kinds of surface that a pixel may show, in the order of the channels."""
 _HYPERSIM_KEY = re.compile(r"ai_(\d{3})_(\d{3})/rgb_cam_00_fr(\d{4})")
 
 
 class SceneGeometry:
-    """Maps of the first frames of a synthetic set, by the keys of one of its layouts. UserError if `root` is not of one."""
+    """Maps of the first frames of a synthetic set, by the keys of one of its layouts. UserError if `root` holds none."""
 
     def __init__(self, root: Path, dataset: str) -> None:
         path = root.resolve().parent / DESCRIPTION
@@ -73,7 +73,7 @@ class SceneGeometry:
         return shown.astype(np.float32).reshape(-1, self.size, self.size)
 
     def _seen(self, scene: Scene) -> tuple[Hits, Array]:
-        """What each pixel's ray meets, and where: float32 [3, N]."""
+        """First hit of each pixel's ray, and its point: float32 [3, N]."""
         camera = scene.cameras[0]
         origin: Array = np.array(camera.position, np.float32)[:, None]
         directions = camera.rays(self.size, *pixel_centres(self.size))
@@ -91,7 +91,7 @@ class SceneGeometry:
         raise UserError(f"{key}: {DESCRIPTION} names no such scene; synthesise the set anew.")
 
     def _number(self, key: str) -> int:
-        """Of the scene, from 0 on over all splits (`data_tools.synthesis.layouts`)."""
+        """Number of the scene, from 0 on over all splits (`data_tools.synthesis.layouts`)."""
         if not self._hypersim:
             return int(key.rpartition("/")[2]) - 1
         found = _HYPERSIM_KEY.fullmatch(key)

@@ -1,4 +1,4 @@
-"""Scenes as files, in the native layouts of the data sets they stand for."""
+"""Scenes as files, in the native layouts of the data sets they stand in for."""
 
 import io
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from data_tools.synthesis.shapes import CLASS_NAMES
 from dpt.pictures import flo_bytes
 
 TASKS: dict[str, str] = {"class": "imagenet", "depth": "hypersim", "flow": "flying_chairs", "amodal": "pix2gestalt"}
-"""Task: folder (and data set) whose layout it takes."""
+"""Folder (and data set) whose layout each task takes."""
 FRAMES_PER_FOLDER = 100
 
 
@@ -27,7 +27,7 @@ def write_scene(root: Path, tasks: tuple[str, ...], split: str, number: int, tru
 
 
 def write_lists(root: Path, tasks: tuple[str, ...], splits: dict[str, int]) -> None:
-    """Write the split files of each layout; `splits` are scenes a split, in the order of their numbers."""
+    """Write the split files of each layout; `splits`: scenes per split, in the order of their numbers."""
     names = [split for split, count in splits.items() for _ in range(count)]
     if "class" in tasks:  # every class in every split, if only as an empty folder: labels number the folders
         for folder in (root / TASKS["class"] / split / name for split in splits for name in CLASS_NAMES):
@@ -52,7 +52,7 @@ def hypersim_names(number: int) -> tuple[str, str]:
 
 
 def depth_to_uint16(depth: NDArray[Any], units_per_metre: float = 1000) -> NDArray[np.uint16]:
-    """Metres to 16-bit units (millimetres); what those cannot hold becomes the nearest that they can."""
+    """Metres to 16-bit units (millimetres); values out of range become the nearest in range."""
     return np.clip(np.rint(depth * units_per_metre), 0, 65535).astype(np.uint16)
 
 

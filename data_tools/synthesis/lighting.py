@@ -15,7 +15,7 @@ _BRIGHTEST_BODY = np.float32(0.85)
 
 
 class SceneLight:
-    """What shading needs of a frame."""
+    """Light and geometry of a frame, for shading."""
 
     def __init__(self, scene: Scene, solids: list[Solid], focal: float) -> None:
         self.scene, self.solids = scene, solids
@@ -123,7 +123,7 @@ def put_columns(table: Array, columns: NDArray[np.intp], values: Array) -> None:
 
 
 def squared_length(vectors: Array) -> Array:
-    """Of vectors [3, N]: float32 [N]."""
+    """Squared lengths of vectors [3, N]: float32 [N]."""
     return np.einsum("in,in->n", vectors, vectors)
 
 

@@ -35,7 +35,7 @@ class SceneTruth:
     visible_mask: NDArray[np.bool_]
     """bool [H, W], where the target is seen."""
     whole_mask: NDArray[np.bool_]
-    """bool [H, W], where it would be seen if nothing stood before it."""
+    """bool [H, W], where it would be seen if nothing stood in front of it."""
     whole: NDArray[np.uint8]
     """uint8 [H, W, 3], the whole target alone on white."""
 
@@ -83,7 +83,7 @@ class _Frame:
         return to_bytes(colors).reshape(self.size, self.size, 3)
 
     def _lamplight(self) -> Array:
-        """How much of the lamp each pixel's surface sees, float32 [N] in [0, 1]: smoothed apart for the room and for bodies."""
+        """Share of the lamp that each pixel's surface sees, float32 [N] in [0, 1], smoothed separately for room and bodies."""
         seen = lit(self.solids, self.light.lamp, self.points)
         in_room = self.hits.body == ROOM
         room, bodies = (smooth_within(seen, mask, self.size, self.blur) for mask in (in_room, ~in_room))
@@ -113,7 +113,7 @@ def to_bytes(colors: Array) -> NDArray[np.uint8]:
 
 
 def _flow(first: _Frame, second: _Frame) -> Array:
-    """Where the surface point seen by each pixel goes: moved with its body, then projected by the second camera."""
+    """Flow of the surface point seen by each pixel: moved with its body, then projected by the second camera."""
     moved = first.points.copy()
     for number, (before, after) in enumerate(zip(first.solids, second.solids, strict=True)):
         (mine,) = (first.hits.body == number).nonzero()

@@ -1,4 +1,4 @@
-"""What is in a synthetic scene: a furnished room, seen in two frames."""
+"""Contents of a synthetic scene: a furnished room, seen in two frames."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -39,7 +39,7 @@ class Body:
 
 @dataclass(frozen=True, kw_only=True)
 class Look:
-    """What an object's surface is like."""
+    """Appearance of an object's surface."""
 
     texture: Texture
     gloss: float
@@ -60,7 +60,7 @@ class Scene:
     warmth: Color
     bodies: tuple[Body, ...]
     looks: tuple[Look, ...]
-    """One a body."""
+    """One per body."""
     cameras: tuple[Camera, Camera]
 
     @property

@@ -40,7 +40,7 @@ class Part:
 
 
 def _part(quadric: tuple[float, float, float, float, float] | None, planes: list[tuple[float, float, float, float]]) -> Part:
-    """From a x^2 + b y^2 + c z^2 + e y + g <= 0, as (a, b, c, e, g), and planes as (nx, ny, nz, offset)."""
+    """Build a part from a x^2 + b y^2 + c z^2 + e y + g <= 0, as (a, b, c, e, g), and planes as (nx, ny, nz, offset)."""
     table = np.asarray(planes, np.float64).reshape(-1, 4)
     lengths = np.linalg.norm(table[:, :3], axis=1)
     solid = None
@@ -86,7 +86,7 @@ class Shape:
     corners: Literal["none", "rim", "all"]
     """Farthest points from the centre: an axis's end, a circle about the top or bottom, or the corners of the box."""
     height: float = 1.0
-    """Height beside other shapes, so that all classes fill about as much of a picture."""
+    """Height relative to other shapes, so that all classes fill about as much of a picture."""
     fill: float = 1.0
     """About how much of its bounding rectangle the silhouette fills at mid height."""
     square_base: bool = True
@@ -94,7 +94,7 @@ class Shape:
 
     @cached_property
     def plane_normals(self) -> Array:
-        """By face, float32 [faces, 3]; 0 for curved ones."""
+        """Plane normals by face, float32 [faces, 3]; 0 for curved ones."""
         table = np.zeros((len(self.parts) * FACES_PER_PART, 3), np.float32)
         for number, part in enumerate(self.parts):
             table[number * FACES_PER_PART : number * FACES_PER_PART + len(part.normals)] = part.normals
@@ -140,7 +140,7 @@ CLASS_NAMES: tuple[str, ...] = tuple(sorted(SHAPES))
 
 
 def intersect(shape: Shape, origin: NDArray[np.float64], directions: NDArray[np.float64]) -> tuple[Array, NDArray[np.int16]]:
-    """Where rays from one point outside a solid enter it.
+    """Find where rays from one point outside a solid enter it.
 
     Args:
         origin: float64 [3]; directions: float64 [3, N]; both in the solid's unit coordinates.
@@ -162,7 +162,7 @@ def intersect(shape: Shape, origin: NDArray[np.float64], directions: NDArray[np.
 def _intersect_part(
     part: Part, origin: NDArray[np.float64], d: NDArray[np.float64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int16]]:
-    """Where rays are inside, from `enter` to `leave`, float64 [N] (a miss: enter >= leave), and the face entered, int16 [N]."""
+    """Find where rays enter and leave a part, float64 [N] each (a miss: enter >= leave), and the face entered, int16 [N]."""
     if part.quadric is None:
         enter, leave = np.zeros(d.shape[1]), np.full(d.shape[1], np.inf)
     else:

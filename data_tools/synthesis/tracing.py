@@ -21,7 +21,7 @@ FLOOR, CEILING = 2, 3
 
 @dataclass(frozen=True, kw_only=True)
 class Pose:
-    """Where a thing is in one frame; a positive yaw turns right, seen from above."""
+    """Position and heading of a thing in one frame; a positive yaw turns right, seen from above."""
 
     position: tuple[float, float, float]
     yaw: float
@@ -82,7 +82,7 @@ class Solid:
 
     @cached_property
     def centre(self) -> Array:
-        """float32 [3, 1]."""
+        """Centre in the world, float32 [3, 1]."""
         return np.array(self.pose.position, np.float32)[:, None]
 
     @cached_property
@@ -129,7 +129,7 @@ class Room:
         return turning(-self.yaw)
 
     def meet(self, origin: Array, directions: Array) -> tuple[Array, NDArray[np.int16]]:
-        """Where rays from one point inside reach the walls: t float32 [N], face int16 [N] (2 * axis + side)."""
+        """Find where rays from one point inside reach the walls: t float32 [N], face int16 [N] (2 * axis + side)."""
         low, high = (np.array(side, np.float32)[:, None] for side in (self.low, self.high))
         d = self.to_local @ directions
         d[d == 0] = 1e-9
@@ -164,7 +164,7 @@ def trace(solids: list[Solid], room: Room, origin: Array, directions: Array) -> 
 
 
 def lit(solids: list[Solid], lamp: Array, points: Array) -> NDArray[np.bool_]:
-    """Which surface points float32 [3, N] the lamp at [3, 1] sees; a body's far side is in its own shadow."""
+    """Whether the lamp at [3, 1] sees each surface point of float32 [3, N]; a body's far side is in its own shadow."""
     directions = points - lamp
     lengths2 = np.einsum("in,in->n", directions, directions)
     seen = np.ones(points.shape[1], np.bool_)

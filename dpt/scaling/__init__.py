@@ -1,1 +1,1 @@
-"""What the runs say: tables, comparisons, power laws, plans and reports. Reads MLflow; trains nothing."""
+"""Findings from runs: tables, comparisons, power laws, plans and reports. Reads MLflow; trains nothing."""

@@ -1,6 +1,6 @@
-"""What a training step takes on many GPUs: communication, memory and time as functions of network, layout and machine.
+"""Cost of a training step on many GPUs: communication, memory and time as functions of network, layout and machine.
 
-A model on paper, from `dpt.models.costs` and a machine's rates; `benchmarks/scaling.py` holds its traffic against what ranks
+An analytical model from `dpt.models.costs` and a machine's rates; `benchmarks/scaling.py` compares its traffic with what ranks
 really exchange. Times are those of ring collectives (Thakur et al., "Optimization of Collective Communication Operations in
 MPICH", 2005): n ranks need 2 (n - 1) / n of the bytes for an all-reduce and (n - 1) / n for an all-gather or an all-to-all.
 """
@@ -19,39 +19,39 @@ from dpt.models.memory import Precision, memory
 Kind = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all"]
 
 STATE_BYTES = 16
-"""Of a parameter in a checkpoint: weight, two moments and one average, float32."""
+"""Checkpoint bytes per parameter: weight, two moments and one average, float32."""
 METRICS_PER_RECORD = 20
-"""Numbers that a training record holds."""
+"""Numbers in a training record."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
-    """Rates of a machine, bytes and FLOP a second of one GPU and one direction. Defaults: data sheet of nodes of eight H100."""
+    """A machine's rates in bytes and FLOP per second, per GPU and direction. Defaults: data sheet of nodes with eight H100s."""
 
     gpus_per_node: int = 8
     peak_flops: float = 989e12
-    """bf16 matrix products."""
+    """Peak rate of bf16 matrix products."""
     efficiency: float = 0.4
-    """Share of the peak that one GPU reaches in a step without communication. An assumption until it is measured."""
+    """Share of the peak that one GPU reaches in a step without communication. An assumption until measured."""
     memory_bytes: float = 80e9
     memory_bandwidth: float = 3.35e12
     node_bandwidth: float = 450e9
-    """To GPUs of the same node."""
+    """Bandwidth to GPUs of the same node."""
     network_bandwidth: float = 50e9
-    """To other nodes."""
+    """Bandwidth to other nodes."""
     latency_s: float = 10e-6
-    """Of a message between two GPUs."""
+    """Latency of a message between two GPUs."""
     host_bandwidth: float = 50e9
-    """From GPU to host memory."""
+    """Bandwidth from GPU to host memory."""
     storage_bandwidth: float = 20e9
-    """Of the shared file system, all nodes together."""
+    """Bandwidth of the shared file system, all nodes together."""
     jitter: float = 0.01
     """Relative standard deviation of a rank's compute time from step to step."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """How a step is laid out over ranks."""
+    """Layout of a step over ranks."""
 
     ranks: int
     micro_batch_size: int
@@ -68,7 +68,7 @@ class Layout:
         return self.ranks * self.micro_batch_size * self.accumulation
 
     def recipe(self) -> dict[str, Any]:
-        """The recipe's fields that say the same."""
+        """The equivalent recipe fields."""
         fields: dict[str, Any] = {
             "train_batch_size": self.global_batch_size,
             "train_micro_batch_size_per_gpu": self.micro_batch_size,
@@ -85,20 +85,20 @@ class Traffic:
     what: str
     kind: Kind
     group: int
-    """Ranks that take part."""
+    """Number of participating ranks."""
     stride: int
     """Distance between neighbours in the group, in ranks."""
     payload: float
-    """Bytes: of the tensor that is reduced, the gathered result, or the rows sent (one's own among them)."""
+    """Bytes of the reduced tensor, the gathered result, or the rows sent (a rank's own included)."""
     calls: int
 
 
 def traffic(config: ModelConfig, layout: Layout, height: int = 0, width: int = 0) -> list[Traffic]:
-    """What each rank exchanges in an optimizer step, with evenly loaded experts; latents as in `costs.macs`.
+    """Each rank's exchanges in an optimizer step, with evenly loaded experts; latents as in `costs.macs`.
 
-    As DeepSpeed does it: ZeRO 1 reduces gradients once a step, ZeRO 2 and 3 once a micro-batch; ZeRO 1 and 2 by all-reduce.
+    As in DeepSpeed: ZeRO 1 reduces gradients once per step, ZeRO 2 and 3 once per micro-batch; ZeRO 1 and 2 by all-reduce.
     Experts' gradients and weights travel between the ranks that hold the same ones. Rows visit their experts' ranks and return,
-    and so do their gradients; with activation checkpointing the first journey is made again.
+    and so do their gradients; with activation checkpointing the first trip is repeated.
     """
     size = 4 if layout.precision == "fp32" else 2
     count = costs.num_params(config)
@@ -124,7 +124,7 @@ def traffic(config: ModelConfig, layout: Layout, height: int = 0, width: int = 0
 
 
 def seconds(one: Traffic, cluster: Cluster) -> float:
-    """Time of an exchange, when all groups of its kind do theirs at the same time."""
+    """Time of an exchange when all groups of its kind run theirs at once."""
     n = one.group
     steps = math.ceil(math.log2(n)) * (2 if one.kind == "all_reduce" else 1)
     waiting = one.calls * steps * cluster.latency_s
@@ -143,38 +143,38 @@ def seconds(one: Traffic, cluster: Cluster) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Projection:
-    """A step and a run on paper; seconds, bytes, per second."""
+    """A projected step and run, in seconds, bytes and per second."""
 
     layout: Layout
     compute_s: float
     straggling_s: float
     """Waiting for the slowest rank, and for the rank with the fullest experts."""
     tokens_s: float
-    """Tokens on their way to experts and back."""
+    """Moving tokens to experts and back."""
     gradients_s: float
-    """What of the gradients' reduction is not hidden behind the backward pass, and weights gathered after the update."""
+    """The part of gradient reduction not hidden behind the backward pass, and gathering weights after the update."""
     optimizer_s: float
     samples_per_second: float
     mfu: float
-    """Of the peak, nothing computed twice counted twice."""
+    """Share of the peak; recomputation does not count."""
     efficiency: float
-    """Of one GPU's speed without communication."""
+    """Share of one GPU's speed without communication."""
     memory_bytes: float
     checkpoint_bytes: float
-    """All ranks together."""
+    """Bytes of a checkpoint, all ranks together."""
     checkpoint_pause_s: float
-    """While a rank's share is copied to host memory."""
+    """Pause while a rank's share is copied to host memory."""
     checkpoint_write_s: float
-    """In the background."""
+    """Time to write a checkpoint, in the background."""
     read_bytes_per_second: float
-    """Shards, all ranks together."""
+    """Bytes read from shards, all ranks together."""
 
     @property
     def step_s(self) -> float:
         return self.compute_s + self.straggling_s + self.tokens_s + self.gradients_s + self.optimizer_s
 
     def points_per_second(self, log_every: int = 50) -> float:
-        """Numbers that MLflow gets."""
+        """Numbers sent to MLflow per second."""
         return METRICS_PER_RECORD / (log_every * self.step_s)
 
 
@@ -188,7 +188,7 @@ def project(
     height: int = 0,
     width: int = 0,
 ) -> Projection:
-    """A step of `layout` on `cluster`. `imbalance`: load of the fullest rank over the mean (a run's records have it)."""
+    """Project a step of `layout` on `cluster`. `imbalance`: load of the fullest rank over the mean, as runs record it."""
     macs = costs.macs(config, height, width)
     per_rank = layout.micro_batch_size * layout.accumulation
     useful = 2.0 * macs.training * per_rank
@@ -218,7 +218,7 @@ def project(
     step = sum(parts.values())
     rate = layout.global_batch_size / step
     saved = (STATE_BYTES + 4 * (num_emas - 1)) * count
-    alone = cluster.peak_flops * cluster.efficiency / (2.0 * macs.training)  # samples a second
+    alone = cluster.peak_flops * cluster.efficiency / (2.0 * macs.training)  # samples per second
     return Projection(
         layout=layout,
         **parts,
@@ -234,7 +234,7 @@ def project(
 
 
 def _expert_share(config: ModelConfig, height: int, width: int) -> float:
-    """Share of the multiply-accumulates that are routed experts'."""
+    """Routed experts' share of the multiply-accumulates."""
     matrices = 3 if config.expert_activation == "swiglu" else 2
     tokens = costs.num_tokens(config, height, width)
     routed = config.depth * tokens * config.top_k * matrices * config.hidden_size * config.mlp_width

@@ -1,5 +1,4 @@
-"""Runs side by side: the fields in which their recipes differ, metrics, compute, cost, descent; as text, CSV or a page with
-curves."""
+"""Runs side by side: differing recipe fields, metrics, compute, cost and descent; as text, CSV or a page with curves."""
 
 import csv
 import io
@@ -31,7 +30,7 @@ _OWN_FIELDS = ("tracking.", "training.output_dir", "evaluation.output_dir", "har
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """One column of values a run, all as text; `groups` names the kinds of rows in order."""
+    """One column of values per run, all as text; `groups` names the kinds of rows in order."""
 
     runs: list[RunRecord]
     groups: dict[str, dict[str, list[str]]]
@@ -68,7 +67,7 @@ def compare(
 
 
 def differing_fields(runs: Sequence[RunRecord]) -> dict[str, list[str]]:
-    """The recipe fields of which the runs that use them have different values; "–" where a run's stage does not use one."""
+    """The recipe fields whose values differ among the runs that use them; "–" where a run's stage does not use one."""
     used = [{name: value for name, value in run.params.items() if _is_used(name, run.stage)} for run in runs]
     names = sorted({name for fields in used for name in fields})
     columns = {name: [fields.get(name, "–") for fields in used] for name in names}
@@ -117,13 +116,13 @@ def _device_hours(run: RunRecord) -> float:
 
 
 def as_text(comparison: Comparison) -> str:
-    """One column a run; long values lose their beginnings."""
+    """One column per run; long values lose their beginnings."""
     header = ["", *(_short(r.name) for r in comparison.runs)]
     return format_cells(header, [[name, *map(_short, values)] for name, values in comparison.rows().items()])
 
 
 def as_csv(comparison: Comparison) -> str:
-    """One line a run, values in full."""
+    """One line per run, values in full."""
     rows = comparison.rows()
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")

@@ -15,9 +15,9 @@ from dpt.errors import UserError
 from dpt.tracking.read import RunRecord, ancestors
 
 WEIGHTS_STEP = "study.weights_step"
-"""Tag of a run that starts from a kept checkpoint: the step of it."""
+"""Tag of a run that starts from a kept checkpoint: that checkpoint's step."""
 PASSES = {"flow": 2}
-"""Sampler passes of one prediction where it is more than one."""
+"""Sampler passes per prediction, where more than one."""
 
 
 def prediction_macs(forward_macs: float, *, task: str, steps: int, ensemble: int, guidance_scale: float = 1.0) -> float:
@@ -31,7 +31,7 @@ def train_macs(record: RunRecord) -> float:
 
 
 def total_train_macs(record: RunRecord, records: Sequence[RunRecord]) -> float:
-    """MACs of a run's own training and of all runs that it descends from, of each up to the step whose weights were taken."""
+    """MACs of a run's own training and of all its ancestors, each up to the step whose weights were taken."""
     line = [record, *ancestors(record, records)]
     taken = {parent: int(r.tags[WEIGHTS_STEP]) for r in line if WEIGHTS_STEP in r.tags for parent in r.parents}
     return sum(_macs_until(r, taken[r.run_id]) if r.run_id in taken else train_macs(r) for r in line)
@@ -54,7 +54,7 @@ def section(record: RunRecord, name: str, cls: type) -> Any:
 
 
 def model_config(record: RunRecord) -> ModelConfig | None:
-    """The architecture that a run trained (upcycled in the stage "upcycle"); None if its recipe names none that is valid."""
+    """The architecture that a run trained (upcycled in the stage "upcycle"); None if its recipe names no valid one."""
     try:
         config: ModelConfig | None = section(record, "model", ModelConfig)
         upcycling: UpcyclingConfig | None = section(record, "upcycling", UpcyclingConfig)

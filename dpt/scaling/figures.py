@@ -1,4 +1,4 @@
-"""A figure of the paper's kind: points of runs in log-log, the laws that they carry, and both as data."""
+"""A figure like the paper's: runs as points in log-log, the laws that they support, and both as data."""
 
 import json
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from dpt.tracking.read import RunRecord
 
 @dataclass(frozen=True, kw_only=True)
 class Findings:
-    """The points of a figure, the laws that they carry, and why some carry none."""
+    """The points of a figure, the laws that they support, and why some support none."""
 
     spec: FigureSpec
     points: list[Point]
@@ -30,10 +30,10 @@ class Findings:
     means: list[Mean] = field(default_factory=list)
     """The points over repeats; empty if none were asked for."""
     shares: list[Share] = field(default_factory=list)
-    """What the others need to be as good as `reference`; empty if there is none."""
+    """Shares of compute that the others need to match `reference`; empty if there is none."""
 
     def groups(self) -> dict[str, list[Point]]:
-        """The points by group, in the order in which they came."""
+        """The points by group, in order of appearance."""
         return {name: [p for p in self.points if p.group == name] for name in dict.fromkeys(p.group for p in self.points)}
 
     def sentences(self) -> list[str]:
@@ -45,7 +45,7 @@ class Findings:
         ]
 
     def as_json(self) -> dict[str, Any]:
-        """Laws and points, to be kept beside the figure."""
+        """Laws and points, for the file beside the figure."""
         return {
             "figure": asdict(self.spec),
             "laws": {
@@ -77,7 +77,7 @@ class Findings:
 
 
 def find(records: Sequence[RunRecord], family: Sequence[RunRecord], spec: FigureSpec) -> Findings:
-    """Collect the points of a figure and fit its laws; UserError if there is no point."""
+    """Collect the points of a figure and fit its laws; UserError if there are no points."""
     points = collect(records, family, spec)
     repeats = means(points, spec.over) if spec.over else []
     needed = shares(records, family, spec) if spec.reference else []
@@ -98,12 +98,12 @@ def find(records: Sequence[RunRecord], family: Sequence[RunRecord], spec: Figure
 
 
 def _x_label(spec: FigureSpec) -> str:
-    """What stands at the x axis; the steps of a curve are those of training."""
+    """Label of the x axis; the steps of a curve are training steps."""
     return "training steps" if spec.curve and spec.x == "steps" else X_NAMES.get(spec.x, spec.x)
 
 
 def metric_label(y: str) -> str:
-    """What stands at the axis of a metric, or of "1-METRIC"."""
+    """Axis label of a metric, or of "1-METRIC"."""
     complement, name = (True, y[2:]) if y.startswith("1-") else (False, y)
     shown = _shown(name)
     title = WORDS.get(name, name) if shown is None else shown.name
@@ -125,7 +125,7 @@ def _shown(name: str) -> Metric | None:
 def draw(findings: Findings, path: Path, *, watermark: str = "") -> Path:
     """Write the figure in the format of the file's suffix, and its data beside it as JSON, and as a table where runs repeat.
 
-    `watermark` lies across all.
+    `watermark` is drawn across the figure.
     """
     spec = findings.spec
     pairs = {name: [(p.x, p.y) for p in group] for name, group in findings.groups().items()}

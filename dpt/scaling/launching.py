@@ -1,4 +1,4 @@
-"""What a study still has to launch: the commands, or dependent SLURM jobs (`running` runs them on this machine)."""
+"""A study's pending launches as commands or dependent SLURM jobs (`running` runs them on this machine)."""
 
 import contextlib
 import fcntl
@@ -19,9 +19,9 @@ _JOBS = "jobs.json"
 
 
 def command(launch: Launch, *, num_devices: int | None = None, port: int | None = None) -> list[str]:
-    """The command of a launch on so many devices (None: all of this machine).
+    """The command of a launch on `num_devices` devices (None: all of this machine).
 
-    With one device, DeepSpeed's launcher would only be one more interpreter. `port`: where ranks meet, if not as usual.
+    With one device, DeepSpeed's launcher would only add an interpreter. `port`: where ranks meet, if not the default.
     """
     if (count_devices() if num_devices is None else num_devices) <= 1:
         words = ["python"]
@@ -39,7 +39,7 @@ def count_devices() -> int:
 
 
 def pending(study: Study) -> list[Launch]:
-    """The launches without a result, in order; UserError if a recipe is wrong or a folder holds what another command made."""
+    """The launches without a result, in order; UserError if a recipe is wrong or a folder holds another command's output."""
     made = _read_record(study)
     for launch in study.launches:
         _ = launch.resolved
@@ -51,12 +51,12 @@ def pending(study: Study) -> list[Launch]:
 
 
 def missing(study: Study) -> list[str]:
-    """What the study needs and is not there."""
+    """Files and folders that the study needs but that are missing."""
     return [needed for needed in study.needs if not Path(needed).exists()]
 
 
 def check_needs(studies: Sequence[Study]) -> None:
-    """UserError, with the command that makes each, if something that the studies need is not there."""
+    """Raise UserError if anything that the studies need is missing, with the command that makes each."""
     absent = list(dict.fromkeys(needed for study in studies for needed in missing(study)))
     if absent:
         files = ", ".join(dict.fromkeys(str(study.path) for study in studies if missing(study)))
@@ -64,7 +64,7 @@ def check_needs(studies: Sequence[Study]) -> None:
 
 
 def identity(launch: Launch) -> list[str]:
-    """What makes a launch the same one: its command, but for where its run is recorded."""
+    """Identity of a launch: its command, except for where its run is recorded."""
     fields = {name: value for name, value in launch.fields.items() if not name.startswith("tracking.")}
     return [launch.launcher, launch.recipe, json.dumps(fields, sort_keys=True)]
 
@@ -84,7 +84,7 @@ def record(study: Study, launch: Launch) -> None:
 
 
 def submit(studies: Sequence[Study], options: Sequence[str], *, script: str, say: Callable[[str], None]) -> None:
-    """Submit what is pending and not queued to SLURM; a launch waits for the one that gives its weights.
+    """Submit to SLURM what is pending and not yet queued; a launch waits for the one that provides its weights.
 
     UserError, before anything is submitted, for a store that jobs on several nodes cannot share; and if sbatch refuses.
     """
@@ -96,7 +96,7 @@ def submit(studies: Sequence[Study], options: Sequence[str], *, script: str, say
 
 
 def _check_store(study: Study) -> None:
-    """UserError if a launch records in SQLite: its locks do not hold across nodes, so that jobs spoil each other's records."""
+    """Raise UserError if a launch records in SQLite: its locks do not hold across nodes, so jobs spoil each other's records."""
     for tracking in (launch.resolved.dpt.tracking for launch in study.launches):
         if tracking.enabled and sqlite_path(tracking.uri) is not None:
             raise UserError(
@@ -107,7 +107,7 @@ def _check_store(study: Study) -> None:
 
 
 def _submit(study: Study, launches: Sequence[Launch], how: Sequence[str], say: Callable[[str], None]) -> None:
-    """`how`: options of sbatch, and the script."""
+    """Submit one study's launches. `how`: sbatch options and the script."""
     path = study.output / _JOBS
     jobs: dict[str, str] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     for launch in launches:

@@ -26,14 +26,14 @@ class Law:
         return self.a * np.asarray(x, dtype=np.float64) ** self.b + self.c
 
     def equation(self, y: str = "L", x: str = "C") -> str:
-        """As the paper's figures write it, e.g. "L(C) = 0.23 × C^-0.0098"."""
+        """The equation as the paper's figures write it, e.g. "L(C) = 0.23 × C^-0.0098"."""
         offset = f" + {_digits(self.c)}" if self.c else ""
         return f"{y}({x}) = {_digits(self.a)} × {x}^{self.b:.4g}{offset}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fit:
-    """A law with what is known about its certainty."""
+    """A law and how certain it is."""
 
     law: Law
     x: np.ndarray
@@ -78,12 +78,12 @@ def fit_power_law(
 ) -> Fit:
     """Fit y = a x^b (with `offset`: + c, 0 <= c < min y) by least squares of log y; `on_frontier`: of the `frontier` alone.
 
-    `runs` names the run of each point; empty: every point is a run. Points of one run err together, and which points a frontier
+    `runs` names the run of each point; empty: every point is a run. Points of a run are correlated, and which points a frontier
     holds is chance too: where a run has several points, or a frontier is chosen, confidence comes from `samples` fits to whole
-    runs drawn with replacement, the frontier chosen anew each time. Else, and where all points are of one run, it comes from a
+    runs drawn with replacement, with a new frontier each time. Otherwise, and where all points are of one run, it comes from a
     residual bootstrap (Efron 1979). Both are scaled by sqrt(n / (n - p)) and by Student's t over the normal quantile, as few
-    runs or points ask for. With an offset there are a fifth as many fits. Raises UserError, in a sentence, if the points cannot
-    carry the fit.
+    runs or points require. With an offset there are a fifth as many fits. Raises UserError, in a sentence, if the points cannot
+    support the fit.
     """
     all_x, all_y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
     _check_positive(all_x, all_y)
@@ -162,13 +162,13 @@ def _fit_offset(u: np.ndarray, v: np.ndarray, starts: list[tuple[float, float, f
     from scipy.optimize import least_squares
     from scipy.special import expit
 
-    top = float(v.min())  # of log c
+    top = float(v.min())  # upper bound of log c
 
     def residuals(p: np.ndarray) -> np.ndarray:
         return np.logaddexp(p[0] + p[1] * u, p[2]) - v
 
     def slopes(p: np.ndarray) -> np.ndarray:
-        share = expit(p[0] + p[1] * u - p[2])  # of the power law in the whole
+        share = expit(p[0] + p[1] * u - p[2])  # the power law's share of the whole
         return np.stack([share, share * u, 1 - share], axis=1)
 
     bounds = ([-np.inf, -np.inf, top - 20.0], [np.inf, np.inf, top])
@@ -197,7 +197,7 @@ def _run_bootstrap(
     samples: int,
     seed: int,
 ) -> np.ndarray:
-    """Fits `[n, 3]` to runs drawn with replacement. Draws that carry no line (a frontier of one x) are drawn again."""
+    """Fits `[n, 3]` to runs drawn with replacement. Draws that define no line (a frontier of one x) are redrawn."""
     rng = np.random.default_rng(seed)
     wanted = max(50, samples // 5) if offset else samples
     middle = float(np.log(x).mean())
@@ -222,7 +222,7 @@ def _run_bootstrap(
 
 
 def _widening(count: int, parameters: int) -> float:
-    """What deviations among `count` values are multiplied by: sqrt(n / (n - p)), and Student's t over the normal quantile."""
+    """Factor that widens deviations among `count` values: sqrt(n / (n - p)) times Student's t over the normal quantile."""
     from scipy.stats import norm, t
 
     freedom = max(count - parameters, 1)

@@ -22,7 +22,7 @@ def places(runs: Sequence[RunRecord]) -> dict[str, tuple[int, int]]:
     found: dict[str, tuple[int, int]] = {}
 
     def place(run: RunRecord, column: int, row: int) -> int:
-        """Place a run and its descendants from `row` down; gives the first free row."""
+        """Place a run and its descendants from `row` down; returns the first free row."""
         if run.run_id in found:
             return row
         found[run.run_id] = (column, row)
@@ -38,7 +38,7 @@ def places(runs: Sequence[RunRecord]) -> dict[str, tuple[int, int]]:
 
 
 def lineage_svg(runs: Sequence[RunRecord], notes: Mapping[str, str]) -> str:
-    """An SVG of the runs and their descent; `notes` gives a line for a run id, such as its best result."""
+    """An SVG of the runs and their descent; `notes` maps a run id to a line, such as its best result."""
     at = places(runs)
     columns = 1 + max((c for c, _ in at.values()), default=0)
     rows = 1 + max((r for _, r in at.values()), default=0)

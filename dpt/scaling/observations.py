@@ -1,4 +1,4 @@
-"""What a study's runs say about error: for each evaluation the model's size, training, method and test-time settings."""
+"""Errors observed in a study's runs: each evaluation with its model's size, training, method and test-time settings."""
 
 import json
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ FACTORS = {
     "pretrain": "pre-training samples",
     "finetune": "fine-tuning samples, those after upcycling included",
 }
-"""What may be varied in training, each with its unit."""
+"""Quantities that may vary in training, each with its unit."""
 METHODS = {
     "diffusion.timesteps": "uniform",
     "diffusion.prediction_type": "epsilon",
@@ -40,8 +40,8 @@ METHODS = {
     "training.feature_alignment.weight": "0.0",
     "optimizer.type": "AdamW",
 }
-"""Fields of a fine-tuning that make another method of it: what differs between runs is chosen among, like sampler steps. With
-their defaults, which older runs may not have recorded."""
+"""Fine-tuning fields that define its method, with their defaults, which older runs may not have recorded. A plan chooses among
+the values that differ between runs, as it does among sampler steps."""
 
 _BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 
@@ -60,7 +60,7 @@ class Observation:
     """One evaluation of one trained model."""
 
     error: float
-    """What is to be small: the metric, or one minus it."""
+    """The error to minimise: the metric, or one minus it."""
     config: ModelConfig
     """The model before upcycling."""
     quantities: dict[str, float]
@@ -68,9 +68,9 @@ class Observation:
     upcycled: bool
     setting: Setting
     recipe: Recipe
-    """The parts of the fine-tuning's recipe that cost (`added_macs`)."""
+    """The parts of the fine-tuning recipe that affect its cost (`added_macs`)."""
     pretraining: Recipe | None
-    """The same of the pre-training's; None: there was none."""
+    """The same parts of the pre-training recipe; None: no pre-training."""
     run_id: str
     """The trained run (several settings of one run are not independent)."""
     evaluation_id: str
@@ -82,7 +82,7 @@ def observe(
 ) -> list[Observation]:
     """The evaluations among `records` of models trained for `task`; if there are none, those of generalists, which follow
     another law. Models trained from scratch count as having no pre-training; models that start from weights of no known run
-    (imported ones) do not count, as nobody can say what those took.
+    (imported ones) are left out, as their cost is unknown.
 
     Raises UserError if they are of several data sets and none is named.
     """
@@ -132,7 +132,7 @@ def observe(
 
 
 def _costing(record: RunRecord) -> Recipe:
-    """The parts of a training's recipe that make its samples dearer than the network alone, or cheaper."""
+    """The parts of a training recipe that make its samples costlier or cheaper than the network alone."""
     given = {name: record.params.get(f"training.{name}") for name in ("bypass_share", "bypass_first", "bypass_last")}
     bypass: dict[str, Any] = {name: json.loads(value) for name, value in given.items() if value is not None}
     training = TrainingConfig(
@@ -152,7 +152,7 @@ def _costing(record: RunRecord) -> Recipe:
 
 
 def added_macs(recipe: Recipe, config: ModelConfig) -> float:
-    """MACs that a recipe's methods add to each sample of a model's training (a share of Muon's products among them), or save
+    """MACs that a recipe's methods add to each sample of a model's training (including a share of Muon's products), or save
     (tokens that bypass blocks)."""
     return float(step_macs(recipe, config, recipe.deepspeed["train_batch_size"]).training - costs.macs(config).training)
 
@@ -168,7 +168,7 @@ def factor_values(config: ModelConfig, pretrain_samples: float, finetune_samples
 
 
 def _before_upcycling(line: Sequence[RunRecord]) -> RunRecord:
-    """Of a line of runs, newest first, the newest one that its upcycling started from; without upcycling the newest."""
+    """The newest run before upcycling in a line of runs (newest first); without upcycling, the newest."""
     upcycled = [place for place, run in enumerate(line) if run.stage == "upcycle"]
     older = line[upcycled[-1] + 1 :] if upcycled else line
     return older[0] if older else line[-1]

@@ -1,4 +1,4 @@
-"""The parts that HTML pages are put together from: one file, no network, no script but the sliders' own line."""
+"""Building blocks of HTML pages: one file, no network, no script but the sliders' own line."""
 
 import base64
 import io
@@ -30,7 +30,7 @@ def write_page(out: Path, text: str) -> Path:
 
 
 def page(title: str, head: str, sections: Sequence[Section]) -> str:
-    """A whole page; `head` is what stands between the title and the links; empty sections are left out."""
+    """A whole page; `head` goes between the title and the links; empty sections are left out."""
     shown = [s for s in sections if s[2]]
     links = "".join(f'<a href="#{anchor}">{escape(name)}</a>' for anchor, name, _ in shown)
     body = "".join(f'<section id="{anchor}"><h2>{escape(name)}</h2>{content}</section>' for anchor, name, content in shown)
@@ -57,7 +57,7 @@ def table(header: Sequence[str], cells: Sequence[Sequence[str]], kinds: Sequence
 
 
 def card(title: str, value: str, note: str = "") -> str:
-    """One figure that matters."""
+    """A card with one key figure."""
     small = '<span class="soft small">'
     return f'<div class="card">{small}{escape(title)}</span><b>{escape(value)}</b>{small}{escape(note)}</span></div>'
 
@@ -108,7 +108,7 @@ def _embedded(kind: str, data: bytes, caption: str) -> str:
 
 
 def slider(below: Path, above: Path, names: tuple[str, str], caption: str) -> str:
-    """Two pictures of one size, the second over the first to the right of a line that a finger, mouse or key moves."""
+    """Two pictures of one size, the second over the first to the right of a line moved by finger, mouse or key."""
     first, second = (escape(name, quote=True) for name in names)
     sources = [_source(*_encoded(path)) for path in (below, above)]
     move = "this.parentNode.style.setProperty('--at',this.value+'%')"

@@ -1,4 +1,4 @@
-"""The published numbers of "Scaling Properties of Diffusion Models for Perceptual Tasks", to stand beside ours.
+"""The published numbers of "Scaling Properties of Diffusion Models for Perceptual Tasks", for comparison with ours.
 
 Errors and shares are in per cent, end-point errors in pixels, as in the paper's tables.
 """

@@ -35,7 +35,7 @@ def _as_published(row: Row, sets: dict[str, tuple[str, int]]) -> bool:
 
 
 def _beside(ours: list[Row], sets: dict[str, tuple[str, int]], published: dict[str, Any], metrics: list[str]) -> str:
-    """The published rows, then the newest of ours at its most expensive setting, over the protocols that we have scored."""
+    """The published rows, then our newest at its most expensive setting, over the protocols that we have scored."""
     scored = [s for s in sets if any(r.protocol == s for r in ours)]
     header = ["method", *(f"{sets[s][0]} {METRICS[m].title}" for s in scored for m in metrics)]
     cells, kinds, notes = [], [], []
@@ -55,7 +55,7 @@ def _beside(ours: list[Row], sets: dict[str, tuple[str, int]], published: dict[s
 
 
 def _model_table(training: Sequence[RunRecord]) -> str:
-    """The models that were trained, beside the paper's where the preset is one of its own and unchanged."""
+    """The trained models, beside the paper's where the preset is one of the paper's and unchanged."""
     header = ["model", "hidden size", "heads", "layers", "experts", "parameters (active / total)", "the paper's"]
     rows: dict[tuple[str, ...], None] = {}
     for run in training:

@@ -1,4 +1,4 @@
-"""A plan as recipes and a study that runs them, made from the recipes of the runs that the plan was learned from."""
+"""A plan as recipes and a study that runs them, derived from the recipes of the runs that the plan was learned from."""
 
 import copy
 import dataclasses
@@ -12,15 +12,15 @@ from dpt.scaling.planner import Plan
 from dpt.tracking.read import RunRecord, ancestors
 
 _OF_STAGES = ("num_conditions", "num_classes", "class_dropout_prob", "learn_sigma", "patch_embed_tasks", "clip_embedding_size")
-"""Fields of the model in which stages of one model may differ; all others are the plan's."""
+"""Model fields in which the stages of one model may differ; all others come from the plan."""
 
 
 def write_plan(
     plan: Plan, example: RunRecord, family: Sequence[RunRecord], folder: Path, *, experiment: str, seeds: int = 1
 ) -> Path:
-    """Write the recipes of every stage and `study.yaml`, which runs them with so many seeds, to `folder`; returns the study.
+    """Write the recipes of every stage and `study.yaml`, which runs them with `seeds` seeds, to `folder`; returns the study.
 
-    Recipes are those of the evaluation `example` and of its ancestors; of a stage that these lack, that of the newest run in
+    Recipes come from the evaluation `example` and its ancestors or, for a stage that these lack, from the newest run in
     `family` (sorted, oldest first). Raises UserError if there is none.
     """
     import yaml
@@ -62,7 +62,7 @@ def write_plan(
 
 
 def _template(examples: Sequence[RunRecord], stage: str) -> dict[str, Any]:
-    """The recipe of the first run of a stage that has kept it."""
+    """The recipe of a stage's first run that has kept one."""
     for record in examples:
         if record.stage == stage:
             recipe = copy.deepcopy(record.recipe())
@@ -73,7 +73,7 @@ def _template(examples: Sequence[RunRecord], stage: str) -> dict[str, Any]:
 
 
 def _set_training(recipe: dict[str, Any], plan: Plan, samples: float) -> None:
-    """The plan's model and length; checkpoints come as often as before, in shares of the run."""
+    """Set the plan's model and length; checkpoints keep their frequency relative to the run."""
     batch = int(recipe.get("train_batch_size", 1))
     training = recipe["dpt"]["training"]
     steps = max(1, round(samples / batch))
@@ -81,5 +81,5 @@ def _set_training(recipe: dict[str, Any], plan: Plan, samples: float) -> None:
     for name in ("checkpoint_every", "warmup_steps"):
         training[name] = max(1, round(training[name] * scale)) if training[name] else 0
     training["steps"] = steps
-    training["weights"] = ""  # the study gives those of the stage before
+    training["weights"] = ""  # the study provides those of the previous stage
     recipe["dpt"]["model"] |= {k: v for k, v in dataclasses.asdict(plan.config).items() if k not in _OF_STAGES}

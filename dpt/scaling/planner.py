@@ -1,4 +1,4 @@
-"""Spends a budget: model size, pre-training, fine-tuning, upcycling, sampler steps and ensemble, by a fitted surface."""
+"""Spend a budget on model size, pre-training, fine-tuning, upcycling, sampler steps and ensemble, by a fitted surface."""
 
 import itertools
 import math
@@ -16,7 +16,7 @@ from dpt.scaling.observations import Observation, Setting, added_macs, factor_va
 from dpt.scaling.surface import Surface
 
 _SHARES = np.round(np.linspace(0.02, 0.98, 49), 2)
-"""Shares of the budget that pre-training may get, beside none."""
+"""Shares of the budget that pre-training may get, besides none."""
 _UPCYCLED_SHARES = (0.25, 0.5)
 """Shares of the perception budget that may be spent after upcycling."""
 
@@ -28,16 +28,16 @@ class Plan:
     config: ModelConfig
     """The model before upcycling."""
     pretrain_samples: float
-    """0: trained from scratch."""
+    """Samples of pre-training; 0: trained from scratch."""
     finetune_samples: float
     upcycle_samples: float
-    """0: not upcycled."""
+    """Samples of training after upcycling; 0: not upcycled."""
     upcycling: UpcyclingConfig
     setting: Setting
     """Method of fine-tuning, sampler steps and ensemble size."""
     train_macs: float
     test_macs: float
-    """Of one prediction."""
+    """MACs of one prediction."""
     expected: float
     """The expected error."""
 
@@ -47,14 +47,14 @@ class Plan:
         return factor_values(self.config, self.pretrain_samples, self.finetune_samples + self.upcycle_samples)
 
     def distance(self, observation: Observation) -> tuple[bool, float, float]:
-        """How far an observation is from the plan: method and latents, its factors' logarithms, and of equal ones the error."""
+        """Distance of an observation from the plan: method and latents, then log factors, then its error to break ties."""
         kind = (observation.setting.method, observation.config.input_size, observation.upcycled)
         values = [(value, observation.quantities[name]) for name, value in self.quantities.items()]
         far = sum(math.log(mine / its) ** 2 if mine and its else 1.0 for mine, its in values if mine or its)
         return kind != (self.setting.method, self.config.input_size, self.upcycle_samples > 0), far, observation.error
 
     def extrapolations(self, surface: Surface) -> list[str]:
-        """What lies outside the observations, a sentence each."""
+        """One sentence for each quantity outside the observed range."""
         sentences = []
         for name, value in self.quantities.items():
             low, high = surface.ranges[name]
@@ -69,12 +69,12 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What a plan may spend."""
+    """Limits on what a plan may spend."""
 
     train_macs: float
-    """Of all stages together."""
+    """MACs of all stages together."""
     test_macs: float = np.inf
-    """Of one prediction."""
+    """MACs of one prediction."""
     task: str = "depth"
     upcycling: UpcyclingConfig = field(default_factory=UpcyclingConfig)
 
@@ -94,7 +94,7 @@ def best_plan(surface: Surface, models: Sequence[ModelConfig], limits: Limits) -
 
 
 def naive_plan(surface: Surface, models: Sequence[ModelConfig], limits: Limits) -> Plan:
-    """The middle model trained by the usual method, the budget in equal parts to its stages, steps and ensemble as equal as the
+    """The middle model trained by the usual method, the budget split equally between stages, steps and ensemble as equal as the
     test-time limit allows."""
     config = sorted(models, key=lambda m: costs.macs(m).forward)[(len(models) - 1) // 2]
     settings = _affordable(surface, config, False, limits)
@@ -104,7 +104,7 @@ def naive_plan(surface: Surface, models: Sequence[ModelConfig], limits: Limits) 
 
 
 def _evenness(setting: Setting) -> tuple[int, int]:
-    """Greater for steps and ensemble that are more equal."""
+    """Sort key that is greater for more equal steps and ensemble."""
     return min(setting.steps, setting.ensemble), -max(setting.steps, setting.ensemble)
 
 
@@ -133,7 +133,7 @@ def make_plan(
 ) -> Plan:
     """The plan that gives pre-training this share of the budget and perception the rest, part of its samples upcycled.
 
-    A stage whose length the observations do not vary keeps the observed one: nothing is known of its effect. A share of 0 means
+    A stage whose length the observations do not vary keeps the observed one, as its effect is unknown. A share of 0 means
     training from scratch, where that was observed.
     """
     upcycled_config = limits.upcycling.apply(config)
@@ -168,7 +168,7 @@ def make_plan(
 
 
 def _sample_macs(recipe: Recipe | None, config: ModelConfig) -> float:
-    """MACs of training on a sample, with what the recipe's methods add."""
+    """MACs of training on a sample, including what the recipe's methods add."""
     return costs.macs(config).training + (added_macs(recipe, config) if recipe else 0.0)
 
 
@@ -178,7 +178,7 @@ def _test_macs(config: ModelConfig, upcycled: bool, limits: Limits, setting: Set
 
 
 def _affordable(surface: Surface, config: ModelConfig, upcycled: bool, limits: Limits) -> list[Setting]:
-    """The observed settings within the limit, of methods that were seen with latents of this size, upcycled or not."""
+    """The observed settings within the limit, of methods observed with latents of this size, upcycled or not."""
     settings = [s for s in sorted(surface.settings) if (s.method, config.input_size, upcycled) in surface.seen]
     return [s for s in settings if _test_macs(config, upcycled, limits, s) <= limits.test_macs]
 

@@ -20,11 +20,11 @@ WORDS = {
     "perf/samples_per_second": "samples per second",
     "experts/distance": "distance of experts / their norm",
 }
-"""What stands at the axis of a recorded metric."""
+"""Axis labels of recorded metrics."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "p")
 LINES = ("-", "--", ":", "-.")
 SUFFIXES = (".svg", ".png", ".pdf")
-"""Of files of figures."""
+"""Suffixes of figure files."""
 
 _STYLE = {
     "svg.fonttype": "none",
@@ -65,7 +65,7 @@ def new_axes(x_label: str, y_label: str, *, log_x: bool = False, log_y: bool = F
 
 
 def plain(name: str) -> str:
-    """A name as matplotlib shows it letter by letter: between dollars it would look for mathematics."""
+    """A name escaped for matplotlib, which would parse text between dollars as mathematics."""
     return name.replace("$", r"\$")
 
 
@@ -79,7 +79,7 @@ def style_of(number: int) -> dict[str, str]:
 
 
 def short_number(value: float) -> str:
-    """A number that people read: 0.05, 200, 20k, 1.5M, 2G, 30T, 1P."""
+    """A number in human-readable form: 0.05, 200, 20k, 1.5M, 2G, 30T, 1P."""
     for factor, suffix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
         if abs(value) >= factor * (1 - 1e-9):
             return f"{value / (1e3 if suffix == 'k' else factor):g}{suffix}"
@@ -87,7 +87,7 @@ def short_number(value: float) -> str:
 
 
 def _plain_ticks(axes: Any) -> None:
-    """Numbers that people read, such as 1, 2, 5, 10, 20k or 1T, on both axes."""
+    """Label both axes with human-readable numbers, such as 1, 2, 5, 10, 20k or 1T."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     for axis, (low, high) in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
@@ -102,7 +102,7 @@ def _plain_ticks(axes: Any) -> None:
 
 
 def _legend_beside(axes: Any) -> None:
-    """The legend to the right of the axes, where it covers nothing."""
+    """Put the legend to the right of the axes, where it covers nothing."""
     count = len(axes.get_legend_handles_labels()[1])
     axes.legend(
         fontsize=9 if count <= 16 else 6.5,
@@ -143,7 +143,7 @@ def law_figure(
     """Points in log-log, each group in its colour, and the fitted laws with their 95% bands and equations.
 
     `chosen` points (a frontier) are ringed; `join` connects the points of a group. `bars` are means of repeats by group, as
-    (x, mean, half of its interval): then these are joined, and the single points are faint.
+    (x, mean, half of its interval): if given, these are joined, and the single points are faint.
     """
     figure, axes = new_axes(x_label, y_label, log_x=True, log_y=True, legend=True)
     styles = {name: style_of(i) for i, name in enumerate(groups)}
@@ -181,12 +181,12 @@ def law_figure(
 
 
 def _mathematical(law: Law) -> str:
-    """The equation with the exponent raised."""
+    """The equation with the exponent as a superscript."""
     return re.sub(r"\^(\S+)", r"$^{\1}$", law.equation())
 
 
 def thinned(points: Points, most: int = 400) -> list[tuple[float, float]]:
-    """At most `most` points: means of equal runs of neighbours."""
+    """Thin to at most `most` points: means of equal runs of neighbours."""
     stride = -(-len(points) // most) if points else 1
     if stride == 1:
         return list(points)
@@ -213,7 +213,7 @@ def to_svg(figure: Any) -> str:
 
 
 def save(figure: Any, path: Path) -> Path:
-    """Write the figure in the format of the file's suffix (svg, png, pdf); the figure is closed. UserError for other ones."""
+    """Write the figure in the format of the file's suffix (svg, png, pdf); the figure is closed. UserError for any other."""
     from matplotlib import pyplot, rc_context
 
     if path.suffix.lower() not in SUFFIXES:

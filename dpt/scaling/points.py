@@ -1,4 +1,4 @@
-"""Points (x, y) out of runs: what a law is fitted on and a figure shows."""
+"""Points (x, y) from runs, for laws to fit and figures to show."""
 
 import math
 import re
@@ -24,7 +24,7 @@ X_NAMES = {
     "params_total": "all parameters",
     "samples": "samples seen by the last training",
 }
-"""What `x` may be, besides a metric or a numeric field of the recipe."""
+"""Names that `x` may take, besides a metric or a numeric recipe field."""
 _SETTING = re.compile(r"/s\d+_n\d+$")
 _BEGINNING = 0.1
 _STRETCH, _STRETCH_VALUES = 1.1, 5
@@ -33,59 +33,59 @@ _HISTORIES = {"macs": "compute/train_macs", "own_macs": "compute/train_macs", "s
 
 @dataclass(frozen=True, kw_only=True)
 class FigureSpec:
-    """What a figure shows."""
+    """Specification of a figure."""
 
     name: str = "figure"
     """Name of its file."""
     title: str = ""
-    """What it shows, in words."""
+    """Description of the figure, in words."""
     x: str = "macs"
     """One of `X_NAMES`; or a metric, or a numeric field of the recipe."""
     y: str = "eval/depth/abs_rel"
     """A metric; "1-METRIC" for one minus it."""
     group_by: str = ""
-    """A recipe's field, tag, "label", "name" or "stage" (or several, with commas); a law for each of its values."""
+    """A recipe field, tag, "label", "name" or "stage" (or several, separated by commas); one law per value."""
     steps: int | None = None
     """Only evaluations with this many sampler steps."""
     ensemble: int | None = None
     """Only evaluations with this ensemble size."""
     predictions: int = 0
-    """For x "total_macs": predictions whose compute is added to that of the training."""
+    """Predictions whose compute is added to that of training, for x "total_macs"."""
     curve: bool = False
-    """All recorded values of a training metric, not the last alone; for laws and frontiers without the training's beginning."""
+    """All recorded values of a training metric, not just the last; laws and frontiers leave out the beginning of training."""
     frontier: bool = False
     """One law through the least y that each x can buy."""
     offset: bool = False
     """Fit y = a x^b + c."""
     law: bool = True
-    """Fit laws at all."""
+    """Whether to fit laws."""
     over: str = ""
-    """A tag, such as "study.seed": runs that differ in it alone are drawn as their mean with its 95% interval, and tabled."""
+    """A tag, such as "study.seed": runs that differ only in it are drawn as their mean with its 95% interval, and tabulated."""
     reference: str = ""
-    """A stage of a study: tables at which share of its compute the others are as good, in each group and repeat (`over`)."""
+    """A stage of a study: tabulates the share of its compute at which the others match it, by group and repeat (`over`)."""
     stages: list[str] = field(default_factory=list)
     """Stages of a study whose runs it shows; empty: all that have its x and y."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """One point, and the run that it is of."""
+    """One point and its run."""
 
     x: float
     y: float
     group: str
     run: RunRecord
     setting: tuple[int | None, int | None] = (None, None)
-    """Of an evaluation: sampler steps and ensemble size."""
+    """Sampler steps and ensemble size of an evaluation."""
     test_macs: float = 0.0
-    """Of an evaluation: MACs of one prediction; 0: not recorded."""
+    """MACs of one prediction of an evaluation; 0: not recorded."""
 
 
 def collect(records: Sequence[RunRecord], family: Sequence[RunRecord], spec: FigureSpec) -> list[Point]:
     """The points of a figure from `records`; `family` holds them and their ancestors.
 
-    A metric "eval/TASK/[SET/]NAME" gives the points of `evaluation_points`. Another metric gives each training's last value, or
-    with `curve` what was recorded all along in means over stretches (`stretches`), for laws and frontiers without the beginning
+    A metric "eval/TASK/[SET/]NAME" gives the points of `evaluation_points`. Other metrics give each training's last value, or
+    with `curve` its whole history as means over stretches (`stretches`), for laws and frontiers without the beginning
     (`settled`). Raises UserError if nothing fits.
     """
     name = spec.y.removeprefix("1-")
@@ -109,7 +109,7 @@ def _recorded(records: Sequence[RunRecord]) -> list[str]:
 
 
 def _known(records: Sequence[RunRecord], name: str) -> str:
-    """What y may be: the closest names that the runs have recorded, or those of evaluations first."""
+    """Names that y may take: the closest that the runs have recorded, or those of evaluations first."""
     recorded = _recorded(records)
     if not recorded:
         return "they have recorded nothing yet"
@@ -199,7 +199,7 @@ def settled(record: RunRecord, history: Sequence[tuple[int, float]]) -> list[tup
 def stretches(pairs: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     """A noisy curve in fewer points: (geometric mean of x, mean of y) over stretches that do not overlap.
 
-    A stretch spans 10% of x and holds 5 values at least (a tenth of a curve of less than 50; a curve of less than 20 is left
+    A stretch spans 10% of x and holds at least 5 values (a tenth of a curve of fewer than 50; a curve of fewer than 20 is left
     as it is). The least values of a raw curve, which a frontier looks for, would be the luckiest ones, and early on the rarest.
     """
     pairs = sorted(pairs)
@@ -224,7 +224,7 @@ def final_value(history: Sequence[tuple[int, float]]) -> float:
 
 
 def run_value(record: RunRecord, family: Sequence[RunRecord], x: str) -> float | None:
-    """A number of a run, or of the nearest run that it descends from; None if none has it."""
+    """A number of a run, or of its nearest ancestor that has it; None if none does."""
     trained = record if record.stage != "evaluate" else next(iter(ancestors(record, family)), None)
     if x == "macs":
         return (total_train_macs(trained, family) if trained else 0.0) or None
@@ -245,10 +245,10 @@ def run_value(record: RunRecord, family: Sequence[RunRecord], x: str) -> float |
 
 
 def text_value(record: RunRecord, family: Sequence[RunRecord], name: str) -> str:
-    """A recipe's field, a tag or an attribute (stage, name, label) of a run or of the nearest run that it descends from.
+    """A recipe field or tag of a run, or of its nearest ancestor that has it; or the run's own stage, name or label.
 
     A field of "model" is that of the nearest training, since an evaluation takes its architecture from the weights. Several
-    names, separated by commas, give what they have, side by side.
+    names, separated by commas, give their values side by side.
     """
     if "," in name:
         return " ".join(filter(None, (text_value(record, family, part.strip()) for part in name.split(","))))

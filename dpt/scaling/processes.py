@@ -1,4 +1,4 @@
-"""A launch as a process: an interpreter of its own, or a fork of one that has loaded the libraries already."""
+"""A launch as a process: a new interpreter, or a fork of one that has already loaded the libraries."""
 
 import atexit
 import multiprocessing
@@ -19,7 +19,7 @@ _LIBRARIES = [
     "dpt.training.run",
     "matplotlib.pyplot",
 ]
-"""What launchers load before they work (engine, VAE, pictures): seconds each, longer than a short launch computes."""
+"""Libraries that launchers load first (engine, VAE, pictures): seconds each, longer than a short launch computes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,15 +27,15 @@ class LaunchProcess:
     """A running process, however it was started."""
 
     exit_code: Callable[[], int | None]
-    """None while it runs; negative: the signal that ended it."""
+    """Returns the exit code: None while it runs; negative: the signal that ended it."""
     terminate: Callable[[], None]
     """Ask it to end."""
     wait: Callable[[], object]
-    """Until it has ended."""
+    """Wait until it has ended."""
 
 
 def start_fresh(words: list[str], log: Path, environment: dict[str, str]) -> LaunchProcess:
-    """Run a command; what it prints is appended to `log`."""
+    """Run a command, appending its output to `log`."""
     with log.open("a", encoding="utf-8") as file:
         process = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT, env=environment)
     return LaunchProcess(exit_code=process.poll, terminate=process.terminate, wait=process.wait)
@@ -44,7 +44,7 @@ def start_fresh(words: list[str], log: Path, environment: dict[str, str]) -> Lau
 def start_forked(words: list[str], log: Path, environment: dict[str, str]) -> LaunchProcess:
     """Run `python SCRIPT ...` or `python -m MODULE ...` as a fork of a process that has loaded the libraries; not for GPUs.
 
-    That process has one thread and has computed nothing, so that a fork of it is as good as a new interpreter.
+    That process has one thread and has computed nothing, so a fork of it is as good as a new interpreter.
     """
     limit_spinning()  # in the forked process's environment, before it loads torch
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -56,7 +56,7 @@ def start_forked(words: list[str], log: Path, environment: dict[str, str]) -> La
 
 
 def _run_script(words: list[str], log: Path, environment: dict[str, str]) -> None:
-    """In the forked process: the script or module as the main program, with its own arguments, environment and output."""
+    """Run the script or module as the forked process's main program, with its own arguments, environment and output."""
     import torch
 
     with log.open("a", encoding="utf-8") as file:
@@ -64,7 +64,7 @@ def _run_script(words: list[str], log: Path, environment: dict[str, str]) -> Non
             os.dup2(file.fileno(), stream.fileno())
     os.environ.clear()
     os.environ.update(environment)
-    if "OMP_NUM_THREADS" in environment:  # which the library reads once, when it is loaded
+    if "OMP_NUM_THREADS" in environment:  # the library reads it only once, when loaded
         torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
     sys.argv = words[1:] if words[0] == "-m" else words
     try:

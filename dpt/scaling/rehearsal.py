@@ -1,6 +1,6 @@
-"""A study with everything but its sizes: the same launches on tiny networks, and on tiny data sets in their native layouts.
+"""A study scaled down: the same launches on tiny networks, and on tiny data sets in their native layouts.
 
-It finds what would break a study of days within minutes. Its figures say nothing about networks, and are marked so.
+It finds within minutes what would break a study of days. Its figures say nothing about networks, and are marked as such.
 """
 
 import itertools
@@ -26,9 +26,9 @@ WATERMARK = "REHEARSAL"
 _SMALLER = 8
 """How much smaller pictures and latents are."""
 _BATCH = 2
-"""Samples of a step on a device."""
+"""Samples per step on each device."""
 _NATIVE_SAMPLES = 8
-"""Of each split of a data set."""
+"""Samples in each split of a data set."""
 _SCORED = 2
 """Images that an evaluation scores."""
 _CHECKPOINT = re.compile(r"checkpoints/step_(\d+)$")
@@ -36,11 +36,11 @@ _PUBLIC = {
     "weights/DiT-XL-2-256x256.pt": "ds_configs/dense_xl2_256.json",
     "weights/DiT-XL-2-512x512.pt": "ds_configs/dense_xl2_512.json",
 }
-"""Public weights, and the recipe whose untrained network stands for them."""
+"""Public weights, and the recipe whose untrained network stands in for them."""
 
 
 def rehearsal_of(study: Study, folder: Path, *, devices: int) -> Study:
-    """The study made small, all of it within `folder`, for launches on so many devices each (0: on the CPU).
+    """The study scaled down, all of it within `folder`, for launches on `devices` devices each (0: on the CPU).
 
     Raises:
         UserError: it reads shards or weights that cannot be made here.
@@ -61,9 +61,9 @@ def rehearsal_of(study: Study, folder: Path, *, devices: int) -> Study:
 
 
 def make_shards(studies: Sequence[Study], folder: Path, *, say: Callable[[str], None]) -> None:
-    """Write the data sets of rehearsals in their native layouts, and encode them by the commands of docs/reproduce.md.
+    """Write the data sets of rehearsals in their native layouts, and encode them with the commands of docs/reproduce.md.
 
-    What is there is kept. UserError, with the command, if one fails.
+    Existing ones are kept. UserError, with the command, if one fails.
     """
     log = folder / "log.txt"
     folder.mkdir(parents=True, exist_ok=True)
@@ -109,13 +109,13 @@ def _make_clip(folder: Path) -> None:
 
 
 def _within(folder: Path, path: Path | str) -> Path:
-    """The place in the rehearsal's folder that stands for a path."""
+    """The place in the rehearsal's folder that stands in for a path."""
     path = Path(path)
     return folder / path.relative_to(path.anchor)
 
 
 def _untrained(study: Study, weights: str, folder: Path, devices: int) -> Launch:
-    """The launch that exports a network as it is before training, in place of public weights."""
+    """The launch that exports an untrained network instead of public weights."""
     name = f"untrained_{Path(weights).stem}"
     place = study.output / name
     fields: dict[str, Any] = {"training.steps": 0, "training.output_dir": str(place), "tracking.enabled": False}
@@ -126,7 +126,7 @@ def _untrained(study: Study, weights: str, folder: Path, devices: int) -> Launch
 
 
 def _shrunk(launch: Launch, parent: Launch | None, untrained: dict[str, Launch], folder: Path, devices: int) -> Launch:
-    """A launch on tiny networks and data, within the rehearsal's folder; everything else as it was."""
+    """A launch on tiny networks and data, within the rehearsal's folder; everything else unchanged."""
     config = launch.resolved.dpt
     fields = launch.fields | {"data.vae": "embedded", "tracking.offline": True}
     home = "evaluation" if launch.launcher == "evaluate" else "training"
@@ -156,7 +156,7 @@ def _shrunk(launch: Launch, parent: Launch | None, untrained: dict[str, Launch],
 
 
 def _training_fields(launch: Launch, devices: int) -> dict[str, Any]:
-    """Sizes of a training, in place of the launch's own."""
+    """Sizes of a training run that replace the launch's own."""
     recipe = launch.resolved
     training, unit = recipe.dpt.training, _unit(launch)
     fields = _model_fields(recipe.dpt.model) | {
@@ -192,6 +192,6 @@ def _model_fields(model: ModelConfig) -> dict[str, Any]:
 
 
 def _unit(launch: Launch) -> int:
-    """Steps of a training that one step of its rehearsal stands for: those between the checkpoints kept, or half of all."""
+    """Training steps that one step of the rehearsal stands for: those between the checkpoints kept, or half of all."""
     training = launch.resolved.dpt.training
     return training.keep_every if 0 < training.keep_every < training.steps else max(1, training.steps // 2)

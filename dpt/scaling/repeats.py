@@ -1,4 +1,4 @@
-"""Runs that repeat each other but for one tag, such as the seed, as one point: their mean and its interval."""
+"""Runs that differ only in one tag, such as the seed, as one point: their mean and its interval."""
 
 import math
 import statistics
@@ -19,7 +19,7 @@ class Mean:
     x: float
     y: float
     half_width: float
-    """Of the interval; infinite for a single run."""
+    """Half-width of the interval; infinite for a single run."""
     group: str
     runs: list[RunRecord]
 

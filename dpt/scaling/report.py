@@ -20,14 +20,14 @@ from dpt.tracking.read import RunRecord, ancestors, load_runs
 
 PICTURES_PER_RUN = 12
 MOST_BARS, MOST_CURVES = 8, 12
-"""Models beside the headline, and runs in a figure of curves; the table has all."""
+"""Most models beside the headline, and most runs in a figure of curves; the table has all."""
 _CURVES = ("train/loss", "train/load_balancing_loss", "train/grad_norm")
 
 
 def write_report(experiment: str, *, uri: str, out: Path) -> Path:
     """Write the page about `experiment` to `out` and return it; everything is inside the one file.
 
-    Raises UserError if the store or the experiment is not there or holds no run.
+    Raises UserError if the store or the experiment does not exist or holds no run.
     """
     runs = load_runs(uri, experiment=experiment)
     if not runs:
@@ -71,7 +71,7 @@ def _main_rows(rows: Sequence[Row]) -> list[Row]:
 
 
 def _about(row: Row) -> str:
-    """The task, the set and how many samples of which kind, in words."""
+    """The task, the set, and the number and kind of samples, in words."""
     count = f", {row.num_samples:,} {'synthetic ' * row.synthetic}samples" if row.num_samples else ""
     return row.task.capitalize() + (f" on {row.dataset}" if row.dataset else "") + count
 
@@ -111,7 +111,7 @@ def _headline_figure(group: list[Row], best: Row, metric: str) -> str:
 
 
 def _first_picture(row: Row) -> str:
-    """Of a model whose evaluation has kept no scenes."""
+    """First picture of a model whose evaluation has kept no scenes; "" if it has none."""
     paths = _picture_paths(row.run) if row.run is not None else []
     return _picture(row.run, paths[0]) if row.run is not None and paths else ""
 
@@ -126,7 +126,7 @@ def _scenes(rows: Sequence[Row], shown: Sequence[ShownScenes]) -> str:
 
 
 def _shown(runs: Sequence[RunRecord], rows: list[Row]) -> list[RunRecord]:
-    """Without the runs that a newer one of the same name has superseded, but for those that a row descends from."""
+    """The runs without those that a newer one of the same name supersedes, except for ancestors of a row."""
     newest = {(r.stage, r.name): r.run_id for r in runs}
     kept = set(newest.values())
     for record in [row.run for row in rows if row.run is not None]:

@@ -1,7 +1,7 @@
 """Evaluation runs as rows of a table, read back from MLflow.
 
 An evaluation logs `eval/TASK/DATASET/METRIC` (and `eval/TASK/METRIC`, if the task has one set) for its main setting, the same
-with `/sSTEPS_nENSEMBLE` for every setting (the metric "macs" is what a prediction took, in the mean),
+with `/sSTEPS_nENSEMBLE` for every setting (the metric "macs" is a prediction's mean MACs),
 `baseline_METRIC` for what a prediction must beat, `ceiling_METRIC` for the truth sent through the VAE and back, and, for masks,
 `code_METRIC` for the truth through the image code alone (`dpt.scores.EXPLANATIONS`).
 """
@@ -34,19 +34,19 @@ class Row:
     ensemble: int | None
     metrics: dict[str, float]
     baseline: dict[str, float] = field(default_factory=dict)
-    """The metrics of what a prediction must beat, such as the best constant."""
+    """Metrics of the baseline that a prediction must beat, such as the best constant."""
     macs: float | None = None
     """Multiply-accumulates of one prediction: forward x steps x members x passes."""
     protocol: str = ""
     num_samples: int = 0
     """Samples scored; 0: not recorded."""
     synthetic: bool = False
-    """The set's samples are rendered scenes of ours."""
+    """Whether the set's samples are our rendered scenes."""
     run: RunRecord | None = None
     """None for the references, such as the best constant, and the truth through the VAE."""
 
     def share(self, metric: str) -> float | None:
-        """The metric as a share of that of what a prediction must beat."""
+        """The metric as a share of the baseline's."""
         base = self.baseline.get(metric)
         value = self.metrics.get(metric)
         return value / base if base and value is not None else None
@@ -133,7 +133,7 @@ def _only(record: RunRecord, name: str) -> int | None:
 
 
 def _macs(record: RunRecord, task: str, steps: int | None, ensemble: int | None) -> float | None:
-    """For records that do not say: as if every image had the model's own size."""
+    """MACs of one prediction for records without them, as if every image had the model's own size."""
     forward = record.metrics.get("compute/forward_macs")
     if forward is None or steps is None or ensemble is None:
         return None
@@ -198,7 +198,7 @@ def format_table(rows: list[Row]) -> str:
 
 
 def format_cells(header: list[str], cells: list[list[str]]) -> str:
-    """Cells as aligned plain text; the first column to the left, the others to the right."""
+    """Cells as aligned plain text: the first column flush left, the others flush right."""
     widths = [max(len(row[i]) for row in [header, *cells]) for i in range(len(header))]
     lines = []
     for row in [header, ["-" * w for w in widths], *cells]:

@@ -1,4 +1,4 @@
-"""Runs the launches of studies on this machine: one at a time, or several side by side, each on its share."""
+"""Run the launches of studies on this machine: one at a time, or several side by side, each on its share."""
 
 import os
 import shlex
@@ -18,11 +18,11 @@ from dpt.scaling.study import Launch, Study
 def run_here(studies: Sequence[Study], *, jobs: int = 1, fork: bool = False, say: Callable[[str], None]) -> None:
     """Run what is pending, `jobs` launches at a time, each on an equal share of this machine's devices or CPU threads.
 
-    `fork`: launches on the CPU come from one process that has loaded the libraries, which saves each of them ten seconds.
+    `fork`: launches on the CPU are forked from one process that has loaded the libraries, which saves each of them ten seconds.
 
-    A launch waits for the one that gives its weights; what several studies ask for runs once. The output of a launch goes to
-    `log.txt` in its folder. An interrupted one continues from its last checkpoint. UserError if one fails: no further one
-    starts then, and those that run beside it end first.
+    A launch waits for the one that provides its weights; one that several studies share runs once. Each logs to `log.txt`
+    in its folder. An interrupted one continues from its last checkpoint. UserError if one fails: no further one
+    starts then, and those still running finish first.
     """
     pending_jobs = _join(studies)
     total, begun, seconds = len(pending_jobs), 0, list[float]()
@@ -70,7 +70,7 @@ class _Job:
 
 
 def _join(studies: Sequence[Study]) -> list[_Job]:
-    """The pending launches of all studies, each folder once; UserError if two studies want different ones in a folder."""
+    """The pending launches of all studies, each folder once; UserError if two studies want different ones in one folder."""
     check_needs(studies)
     first: dict[Path, _Job] = {}
     for study in studies:
@@ -87,7 +87,7 @@ class _Share:
     """The part of this machine that one of several concurrent launches uses."""
 
     port: int
-    """Where the ranks of its launches meet: of no other launch, nor of another study on this machine."""
+    """Port where the ranks of its launches meet; no other launch or study on this machine uses it."""
     devices: list[str] | None = None
     """CUDA devices; None: all, or there are none."""
     threads: int | None = None
@@ -106,7 +106,7 @@ class _Share:
 
 
 def _shares(jobs: int) -> list[_Share]:
-    """This machine in equal parts; UserError if it has fewer devices than that."""
+    """Split this machine into equal parts; UserError if it has fewer devices than that."""
     if jobs < 1:
         raise UserError(f"--jobs {jobs}: it must be at least 1.")
     ports = set[int]()

@@ -16,7 +16,7 @@ MOST_MODELS = 6
 
 @dataclass(frozen=True, kw_only=True)
 class ShownScenes:
-    """What one evaluation run has kept of one set."""
+    """The scenes that one evaluation run has kept of one set."""
 
     row: Row
     """The table's row that they belong to."""
@@ -24,7 +24,7 @@ class ShownScenes:
     """The contents of scenes.json."""
 
     def scene(self, key: str) -> dict[str, Any] | None:
-        """The scene of that key."""
+        """The scene with that key."""
         return next((s for s in self.index["scenes"] if s["key"] == key), None)
 
     def panel(self, scene: dict[str, Any], name: str) -> Path | None:
@@ -39,7 +39,7 @@ class ShownScenes:
         return f"{self.row.label}, {setting_words(self.row)}: {say(self.index['metric'], scene['value'])}"
 
     def spread(self, scene: dict[str, Any]) -> str:
-        """What the brightest place of the members' spread stands for, in words."""
+        """Meaning of the brightest place of the members' spread, in words."""
         scale = (scene["panels"].get("uncertainty") or {}).get("scale")
         until = f", 0 to {readable(scale['high'])} {scale['unit']}" if scale else ""
         return f"{self.row.label}: spread of the members{until}"
@@ -57,7 +57,7 @@ class ShownScenes:
         return slider(below, above, (scene["panels"]["input"]["title"], scene["panels"]["prediction"]["title"]), caption)
 
     def scale(self, scene: dict[str, Any], name: str) -> str:
-        """What the colours of a panel mean."""
+        """Legend of a panel's colours."""
         panel = scene["panels"].get(name) or {}
         scale = panel.get("scale")
         if scale is None:
@@ -90,7 +90,7 @@ def typical(shown: ShownScenes, mean: float) -> dict[str, Any]:
 
 
 def headline_picture(shown: ShownScenes, mean: float) -> str:
-    """Input with the prediction over it, truth and prediction of a typical scene, large."""
+    """A typical scene, large: the input with the prediction over it, the truth and the prediction."""
     scene = typical(shown, mean)
     title = scene["panels"]["input"]["title"]
     figures = [shown.over(scene, f"{title} and prediction: drag across"), shown.figure(scene, "truth")]

@@ -29,15 +29,15 @@ ARGUMENTS = {
     "mp3d_amodal_512/test": "--dataset mp3d_amodal --root DIR/mp3d_amodal --split test --resolution 512 --evaluation "
     "--clip CLIP",
 }
-"""Folder below data/shards: what `data_tools.encode` is called with, beside --vae and --out. DIR: where the sets lie as they
-were downloaded; CLIP: the CLIP image tower, a folder or the hub name that docs/reproduce.md gives."""
+"""Arguments of `data_tools.encode`, besides --vae and --out, by folder below data/shards. DIR: where the downloaded sets are;
+CLIP: the CLIP image tower, a folder or the hub name that docs/reproduce.md gives."""
 
 IMAGES = {"hypersim": 7370, "nyuv2": 654, "scannet": 800, "eth3d": 454, "diode": 771, "kitti": 652, "flying_chairs": 640}
-"""Images of the evaluation sets whose number is published."""
+"""Number of images in each evaluation set, where published."""
 
 
 def images_of(shards: str) -> int:
-    """Images that a published evaluation set of shards has; 0: not known."""
+    """Number of images in a published evaluation set of shards; 0: unknown."""
     arguments = ARGUMENTS.get(shards.removeprefix(FOLDER + "/"), "").split()
     return IMAGES.get(arguments[1], 0) if "--evaluation" in arguments else 0
 
@@ -51,7 +51,7 @@ def encode_command(shards: str) -> str:
 
 
 def how_to_make(needed: str) -> str:
-    """A line that names what is missing, and how it is made."""
+    """A line that names what is missing and how to make it."""
     if command := encode_command(needed):
         return f"  {needed}: {command}"
     if needed.startswith("runs/quickstart/"):

@@ -1,4 +1,4 @@
-"""The share of one method's compute at which another reaches its quality: of the MACs of training, and of a prediction."""
+"""The share of one method's compute at which another reaches its quality, in MACs of training and of a prediction."""
 
 import math
 import statistics
@@ -14,7 +14,7 @@ from dpt.tracking.read import RunRecord
 
 @dataclass(frozen=True, kw_only=True)
 class Share:
-    """One setting of the reference, and what the others need to be as good; shares are means over those repeats that are."""
+    """One setting of the reference, and what the others need to match it; shares are means over the repeats that do."""
 
     group: str
     steps: int | None
@@ -22,24 +22,24 @@ class Share:
     y: float
     """The reference's metric, the mean over its repeats."""
     train_share: float
-    """MACs of all training, ancestors included, over the reference's; NaN if no repeat becomes as good."""
+    """MACs of all training, ancestors included, over the reference's; NaN if no repeat matches it."""
     train_half_width: float
     at_most: bool
-    """Some repeat is as good with its least training already, so that the share is smaller than this."""
+    """Whether some repeat matches it with its least training already, so that the share is smaller than this."""
     test_share: float
-    """MACs of one prediction over the reference's, at the cheapest setting that is as good."""
+    """MACs of one prediction over the reference's, at the cheapest setting that matches it."""
     reached: int
     repeats: int
 
 
 def shares(records: Sequence[RunRecord], family: Sequence[RunRecord], spec: FigureSpec) -> list[Share]:
-    """For each group and each setting (sampler steps, members) of the stage `spec.reference`, what all other stages need.
+    """Shares that all other stages need to match each setting (steps, members) of the stage `spec.reference`, by group.
 
-    `dpt.scores.METRICS` says whether more or less of the metric is better. Between two trainings of the others it is taken as
-    linear in the logarithm of MACs.
+    `dpt.scores.METRICS` says whether more or less of the metric is better. Between two trainings of the others it is taken to
+    be linear in the logarithm of MACs.
 
     Raises:
-        UserError: the metric is no evaluation's, or a group lacks the reference or the others.
+        UserError: the metric is not an evaluation's, or a group lacks the reference or the others.
     """
     metric = METRICS.get(spec.y.rpartition("/")[2])
     if not spec.y.startswith("eval/") or metric is None:

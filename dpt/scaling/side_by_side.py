@@ -1,4 +1,4 @@
-"""Jobs that read each other's results, several side by side on this machine."""
+"""Run jobs that read each other's results, several side by side on this machine."""
 
 import contextlib
 import signal
@@ -15,7 +15,7 @@ _POLL_S = 0.2
 
 
 class Job(Protocol):
-    """What is run as one process."""
+    """A unit of work that runs as one process."""
 
     @property
     def result(self) -> Path:
@@ -35,18 +35,18 @@ class Running(Generic[J]):
 
     job: J
     slot: int
-    """0 to the number of slots - 1: no two jobs that run at once have the same."""
+    """0 to the number of slots - 1, unique among running jobs."""
     process: LaunchProcess
     begun: float
 
     @property
     def seconds(self) -> float:
-        """Since it began."""
+        """Seconds since it began."""
         return time.monotonic() - self.begun
 
     @property
     def succeeded(self) -> bool:
-        """Whether the ended process did what it was for."""
+        """Whether the ended process exited with 0 and left its result."""
         return self.process.exit_code() == 0 and self.job.result.exists()
 
 
@@ -55,9 +55,9 @@ def run_side_by_side(
 ) -> list[str]:
     """Run the jobs, `slots` at a time, each as soon as those whose results it needs have ended. Returns the failures.
 
-    `start(job, slot, beside)` starts one that shares the machine with at most `beside` - 1 others; None: nothing is to be done.
-    `ended(running)` is told of an ended one, and returns its failure in words, or "". After a failure no further job starts,
-    and those that run beside it end first. Interrupted or terminated, it ends the processes.
+    `start(job, slot, beside)` starts one that shares the machine with at most `beside` - 1 others; None: nothing to do.
+    `ended(running)` takes each ended one, and returns its failure in words, or "". After a failure no further job starts,
+    and those still running finish first. Interrupted or terminated, it ends the processes.
     """
     waiting, running, failures, free = list(jobs), list[Running[J]](), list[str](), list(range(slots))
     with _ending(running) as asked:
@@ -85,8 +85,8 @@ def run_side_by_side(
 
 @contextlib.contextmanager
 def _ending(running: list[Running[J]]) -> Iterator[threading.Event]:
-    """Whatever ends the body, the processes of `running` end too. Gives what SIGTERM sets: if it ended the body at once, a
-    process that is just being started would be in no list."""
+    """End the processes of `running` however the body ends. Yields the event that SIGTERM sets: if it ended the body at once, a
+    process just being started would be in no list."""
     asked = threading.Event()
     in_main_thread = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, lambda *_: asked.set()) if in_main_thread else None

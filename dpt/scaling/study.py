@@ -1,4 +1,4 @@
-"""A study: a grid of launches described in one YAML file, and the figures that they end in.
+"""A study: a grid of launches described in one YAML file, and the figures made from them.
 
     title: Effect of model size
     output: runs/small                 # folders of all launches; studies may share one, and then share equal launches
@@ -14,12 +14,12 @@
     figures:
       - {name: size, x: macs, y: eval/depth/abs_rel}
 
-`{size}` in a recipe's path stands for the value's name. An axis gives its fields to every stage that lists it, or to those
-alone that it names: `size: {stages: [pretrain], values: {...}}`; an evaluation takes fields of `evaluation` only. `weights`
-names an earlier stage, whose launch with the same values gives the weights. `weights.step: N` among an axis's fields takes them
-from the checkpoint that this launch has kept of its step N (`training.keep_every`). Before an evaluation a
-fine-tuning of `training.steps: 0` stands between: its compute is that until step N, where an evaluation that names the
-checkpoint itself would stand over that of the whole run.
+`{size}` in a recipe's path stands for the value's name. An axis gives its fields to every stage that lists it, or only to
+those that it names: `size: {stages: [pretrain], values: {...}}`; an evaluation takes fields of `evaluation` only. `weights`
+names an earlier stage, whose launch with the same values provides them. `weights.step: N` among an axis's fields takes them
+from the checkpoint that this launch has kept of its step N (`training.keep_every`). For an evaluation, put a
+fine-tuning of `training.steps: 0` in between: its compute is that up to step N, whereas an evaluation that names the
+checkpoint itself would be charged for the whole run.
 """
 
 import functools
@@ -45,13 +45,13 @@ class StageSpec:
     """One kind of launch."""
 
     launcher: Literal["pretrain", "finetune", "upcycle", "evaluate"]
-    """Which of the launchers."""
+    """Name of the launcher."""
     recipe: str
     """Recipe file; {axis} stands for a value's name."""
     axes: list[str] = field(default_factory=list)
     """Axes that it is launched over."""
     weights: str = ""
-    """Earlier stage that gives the weights."""
+    """Earlier stage that provides the weights."""
     fields: dict[str, Any] = field(default_factory=dict)
     """Recipe fields of every launch."""
 
@@ -69,7 +69,7 @@ class Launch:
     """Axis -> the name of its value."""
     folder: Path
     parent: str = ""
-    """Name of the launch that gives the weights."""
+    """Name of the launch that provides the weights."""
 
     @property
     def result(self) -> Path:
@@ -77,7 +77,7 @@ class Launch:
         return self.folder / ("summary.json" if self.launcher == "evaluate" else "weights/config.json")
 
     def arguments(self) -> list[str]:
-        """What follows the launcher's file name."""
+        """Arguments after the launcher's file name."""
         fields = [word for name, value in self.fields.items() for word in (f"--{name}", _as_text(value))]
         return ["--ds_config", self.recipe, *fields]
 
@@ -98,7 +98,7 @@ class Study:
     launches: list[Launch]
     figures: list[FigureSpec]
     needs: list[str]
-    """Shard folders, weights and other files that must be there before: what the file names, and what its recipes read."""
+    """Shard folders, weights and other files that must exist beforehand: those the file names, and those its recipes read."""
 
     def of_stages(self, stages: Sequence[str]) -> list[Launch]:
         """The launches of some stages; of all if none is named."""
@@ -135,7 +135,7 @@ def read_study(path: Path, *, uri: str) -> Study:
 
 
 def read_by(launch: Launch) -> list[str]:
-    """The shard folders, and the weights of no other launch, that a launch reads from this machine's disks."""
+    """The shard folders, and the weights not made by another launch, that a launch reads from this machine's disks."""
     config = launch.resolved.dpt
     if launch.launcher == "evaluate":
         paths, weights = config.evaluation.data, config.evaluation.weights
@@ -224,7 +224,7 @@ def _as_text(value: Any) -> str:
 
 
 def expected_macs(study: Study, launch: Launch) -> float:
-    """MACs that a training launch takes; of an evaluation those of one image at all its settings, members shared.
+    """MACs of a training launch; for an evaluation, those of one image at all its settings, members shared.
 
     0 for an evaluation of weights that the study does not train.
     """

@@ -27,17 +27,17 @@ class Surface:
     """A fitted dependence, with bootstrap fits for confidence."""
 
     factors: list[str]
-    """Factors that the observations vary; the others have no say."""
+    """Factors that the observations vary; the others are ignored."""
     ranges: dict[str, tuple[float, float]]
-    """Least and greatest observed value of every factor, in pre-training beside none at all."""
+    """Least and greatest observed value of every factor; for pre-training, zero left out."""
     settings: dict[Setting, Recipe]
-    """Those observed, each with the parts of its method's recipe that cost (`added_macs`)."""
+    """Observed settings, each with the parts of its method's recipe that affect cost (`added_macs`)."""
     pretraining: Recipe | None
-    """The same of the newest model's pre-training; None: no model was pre-trained."""
+    """The same parts of the newest model's pre-training recipe; None: no model was pre-trained."""
     seen: set[tuple[str, int, bool]]
-    """What was observed together: method, side of the latents (`input_size`), and whether upcycled."""
+    """Observed combinations of method, side of the latents (`input_size`), and whether upcycled."""
     usual_method: str
-    """That of most runs."""
+    """The method of most runs."""
     upcycling: bool
     """Whether both upcycled and dense models were observed."""
     scratch: bool
@@ -81,7 +81,7 @@ def _logs(quantities: Sequence[Mapping[str, float]], factors: Sequence[str]) -> 
 
 
 def _effects(observed: Sequence[tuple[bool, Setting]], known: Iterable[Setting]) -> np.ndarray:
-    """Which effects each observation has, 0 or 1 `[n, k]`: upcycling, each (method, steps) and each ensemble size of the known
+    """Effects of each observation, 0 or 1 `[n, k]`: upcycling, each (method, steps) and each ensemble size of the known
     settings but the last, whose effect is 0."""
     known = list(known)
     samplings, ensembles = sorted({s[:2] for s in known})[:-1], sorted({s.ensemble for s in known})[:-1]
@@ -95,7 +95,7 @@ def fit_surface(observations: Sequence[Observation], *, samples: int = 100, seed
     Raises UserError if fewer than four runs, or no factor that varies, were observed.
     """
     lengths = {o.quantities["pretrain"] for o in observations}
-    if len(lengths - {0.0}) == 1:  # beside one length of pre-training nothing tells what none at all does
+    if len(lengths - {0.0}) == 1:  # one length of pre-training alone cannot tell the effect of none
         observations = [o for o in observations if o.quantities["pretrain"]]
     runs = sorted({o.run_id for o in observations})
     values = {f: {o.quantities[f] for o in observations} for f in FACTORS}
