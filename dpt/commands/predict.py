@@ -38,7 +38,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--formats", default="", help=f"separated by commas; {by_task} (default: npy,png16,colour; flow and amodal: all)")
     angle = numeric(float, Range(above=0, below=180))
     add("--fov", type=angle, default=60.0, help="ply: the camera's horizontal field of view in degrees")
-    add("--focal", type=numeric(float, NOT_NEGATIVE), default=0.0, help="ply: focal length in pixels, in place of --fov")
+    add("--focal", type=numeric(float, NOT_NEGATIVE), default=0.0, help="ply: focal length in pixels, instead of --fov")
     distances = "ply: distances of the nearest and farthest point, as depth is only known up to scale and shift"
     above_0 = numeric(float, POSITIVE)
     add("--depth-range", type=above_0, nargs=2, default=(1.0, 5.0), metavar=("NEAR", "FAR"), help=distances)

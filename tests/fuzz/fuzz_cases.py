@@ -25,7 +25,7 @@ COMMANDS: list[list[str]] = [
         f"dpt experts w32 {_STORE} --out experts.svg",
         "dpt export class_weights exported --diffusers",
         "dpt import class_weights imported --vae embedded --objective epsilon --fit aspect",
-        "dpt sync runs --uri sqlite:///other.db",
+        "dpt sync runs --uri sqlite:///other.db --again",
         "dpt predict pictures --weights depth_weights --steps 1 --out out --formats npy,colour",
         "dpt predict pictures/one.png --weights flow_weights --second pictures/two.png --steps 1",
         "dpt predict pictures/one.png --weights amodal_weights --mask mask.png --steps 1 --device cpu",
