@@ -133,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.stdout.flush()
         os._exit(0)  # do not wait for threads of NCCL and compilers
     if not torch.cuda.is_available() and not arguments.toy:
-        print("benchmarks.gpu: there is no CUDA GPU here; --toy runs the same parts in small on the CPU.", file=sys.stderr)
+        print("benchmarks.gpu: there is no CUDA GPU here; --toy runs the same parts at small size on the CPU.", file=sys.stderr)
         sys.exit(2)
     rows: list[harness.Row] = []
     demand: float | None = None

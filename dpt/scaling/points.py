@@ -245,7 +245,7 @@ def run_value(record: RunRecord, family: Sequence[RunRecord], x: str) -> float |
 
 
 def text_value(record: RunRecord, family: Sequence[RunRecord], name: str) -> str:
-    """A recipe field or tag of a run, or of its nearest ancestor that has it; or the run's own stage, name or label.
+    """A recipe field or tag of a run or of its nearest ancestor that has it, or the run's own stage, name or label.
 
     A field of "model" is that of the nearest training, since an evaluation takes its architecture from the weights. Several
     names, separated by commas, give their values side by side.
