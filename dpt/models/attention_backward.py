@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 aten = torch.ops.aten
 
-_LOG2E = 1.4426950408889634
+_LOG2E = tl.constexpr(1.4426950408889634)
 MOST_TOKENS = 256
 """Longer sequences are left to cuDNN, which gets faster with length."""
 TILES = {"queries": (64, 64, 4, 2), "keys": (64, 64, 4, 3)}
@@ -101,15 +101,21 @@ def _store(ptr, rows, stride, tile, first: tl.constexpr, width: tl.constexpr, si
 
 
 @triton.jit
+def _place(tokens: tl.constexpr, heads: tl.constexpr, size: tl.constexpr):
+    """The program's sample and head as one number, and where they begin in [B, T, H, d] and in [B, T, 3, H, d]."""
+    pair = tl.program_id(1).to(tl.int64)
+    first = (pair // heads) * (tokens * heads * size)
+    within = (pair % heads) * size
+    return pair, first + within, 3 * first + within
+
+
+@triton.jit
 def _queries(qkv, out, grad, d_qkv, lse, dots, scale, tokens: tl.constexpr, heads: tl.constexpr, size: tl.constexpr,
              TAIL: tl.constexpr, ROWS_Q: tl.constexpr, ROWS_K: tl.constexpr, whole: tl.constexpr):  # fmt: skip
     """dq = scale (p * (g v^T - dots)) k, with p = softmax(scale q k^T) and dots = sum(g * out); keeps `dots`."""
-    pair = tl.program_id(1).to(tl.int64)
-    sample, head = pair // heads, pair % heads
+    pair, of_head, packed = _place(tokens, heads, size)
     stride: tl.constexpr = 3 * heads * size
-    q_ptr = qkv + sample * tokens * stride + head * size
-    k_ptr, v_ptr = q_ptr + heads * size, q_ptr + 2 * heads * size
-    of_head = sample * tokens * heads * size + head * size
+    q_ptr, k_ptr, v_ptr = qkv + packed, qkv + packed + heads * size, qkv + packed + 2 * heads * size
     m = tl.program_id(0) * ROWS_Q + tl.arange(0, ROWS_Q)
     q = _load(q_ptr, m, stride, 0, 64, size, tokens, whole)
     g = _load(grad + of_head, m, heads * size, 0, 64, size, tokens, whole)
@@ -138,7 +144,7 @@ def _queries(qkv, out, grad, d_qkv, lse, dots, scale, tokens: tl.constexpr, head
         dq = tl.dot(ds, k, dq)
         if TAIL:
             dq_tail = tl.dot(ds, k_tail, dq_tail)
-    to = d_qkv + sample * tokens * stride + head * size
+    to = d_qkv + packed
     _store(to, m, stride, dq * scale, 0, 64, size, tokens)
     if TAIL:
         _store(to, m, stride, dq_tail * scale, 64, TAIL, size, tokens)
@@ -148,12 +154,9 @@ def _queries(qkv, out, grad, d_qkv, lse, dots, scale, tokens: tl.constexpr, head
 def _keys(qkv, out, grad, d_qkv, lse, dots, scale, tokens: tl.constexpr, heads: tl.constexpr, size: tl.constexpr,
           TAIL: tl.constexpr, ROWS_Q: tl.constexpr, ROWS_K: tl.constexpr, whole: tl.constexpr):  # fmt: skip
     """dv = p^T g and dk = scale (p * (g v^T - dots))^T q, where `_queries` has left `dots`."""
-    pair = tl.program_id(1).to(tl.int64)
-    sample, head = pair // heads, pair % heads
+    pair, of_head, packed = _place(tokens, heads, size)
     stride: tl.constexpr = 3 * heads * size
-    q_ptr = qkv + sample * tokens * stride + head * size
-    k_ptr, v_ptr = q_ptr + heads * size, q_ptr + 2 * heads * size
-    g_ptr = grad + sample * tokens * heads * size + head * size
+    q_ptr, k_ptr, v_ptr, g_ptr = qkv + packed, qkv + packed + heads * size, qkv + packed + 2 * heads * size, grad + of_head
     n = tl.program_id(0) * ROWS_K + tl.arange(0, ROWS_K)
     k, v = _load(k_ptr, n, stride, 0, 64, size, tokens, whole), _load(v_ptr, n, stride, 0, 64, size, tokens, whole)
     dk, dv = tl.zeros([ROWS_K, 64], tl.float32), tl.zeros([ROWS_K, 64], tl.float32)
@@ -178,8 +181,7 @@ def _keys(qkv, out, grad, d_qkv, lse, dots, scale, tokens: tl.constexpr, heads: 
         dv, dk = tl.dot(p, g, dv), tl.dot(ds, q, dk)
         if TAIL:
             dv_tail, dk_tail = tl.dot(p, g_tail, dv_tail), tl.dot(ds, q_tail, dk_tail)
-    to_k = d_qkv + sample * tokens * stride + (heads + head) * size
-    to_v = to_k + heads * size
+    to_k, to_v = d_qkv + packed + heads * size, d_qkv + packed + 2 * heads * size
     _store(to_k, n, stride, dk * scale, 0, 64, size, tokens)
     _store(to_v, n, stride, dv, 0, 64, size, tokens)
     if TAIL:
