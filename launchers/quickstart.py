@@ -26,12 +26,14 @@ EXPERIMENT = "quickstart"
 DEFAULT_OUT = "runs/quickstart"
 STEPS, ENSEMBLE = 10, 5
 SPLITS = "train=0.95,val=0.05"
-ONE_STEP = "one_step"
+MORE = 1.5
+"""Further scenes for the best recipe, per scene of the others' data."""
+BEST = "best"
 MODELS = {  # label of the table's row -> folder of exported weights
     "untrained": "untrained",
     "fine-tuned after pre-training": "depth",
     "upcycled to experts": "upcycled",
-    "trained to predict in one step": ONE_STEP,
+    "trained to predict in one step": BEST,
 }
 
 
@@ -65,39 +67,44 @@ def pipeline(out: Path, scenes: int, uri: str) -> list[Step]:
     def weights(name: str) -> list[str]:
         return ["--weights", f"{out}/{name}/weights"]
 
-    def elsewhere(field: str, name: str) -> list[str]:
+    def elsewhere(field: str, *names: str) -> list[str]:
         """Fields for the shards, where they are not the recipes' own."""
-        return [] if out == Path(DEFAULT_OUT) else [field, f"{out}/shards/{name}"]
+        return [] if out == Path(DEFAULT_OUT) else [field, ",".join(f"{out}/shards/{name}" for name in names)]
 
     def train(name: str, title: str, launcher: str, recipe: str, *options: str, after: str = "") -> None:
-        data = "class_train" if name == "pretrain" else "depth_train"
+        data = {"pretrain": ["class_train"], BEST: ["depth_train", "depth_more"]}.get(name, ["depth_train"])
         fields = [*options, *(weights(after) if after else [])]
-        fields += ["--output_dir", f"{out}/{name}", "--tracking.run_name", name, *tracking, *elsewhere("--data.shards", data)]
-        needs = [manifest(data), *([exported(after)] if after else [])]
+        fields += ["--output_dir", f"{out}/{name}", "--tracking.run_name", name, *tracking, *elsewhere("--data.shards", *data)]
+        needs = [*map(manifest, data), *([exported(after)] if after else [])]
         add(title, launch(launcher, recipe, *fields), exported(name), *needs, folder=out / name)
 
-    rendered = out / "scenes" / "synthesis.json"
-    synthesis = ["--out", f"{out}/scenes", "--scenes", str(scenes), "--splits", SPLITS]
-    title = "synthesise textured, lit 3-D scenes with exact ground truth"
-    add(title, python("-m", "data_tools.synthesis", *synthesis), rendered)
-    depth = ["--dataset", "hypersim", "--root", f"{out}/scenes/hypersim", "--prompt", "none"]
-    for name, arguments in {
-        "class_train": ["--dataset", "imagenet", "--root", f"{out}/scenes/imagenet", "--split", "train"],
-        "depth_train": [*depth, "--split", "train"],
-        "depth_val": [*depth, "--split", "val", "--evaluation"],
-    }.items():
+    for title, name, count, options in (
+        ("synthesise textured, lit 3-D scenes with exact ground truth", "scenes", scenes, ["--splits", SPLITS]),
+        ("synthesise more of them, for depth", "more_scenes", round(scenes * MORE),
+         ["--splits", "train=1", "--tasks", "depth", "--seed", "1"]),
+    ):  # fmt: skip
+        synthesis = ["--out", f"{out}/{name}", "--scenes", str(count), *options]
+        add(title, python("-m", "data_tools.synthesis", *synthesis), out / name / "synthesis.json")
+    depth = ["--dataset", "hypersim", "--prompt", "none", "--root"]
+    for name, folder, arguments in (
+        ("depth_train", "scenes", [*depth, f"{out}/scenes/hypersim", "--split", "train"]),
+        ("depth_more", "more_scenes", [*depth, f"{out}/more_scenes/hypersim", "--split", "train"]),
+        ("class_train", "scenes", ["--dataset", "imagenet", "--root", f"{out}/scenes/imagenet", "--split", "train"]),
+        ("depth_val", "scenes", [*depth, f"{out}/scenes/hypersim", "--split", "val", "--evaluation"]),
+    ):
         title = f"encode {name.replace('_', ', ')} into latent shards with the VAE"
         arguments += ["--vae", "embedded", "--resolution", "128", "--out", f"{out}/shards/{name}"]
-        add(title, python("-m", "data_tools.encode", *arguments), manifest(name), rendered)
+        add(title, python("-m", "data_tools.encode", *arguments), manifest(name), out / folder / "synthesis.json")
+    train(BEST, "train for depth at the last timestep alone", "finetune", "quickstart_best")
     train("pretrain", "pre-train a class-conditional DiT", "pretrain", "quickstart")
-    train(ONE_STEP, "train for depth at the last timestep alone", "finetune", "quickstart_one_step")
     train("depth", "fine-tune for depth after pre-training", "finetune", "quickstart_depth", after="pretrain")
     train("upcycled", "upcycle to experts and train on", "upcycle", "quickstart_upcycle", after="depth")
     train("untrained", "set up an untrained depth model", "finetune", "quickstart_depth", "--steps", "0")
     for label, name in MODELS.items():
-        recipe, fields = "quickstart_depth", ["--steps", str(STEPS), "--ensemble", f"1,{ENSEMBLE}"]
-        if name == ONE_STEP:
-            recipe, fields = "quickstart_one_step", []
+        members = "1" if name == "untrained" else f"1,{ENSEMBLE}"
+        recipe, fields = "quickstart_depth", ["--steps", str(STEPS), "--ensemble", members]
+        if name == BEST:
+            recipe, fields = "quickstart_best", []
         fields += ["--output_dir", f"{out}/evaluate/{name}", *elsewhere("--evaluation.data", "depth_val")]
         naming = ["--tracking.run_name", f"evaluate {name}", "--tracking.tags", json.dumps({"dpt.label": label})]
         command = launch("evaluate", recipe, *weights(name), *fields, *tracking, *naming)
@@ -116,7 +123,7 @@ def parser() -> Parser:
     parser = Parser(prog="quickstart", description=__doc__)
     add, beside = parser.add_argument, 1 if torch.cuda.is_available() else 2
     add("--out", default=DEFAULT_OUT, help="folder for everything that is made")
-    add("--scenes", type=COUNT, default=1200, help="synthetic scenes")
+    add("--scenes", type=COUNT, default=1200, help="synthetic scenes; the best recipe trains on 1.5 times as many more")
     add("--jobs", type=COUNT, default=beside, help="steps run at a time")
     return parser
 

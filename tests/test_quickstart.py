@@ -47,9 +47,10 @@ def test_every_step_reads_what_an_earlier_one_makes(out: str, monkeypatch: pytes
         made.append(step.folder)
         results[step.folder] = step.result
         assert step.result.is_relative_to(out)
-    assert scored.pop("one_step") == ([1], [1])
+    assert scored.pop("best") == ([1], [1])
+    assert scored.pop("untrained") == ([10], [1])
     assert all(setting == ([10], [1, 5]) for setting in scored.values())
-    assert set(scored) == {"untrained", "depth", "upcycled"}
+    assert set(scored) == {"depth", "upcycled"}
 
 
 def test_titles_and_folders_are_unlike() -> None:

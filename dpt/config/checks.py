@@ -205,6 +205,12 @@ def _problems_of_bypassing(recipe: Recipe, depth: int) -> Iterator[str]:
             f"{training.bypass_last} leave none of {depth} blocks between them; lower them."
         )
 
+    if training.bypass_share and recipe.dpt.model.mlp_kernel:
+        yield (
+            f"dpt.training.bypass_share is {training.bypass_share:g}, but dpt.model.mlp_kernel is "
+            f"{recipe.dpt.model.mlp_kernel}, which needs the whole grid of tokens in every block; set one of them to 0."
+        )
+
 
 def _problems_of_alignment(recipe: Recipe, depth: int) -> Iterator[str]:
     """Yield what self-alignment and feature alignment lack in the network, the averages and the data."""

@@ -74,7 +74,8 @@ class DiffusionObjective:
         timesteps: Tensor,
         valid: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Batch means (scalars): "loss" = "mse" + vlb_weight "vlb", and the two parts; "vlb" only if it is trained.
+        """Batch means (scalars): "loss" = "mse" (or with `loss` "l1" the mean absolute error) + vlb_weight "vlb"; "mse" and
+        "vlb", the latter only if it is trained.
 
         prediction `[B, C or 2 C, h, w]`, with 2 C the variance output is the second half; valid: `[B, h, w]`, 1 where the loss
         counts. A sample's loss is the mean over its valid latents (0 without any), so that splits of the batch do not matter.
@@ -86,14 +87,14 @@ class DiffusionObjective:
         mean, variance = prediction[:, :channels], prediction[:, channels:]
         target = self.target(latents.float(), noise.float(), timesteps)
         squared = (mean - target).square()
-        if self.config.min_snr_gamma > 0:
-            squared = squared * self._at("min_snr", timesteps)
-        losses = {"mse": _masked_mean(squared, valid)}
-        losses["loss"] = losses["mse"]
+        weights = self._at("min_snr", timesteps) if self.config.min_snr_gamma > 0 else 1.0
+        losses = {"mse": _masked_mean(weights * squared, valid)}
+        error = losses["mse"] if self.config.loss == "mse" else _masked_mean(weights * (mean - target).abs(), valid)
+        losses["loss"] = error
         if variance.shape[1] and self.config.vlb_weight > 0 and self.config.prediction_type != "rectified_flow":
             bound = self._variance_bound(mean.detach(), variance, latents.float(), noisy_latents.float(), timesteps)
             losses["vlb"] = _masked_mean(bound, valid)
-            losses["loss"] = losses["mse"] + self.config.vlb_weight * losses["vlb"]
+            losses["loss"] = error + self.config.vlb_weight * losses["vlb"]
         elif variance.shape[1]:
             losses["loss"] = losses["loss"] + 0.0 * variance.sum()  # unused weights still get (zero) gradients, as ZeRO needs
         return losses

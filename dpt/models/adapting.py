@@ -21,13 +21,15 @@ def adapt(weights: Weights, target: ModelConfig) -> Weights:
 
     Conditions: the patch embedding is repeated for each image and divided by their number. Labels: each new one starts as the
     mean of its share of the old class rows (4 new ones on 1000 classes: rows 0-249, 250-499, 500-749, 750-999), the null
-    label's row stays last. One convolution per task: each starts as a copy of the original. CLIP projection: zero. UserError if
-    another field differs.
+    label's row stays last. One convolution per task: each starts as a copy of the original. CLIP projection: zero. Convolutions
+    in the MLPs: the identity. UserError if another field differs.
     """
     source = weights.config
     may_differ = _ADAPTED | _FREE | (set() if source.num_experts or target.num_experts else _OF_EXPERTS)
     if source.patch_embed_tasks:
         may_differ.discard("patch_embed_tasks")
+    if not source.mlp_kernel:
+        may_differ.add("mlp_kernel")
     if not source.base_width and not target.base_width:  # meaningless without muP
         may_differ.add("base_head_size")
     for name in [f.name for f in dataclasses.fields(ModelConfig) if f.name not in may_differ]:
@@ -44,6 +46,9 @@ def adapt(weights: Weights, target: ModelConfig) -> Weights:
         table = state["y_embedder.embedding_table.weight"]
         state["clip_embedder.weight"] = table.new_zeros(target.hidden_size, target.clip_embedding_size)
     for block in range(target.depth):
+        if target.mlp_kernel and not source.mlp_kernel:
+            kernels = torch.empty(target.mlp_width, 1, target.mlp_kernel, target.mlp_kernel)
+            state[f"blocks.{block}.mlp.conv.weight"] = torch.nn.init.dirac_(kernels, groups=target.mlp_width)
         name = f"blocks.{block}.moe.gate.bias_steps"
         if target.num_experts and target.router_bias_balancing and name not in state:
             state[name] = torch.zeros(target.num_experts, dtype=torch.int64)

@@ -64,12 +64,17 @@ class DiTBlock(nn.Module):
         scale = config.attention_scale if config.base_width else None
         self.attn = Attention(size, config.num_heads, qk_norm=config.qk_norm, scale=scale)
         self.mlp_norm_eps = config.mlp_norm_eps
-        self.mlp = None if config.num_experts else Mlp(size, config.mlp_width)
+        self.mlp = None if config.num_experts else Mlp(size, config.mlp_width, config.mlp_kernel)
         self.moe = _build_moe(config, ep_size) if config.num_experts else None
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(size, 6 * size))
 
-    def forward(self, x: Tensor, conditioning: Tensor) -> tuple[Tensor, RouterStats | None]:
-        """x [B, T, D], conditioning [B or 1, D] -> x [B, T, D] and the router's statistics."""
+    def forward(
+        self, x: Tensor, conditioning: Tensor, grid: tuple[int, int] | None = None
+    ) -> tuple[Tensor, RouterStats | None]:
+        """x [B, T, D], conditioning [B or 1, D] -> x [B, T, D] and the router's statistics.
+
+        `grid`: rows and columns of the tokens, which `mlp_kernel` needs.
+        """
         modulation = self.adaLN_modulation(conditioning).chunk(6, dim=1)  # 6 x [B or 1, D]
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation
         y = self.attn(modulated_norm(x, shift_attn, scale_attn))  # [B, T, D]
@@ -79,7 +84,7 @@ class DiTBlock(nn.Module):
         if self.moe is not None:
             y, stats = self.moe(y)
         elif self.mlp is not None:
-            y = self.mlp(y)
+            y = self.mlp(y, grid)
         return torch.addcmul(x, gate_mlp.unsqueeze(1), y), stats
 
 
@@ -133,7 +138,7 @@ class DiT(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         for module in self.modules():
-            if isinstance(module, PatchEmbed | PatchEmbedRouter | TimestepEmbedder | LabelEmbedder | SwiGLU | Router):
+            if isinstance(module, PatchEmbed | PatchEmbedRouter | TimestepEmbedder | LabelEmbedder | Mlp | SwiGLU | Router):
                 module.reset_parameters()
             elif isinstance(module, MoE):
                 module.reset_experts()
@@ -185,7 +190,7 @@ class DiT(nn.Module):
         UserError if h or w is not a multiple of patch_size or the channels are not the model's.
         """
         x, conditioning = self._embed_all(noisy_latents, timesteps, labels, embeddings, task_labels)
-        stats = []
+        stats, grid = [], self._grid(noisy_latents)
         hidden: dict[int, Tensor] = {}
         carried, index = x, None if kept is None else kept.unsqueeze(-1).expand(-1, -1, x.shape[-1])  # [B, K, D]
         for number, block in enumerate(self.blocks):
@@ -194,9 +199,9 @@ class DiT(nn.Module):
             if index is not None and number == self.bypassed.stop:
                 x = carried.scatter(1, index, x)
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x, routed = checkpoint(block, x, conditioning, use_reentrant=False, preserve_rng_state=False)
+                x, routed = checkpoint(block, x, conditioning, grid, use_reentrant=False, preserve_rng_state=False)
             else:
-                x, routed = block(x, conditioning)  # [B, T, D]
+                x, routed = block(x, conditioning, grid)  # [B, T, D]
             stats.append(routed)
             if number + 1 in self.watched:
                 hidden[number + 1] = x
@@ -220,8 +225,13 @@ class DiT(nn.Module):
         """Return the last block's output [B, T, D] for inputs as `forward` takes them, without making a prediction."""
         x, conditioning = self._embed_all(noisy_latents, timesteps, labels, embeddings, task_labels)
         for block in self.blocks:
-            x, _ = block(x, conditioning)
+            x, _ = block(x, conditioning, self._grid(noisy_latents))
         return x
+
+    def _grid(self, latents: Tensor) -> tuple[int, int]:
+        """Rows and columns of the latents' tokens."""
+        height, width = latents.shape[2:]
+        return height // self.config.patch_size, width // self.config.patch_size
 
     def _embed_all(
         self, noisy_latents: Tensor, timesteps: Tensor, labels: Tensor, embeddings: Tensor | None, task_labels: Tensor | None
@@ -252,7 +262,7 @@ class DiT(nn.Module):
             x = self.x_embedder(latents, task_labels - first_task)
         else:
             x = self.x_embedder(latents)
-        grid = (height // p, width // p)
+        grid = self._grid(latents)
         table = self._positions.get(grid)
         if table is None or table.device != x.device:
             table = position_table(*grid, self.config.hidden_size, x.device)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dpt.config.sections import TIMESTEP_FEATURES
 from dpt.models.activations import activate
-from dpt.models.products import Linear, baddbmm, embed_patches, patchify
+from dpt.models.products import Linear, baddbmm, depthwise, embed_patches, patchify
 
 
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
@@ -136,15 +136,30 @@ class LabelEmbedder(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two linear layers with tanh-approximated GELU between them: [..., D] -> [..., D]."""
+    """Two linear layers with tanh-approximated GELU between them, preceded by a depthwise convolution if `kernel` is its side:
+    [B, T, D] -> [B, T, D].
 
-    def __init__(self, hidden_size: int, width: int) -> None:
+    The convolution lets neighbouring tokens see each other (Mix-FFN: Xie et al., "SegFormer", 2021, eq. 3; without its bias).
+    """
+
+    def __init__(self, hidden_size: int, width: int, kernel: int = 0) -> None:
         super().__init__()
         self.fc1 = Linear(hidden_size, width)
+        self.conv = nn.Conv2d(width, width, kernel, groups=width, bias=False) if kernel else None
         self.fc2 = Linear(width, hidden_size)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(activate(self.fc1(x), "gelu"))
+    def reset_parameters(self) -> None:
+        """Initialise the convolution as the identity, with which the network is the one without it."""
+        if self.conv is not None:
+            nn.init.dirac_(self.conv.weight, groups=len(self.conv.weight))
+
+    def forward(self, x: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        """`grid`: rows and columns of the tokens, for the convolution."""
+        x = self.fc1(x)
+        if self.conv is not None:
+            assert grid is not None
+            x = depthwise(x, self.conv.weight, grid)
+        return self.fc2(activate(x, "gelu"))
 
 
 class SwiGLU(nn.Module):

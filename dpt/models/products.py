@@ -49,6 +49,18 @@ def embed_patches(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.conv2d(x, weight, bias, stride=size).flatten(2).transpose(1, 2).contiguous()
 
 
+def depthwise(x: Tensor, weight: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Tokens x [B, T, F] of a grid of rows x columns, each channel convolved by its kernel in weight [F, 1, k, k] (k odd, zeros
+    beyond the border): [B, T, F]."""
+    image = x.unflatten(1, grid).permute(0, 3, 1, 2)  # channels last, as the tokens lie: no copy
+    padding = weight.shape[-1] // 2
+    if needs_upcast(x):
+        image = F.conv2d(image.float(), weight.float(), padding=padding, groups=len(weight)).to(x.dtype)
+    else:
+        image = F.conv2d(image, weight, padding=padding, groups=len(weight))
+    return image.permute(0, 2, 3, 1).flatten(1, 2)
+
+
 def patchify(x: Tensor, patch_size: int) -> Tensor:
     """Latents [B, C, h, w] -> [B, T, C p p]: the patches that a strided convolution sees, in its weights' order."""
     p = patch_size

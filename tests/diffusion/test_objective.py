@@ -132,6 +132,19 @@ def test_min_snr_weights(kind):
         DiffusionObjective(DiffusionConfig(prediction_type="rectified_flow", min_snr_gamma=5.0))
 
 
+def test_the_absolute_error_is_masked_and_averaged_as_the_squared_one_is():
+    objective, batch = case(DiffusionConfig(loss="l1", vlb_weight=0.0))
+    prediction, _, noise, *_ = batch
+    valid = torch.ones(4, 3, 5)
+    valid[0, 1:] = 0
+    errors = (prediction[:, :4] - noise).abs()
+    expected = (errors[0, :, :1].mean() + errors[1:].mean((1, 2, 3)).sum()) / 4
+    losses = objective.loss(*batch, valid)
+    assert losses["loss"].item() == pytest.approx(expected.item(), rel=1e-5)
+    squared = DiffusionObjective(DiffusionConfig(vlb_weight=0.0)).loss(*batch, valid)
+    assert losses["mse"].item() == squared["loss"].item()
+
+
 def test_valid_mask_and_splits_of_the_batch():
     objective, batch = case(DiffusionConfig())
     prediction, _, noise, *_ = batch

@@ -9,7 +9,9 @@ import torch
 from dpt.config.sections import ModelConfig
 from dpt.errors import UserError
 from dpt.models import build_model
+from dpt.models.adapting import adapt
 from dpt.models.layers import PatchEmbedRouter, TimestepEmbedder, modulated_norm, position_table
+from dpt.models.weights import Weights
 from tests.models.networks import SIZES, VARIANTS, batch, gradients, random_model
 
 
@@ -170,3 +172,23 @@ def test_timestep_features_are_those_of_the_public_networks(kind):
         angles = timesteps[:, None] * torch.exp(-math.log(10000) * torch.arange(128, dtype=torch.float32) / 128)[None]
         expected = torch.cat([angles.cos(), angles.sin()], dim=1)
     assert (seen[0] - expected).abs().max() < 6e-7
+
+
+def test_convolutions_in_the_mlps_start_as_the_identity_and_let_neighbours_see_each_other():
+    plain, wide = random_model(num_conditions=1), random_model(num_conditions=1, mlp_kernel=3)
+    weights = Weights(config=plain.config, state=plain.state_dict(), source="plain")
+    adapted = adapt(weights, wide.config)
+    wide.load_state_dict(adapted.state)
+    inputs = batch(wide, (4, 12))
+    torch.testing.assert_close(wide(*inputs).prediction, plain(*inputs).prediction)
+    untouched = build_model(wide.config).state_dict()
+    names = [name for name in untouched if name.endswith("mlp.conv.weight")]
+    assert len(names) == wide.config.depth
+    assert all(torch.equal(untouched[name], adapted.state[name]) for name in names)
+    block = wide.blocks[0]
+    torch.nn.init.normal_(block.mlp.conv.weight)
+    x = torch.zeros(1, 4 * 6, 32, requires_grad=True)
+    seen = torch.autograd.grad(block.mlp(x, (4, 6))[0, 8].sum(), x)[0][0].abs().sum(-1) > 0  # row 1, column 2
+    assert seen.nonzero().flatten().tolist() == [1, 2, 3, 7, 8, 9, 13, 14, 15]
+    with pytest.raises(UserError, match="mlp_kernel is 0, but the weights"):
+        adapt(adapted, plain.config)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -138,3 +139,25 @@ def test_the_speed_of_narrow_products_is_that_of_float32(monkeypatch):
     assert products.product_dtype(torch.bfloat16, cpu) == torch.float32
     monkeypatch.setattr(upcast, "_UPCAST", frozenset())
     assert products.product_dtype(torch.bfloat16, cpu) == torch.bfloat16
+
+
+@pytest.mark.parametrize("side", [3, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_depthwise_convolution_sums_the_neighbours_of_each_token(side, dtype):
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(2, 4 * 6, 8, generator=generator), torch.randn(8, 1, side, side, generator=generator)
+    x, weight = x.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()
+    out = products.depthwise(x, weight, (4, 6))
+    assert out.dtype == dtype
+    assert out.is_contiguous()
+    padded = F.pad(x.detach().double().unflatten(1, (4, 6)), (0, 0, *(side // 2,) * 4))
+    expected = sum(
+        padded[:, row : row + 4, column : column + 6] * weight.detach().double()[:, 0, row, column]
+        for row in range(side)
+        for column in range(side)
+    )
+    tolerance = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
+    torch.testing.assert_close(out.double(), expected.flatten(1, 2), **tolerance)
+    out.sum().backward()
+    assert x.grad is not None
+    assert weight.grad is not None

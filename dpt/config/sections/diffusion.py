@@ -31,6 +31,8 @@ class DiffusionConfig:
     """Added to the timesteps of the spacing "leading" (Stable Diffusion: 1)."""
     set_alpha_to_one: bool = True
     """DDIM's last step ends at clean latents rather than at the noise level of timestep 0 (Stable Diffusion: false)."""
+    loss: Literal["mse", "l1"] = "mse"
+    """Error of a prediction: squared (the paper), or absolute, which blurs one-step predictions less."""
     vlb_weight: float = 1.0
     """Weight of the variational bound on the learned variance; 0: the variance output is ignored."""
     min_snr_gamma: float = 0.0

@@ -82,14 +82,19 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two linear layers with GELU between them."""
+    """Two linear layers with GELU between them, and before it a depthwise convolution if `kernel` is its side."""
 
-    def __init__(self, size: int, width: int) -> None:
+    def __init__(self, size: int, width: int, kernel: int = 0) -> None:
         super().__init__()
         self.fc1, self.fc2 = nn.Linear(size, width), nn.Linear(width, size)
+        self.conv = nn.Conv2d(width, width, kernel, padding=kernel // 2, groups=width, bias=False) if kernel else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Map x [B, T, D], tokens of a grid of rows x columns, to [B, T, D]."""
+        x = self.fc1(x)
+        if self.conv is not None:
+            x = self.conv(x.unflatten(1, grid).permute(0, 3, 1, 2)).permute(0, 2, 3, 1).flatten(1, 2)
+        return self.fc2(F.gelu(x, approximate="tanh"))
 
 
 def swiglu(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
@@ -179,21 +184,23 @@ class MoE(nn.Module):
 class Block(nn.Module):
     """Attention and an MLP or experts, each modulated and gated by the conditioning (adaLN-Zero)."""
 
-    def __init__(self, size: int, num_heads: int, width: int, qk_norm: bool, eps: float, moe: dict[str, Any]) -> None:
+    def __init__(
+        self, size: int, num_heads: int, width: int, kernel: int, qk_norm: bool, eps: float, moe: dict[str, Any]
+    ) -> None:
         super().__init__()
         self.eps, self.has_experts = eps, bool(moe)
         self.attn = Attention(size, num_heads, qk_norm)
         if moe:
             self.moe = MoE(size, width, **moe)
         else:
-            self.mlp = Mlp(size, width)
+            self.mlp = Mlp(size, width, kernel)
         self.adaLN_modulation = adaln(size, 6)
 
-    def forward(self, x: Tensor, conditioning: Tensor) -> Tensor:
+    def forward(self, x: Tensor, conditioning: Tensor, grid: tuple[int, int]) -> Tensor:
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(conditioning).chunk(6, dim=1)
         x = torch.addcmul(x, gate_a[:, None], self.attn(modulated_norm(x, shift_a, scale_a)))
         y = modulated_norm(x, shift_m, scale_m, self.eps)
-        return torch.addcmul(x, gate_m[:, None], self.moe(y) if self.has_experts else self.mlp(y))
+        return torch.addcmul(x, gate_m[:, None], self.moe(y) if self.has_experts else self.mlp(y, grid))
 
 
 class TimestepEmbedder(nn.Module):
@@ -238,6 +245,7 @@ class DptTransformer2DModel(ModelMixin, ConfigMixin):
         num_layers: int = 12,
         num_heads: int = 6,
         mlp_width: int = 1536,
+        mlp_kernel: int = 0,
         num_classes: int = 1000,
         qk_norm: bool = False,
         mlp_norm_eps: float = 1e-6,
@@ -266,7 +274,7 @@ class DptTransformer2DModel(ModelMixin, ConfigMixin):
         # The last row is the null label's.
         self.y_embedder = nn.ModuleDict({"embedding_table": nn.Embedding(num_classes + 1, hidden_size)})
         self.blocks = nn.ModuleList(
-            Block(hidden_size, num_heads, mlp_width, qk_norm, mlp_norm_eps, experts if num_experts else {})
+            Block(hidden_size, num_heads, mlp_width, mlp_kernel, qk_norm, mlp_norm_eps, experts if num_experts else {})
             for _ in range(num_layers)
         )
         self.final_layer = FinalLayer(hidden_size, patch_size, out_channels)
@@ -283,7 +291,7 @@ class DptTransformer2DModel(ModelMixin, ConfigMixin):
         x = x + positions(rows, columns, self.config.hidden_size, x.device).to(x.dtype)
         conditioning = self.t_embedder(times) + self.y_embedder["embedding_table"](labels)
         for block in self.blocks:
-            x = block(x, conditioning)
+            x = block(x, conditioning, (rows, columns))
         x = self.final_layer(x, conditioning)
         x = x.reshape(len(x), rows, columns, patch, patch, -1).permute(0, 5, 1, 3, 2, 4)
         return x.reshape(len(x), -1, height, width).to(latents.dtype)
