@@ -234,7 +234,7 @@ def inspect(arguments: argparse.Namespace) -> None:
     samples = ShardFolder(arguments.shards)
     problems = verify(samples, hashes=not arguments.quick)
     if problems:
-        raise UserError(f"{samples.folder}: {'; '.join(problems[:5])} ({len(problems)} in all); encode these shards anew.")
+        raise UserError(f"{samples.folder}: {'; '.join(problems[:5])} ({len(problems)} in all); encode these shards again.")
     if arguments.verify:
         count = len(samples.manifest.shards)
         print(f"{samples.folder}: {count} shard{'s are as they were' if count > 1 else ' is as it was'} written.")
@@ -243,7 +243,7 @@ def inspect(arguments: argparse.Namespace) -> None:
     rows, problems = statistics(samples, numbers)
     print(describe(samples.manifest, rows, len(numbers)))
     if problems:
-        raise UserError(f"{samples.folder}: {'; '.join(problems[:5])} ({len(problems)} in all); encode the set anew.")
+        raise UserError(f"{samples.folder}: {'; '.join(problems[:5])} ({len(problems)} in all); encode the set again.")
     if arguments.rows > 0:
         codec = _decoder(samples.manifest, arguments.vae)
         path = Path(arguments.picture or samples.folder / "contact_sheet.png")

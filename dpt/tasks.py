@@ -65,7 +65,7 @@ def register_task(spec: TaskSpec) -> None:
     its data come from (docs/own_task.md). UserError if the name is taken, or the task is of another kind.
     """
     if spec.name in CONDITIONS:
-        raise UserError(f"task {spec.name!r} is there already; choose another name.")
+        raise UserError(f"task {spec.name!r} already exists; choose another name.")
     if spec.conditions != ("rgb",) or not spec.targets or spec.encode is None or spec.decode is None:
         raise UserError(f'task {spec.name!r}: it needs conditions ("rgb",), targets, encode and decode; give them.')
     TASKS[spec.name] = spec

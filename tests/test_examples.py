@@ -94,7 +94,7 @@ def test_plugins_that_fail_are_one_sentence(tmp_path: Path, monkeypatch: pytest.
         "from dpt.tasks import *\nregister_task(TaskSpec(name='depth', conditions=('rgb',), targets=('x',)))"
     )
     monkeypatch.setenv("DPT_PLUGINS", str(tmp_path / "taken.py"))
-    with pytest.raises(UserError, match="task 'depth' is there already"):
+    with pytest.raises(UserError, match="task 'depth' already exists"):
         load_plugins()
 
 

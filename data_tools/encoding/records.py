@@ -98,7 +98,7 @@ class Records:
             self._compare(dict(read_manifest(self.out).encoding), wanted)
             return True
         if other and not begun and not self._settings.exists():
-            raise UserError(f"{self.out} holds something else than an unfinished set of shards; choose another --out.")
+            raise UserError(f"{self.out} holds files that do not belong to an unfinished set of shards; choose another --out.")
         while not self._join():
             self._begin(json.dumps(wanted, indent=1))
         assert self._held is not None

@@ -54,7 +54,7 @@ READERS: dict[str, Callable[..., Reader]] = {
 def register_reader(name: str, opener: Callable[..., Reader]) -> None:
     """Add a data set: `opener(root, split, **options)` returns its reader. UserError if the name is taken."""
     if name in READERS:
-        raise UserError(f"data set {name!r} is there already; choose another name.")
+        raise UserError(f"data set {name!r} already exists; choose another name.")
     READERS[name] = opener
 
 

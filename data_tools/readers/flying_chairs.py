@@ -31,7 +31,7 @@ class FlyingChairs(Reader):
         numbers = read_lines(split_file)
         if len(numbers) != len(stems):
             raise UserError(
-                f"{split_file} has {len(numbers)} lines for {len(stems)} pairs in {self._data}; unpack the set anew."
+                f"{split_file} has {len(numbers)} lines for {len(stems)} pairs in {self._data}; unpack the set again."
             )
         self._keys = [stem for stem, number in zip(stems, numbers, strict=True) if number == str(SPLIT_NUMBERS[split])]
 

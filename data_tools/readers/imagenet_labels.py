@@ -38,4 +38,4 @@ def _from_devkit(kit: Path) -> dict[str, str]:
         ids = [int(line) for line in read_lines(kit / "ILSVRC2012_validation_ground_truth.txt")]
         return {f"ILSVRC2012_val_{number:08d}": wordnet_ids[id_] for number, id_ in enumerate(ids, start=1)}
     except (KeyError, ValueError, OSError) as error:
-        raise UserError(f"{kit} does not read as ImageNet's development kit ({error}); unpack it anew.") from error
+        raise UserError(f"{kit} does not read as ImageNet's development kit ({error}); unpack it again.") from error

@@ -41,7 +41,7 @@ class SceneGeometry:
             raise UserError(f"{root}: synthetic scenes are no {dataset}; take {', '.join(TASKS.values())} as --dataset.")
         if version != GENERATOR_VERSION:
             raise UserError(
-                f"{path} is of version {version} of the scenes, {GENERATOR_VERSION} is made here; synthesise the set anew."
+                f"{path} is of version {version} of the scenes, {GENERATOR_VERSION} is made here; synthesise the set again."
             )
         self.size = int(self._description["size"])
         self._hypersim = dataset == TASKS["depth"]
@@ -88,7 +88,7 @@ class SceneGeometry:
                 variety = VARIETIES[self._description.get("variety", "standard")]
                 return make_scene(self._description["seed"], split, index, variety)
             index -= count
-        raise UserError(f"{key}: {DESCRIPTION} names no such scene; synthesise the set anew.")
+        raise UserError(f"{key}: {DESCRIPTION} names no such scene; synthesise the set again.")
 
     def _number(self, key: str) -> int:
         """Number of the scene, from 0 on over all splits (`data_tools.synthesis.layouts`)."""

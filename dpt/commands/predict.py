@@ -105,7 +105,7 @@ def run(arguments: argparse.Namespace) -> None:
     failed = [text for part in distributed.gather_objects(done.failed) for text in part]
     skipped = sum(distributed.gather_objects(done.skipped))
     if skipped:
-        distributed.log(f"{skipped} of {len(sources)} were there already, with the same settings (--again predicts them anew).")
+        distributed.log(f"{skipped} of {len(sources)} were already there, with the same settings (--again repeats them).")
     if len(failed) > 1 and distributed.is_main():
         print("\n".join(failed), file=sys.stderr)
     distributed.shutdown()

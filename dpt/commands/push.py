@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace) -> None:
             name = arguments.name or arguments.hub_name.partition("@")[0]
             write_card(arguments, config.pop("model"), config, form="dpt", name=name, folder=folder)
     elif not (folder / "README.md").is_file():
-        raise UserError(f"{folder}: has no README.md, the model card; export the pipeline anew.")
+        raise UserError(f"{folder}: has no README.md, the model card; export the pipeline again.")
     print(
         push_folder(
             folder, arguments.hub_name, private=arguments.private, revision=arguments.revision, message=arguments.message

@@ -177,12 +177,12 @@ def parse_manifest(text: str, name: str) -> Manifest:
     value = parse_object(text, name, "a manifest")
     if value.get("format_version") != FORMAT_VERSION:
         raise UserError(
-            f"{name}: format_version is {value.get('format_version')!r}, {FORMAT_VERSION} is read here; encode the set anew."
+            f"{name}: format_version is {value.get('format_version')!r}, {FORMAT_VERSION} is read here; encode the set again."
         )
     try:
         manifest = _from_dict(value)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{name}: a field is missing, unknown or of a wrong type ({error}); encode the set anew.") from error
+        raise UserError(f"{name}: a field is missing, unknown or of a wrong type ({error}); encode the set again.") from error
     _check_consistent(manifest, name)
     return manifest
 
@@ -207,7 +207,7 @@ def _from_dict(value: dict[str, Any]) -> Manifest:
 def _check_consistent(manifest: Manifest, name: str) -> None:
     def require(ok: bool, what: str) -> None:
         if not ok:
-            raise UserError(f"{name}: {what}; encode the set anew.")
+            raise UserError(f"{name}: {what}; encode the set again.")
 
     require(manifest.task in TASKS, f"task {manifest.task!r} is unknown")
     require(len(manifest.shards) > 0 and manifest.num_samples > 0, "it lists no samples")

@@ -141,7 +141,7 @@ class ShardFolder:
                 try:
                     open_shard(self._source, number, Patience(retries=0), verify=True).close()
                 except (SampleError, OSError) as error:
-                    raise UserError(f"{url}: {error}; encode the set anew.") from error
+                    raise UserError(f"{url}: {error}; encode the set again.") from error
 
     def close(self) -> None:
         """Close the open shard."""

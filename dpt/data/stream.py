@@ -89,7 +89,7 @@ class LatentStream:
     prefetch: int = 4
     """Batches filled ahead, and as many more whose blocks are read ahead."""
     cache_dir: str = ""
-    """Folder for shards fetched from URLs; empty: fetched anew when needed again."""
+    """Folder for shards fetched from URLs; empty: fetched again when needed."""
     verify: bool = False
     """Hash shards before their first use; a changed one counts as unreadable."""
     patience: Patience = field(default_factory=Patience)
@@ -286,9 +286,9 @@ class BatchReader:
             if (count := len(stream.bad_samples)) > stream.max_bad_samples:
                 raise UserError(
                     f"{reason}; unreadable samples: {count}, dpt.data.max_bad_samples: {stream.max_bad_samples}; "
-                    "encode the set anew or raise the field."
+                    "encode the set again or raise the field."
                 )
             row += 1
             if block.shard_lost or row == source.manifest.shards[shard].num_samples:
                 shard, row = (shard + 1) % len(source.urls), 0
-        raise UserError(f"{reason}; no sample of {source.name} can be read; encode the set anew.")
+        raise UserError(f"{reason}; no sample of {source.name} can be read; encode the set again.")

@@ -73,7 +73,7 @@ def merge_depth(maps: Tensor, aggregation: str = "compile") -> tuple[Tensor, Ten
     maps = maps.float()
     if not bool(maps.isfinite().all()):
         row, member = (int(i) for i in (~maps.isfinite()).flatten(2).any(2).nonzero()[0])
-        raise UserError(f"input {row}: depth map {member} of {maps.shape[1]} has values that are not finite; predict it anew.")
+        raise UserError(f"input {row}: depth map {member} of {maps.shape[1]} has values that are not finite; predict it again.")
     if aggregation == "compile" and maps.shape[1] > 1:
         _, scale, shift = _align_to_unit_range(maps)
         maps = maps * scale.float()[..., None, None] + shift.float()[..., None, None]

@@ -78,7 +78,7 @@ def _check_hash(file: Path, wanted: str, option: str) -> None:
     found = file_sha256(file)
     if found != wanted.lower():
         raise UserError(
-            f"{file}: its sha256 is {found}, not {wanted}; fetch the file anew, or name the hash with {option} if it is meant."
+            f"{file}: its sha256 is {found}, not {wanted}; fetch the file again, or name the hash with {option} if it is meant."
         )
 
 

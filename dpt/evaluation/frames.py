@@ -191,7 +191,7 @@ def _decode(path: Path) -> Iterator[np.ndarray]:
                 quarters = round(getattr(frame, "rotation", 0) / 90) % 4  # counterclockwise
                 yield np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), quarters))
         except av.error.FFmpegError as error:
-            raise UserError(f"{path}: the video breaks off ({error}); cut it there, or convert it anew.") from error
+            raise UserError(f"{path}: the video breaks off ({error}); cut it there, or convert it again.") from error
 
 
 def write_video(path: Path, pictures: Sequence[Path], rate: float, kind: str = ".mp4") -> None:

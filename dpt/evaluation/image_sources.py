@@ -82,7 +82,7 @@ def _decode(shards: ShardFolder, codec: Any, numbers: Sequence[int]) -> list[np.
     try:
         moments = np.stack([shards[number]["latents"] for number in numbers])
     except SampleError as error:
-        raise UserError(f"{error}; encode the set anew.") from error
+        raise UserError(f"{error}; encode the set again.") from error
     decoded = codec.decode(mean_latents(torch.from_numpy(moments), codec.scaling))
     return [image_to_uint8(image) for image in decoded.cpu().numpy()]
 

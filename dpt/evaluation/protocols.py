@@ -110,7 +110,7 @@ PROTOCOLS: dict[str, Protocol] = {
 def register_protocol(protocol: Protocol, *, higher_is_better: Collection[str] = ()) -> None:
     """Add a protocol; `higher_is_better`: its metrics for which higher is better. UserError if its name is taken."""
     if protocol.name in PROTOCOLS:
-        raise UserError(f"protocol {protocol.name!r} is there already; choose another name.")
+        raise UserError(f"protocol {protocol.name!r} already exists; choose another name.")
     PROTOCOLS[protocol.name] = protocol
     HIGHER_IS_BETTER.update(higher_is_better)
 

@@ -84,10 +84,10 @@ class EvaluationSet:
         try:
             raw: dict[str, Any] = self._shards[index]
         except SampleError as error:
-            raise UserError(f"{error}; encode the set anew.") from error
+            raise UserError(f"{error}; encode the set again.") from error
         truth = raw["truth"]
         if truth.shape[-2:] != raw["image"].shape[:2]:
-            raise UserError(f"{self.folder}: image and truth of {raw['key']} differ in size; encode the set anew.")
+            raise UserError(f"{self.folder}: image and truth of {raw['key']} differ in size; encode the set again.")
         return Sample(
             index=index,
             key=raw["key"],
@@ -137,7 +137,7 @@ def check_set(one: EvaluationSet, predictor: Predictor) -> None:
         if stored != width:
             have = f"CLIP embeddings of {stored} numbers" if stored else "no CLIP embeddings"
             raise UserError(
-                f"{one.folder}: the shards hold {have}, the weights take {width}; encode the set anew with --clip and the "
+                f"{one.folder}: the shards hold {have}, the weights take {width}; encode the set again with --clip and the "
                 "image tower that they were trained with."
             )
     available = manifest.members["cond_latents"].shape[0]

@@ -178,7 +178,7 @@ def _read_depth_pipeline(path: Path, values: Mapping[str, Any]) -> Weights:
     """The network of a pipeline that `dpt.publishing` wrote: our names, and a config as in our exports."""
     known = values.get("_dpt")
     if not isinstance(known, dict) or not isinstance(known.get("model"), dict) or not isinstance(known.get("sections"), dict):
-        raise UserError(f"{path / CONFIG}: _dpt is {known!r}, not what dpt writes there; export the pipeline anew.")
+        raise UserError(f"{path / CONFIG}: _dpt is {known!r}, not what dpt writes there; export the pipeline again.")
     sections = _check_sections(dict(known["sections"]), path / CONFIG)
     config = section_from_dict(ModelConfig, known["model"], str(path / CONFIG), prefix="model")
     _, state = read_diffusers_tensors(path)

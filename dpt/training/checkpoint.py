@@ -231,7 +231,7 @@ def newest_checkpoint(
                 distributed.log(f"{'; '.join(damage)}; falling back to {folder / name}, the newest checkpoint that is whole.")
             return folder / name, state
     if damage and len(damage) == len(found):
-        raise UserError(f"{folder}: no checkpoint is whole ({'; '.join(damage)}); remove the folder to start anew.")
+        raise UserError(f"{folder}: no checkpoint is whole ({'; '.join(damage)}); remove the folder to start over.")
     return None
 
 

@@ -206,7 +206,7 @@ def _check(config: DptConfig, name: str, manifest: Manifest) -> None:
     ):
         raise UserError(
             f'{name}: the latents were made by VAE "{manifest.vae.name}", dpt.data.vae is "{config.data.vae}", which is '
-            "another one or cannot be loaded here; set it to the shards' own, or encode the set anew."
+            "another one or cannot be loaded here; set it to the shards' own, or encode the set again."
         )
     if config.task == "class" and len(manifest.class_names) > config.model.num_classes:
         raise UserError(
@@ -216,5 +216,5 @@ def _check(config: DptConfig, name: str, manifest: Manifest) -> None:
     if config.task != "class" and manifest.members["cond_latents"].shape[0] < config.model.num_conditions:
         raise UserError(
             f"{name}: the shards have {manifest.members['cond_latents'].shape[0]} conditions, dpt.model.num_conditions is "
-            f"{config.model.num_conditions}; lower it or encode the set anew."
+            f"{config.model.num_conditions}; lower it or encode the set again."
         )

@@ -24,7 +24,7 @@ Found = tuple[Path, dict[str, Any]]
 
 
 def find_checkpoint(folder: Path, *, resume: bool) -> Found | None:
-    """The checkpoint that a starting run resumes from; None if it starts anew. Collective.
+    """The checkpoint that a starting run resumes from; None if it starts from scratch. Collective.
 
     UserError if all are damaged, or if there are some and `resume` is false.
     """
@@ -128,5 +128,5 @@ def remarks(checkpoint: Path, state: Mapping[str, Any], recipe: Recipe, data_sha
     if changed := [f"{name} {before[name]} -> {now[name]}" for name in shared if before[name] != now[name]]:
         said.append(f"Changed since then: {', '.join(changed)}.")
     if state["sections"]["lineage"]["data_sha256"] != data_sha256:
-        said.append("The shards are not the ones of that checkpoint: the order of samples begins anew.")
+        said.append("The shards are not the ones of that checkpoint: the order of samples starts over.")
     return said

@@ -90,7 +90,7 @@ def test_what_differs_from_the_checkpoint_is_said(tmp_path: Path) -> None:
         "Samples 32 to 63 of the stream stay skipped: they led to losses that were not finite.",
         "It keeps no average of decay 0.7, which therefore starts again from the current weights.",
         "Changed since then: dpt.training.ema_decays [0.9, 0.5] -> [0.5, 0.7, 0.0].",
-        "The shards are not the ones of that checkpoint: the order of samples begins anew.",
+        "The shards are not the ones of that checkpoint: the order of samples starts over.",
     ]
     assert kept_averages(state_of(before)) == {0.9: "ema0", 0.5: "ema1"}  # of a version that did not name them
 

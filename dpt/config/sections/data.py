@@ -24,7 +24,7 @@ class DataConfig:
     num_workers: int = 0
     """Threads per rank that read shards, and as many that fetch; 0: the thread that fills batches reads, another fetches."""
     cache_dir: str = ""
-    """Folder for shards fetched from URLs (it grows to the size of the sets); empty: fetched anew every epoch."""
+    """Folder for shards fetched from URLs (it grows to the size of the sets); empty: fetched again every epoch."""
     verify: bool = True
     """Compare each shard's hash with the manifest before its first use, so that flipped bits are reported, never trained on."""
     max_bad_samples: int = 0
