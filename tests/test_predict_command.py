@@ -72,7 +72,7 @@ def test_folders_in_every_format_and_what_cannot_be_read(pictures, tmp_path, cap
     assert cli.main(command) == 0  # what is there stays
     printed = capsys.readouterr().out
     assert [Path(line).name.split("_")[0] for line in printed.splitlines()[:-1]] == ["three"] * 5
-    assert "4 of 5 were there already" in printed
+    assert "4 of 5 were already there" in printed
     assert cli.main([*command, "--steps", "2"]) == 0  # other settings: all anew
     assert len(capsys.readouterr().out.splitlines()) == 25
     assert cli.main([*command, "--ensemble", "2", "--pattern", "a/*.png", "--again"]) == 0

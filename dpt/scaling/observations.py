@@ -34,6 +34,8 @@ METHODS = {
     "diffusion.timesteps": "uniform",
     "diffusion.prediction_type": "epsilon",
     "diffusion.beta_schedule": "linear",
+    "diffusion.loss": "mse",
+    "model.mlp_kernel": "0",
     "pixel_loss.weight": "0.0",
     "training.bypass_share": "0.0",
     "training.self_alignment.weight": "0.0",
@@ -44,6 +46,10 @@ METHODS = {
 the values that differ between runs, as it does among sampler steps."""
 
 _BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+
+
+Kind = tuple[str, int, int, bool]
+"""Method, side of the latents (`input_size`), `mlp_kernel`, and whether upcycled."""
 
 
 class Setting(NamedTuple):
@@ -149,6 +155,11 @@ def _costing(record: RunRecord) -> Recipe:
     parts = {name: json.loads(record.params[name]) for name in _BATCH if name in record.params}
     batch = batch_split(Recipe(deepspeed=parts, dpt=dpt), int(record.tags.get("dpt.ranks", 1)))[0] if parts else 1
     return Recipe(deepspeed={"optimizer": optimizer, "train_batch_size": batch}, dpt=dpt)
+
+
+def kind(method: str, config: ModelConfig, upcycled: bool) -> Kind:
+    """What a fitted surface does not extrapolate over: a plan must match an observation in it."""
+    return method, config.input_size, config.mlp_kernel, upcycled
 
 
 def added_macs(recipe: Recipe, config: ModelConfig) -> float:

@@ -12,7 +12,7 @@ from dpt.config.sections import ModelConfig, UpcyclingConfig
 from dpt.errors import UserError
 from dpt.models import costs
 from dpt.scaling.compute import prediction_macs
-from dpt.scaling.observations import Observation, Setting, added_macs, factor_values
+from dpt.scaling.observations import Observation, Setting, added_macs, factor_values, kind
 from dpt.scaling.surface import Surface
 
 _SHARES = np.round(np.linspace(0.02, 0.98, 49), 2)
@@ -48,10 +48,10 @@ class Plan:
 
     def distance(self, observation: Observation) -> tuple[bool, float, float]:
         """Distance of an observation from the plan: method and latents, then log factors, then its error to break ties."""
-        kind = (observation.setting.method, observation.config.input_size, observation.upcycled)
+        its_kind = kind(observation.setting.method, observation.config, observation.upcycled)
         values = [(value, observation.quantities[name]) for name, value in self.quantities.items()]
         far = sum(math.log(mine / its) ** 2 if mine and its else 1.0 for mine, its in values if mine or its)
-        return kind != (self.setting.method, self.config.input_size, self.upcycle_samples > 0), far, observation.error
+        return its_kind != kind(self.setting.method, self.config, self.upcycle_samples > 0), far, observation.error
 
     def extrapolations(self, surface: Surface) -> list[str]:
         """One sentence for each quantity outside the observed range."""
@@ -136,7 +136,7 @@ def make_plan(
     A stage whose length the observations do not vary keeps the observed one, as its effect is unknown. A share of 0 means
     training from scratch, where that was observed.
     """
-    upcycled_config = limits.upcycling.apply(config)
+    upcycled_config = limits.upcycling.apply(config) if upcycled_share else config
     per_pretrained = _sample_macs(surface.pretraining, config)
     per_tuned = _sample_macs(surface.settings[setting], config) * (1 - upcycled_share)
     per_tuned += _sample_macs(surface.settings[setting], upcycled_config) * upcycled_share
@@ -179,7 +179,7 @@ def _test_macs(config: ModelConfig, upcycled: bool, limits: Limits, setting: Set
 
 def _affordable(surface: Surface, config: ModelConfig, upcycled: bool, limits: Limits) -> list[Setting]:
     """The observed settings within the limit, of methods observed with latents of this size, upcycled or not."""
-    settings = [s for s in sorted(surface.settings) if (s.method, config.input_size, upcycled) in surface.seen]
+    settings = [s for s in sorted(surface.settings) if kind(s.method, config, upcycled) in surface.seen]
     return [s for s in settings if _test_macs(config, upcycled, limits, s) <= limits.test_macs]
 
 

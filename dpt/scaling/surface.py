@@ -16,7 +16,7 @@ import numpy as np
 
 from dpt.config.recipe import Recipe
 from dpt.errors import UserError
-from dpt.scaling.observations import FACTORS, Observation, Setting
+from dpt.scaling.observations import FACTORS, Kind, Observation, Setting, kind
 
 _PRIOR = 0.02  # how much a parameter's prior weighs against a residual of log error
 _LEAST_RUNS = 4
@@ -34,8 +34,8 @@ class Surface:
     """Observed settings, each with the parts of its method's recipe that affect cost (`added_macs`)."""
     pretraining: Recipe | None
     """The same parts of the newest model's pre-training recipe; None: no model was pre-trained."""
-    seen: set[tuple[str, int, bool]]
-    """Observed combinations of method, side of the latents (`input_size`), and whether upcycled."""
+    seen: set[Kind]
+    """Observed kinds of models."""
     usual_method: str
     """The method of most runs."""
     upcycling: bool
@@ -127,7 +127,7 @@ def fit_surface(observations: Sequence[Observation], *, samples: int = 100, seed
         ranges={f: (min(v, default=0.0), max(v, default=0.0)) for f, v in values.items()},
         settings={o.setting: o.recipe for o in observations},
         pretraining=next((o.pretraining for o in reversed(observations) if o.pretraining), None),
-        seen={(o.setting.method, o.config.input_size, o.upcycled) for o in observations},
+        seen={kind(o.setting.method, o.config, o.upcycled) for o in observations},
         usual_method=Counter({o.run_id: o.setting.method for o in observations}.values()).most_common(1)[0][0],
         upcycling=len({o.upcycled for o in observations}) > 1,
         scratch=scratch and "pretrain" in factors,
