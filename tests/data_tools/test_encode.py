@@ -220,7 +220,7 @@ def test_refusals(whole: Path, pictures: Path, tmp_path: Path, vae: str, refused
     assert "mirrored False instead of True" in refused(main, *arguments(pictures, whole, vae, "--mirrored"))
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").touch()
-    assert "holds something else" in refused(main, *arguments(pictures, tmp_path / "full", vae))
+    assert "do not belong to an unfinished set" in refused(main, *arguments(pictures, tmp_path / "full", vae))
 
 
 def test_a_rank_that_fails_says_why(tmp_path: Path, vae: str, refused, monkeypatch: pytest.MonkeyPatch) -> None:
