@@ -98,7 +98,8 @@ def prepare_places(path: Path, folder: Path, vae: VAERecord, steps: int = 2) -> 
     """Make a recipe's shards, of latents by `vae`, and first weights below `folder`; `shrink`'s overrides for them."""
     recipe = load_recipe(path)
     config = recipe.dpt
-    shards = [str(folder / Path(shipped).parent.name) for shipped in config.data.shards]
+    sets = [Path(shipped) for shipped in config.data.shards]
+    shards = [str(folder / f"{place.parent.name}_{place.name}") for place in sets]
     fields = shrink(recipe, shards=shards, weights=str(folder / "weights"), output_dir=str(folder / "run"), steps=steps)
     small = load_recipe(path, fields).dpt.model
     for shipped, place in zip(config.data.shards, shards, strict=True):
