@@ -98,6 +98,11 @@ def open_stage(recipe: Recipe, name: str, found: Found | None = None) -> Stage:
     trained = dataclasses.replace(trained, dpt=dataclasses.replace(trained.dpt, training=config.training))
     read = load_weights(path, ema=config.training.use_ema)
     kind = read.source
+    if name == "upcycle" and read.config.mlp_kernel:
+        raise UserError(
+            f"dpt.training.weights: {path} has convolutions in its MLPs (dpt.model.mlp_kernel {read.config.mlp_kernel}), which "
+            "experts cannot have; upcycle weights trained without them."
+        )
     weights = adapt(dataclasses.replace(read, source=path), config.model)
     told = (weights.sections.get("diffusion") or {}).get("time_convention", config.diffusion.time_convention)
     if told != config.diffusion.time_convention:

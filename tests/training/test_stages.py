@@ -54,3 +54,13 @@ def test_weights_of_another_time_convention_are_refused(exported: tuple[ModelCon
     config, folder = exported
     with pytest.raises(UserError, match=r'time_convention is "index".*learnt with "fraction"; set it'):
         stage_of(config, str(folder), dataclasses.replace(LEARNT, time_convention="index"))
+
+
+def test_weights_with_convolutions_are_not_upcycled(tmp_path: Path) -> None:
+    model = random_model(mlp_kernel=3)
+    folder = export_weights(model, tmp_path / "weights", sections={"diffusion": dataclasses.asdict(LEARNT)})
+    config = DptConfig(
+        model=dataclasses.replace(model.config, mlp_kernel=0), diffusion=LEARNT, training=TrainingConfig(weights=str(folder))
+    )
+    with pytest.raises(UserError, match=r"convolutions in its MLPs \(dpt.model.mlp_kernel 3\).*trained without"):
+        open_stage(Recipe(deepspeed={}, dpt=config, path="recipe.json"), "upcycle")
