@@ -47,7 +47,7 @@ def adapt(weights: Weights, target: ModelConfig) -> Weights:
         state["clip_embedder.weight"] = table.new_zeros(target.hidden_size, target.clip_embedding_size)
     for block in range(target.depth):
         if target.mlp_kernel and not source.mlp_kernel:
-            kernels = torch.empty(target.mlp_width, 1, target.mlp_kernel, target.mlp_kernel)
+            kernels = state[f"blocks.{block}.mlp.fc1.weight"].new_empty(target.mlp_width, 1, *(target.mlp_kernel,) * 2)
             state[f"blocks.{block}.mlp.conv.weight"] = torch.nn.init.dirac_(kernels, groups=target.mlp_width)
         name = f"blocks.{block}.moe.gate.bias_steps"
         if target.num_experts and target.router_bias_balancing and name not in state:
