@@ -37,7 +37,11 @@ def parser() -> Parser:
     add(
         "--option", action="append", default=[], metavar="NAME=VALUE", help="an option of the set's reader, e.g. filtered=false"
     )
-    add("--vae", default="embedded", help='"embedded", a folder, or hub:owner/name[@revision] (default: %(default)s)')
+    add(
+        "--vae",
+        default="embedded",
+        help='"embedded", "embedded16" (with 16 channels), a folder, or hub:owner/name[@revision] (default: %(default)s)',
+    )
     add("--resolution", type=numeric(int, Range(least=1, most=8192)), required=True, help="side of the encoded images, pixels")
     add("--out", required=True, help="folder of the shards")
     add("--shards", default="", metavar="I/N", help="this job's share: shards I, I + N, ... (default: all)")

@@ -1,4 +1,4 @@
-"""Train and measure the small VAE embedded in the package.
+"""Train and measure the small VAEs embedded in the package.
 
     python -m data_tools.train_vae --out runs/vae            # train, measure, write the model card
     python -m data_tools.train_vae --evaluate dpt/assets/vae # measure again
@@ -19,7 +19,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_tools.vae_images import RESOLUTION, bundled_photos, leaf_images, sample_batch, synthetic_images
+from data_tools.vae_images import (
+    KIND_WEIGHTS,
+    RESOLUTION,
+    SYNTHETIC,
+    bundled_photos,
+    leaf_images,
+    sample_batch,
+    synthetic_images,
+)
 from data_tools.vae_measures import figures_table, measure, measure_speed, save_vae, write_card
 from dpt.config.numbers import AT_LEAST_1, NOT_NEGATIVE, POSITIVE, Range, numeric
 from dpt.config.parser import Parser
@@ -57,6 +65,8 @@ class VAETraining:
     log_weight: float = _setting(0.1, NOT_NEGATIVE, "weight of the log of each crop's squared error: of its PSNR")
     scenes: int = _setting(500, AT_LEAST_1, "synthetic scenes to learn from")
     leaves: int = _setting(400, AT_LEAST_1, "dead-leaves pictures to learn from")
+    synthetic: float = _setting(1.0, POSITIVE, "how often the scenes' images are drawn, relative to the usual")
+    latent_channels: int = _setting(4, AT_LEAST_1, "channels of the latents")
     seed: int = _setting(0, NOT_NEGATIVE, "seed of scenes, crops, noise and initial weights")
 
     def __post_init__(self) -> None:
@@ -69,8 +79,8 @@ class VAETraining:
 # --- training -----------------------------------------------------------------------------------------------------------
 
 
-def build_vae(seed: int) -> Any:
-    """An untrained `AutoencoderKL` of the embedded VAE's shape: 2.1 million parameters, 4.2 MB in fp16."""
+def build_vae(seed: int, latent_channels: int = 4) -> Any:
+    """An untrained `AutoencoderKL` of the embedded VAEs' shape: 2.1 million parameters, 4.2 MB in fp16."""
     from diffusers import AutoencoderKL
 
     torch.manual_seed(seed)
@@ -80,7 +90,7 @@ def build_vae(seed: int) -> Any:
         up_block_types=("UpDecoderBlock2D",) * levels,
         block_out_channels=BLOCK_OUT_CHANNELS,
         layers_per_block=1,
-        latent_channels=4,
+        latent_channels=latent_channels,
         norm_num_groups=8,
         mid_block_add_attention=False,
         sample_size=RESOLUTION,
@@ -88,12 +98,32 @@ def build_vae(seed: int) -> Any:
     ).to(memory_format=torch.channels_last)
 
 
+def widened(state: dict[str, Tensor], vae: Any) -> dict[str, Tensor]:
+    """The weights of a VAE with fewer latent channels, for `vae`, which uses them as before in its first channels.
+
+    The further channels start from `vae`'s own weights, but the 1x1 convolutions beside the latents pass them on unchanged.
+    """
+    few, many = state["post_quant_conv.bias"].numel(), vae.config.latent_channels
+    old = torch.arange(few)
+    moments = torch.cat([old, many + old])  # means and log-variances
+    wide = {name: weight.clone() for name, weight in vae.state_dict().items()}
+    for conv, kept in (("quant_conv", moments), ("post_quant_conv", old)):
+        wide[f"{conv}.weight"] = torch.eye(len(wide[f"{conv}.bias"]))[:, :, None, None]
+        wide[f"{conv}.weight"][kept[:, None], kept] = state[f"{conv}.weight"]
+        wide[f"{conv}.bias"].zero_()[kept] = state[f"{conv}.bias"]
+    wide["encoder.conv_out.weight"][moments] = state["encoder.conv_out.weight"]
+    wide["encoder.conv_out.bias"][moments] = state["encoder.conv_out.bias"]
+    wide["decoder.conv_in.weight"][:, old] = state["decoder.conv_in.weight"]
+    beside = ("quant_conv.", "post_quant_conv.", "encoder.conv_out.", "decoder.conv_in.weight")
+    return wide | {name: weight for name, weight in state.items() if not name.startswith(beside)}
+
+
 def vae_loss(vae: Any, images: Tensor, noise: Tensor, config: VAETraining) -> tuple[Tensor, Tensor]:
     """The loss and the KL divergence per latent number (Kingma and Welling 2014, eq. 10).
 
     The reconstruction error is a sum of L1 and the log of each image's squared error (so that hard images do not outweigh the
     others), weighted by the config.
-    noise: standard normal, [B, 4, h, w].
+    noise: standard normal, [B, C, h, w].
     """
     posterior = vae.encode(images).latent_dist
     kl = 0.5 * (posterior.mean.square() + posterior.var - 1.0 - posterior.logvar).mean()
@@ -155,11 +185,19 @@ def train(
 ) -> Any:
     """Train, with regular checkpoints in `out`, from which a stopped run resumes. Returns the averaged VAE, in fp32.
 
-    initial: the VAE (as for `load_vae`) to start from, of the same shape; none: random weights.
+    initial: the VAE (as for `load_vae`) to start from, of the same shape or with fewer latent channels; none: random weights.
     """
-    vae = build_vae(config.seed)
+    vae = build_vae(config.seed, config.latent_channels)
     if initial:
-        vae.load_state_dict(load_vae(initial, latent_channels=4, downsampling=8).vae.state_dict())
+        given = load_vae(initial, downsampling=8)
+        shapes = {name: weight.shape for name, weight in build_vae(config.seed, given.latent_channels).state_dict().items()}
+        state = given.vae.state_dict()
+        if given.latent_channels > config.latent_channels or shapes != {name: weight.shape for name, weight in state.items()}:
+            raise UserError(
+                f"--initial {initial} is no VAE of block_out_channels {BLOCK_OUT_CHANNELS} with at most "
+                f"--latent-channels {config.latent_channels}; choose one that this command made, or more channels."
+            )
+        vae.load_state_dict(widened(state, vae))
     averaged = copy.deepcopy(vae)
     optimizers = _optimizers(vae, config)
     schedules: list[Any] = [torch.optim.lr_scheduler.LambdaLR(o, lambda step: _rate(step, config)) for o in optimizers]
@@ -183,8 +221,11 @@ def train(
 def _backward(vae: Any, images: dict[str, list[np.ndarray]], step: int, config: VAETraining) -> tuple[float, float]:
     """Compute the gradients of the batch of `step`; returns its loss and KL divergence."""
     count, side = config.batch_size, config.crop // 8
-    batch = sample_batch(images, np.random.default_rng([config.seed, step]), count, config.crop)
-    noise = torch.randn(count, 4, side, side, generator=torch.Generator().manual_seed(config.seed * 2**32 + step))
+    weights = KIND_WEIGHTS | {kind: KIND_WEIGHTS[kind] * config.synthetic for kind in SYNTHETIC}
+    batch = sample_batch(images, np.random.default_rng([config.seed, step]), count, config.crop, weights)
+    noise = torch.randn(
+        count, config.latent_channels, side, side, generator=torch.Generator().manual_seed(config.seed * 2**32 + step)
+    )
     loss, kl = vae_loss(vae, batch, noise, config)
     vae.zero_grad()
     loss.backward()
@@ -239,7 +280,11 @@ def parser() -> Parser:
     parser.add_argument(
         "--eval-scenes", type=numeric(int, AT_LEAST_1), default=64, help="unseen scenes to measure on (default: 64)"
     )
-    parser.add_argument("--initial", default="", help="VAE to start from, of the same shape (default: random weights)")
+    parser.add_argument(
+        "--initial",
+        default="",
+        help="VAE to start from, of the same shape or with fewer latent channels (default: random weights)",
+    )
     parser.add_argument("--note", default="", help="what the model card says beside the command, such as changes along the way")
     for entry in fields(VAETraining):
         flag, read = f"--{entry.name.replace('_', '-')}", numeric(type(entry.default), entry.metadata["range"])
@@ -269,7 +314,8 @@ def make_vae(config: VAETraining, out: Path, eval_scenes: int, *, initial: str =
     save_vae(averaged, torch.from_numpy(np.stack(centred)), out)
     figures, speed = report(out, eval_scenes, config.seed)
     given = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in asdict(config).items())
-    write_card(out, f"python -m data_tools.train_vae --out DIR {given}", figures, eval_scenes, speed, note=note)
+    start = f"--initial {initial} " if initial else ""
+    write_card(out, f"python -m data_tools.train_vae --out DIR {start}{given}", figures, eval_scenes, speed, note=note)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,8 @@ KIND_WEIGHTS = {
     "whole": 0.07,
 }
 """How often each kind of image is drawn, relative to the others; photos are the hardest and the fewest."""
+SYNTHETIC = ("rgb", "depth", "flow", "mask", "whole")
+"""The kinds that scenes give."""
 RESOLUTION = 128
 """Side of the synthetic images, pixels."""
 
@@ -76,11 +78,13 @@ def astronaut() -> np.ndarray:
     return image_to_float(resize_image(data.astronaut(), (256, 256)))
 
 
-def sample_batch(images: dict[str, list[np.ndarray]], rng: np.random.Generator, count: int, crop: int) -> Tensor:
-    """Augmented crops of images drawn by `KIND_WEIGHTS`: float32 [count, 3, crop, crop] in [-1, 1]."""
-    kinds = [kind for kind in KIND_WEIGHTS if images.get(kind)]
-    weights = np.array([KIND_WEIGHTS[kind] for kind in kinds])
-    drawn = rng.choice(len(kinds), size=count, p=weights / weights.sum())
+def sample_batch(
+    images: dict[str, list[np.ndarray]], rng: np.random.Generator, count: int, crop: int, weights: dict[str, float]
+) -> Tensor:
+    """Augmented crops of images drawn by their kinds' weights: float32 [count, 3, crop, crop] in [-1, 1]."""
+    kinds = [kind for kind in weights if images.get(kind)]
+    shares = np.array([weights[kind] for kind in kinds])
+    drawn = rng.choice(len(kinds), size=count, p=shares / shares.sum())
     crops = [_augment(images[kinds[k]][rng.integers(len(images[kinds[k]]))], rng, crop, kinds[k]) for k in drawn]
     return torch.from_numpy(np.stack(crops)).contiguous(memory_format=torch.channels_last)
 

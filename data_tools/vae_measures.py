@@ -106,6 +106,7 @@ def write_card(
     (out / "README.md").write_text(
         CARD.format(
             channels=codec.vae.config.block_out_channels,
+            latent_channels=codec.latent_channels,
             parameters=sum(p.numel() for p in codec.vae.parameters()) / 1e6,
             size=size,
             scaling_factor=codec.scaling_factor,
@@ -117,7 +118,7 @@ def write_card(
             latent_noise=figures["latent_noise"],
             encode=speed[0],
             decode=speed[1],
-            threads=torch.get_num_threads(),
+            threads="one thread" if torch.get_num_threads() == 1 else f"{torch.get_num_threads()} threads",
             missed=missed_floors(figures),
         ),
         encoding="utf-8",
@@ -125,11 +126,12 @@ def write_card(
 
 
 CARD = """\
-# The embedded VAE
+# The embedded VAE with {latent_channels} channels
 
-A small diffusers `AutoencoderKL` (block_out_channels {channels}, one layer per block, no attention): 8x down, 4 latent
-channels, {parameters:.1f} million parameters, {size:.1f} MB as fp16 safetensors. It is there so that everything runs without a
-download; for research use `stabilityai/sd-vae-ft-ema`, which loads by the same code (`dpt.data.codec.load_vae`).
+A small diffusers `AutoencoderKL` (block_out_channels {channels}, one layer per block, no attention): 8x down,
+{latent_channels} latent channels, {parameters:.1f} million parameters, {size:.1f} MB as fp16 safetensors. It is there so that
+everything runs without a download; for research use `stabilityai/sd-vae-ft-ema`, which loads by the same code
+(`dpt.data.codec.load_vae`).
 
 ## Made by
 
@@ -148,7 +150,7 @@ PSNR of the reconstruction from the posterior mean, mean over images of each kin
 {table}
 
 Scaled by `scaling_factor` = {scaling_factor}, the latents of these images have standard deviation {latent_std:.3f}, the
-posterior's noise is {latent_noise:.3f}. Speed at 128 px on {threads} threads of the machine that trained it:
+posterior's noise is {latent_noise:.3f}. Speed at 128 px on {threads} of the machine that trained it:
 {encode:.0f} images/s encoded, {decode:.0f} decoded.
 
 ## Limits

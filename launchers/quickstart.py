@@ -28,7 +28,8 @@ STEPS, ENSEMBLE = 10, 5
 SPLITS = "train=0.95,val=0.05"
 MORE = 1.5
 """Further scenes for the best recipe, per scene of the others' data."""
-BEST = "best"
+BEST, FINE = "best", "embedded16"
+"""The best model, and the VAE of its latents."""
 MODELS = {  # label of the table's row -> folder of exported weights
     "untrained": "untrained",
     "fine-tuned after pre-training": "depth",
@@ -72,7 +73,7 @@ def pipeline(out: Path, scenes: int, uri: str) -> list[Step]:
         return [] if out == Path(DEFAULT_OUT) else [field, ",".join(f"{out}/shards/{name}" for name in names)]
 
     def train(name: str, title: str, launcher: str, recipe: str, *options: str, after: str = "") -> None:
-        data = {"pretrain": ["class_train"], BEST: ["depth_train", "depth_more"]}.get(name, ["depth_train"])
+        data = {"pretrain": ["class_train"], BEST: ["depth_train_16", "depth_more_16"]}.get(name, ["depth_train"])
         fields = [*options, *(weights(after) if after else [])]
         fields += ["--output_dir", f"{out}/{name}", "--tracking.run_name", name, *tracking, *elsewhere("--data.shards", *data)]
         needs = [*map(manifest, data), *([exported(after)] if after else [])]
@@ -85,15 +86,18 @@ def pipeline(out: Path, scenes: int, uri: str) -> list[Step]:
     ):  # fmt: skip
         synthesis = ["--out", f"{out}/{name}", "--scenes", str(count), *options]
         add(title, python("-m", "data_tools.synthesis", *synthesis), out / name / "synthesis.json")
-    depth = ["--dataset", "hypersim", "--prompt", "none", "--root"]
-    for name, folder, arguments in (
-        ("depth_train", "scenes", [*depth, f"{out}/scenes/hypersim", "--split", "train"]),
-        ("depth_more", "more_scenes", [*depth, f"{out}/more_scenes/hypersim", "--split", "train"]),
-        ("class_train", "scenes", ["--dataset", "imagenet", "--root", f"{out}/scenes/imagenet", "--split", "train"]),
-        ("depth_val", "scenes", [*depth, f"{out}/scenes/hypersim", "--split", "val", "--evaluation"]),
+    depth, classes = ["--dataset", "hypersim", "--prompt", "none", "--root"], ["--dataset", "imagenet", "--root"]
+    train_split, val_split = ["--split", "train"], ["--split", "val", "--evaluation"]
+    for name, folder, vae, arguments in (
+        ("depth_more_16", "more_scenes", FINE, [*depth, f"{out}/more_scenes/hypersim", *train_split]),
+        ("depth_train_16", "scenes", FINE, [*depth, f"{out}/scenes/hypersim", *train_split]),
+        ("class_train", "scenes", "embedded", [*classes, f"{out}/scenes/imagenet", *train_split]),
+        ("depth_train", "scenes", "embedded", [*depth, f"{out}/scenes/hypersim", *train_split]),
+        ("depth_val_16", "scenes", FINE, [*depth, f"{out}/scenes/hypersim", *val_split]),
+        ("depth_val", "scenes", "embedded", [*depth, f"{out}/scenes/hypersim", *val_split]),
     ):
-        title = f"encode {name.replace('_', ', ')} into latent shards with the VAE"
-        arguments += ["--vae", "embedded", "--resolution", "128", "--out", f"{out}/shards/{name}"]
+        title = f"encode {name.replace('_', ', ').replace(', 16', ', into 16 channels')} with the VAE"
+        arguments += ["--vae", vae, "--resolution", "128", "--out", f"{out}/shards/{name}"]
         add(title, python("-m", "data_tools.encode", *arguments), manifest(name), out / folder / "synthesis.json")
     train(BEST, "train for depth at the last timestep alone", "finetune", "quickstart_best")
     train("pretrain", "pre-train a class-conditional DiT", "pretrain", "quickstart")
@@ -102,13 +106,13 @@ def pipeline(out: Path, scenes: int, uri: str) -> list[Step]:
     train("untrained", "set up an untrained depth model", "finetune", "quickstart_depth", "--steps", "0")
     for label, name in MODELS.items():
         members = "1" if name == "untrained" else f"1,{ENSEMBLE}"
-        recipe, fields = "quickstart_depth", ["--steps", str(STEPS), "--ensemble", members]
+        recipe, fields, data = "quickstart_depth", ["--steps", str(STEPS), "--ensemble", members], "depth_val"
         if name == BEST:
-            recipe, fields = "quickstart_best", []
-        fields += ["--output_dir", f"{out}/evaluate/{name}", *elsewhere("--evaluation.data", "depth_val")]
+            recipe, fields, data = "quickstart_best", [], "depth_val_16"
+        fields += ["--output_dir", f"{out}/evaluate/{name}", *elsewhere("--evaluation.data", data)]
         naming = ["--tracking.run_name", f"evaluate {name}", "--tracking.tags", json.dumps({"dpt.label": label})]
         command = launch("evaluate", recipe, *weights(name), *fields, *tracking, *naming)
-        add(f"evaluate: {label}", command, scored(name), exported(name), manifest("depth_val"))
+        add(f"evaluate: {label}", command, scored(name), exported(name), manifest(data))
     if uri:
         store, page = out / "mlflow.db", out / "report" / "index.html"
         sync = python("-m", "dpt.cli", "sync", str(out))

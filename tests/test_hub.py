@@ -119,9 +119,10 @@ def test_each_way_of_not_being_there_is_one_sentence(hub: Hub, monkeypatch: pyte
 
 @pytest.mark.parametrize("name", ["hub:lab/vae", "lab/vae"])
 def test_a_vae_of_the_hub_says_which_commit_it_is(hub: Hub, name: str) -> None:
-    from dpt.data.codec import EMBEDDED_FOLDER, load_vae
+    from dpt.data.codec import load_vae
+    from dpt.embedded import EMBEDDED_VAES
 
-    commit = hub.add("lab/vae", EMBEDDED_FOLDER)
+    commit = hub.add("lab/vae", EMBEDDED_VAES["embedded"])
     codec = load_vae(name)
     assert codec.name == f"hub:lab/vae@{commit}"
     assert codec.sha256 == load_vae().sha256

@@ -23,6 +23,7 @@ def test_every_step_reads_what_an_earlier_one_makes(out: str, monkeypatch: pytes
     made: list[Path] = []
     results: dict[Path, Path] = {}  # of folder
     scored = {}
+    vaes = {}  # of folder
     for step in PIPELINE(Path(out), 60, "sqlite:///x.db"):
         words = step.command
         if "--ds_config" in words:
@@ -34,6 +35,7 @@ def test_every_step_reads_what_an_earlier_one_makes(out: str, monkeypatch: pytes
             )
             assert Path(place.output_dir) == step.folder
             assert {Path(read) for read in reads} <= set(made)
+            assert {vaes[Path(read)] for read in reads} == {config.data.vae}
             assert {results[Path(read)] for read in reads} <= set(step.needs)
             assert not place.weights or results[Path(place.weights).parent] in step.needs
             assert not place.weights or Path(place.weights).parent in made
@@ -43,6 +45,7 @@ def test_every_step_reads_what_an_earlier_one_makes(out: str, monkeypatch: pytes
             arguments = parser().parse_args(words[words.index("data_tools.encode") + 1 :])
             assert Path(arguments.out) == step.folder
             assert Path(arguments.root).parent in made
+            vaes[step.folder] = arguments.vae
         assert set(step.needs) <= set(results.values())
         made.append(step.folder)
         results[step.folder] = step.result

@@ -11,10 +11,9 @@ from torch import Tensor
 
 from dpt import hub
 from dpt.data.manifest import VAERecord
+from dpt.embedded import EMBEDDED_VAES
 from dpt.errors import UserError
 
-EMBEDDED = "embedded"
-EMBEDDED_FOLDER = Path(__file__).resolve().parents[1] / "assets" / "vae"
 KINDS = ("AutoencoderKL", "AutoencoderDC")
 """Supported diffusers classes."""
 _LEAST_LOGVAR = -30.0
@@ -127,8 +126,8 @@ class VAECodec:
         return self.vae.decode(unscaled.to(self.vae.dtype)).sample.float()
 
 
-def load_vae(name: str = EMBEDDED, *, latent_channels: int = 0, downsampling: int = 0) -> VAECodec:
-    """Load "embedded", a folder in diffusers' layout, or a hub name such as "stabilityai/sd-vae-ft-ema", on the CPU in fp32.
+def load_vae(name: str = "embedded", *, latent_channels: int = 0, downsampling: int = 0) -> VAECodec:
+    """Load "embedded", "embedded16", a folder in diffusers' layout, or a hub name, on the CPU in fp32.
 
     Supports `AutoencoderKL` and `AutoencoderDC`; only safetensors are read. Names on the hub may be bare or as in
     `dpt.hub`; the codec's `name` then states the commit. latent_channels, downsampling: required values; 0: any.
@@ -138,12 +137,14 @@ def load_vae(name: str = EMBEDDED, *, latent_channels: int = 0, downsampling: in
     """
     import diffusers
 
-    source = str(EMBEDDED_FOLDER) if name == EMBEDDED else hub.with_prefix(name)
+    source = str(EMBEDDED_VAES[name]) if name in EMBEDDED_VAES else hub.with_prefix(name)
     if hub.is_hub_name(source):
         folder, name = hub.resolve(source, hub.VAE_FILES)
         source = str(folder)
     if not source or not Path(source).is_dir():
-        raise UserError(f'VAE "{name}" is neither "embedded", a folder, nor a hub name such as stabilityai/sd-vae-ft-ema.')
+        raise UserError(
+            f'VAE "{name}" is neither "embedded", "embedded16", a folder, nor a hub name such as stabilityai/sd-vae-ft-ema.'
+        )
     if not (Path(source) / "config.json").is_file():
         raise UserError(f"VAE folder {source} has no config.json; give the folder that save_pretrained wrote.")
     try:

@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from dpt import hub
+from dpt.embedded import EMBEDDED_VAES
 from dpt.errors import UserError
 from dpt.models import dc_costs, kl_costs
 
 STABLE_DIFFUSION: dict[str, Any] = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4}
 """The VAE of Stable Diffusion 1 and 2, assumed for VAEs whose config is not on this disk."""
-
-_EMBEDDED = Path(__file__).resolve().parents[1] / "assets" / "vae"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,14 +40,14 @@ class DecoderCosts:
 
 
 def vae_config(name: str) -> Mapping[str, Any]:
-    """The config of the VAE called `name` in a recipe: "embedded", a folder's, or of a hub name in the hub's cache; Stable
+    """The config of the VAE called `name` in a recipe: an embedded one, a folder's, or of a hub name in the hub's cache; Stable
     Diffusion's if it is nowhere on this disk."""
     path = _config_file(name)
     return STABLE_DIFFUSION if path is None else dict(json.loads(path.read_text(encoding="utf-8")))
 
 
 def _config_file(name: str) -> Path | None:
-    folder = _EMBEDDED if name == "embedded" else Path(name)
+    folder = EMBEDDED_VAES.get(name, Path(name))
     if name and (folder / "config.json").is_file():
         return folder / "config.json"
     from huggingface_hub import try_to_load_from_cache

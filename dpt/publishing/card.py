@@ -13,6 +13,7 @@ import yaml
 
 from dpt import hub
 from dpt.config.sections import ModelConfig
+from dpt.embedded import EMBEDDED_VAES
 from dpt.errors import UserError
 from dpt.models.costs import macs, num_params
 from dpt.scaling.compute import total_train_macs, train_macs
@@ -179,7 +180,7 @@ def _training(model: ModelConfig, sections: Mapping[str, Any], history: History 
         ["parameters", f"{count.total / 1e6:,.0f} M{active}"],
         ["MACs of a forward pass", show_macs(macs(model).forward)],
         ["predicts", (sections.get("diffusion") or {}).get("prediction_type", "")],
-        ["VAE", vae.get("name", "") if hub.is_hub_name(vae.get("name", "")) or vae.get("name") == "embedded" else ""],
+        ["VAE", vae.get("name", "") if hub.is_hub_name(vae.get("name", "")) or vae.get("name") in EMBEDDED_VAES else ""],
         ["VAE sha256", vae.get("sha256", "")[:16]],
     ]
     record = None if history is None else history.line[0]

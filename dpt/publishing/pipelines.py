@@ -15,7 +15,8 @@ from torch import Tensor
 from dpt import hub
 from dpt.config.recipe import section_from_dict
 from dpt.config.sections import DiffusionConfig, ModelConfig
-from dpt.data.codec import EMBEDDED, VAECodec, load_vae
+from dpt.data.codec import VAECodec, load_vae
+from dpt.embedded import EMBEDDED_VAES
 from dpt.errors import UserError
 from dpt.fits import fits_of
 from dpt.models.exporting import export_weights, new_folder
@@ -235,7 +236,7 @@ def _write_network(config: ModelConfig, state: dict[str, Tensor], folder: Path, 
 def _without_places(sections: dict[str, Any]) -> dict[str, Any]:
     """The sections without the VAE's name if that is a folder on this machine."""
     vae = sections.get("vae") or {}
-    public = vae.get("name") == EMBEDDED or hub.is_hub_name(hub.with_prefix(vae.get("name", "")))
+    public = vae.get("name") in EMBEDDED_VAES or hub.is_hub_name(hub.with_prefix(vae.get("name", "")))
     return sections if public else {**sections, "vae": {**vae, "name": ""}}
 
 

@@ -48,8 +48,8 @@ the values that differ between runs, as it does among sampler steps."""
 _BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 
 
-Kind = tuple[str, int, int, bool]
-"""Method, side of the latents (`input_size`), `mlp_kernel`, and whether upcycled."""
+Kind = tuple[str, int, int, int, bool]
+"""Method, side (`input_size`) and channels of the latents, `mlp_kernel`, and whether upcycled."""
 
 
 class Setting(NamedTuple):
@@ -159,7 +159,7 @@ def _costing(record: RunRecord) -> Recipe:
 
 def kind(method: str, config: ModelConfig, upcycled: bool) -> Kind:
     """What a fitted surface does not extrapolate over: a plan must match an observation in it."""
-    return method, config.input_size, config.mlp_kernel, upcycled
+    return method, config.input_size, config.in_channels, config.mlp_kernel, upcycled
 
 
 def added_macs(recipe: Recipe, config: ModelConfig) -> float:

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from data_tools.synthesis import make_scene, render
-from dpt.data.codec import EMBEDDED_FOLDER, LatentScaling, VAECodec, load_vae, mean_latents, sample_latents
+from dpt.data.codec import LatentScaling, VAECodec, load_vae, mean_latents, sample_latents
+from dpt.embedded import EMBEDDED_VAES
 from dpt.errors import UserError
 from dpt.tasks import image_to_float
 
@@ -43,11 +44,13 @@ def small_vae(**changes):
 # --- what a codec gives ---------------------------------------------------------------------------------------------------
 
 
-def test_embedded_fits_the_package(codec):
-    assert (EMBEDDED_FOLDER / WEIGHTS).stat().st_size <= 5_000_000
-    assert (EMBEDDED_FOLDER / "README.md").is_file()
-    assert (codec.name, codec.latent_channels, codec.downsampling) == ("embedded", 4, 8)
-    assert codec.scaling_factor == json.loads((EMBEDDED_FOLDER / "config.json").read_text())["scaling_factor"]
+@pytest.mark.parametrize(("name", "channels"), [("embedded", 4), ("embedded16", 16)])
+def test_embedded_vaes_fit_the_package(name, channels):
+    codec, folder = load_vae(name), EMBEDDED_VAES[name]
+    assert (folder / WEIGHTS).stat().st_size <= 5_000_000
+    assert (folder / "README.md").is_file()
+    assert (codec.name, codec.latent_channels, codec.downsampling) == (name, channels, 8)
+    assert codec.scaling_factor == json.loads((folder / "config.json").read_text())["scaling_factor"]
 
 
 def test_codec_does_what_diffusers_does(codec, images):

@@ -1,7 +1,6 @@
 """The script that makes the embedded VAE, and the figures in its model card."""
 
 import re
-import shlex
 
 import numpy as np
 import pytest
@@ -10,10 +9,11 @@ from skimage.metrics import peak_signal_noise_ratio
 from torch.distributions import Normal, kl_divergence
 
 from data_tools import train_vae
-from data_tools.train_vae import CHECKPOINT, Muon, VAETraining, build_vae, main, train, vae_loss
+from data_tools.train_vae import CHECKPOINT, Muon, VAETraining, build_vae, main, parser, train, vae_loss, widened
 from data_tools.vae_images import KIND_WEIGHTS, astronaut, bundled_photos, leaf_images, sample_batch, synthetic_images
 from data_tools.vae_measures import FLOORS_DB, centre_latents, measure, psnr
-from dpt.data.codec import EMBEDDED_FOLDER, load_vae
+from dpt.data.codec import load_vae
+from dpt.embedded import EMBEDDED_VAES
 from dpt.errors import UserError
 
 TINY = VAETraining(steps=4, batch_size=2, crop=16, scenes=1, leaves=1, warmup_steps=1)
@@ -31,22 +31,38 @@ def tiny_vae(monkeypatch):
     monkeypatch.setattr(train_vae, "BLOCK_OUT_CHANNELS", (8, 8, 8, 8))
 
 
-# --- the embedded VAE -----------------------------------------------------------------------------------------------------
+# --- the embedded VAEs ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=sorted(EMBEDDED_VAES))
+def name(request):
+    """An embedded VAE's name."""
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def figures():
+def figures(name):
     """The embedded VAE's figures on eight unseen scenes and the astronaut."""
-    return measure(load_vae("embedded"), 8)
+    return measure(load_vae(name), 8)
+
+
+@pytest.fixture
+def card(name):
+    """The embedded VAE's model card."""
+    return (EMBEDDED_VAES[name] / "README.md").read_text()
 
 
 @pytest.mark.parametrize("kind", sorted(FLOORS_DB))
-def test_embedded_vae_reaches_its_floors(figures, kind):
+def test_embedded_vaes_reach_their_floors(figures, kind):
     assert figures[kind] >= FLOORS_DB[kind]
 
 
-def test_model_card_admits_the_floors_it_misses(figures):
-    card = (EMBEDDED_FOLDER / "README.md").read_text()
+def test_more_channels_keep_more():
+    few, many = (measure(load_vae(name), 2) for name in ("embedded", "embedded16"))
+    assert all(many[kind] > few[kind] + 2 for kind in FLOORS_DB)
+
+
+def test_model_card_admits_the_floors_it_misses(figures, card):
     for kind in FLOORS_DB:
         assert (f"{kind} images are below" in card) == (figures[kind] < FLOORS_DB[kind])
 
@@ -55,21 +71,23 @@ def test_scaled_latents_have_unit_standard_deviation(figures):
     assert figures["latent_std"] == pytest.approx(1.0, abs=0.1)
 
 
-def test_model_card_says_what_is_measured(figures):
-    card = (EMBEDDED_FOLDER / "README.md").read_text()
+def test_model_card_says_what_is_measured(name, figures, card):
     told = {kind: float(value) for kind, value in re.findall(r"^\| (\w+) \| ([\d.]+) \|", card, re.MULTILINE)}
     assert told.keys() == FLOORS_DB.keys()
     assert told["astronaut"] == pytest.approx(figures["astronaut"], abs=0.05)
     for kind in FLOORS_DB:  # eight scenes of the card's many
         assert told[kind] == pytest.approx(figures[kind], abs=1.5)
-    assert str(load_vae("embedded").scaling_factor) in card
+    assert str(load_vae(name).scaling_factor) in card
 
 
-def test_model_card_s_command_is_this_script_s_defaults():
-    card = (EMBEDDED_FOLDER / "README.md").read_text()
-    words = shlex.split(re.search(r"python -m data_tools\.train_vae --out DIR (.*)", card)[1])
-    given = {flag[2:].replace("-", "_"): float(value) for flag, value in zip(words[::2], words[1::2], strict=True)}
-    assert given == vars(VAETraining())
+def test_model_card_s_command_sets_every_field_as_the_script_reads_it(name, card):
+    words = re.search(r"python -m data_tools\.train_vae --out DIR (.*)", card)[1].split()
+    given = vars(parser().parse_args(["--out", "DIR", *words]))
+    assert {flag[2:].replace("-", "_") for flag in words[::2]} >= vars(VAETraining()).keys()
+    config = VAETraining(**{field: given[field] for field in vars(VAETraining())})
+    assert config.latent_channels == load_vae(name).latent_channels
+    if name == "embedded":
+        assert config == VAETraining()
 
 
 # --- images ---------------------------------------------------------------------------------------------------------------
@@ -84,12 +102,12 @@ def test_astronaut_is_held_out(images):
 
 def test_batches_follow_from_their_seed(images):
     assert images.keys() == KIND_WEIGHTS.keys()
-    first, again = (sample_batch(images, np.random.default_rng(3), 24, 64) for _ in range(2))
+    first, again = (sample_batch(images, np.random.default_rng(3), 24, 64, KIND_WEIGHTS) for _ in range(2))
     assert first.shape == (24, 3, 64, 64)
     assert first.dtype == torch.float32
     assert first.abs().max() <= 1
     assert torch.equal(first, again)
-    assert not torch.equal(first, sample_batch(images, np.random.default_rng(4), 24, 64))
+    assert not torch.equal(first, sample_batch(images, np.random.default_rng(4), 24, 64, KIND_WEIGHTS))
 
 
 def test_dead_leaves_have_the_spectrum_of_photos(images):
@@ -106,9 +124,9 @@ def test_dead_leaves_have_the_spectrum_of_photos(images):
 
 
 def test_masks_and_white_grounds_keep_their_values(images):
-    masks = sample_batch({"mask": images["mask"]}, np.random.default_rng(0), 8, 128)
+    masks = sample_batch({"mask": images["mask"]}, np.random.default_rng(0), 8, 128, KIND_WEIGHTS)
     assert set(masks.unique().tolist()) == {-1.0, 1.0}
-    whole = sample_batch({"whole": images["whole"]}, np.random.default_rng(0), 8, 128)
+    whole = sample_batch({"whole": images["whole"]}, np.random.default_rng(0), 8, 128, KIND_WEIGHTS)
     assert (whole == 1.0).all(dim=1).float().mean() > 0.3
 
 
@@ -126,6 +144,18 @@ def test_loss_and_kl_are_those_computed_apart(tiny_vae):
     squared = (error[0].square().mean() + 1e-4).log() + (error[1].square().mean() + 1e-4).log()
     parts = TINY.absolute_weight * error.abs().mean() + TINY.log_weight * squared / 2 + TINY.kl_weight * kl
     torch.testing.assert_close(loss, parts)
+
+
+def test_widening_keeps_latents_and_reconstructions(tiny_vae):
+    few, many, batch = build_vae(0), build_vae(1, 6), torch.rand(2, 3, 32, 32) * 2 - 1
+    many.load_state_dict(widened(few.state_dict(), many))
+    with torch.no_grad():
+        before, after = (vae.encode(batch).latent_dist for vae in (few, many))
+        torch.testing.assert_close(after.mean[:, :4], before.mean)
+        torch.testing.assert_close(after.logvar[:, :4], before.logvar)
+        latents = torch.cat([before.mean, torch.zeros_like(after.mean[:, 4:])], dim=1)
+        torch.testing.assert_close(many.decode(latents).sample, few.decode(before.mean).sample)
+        assert after.mean[:, 4:].std() > 0
 
 
 @pytest.mark.parametrize("shape", [(8, 16, 3, 3), (16, 8, 1, 1), (8, 8, 3, 3)])
@@ -165,6 +195,15 @@ def test_a_checkpoint_of_other_settings_is_refused(tiny_vae, images, tmp_path):
         train(VAETraining(steps=5, batch_size=2, crop=16, scenes=1, leaves=1), images, tmp_path)
 
 
+@pytest.mark.parametrize(("channels", "blocks"), [(8, (8, 8, 8, 8)), (4, (8, 8, 8, 16))])
+def test_initial_weights_of_another_shape_are_refused(tiny_vae, images, tmp_path, monkeypatch, channels, blocks):
+    monkeypatch.setattr(train_vae, "BLOCK_OUT_CHANNELS", blocks)
+    build_vae(0, channels).save_pretrained(tmp_path / "other")
+    monkeypatch.setattr(train_vae, "BLOCK_OUT_CHANNELS", (8, 8, 8, 8))
+    with pytest.raises(UserError, match="is no VAE of block_out_channels"):
+        train(TINY, images, tmp_path / "vae", initial=str(tmp_path / "other"))
+
+
 def test_centring_changes_no_reconstruction(tiny_vae):
     torch.manual_seed(1)
     vae, batch = build_vae(0), torch.rand(4, 3, 32, 32) * 2 - 1
@@ -195,6 +234,10 @@ def test_command_makes_a_vae_that_loads_and_a_card(tiny_vae, tmp_path, capsys):
     card = (tmp_path / "README.md").read_text()
     assert f"`scaling_factor` = {codec.scaling_factor}," in card
     assert "--steps 2 --batch-size 2 --crop 16" in card
+    wide = tmp_path / "wide"
+    assert main(["--out", str(wide), *settings, "--initial", str(tmp_path), "--latent-channels", "8"]) == 0
+    assert load_vae(str(wide)).latent_channels == 8
+    assert f"--initial {tmp_path} --steps 2" in (wide / "README.md").read_text()
     assert main(["--evaluate", str(tmp_path), "--eval-scenes", "1"]) == 0
 
 

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dpt.config.recipe import DptConfig
 from dpt.config.sections import DataConfig, DiffusionConfig, ModelConfig, PixelLossConfig
-from dpt.data.codec import EMBEDDED_FOLDER
+from dpt.embedded import EMBEDDED_VAES
 from dpt.models.costs import macs
 from dpt.models.recipe_costs import recipe_macs
 from dpt.models.vae_costs import STABLE_DIFFUSION, VAESize, decoder_costs, vae_config, vae_size
@@ -81,7 +81,7 @@ def test_a_vae_of_unknown_config_counts_as_stable_diffusions() -> None:
 
 
 def test_a_pixel_loss_adds_three_decodings_to_training() -> None:
-    assert vae_config(str(EMBEDDED_FOLDER)) == vae_config("embedded")
+    assert all(vae_config(str(folder)) == vae_config(name) for name, folder in EMBEDDED_VAES.items())
     model = ModelConfig(preset="S/2")
     plain = DptConfig(model=model)
     pixel = DptConfig(

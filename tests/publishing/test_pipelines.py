@@ -14,7 +14,8 @@ import torch
 from diffusers import AutoencoderKL
 
 from dpt.config.sections import EvaluationConfig
-from dpt.data.codec import EMBEDDED_FOLDER, load_vae
+from dpt.data.codec import load_vae
+from dpt.embedded import EMBEDDED_VAES
 from dpt.errors import UserError
 from dpt.evaluation.prediction import Predictor
 from dpt.models.pretrained import import_weights, read_weights
@@ -220,7 +221,7 @@ def test_dpt_reads_its_own_pipelines(tmp_path: Path, name: str) -> None:
 
 
 def test_a_vae_of_this_machine_travels_with_the_pipeline(tmp_path: Path) -> None:
-    shutil.copytree(EMBEDDED_FOLDER, tmp_path / "my_vae")
+    shutil.copytree(EMBEDDED_VAES["embedded"], tmp_path / "my_vae")
     out = write(export_small(tmp_path / "weights"), tmp_path / "out", vae=str(tmp_path / "my_vae"))
     assert str(tmp_path) not in (out / "transformer" / "config.json").read_text()
     moved = out.rename(tmp_path / "moved")

@@ -9,7 +9,8 @@ from fake_hub import TOKEN, Hub
 
 from dpt import cli
 from dpt import hub as hubs
-from dpt.data.codec import EMBEDDED_FOLDER, load_vae
+from dpt.data.codec import load_vae
+from dpt.embedded import EMBEDDED_VAES
 from dpt.models.pretrained import read_weights
 from dpt.publishing.pipelines import write_pipeline
 from tests.publishing.small import export_small
@@ -120,7 +121,7 @@ def test_an_error_that_carries_the_token_does_not_show_it(hub: Hub, monkeypatch:
 
 
 def test_a_vae_of_the_hub_is_named_with_its_class_and_commit(hub: Hub, tmp_path: Path) -> None:
-    commit = hub.add("lab/vae", EMBEDDED_FOLDER)
+    commit = hub.add("lab/vae", EMBEDDED_VAES["embedded"])
     write_pipeline(read_weights(export_small(tmp_path / "weights")), tmp_path / "out", source="weights", vae="lab/vae")
     index = json.loads((tmp_path / "out" / "model_index.json").read_text())
     assert (index["vae_name"], index["vae_revision"], index["vae_class"]) == ("lab/vae", commit, "AutoencoderKL")

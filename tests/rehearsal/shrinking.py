@@ -11,7 +11,9 @@ import torch
 from dpt.config.checks import batch_split
 from dpt.config.recipe import Recipe, load_recipe
 from dpt.config.sections import ModelConfig
+from dpt.data.codec import load_vae
 from dpt.data.manifest import VAERecord
+from dpt.embedded import EMBEDDED_VAES
 from dpt.models.dit import DiT
 from dpt.models.exporting import export_weights
 from dpt.models.weights import Weights
@@ -33,7 +35,7 @@ SIZES = {  # the only fields that a rehearsal may change, and why
     "training.output_dir": "place",
     "training.weights": "place of first weights, made here in this size",
     "data.shards": "place of shards, made here in this size",
-    "data.vae": "the embedded VAE: the published one is not here",
+    "data.vae": "the embedded VAE where the shipped one is a published one, which is not here",
     "sampling.num_inference_steps": "steps of the sampler that draws classes",
     "tracking.enabled": "off: another process's work, which tests/tracking holds",
 }
@@ -78,7 +80,7 @@ def shrink(recipe: Recipe, *, shards: list[str], weights: str, output_dir: str, 
         "training.steps": steps,
         "training.output_dir": output_dir,
         "data.shards": shards,
-        "data.vae": "embedded",
+        "data.vae": _vae(recipe),
         "tracking.enabled": False,
     }
     if model.shared_expert_width:
@@ -94,14 +96,19 @@ def shrink(recipe: Recipe, *, shards: list[str], weights: str, output_dir: str, 
     return values
 
 
-def prepare_places(path: Path, folder: Path, vae: VAERecord, steps: int = 2) -> dict[str, Any]:
-    """Make a recipe's shards, of latents by `vae`, and first weights below `folder`; `shrink`'s overrides for them."""
+def _vae(recipe: Recipe) -> str:
+    """The recipe's own VAE if it is embedded, the usual one if not: published ones are not here."""
+    return recipe.dpt.data.vae if recipe.dpt.data.vae in EMBEDDED_VAES else "embedded"
+
+
+def prepare_places(path: Path, folder: Path, steps: int = 2) -> dict[str, Any]:
+    """Make a recipe's shards and first weights below `folder`; `shrink`'s overrides for them."""
     recipe = load_recipe(path)
     config = recipe.dpt
     sets = [Path(shipped) for shipped in config.data.shards]
     shards = [str(folder / f"{place.parent.name}_{place.name}") for place in sets]
     fields = shrink(recipe, shards=shards, weights=str(folder / "weights"), output_dir=str(folder / "run"), steps=steps)
-    small = load_recipe(path, fields).dpt.model
+    small, vae = load_recipe(path, fields).dpt.model, load_vae(fields["data.vae"]).record
     for shipped, place in zip(config.data.shards, shards, strict=True):
         task = config.task if config.task != "generalist" else set_task(shipped)
         sizes = {"side": small.input_size, "clip": small.clip_embedding_size, "classes": min(small.num_classes, 8)}

@@ -12,7 +12,6 @@ from shrinking import RECIPES, prepare_places, rehearsed_ranks, stage_of
 
 from dpt.config.checks import batch_split
 from dpt.config.recipe import Recipe, load_recipe
-from dpt.data.manifest import VAERecord
 from tests.gloo import run_ranks
 
 STEPS, LOG_EVERY, RECORDED = 4, 3, (1, 3)
@@ -73,8 +72,7 @@ CASES = {
 def test_a_step_waits_only_where_it_must(name: str, tmp_path: Path) -> None:
     stem, changed = CASES[name]
     path = next(path for path in RECIPES if path.stem == stem)
-    vae = VAERecord(name="embedded", sha256="0" * 64, scaling_factor=1.0, latent_channels=4)
-    recipe, fields = load_recipe(path), prepare_places(path, tmp_path, vae)
+    recipe, fields = load_recipe(path), prepare_places(path, tmp_path)
     more = {"training.steps": 100, "training.log_every": LOG_EVERY, "training.compile": False}
     fields = {**fields, **more, **changed}
     for steps in run_ranks(

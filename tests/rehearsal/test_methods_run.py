@@ -9,8 +9,6 @@ from rehearsals import checkpoints, rehearse
 from shrinking import RECIPES, prepare_places, rehearsed_ranks, stage_of
 
 from dpt.config.recipe import load_recipe
-from dpt.data.codec import load_vae
-from dpt.data.manifest import VAERecord
 from dpt.models.pretrained import read_weights
 
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -45,12 +43,8 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 def test_methods_run_together(name: str, tmp_path: Path) -> None:
     stem, methods = METHODS[name]
     path = next(path for path in RECIPES if path.stem == stem)
-    codec = load_vae("embedded")
-    vae = VAERecord(
-        name="embedded", sha256=codec.sha256, scaling_factor=codec.scaling_factor, latent_channels=codec.latent_channels
-    )
     recipe = load_recipe(path)
-    fields = prepare_places(path, tmp_path, vae) | methods
+    fields = prepare_places(path, tmp_path) | methods
     rehearse(recipe, stage_of(stem), rehearsed_ranks(recipe), fields, compiler="eager")
     run = tmp_path / "run"
     assert checkpoints(run) == ["step_00000002", "step_00000004"]

@@ -10,8 +10,6 @@ from rehearsals import checkpoints, rehearse
 from shrinking import RECIPES, SIZES, prepare_places, rehearsed_ranks, shrink, stage_of
 
 from dpt.config.recipe import Recipe, load_recipe
-from dpt.data.codec import load_vae
-from dpt.data.manifest import VAERecord
 from dpt.models.pretrained import read_weights
 from dpt.tracking.run import flatten
 
@@ -22,17 +20,9 @@ QUICK = {
 """Of `make test`; the others are left to `make test-all`."""
 
 
-@pytest.fixture(scope="module")
-def vae() -> VAERecord:
-    codec = load_vae("embedded")
-    return VAERecord(
-        name="embedded", sha256=codec.sha256, scaling_factor=codec.scaling_factor, latent_channels=codec.latent_channels
-    )
-
-
-def _rehearse(path: Path, folder: Path, vae: VAERecord, *, compiler: str) -> tuple[Recipe, Path]:
+def _rehearse(path: Path, folder: Path, *, compiler: str) -> tuple[Recipe, Path]:
     recipe = load_recipe(path)
-    fields = prepare_places(path, folder, vae)
+    fields = prepare_places(path, folder)
     rehearse(recipe, stage_of(path.stem), rehearsed_ranks(recipe), fields, compiler=compiler)
     return recipe, folder / "run"
 
@@ -65,16 +55,16 @@ def _marked(path: Path) -> Any:
 
 
 @pytest.mark.parametrize("path", [_marked(path) for path in RECIPES])
-def test_recipe_is_rehearsed(path: Path, tmp_path: Path, vae: VAERecord) -> None:
+def test_recipe_is_rehearsed(path: Path, tmp_path: Path) -> None:
     """Where it compiles, blocks are traced with their backward passes, but run by PyTorch's own operators ("aot_eager"): that
     finds what cannot be compiled, and generated code takes a CPU minutes to build."""
-    _check(*_rehearse(path, tmp_path, vae, compiler="aot_eager"))
+    _check(*_rehearse(path, tmp_path, compiler="aot_eager"))
 
 
 @pytest.mark.slow
-def test_recipe_is_rehearsed_with_generated_code(tmp_path: Path, vae: VAERecord) -> None:
+def test_recipe_is_rehearsed_with_generated_code(tmp_path: Path) -> None:
     path = next(path for path in RECIPES if path.stem == "dense_a1")
-    _check(*_rehearse(path, tmp_path, vae, compiler="inductor"))
+    _check(*_rehearse(path, tmp_path, compiler="inductor"))
 
 
 def test_every_shape_is_rehearsed_in_make_test() -> None:

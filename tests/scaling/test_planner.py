@@ -228,16 +228,17 @@ def test_models_that_start_from_imported_weights_are_no_observations(dense):
     assert len(observed(dense + imported)) == len(observed(dense))
 
 
-def test_a_method_is_planned_on_latents_that_it_was_seen_on(dense):
-    """The evaluations at 16 x 16 latents are by the usual method alone, those at 8 x 8 by the better one too."""
+@pytest.mark.parametrize(("field", "value"), [("input_size", 8), ("in_channels", 16)])
+def test_a_method_is_planned_on_latents_that_it_was_seen_on(dense, field, value):
+    """The evaluations on the usual latents are by the usual method alone, those on others by the better one too."""
 
     def change(run):
-        return {"params": run.params | {"model.input_size": "8"}, "metrics": scaled(run.metrics, 1.2)}
+        return {"params": run.params | {f"model.{field}": str(value)}, "metrics": scaled(run.metrics, 1.2)}
 
     resized = again(dense, "small_", ("pretrain", "finetune", "evaluate"), change)
     surface = fitted(dense + resized + one_step(resized, 0.8))
     assert "last" not in planned(surface).setting.method
-    assert "last" in planned(surface, [config(w, side=8) for w in WIDTHS]).setting.method
+    assert "last" in planned(surface, [dataclasses.replace(config(w), **{field: value}) for w in WIDTHS]).setting.method
 
 
 def test_convolutions_in_the_mlps_are_planned_where_they_were_seen_and_never_upcycled(dense):

@@ -16,7 +16,7 @@ class DataConfig:
     weights: list[float] = field(default_factory=list)
     """Share of each set in a mixture; empty: by number of samples."""
     vae: str = "embedded"
-    """VAE that made the latents: "embedded", a folder, or a name on the hub; checked against the manifest."""
+    """VAE that made the latents: "embedded", "embedded16" (16 channels), a folder, or a name on the hub; as in the manifest."""
     posterior: Literal["sample", "mean"] = "sample"
     """Train on samples of the VAE posterior (pre-training) or on its mean (perception)."""
     horizontal_flip: bool = False
