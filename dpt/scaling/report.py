@@ -177,7 +177,8 @@ def _results(rows: list[Row]) -> str:
         best = _best([r for r in group if r.run], MAIN_METRIC.get(task, next(iter(METRICS))))
         kinds = ["base" if r.run is None else "best" if r is best else "" for r in group]
         parts.append(f"<h3>{escape(_about(group[-1]))}</h3>{table(header, cells, kinds)}")
-        for label in dict.fromkeys(r.label for r in group if r.run is None and r.label in EXPLANATIONS):
+        references = dict.fromkeys(r.label.partition(",")[0] for r in group if r.run is None)
+        for label in filter(EXPLANATIONS.__contains__, references):
             parts.append(f'<p class="soft small">{escape(label[:1].upper() + label[1:])}: {escape(EXPLANATIONS[label])}.</p>')
     return "".join(parts)
 

@@ -44,6 +44,8 @@ class Row:
     """Whether the set's samples are our rendered scenes."""
     run: RunRecord | None = None
     """None for the references, such as the best constant, and the truth through the VAE."""
+    vae: str = ""
+    """Of the truth through the VAE: which one."""
 
     def share(self, metric: str) -> float | None:
         """The metric as a share of the baseline's."""
@@ -54,10 +56,10 @@ class Row:
 
 def results_table(records: Iterable[RunRecord]) -> list[Row]:
     """Rows in the order of the runs, the references first; of runs with one label the newest counts."""
-    newest: dict[tuple[str, str, str, int | None, int | None], Row] = {}
+    newest: dict[tuple[str, str, str, int | None, int | None, str], Row] = {}
     for record in sorted(records, key=lambda r: r.start_time):
         for row in evaluation_rows(record):
-            key = (row.task, row.dataset, row.label, row.steps, row.ensemble)
+            key = (row.task, row.dataset, row.label, row.steps, row.ensemble, row.vae)
             newest.pop(key, None)
             newest[key] = row
     rows = sorted(newest.values(), key=lambda r: (r.task, r.dataset))
@@ -65,7 +67,10 @@ def results_table(records: Iterable[RunRecord]) -> list[Row]:
     for _, group in itertools.groupby(rows, key=lambda r: (r.task, r.dataset)):
         members = list(group)
         references = {r.label: r for r in members if r.run is None}
-        table += [references[label] for label in (*BASELINES.values(), CODE, CEILING) if label in references]
+        table += [references[label] for label in (*BASELINES.values(), CODE) if label in references]
+        found = [r for r in members if r.run is None and r.label == CEILING]
+        ceilings = list({tuple(r.metrics.items()): r for r in found}.values())  # one VAE may go by two names
+        table += ceilings if len(ceilings) == 1 else [replace(r, label=f"{CEILING}, {r.vae}") for r in ceilings]
         table += [r for r in members if r.run is not None]
     return table
 
@@ -111,6 +116,8 @@ def _place_rows(record: RunRecord, task: str, dataset: str, by_setting: dict[str
         num_samples=round(by_setting.get("", {}).get("num_samples", 0)),
     )
     rows = [replace(frame, label=labels[p], metrics=by_setting[p]) for p in _REFERENCES if p in by_setting]
+    vae = record.tags.get("dpt.vae") or record.params.get("data.vae", "")
+    rows = [replace(row, vae=vae) if row.label == CEILING else row for row in rows]
     matches = (_SETTING.fullmatch(name) for name in by_setting)
     settings: list[tuple[int | None, int | None]] = sorted((int(m[1]), int(m[2])) for m in matches if m)
     if not settings and "" in by_setting:  # a single setting, named by the recipe alone

@@ -32,6 +32,20 @@ def test_every_setting_is_a_row_below_the_best_constant():
     assert text.splitlines()[0] == "depth"
 
 
+def test_the_truth_through_each_vae_is_a_reference_of_its_own():
+    errors = {"eval/depth/abs_rel/s1_n1": 0.1, "eval/depth/baseline_abs_rel": 0.4}
+    runs = [
+        made_run(
+            vae + label, stage="evaluate", start_time=start, params={"data.vae": "of the recipe"},
+            tags={"dpt.label": label, "dpt.vae": vae}, metrics=errors | {"eval/depth/ceiling_abs_rel": ceiling},
+        )
+        for start, (label, vae, ceiling) in enumerate([("a", "one", 0.02), ("b", "one", 0.02), ("c", "other", 0.01), ("d", "hub:other", 0.01)])
+    ]  # fmt: skip
+    labels = [row.label for row in results_table(runs)]
+    assert labels == ["best constant", "truth through the VAE, one", "truth through the VAE, hub:other", *"abcd"]
+    assert [row.label for row in results_table(runs[:2])] == ["best constant", "truth through the VAE", "a", "b"]
+
+
 def test_flow_counts_its_two_passes_and_single_settings_come_from_the_recipe():
     run = made_run(
         stage="evaluate",
