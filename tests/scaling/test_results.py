@@ -39,7 +39,9 @@ def test_the_truth_through_each_vae_is_a_reference_of_its_own():
             vae + label, stage="evaluate", start_time=start, params={"data.vae": "of the recipe"},
             tags={"dpt.label": label, "dpt.vae": vae}, metrics=errors | {"eval/depth/ceiling_abs_rel": ceiling},
         )
-        for start, (label, vae, ceiling) in enumerate([("a", "one", 0.02), ("b", "one", 0.02), ("c", "other", 0.01), ("d", "hub:other", 0.01)])
+        for start, (label, vae, ceiling) in enumerate(
+            [("a", "one", 0.02), ("b", "one", 0.02), ("c", "other", 0.01), ("d", "hub:other", 0.01)]
+        )
     ]  # fmt: skip
     labels = [row.label for row in results_table(runs)]
     assert labels == ["best constant", "truth through the VAE, one", "truth through the VAE, hub:other", *"abcd"]
