@@ -1,4 +1,4 @@
-"""Allow only one run in a folder at a time: a second one would take the first one's files for its own."""
+"""Locks between processes: a folder for one run at a time, which would take another's files for its own, and turns at a file."""
 
 import contextlib
 import fcntl
@@ -35,6 +35,18 @@ def held(folder: Path) -> Iterator[None]:
                     folder.rmdir()
         if descriptor >= 0:  # not earlier, or another run that took the lock would lose its file
             os.close(descriptor)
+
+
+@contextlib.contextmanager
+def taking_turns(file: Path) -> Iterator[None]:
+    """Hold the lock `file`, made if missing, within the context, after waiting for other processes that do.
+
+    On file systems without locks nothing is held.
+    """
+    with file.open("w") as lock:
+        with contextlib.suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _lock(folder: Path) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dpt.errors import UserError
-from dpt.locking import held
+from dpt.locking import held, taking_turns
 
 
 def test_the_second_is_refused_until_the_first_has_ended(tmp_path: Path) -> None:
@@ -70,3 +70,21 @@ def test_a_refused_run_keeps_its_lock_until_its_file_is_gone(tmp_path: Path, mon
         monkeypatch.setattr(os, "close", close_then_look)
     monkeypatch.undo()
     assert closed == [False]
+
+
+def test_turns_are_taken_one_after_another(tmp_path: Path) -> None:
+    """Two processes add to a number that each reads first: no addition is lost."""
+    number = tmp_path / "number"
+    number.write_text("0")
+    if (child := os.fork()) == 0:
+        _add(number)
+        os._exit(0)
+    _add(number)
+    assert os.waitpid(child, 0)[1] == 0
+    assert number.read_text() == "400"
+
+
+def _add(number: Path) -> None:
+    for _ in range(200):
+        with taking_turns(number.with_suffix(".lock")):
+            number.write_text(str(int(number.read_text()) + 1))

@@ -1,7 +1,5 @@
 """A study's pending launches as commands or dependent SLURM jobs (`running` runs them on this machine)."""
 
-import contextlib
-import fcntl
 import functools
 import json
 import subprocess
@@ -10,6 +8,7 @@ from pathlib import Path
 
 from dpt.data.manifest import write_atomically
 from dpt.errors import UserError
+from dpt.locking import taking_turns
 from dpt.scaling.shard_sets import how_to_make
 from dpt.scaling.study import Launch, Study
 from dpt.tracking.store import sqlite_path
@@ -77,9 +76,7 @@ def _read_record(study: Study) -> dict[str, list[str]]:
 def record(study: Study, launch: Launch) -> None:
     study.output.mkdir(parents=True, exist_ok=True)
     path = study.output / _RECORD
-    with path.with_suffix(".lock").open("w") as lock:  # studies that run side by side may share the folder
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    with taking_turns(path.with_suffix(".lock")):  # studies that run side by side may share the folder
         write_atomically(path, json.dumps({**_read_record(study), launch.name: identity(launch)}, indent=1))
 
 

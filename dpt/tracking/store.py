@@ -1,7 +1,6 @@
 """MLflow stores: addresses, clients that fail fast, and the experiment of a run."""
 
 import contextlib
-import fcntl
 import json
 import os
 import socket
@@ -12,6 +11,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from dpt.errors import HIDDEN, UserError, hide_passwords
+from dpt.locking import taking_turns
 
 _SQLITE = "sqlite:///"
 SECRET = "DPT_TRACKING_URI"
@@ -115,9 +115,7 @@ def _one_at_a_time(uri: str) -> Iterator[None]:
     if path is None:
         yield
         return
-    with path.with_name(f"{path.name}.lock").open("w") as lock:
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    with taking_turns(path.with_name(f"{path.name}.lock")):
         yield
 
 
