@@ -1,4 +1,4 @@
-"""Locks between processes: a folder for one run at a time, which would take another's files for its own, and turns at a file."""
+"""Locks between processes: a folder is one run's at a time, as a second would take its files for its own; turns at a file."""
 
 import contextlib
 import fcntl
