@@ -43,7 +43,7 @@ def write_set(
     return folder
 
 
-def moments(random: np.random.Generator, side: int, *leading: int) -> np.ndarray:
-    """Random posteriors float16 `[*leading, 2, 4, side, side]`: normal means, log-variances of -6."""
-    mean = random.normal(size=(*leading, 1, 4, side, side))
+def moments(random: np.random.Generator, side: int, *leading: int, channels: int = 4) -> np.ndarray:
+    """Random posteriors float16 `[*leading, 2, channels, side, side]`: normal means, log-variances of -6."""
+    mean = random.normal(size=(*leading, 1, channels, side, side))
     return np.concatenate([mean, np.full_like(mean, -6.0)], axis=-4).astype(np.float16)

@@ -148,18 +148,21 @@ def make_shards(folder: Path, task: str, *, side: int, vae: VAERecord, clip: int
     random = np.random.default_rng(0)
     fields = {"dataset": folder.name, "task": task, "resolution": 8 * side, "vae": vae}
     fields["class_names"] = tuple(f"class {number}" for number in range(classes)) if task == "class" else ()
-    return write_set(folder, [6] * 4, lambda _: _sample(random, task, side, clip, classes), **fields)
+    return write_set(folder, [6] * 4, lambda _: _sample(random, task, side, vae.latent_channels, clip, classes), **fields)
 
 
-def _sample(random: np.random.Generator, task: str, side: int, clip: int, classes: int) -> dict[str, np.ndarray]:
+def _sample(random: np.random.Generator, task: str, side: int, channels: int, clip: int, classes: int) -> dict[str, np.ndarray]:
+    def latents(*leading: int) -> np.ndarray:
+        return moments(random, side, *leading, channels=channels)
+
     if task == "class":
         label = np.array(random.integers(classes), dtype=np.int64)
-        return {"label": label, "latents": moments(random, side), "latents_mirrored": moments(random, side)}
+        return {"label": label, "latents": latents(), "latents_mirrored": latents()}
     members = {"valid": (random.random((side, side)) > 0.2).astype(np.uint8)}
     if task == "amodal" and clip:
         members["clip"] = random.normal(size=clip).astype(np.float32)
     return {
         **members,
-        "cond_latents": moments(random, side, 2),
-        "target_latents": moments(random, side, 2 if task == "flow" else 1),
+        "cond_latents": latents(2),
+        "target_latents": latents(2 if task == "flow" else 1),
     }

@@ -15,7 +15,7 @@ from dpt.tracking.run import flatten
 
 QUICK = {
     *("cpu_zero0", "cpu_zero2", "cpu_zero3", "cpu_ep2", "cpu_ep4"),
-    *("dense_a1", "finetune_amodal", "quickstart_upcycle", "upcycle_generalist"),
+    *("dense_a1", "finetune_amodal", "quickstart_best", "quickstart_upcycle", "upcycle_generalist"),
 }
 """Of `make test`; the others are left to `make test-all`."""
 
