@@ -59,9 +59,14 @@ def load_model(
     name = vae or record.get("name", "")
     if not name:
         raise UserError(f"{weights}: nothing says which VAE their latents are of; name it (stabilityai/sd-vae-ft-ema for DiT).")
-    codec = load_vae(name, latent_channels=found.config.in_channels)
+    codec = load_vae(name)
     if difference := codec.record.difference(record):
         raise UserError(f"{weights}: trained on latents of another VAE than {name!r} ({difference}); name the one of training.")
+    if codec.latent_channels != found.config.in_channels:
+        raise UserError(
+            f"{weights}: the network takes latents of {found.config.in_channels} channels, VAE {name!r} makes "
+            f"{codec.latent_channels}; name the one of training."
+        )
     # Tokens dropped for lack of capacity depend on the batch; predictions must not.
     found = dataclasses.replace(found, config=dataclasses.replace(found.config, capacity_factor=0.0))
     return LoadedModel(

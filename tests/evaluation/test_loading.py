@@ -12,7 +12,7 @@ from tests.evaluation.tiny import PoolingCodec, make_model
 
 @pytest.fixture(autouse=True)
 def _pooling_vae(monkeypatch):
-    monkeypatch.setattr(loading, "load_vae", lambda name, latent_channels: PoolingCodec())
+    monkeypatch.setattr(loading, "load_vae", lambda name: PoolingCodec())
 
 
 def _export(path, **sections):
@@ -59,6 +59,13 @@ def test_exported_weights_predict_as_the_network_they_are_of(tmp_path):
 def test_what_cannot_be_sampled_is_refused(tmp_path, sections, words):
     _, path = _export(tmp_path / "weights", **sections)
     with pytest.raises(UserError, match=words):
+        loading.load_model(path)
+
+
+def test_a_vae_with_other_channels_is_refused(tmp_path, monkeypatch):
+    _, path = _export(tmp_path / "weights", vae={"name": "pooling"})
+    monkeypatch.setattr(PoolingCodec, "latent_channels", 16)
+    with pytest.raises(UserError, match="takes latents of 4 channels, VAE 'pooling' makes 16; name the one of training"):
         loading.load_model(path)
 
 

@@ -72,7 +72,7 @@ def test_no_steps_export_the_start(runs: Runs) -> None:
 def test_a_checkpoint_predicts_as_its_export(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     codec = PoolingCodec()
     codec.record = VAE
-    monkeypatch.setattr(loading, "load_vae", lambda name, latent_channels: codec)
+    monkeypatch.setattr(loading, "load_vae", lambda name: codec)
     image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     run = runs("finetune_depth")
     checkpoint = runs.checkpoint("finetune_depth")
