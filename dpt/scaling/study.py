@@ -15,7 +15,7 @@
       - {name: size, x: macs, y: eval/depth/abs_rel}
 
 `{size}` in a recipe's path stands for the value's name. An axis gives its fields to every stage that lists it, or only to
-those that it names: `size: {stages: [pretrain], values: {...}}`; an evaluation takes fields of `evaluation` only. `weights`
+those that it names: `size: {stages: [pretrain], values: {...}}`; an evaluation takes only `evaluation` ones from axes. `weights`
 names an earlier stage, whose launch with the same values provides them. `weights.step: N` among an axis's fields takes them
 from the checkpoint that this launch has kept of its step N (`training.keep_every`). For an evaluation, put a
 fine-tuning of `training.steps: 0` in between: its compute is that up to step N, whereas an evaluation that names the
@@ -187,8 +187,8 @@ def _unfold(study: dict[str, Any], name: str, stages: Mapping[str, StageSpec], a
                 f"{path}: stages.{name}: weights.step is for a training with weights; export the checkpoint for an evaluation "
                 "by a stage of launcher finetune with training.steps 0."
             )
-        if home == "evaluation":
-            fields = {k: v for k, v in fields.items() if k.startswith("evaluation.")}
+        if home == "evaluation":  # the axes' other fields are for the trainings that share the axes
+            fields = {k: v for k, v in fields.items() if k.startswith("evaluation.") or k in stage.fields}
         parent = ""
         if stage.weights:
             parent = "_".join([stage.weights, *(values[a] for a in stages[stage.weights].axes)])

@@ -15,6 +15,13 @@ from dpt.scaling.study import expected_macs
 ROOT = Path(__file__).resolve().parents[2]
 
 
+def test_an_evaluation_takes_all_fields_of_its_own_stage(write_study):
+    """Of axes only those of `evaluation`, as in the next test: the others are for the trainings that share the axes."""
+    study = write_study("{evaluation.steps: [1, 2]}", "{evaluation.steps: [1, 2], data.vae: my_vae}")
+    assert {launch.resolved.dpt.data.vae for launch in study.of_stages(["evaluate"])} == {"my_vae"}
+    assert "my_vae" not in {launch.resolved.dpt.data.vae for launch in study.of_stages(["depth"])}
+
+
 def test_the_grid_unfolds_in_order_with_weights_and_names(write_study):
     study = write_study()
     names = [launch.name for launch in study.launches]
