@@ -16,8 +16,8 @@
 
 `{size}` in a recipe's path stands for the value's name. An axis gives its fields to every stage that lists it, or only to
 those that it names: `size: {stages: [pretrain], values: {...}}`; an evaluation takes only those of `evaluation` from axes.
-`weights` names an earlier stage, whose launch with the same values provides them. `weights.step: N` among an axis's fields takes them
-from the checkpoint that this launch has kept of its step N (`training.keep_every`). For an evaluation, put a
+`weights` names an earlier stage, whose launch with the same values provides them. `weights.step: N` among an axis's fields
+takes them from the checkpoint that this launch has kept of its step N (`training.keep_every`). For an evaluation, put a
 fine-tuning of `training.steps: 0` in between: its compute is that up to step N, whereas an evaluation that names the
 checkpoint itself would be charged for the whole run.
 """
