@@ -210,7 +210,7 @@ def run_evaluation(recipe: Recipe, *, read: Callable[..., Weights] = read_weight
         run, sets = recording.run, summary["sets"]
         run.set_tags({"dpt.dataset": ", ".join(sets), "dpt.protocol": protocol_line(summary)})
         if predictor is not None:
-            run.set_tags({"dpt.vae": predictor.codec.name})
+            run.set_tags({"dpt.vae": predictor.codec.record.name})
         for folder in config.data:
             run.log_dataset(**shards_as_dataset(folder, cache_dir))
         run.log_metrics(tracked_metrics(summary), step=0)

@@ -58,4 +58,5 @@ def test_an_evaluation_is_recorded_under_its_parent(depth_set, tmp_path, monkeyp
     assert not recorder.started  # and no run says that it failed
     assert recorder.metrics["eval/depth/abs_rel"] == recorder.metrics["eval/depth/abs_rel/s2_n1"]
     assert "synthetic_depth v1, N=5, list " in recorder.tags["dpt.protocol"]
+    assert recorder.tags["dpt.vae"] == "pooling"
     assert {"/summary.json", "synthetic_val/samples.parquet", "pictures/synthetic_val_best"} <= set(recorder.files)
