@@ -8,7 +8,7 @@ import torch
 from skimage.metrics import peak_signal_noise_ratio
 from torch.distributions import Normal, kl_divergence
 
-from data_tools import train_vae
+from data_tools import train_vae, vae_network
 from data_tools.train_vae import CHECKPOINT, Muon, VAETraining, build_vae, main, parser, train, vae_loss, widened
 from data_tools.vae_images import KIND_WEIGHTS, astronaut, bundled_photos, leaf_images, sample_batch, synthetic_images
 from data_tools.vae_measures import FLOORS_DB, centre_latents, measure, psnr
@@ -28,7 +28,7 @@ def images():
 @pytest.fixture
 def tiny_vae(monkeypatch):
     """Make `build_vae` build a VAE that trains in no time."""
-    monkeypatch.setattr(train_vae, "BLOCK_OUT_CHANNELS", (8, 8, 8, 8))
+    monkeypatch.setattr(vae_network, "BLOCK_OUT_CHANNELS", (8, 8, 8, 8))
 
 
 # --- the embedded VAEs ----------------------------------------------------------------------------------------------------
@@ -197,9 +197,9 @@ def test_a_checkpoint_of_other_settings_is_refused(tiny_vae, images, tmp_path):
 
 @pytest.mark.parametrize(("channels", "blocks"), [(8, (8, 8, 8, 8)), (4, (8, 8, 8, 16))])
 def test_initial_weights_of_another_shape_are_refused(tiny_vae, images, tmp_path, monkeypatch, channels, blocks):
-    monkeypatch.setattr(train_vae, "BLOCK_OUT_CHANNELS", blocks)
+    monkeypatch.setattr(vae_network, "BLOCK_OUT_CHANNELS", blocks)
     build_vae(0, channels).save_pretrained(tmp_path / "other")
-    monkeypatch.setattr(train_vae, "BLOCK_OUT_CHANNELS", (8, 8, 8, 8))
+    monkeypatch.setattr(vae_network, "BLOCK_OUT_CHANNELS", (8, 8, 8, 8))
     with pytest.raises(UserError, match="is no VAE of block_out_channels"):
         train(TINY, images, tmp_path / "vae", initial=str(tmp_path / "other"))
 
