@@ -81,55 +81,55 @@ def normal(seeds: Tensor, shape: Sequence[int]) -> Tensor:
     return pairs[:, :count].reshape(len(seeds), *shape)
 
 
-@lru_cache(maxsize=256)
-def _upsampling(coarse: int, fine: int, device: torch.device) -> Tensor:
-    """Matrix float32 `[fine, coarse]` of bilinear interpolation along one side."""
-    weights = torch.nn.functional.interpolate(torch.eye(coarse)[None], size=fine, mode="linear", align_corners=False)
-    return weights[0].T.contiguous().to(device)
+@lru_cache(maxsize=64)
+def _upsampling(largest: int, fine: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Bilinear interpolation to `fine` pixels along one side, for every coarse size 1..`largest`.
+
+    Returns matrices float32 `[largest, fine, largest]`, [c - 1] taking the first c of `largest` numbers, and the mean variance
+    that each makes of white noise of unit variance, float64 `[largest]`.
+    """
+    matrices = torch.zeros(largest, fine, largest)
+    for coarse in range(1, largest + 1):
+        weights = torch.nn.functional.interpolate(torch.eye(coarse)[None], size=fine, mode="linear", align_corners=False)
+        matrices[coarse - 1, :, :coarse] = weights[0].T
+    spread = matrices.double().square().sum(2).mean(1)
+    return matrices.to(device), spread.to(device)
 
 
-@lru_cache(maxsize=256)
-def _spread(coarse: int, fine: int) -> float:
-    """Mean variance, along one side, of white noise of unit variance after enlarging."""
-    return _upsampling(coarse, fine, torch.device("cpu")).square().sum(1).mean().item()
+def _largest_sizes(height: int, width: int) -> list[tuple[int, int]]:
+    """Largest size of each level of multi-resolution noise: sides of level i are at most 1 / 2^i of those before."""
+    sizes = [(height, width)]
+    while len(sizes) == 1 or 1 not in sizes[-1]:
+        shrink = 2 ** len(sizes)
+        sizes.append((max(1, sizes[-1][0] // shrink), max(1, sizes[-1][1] // shrink)))
+    return sizes[1:]
 
 
-def _level_ratios(host_seeds: Tensor, levels: int) -> list[list[float]]:
-    """Each sample's ratio r in [2, 4] for every level."""
-    return (2.0 + 2.0 * uniform(derive(host_seeds, 0), (levels,))).tolist()
-
-
-def multires_noise(
-    seeds: Tensor, shape: Sequence[int], strength: Tensor | float, *, host_seeds: Tensor | None = None
-) -> Tensor:
+def multires_noise(seeds: Tensor, shape: Sequence[int], strength: Tensor | float) -> Tensor:
     """Multi-resolution noise float32 `[B, C, h, w]` of unit expected variance, distributed as Marigold's (Ke et al. 2024).
 
     White noise counts twice; level i = 1, 2, ... adds white noise whose sides are 1 / r^i of the level before, bilinearly
     enlarged, times strength^i, down to one pixel; r is uniform in [2, 4] per level and sample. `strength`: `[B]` or a number in
     [0, 1); Marigold's is 0.9, times t / T when annealed. Divided by the expected deviation, not by the batch's, so that
-    samples do not depend on each other. `host_seeds`: the same seeds in CPU memory, from which the levels' sizes are
-    drawn; without them this waits for the GPU.
+    samples do not depend on each other. Sizes differ between samples: each takes a corner of noise of a level's largest size,
+    so that all are made at once and nothing waits for a GPU.
     """
-    channels, height, width = shape
-    levels = math.ceil(math.log2(max(2, min(height, width))))
-    known = seeds.cpu() if host_seeds is None else host_seeds
-    ratios = _level_ratios(known, levels)
     strengths = torch.as_tensor(strength, device=seeds.device).double().expand(len(seeds))
-    noise = math.sqrt(2.0) * normal(seeds, shape)
-    for sample in range(len(seeds)):
-        variance, size = torch.full_like(strengths[sample], 2.0), (height, width)
-        for level in range(1, levels + 1):
-            shrink = ratios[sample][level - 1] ** level
-            size = (max(1, int(size[0] / shrink)), max(1, int(size[1] / shrink)))
-            rows, cols = (_upsampling(c, f, seeds.device) for c, f in zip(size, (height, width), strict=True))
-            coarse = normal(derive(seeds[sample : sample + 1], level), (channels, *size))[0]
-            weight = strengths[sample] ** level
-            noise[sample] += weight * (rows @ coarse @ cols.T)
-            variance = variance + weight**2 * (_spread(size[0], height) * _spread(size[1], width))
-            if 1 in size:
-                break
-        noise[sample] /= variance.sqrt()
-    return noise
+    noise, variance = math.sqrt(2.0) * normal(seeds, shape), torch.full_like(strengths, 2.0)
+    channels, *fine = shape
+    sizes, levels = [torch.full_like(seeds, side) for side in fine], _largest_sizes(*fine)
+    ratios = 2.0 + 2.0 * uniform(derive(seeds, 0), (len(levels),)).double()
+    for level, largest in enumerate(levels, start=1):
+        weight = torch.where((sizes[0] > 1) & (sizes[1] > 1), strengths**level, 0.0) if level > 1 else strengths
+        sizes = [(size / ratios[:, level - 1] ** level).long().clamp(min=1) for size in sizes]
+        tables = [_upsampling(most, side, seeds.device) for most, side in zip(largest, fine, strict=True)]
+        rows, cols = (matrices[size - 1] for (matrices, _), size in zip(tables, sizes, strict=True))
+        spreads = [spread[size - 1] for (_, spread), size in zip(tables, sizes, strict=True)]
+        coarse = normal(derive(seeds, level), (channels, *largest))
+        weighted = weight.float()[:, None, None] * rows
+        noise += weighted[:, None] @ (coarse @ cols[:, None].mT)
+        variance += weight**2 * spreads[0] * spreads[1]
+    return noise.div_(variance.sqrt().float()[:, None, None, None])
 
 
 def initial_noise(kind: str, seeds: Tensor, shape: Sequence[int]) -> Tensor:
@@ -147,12 +147,11 @@ def initial_noise(kind: str, seeds: Tensor, shape: Sequence[int]) -> Tensor:
 class RandomNumbers:
     """All random numbers of one training batch: functions of (seed, sample_index) alone.
 
-    `sample_index`: int64 `[B]`, positions in the global stream; the numbers are on its device. `host_index`: the same in
-    CPU memory, to avoid waiting for a GPU that holds them.
+    `sample_index`: int64 `[B]`, positions in the global stream; the numbers are on its device.
     """
 
-    def __init__(self, seed: int, sample_index: Tensor, *, host_index: Tensor | None = None) -> None:
-        self._seed, self._index, self._host_index = seed, sample_index, host_index
+    def __init__(self, seed: int, sample_index: Tensor) -> None:
+        self._seed, self._index = seed, sample_index
 
     def seeds(self, purpose: str) -> Tensor:
         """Seeds int64 `[B]` for a purpose."""
@@ -182,6 +181,5 @@ class RandomNumbers:
     def noise(self, shape: Sequence[int], *, strength: Tensor | float = 0.0) -> Tensor:
         """The forward process's noise, float32 `[B, C, h, w]`: white, or multi-resolution with `strength` (`[B]` or number)."""
         if isinstance(strength, Tensor) or strength > 0:
-            known = None if self._host_index is None else sample_seeds(self._seed, "noise", self._host_index)
-            return multires_noise(self.seeds("noise"), shape, strength, host_seeds=known)
+            return multires_noise(self.seeds("noise"), shape, strength)
         return self.normal("noise", shape)

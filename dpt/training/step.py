@@ -180,9 +180,8 @@ class Preparation:
         """Raise UserError if a sample's label is beyond the network's classes."""
         if self.config.task == "class":
             _check_labels(batch, self.config.model.num_classes)
-        host_index = batch["sample_index"]
         batch = {n: v.to(self.device, non_blocking=True) if isinstance(v, Tensor) else v for n, v in batch.items()}
-        draws = RandomNumbers(self.config.training.seed, batch["sample_index"], host_index=host_index)
+        draws = RandomNumbers(self.config.training.seed, batch["sample_index"])
         if self.config.task == "class":
             moments, labels = self._image(batch, draws), batch["label"]
         else:

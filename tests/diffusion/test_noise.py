@@ -112,6 +112,34 @@ def test_multires_noise_has_marigolds_statistics():
     assert correlations(noise.normal(seeds, (5, 16, 16))).abs().max() < 0.02
 
 
+@pytest.mark.parametrize("shape", [(3, 32, 24), (2, 9, 40), (4, 72, 96), (1, 2, 7), (1, 1, 5)])
+def test_multires_noise_is_the_recipe_sample_by_sample(shape: tuple[int, int, int]) -> None:
+    """All samples at once are what each is alone: levels of its own sizes, enlarged by PyTorch's interpolation."""
+    seeds, strengths = noise.sample_seeds(5, "noise", torch.arange(6)), torch.linspace(0.1, 0.9, 6)
+    ours = noise.multires_noise(seeds, shape, strengths)
+    for seed, strength, batched in zip(seeds[:, None], strengths.tolist(), ours, strict=True):
+        alone = noise.multires_noise(seed, shape, strength)[0]
+        total = math.sqrt(2.0) * noise.normal(seed, shape)
+        size = most = shape[1:]
+        ratios = 2 + 2 * noise.uniform(noise.derive(seed, 0), (10,))[0].double()
+        for level in range(1, 11):
+            size = [max(1, int(side / ratios[level - 1].item() ** level)) for side in size]
+            most = [max(1, side // 2**level) for side in most]
+            coarse = noise.normal(noise.derive(seed, level), (shape[0], *most))[..., : size[0], : size[1]]
+            total += strength**level * torch.nn.functional.interpolate(coarse, size=shape[1:], mode="bilinear")
+            if 1 in size:
+                break
+        assert torch.allclose(alone, batched, atol=1e-6)
+        assert torch.allclose(total / (total.norm() / alone.norm()), alone, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(4, 32, 32), (3, 30, 12)])
+def test_multires_noise_has_unit_variance_at_any_strength(shape: tuple[int, int, int]) -> None:
+    seeds = noise.sample_seeds(0, "noise", torch.arange(400))
+    for strength in (0.3, 0.6, 0.95):
+        assert noise.multires_noise(seeds, shape, strength).square().mean() == pytest.approx(1.0, abs=0.05)
+
+
 def test_multires_noise_without_strength_is_white():
     seeds = noise.sample_seeds(0, "noise", torch.arange(3))
     white = noise.normal(seeds, (4, 8, 8))

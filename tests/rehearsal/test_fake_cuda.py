@@ -1,5 +1,6 @@
 """Forward passes on fake CUDA tensors: nothing is left on the CPU, and no shape or branch depends on numbers."""
 
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from fake_cuda import CUDA, fake_cuda, fake_network, put_on_gpu
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpt.config.presets import preset_values
 from dpt.config.recipe import load_recipe
@@ -84,6 +86,7 @@ RECIPES = {
     "moe_s2_8e": {},
     "finetune_amodal": {},
     "finetune_generalist": {},
+    "finetune_depth": {},
     "upcycle_generalist": {},
     "quickstart": {"diffusion.min_snr_gamma": 5.0},
     "quickstart_depth": {"diffusion.prediction_type": "rectified_flow"},
@@ -101,7 +104,7 @@ RECIPES = {
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_preparation_and_loss_stay_on_the_gpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From a batch of the stream on the CPU to the losses of a micro-batch and their sums."""
+    """From a batch of the stream on the CPU to the losses of a micro-batch and their sums, in as many calls for any batch."""
     from shrinking import ROOT
 
     from dpt.config.checks import trained_model
@@ -110,7 +113,7 @@ def test_preparation_and_loss_stay_on_the_gpu(name: str, monkeypatch: pytest.Mon
     recipe = load_recipe(ROOT / "ds_configs" / f"{name}.json", {"model.depth": 2, **RECIPES[name]})
     model = trained_model(recipe, "upcycle" if "upcycle" in name else "pretrain")
     monkeypatch.setattr(step, "_check_labels", lambda *_: None)  # on the batch in the CPU's memory, so nothing waits
-    _without_numbers_of_the_host(monkeypatch)
+    monkeypatch.setattr(noise, "_upsampling", noise._upsampling.__wrapped__)  # no fake matrix may stay
     tasks = {"class": ["class"], "generalist": ["depth", "flow", "amodal"]}.get(recipe.dpt.task, [recipe.dpt.task])
     with fake_cuda() as mode:
         with unset_fake_temporarily():  # projectors are drawn
@@ -120,9 +123,14 @@ def test_preparation_and_loss_stay_on_the_gpu(name: str, monkeypatch: pytest.Mon
         if module.teacher is not None:
             module.teacher.network = fake_network(mode, module.teacher.config, torch.bfloat16)
         prepare = Preparation(recipe.dpt, tasks=tasks, scaling=LatentScaling(scale=0.18215), device=CUDA, dtype=torch.bfloat16)
-        inputs = prepare(_batch(recipe.dpt, side=16))
-        assert {value.device for value in inputs if value is not None} == {CUDA}
-        losses = module(*inputs)
+        calls = []
+        for size in (2, 4, 6):  # the first fills caches
+            with _Calls() as counted:
+                inputs = prepare(_batch(recipe.dpt, 16, size))
+                losses = module(*inputs)
+            calls.append(counted.counts)
+            assert {value.device for value in inputs if value is not None} == {CUDA}
+        assert calls[1] == calls[2]
         assert {value.device for value in losses} == {CUDA}
         sums = StepSums()
         sums.add(losses)
@@ -130,11 +138,16 @@ def test_preparation_and_loss_stay_on_the_gpu(name: str, monkeypatch: pytest.Mon
         assert sums.losses.device == CUDA
 
 
-def _without_numbers_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Multi-resolution noise takes the sizes of its levels from numbers in the CPU's memory, which fake tensors have not."""
-    monkeypatch.setattr(noise, "_level_ratios", lambda seeds, levels: [[2.5] * levels] * len(seeds))
-    monkeypatch.setattr(noise, "_spread", lambda coarse, fine: 0.5)
-    monkeypatch.setattr(noise, "_upsampling", noise._upsampling.__wrapped__)  # no fake matrix may stay
+class _Calls(TorchDispatchMode):
+    """Counts operators: on a GPU, each that is no view launches a kernel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.counts[str(func)] += 1
+        return func(*args, **(kwargs or {}))
 
 
 def _batch(config: Any, side: int, batch: int = 4) -> dict[str, Any]:
