@@ -1,6 +1,8 @@
 """Predict and score the samples of one set, a few at a time."""
 
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,10 @@ from dpt.evaluation.protocols import score
 from dpt.evaluation.records import BASELINE, CEILING, CODE, GIVEN, Record, Setting
 from dpt.evaluation.sets import EvaluationSet, Sample
 from dpt.tasks import task_spec
+from dpt.threads import Workers
+
+_SCORERS = 4
+"""Threads that score; what takes long in it releases the interpreter's lock."""
 
 
 class Scorer:
@@ -37,22 +43,43 @@ class Scorer:
         return [CODE] if "code_mask" in self._set.manifest.members else []
 
     def records(self, indices: Sequence[int], settings: frozenset[Setting]) -> Iterator[list[Record]]:
-        """Yield each sample's records under `settings`; enough samples are predicted together to fill batches."""
+        """Yield each sample's records under `settings`, in order.
+
+        Enough samples are predicted together to fill batches. Meanwhile threads read those that follow and score those before.
+        """
         members = max((s.ensemble for s in settings), default=0)
         passes = len(task_spec(self._set.task).targets)
         at_once = samples_at_once(max(1, members * passes), self._config.batch_size)
-        for start in range(0, len(indices), at_once):
-            samples = [self._set[i] for i in indices[start : start + at_once]]
-            predicted: list[dict[Setting, Prediction]] = [{} for _ in samples]
-            for steps in sorted({s.steps for s in settings if s.kind == "model"}):
-                sizes = sorted(s.ensemble for s in settings if s.kind == "model" and s.steps == steps)
-                for row, values in enumerate(self._members(samples, steps, sizes[-1])):
-                    size = samples[row].size
-                    for n in sizes:
-                        merged = merge_members(self._set.task, values[:n], size, self._config.aggregation)
-                        predicted[row][Setting(steps=steps, ensemble=n)] = merged
-            for sample, by_setting in zip(samples, predicted, strict=True):
-                yield [self._record(sample, setting, by_setting.get(setting)) for setting in sorted(settings)]
+        reader, scorers = Workers(1, "evaluation reader"), Workers(_SCORERS, "evaluation scorer")
+        try:
+            coming = deque(reader.submit(self._set.__getitem__, i) for i in indices[:at_once])
+            scored: deque[Future[list[Record]]] = deque()
+            for start in range(0, len(indices), at_once):
+                samples = [coming.popleft().result() for _ in indices[start : start + at_once]]
+                coming.extend(reader.submit(self._set.__getitem__, i) for i in indices[start + at_once : start + 2 * at_once])
+                for sample, values in zip(samples, self._values(samples, settings), strict=True):
+                    scored.append(scorers.submit(self._scored, sample, values))
+                while len(scored) > at_once:
+                    yield scored.popleft().result()
+            while scored:
+                yield scored.popleft().result()
+        finally:
+            reader.close()
+            scorers.close()
+
+    def _values(self, samples: Sequence[Sample], settings: frozenset[Setting]) -> list[dict[Setting, np.ndarray | None]]:
+        """Each sample's prediction under each setting, None if it has none."""
+        values: list[dict[Setting, np.ndarray | None]] = [{} for _ in samples]
+        for steps in sorted({s.steps for s in settings if s.kind == "model"}):
+            sizes = sorted(s.ensemble for s in settings if s.kind == "model" and s.steps == steps)
+            for sample, by_setting, decoded in zip(samples, values, self._members(samples, steps, sizes[-1]), strict=True):
+                for n in sizes:
+                    merged = merge_members(self._set.task, decoded[:n], sample.size, self._config.aggregation)
+                    by_setting[Setting(steps=steps, ensemble=n)] = merged.value
+        for sample, by_setting in zip(samples, values, strict=True):
+            for setting in settings - by_setting.keys():
+                by_setting[setting] = self._value(sample, setting)
+        return values
 
     def prediction(self, sample: Sample, setting: Setting) -> Prediction:
         """The prediction for one sample, made (or read) again."""
@@ -77,16 +104,19 @@ class Scorer:
         )
         return [predictor.picture_values(members[None], task)[0] for members in pictures]
 
-    def _record(self, sample: Sample, setting: Setting, prediction: Prediction | None) -> Record:
-        macs = 0.0
+    def _value(self, sample: Sample, setting: Setting) -> np.ndarray | None:
+        """The value of a setting that samples nothing."""
         if setting == BASELINE:
-            value = self._baseline(sample)
-        elif setting == CEILING:
-            value = self._ceiling(sample)
-        elif setting == CODE:
-            value = sample.code_mask
-        else:
-            value = (prediction or self.prediction(sample, setting)).value
+            return self._baseline(sample)
+        if setting == CEILING:
+            return self._ceiling(sample)
+        return sample.code_mask if setting == CODE else self.prediction(sample, setting).value
+
+    def _scored(self, sample: Sample, values: dict[Setting, np.ndarray | None]) -> list[Record]:
+        return [self._record(sample, setting, value) for setting, value in sorted(values.items())]
+
+    def _record(self, sample: Sample, setting: Setting, value: np.ndarray | None) -> Record:
+        macs = 0.0
         if setting.kind == "model":
             assert self._predictor is not None
             height, width = sample.cond_latents.shape[-2:]

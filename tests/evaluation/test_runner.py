@@ -1,5 +1,7 @@
 import dataclasses
+import itertools
 import json
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -99,19 +101,44 @@ def test_ranks_do_not_change_a_figure(swept, depth_set, tmp_path):
     assert sorted(lines) == [2, 3]
 
 
+def test_samples_are_scored_while_the_next_are_predicted(depth_set, tmp_path, monkeypatch):
+    predict, score, second, calls = Predictor.predict_latents, scoring.score, threading.Event(), itertools.count()
+
+    def predicts(self, *args, **more):
+        if next(calls) == 1:
+            second.set()
+        return predict(self, *args, **more)
+
+    def scores(protocol, prediction, truth):
+        assert second.wait(timeout=60), "the second sample is not predicted before the first one is scored"
+        return score(protocol, prediction, truth)
+
+    monkeypatch.setattr(Predictor, "predict_latents", predicts)
+    monkeypatch.setattr(scoring, "score", scores)
+    _run(_config(tmp_path / "out", depth_set, steps=[1], ensemble=[1], batch_size=1))
+    assert len(_rows(tmp_path / "out")) == 5 * (2 + 1)
+
+    def refuses(protocol, prediction, truth):
+        raise UserError("this one is refused.")
+
+    monkeypatch.setattr(scoring, "score", refuses)
+    with pytest.raises(UserError, match=r"sample scene_000: this one is refused"):
+        _run(_config(tmp_path / "other", depth_set))
+
+
 def test_an_interrupted_run_goes_on(swept, depth_set, tmp_path, monkeypatch):
     config = _config(tmp_path / "out", depth_set)
-    record, count = scoring.Scorer._record, iter(range(1000))
+    add, count = RecordLog.add, iter(range(1000))
 
-    def dies(self, *args):
-        if next(count) == 15:  # in the third sample
+    def dies(self, records):
+        if next(count) == 2:  # with the third sample
             raise KeyboardInterrupt
-        return record(self, *args)
+        add(self, records)
 
-    monkeypatch.setattr(scoring.Scorer, "_record", dies)
+    monkeypatch.setattr(RecordLog, "add", dies)
     with pytest.raises(KeyboardInterrupt):
         _run(config)
-    monkeypatch.setattr(scoring.Scorer, "_record", record)
+    monkeypatch.setattr(RecordLog, "add", add)
     (part,) = (tmp_path / "out").glob("*/parts/*/*.jsonl")
     part.write_text(part.read_text() + '[[2, "scene_002", ["model", 1')  # a torn line
     assert not (tmp_path / "out" / "summary.json").exists()
