@@ -19,6 +19,8 @@ REGULARIZER = 0.02
 COMMON_SCALE_FLOOR = 1e-3
 """Smallest range that `align_depth` gives the merged map; 0 would be degenerate."""
 _CHUNK = 1 << 16
+_MOST_ITERATIONS = 40
+_CONVERGED = 1e-12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,23 +203,31 @@ def _distances(covariance: Tensor, scale: Tensor) -> Tensor:
     return (power[:, :, None] + power[:, None, :] - 2.0 * scaled).clamp(min=0.0).sqrt()
 
 
-def _balanced_scales(covariance: Tensor, condition: Tensor, iterations: int = 40) -> Tensor:
-    """Scales `[B, N]` with condition . scale = 1 that minimise the sum of RMS differences (see `align_depth`)."""
+def _balanced_scales(covariance: Tensor, condition: Tensor) -> Tensor:
+    """Scales `[B, N]` with condition . scale = 1 that minimise the sum of RMS differences (see `align_depth`).
+
+    Computed on the CPU, as N x N systems are too small for a GPU, until no scale of a sample changes by more than `_CONVERGED`
+    of its largest.
+    """
+    device, covariance, condition = covariance.device, covariance.cpu(), condition.cpu()
     power = covariance.diagonal(dim1=1, dim2=2)  # [B, N]
     typical = power.mean(1, keepdim=True).clamp(min=1e-30)
-    ridge = 1e-12 * torch.eye(power.shape[1], dtype=power.dtype, device=power.device) + torch.diag_embed(
+    ridge = 1e-12 * torch.eye(power.shape[1], dtype=power.dtype) + torch.diag_embed(
         (power < 1e-12 * typical).double()  # a constant map has no scale
     )
-    scale = torch.rsqrt(power.clamp(min=1e-12 * typical))
-    scale = _met(condition, scale)
-    for _ in range(iterations):
+    scale = _met(condition, torch.rsqrt(power.clamp(min=1e-12 * typical)))
+    moving = torch.ones(len(scale), 1, dtype=torch.bool)
+    for _ in range(_MOST_ITERATIONS):
         weights = 1.0 / _distances(covariance, scale).clamp(min=1e-9 * typical.sqrt()[..., None])
         weights = weights - torch.diag_embed(weights.diagonal(dim1=1, dim2=2))
         weights = weights / weights.sum((1, 2), keepdim=True).clamp(min=1e-30)
         system = torch.diag_embed(weights.sum(2) * power) - weights * covariance
-        solved = torch.linalg.solve(system / typical[..., None] + ridge, condition)
-        scale = _met(condition, solved)
-    return scale
+        solved = _met(condition, torch.linalg.solve(system / typical[..., None] + ridge, condition))
+        change, scale = (solved - scale).abs().amax(1, keepdim=True), torch.where(moving, solved, scale)
+        moving = moving & (change > _CONVERGED * scale.abs().amax(1, keepdim=True))
+        if not bool(moving.any()):
+            break
+    return scale.to(device)
 
 
 def _met(condition: Tensor, scale: Tensor) -> Tensor:
