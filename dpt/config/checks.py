@@ -205,10 +205,10 @@ def _problems_of_bypassing(recipe: Recipe, depth: int) -> Iterator[str]:
             f"{training.bypass_last} leave none of {depth} blocks between them; lower them."
         )
 
-    if training.bypass_share and recipe.dpt.model.mlp_kernel:
+    if training.bypass_share and recipe.dpt.model.mlp_kernel_size:
         yield (
-            f"dpt.training.bypass_share is {training.bypass_share:g}, but dpt.model.mlp_kernel is "
-            f"{recipe.dpt.model.mlp_kernel}, which needs the whole grid of tokens in every block; set one of them to 0."
+            f"dpt.training.bypass_share is {training.bypass_share:g}, but dpt.model.mlp_kernel_size is "
+            f"{recipe.dpt.model.mlp_kernel_size}, which needs the whole grid of tokens in every block; set one of them to 0."
         )
 
 

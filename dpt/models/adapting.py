@@ -28,8 +28,8 @@ def adapt(weights: Weights, target: ModelConfig) -> Weights:
     may_differ = _ADAPTED | _FREE | (set() if source.num_experts or target.num_experts else _OF_EXPERTS)
     if source.patch_embed_tasks:
         may_differ.discard("patch_embed_tasks")
-    if not source.mlp_kernel:
-        may_differ.add("mlp_kernel")
+    if not source.mlp_kernel_size:
+        may_differ.add("mlp_kernel_size")
     if not source.base_width and not target.base_width:  # meaningless without muP
         may_differ.add("base_head_size")
     for name in [f.name for f in dataclasses.fields(ModelConfig) if f.name not in may_differ]:
@@ -46,8 +46,8 @@ def adapt(weights: Weights, target: ModelConfig) -> Weights:
         table = state["y_embedder.embedding_table.weight"]
         state["clip_embedder.weight"] = table.new_zeros(target.hidden_size, target.clip_embedding_size)
     for block in range(target.depth):
-        if target.mlp_kernel and not source.mlp_kernel:
-            kernels = state[f"blocks.{block}.mlp.fc1.weight"].new_empty(target.mlp_width, 1, *(target.mlp_kernel,) * 2)
+        if target.mlp_kernel_size and not source.mlp_kernel_size:
+            kernels = state[f"blocks.{block}.mlp.fc1.weight"].new_empty(target.mlp_width, 1, *(target.mlp_kernel_size,) * 2)
             state[f"blocks.{block}.mlp.conv.weight"] = torch.nn.init.dirac_(kernels, groups=target.mlp_width)
         name = f"blocks.{block}.moe.gate.bias_steps"
         if target.num_experts and target.router_bias_balancing and name not in state:

@@ -144,13 +144,13 @@ def is_swiglu(config: ModelConfig) -> bool:
 def expert_params(config: ModelConfig) -> int:
     """Parameters of one expert, or of a dense block's MLP."""
     d, width = config.hidden_size, config.mlp_width
-    return 3 * d * width if is_swiglu(config) else 2 * d * width + width + d + width * config.mlp_kernel**2
+    return 3 * d * width if is_swiglu(config) else 2 * d * width + width + d + width * config.mlp_kernel_size**2
 
 
 def _mlp_macs_per_token(config: ModelConfig) -> int:
     """MACs of a block's MLP, or of its router, top_k experts and shared expert."""
     d, width = config.hidden_size, config.mlp_width
     if not config.num_experts:
-        return 2 * d * width + width * config.mlp_kernel**2
+        return 2 * d * width + width * config.mlp_kernel_size**2
     matrices = 3 if is_swiglu(config) else 2
     return d * config.num_experts + config.top_k * matrices * d * width + 3 * d * config.shared_expert_width

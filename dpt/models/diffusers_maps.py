@@ -100,7 +100,7 @@ def config_from_diffusers(values: Mapping[str, Any]) -> ModelConfig:
 
 def config_to_diffusers(config: ModelConfig) -> dict[str, Any]:
     """The config.json of the DiTTransformer2DModel with this architecture; UserError if there is none."""
-    lacking = {"num_experts": 0, "patch_embed_tasks": 0, "clip_embedding_size": 0, "mlp_kernel": 0, "qk_norm": False}
+    lacking = {"num_experts": 0, "patch_embed_tasks": 0, "clip_embedding_size": 0, "mlp_kernel_size": 0, "qk_norm": False}
     for name, expected in lacking.items():
         if getattr(config, name) != expected:
             raise UserError(f"dpt.model.{name} is {getattr(config, name)}; diffusers' DiTTransformer2DModel has no such part.")

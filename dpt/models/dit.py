@@ -64,7 +64,7 @@ class DiTBlock(nn.Module):
         scale = config.attention_scale if config.base_width else None
         self.attn = Attention(size, config.num_heads, qk_norm=config.qk_norm, scale=scale)
         self.mlp_norm_eps = config.mlp_norm_eps
-        self.mlp = None if config.num_experts else Mlp(size, config.mlp_width, config.mlp_kernel)
+        self.mlp = None if config.num_experts else Mlp(size, config.mlp_width, config.mlp_kernel_size)
         self.moe = _build_moe(config, ep_size) if config.num_experts else None
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(size, 6 * size))
 
@@ -73,7 +73,7 @@ class DiTBlock(nn.Module):
     ) -> tuple[Tensor, RouterStats | None]:
         """x [B, T, D], conditioning [B or 1, D] -> x [B, T, D] and the router's statistics.
 
-        `grid`: rows and columns of the tokens, which `mlp_kernel` needs.
+        `grid`: rows and columns of the tokens, which `mlp_kernel_size` needs.
         """
         modulation = self.adaLN_modulation(conditioning).chunk(6, dim=1)  # 6 x [B or 1, D]
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation

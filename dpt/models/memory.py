@@ -190,7 +190,7 @@ def _kept_per_token(config: ModelConfig, size: int) -> int:
         narrow += 3 * 4 * config.num_experts + k * (3 * 4 + 4 * 8)  # router in float32; slots' weights and indices
         narrow += 4 * d if size < 4 else 0  # the router's float32 input
     else:
-        wide += (3 if config.mlp_kernel else 2) * config.mlp_width
+        wide += (3 if config.mlp_kernel_size else 2) * config.mlp_width
     return wide * size + narrow
 
 

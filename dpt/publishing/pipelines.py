@@ -218,7 +218,7 @@ def _write_network(config: ModelConfig, state: dict[str, Tensor], folder: Path, 
     shutil.copyfile(_FILES / "dpt_transformer.py", folder / "dpt_transformer.py")
     same: tuple[str, ...] = ("patch_size", "hidden_size", "num_heads", "num_classes", "mlp_width", "mlp_norm_eps", "qk_norm")
     same += ("timestep_features", "num_experts", "top_k", "expert_activation", "router_gate", "normalize_top_k")
-    same += ("shared_expert_width", "mlp_kernel")
+    same += ("shared_expert_width", "mlp_kernel_size")
     values = {
         "_class_name": DEPTH_NETWORK,
         "_dpt": {"model": asdict(config), "sections": _without_places(sections)},

@@ -35,7 +35,7 @@ METHODS = {
     "diffusion.prediction_type": "epsilon",
     "diffusion.beta_schedule": "linear",
     "diffusion.loss": "mse",
-    "model.mlp_kernel": "0",
+    "model.mlp_kernel_size": "0",
     "pixel_loss.weight": "0.0",
     "training.bypass_share": "0.0",
     "training.self_alignment.weight": "0.0",
@@ -49,7 +49,7 @@ _BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumu
 
 
 Kind = tuple[str, int, int, int, bool]
-"""Method, side (`input_size`) and channels of the latents, `mlp_kernel`, and whether upcycled."""
+"""Method, side (`input_size`) and channels of the latents, `mlp_kernel_size`, and whether upcycled."""
 
 
 class Setting(NamedTuple):
@@ -159,7 +159,7 @@ def _costing(record: RunRecord) -> Recipe:
 
 def kind(method: str, config: ModelConfig, upcycled: bool) -> Kind:
     """What a fitted surface does not extrapolate over: a plan must match an observation in it."""
-    return method, config.input_size, config.in_channels, config.mlp_kernel, upcycled
+    return method, config.input_size, config.in_channels, config.mlp_kernel_size, upcycled
 
 
 def added_macs(recipe: Recipe, config: ModelConfig) -> float:

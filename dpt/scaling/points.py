@@ -122,8 +122,11 @@ def _known(records: Sequence[RunRecord], name: str) -> str:
 
 
 def evaluation_points(records: Sequence[RunRecord], family: Sequence[RunRecord], spec: FigureSpec) -> list[Point]:
-    """A point for each evaluation (its main setting, or the one with the spec's `steps` and `ensemble`), and for each of its
-    settings if `x` is a test-time quantity. Raises UserError if an evaluation has several sets and y names none."""
+    """A point for each evaluation, or for each of its settings if `x` is a test-time quantity.
+
+    Of the settings with the spec's `steps` and `ensemble`, an evaluation's point is the main one, else the largest. Raises
+    UserError if an evaluation has several sets and y names none.
+    """
     name = spec.y.removeprefix("1-")
     _, task, *dataset, metric = name.split("/")
     points = []
@@ -134,8 +137,8 @@ def evaluation_points(records: Sequence[RunRecord], family: Sequence[RunRecord],
             names = " or ".join(f"eval/{task}/{one}/{metric}" for one in sorted(sets))
             raise UserError(f"{record.name}: {name} is of several sets in this evaluation; choose {names}.")
         rows = [r for r in rows if spec.steps in (None, r.steps) and spec.ensemble in (None, r.ensemble)]
-        if spec.x not in TEST_TIME and spec.steps is None and spec.ensemble is None and len(rows) > 1:
-            rows = [r for r in rows if r.metrics[metric] == record.metrics.get(name)][:1]
+        if spec.x not in TEST_TIME and len(rows) > 1:
+            rows = [r for r in rows if r.metrics[metric] == record.metrics.get(name)][:1] or rows[-1:]
         group = text_value(record, family, spec.group_by)
         for row in rows:
             x, setting = _row_x(record, row, family, spec), (row.steps, row.ensemble)

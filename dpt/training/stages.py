@@ -98,10 +98,10 @@ def open_stage(recipe: Recipe, name: str, found: Found | None = None) -> Stage:
     trained = dataclasses.replace(trained, dpt=dataclasses.replace(trained.dpt, training=config.training))
     read = load_weights(path, ema=config.training.use_ema)
     kind = read.source
-    if name == "upcycle" and read.config.mlp_kernel:
+    if name == "upcycle" and (size := read.config.mlp_kernel_size):
         raise UserError(
-            f"dpt.training.weights: {path} has convolutions in its MLPs (dpt.model.mlp_kernel {read.config.mlp_kernel}), which "
-            "experts cannot have; upcycle weights trained without them."
+            f"dpt.training.weights: {path} has convolutions in its MLPs (dpt.model.mlp_kernel_size {size}), which experts "
+            "cannot have; upcycle weights trained without them."
         )
     weights = adapt(dataclasses.replace(read, source=path), config.model)
     told = (weights.sections.get("diffusion") or {}).get("time_convention", config.diffusion.time_convention)

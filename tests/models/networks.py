@@ -10,7 +10,7 @@ VARIANTS = {
     "dense": {},
     "swiglu": {"num_experts": 4, "shared_expert_width": 64, "expert_activation": "swiglu"},
     "gelu": {"num_experts": 4, "expert_activation": "gelu", "normalize_top_k": True},
-    "convolutions": {"mlp_kernel": 3, "num_conditions": 1},
+    "convolutions": {"mlp_kernel_size": 3, "num_conditions": 1},
     "router": {"patch_embed_tasks": 4, "num_conditions": 2, "clip_embedding_size": 6, "qk_norm": True},
 }
 

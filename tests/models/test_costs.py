@@ -22,7 +22,7 @@ FAMILIES = {
     "eps": {"learn_sigma": False, "qk_norm": True, "patch_size": 4},
     "conditions": {"num_conditions": 2, "clip_embedding_size": 12},
     "task convolutions": {"num_conditions": 1, "patch_embed_tasks": 4},
-    "convolutions": {"mlp_kernel": 3},
+    "convolutions": {"mlp_kernel_size": 3},
     "swiglu": {"num_experts": 4, "expert_activation": "swiglu", "shared_expert_width": 48},
     "gelu": {"num_experts": 4, "expert_activation": "gelu", "top_k": 3, "mlp_ratio": 2.0},
     "fine": {
@@ -113,7 +113,7 @@ ATTENTION_FLOPS = {  # torch counts these on GPUs only
 @pytest.mark.parametrize("family", FAMILIES)
 def test_macs_equal_torchs_counter(family, share):
     """In training, a share of the tokens may bypass blocks; predictions take all tokens."""
-    if share and "mlp_kernel" in FAMILIES[family]:
+    if share and "mlp_kernel_size" in FAMILIES[family]:
         pytest.skip("refused: convolutions need the whole grid")
     config = ModelConfig(**SIZES | FAMILIES[family] | {"depth": 4 if share else 2})
     training = TrainingConfig(bypass_share=share, bypass_first=1, bypass_last=2) if share else TrainingConfig()
@@ -126,7 +126,7 @@ def test_macs_equal_torchs_counter(family, share):
         out.prediction.sum().backward()
     plain, expected = macs(config, 8, 12), recipe_macs(DptConfig(model=config, training=training), config, 8, 12)
     assert expected.forward == plain.forward
-    if config.mlp_kernel:  # by its input's gradient, a depthwise convolution counts as a whole one
+    if config.mlp_kernel_size:  # by its input's gradient, a depthwise convolution counts as a whole one
         assert forward == 2 * 4 * plain.forward
         return
     assert counter.get_total_flops() == 2 * 4 * (expected.training + expected.attention_recompute)

@@ -175,7 +175,7 @@ def test_timestep_features_are_those_of_the_public_networks(kind):
 
 
 def test_convolutions_in_the_mlps_start_as_the_identity_and_let_neighbours_see_each_other():
-    plain, wide = random_model(num_conditions=1), random_model(num_conditions=1, mlp_kernel=3)
+    plain, wide = random_model(num_conditions=1), random_model(num_conditions=1, mlp_kernel_size=3)
     weights = Weights(config=plain.config, state=plain.state_dict(), source="plain")
     adapted = adapt(weights, wide.config)
     wide.load_state_dict(adapted.state)
@@ -190,5 +190,5 @@ def test_convolutions_in_the_mlps_start_as_the_identity_and_let_neighbours_see_e
     x = torch.zeros(1, 4 * 6, 32, requires_grad=True)
     seen = torch.autograd.grad(block.mlp(x, (4, 6))[0, 8].sum(), x)[0][0].abs().sum(-1) > 0  # row 1, column 2
     assert seen.nonzero().flatten().tolist() == [1, 2, 3, 7, 8, 9, 13, 14, 15]
-    with pytest.raises(UserError, match="mlp_kernel is 0, but the weights"):
+    with pytest.raises(UserError, match="mlp_kernel_size is 0, but the weights"):
         adapt(adapted, plain.config)

@@ -35,7 +35,7 @@ FINE = {
     [
         {},
         {"qk_norm": True, "num_conditions": 1},
-        {"mlp_kernel": 3},
+        {"mlp_kernel_size": 3},
         {"num_experts": 8, "expert_activation": "swiglu", "shared_expert_width": 192},
         {"num_experts": 8, "expert_activation": "swiglu"},
         {"num_experts": 8, "expert_activation": "gelu"},

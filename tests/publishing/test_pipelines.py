@@ -33,7 +33,7 @@ NETWORKS = {
     },
     "generalist": {"task": "generalist", "patch_embed_tasks": 4, "num_experts": 2},
     "straight": {"diffusion": {"prediction_type": "rectified_flow", "time_convention": "fraction"}},
-    "one_step": {"mlp_kernel": 3,
+    "one_step": {"mlp_kernel_size": 3,
                  "diffusion": {"prediction_type": "v_prediction", "timesteps": "last", "initial_noise": "fixed",
                                "vlb_weight": 0.0}},
     "cosine": {"diffusion": {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction", "steps_offset": 1,

@@ -31,7 +31,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "generalist": ("XL/2", GENERALIST),
     "upcycled generalist": ("XL/2", {**UPCYCLED, **GENERALIST}),
     "query norm": ("a1", {"qk_norm": True}),
-    "convolutions": ("a1", {"mlp_kernel": 3}),
+    "convolutions": ("a1", {"mlp_kernel_size": 3}),
     "diffusers": ("XL/2", {"mlp_norm_eps": 1e-5, "timestep_features": "diffusers"}),
 }
 """Preset and further fields; two blocks of each, at full width."""

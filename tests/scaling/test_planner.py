@@ -245,15 +245,15 @@ def test_convolutions_in_the_mlps_are_planned_where_they_were_seen_and_never_upc
     """Networks with them are better by a fifth; without them, some were upcycled."""
 
     def change(run):
-        return {"params": run.params | {"model.mlp_kernel": "3"}, "metrics": scaled(run.metrics, 0.8)}
+        return {"params": run.params | {"model.mlp_kernel_size": "3"}, "metrics": scaled(run.metrics, 0.8)}
 
     convolved = again(dense, "convolved_", ("pretrain", "finetune", "evaluate"), change)
-    models = [dataclasses.replace(model, mlp_kernel=kernel) for model in MODELS for kernel in (0, 3)]
+    models = [dataclasses.replace(model, mlp_kernel_size=kernel) for model in MODELS for kernel in (0, 3)]
     plan = planned(fitted(study() + convolved), models)
-    assert plan.config.mlp_kernel == 3
-    assert "model.mlp_kernel=3" in plan.setting.method
+    assert plan.config.mlp_kernel_size == 3
+    assert "model.mlp_kernel_size=3" in plan.setting.method
     assert plan.upcycle_samples == 0
-    assert planned(fitted(study() + convolved)).config.mlp_kernel == 0
+    assert planned(fitted(study() + convolved)).config.mlp_kernel_size == 0
 
 
 def test_too_few_runs_are_refused():

@@ -60,6 +60,19 @@ def test_test_time_quantities_give_a_point_for_every_setting():
     assert next(p.y for p in points_of("macs", "eval/depth/abs_rel", steps=1)) == pytest.approx(6 * 1e12**-0.1)
 
 
+def test_an_evaluation_has_one_point_over_training_compute_whatever_is_fixed():
+    (run,) = made = [study()[2]]
+    for steps, n, error in ((1, 5, 0.4), (10, 5, 0.3)):
+        run.metrics[f"eval/depth/abs_rel/s{steps}_n{n}"] = error
+
+    def y(**fixed):
+        (point,) = collect(made, study(), FigureSpec(x="macs", y="eval/depth/abs_rel", **fixed))
+        return point.y
+
+    assert y() == y(steps=10) == run.metrics["eval/depth/abs_rel"]
+    assert (y(steps=1), y(ensemble=5), y(steps=1, ensemble=5)) == (0.4, 0.3, 0.4)
+
+
 def test_complements_parameters_samples_and_fields():
     assert points_of("macs", "1-eval/depth/delta1")[0].y == pytest.approx(3 * 1e12**-0.1)
     assert points_of("params", "eval/depth/abs_rel")[0].x > 1e6

@@ -57,10 +57,12 @@ def test_weights_of_another_time_convention_are_refused(exported: tuple[ModelCon
 
 
 def test_weights_with_convolutions_are_not_upcycled(tmp_path: Path) -> None:
-    model = random_model(mlp_kernel=3)
+    model = random_model(mlp_kernel_size=3)
     folder = export_weights(model, tmp_path / "weights", sections={"diffusion": dataclasses.asdict(LEARNT)})
     config = DptConfig(
-        model=dataclasses.replace(model.config, mlp_kernel=0), diffusion=LEARNT, training=TrainingConfig(weights=str(folder))
+        model=dataclasses.replace(model.config, mlp_kernel_size=0),
+        diffusion=LEARNT,
+        training=TrainingConfig(weights=str(folder)),
     )
-    with pytest.raises(UserError, match=r"convolutions in its MLPs \(dpt.model.mlp_kernel 3\).*trained without"):
+    with pytest.raises(UserError, match=r"convolutions in its MLPs \(dpt.model.mlp_kernel_size 3\).*trained without"):
         open_stage(Recipe(deepspeed={}, dpt=config, path="recipe.json"), "upcycle")

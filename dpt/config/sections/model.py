@@ -42,7 +42,7 @@ class ModelConfig:
     """Attention heads; divides hidden_size."""
     mlp_ratio: float = 4.0
     """Width of the MLP (and of a routed expert) over hidden_size."""
-    mlp_kernel: int = 0
+    mlp_kernel_size: int = 0
     """Side of a depthwise convolution over the tokens' grid inside each MLP (Mix-FFN, SegFormer; SANA: 3); 0: none."""
     num_classes: int = 1000
     """Labels, task labels included; the null label's id is num_classes."""
@@ -85,7 +85,7 @@ class ModelConfig:
         sizes = ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads", "num_classes", "top_k")
         counts = ("num_conditions", "patch_embed_tasks", "clip_embedding_size", "num_experts", "shared_expert_width")
         check_fields(self, "dpt.model", AT_LEAST_1, *sizes, "base_head_size")
-        check_fields(self, "dpt.model", NOT_NEGATIVE, *counts, "base_width", "capacity_factor", "mlp_kernel")
+        check_fields(self, "dpt.model", NOT_NEGATIVE, *counts, "base_width", "capacity_factor", "mlp_kernel_size")
         check_fields(self, "dpt.model", POSITIVE, "mlp_norm_eps")
         check_fields(self, "dpt.model", Range(least=0, below=1), "class_dropout_prob")
         check(
@@ -110,13 +110,14 @@ class ModelConfig:
         )
 
         check(
-            self.mlp_kernel % 2 == 1 or self.mlp_kernel == 0,
-            f"dpt.model.mlp_kernel is {self.mlp_kernel}, but a convolution centred on a token has an odd side; choose 3 or 5.",
+            self.mlp_kernel_size % 2 == 1 or self.mlp_kernel_size == 0,
+            f"dpt.model.mlp_kernel_size is {self.mlp_kernel_size}, but a convolution centred on a token has an odd side; "
+            "choose 3 or 5.",
         )
         check(
-            self.mlp_kernel == 0 or self.num_experts == 0,
-            f"dpt.model.mlp_kernel is {self.mlp_kernel}, but experts see single tokens, not their neighbours; set it to 0, or "
-            "dpt.model.num_experts to 0.",
+            self.mlp_kernel_size == 0 or self.num_experts == 0,
+            f"dpt.model.mlp_kernel_size is {self.mlp_kernel_size}, but experts see single tokens, not their neighbours; "
+            "set it to 0, or dpt.model.num_experts to 0.",
         )
 
     @property

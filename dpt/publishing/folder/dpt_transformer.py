@@ -245,7 +245,7 @@ class DptTransformer2DModel(ModelMixin, ConfigMixin):
         num_layers: int = 12,
         num_heads: int = 6,
         mlp_width: int = 1536,
-        mlp_kernel: int = 0,
+        mlp_kernel_size: int = 0,
         num_classes: int = 1000,
         qk_norm: bool = False,
         mlp_norm_eps: float = 1e-6,
@@ -274,7 +274,7 @@ class DptTransformer2DModel(ModelMixin, ConfigMixin):
         # The last row is the null label's.
         self.y_embedder = nn.ModuleDict({"embedding_table": nn.Embedding(num_classes + 1, hidden_size)})
         self.blocks = nn.ModuleList(
-            Block(hidden_size, num_heads, mlp_width, mlp_kernel, qk_norm, mlp_norm_eps, experts if num_experts else {})
+            Block(hidden_size, num_heads, mlp_width, mlp_kernel_size, qk_norm, mlp_norm_eps, experts if num_experts else {})
             for _ in range(num_layers)
         )
         self.final_layer = FinalLayer(hidden_size, patch_size, out_channels)
