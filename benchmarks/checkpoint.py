@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks import harness
-from benchmarks.train_step import Training, model_config
+from benchmarks.train_step import model_config, pretraining
 from dpt.config.sections import ModelConfig
 
 
@@ -29,7 +29,7 @@ class Run:
     def __init__(self, config: ModelConfig, folder: Path) -> None:
         from dpt.training.saving import Saver
 
-        training = Training(config, 1, "fp32", zero_stage=1)
+        training = pretraining(config, 1, "fp32", zero_stage=1)
         training.step()
         self.folder, self.engine = folder, training.engine
         self.saver = Saver(folder / "ours", keep_last=1, keep_every=0)

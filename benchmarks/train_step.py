@@ -27,6 +27,7 @@ from dpt.config.sections import DiffusionConfig, ModelConfig
 from dpt.data.codec import LatentScaling
 from dpt.diffusion.objective import DiffusionObjective
 from dpt.models.costs import macs
+from dpt.tasks import task_spec
 
 Step = Callable[[], object]
 
@@ -66,41 +67,43 @@ def recipe(
     return Recipe(deepspeed=deepspeed, dpt=dataclasses.replace(dpt, training=dataclasses.replace(dpt.training, **settings)))
 
 
-def random_batch(config: ModelConfig, batch: int) -> dict[str, Any]:
-    """A batch as the stream yields it for class-conditional pre-training: moments, labels, positions in the stream."""
-    side = config.input_size
-    moments = torch.randn(batch, 2, config.in_channels, side, side)
-    moments[:, 1] -= 5.0
-    return {
-        "latents": moments.half(),
-        "label": torch.randint(0, config.num_classes, (batch,)),
-        "sample_index": torch.arange(batch),
-        "source": torch.zeros(batch, dtype=torch.int64),
-    }
+def random_batch(config: DptConfig, batch: int) -> dict[str, Any]:
+    """A batch as the stream yields it for the recipe's task: moments, labels, positions in the stream."""
+    model = config.model
+
+    def moments(*leading: int) -> Tensor:
+        drawn = torch.randn(batch, *leading, 2, model.in_channels, model.input_size, model.input_size)
+        drawn[..., 1, :, :, :] -= 5.0
+        return drawn.half()
+
+    common = {"sample_index": torch.arange(batch), "source": torch.zeros(batch, dtype=torch.int64)}
+    if config.task == "class":
+        return {**common, "latents": moments(), "label": torch.randint(0, model.num_classes, (batch,))}
+    targets = moments(len(task_spec(config.task).targets))
+    valid = torch.ones(batch, model.input_size, model.input_size, dtype=torch.uint8)
+    return {**common, "cond_latents": moments(model.num_conditions), "target_latents": targets, "valid": valid}
 
 
 class Training:
-    """The step that the launchers run, on a prepared batch: the network under its engine, in `accumulation` micro-batches.
+    """The step that the launchers run: the recipe's network under its engine, each micro-batch prepared from `data`.
 
-    batch: samples per step on this rank.
+    Uses the recipe's `train_batch_size` (over all ranks) and `gradient_accumulation_steps`.
     """
 
-    def __init__(
-        self, config: ModelConfig, batch: int, precision: str, *, zero_stage: int, accumulation: int = 1, **training: Any
-    ) -> None:
+    def __init__(self, recipe: Recipe) -> None:
         from dpt.training.engine import Engine
         from dpt.training.stages import Stage
         from dpt.training.step import LossModule, Preparation
 
         distributed.init()
-        whole = batch * distributed.world_size()
-        self.recipe = recipe(config, whole, precision, zero_stage=zero_stage, accumulation=accumulation, **training)
-        self.network = Stage(name="pretrain", recipe=self.recipe).build()
-        self.engine = Engine(self.recipe, LossModule(self.network, self.recipe.dpt))
+        self.recipe, self.accumulation = recipe, recipe.deepspeed["gradient_accumulation_steps"]
+        self.network = Stage(name="pretrain", recipe=recipe).build()
+        self.engine = Engine(recipe, LossModule(self.network, recipe.dpt))
         device, dtype = self.engine.device, self.engine.dtype
         scaling = LatentScaling(scale=0.18215)
-        self.prepare = Preparation(self.recipe.dpt, tasks=["class"], scaling=scaling, device=device, dtype=dtype)
-        self.data, self.accumulation = random_batch(config, batch // accumulation), accumulation
+        self.prepare = Preparation(recipe.dpt, tasks=[recipe.dpt.task], scaling=scaling, device=device, dtype=dtype)
+        whole = recipe.deepspeed["train_batch_size"]
+        self.data = random_batch(recipe.dpt, whole // distributed.world_size() // self.accumulation)
 
     def step(self) -> None:
         """One optimizer step."""
@@ -111,10 +114,16 @@ class Training:
         self.engine.step(1e-4)
 
 
+def pretraining(config: ModelConfig, batch: int, precision: str, **settings: Any) -> Training:
+    """Class-conditional training in steps of `batch` samples per rank; `settings` as of `recipe`."""
+    distributed.init()
+    return Training(recipe(config, batch * distributed.world_size(), precision, **settings))
+
+
 def ours(config: ModelConfig, batch: int, precision: str, *, zero_stage: int | None = None, **settings: Any) -> Step:
-    """A step of `Training`; zero_stage None: 0 in fp32, 1 in bf16."""
+    """A step of `pretraining`; zero_stage None: 0 in fp32, 1 in bf16."""
     stage = int(precision != "fp32") if zero_stage is None else zero_stage
-    return Training(config, batch, precision, zero_stage=stage, **settings).step
+    return pretraining(config, batch, precision, zero_stage=stage, **settings).step
 
 
 def plain(config: ModelConfig, batch: int, precision: str, *, network: str = "textbook") -> Step:
@@ -122,7 +131,7 @@ def plain(config: ModelConfig, batch: int, precision: str, *, network: str = "te
     model: nn.Module = textbook.DiT(config) if network == "textbook" else _diffusers_network(config)
     model = model.to(harness.device())
     objective = DiffusionObjective(DiffusionConfig())
-    data = random_batch(config, batch)
+    data = random_batch(DptConfig(model=config), batch)
     device = harness.device()
 
     def loss() -> Tensor:

@@ -4,7 +4,8 @@ python -m benchmarks.gpu [--parts dense moe ...] [--json FILE] [--markdown FILE]
 
 Each part runs in a process of its own: parity (experts, attention, bf16 losses), kernels (attention, grouped products),
 dense and moe (whole training steps, eager and compiled: images per second, MFU against the data sheet's peak, the share of the
-measured matrix peak, memory against the plan, the share of the time that the GPU is busy), sampling, evaluation, encoding,
+measured matrix peak, memory against the plan, the share of the time that the GPU is busy), finetuning (the same of
+ds_configs/finetune_depth.json), sampling, evaluation, encoding,
 checkpoints, loading, quickstart. It needs torch 2.11 or newer and no MLflow. `--toy` runs the same at toy size on a CPU.
 """
 
@@ -23,7 +24,10 @@ import torch
 
 from benchmarks import harness
 
-PARTS = ("parity", "kernels", "dense", "moe", "sampling", "evaluation", "encoding", "checkpoints", "loading", "quickstart")
+PARTS = (
+    "parity", "kernels", "dense", "moe", "finetuning",
+    "sampling", "evaluation", "encoding", "checkpoints", "loading", "quickstart",
+)  # fmt: skip
 LIMIT_S = {"quickstart": 300.0, "moe": 240.0}
 """Seconds that a part may take; 150 by default."""
 
@@ -37,6 +41,7 @@ def run_part(name: str, demand: float | None) -> list[harness.Row]:
         "kernels": kernels.measure,
         "dense": lambda: training.measure("dense"),
         "moe": lambda: training.measure("moe"),
+        "finetuning": lambda: training.measure_recipe("finetune_depth"),
         "sampling": pipeline.sampling,
         "evaluation": pipeline.evaluation,
         "encoding": pipeline.encoding,

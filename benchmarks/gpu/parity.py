@@ -7,7 +7,7 @@ from torch import Tensor
 
 from benchmarks import harness
 from benchmarks.gpu.training import release
-from benchmarks.train_step import Training
+from benchmarks.train_step import pretraining
 from dpt.config.sections import ModelConfig
 from dpt.models import grouped_mlp
 from dpt.models.attention import attention
@@ -81,7 +81,7 @@ def _losses() -> float:
     curves = []
     for precision in ("fp32", "bf16"):
         torch.manual_seed(0)
-        training = Training(config, 32, precision, zero_stage=2)
+        training = pretraining(config, 32, precision, zero_stage=2)
         losses = []
         for number in range(steps):
             training.data["sample_index"] = torch.arange(32) + 32 * number

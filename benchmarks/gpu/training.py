@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from benchmarks import harness
-from benchmarks.train_step import Training, model_config, recipe
+from benchmarks.train_step import Training, model_config, pretraining, recipe
 from dpt.config.devices import data_sheet_peak
+from dpt.config.recipe import load_recipe
 from dpt.config.sections import ModelConfig
 from dpt.models.attention import can_use
 from dpt.models.costs import macs, num_params
@@ -50,6 +51,25 @@ def measure(kind: str, *, cases: Sequence[str] = (), rounds: int = 5) -> list[ha
     return rows
 
 
+def measure_recipe(stem: str, *, rounds: int = 5) -> list[harness.Row]:
+    """A row of a shipped recipe's training on one GPU, in steps of the largest micro-batch that fits, otherwise as shipped."""
+    cuda = torch.cuda.is_available()
+    toy = {"model.depth": 1, "model.hidden_size": 32, "model.num_heads": 2, "model.input_size": 8, "training.compile": False}
+    for micro in MICRO_BATCHES if cuda else (2,):
+        fields: dict[str, Any] = {"train_batch_size": micro, "train_micro_batch_size_per_gpu": micro}
+        fields |= {"gradient_accumulation_steps": 1, "training.output_dir": "", "training.weights": ""}
+        one = load_recipe(f"ds_configs/{stem}.json", fields if cuda else fields | toy | {"bf16.enabled": False})
+        plan = needs(one, "finetune", 1).memory.total
+        if cuda and plan > 0.92 * torch.cuda.mem_get_info()[0]:
+            continue
+        training = Training(one)
+        model = training.network.config
+        row = _row(f"{stem}, micro-batch {micro}", "as shipped", training, 2.0 * micro * macs(model).training, rounds)
+        release(training)
+        return [row | {"plan_gib": plan / 2**30}]
+    return [{"case": stem, "what": TOO_LARGE}]
+
+
 def fitting_micro_batch(config: ModelConfig, batch: int, precision: str) -> int | None:
     """The largest micro-batch whose plan fits into the free memory; None if none does."""
     free = torch.cuda.mem_get_info()[0]
@@ -64,9 +84,7 @@ def _measure_one(
     case: str, config: ModelConfig, batch: int, micro: int, precision: str, compile: bool, rounds: int, attention: str = "auto"
 ) -> list[harness.Row]:
     settings: dict[str, Any] = {"zero_stage": 2, "accumulation": batch // micro, "compile": compile}
-    training = Training(config, batch, precision, attention=attention, **settings)
-    if torch.cuda.is_available():
-        training.data = {name: value.pin_memory() for name, value in training.data.items()}
+    training = pretraining(config, batch, precision, attention=attention, **settings)
     flops = 2.0 * batch * macs(config).training
     name = ("compiled" if compile else "eager") + (f", attention by {attention}" if attention != "auto" else "")
     label = f"{case}, {precision}, micro-batch {micro}"
@@ -95,6 +113,8 @@ def release(training: Training) -> None:
 
 
 def _row(case: str, what: str, training: Training, flops: float, rounds: int) -> harness.Row:
+    if torch.cuda.is_available():
+        training.data = {name: value.pin_memory() for name, value in training.data.items()}
     for _ in range(3):
         training.step()
     if torch.cuda.is_available():
