@@ -19,8 +19,8 @@ from dpt.evaluation.sets import EvaluationSet, Sample
 from dpt.tasks import task_spec
 from dpt.threads import Workers
 
-_SCORERS = 4
-"""Threads that score; what takes long in it releases the interpreter's lock."""
+_THREADS = {"cuda": (1, 4)}
+"""Threads that read and that score, by the network's device. Beside a network on the CPU they only slow each other down."""
 
 
 class Scorer:
@@ -45,18 +45,20 @@ class Scorer:
     def records(self, indices: Sequence[int], settings: frozenset[Setting]) -> Iterator[list[Record]]:
         """Yield each sample's records under `settings`, in order.
 
-        Enough samples are predicted together to fill batches. Meanwhile threads read those that follow and score those before.
+        Enough samples are predicted together to fill batches. While a GPU predicts, threads read the samples that follow and
+        score those before, which takes about as long.
         """
         members = max((s.ensemble for s in settings), default=0)
         passes = len(task_spec(self._set.task).targets)
         at_once = samples_at_once(max(1, members * passes), self._config.batch_size)
-        reader, scorers = Workers(1, "evaluation reader"), Workers(_SCORERS, "evaluation scorer")
+        device = "" if self._predictor is None else self._predictor.device.type
+        readers, scorers = (Workers(n, "evaluation thread") for n in _THREADS.get(device, (0, 0)))
         try:
-            coming = deque(reader.submit(self._set.__getitem__, i) for i in indices[:at_once])
+            coming = deque(readers.submit(self._set.__getitem__, i) for i in indices[:at_once])
             scored: deque[Future[list[Record]]] = deque()
             for start in range(0, len(indices), at_once):
                 samples = [coming.popleft().result() for _ in indices[start : start + at_once]]
-                coming.extend(reader.submit(self._set.__getitem__, i) for i in indices[start + at_once : start + 2 * at_once])
+                coming.extend(readers.submit(self._set.__getitem__, i) for i in indices[start + at_once : start + 2 * at_once])
                 for sample, values in zip(samples, self._values(samples, settings), strict=True):
                     scored.append(scorers.submit(self._scored, sample, values))
                 while len(scored) > at_once:
@@ -64,7 +66,7 @@ class Scorer:
             while scored:
                 yield scored.popleft().result()
         finally:
-            reader.close()
+            readers.close()
             scorers.close()
 
     def _values(self, samples: Sequence[Sample], settings: frozenset[Setting]) -> list[dict[Setting, np.ndarray | None]]:

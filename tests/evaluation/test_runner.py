@@ -101,7 +101,7 @@ def test_ranks_do_not_change_a_figure(swept, depth_set, tmp_path):
     assert sorted(lines) == [2, 3]
 
 
-def test_samples_are_scored_while_the_next_are_predicted(depth_set, tmp_path, monkeypatch):
+def test_samples_are_scored_while_a_gpu_predicts_the_next(depth_set, tmp_path, monkeypatch):
     predict, score, second, calls = Predictor.predict_latents, scoring.score, threading.Event(), itertools.count()
 
     def predicts(self, *args, **more):
@@ -113,10 +113,14 @@ def test_samples_are_scored_while_the_next_are_predicted(depth_set, tmp_path, mo
         assert second.wait(timeout=60), "the second sample is not predicted before the first one is scored"
         return score(protocol, prediction, truth)
 
+    monkeypatch.setitem(scoring._THREADS, "cpu", scoring._THREADS["cuda"])
     monkeypatch.setattr(Predictor, "predict_latents", predicts)
     monkeypatch.setattr(scoring, "score", scores)
     _run(_config(tmp_path / "out", depth_set, steps=[1], ensemble=[1], batch_size=1))
-    assert len(_rows(tmp_path / "out")) == 5 * (2 + 1)
+    monkeypatch.setitem(scoring._THREADS, "cpu", (0, 0))
+    _run(_config(tmp_path / "alone", depth_set, steps=[1], ensemble=[1], batch_size=1))
+    _assert_same(_rows(tmp_path / "out"), _rows(tmp_path / "alone"))
+    monkeypatch.setitem(scoring._THREADS, "cpu", scoring._THREADS["cuda"])
 
     def refuses(protocol, prediction, truth):
         raise UserError("this one is refused.")
