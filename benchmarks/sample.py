@@ -42,7 +42,9 @@ DIFFUSION = DiffusionConfig(prediction_type="v_prediction")
 SMALL = ((128, 6), (64, 4))
 
 
-def make_predictor(case: str, codec: VAECodec, *, steps: int, ensemble: int, batch_size: int, **fields: Any) -> Predictor:
+def make_predictor(
+    case: str, codec: VAECodec, *, steps: int, ensemble: int, batch_size: int, precision: str = "fp32", **fields: Any
+) -> Predictor:
     """A predictor of the shape of `case` (`model_config`), with random weights whose output depends on all of its inputs."""
     config = model_config(case, **fields, num_conditions=2, num_classes=tasks.num_task_labels(TASK) + 10)
     torch.manual_seed(0)
@@ -51,7 +53,8 @@ def make_predictor(case: str, codec: VAECodec, *, steps: int, ensemble: int, bat
         for parameter in network.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
     loaded = LoadedModel(network=network, model=config, diffusion=DIFFUSION, task=TASK, codec=codec)
-    return Predictor(loaded, config=EvaluationConfig(steps=[steps], ensemble=[ensemble], batch_size=batch_size))
+    values: dict[str, Any] = {"steps": [steps], "ensemble": [ensemble], "batch_size": batch_size, "precision": precision}
+    return Predictor(loaded, config=EvaluationConfig(**values))
 
 
 class OneAtATime:

@@ -1,5 +1,8 @@
 """The parts around the training step on a GPU: sampling, evaluation, encoding, checkpoints, the data loader."""
 
+import dataclasses
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -11,6 +14,7 @@ from benchmarks.gpu.training import kernel_seconds, speed
 from benchmarks.train_step import model_config
 from dpt.data.codec import load_vae
 from dpt.data.stream import LatentStream
+from dpt.evaluation.runner import evaluate
 from dpt.models.costs import macs
 
 
@@ -45,17 +49,42 @@ def sampling(rounds: int = 3) -> list[harness.Row]:
 
 
 def evaluation(rounds: int = 2) -> list[harness.Row]:
-    """Depth of 512 px images by an XL/2-shaped network, five members of ten steps, from pictures to merged maps."""
+    """Depth of 512 px images by an XL/2-shaped network, five members of ten steps: predictions alone, and the evaluator, which
+    also reads, scores and writes."""
     cuda = torch.cuda.is_available()
-    side, images, steps = (512, 4, 10) if cuda else (32, 1, 2)
+    side, images, steps = (512, 32, 10) if cuda else (32, 2, 2)
     codec = load_vae("embedded")
     settings = {"steps": steps, "ensemble": 5, "batch_size": 20, "input_size": side // codec.downsampling}
-    predictor = sample.make_predictor("XL/2" if cuda else "a1:1", codec, **settings)
-    pictures = sample.pictures(images, side)
-    timing = harness.interleave({harness.OURS: lambda: predictor(pictures)}, rounds)
+    predictor = sample.make_predictor("XL/2" if cuda else "a1:1", codec, precision="tf32" if cuda else "fp32", **settings)
+    pictures = sample.pictures(4, side)
+    timing = harness.interleave({"predictions alone": lambda: predictor(pictures)}, rounds)
     row = harness.rows(f"evaluation, {side} px, N=5, {steps} steps", timing)[0]
-    row["images_per_s"] = images / row["median_s"]
-    return [row]
+    rows = [row | {"images_per_s": len(pictures) / row["median_s"]}]
+    with tempfile.TemporaryDirectory(prefix="dpt-evaluation-") as temporary:
+        data = _evaluation_set(Path(temporary), images, side)
+
+        def evaluator() -> None:
+            with tempfile.TemporaryDirectory(dir=temporary) as out:
+                evaluate(dataclasses.replace(predictor.config, data=[data], output_dir=out, pictures=0), predictor=predictor)
+
+        begin = time.perf_counter()
+        evaluator()
+        seconds = time.perf_counter() - begin
+        row = {"case": row["case"], "what": "the evaluator", "median_s": seconds, "images_per_s": images / seconds}
+        rows.append(row | ({"gpu_busy": kernel_seconds(evaluator) / seconds} if cuda else {}))
+    return rows
+
+
+def _evaluation_set(folder: Path, images: int, side: int) -> str:
+    """Render scenes and encode them as evaluation shards; returns their folder."""
+    scenes, shards = folder / "scenes", folder / "shards"
+    for command in (
+        ["data_tools.synthesis", "--out", scenes, "--scenes", images, "--size", side, "--splits", "val=1", "--tasks", "depth"],
+        ["data_tools.encode", "--dataset", "hypersim", "--root", scenes / "hypersim", "--split", "val"]
+        + ["--evaluation", "--vae", "embedded", "--resolution", side, "--out", shards],
+    ):
+        subprocess.run([sys.executable, "-m", *map(str, command)], check=True, capture_output=True)
+    return str(shards)
 
 
 def encoding() -> list[harness.Row]:

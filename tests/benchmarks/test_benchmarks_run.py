@@ -174,7 +174,9 @@ def test_make_bench_runs_every_benchmark():
 
 
 @pytest.mark.parametrize(
-    "parts", [["loading", "finetuning"], pytest.param(["parity", "kernels", "dense", "moe"], marks=pytest.mark.slow)], ids=len
+    "parts",
+    [["loading", "finetuning"], pytest.param(["parity", "kernels", "dense", "moe", "evaluation"], marks=pytest.mark.slow)],
+    ids=len,
 )
 def test_the_acceptance_of_a_gpu_runs_in_its_toy_form(tmp_path, parts):
     """Each part in a process of its own, as on a GPU; parity holds here too."""
