@@ -9,6 +9,13 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 _CLOSING_S = 10.0
+_BESIDE_A_GPU = 4
+
+
+def threads_beside(device: str) -> int:
+    """Number of threads that read, score or write while a network predicts on `device` ("cpu", "cuda"): on a CPU they would
+    only slow the network."""
+    return 0 if device == "cpu" else _BESIDE_A_GPU
 
 
 class Workers:

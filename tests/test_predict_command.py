@@ -1,7 +1,9 @@
 """`dpt predict` over folders: every format, resumed after a stop, shared by ranks, what cannot be read is named."""
 
 import dataclasses
+import itertools
 import os
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -146,6 +148,40 @@ def test_a_stop_keeps_what_is_written_and_memory_is_bounded(pictures, tmp_path, 
     # A picture that has changed since is predicted again.
     os.utime(pictures / "three.png", (1, 1))
     assert predict_files(_predictor(), sources, tmp_path / "out", settings=[1]).skipped == 4
+
+
+def test_results_are_written_while_a_gpu_predicts_the_next(pictures, tmp_path, monkeypatch) -> None:
+    sources, predictor = find_sources([pictures]), _predictor()
+    predict_files(predictor, sources, tmp_path / "alone")
+    predict, write, second, calls = Predictor.__call__, predicting.write_outputs, threading.Event(), itertools.count()
+
+    def predicts(self, *args, **more):
+        if next(calls) == 1:
+            second.set()
+        return predict(self, *args, **more)
+
+    def writes(*args, **more):
+        assert second.wait(timeout=60), "the second batch is not predicted before the first one is written"
+        return write(*args, **more)
+
+    monkeypatch.setattr(predicting, "threads_beside", lambda device: 4)
+    monkeypatch.setattr(Predictor, "__call__", predicts)
+    monkeypatch.setattr(predicting, "write_outputs", writes)
+    done = predict_files(predictor, sources, tmp_path / "beside")
+    alone = sorted((tmp_path / "alone").rglob("*_depth*"))
+    assert sorted(done.written) == [tmp_path / "beside" / p.relative_to(tmp_path / "alone") for p in alone]
+    assert all(p.read_bytes() == (tmp_path / "beside" / p.relative_to(tmp_path / "alone")).read_bytes() for p in alone)
+
+    def fails(prediction, task, image, folder, name, **more):
+        if folder.name == "a" and name == "one":  # the first
+            raise OSError("no space left")
+        return write(prediction, task, image, folder, name, **more)
+
+    monkeypatch.setattr(predicting, "write_outputs", fails)
+    with pytest.raises(OSError, match="no space left"):
+        predict_files(predictor, sources, tmp_path / "full", settings=[1])
+    monkeypatch.setattr(predicting, "write_outputs", write)
+    assert predict_files(predictor, sources, tmp_path / "full", settings=[1]).skipped == 4
 
 
 def test_a_picture_that_changes_while_it_is_predicted_is_predicted_again(pictures, tmp_path, monkeypatch) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+from PIL import Image
 
 from dpt import distributed
 
@@ -33,6 +34,15 @@ def write_arrays(path: Path, arrays: dict[str, Any]) -> None:
             np.savez(file, allow_pickle=False, **arrays)
 
     write_atomically(path, save)
+
+
+def write_png(path: Path, pixels: np.ndarray) -> None:
+    """Write uint8 `[H, W]` or `[H, W, 3]` or uint16 `[H, W]` as a PNG, atomically.
+
+    Compressed lightly: Pillow's default takes three to five times as long, more than a GPU takes for the prediction, and
+    saves 4% of a depth map and a third of a colour picture.
+    """
+    write_atomically(path, lambda temporary: Image.fromarray(pixels).save(temporary, format="png", compress_level=1))
 
 
 def fingerprint(settings: Any) -> str:

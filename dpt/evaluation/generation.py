@@ -3,18 +3,16 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
 from dpt import distributed
 from dpt.errors import UserError
 from dpt.evaluation.feature_networks import FeatureNetwork
-from dpt.evaluation.files import write_atomically, write_json
+from dpt.evaluation.files import write_json, write_png
 from dpt.evaluation.image_metrics import Moments, ScoreSums, combine_moments, frechet_distance, precision_recall
 from dpt.evaluation.image_sources import ImageSource, Statistics
 from dpt.evaluation.loading import float32_products
@@ -165,7 +163,7 @@ def write_samples(
             )
             for i, image in zip(batch, images, strict=True):
                 if image_name(i) not in there:
-                    write_atomically(folder / image_name(i), partial(Image.fromarray(image).save, format="png"))
+                    write_png(folder / image_name(i), image)
             bar.update(len(batch))
 
 

@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from dpt.errors import UserError
 from dpt.evaluation.depth_files import point_cloud, write_exr, write_ply
 from dpt.evaluation.ensembling import Prediction
-from dpt.evaluation.files import write_atomically
+from dpt.evaluation.files import write_atomically, write_png
 from dpt.evaluation.pictures import colour_depth, colour_error, colour_flow, overlay_mask
 from dpt.pictures import flo_bytes
 from dpt.tasks import image_to_uint8, task_spec
@@ -90,7 +89,8 @@ def write_outputs(
         write_atomically(written[-1], write)
 
     def picture(suffix: str, pixels: np.ndarray) -> None:
-        place(suffix, lambda path: Image.fromarray(pixels).save(path, format="png"))
+        written.append(folder / f"{name}_{suffix}")
+        write_png(written[-1], pixels)
 
     value = prediction.value
     formats = config.for_task(task)

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -63,10 +64,21 @@ def colour_error(error: np.ndarray, high: float, valid: np.ndarray | None = None
 
 
 def _coloured(unit: np.ndarray, name: str, valid: np.ndarray | None, fill: int = 0) -> np.ndarray:
-    image = (colormaps[name](unit)[..., :3] * 255).round().astype(np.uint8)
+    """As matplotlib colours `unit`, in [0, 1], black where it is NaN, without its four float64 arrays of the picture's size."""
+    table = _colour_table(name)
+    place = np.minimum(np.nan_to_num(unit) * (len(table) - 1), len(table) - 2).astype(np.uint16)
+    place[np.isnan(unit)] = len(table) - 1
+    image = table.take(place, axis=0)
     if valid is not None:
         image[~valid] = fill
     return image
+
+
+@lru_cache(maxsize=8)
+def _colour_table(name: str) -> np.ndarray:
+    """A matplotlib map's colours uint8 `[N, 3]`, and black."""
+    colours = colormaps[name](np.arange(colormaps[name].N))[:, :3]
+    return np.concatenate(((colours * 255).round().astype(np.uint8), np.zeros((1, 3), np.uint8)))
 
 
 def colour_flow(flow: np.ndarray, longest_motion: float) -> np.ndarray:

@@ -2,9 +2,11 @@
 
 import contextlib
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from dpt import distributed
 from dpt.errors import UserError, file_problem
+from dpt.evaluation.ensembling import Prediction
 from dpt.evaluation.files import JsonLines, fingerprint
 from dpt.evaluation.frames import Source
 from dpt.evaluation.outputs import OutputConfig, write_outputs
@@ -21,6 +24,7 @@ from dpt.evaluation.prediction import Predictor
 from dpt.evaluation.videos import predict_video
 from dpt.pictures import read_mask, read_picture
 from dpt.progress import Progress, progress
+from dpt.threads import Workers, threads_beside
 
 Embed = Callable[[np.ndarray, np.ndarray], Tensor]
 """Image uint8 `[H, W, 3]`, mask bool `[H, W]` -> CLIP embedding `[D]`."""
@@ -73,6 +77,33 @@ def _stamp(source: Source) -> list[Any]:
     return [len(files), sum(s.st_size for s in stats), max(s.st_mtime_ns for s in stats)]
 
 
+class _Writing:
+    """Writes results with `write`, in threads if there are any, and calls `keep(source, stamp, files)` for each, in order."""
+
+    def __init__(
+        self, keep: Callable[[Source, list[Any], list[Path]], object], write: Callable[..., list[Path]], threads: int
+    ) -> None:
+        self._keep, self._write, self._most = keep, write, 2 * threads
+        self._workers = Workers(threads, "prediction writer")
+        self._begun: deque[tuple[Source, list[Any], Future[list[Path]]]] = deque()
+
+    def submit(self, source: Source, stamp: list[Any], *arguments: Any) -> None:
+        """Write a source's result; waits while many others are being written."""
+        self._begun.append((source, stamp, self._workers.submit(self._write, *arguments)))
+        self.settle(self._most)
+
+    def settle(self, most: int = 0) -> None:
+        """Wait until at most so many results are being written."""
+        while len(self._begun) > most:
+            source, stamp, files = self._begun.popleft()
+            self._keep(source, stamp, files.result())
+
+    def close(self) -> None:
+        """Finish what has begun, and end the threads."""
+        self.settle()
+        self._workers.close()
+
+
 def predict_files(
     predictor: Predictor,
     sources: Sequence[Source],
@@ -88,10 +119,11 @@ def predict_files(
 ) -> Progressed:
     """Predict for every source and write OUT/NAME_* (see `write_outputs`; videos: `dpt.evaluation.videos`).
 
-    At most two batches of pictures are in memory. Results appear one by one, each file complete; `report` gets its path. With
-    `settings` (all that results depend on besides their files), results of earlier calls are not redone unless `again` is set.
-    Ranks share the sources: videos one by one, pictures in batches that are the same for any number of ranks. Unreadable
-    sources are skipped and named in the result. UserError if the network cannot predict at all.
+    At most three batches of pictures are in memory: one read, one predicted, one written. Results appear one by one, each file
+    complete; `report` gets its path. With `settings` (all that results depend on besides their files), results of earlier
+    calls are not redone unless `again` is set. Ranks share the sources: videos one by one, pictures in batches that are the
+    same for any number of ranks. Unreadable sources are skipped and named in the result. UserError if the network cannot
+    predict at all.
     """
     task = predictor.check_task(task or predictor.task).name
     outputs = outputs or OutputConfig()
@@ -120,13 +152,17 @@ def predict_files(
         done.failed.append(problem)
         bar.update()
 
-    with contextlib.closing(log), bar:
+    writing = _Writing(keep, partial(write_outputs, config=outputs), threads_beside(predictor.device.type))
+    with contextlib.closing(log), bar, contextlib.closing(writing):
         for batch, read in _read_ahead([batch for batch in batches if batch], task):
             for problem in (r for r in read if isinstance(r, str)):
                 leave_out(problem)
             sound = [(source, r) for source, r in zip(batch, read, strict=True) if not isinstance(r, str)]
-            for source, stamp, files in _predict_batch(predictor, sound, out, task, outputs, resolution, embed):
-                keep(source, stamp, files)
+            predictions = _predict_batch(predictor, sound, task, resolution, embed)
+            for (source, (image, _, stamp)), prediction in zip(sound, predictions, strict=True):
+                place = out / source.name
+                writing.submit(source, stamp, prediction, task, image, place.parent, place.name)
+        writing.settle()
         for source in videos:
             stamp = _stamp(source)
             made_with = None if again or settings is None else [settings, stamp]
@@ -150,23 +186,17 @@ def _share(sources: Sequence[Source], size: int) -> tuple[list[list[Source]], li
 
 
 def _predict_batch(
-    predictor: Predictor,
-    batch: Sequence[tuple[Source, Any]],
-    out: Path,
-    task: str,
-    outputs: OutputConfig,
-    resolution: int,
-    embed: Embed | None,
-) -> Iterator[tuple[Source, list[Any], list[Path]]]:
-    """Predict a batch of loaded pictures and write them one by one; yield each source, its stamp and its files."""
+    predictor: Predictor, batch: Sequence[tuple[Source, Any]], task: str, resolution: int, embed: Embed | None
+) -> list[Prediction]:
+    """Predict a batch of loaded pictures."""
     if not batch:
-        return
+        return []
     images = [image for _, (image, _, _) in batch]
     others = [other for _, (_, other, _) in batch]
     embeddings = None
     if embed is not None:
         embeddings = torch.stack([embed(image, other) for image, other in zip(images, others, strict=True)])
-    predictions = predictor(
+    return predictor(
         images,
         task=task,
         others=None if others[0] is None else others,
@@ -174,9 +204,6 @@ def _predict_batch(
         keys=[source.name for source, _ in batch],
         resolution=resolution,
     )
-    for (source, (image, _, stamp)), prediction in zip(batch, predictions, strict=True):
-        place = out / source.name
-        yield source, stamp, write_outputs(prediction, task, image, place.parent, place.name, config=outputs)
 
 
 def _read_ahead(batches: Sequence[Sequence[Source]], task: str) -> Iterator[tuple[Sequence[Source], list[Any]]]:

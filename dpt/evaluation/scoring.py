@@ -17,10 +17,7 @@ from dpt.evaluation.protocols import score
 from dpt.evaluation.records import BASELINE, CEILING, CODE, GIVEN, Record, Setting
 from dpt.evaluation.sets import EvaluationSet, Sample
 from dpt.tasks import task_spec
-from dpt.threads import Workers
-
-_THREADS = {"cuda": (1, 4)}
-"""Threads that read and that score, by the network's device. Beside a network on the CPU they only slow each other down."""
+from dpt.threads import Workers, threads_beside
 
 
 class Scorer:
@@ -51,8 +48,8 @@ class Scorer:
         members = max((s.ensemble for s in settings), default=0)
         passes = len(task_spec(self._set.task).targets)
         at_once = samples_at_once(max(1, members * passes), self._config.batch_size)
-        device = "" if self._predictor is None else self._predictor.device.type
-        readers, scorers = (Workers(n, "evaluation thread") for n in _THREADS.get(device, (0, 0)))
+        threads = threads_beside("cpu" if self._predictor is None else self._predictor.device.type)
+        readers, scorers = Workers(min(threads, 1), "evaluation reader"), Workers(threads, "evaluation scorer")
         try:
             coming = deque(readers.submit(self._set.__getitem__, i) for i in indices[:at_once])
             scored: deque[Future[list[Record]]] = deque()

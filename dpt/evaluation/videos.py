@@ -2,7 +2,9 @@
 
 import json
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice, pairwise, repeat
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from dpt.evaluation.frames import ANIMATIONS, Source, can_encode, count_frames, 
 from dpt.evaluation.outputs import OutputConfig, write_outputs
 from dpt.evaluation.prediction import Predictor
 from dpt.progress import Progress, progress
+from dpt.threads import Workers, threads_beside
 
 CUT = 0.5
 """Correlation of two frames' depths below which the later frame begins a new scene."""
@@ -104,7 +107,7 @@ def predict_video(
     files: list[Path] = [f for i in range(start) for f in sorted(folder.glob(f"{i:06d}_*"))]
     frames = islice(steps, start, None)
     bar: Progress[int] = progress(max(total - start, 0), f"predict {name}", "frame")
-    with bar:
+    with bar, closing(Workers(threads_beside(predictor.device.type), "prediction writer")) as writers:
         while batch := list(islice(frames, size)):
             if len({image.shape for image, _ in batch}) > 1:
                 raise UserError(f"{source.path}: its frames differ in size from number {number} on; give those of one video.")
@@ -115,13 +118,16 @@ def predict_video(
                 keys=[source.name] * len(batch),
                 resolution=resolution,
             )
+            written = []
             for (image, _), prediction in zip(batch, predictions, strict=True):
                 if task == "depth":
                     prediction = carried.align(prediction)
                 elif number == 0:
                     carried.limits = (0.0, 1.5 * float(np.hypot(*prediction.value).max()))
-                files += write_outputs(prediction, task, image, folder, f"{number:06d}", config=outputs, limits=carried.limits)
+                write = partial(write_outputs, config=outputs, limits=carried.limits)
+                written.append(writers.submit(write, prediction, task, image, folder, f"{number:06d}"))
                 number += 1
+            files += [file for frame in written for file in frame.result()]
             if settings is not None:
                 depth = np.zeros((0, 0), np.float32) if carried.depth is None else carried.depth
                 kept = {"depth": depth, "limits": carried.limits, "number": number, "settings": made_with}

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+from matplotlib import colormaps
 from PIL import Image
 
 from dpt.evaluation import pictures
@@ -13,6 +14,14 @@ def test_depth_colours_are_red_near_blue_far_black_invalid():
     assert far[2] > far[0]
     assert middle.min() > 150
     assert (pictures.colour_depth(depth, 1.0, 3.0, depth > 1.5)[0, 0] == 0).all()
+
+
+@pytest.mark.parametrize("name", [pictures.DEPTH_COLOURS, pictures.ERROR_COLOURS])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_colours_are_those_of_matplotlib(name, dtype):
+    values = np.concatenate((np.linspace(0.0, 1.0, 4001), np.arange(257) / 256, [np.nan] * 2)).astype(dtype).reshape(10, -1)
+    expected = (colormaps[name](values)[..., :3] * 255).round().astype(np.uint8)
+    assert np.array_equal(pictures._coloured(values, name, None), expected)
 
 
 def test_flow_wheel():

@@ -113,14 +113,14 @@ def test_samples_are_scored_while_a_gpu_predicts_the_next(depth_set, tmp_path, m
         assert second.wait(timeout=60), "the second sample is not predicted before the first one is scored"
         return score(protocol, prediction, truth)
 
-    monkeypatch.setitem(scoring._THREADS, "cpu", scoring._THREADS["cuda"])
+    monkeypatch.setattr(scoring, "threads_beside", lambda device: 4)
     monkeypatch.setattr(Predictor, "predict_latents", predicts)
     monkeypatch.setattr(scoring, "score", scores)
     _run(_config(tmp_path / "out", depth_set, steps=[1], ensemble=[1], batch_size=1))
-    monkeypatch.setitem(scoring._THREADS, "cpu", (0, 0))
+    monkeypatch.setattr(scoring, "threads_beside", lambda device: 0)
     _run(_config(tmp_path / "alone", depth_set, steps=[1], ensemble=[1], batch_size=1))
     _assert_same(_rows(tmp_path / "out"), _rows(tmp_path / "alone"))
-    monkeypatch.setitem(scoring._THREADS, "cpu", scoring._THREADS["cuda"])
+    monkeypatch.setattr(scoring, "threads_beside", lambda device: 4)
 
     def refuses(protocol, prediction, truth):
         raise UserError("this one is refused.")
