@@ -34,21 +34,21 @@ def tokens(count: int, config: ModelConfig, *, hot: bool, dtype: torch.dtype) ->
 
 
 @torch.no_grad()
-def routed(layer: nn.Module, gate: nn.Linear, config: ModelConfig) -> nn.Module:
-    """The layer with router weights [E, D] that read the first E channels."""
-    gate.weight.copy_(5.0 * torch.eye(config.num_experts, config.hidden_size))
+def routed(layer: nn.Module, gate: Tensor, config: ModelConfig) -> nn.Module:
+    """The layer with router weights `gate` [E, D] that read the first E channels."""
+    gate.copy_(5.0 * torch.eye(config.num_experts, config.hidden_size))
     return layer
 
 
 def ours(config: ModelConfig) -> nn.Module:
     layer = MoE(config)
     layer.reset_experts()
-    return routed(layer, layer.gate, config)
+    return routed(layer, layer.gate.weight, config)
 
 
 def masks(config: ModelConfig) -> nn.Module:
     layer = textbook.MoE(config)
-    return routed(layer, layer.gate, config)
+    return routed(layer, layer.gate.weight, config)
 
 
 def deepspeed_layer(config: ModelConfig) -> nn.Module:
@@ -60,7 +60,7 @@ def deepspeed_layer(config: ModelConfig) -> nn.Module:
     settings = {"k": TOP_K, "drop_tokens": False, "top2_2nd_expert_sampling": False}
     layer = DeepSpeedMoE(config.hidden_size, expert, config.num_experts, **settings)
     layer.set_deepspeed_parallelism()
-    return routed(layer, layer.deepspeed_moe.gate.wg, config)
+    return routed(layer, layer.deepspeed_moe.gate.wg.weight, config)
 
 
 def forward_backward(layer: nn.Module, x: Tensor) -> Callable[[], None]:
@@ -104,8 +104,8 @@ def measure(
         results += harness.rows(case, chosen, peak_bytes={name: peaks[label] for name, label in names.items()})
     for row in results:
         if "hot" in row["case"] and row["what"] in builders:
-            hot, even = (timings[_label(row["what"], hot)].wall for hot in (True, False))
-            row["hot_over_balanced"] = harness.ratio(hot, even)
+            uneven, even = (timings[_label(row["what"], hot)].wall for hot in (True, False))
+            row["hot_over_balanced"] = harness.ratio(uneven, even)
     return results
 
 
@@ -123,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         shared_expert_width=0, normalize_top_k=True,
     )  # fmt: skip
     results: list[harness.Row] = []
-    notes = []
+    notes: list[str] = []
     for precision in arguments.precisions:
         notes += filter(None, [harness.crawls(precision)])
         ways = harness.ways_to_measure(precision, arguments.ways, tuple(WAYS), (harness.OURS,))

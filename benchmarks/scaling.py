@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.train_step import Step, model_config, ours, random_batch
 from dpt import distributed
+from dpt.config.recipe import DptConfig
 from dpt.config.sections import ModelConfig
 from dpt.models.dit import DiT
 from dpt.scaling.cluster import Cluster, Layout, seconds, traffic
@@ -91,7 +92,7 @@ CASES = (
 def alone(config: ModelConfig, batch: int, ranks: int) -> Callable[[], None]:
     """The step without exchanges: the whole network, and an update of this rank's share of its parameters."""
     network = DiT(config)
-    inputs = random_batch(config, batch)
+    inputs = random_batch(DptConfig(model=config), batch)
     latents = inputs["latents"][:, 0].float()
     flat = nn.Parameter(torch.zeros(sum(p.numel() for p in network.parameters()) // ranks))
     flat.grad = torch.zeros_like(flat)

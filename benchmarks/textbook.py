@@ -93,10 +93,10 @@ class MoE(nn.Module):
 class TaskEmbedding(nn.Module):
     """A convolution for each task; the last labels are the tasks'."""
 
-    def __init__(self, tasks: int, first_label: int, *sizes: int) -> None:
+    def __init__(self, tasks: int, first_label: int, channels: int, size: int, patch: int) -> None:
         super().__init__()
         self.first_label = first_label
-        self.proj = nn.ModuleDict({f"conv_in_{task + 1}": nn.Conv2d(*sizes) for task in range(tasks)})
+        self.proj = nn.ModuleDict({f"conv_in_{task + 1}": nn.Conv2d(channels, size, patch, patch) for task in range(tasks)})
 
     def forward(self, x: Tensor, labels: Tensor) -> Tensor:
         convolutions = list(self.proj.values())
@@ -136,12 +136,12 @@ class DiT(nn.Module):
         size, self.patch = config.hidden_size, config.patch_size
         channels = config.in_channels * (1 + config.num_conditions)
         self.out_channels = config.in_channels * (2 if config.learn_sigma else 1)
-        patches = (channels, size, self.patch, self.patch)
         self.tasks = config.patch_embed_tasks
         if self.tasks:
-            self.x_embedder: nn.Module = TaskEmbedding(self.tasks, config.num_classes - self.tasks, *patches)
+            first = config.num_classes - self.tasks
+            self.x_embedder: nn.Module = TaskEmbedding(self.tasks, first, channels, size, self.patch)
         else:
-            self.x_embedder = nn.ModuleDict({"proj": nn.Conv2d(*patches)})
+            self.x_embedder = nn.ModuleDict({"proj": nn.Conv2d(channels, size, self.patch, self.patch)})
         self.t_embedder = nn.ModuleDict({"mlp": nn.Sequential(nn.Linear(256, size), nn.SiLU(), nn.Linear(size, size))})
         self.y_embedder = nn.ModuleDict({"embedding_table": nn.Embedding(config.num_classes + 1, size)})
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
@@ -156,7 +156,8 @@ class DiT(nn.Module):
         self.register_buffer("pos_embed", _positions(side, size), persistent=False)
 
     def forward(self, latents: Tensor, timesteps: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        x = self.x_embedder(latents, labels) if self.tasks else self.x_embedder["proj"](latents)
+        embedder = self.x_embedder
+        x = embedder["proj"](latents) if isinstance(embedder, nn.ModuleDict) else embedder(latents, labels)
         x = x.flatten(2).transpose(1, 2) + self.pos_embed
         angles = timesteps[:, None].float() * torch.exp(-math.log(10000) * torch.arange(128, device=x.device) / 128)
         features = torch.cat([angles.cos(), angles.sin()], dim=1).to(x.dtype)

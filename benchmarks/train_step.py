@@ -230,7 +230,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--compile", action="store_true", help="compile our blocks")
     arguments = parser.parse_args(argv)
     results: list[harness.Row] = []
-    notes = []
+    notes: list[str] = []
     for precision in arguments.precisions:
         notes += filter(None, [harness.crawls(precision)])
         ways = harness.ways_to_measure(precision, arguments.ways, WAYS, (harness.OURS, MICRO))

@@ -1,6 +1,7 @@
 """Check that the GPU computes what the definitions say: experts, attention, and a training run's losses."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,7 +76,7 @@ def _attention() -> float:
 
 def _losses() -> float:
     """The largest relative difference between the losses (means over ten steps) of a small MoE in bf16 and in fp32."""
-    sizes = {"hidden_size": 128, "depth": 2, "num_heads": 4, "input_size": 16, "num_classes": 10}
+    sizes: dict[str, Any] = {"hidden_size": 128, "depth": 2, "num_heads": 4, "input_size": 16, "num_classes": 10}
     config = ModelConfig(**sizes, num_experts=4, shared_expert_width=128)
     steps = LOSS_STEPS if torch.cuda.is_available() else 10
     curves = []

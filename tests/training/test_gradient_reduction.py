@@ -41,7 +41,7 @@ def reductions(zero_stage: int, accumulation: int) -> dict[str, list[str]]:
 
             patch.setattr(dist, name, recorded)
         for number in range(accumulation):
-            engine.accumulate(*prepare(random_batch(CONFIG, 4)))
+            engine.accumulate(*prepare(random_batch(one.dpt, 4)))
             if number < accumulation - 1:
                 engine.end_micro_batch()
         place = "step"

@@ -146,8 +146,8 @@ def test_the_loss_weighs_its_parts_and_heeds_the_mask() -> None:
     module = LossModule(DiT(config.model), config)
     losses = module(*inputs)
     total = losses.loss + 0.5 * losses.balance + 0.25 * losses.z
-    assert float(losses.total) == pytest.approx(float(total), rel=1e-6)
-    assert float(losses.loss) == pytest.approx(float(losses.mse + losses.vlb), rel=1e-6)
+    assert losses.total.item() == pytest.approx(total.item(), rel=1e-6)
+    assert losses.loss.item() == pytest.approx((losses.mse + losses.vlb).item(), rel=1e-6)
     assert losses.total.requires_grad
     assert not losses.loss.requires_grad
     assert losses.tokens_per_expert.sum() == BATCH * (SIDE // 2) ** 2 * 2
