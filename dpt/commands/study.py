@@ -27,7 +27,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     peak = "with --dry-run: a device's FLOP/s (default: H100, bf16 dense)"
     add("--peak-flops", type=numeric(float, POSITIVE), default=989e12, help=peak)
     add("--mfu", type=numeric(float, Range(above=0, most=1)), default=0.4, help="with --dry-run: share of that peak reached")
-    toy = "run all launches at toy size, on tiny native sets, inside FOLDER (%(const)s); figures and tables are marked as such"
+    toy = "run all launches at toy size, on tiny native sets or your own, inside FOLDER (%(const)s); results are marked"
     folder = Path("runs/rehearsal")
     add("--rehearse", nargs="?", type=Path, const=folder, metavar="FOLDER", help=toy)
     add("--figures", action="store_true", help="only draw the figures of finished launches")

@@ -1,4 +1,4 @@
-"""A study scaled down: the same launches on tiny networks, and on tiny data sets in their native layouts.
+"""A study scaled down: the same launches on tiny networks, on tiny data sets in native layouts or on its own shards.
 
 It finds within minutes what would break a study of days. Its figures say nothing about networks, and are marked as such.
 """
@@ -15,6 +15,7 @@ from typing import Any
 
 from dpt import hub
 from dpt.config.sections import ModelConfig
+from dpt.data.manifest import MANIFEST_NAME
 from dpt.errors import UserError
 from dpt.scaling.compute import WEIGHTS_STEP
 from dpt.scaling.launching import count_devices
@@ -40,23 +41,29 @@ _PUBLIC = {
 
 
 def rehearsal_of(study: Study, folder: Path, *, devices: int) -> Study:
-    """The study scaled down, all of it within `folder`, for launches on `devices` devices each (0: on the CPU).
+    """The study scaled down, all that it writes within `folder`, for launches on `devices` devices each (0: on the CPU).
+
+    The paper's shard sets are replaced by tiny ones; a study that reads others reads all of its own.
 
     Raises:
-        UserError: it reads shards or weights that cannot be made here.
+        UserError: shards are not there that cannot be made here, or weights that cannot be replaced.
     """
-    shards = [needed for needed in study.needs if encode_command(needed)]
-    if unknown := [needed for needed in study.needs if needed not in shards and needed not in _PUBLIC]:
-        raise UserError(f"{study.path}: {unknown[0]} cannot be rehearsed; only the paper's shard sets and public weights can.")
+    shards = [needed for needed in study.needs if needed not in _PUBLIC]
+    own = not all(map(encode_command, shards))
+    if own and (missing := [place for place in shards if not (Path(place) / MANIFEST_NAME).exists()]):
+        raise UserError(
+            f"{study.path}: {missing[0]} is not a shard folder that is here. A rehearsal makes the paper's shard sets, and "
+            "networks in place of the public weights; other sets are read as they are."
+        )
     by_name = {launch.name: launch for launch in study.launches}
-    untrained = {needed: _untrained(study, needed, folder, devices) for needed in study.needs if needed in _PUBLIC}
+    untrained = {needed: _untrained(study, needed, folder, devices, own) for needed in study.needs if needed in _PUBLIC}
     read_too = [place for launch in untrained.values() for place in launch.resolved.dpt.data.shards]
-    launches = [_shrunk(launch, by_name.get(launch.parent), untrained, folder, devices) for launch in study.launches]
+    launches = [_shrunk(launch, by_name.get(launch.parent), untrained, folder, devices, own) for launch in study.launches]
     return replace(
         study,
         output=_within(folder, study.output),
         launches=[*untrained.values(), *launches],
-        needs=list(dict.fromkeys([*(str(folder / needed) for needed in shards), *read_too])),
+        needs=list(dict.fromkeys([*(needed if own else str(folder / needed) for needed in shards), *read_too])),
     )
 
 
@@ -114,7 +121,7 @@ def _within(folder: Path, path: Path | str) -> Path:
     return folder / path.relative_to(path.anchor)
 
 
-def _untrained(study: Study, weights: str, folder: Path, devices: int) -> Launch:
+def _untrained(study: Study, weights: str, folder: Path, devices: int, own: bool) -> Launch:
     """The launch that exports an untrained network instead of public weights."""
     name = f"untrained_{Path(weights).stem}"
     place = study.output / name
@@ -122,23 +129,32 @@ def _untrained(study: Study, weights: str, folder: Path, devices: int) -> Launch
     launch = Launch(
         name=name, stage="untrained", launcher="pretrain", recipe=_PUBLIC[weights], fields=fields, values={}, folder=place
     )
-    return _shrunk(launch, None, {}, folder, devices)
+    small = _shrunk(launch, None, {}, folder, devices, own=False)
+    depth = launch.resolved.dpt.model.depth
+    return replace(small, fields=small.fields | {"model.depth": depth}) if own else small
 
 
-def _shrunk(launch: Launch, parent: Launch | None, untrained: dict[str, Launch], folder: Path, devices: int) -> Launch:
-    """A launch on tiny networks and data, within the rehearsal's folder; everything else unchanged."""
+def _shrunk(
+    launch: Launch, parent: Launch | None, untrained: dict[str, Launch], folder: Path, devices: int, own: bool
+) -> Launch:
+    """A launch on tiny networks and data (its own data if `own`), within the rehearsal's folder; everything else unchanged."""
     config = launch.resolved.dpt
-    fields = launch.fields | {"data.vae": "embedded", "tracking.offline": True}
+    fields = launch.fields | {"tracking.offline": True} | ({} if own else {"data.vae": "embedded"})
+
+    def places(shards: Sequence[str]) -> list[str]:
+        return list(shards) if own else [str(_within(folder, place)) for place in shards]
+
     home = "evaluation" if launch.launcher == "evaluate" else "training"
     fields[f"{home}.output_dir"] = str(_within(folder, launch.folder))
     if home == "evaluation":
-        fields |= {
-            "evaluation.data": [str(_within(folder, place)) for place in config.evaluation.data],
-            "evaluation.max_samples": _SCORED,
-        }
+        fields |= {"evaluation.data": places(config.evaluation.data), "evaluation.max_samples": _SCORED}
     else:
-        fields |= _training_fields(launch, devices)
-        fields["data.shards"] = [str(_within(folder, place)) for place in config.data.shards]
+        fields |= _training_fields(launch, devices, own) | {"data.shards": places(config.data.shards)}
+        if config.validation.every:
+            fields |= {
+                "validation.data": places(config.validation.data or config.evaluation.data),
+                "validation.max_samples": _SCORED,
+            }
     weights, name = getattr(config, home).weights, launch.parent
     if weights in untrained:
         name = untrained[weights].name
@@ -155,11 +171,11 @@ def _shrunk(launch: Launch, parent: Launch | None, untrained: dict[str, Launch],
     return replace(launch, fields=fields, folder=_within(folder, launch.folder), parent=name)
 
 
-def _training_fields(launch: Launch, devices: int) -> dict[str, Any]:
+def _training_fields(launch: Launch, devices: int, own: bool) -> dict[str, Any]:
     """Sizes of a training run that replace the launch's own."""
     recipe = launch.resolved
     training, unit = recipe.dpt.training, _unit(launch)
-    fields = _model_fields(recipe.dpt.model) | {
+    fields = _model_fields(recipe.dpt.model, own) | {
         "train_batch_size": _BATCH * max(1, devices),
         "train_micro_batch_size_per_gpu": _BATCH,
         "training.steps": -(-training.steps // unit),
@@ -177,15 +193,13 @@ def _training_fields(launch: Launch, devices: int) -> dict[str, Any]:
     return fields
 
 
-def _model_fields(model: ModelConfig) -> dict[str, Any]:
-    """A network of two blocks whose width still grows with the true one."""
+def _model_fields(model: ModelConfig, own: bool) -> dict[str, Any]:
+    """A network whose width still grows with the true one; of two blocks, but for a study's own data, where fields may name
+    blocks."""
     width = 16 * max(1, model.hidden_size // 256)
-    fields: dict[str, Any] = {
-        "model.hidden_size": width,
-        "model.num_heads": width // 16,
-        "model.depth": 2,
-        "model.input_size": model.input_size // _SMALLER,
-    }
+    fields: dict[str, Any] = {"model.hidden_size": width, "model.num_heads": width // 16}
+    if not own:
+        fields |= {"model.depth": 2, "model.input_size": model.input_size // _SMALLER}
     if model.shared_expert_width:
         fields["model.shared_expert_width"] = width * model.shared_expert_width // model.hidden_size
     return fields

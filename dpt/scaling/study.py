@@ -140,7 +140,8 @@ def read_by(launch: Launch) -> list[str]:
     if launch.launcher == "evaluate":
         paths, weights = config.evaluation.data, config.evaluation.weights
     else:
-        paths, weights = config.data.shards, config.training.weights
+        validation = (config.validation.data or config.evaluation.data) if config.validation.every else []
+        paths, weights = [*config.data.shards, *validation], config.training.weights
     places = [*paths, *([] if launch.parent or not weights else [weights])]
     return [place.split("{")[0].rstrip("/") for place in places if "://" not in place and not hub.is_hub_name(place)]
 
