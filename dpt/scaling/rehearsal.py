@@ -22,6 +22,7 @@ from dpt.scaling.launching import count_devices
 from dpt.scaling.processes import start_forked, start_fresh
 from dpt.scaling.shard_sets import encode_command
 from dpt.scaling.study import Launch, Study
+from dpt.urls import is_url
 
 WATERMARK = "REHEARSAL"
 _SMALLER = 8
@@ -49,7 +50,7 @@ def rehearsal_of(study: Study, folder: Path, *, devices: int) -> Study:
         UserError: shards are not there that cannot be made here, or weights that cannot be replaced.
     """
     shards = [needed for needed in study.needs if needed not in _PUBLIC]
-    own = not all(map(encode_command, shards))
+    own = not all(map(encode_command, shards)) or any(is_url(p) for launch in study.launches for p in _data(launch))
     if own and (missing := [place for place in shards if not (Path(place) / MANIFEST_NAME).exists()]):
         raise UserError(
             f"{study.path}: {missing[0]} is not a shard folder that is here. A rehearsal makes the paper's shard sets, and "
@@ -115,6 +116,12 @@ def _make_clip(folder: Path) -> None:
     CLIPVisionModelWithProjection(config).save_pretrained(folder)
 
 
+def _data(launch: Launch) -> list[str]:
+    """The shards that a launch trains on or scores."""
+    config = launch.resolved.dpt
+    return config.evaluation.data if launch.launcher == "evaluate" else config.data.shards
+
+
 def _within(folder: Path, path: Path | str) -> Path:
     """The place in the rehearsal's folder that stands in for a path."""
     path = Path(path)
@@ -147,9 +154,9 @@ def _shrunk(
     home = "evaluation" if launch.launcher == "evaluate" else "training"
     fields[f"{home}.output_dir"] = str(_within(folder, launch.folder))
     if home == "evaluation":
-        fields |= {"evaluation.data": places(config.evaluation.data), "evaluation.max_samples": _SCORED}
+        fields |= {"evaluation.data": places(_data(launch)), "evaluation.max_samples": _SCORED}
     else:
-        fields |= _training_fields(launch, devices, own) | {"data.shards": places(config.data.shards)}
+        fields |= _training_fields(launch, devices, own) | {"data.shards": places(_data(launch))}
         if config.validation.every:
             fields |= {
                 "validation.data": places(config.validation.data or config.evaluation.data),

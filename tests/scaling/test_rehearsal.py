@@ -64,6 +64,19 @@ def test_what_cannot_be_made_is_named(tmp_path: Path, monkeypatch: pytest.Monkey
         rehearsal_of(small_study, tmp_path, devices=0)
 
 
+def test_shards_behind_urls_are_read_as_they_are(tmp_path: Path) -> None:
+    recipe, place = "ds_configs/quickstart_depth.json", "https://example.org/depth"
+    (tmp_path / "own.yaml").write_text(
+        f"stages: {{tuned: {{launcher: finetune, recipe: {recipe}, fields: {{data.shards: [{place}], training.weights: ''}}}}}}"
+    )
+    study = read_study(tmp_path / "own.yaml", uri="sqlite:///x.db")
+    (launch,) = rehearsal_of(study, tmp_path, devices=0).launches
+    config = launch.resolved.dpt
+    assert config.data.shards == [place]
+    assert config.model.input_size == study.launches[0].resolved.dpt.model.input_size
+    assert config.model.hidden_size == 16
+
+
 def test_options_that_contradict_it_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         cli.main(["study", "studies/paper_experts.yaml", "--rehearse", str(tmp_path), "--dry-run"])
