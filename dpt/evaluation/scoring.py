@@ -58,8 +58,8 @@ class Scorer:
                 coming.extend(readers.submit(self._set.__getitem__, i) for i in indices[start + at_once : start + 2 * at_once])
                 for sample, values in zip(samples, self._values(samples, settings), strict=True):
                     scored.append(scorers.submit(self._scored, sample, values))
-                while len(scored) > at_once:
-                    yield scored.popleft().result()
+                    while len(scored) > (at_once if threads else 0):
+                        yield scored.popleft().result()
             while scored:
                 yield scored.popleft().result()
         finally:
