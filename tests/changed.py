@@ -15,8 +15,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 ALWAYS = ["tests/test_house.py"]
 FOLDERS = ("dpt", "data_tools", "launchers", "benchmarks", "examples", "tests")
-HOMES = {"cpu": "tests/models/", "commands": "tests/test_"}
-"""Where the tests of a room are, if not in the folder of its name."""
+HOMES = {"cpu": "tests/models/", "commands": "tests/test_", "benchmarks": "tests/"}
+"""Where the tests of a room are, if not in the folder of its name alone."""
 
 _FEW = 3
 """Of tests that import a module by way of others, enough."""
