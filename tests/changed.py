@@ -15,8 +15,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 ALWAYS = ["tests/test_house.py"]
 FOLDERS = ("dpt", "data_tools", "launchers", "benchmarks", "examples", "tests")
-HOMES = {"cpu": "tests/models/", "commands": "tests/test_", "benchmarks": "tests/"}
-"""Where the tests of a room are, if not in the folder of its name alone."""
+HOMES = {"cpu": "tests/models/", "commands": "tests/test_"}
+"""Where the tests of a room are, if not in the folder of its name."""
 
 _FEW = 3
 """Of tests that import a module by way of others, enough."""
@@ -46,6 +46,8 @@ def _tests_of(path: str) -> set[str]:
     found = _naming(path, name)
     if room == "commands":
         found |= {test for test in _naming(parts[-1].rstrip("_")) if "dpt.cli" in imports_of(ROOT / test)}
+    if room == "benchmarks":  # tests elsewhere borrow from them
+        found |= {test for test in _importers()[path] if _is_test(test)}
     found |= _nearest(path, HOMES.get(room, (f"tests/{room}/", f"tests/test_{room}"))) or _nearest(path, "tests/")
     return found or {test for test in _files() if _is_test(test) and test.startswith(f"tests/{room}/")}
 
