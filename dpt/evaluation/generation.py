@@ -2,6 +2,8 @@
 
 import json
 from collections.abc import Sequence
+from concurrent.futures import Future
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from dpt.evaluation.image_sources import ImageSource, Statistics
 from dpt.evaluation.loading import float32_products
 from dpt.evaluation.prediction import Predictor
 from dpt.progress import Progress, progress
+from dpt.threads import Workers, threads_beside
 
 _ROWS = 2048
 
@@ -153,7 +156,8 @@ def write_samples(
         distributed.log(f"{folder} has {done} of {len(labels)} images.")
     mine = missing[distributed.rank() :: distributed.world_size()]
     bar: Progress[int] = progress(sum(map(len, mine)), "generate", "image")
-    with distributed.shared_errors(), bar:
+    writers, writing = Workers(threads_beside(predictor.device.type), "sample writer"), list[Future[None]]()
+    with distributed.shared_errors(), bar, closing(writers):
         for batch in mine:
             images = predictor.generate(
                 [labels[i] for i in batch],
@@ -161,10 +165,13 @@ def write_samples(
                 steps=steps,
                 guidance_channels=guidance_channels,
             )
-            for i, image in zip(batch, images, strict=True):
-                if image_name(i) not in there:
-                    write_png(folder / image_name(i), image)
+            for written in writing:  # while these were generated
+                written.result()
+            new = [(i, image) for i, image in zip(batch, images, strict=True) if image_name(i) not in there]
+            writing = [writers.submit(write_png, folder / image_name(i), image) for i, image in new]
             bar.update(len(batch))
+        for written in writing:
+            written.result()
 
 
 def claim_folder(folder: Path, settings: dict[str, Any]) -> None:
