@@ -79,9 +79,9 @@ def init(timeout_s: float = 1800.0) -> None:
     if torch.distributed.is_initialized():
         return
     set_device()
+    keep_freed_memory()
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        keep_freed_memory()
     with _unneeded("mlflow"):
         import deepspeed
     from deepspeed.ops import __compatible_ops__

@@ -25,7 +25,8 @@ def share_threads(processes: int) -> None:
 def keep_freed_memory() -> None:
     """Let the C library, if it is glibc, keep freed memory for the next step's tensors.
 
-    By default every large tensor's pages go back to the system and are cleared again: a tenth of an MoE step's time on a CPU.
+    By default every large array's pages go back to the system and are cleared again: a tenth of an MoE step's time on a CPU,
+    and half of what scoring a depth map takes, beside a GPU too.
     """
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
