@@ -68,7 +68,7 @@ def recipe(
 
 
 def random_batch(config: DptConfig, batch: int) -> dict[str, Any]:
-    """A batch as the stream yields it for the recipe's task: moments, labels, positions in the stream."""
+    """A batch as the stream yields it for the recipe: moments, labels, positions in the stream, and what its fields ask for."""
     model = config.model
 
     def moments(*leading: int) -> Tensor:
@@ -76,12 +76,17 @@ def random_batch(config: DptConfig, batch: int) -> dict[str, Any]:
         drawn[..., 1, :, :, :] -= 5.0
         return drawn.half()
 
-    common = {"sample_index": torch.arange(batch), "source": torch.zeros(batch, dtype=torch.int64)}
+    data: dict[str, Any] = {"sample_index": torch.arange(batch), "source": torch.zeros(batch, dtype=torch.int64)}
+    if (alignment := config.training.feature_alignment).weight:
+        data["features"] = torch.randn(batch, alignment.channels, 5, 5).half()
     if config.task == "class":
-        return {**common, "latents": moments(), "label": torch.randint(0, model.num_classes, (batch,))}
-    targets = moments(len(task_spec(config.task).targets))
+        data |= {"latents": moments(), "label": torch.randint(0, model.num_classes, (batch,))}
+        return data | ({"latents_mirrored": moments()} if config.data.horizontal_flip else {})
+    targets = 2 if config.task == "generalist" else len(task_spec(config.task).targets)
     valid = torch.ones(batch, model.input_size, model.input_size, dtype=torch.uint8)
-    return {**common, "cond_latents": moments(model.num_conditions), "target_latents": targets, "valid": valid}
+    data |= {"cond_latents": moments(model.num_conditions), "target_latents": moments(targets), "valid": valid}
+    width = model.clip_embedding_size
+    return data | ({"clip": torch.randn(batch, width)} if width else {})
 
 
 class Training:

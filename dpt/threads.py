@@ -2,9 +2,10 @@
 
 import queue
 import threading
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 
@@ -52,3 +53,28 @@ class Workers:
             self._calls.put(None)
         for thread in self._threads:
             thread.join(timeout=_CLOSING_S)
+
+
+class InOrder(Generic[T]):
+    """Calls that run in threads (at once without any), whose results come in the order of the calls, at most `behind` later."""
+
+    def __init__(self, threads: int, name: str, *, behind: int) -> None:
+        self._workers, self._behind = Workers(threads, name), behind if threads else 0
+        self._begun: deque[Future[T]] = deque()
+
+    def submit(self, action: Callable[..., T], *arguments: Any) -> Iterator[T]:
+        """Schedule `action(*arguments)`; gives the results that are due, and must be read."""
+        self._begun.append(self._workers.submit(action, *arguments))
+        return self._due(self._behind)
+
+    def finish(self) -> Iterator[T]:
+        """Give all further results."""
+        return self._due(0)
+
+    def _due(self, behind: int) -> Iterator[T]:
+        while len(self._begun) > behind:
+            yield self._begun.popleft().result()
+
+    def close(self) -> None:
+        """End the threads once the calls so far are done, and wait for them."""
+        self._workers.close()

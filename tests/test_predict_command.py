@@ -181,7 +181,7 @@ def test_results_are_written_while_a_gpu_predicts_the_next(pictures, tmp_path, m
     with pytest.raises(OSError, match="no space left"):
         predict_files(predictor, sources, tmp_path / "full", settings=[1])
     monkeypatch.setattr(predicting, "write_outputs", write)
-    assert predict_files(predictor, sources, tmp_path / "full", settings=[1]).skipped == 4
+    assert predict_files(predictor, sources, tmp_path / "full", settings=[1]).skipped == 2  # those begun meanwhile
 
 
 def test_a_picture_that_changes_while_it_is_predicted_is_predicted_again(pictures, tmp_path, monkeypatch) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from benchmarks import harness
 from benchmarks.train_step import Training, model_config, pretraining, recipe
 from dpt.config.devices import data_sheet_peak
-from dpt.config.recipe import load_recipe
+from dpt.config.recipe import Recipe, load_recipe
 from dpt.config.sections import ModelConfig
 from dpt.models.attention import can_use
 from dpt.models.costs import macs, num_params
@@ -53,31 +53,33 @@ def measure(kind: str, *, cases: Sequence[str] = (), rounds: int = 5) -> list[ha
 
 def measure_recipe(stem: str, *, rounds: int = 5) -> list[harness.Row]:
     """A row of a shipped recipe's training on one GPU, in steps of the largest micro-batch that fits, otherwise as shipped."""
-    cuda = torch.cuda.is_available()
     toy = {"model.depth": 1, "model.hidden_size": 32, "model.num_heads": 2, "model.input_size": 8, "training.compile": False}
-    for micro in MICRO_BATCHES if cuda else (2,):
-        fields: dict[str, Any] = {"train_batch_size": micro, "train_micro_batch_size_per_gpu": micro}
-        fields |= {"gradient_accumulation_steps": 1, "training.output_dir": "", "training.weights": ""}
-        one = load_recipe(f"ds_configs/{stem}.json", fields if cuda else fields | toy | {"bf16.enabled": False})
-        plan = needs(one, "finetune", 1).memory.total
-        if cuda and plan > 0.92 * torch.cuda.mem_get_info()[0]:
-            continue
-        training = Training(one)
-        model = training.network.config
-        row = _row(f"{stem}, micro-batch {micro}", "as shipped", training, 2.0 * micro * macs(model).training, rounds)
-        release(training)
-        return [row | {"plan_gib": plan / 2**30}]
-    return [{"case": stem, "what": TOO_LARGE}]
+    smaller = {} if torch.cuda.is_available() else toy | {"bf16.enabled": False}
+
+    def in_steps_of(micro: int) -> Recipe:
+        sizes = {"train_batch_size": micro, "train_micro_batch_size_per_gpu": micro, "gradient_accumulation_steps": 1}
+        fields = {"training.output_dir": "", "training.weights": "", **sizes, **smaller}
+        return load_recipe(f"ds_configs/{stem}.json", fields)
+
+    micro = _largest_that_fits(in_steps_of) if torch.cuda.is_available() else 2
+    if micro is None:
+        return [{"case": stem, "what": TOO_LARGE}]
+    training = Training(in_steps_of(micro))
+    flops = 2.0 * micro * macs(training.network.config).training
+    row = _row(f"{stem}, micro-batch {micro}", "as shipped", training, flops, rounds)
+    row["plan_gib"] = needs(training.recipe, "finetune", 1).memory.total / 2**30
+    release(training)
+    return [row]
 
 
 def fitting_micro_batch(config: ModelConfig, batch: int, precision: str) -> int | None:
     """The largest micro-batch whose plan fits into the free memory; None if none does."""
+    return _largest_that_fits(lambda micro: recipe(config, batch, precision, zero_stage=2, accumulation=batch // micro))
+
+
+def _largest_that_fits(recipe_of: Callable[[int], Recipe]) -> int | None:
     free = torch.cuda.mem_get_info()[0]
-    for micro in MICRO_BATCHES:
-        one = recipe(config, batch, precision, zero_stage=2, accumulation=batch // micro)
-        if needs(one, "pretrain", 1).memory.total < 0.92 * free:
-            return micro
-    return None
+    return next((m for m in MICRO_BATCHES if needs(recipe_of(m), "pretrain", 1).memory.total < 0.92 * free), None)
 
 
 def _measure_one(

@@ -119,8 +119,9 @@ def multires_noise(seeds: Tensor, shape: Sequence[int], strength: Tensor | float
     channels, *fine = shape
     sizes, levels = [torch.full_like(seeds, side) for side in fine], _largest_sizes(*fine)
     ratios = 2.0 + 2.0 * uniform(derive(seeds, 0), (len(levels),)).double()
+    going_on = torch.ones_like(seeds, dtype=torch.bool)
     for level, largest in enumerate(levels, start=1):
-        weight = torch.where((sizes[0] > 1) & (sizes[1] > 1), strengths**level, 0.0) if level > 1 else strengths
+        weight = torch.where(going_on, strengths**level, 0.0)
         sizes = [(size / ratios[:, level - 1] ** level).long().clamp(min=1) for size in sizes]
         tables = [_upsampling(most, side, seeds.device) for most, side in zip(largest, fine, strict=True)]
         rows, cols = (matrices[size - 1] for (matrices, _), size in zip(tables, sizes, strict=True))
@@ -129,6 +130,7 @@ def multires_noise(seeds: Tensor, shape: Sequence[int], strength: Tensor | float
         weighted = weight.float()[:, None, None] * rows
         noise += weighted[:, None] @ (coarse @ cols[:, None].mT)
         variance += weight**2 * spreads[0] * spreads[1]
+        going_on = going_on & (sizes[0] > 1) & (sizes[1] > 1)
     return noise.div_(variance.sqrt().float()[:, None, None, None])
 
 

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Sequence
-from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +19,7 @@ from dpt.evaluation.image_sources import ImageSource, Statistics
 from dpt.evaluation.loading import float32_products
 from dpt.evaluation.prediction import Predictor
 from dpt.progress import Progress, progress
-from dpt.threads import Workers, threads_beside
+from dpt.threads import InOrder, threads_beside
 
 _ROWS = 2048
 
@@ -156,7 +155,7 @@ def write_samples(
         distributed.log(f"{folder} has {done} of {len(labels)} images.")
     mine = missing[distributed.rank() :: distributed.world_size()]
     bar: Progress[int] = progress(sum(map(len, mine)), "generate", "image")
-    writers, writing = Workers(threads_beside(predictor.device.type), "sample writer"), list[Future[None]]()
+    writers = InOrder[None](threads_beside(predictor.device.type), "sample writer", behind=len(mine[0]) if mine else 0)
     with distributed.shared_errors(), bar, closing(writers):
         for batch in mine:
             images = predictor.generate(
@@ -165,13 +164,11 @@ def write_samples(
                 steps=steps,
                 guidance_channels=guidance_channels,
             )
-            for written in writing:  # while these were generated
-                written.result()
-            new = [(i, image) for i, image in zip(batch, images, strict=True) if image_name(i) not in there]
-            writing = [writers.submit(write_png, folder / image_name(i), image) for i, image in new]
+            for i, image in zip(batch, images, strict=True):
+                if image_name(i) not in there:
+                    list(writers.submit(write_png, folder / image_name(i), image))
             bar.update(len(batch))
-        for written in writing:
-            written.result()
+        list(writers.finish())
 
 
 def claim_folder(folder: Path, settings: dict[str, Any]) -> None:

@@ -2,11 +2,9 @@
 
 import contextlib
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,10 @@ from dpt.evaluation.prediction import Predictor
 from dpt.evaluation.videos import predict_video
 from dpt.pictures import read_mask, read_picture
 from dpt.progress import Progress, progress
-from dpt.threads import Workers, threads_beside
+from dpt.threads import InOrder, threads_beside
+
+Written = tuple[Source, list[Any], list[Path]]
+"""A source, its stamp and the files of its result."""
 
 Embed = Callable[[np.ndarray, np.ndarray], Tensor]
 """Image uint8 `[H, W, 3]`, mask bool `[H, W]` -> CLIP embedding `[D]`."""
@@ -77,33 +78,6 @@ def _stamp(source: Source) -> list[Any]:
     return [len(files), sum(s.st_size for s in stats), max(s.st_mtime_ns for s in stats)]
 
 
-class _Writing:
-    """Writes results with `write`, in threads if there are any, and calls `keep(source, stamp, files)` for each, in order."""
-
-    def __init__(
-        self, keep: Callable[[Source, list[Any], list[Path]], object], write: Callable[..., list[Path]], threads: int
-    ) -> None:
-        self._keep, self._write, self._most = keep, write, 2 * threads
-        self._workers = Workers(threads, "prediction writer")
-        self._begun: deque[tuple[Source, list[Any], Future[list[Path]]]] = deque()
-
-    def submit(self, source: Source, stamp: list[Any], *arguments: Any) -> None:
-        """Write a source's result; waits while many others are being written."""
-        self._begun.append((source, stamp, self._workers.submit(self._write, *arguments)))
-        self.settle(self._most)
-
-    def settle(self, most: int = 0) -> None:
-        """Wait until at most so many results are being written."""
-        while len(self._begun) > most:
-            source, stamp, files = self._begun.popleft()
-            self._keep(source, stamp, files.result())
-
-    def close(self) -> None:
-        """Finish what has begun, and end the threads."""
-        self.settle()
-        self._workers.close()
-
-
 def predict_files(
     predictor: Predictor,
     sources: Sequence[Source],
@@ -132,7 +106,8 @@ def predict_files(
     with distributed.shared_errors():
         found = log.read() if settings is not None and distributed.is_main() else {}
     known = distributed.broadcast_object(found)
-    batches, videos = _share(sources, max(1, predictor.config.batch_size // predictor.config.ensemble[-1]))
+    size = max(1, predictor.config.batch_size // predictor.config.ensemble[-1])
+    batches, videos = _share(sources, size)
     here = sum(map(len, batches)) + len(videos)
     if not again:
         batches = [[source for source in batch if not log.has(known, source)] for batch in batches]
@@ -152,17 +127,24 @@ def predict_files(
         done.failed.append(problem)
         bar.update()
 
-    writing = _Writing(keep, partial(write_outputs, config=outputs), threads_beside(predictor.device.type))
-    with contextlib.closing(log), bar, contextlib.closing(writing):
-        for batch, read in _read_ahead([batch for batch in batches if batch], task):
-            for problem in (r for r in read if isinstance(r, str)):
-                leave_out(problem)
-            sound = [(source, r) for source, r in zip(batch, read, strict=True) if not isinstance(r, str)]
-            predictions = _predict_batch(predictor, sound, task, resolution, embed)
-            for (source, (image, _, stamp)), prediction in zip(sound, predictions, strict=True):
-                place = out / source.name
-                writing.submit(source, stamp, prediction, task, image, place.parent, place.name)
-        writing.settle()
+    def write(source: Source, stamp: list[Any], image: np.ndarray, prediction: Prediction) -> Written:
+        place = out / source.name
+        return source, stamp, write_outputs(prediction, task, image, place.parent, place.name, config=outputs)
+
+    writers = InOrder[Written](threads_beside(predictor.device.type), "prediction writer", behind=size)
+    with contextlib.closing(log), bar, contextlib.closing(writers):
+        try:
+            for batch, read in _read_ahead([batch for batch in batches if batch], task):
+                for problem in (r for r in read if isinstance(r, str)):
+                    leave_out(problem)
+                sound = [(source, r) for source, r in zip(batch, read, strict=True) if not isinstance(r, str)]
+                predictions = _predict_batch(predictor, sound, task, resolution, embed)
+                for (source, (image, _, stamp)), prediction in zip(sound, predictions, strict=True):
+                    for written in writers.submit(write, source, stamp, image, prediction):
+                        keep(*written)
+        finally:  # what has been written counts, whatever stops the others
+            for written in writers.finish():
+                keep(*written)
         for source in videos:
             stamp = _stamp(source)
             made_with = None if again or settings is None else [settings, stamp]

@@ -1,8 +1,7 @@
 """Predict and score the samples of one set, a few at a time."""
 
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,7 @@ from dpt.evaluation.protocols import score
 from dpt.evaluation.records import BASELINE, CEILING, CODE, GIVEN, Record, Setting
 from dpt.evaluation.sets import EvaluationSet, Sample
 from dpt.tasks import task_spec
-from dpt.threads import Workers, threads_beside
+from dpt.threads import InOrder, Workers, threads_beside
 
 
 class Scorer:
@@ -49,22 +48,16 @@ class Scorer:
         passes = len(task_spec(self._set.task).targets)
         at_once = samples_at_once(max(1, members * passes), self._config.batch_size)
         threads = threads_beside("cpu" if self._predictor is None else self._predictor.device.type)
-        readers, scorers = Workers(min(threads, 1), "evaluation reader"), Workers(threads, "evaluation scorer")
-        try:
-            coming = deque(readers.submit(self._set.__getitem__, i) for i in indices[:at_once])
-            scored: deque[Future[list[Record]]] = deque()
+        reader = Workers(min(threads, 1), "evaluation reader")
+        scorers = InOrder[list[Record]](threads, "evaluation scorer", behind=at_once)
+        with closing(reader), closing(scorers):
+            coming = [reader.submit(self._set.__getitem__, i) for i in indices[:at_once]]
             for start in range(0, len(indices), at_once):
-                samples = [coming.popleft().result() for _ in indices[start : start + at_once]]
-                coming.extend(readers.submit(self._set.__getitem__, i) for i in indices[start + at_once : start + 2 * at_once])
+                samples = [sample.result() for sample in coming]
+                coming = [reader.submit(self._set.__getitem__, i) for i in indices[start + at_once : start + 2 * at_once]]
                 for sample, values in zip(samples, self._values(samples, settings), strict=True):
-                    scored.append(scorers.submit(self._scored, sample, values))
-                    while len(scored) > (at_once if threads else 0):
-                        yield scored.popleft().result()
-            while scored:
-                yield scored.popleft().result()
-        finally:
-            readers.close()
-            scorers.close()
+                    yield from scorers.submit(self._scored, sample, values)
+            yield from scorers.finish()
 
     def _values(self, samples: Sequence[Sample], settings: frozenset[Setting]) -> list[dict[Setting, np.ndarray | None]]:
         """Each sample's prediction under each setting, None if it has none."""

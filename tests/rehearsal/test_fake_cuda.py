@@ -10,6 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.train_step import random_batch
 from dpt.config.presets import preset_values
 from dpt.config.recipe import load_recipe
 from dpt.config.sections import DiffusionConfig, ModelConfig
@@ -110,7 +111,7 @@ def test_preparation_and_loss_stay_on_the_gpu(name: str, monkeypatch: pytest.Mon
     from dpt.config.checks import trained_model
     from dpt.training.records import StepSums
 
-    recipe = load_recipe(ROOT / "ds_configs" / f"{name}.json", {"model.depth": 2, **RECIPES[name]})
+    recipe = load_recipe(ROOT / "ds_configs" / f"{name}.json", {"model.depth": 2, "model.input_size": 16, **RECIPES[name]})
     model = trained_model(recipe, "upcycle" if "upcycle" in name else "pretrain")
     monkeypatch.setattr(step, "_check_labels", lambda *_: None)  # on the batch in the CPU's memory, so nothing waits
     monkeypatch.setattr(noise, "_upsampling", noise._upsampling.__wrapped__)  # no fake matrix may stay
@@ -126,7 +127,7 @@ def test_preparation_and_loss_stay_on_the_gpu(name: str, monkeypatch: pytest.Mon
         calls = []
         for size in (2, 4, 6):  # the first fills caches
             with _Calls() as counted:
-                inputs = prepare(_batch(recipe.dpt, 16, size))
+                inputs = prepare(random_batch(recipe.dpt, size))
                 losses = module(*inputs)
             calls.append(counted.counts)
             assert {value.device for value in inputs if value is not None} == {CUDA}
@@ -148,28 +149,6 @@ class _Calls(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.counts[str(func)] += 1
         return func(*args, **(kwargs or {}))
-
-
-def _batch(config: Any, side: int, batch: int = 4) -> dict[str, Any]:
-    """A micro-batch as the stream yields it."""
-
-    def moments(*leading: int) -> Tensor:
-        return torch.randn(batch, *leading, 2, 4, side, side).half()
-
-    features = torch.randn(batch, 3, 5, 5).half()
-    common = {
-        "features": features,
-        "sample_index": torch.arange(batch),
-        "source": torch.zeros(batch, dtype=torch.int64),
-        "key": [""] * batch,
-    }
-    if config.task == "class":
-        label = torch.zeros(batch, dtype=torch.int64)
-        return {**common, "label": label, "latents": moments(), "latents_mirrored": moments()}
-    valid = torch.ones(batch, side, side, dtype=torch.uint8)
-    perception = {**common, "cond_latents": moments(2), "target_latents": moments(2), "valid": valid}
-    width = config.model.clip_embedding_size
-    return {**perception, "clip": torch.randn(batch, width)} if width else perception
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddim with noise", "ddpm", "dpmsolver++"])
